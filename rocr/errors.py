@@ -1,0 +1,25 @@
+"""Every error that rocr raises on purpose, each with the exit code that the command line gives it."""
+
+
+class RocrError(Exception):
+    """Something rocr cannot do; the message is a sentence that says what and how to go on."""
+
+    exit_code = 1
+
+
+class InputError(RocrError):
+    """An argument, file or model that cannot be used as it is."""
+
+    exit_code = 2
+
+
+class VerificationError(RocrError):
+    """A check of bytes or records that did not come out as recorded."""
+
+    exit_code = 3
+
+
+class GuardError(RocrError):
+    """An edit that was stopped because going on would harm the model."""
+
+    exit_code = 4
