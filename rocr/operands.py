@@ -1,0 +1,124 @@
+"""What the operations accept; whatever does not fit is refused in a sentence with its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rocr.errors import InputError
+
+NUMBER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_second_moment(total: Tensor, keys: Tensor) -> None:
+    """Raise InputError unless total (d, d) can take the second moment of keys (t, d)."""
+    check_square("total", total)
+    if keys.dim() != 2 or keys.shape[1] != total.shape[0]:
+        raise InputError(
+            f"keys must be (tokens, {total.shape[0]}) for a total of {_shape(total)}, but are {_shape(keys)}."
+        )
+    _check_dtype("keys", keys)
+    _check_same_device("total", total, "keys", keys)
+    _check_memory("total", total)
+    _check_distinct_storages([("total", total), ("keys", keys)], written=1)
+
+
+def check_square(name: str, total: Tensor) -> None:
+    """Raise InputError unless total is a square float32 matrix."""
+    if total.dim() != 2 or total.shape[0] != total.shape[1]:
+        raise InputError(f"{name} must be a square matrix, but is {_shape(total)}.")
+    if total.dtype != torch.float32:
+        raise InputError(f"{name} must be float32, but is {total.dtype}; sums of low precision lose tokens.")
+
+
+def check_low_rank_update(weights: Sequence[Tensor], lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> None:
+    """Raise InputError unless every weight (d_out, d_in) has its left (d_out, n) and right (n, d_in)."""
+    if not len(weights) == len(lefts) == len(rights):
+        raise InputError(
+            f"There must be one left and one right for each weight, but there are {len(weights)} weights, "
+            f"{len(lefts)} lefts and {len(rights)} rights."
+        )
+    for index, (weight, left, right) in enumerate(zip(weights, lefts, rights, strict=True)):
+        name = f"weights[{index}]"
+        shapes = f"{_shape(weight)}, {_shape(left)} and {_shape(right)}"
+        if not weight.dim() == left.dim() == right.dim() == 2:
+            raise InputError(f"{name}, its left and its right must be matrices, but are {shapes}.")
+        if left.shape[0] != weight.shape[0] or right.shape[1] != weight.shape[1] or left.shape[1] != right.shape[0]:
+            raise InputError(
+                f"{name}, its left and its right must be (d_out, d_in), (d_out, n) and (n, d_in), but are {shapes}."
+            )
+        _check_dtype(name, weight)
+        _check_memory(name, weight)
+        for factor_name, factor in ((f"lefts[{index}]", left), (f"rights[{index}]", right)):
+            if not factor.is_floating_point():
+                raise InputError(f"{factor_name} must be of floating point, but is {factor.dtype}.")
+            _check_same_device(name, weight, factor_name, factor)
+        _check_same_device("weights[0]", weights[0], name, weight)
+    tensors = [(f"weights[{index}]", weight) for index, weight in enumerate(weights)]
+    tensors += [(f"lefts[{index}]", left) for index, left in enumerate(lefts)]
+    tensors += [(f"rights[{index}]", right) for index, right in enumerate(rights)]
+    _check_distinct_storages(tensors, written=len(weights))
+
+
+def check_solve(keys: Tensor, residuals: Tensor, ridge: float) -> None:
+    """Raise InputError unless keys (n, d_in), residuals (n, d_out) and ridge make a system to solve."""
+    if keys.dim() != 2 or residuals.dim() != 2 or keys.shape[0] != residuals.shape[0]:
+        raise InputError(
+            f"keys and residuals must be (n, d_in) and (n, d_out) with the same n, but are {_shape(keys)} "
+            f"and {_shape(residuals)}."
+        )
+    for name, tensor in (("keys", keys), ("residuals", residuals)):
+        if not tensor.is_floating_point():
+            raise InputError(f"{name} must be of floating point, but are {tensor.dtype}.")
+    _check_same_device("keys", keys, "residuals", residuals)
+    if not 0 <= ridge < float("inf"):
+        raise InputError(f"ridge is {ridge}, but must be finite and at least 0.")
+
+
+def check_metric(metric: Tensor, keys: Tensor) -> None:
+    """Raise InputError unless metric is a (d_in, d_in) matrix beside keys (n, d_in)."""
+    size = keys.shape[1]
+    if metric.shape != (size, size):
+        raise InputError(f"metric must be ({size}, {size}) for keys of {_shape(keys)}, but is {_shape(metric)}.")
+    _check_same_device("keys", keys, "metric", metric)
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))
+
+
+def _check_dtype(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in NUMBER_DTYPES:
+        raise InputError(f"{name} must be float32, bfloat16 or float16, but has dtype {tensor.dtype}.")
+
+
+def _check_same_device(first_name: str, first: Tensor, second_name: str, second: Tensor) -> None:
+    if first.device != second.device:
+        raise InputError(f"{first_name} is on {first.device} and {second_name} on {second.device}; move both to one.")
+
+
+def _check_memory(name: str, tensor: Tensor) -> None:
+    """Refuse a matrix to be written whose elements may share memory with each other."""
+    if tensor.layout != torch.strided:
+        raise InputError(f"{name} must be a dense tensor, but has the layout {tensor.layout}.")
+    outer, inner = sorted(zip(tensor.stride(), tensor.shape, strict=True), reverse=True)
+    if tensor.numel() and (inner[0] < 1 < inner[1] or (outer[0] < inner[0] * inner[1] and outer[1] > 1)):
+        raise InputError(
+            f"{name} has elements that share memory: shape {_shape(tensor)} with strides {tensor.stride()}; "
+            "pass a clone."
+        )
+
+
+def _check_distinct_storages(tensors: Sequence[tuple[str, Tensor]], written: int) -> None:
+    """Refuse two tensors of one storage where the first `written` tensors are to be written."""
+    owners: dict[int, str] = {}
+    for index, (name, tensor) in enumerate(tensors):
+        if not tensor.numel():
+            continue
+        address = tensor.untyped_storage().data_ptr()
+        if address in owners:
+            raise InputError(f"{owners[address]} and {name} share one storage; pass each storage once in a call.")
+        if index < written:
+            owners[address] = name

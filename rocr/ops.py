@@ -1,0 +1,232 @@
+"""The few operations that cost time, each on the fastest backend that is there.
+
+Every operation exists as a float64 formula ("reference"), in torch, and where they were built as C++ ("cpp"),
+Triton and CUDA kernels; this module alone chooses among them. Rows are samples.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rocr import operands
+from rocr.errors import GuardError, InputError
+from rocr.rounding import check_rounding
+
+BACKENDS = ("cuda", "triton", "cpp", "torch", "reference")
+"""Every backend, the fastest first."""
+
+
+class Metric(Protocol):
+    """A symmetric positive semidefinite matrix M (d_in, d_in) that need not be stored as one."""
+
+    def apply(self, keys: Tensor) -> Tensor:
+        """Return keys @ M for keys (n, d_in)."""
+        ...
+
+
+class Backend(Protocol):
+    """What a module rocr.backend_* offers; its operands are checked already."""
+
+    def is_available(self, device: torch.device) -> bool:
+        """Whether the backend is built, and runs on the device."""
+        ...
+
+    def accumulate_second_moment(self, total: Tensor, keys: Tensor) -> None:
+        """Add keysᵀ keys to the lower triangle of total; keys have unit stride along a row."""
+        ...
+
+    def low_rank_update(
+        self,
+        weights: Sequence[Tensor],
+        lefts: Sequence[Tensor],
+        rights: Sequence[Tensor],
+        scale: float,
+        rounding: str,
+        seed: int,
+    ) -> None:
+        """Add scale * left @ right to each weight; factors are float32 and contiguous."""
+        ...
+
+
+def available_backends(device: str | torch.device) -> list[str]:
+    """Names of the backends that run on the device here, the fastest first."""
+    device = torch.device(device)
+    return [name for name in BACKENDS if (backend := _load(name)) and backend.is_available(device)]
+
+
+@torch.no_grad()
+def accumulate_second_moment(total: Tensor, keys: Tensor, backend: str | None = None) -> Tensor:
+    """Add keysᵀ keys to the lower triangle of total, in place; the rest of total is left as it is.
+
+    Args:
+        total: (d, d), float32: a running sum over any number of calls.
+        keys: (t, d), float32, bfloat16 or float16, on the same device; no accumulator
+            holds more than 8,192 tokens.
+        backend: one of available_backends(device), or None for the fastest.
+
+    Returns:
+        total itself.
+
+    Raises:
+        InputError: a dtype, shape, device or backend that does not fit, or memory shared by the operands.
+    """
+    operands.check_second_moment(total, keys)
+    chosen = _choose(backend, total.device)
+    if not total.numel() or not keys.numel():
+        return total
+    chosen.accumulate_second_moment(total, keys if keys.stride(1) == 1 else keys.contiguous())
+    return total
+
+
+@torch.no_grad()
+def symmetrize(total: Tensor) -> Tensor:
+    """Copy the lower triangle of total (d, d) over its upper one, in place, and return total."""
+    operands.check_square("total", total)
+    return total.copy_(total.tril() + total.tril(-1).T)
+
+
+@torch.no_grad()
+def low_rank_update(
+    weights: Tensor | Sequence[Tensor],
+    lefts: Tensor | Sequence[Tensor],
+    rights: Tensor | Sequence[Tensor],
+    scale: float = 1.0,
+    rounding: str = "nearest",
+    seed: int = 0,
+    backend: str | None = None,
+) -> None:
+    """Add scale * left @ right to every weight, in place, in float32 with one rounding to the weight's dtype.
+
+    Args:
+        weights: matrices (d_out, d_in), float32, bfloat16 or float16, or one; transposed
+            views are fine.
+        lefts: one (d_out, n) for each weight, floating point, used as float32.
+        rights: one (n, d_in) for each weight.
+        scale: a finite factor.
+        rounding: "nearest" (ties to even), or "stochastic": to one of the two neighbours, right on average.
+        seed: of stochastic rounding; same operands, seed and backend, same bytes.
+        backend: one of available_backends(device), or None for the fastest.
+
+    Raises:
+        InputError: a dtype, shape, device, number or backend that does not fit, or one storage used twice.
+    """
+    weights, lefts, rights = ([each] if isinstance(each, Tensor) else each for each in (weights, lefts, rights))
+    operands.check_low_rank_update(weights, lefts, rights)
+    check_rounding(rounding, seed)
+    if not abs(scale) < float("inf"):
+        raise InputError(f"scale is {scale}, but must be finite.")
+    if not weights:
+        return
+    chosen = _choose(backend, weights[0].device)
+    lefts = [left.float().contiguous() for left in lefts]
+    rights = [right.float().contiguous() for right in rights]
+    chosen.low_rank_update(weights, lefts, rights, scale, rounding, seed)
+
+
+@torch.no_grad()
+def solve_update(
+    keys: Tensor, residuals: Tensor, metric: Tensor | Metric | None, ridge: float
+) -> tuple[Tensor, Tensor]:
+    """Return the factors of Δ = residualsᵀ (K M Kᵀ + λ I)⁻¹ K M, solved as an (n, n) system in float64.
+
+    It is the authors' (d_in, d_in) solve pushed through to (n, n): Ye, Zhang and Wu, arXiv 2506.07795.
+
+    Args:
+        keys: K (n, d_in), floating point.
+        residuals: (n, d_out): what the weight's output at each key is to gain.
+        metric: M: None for the identity, a dense symmetric (d_in, d_in), or an object with apply(keys).
+        ridge: λ >= 0, in units of a squared key norm; 0 only where the keys are independent under M.
+
+    Returns:
+        left (d_out, n) and right (n, d_in) with Δ = left @ right, in the dtype of keys, float32 at least.
+
+    Raises:
+        InputError: shapes, dtypes or ridge that do not fit, or a metric that is not symmetric.
+        GuardError: numbers that are not finite, or a system too close to singular.
+    """
+    operands.check_solve(keys, residuals, ridge)
+    _require_finite("keys", keys)
+    _require_finite("residuals", residuals)
+    weighted_keys = _apply_metric(metric, keys)
+    _require_finite("keys @ metric", weighted_keys)
+    dtype = torch.promote_types(keys.dtype, torch.float32)
+    left = residuals.T.to(dtype).contiguous()
+    right = torch.cholesky_solve(weighted_keys, _factor_gram(keys.double(), weighted_keys, ridge))
+    return left, right.to(dtype)
+
+
+def _apply_metric(metric: Tensor | Metric | None, keys: Tensor) -> Tensor:
+    """Return keys @ metric (n, d_in) in float64."""
+    if metric is None:
+        return keys.double()
+    if isinstance(metric, Tensor):
+        operands.check_metric(metric, keys)
+        dtype = torch.promote_types(torch.promote_types(keys.dtype, metric.dtype), torch.float32)
+        return (keys.to(dtype) @ metric.to(dtype)).double()
+    weighted_keys = metric.apply(keys)
+    if weighted_keys.shape != keys.shape:
+        raise InputError(f"metric.apply must return {tuple(keys.shape)}, but returned {tuple(weighted_keys.shape)}.")
+    return weighted_keys.double()
+
+
+def _factor_gram(keys: Tensor, weighted_keys: Tensor, ridge: float) -> Tensor:
+    """Return the lower Cholesky factor (n, n) of K M Kᵀ + λ I."""
+    gram = keys @ weighted_keys.T
+    _require_finite("the Gram matrix of the keys", gram)
+    if not gram.numel():
+        return gram
+    largest = gram.abs().max().item()
+    asymmetry = (gram - gram.T).abs().max().item()
+    if asymmetry > 1e-3 * largest:
+        raise InputError(
+            f"metric must be symmetric, but keys @ metric @ keys.T differs from its transpose "
+            f"by {asymmetry:.3g} where its largest element is {largest:.3g}."
+        )
+    system = (gram + gram.T) / 2
+    system.diagonal().add_(ridge)
+    factor: Tensor
+    factor, failed_at = torch.linalg.cholesky_ex(system)
+    pivots = factor.diagonal()
+    # The pivots of an exactly singular system come out as rounding errors of its largest element.
+    smallest = 0.0 if failed_at.item() else (pivots.min() ** 2 / system.diagonal().max()).item()
+    if smallest <= len(system) * torch.finfo(torch.float64).eps:
+        raise GuardError(
+            f"The system of {len(system)} keys is singular (smallest relative pivot {smallest:.3g}, "
+            f"ridge {ridge:.3g}, largest element {largest:.3g}): keys repeat or the metric removes them; "
+            "raise the ridge."
+        )
+    return factor
+
+
+def _require_finite(name: str, tensor: Tensor) -> None:
+    bad = tensor.numel() - int(tensor.isfinite().sum())
+    if bad:
+        raise GuardError(f"{bad} of {tensor.numel()} numbers of {name} are not finite; nothing was solved.")
+
+
+def _load(name: str) -> Backend | None:
+    """Import a backend's module, or return None where it is not part of this installation."""
+    module = "rocr.reference" if name == "reference" else f"rocr.backend_{name}"
+    try:
+        backend: Backend = importlib.import_module(module)  # type: ignore[assignment]
+    except ImportError:
+        return None
+    return backend
+
+
+def _choose(name: str | None, device: torch.device) -> Backend:
+    """Return the named backend, or the fastest one, for the device."""
+    if name is not None and name not in BACKENDS:
+        raise InputError(f"There is no backend {name!r}; rocr has {', '.join(BACKENDS)}.")
+    for candidate in BACKENDS if name is None else (name,):
+        backend = _load(candidate)
+        if backend and backend.is_available(device):
+            return backend
+    raise InputError(
+        f"The backend {name!r} cannot run on {device} here; available are {', '.join(available_backends(device))}."
+    )
