@@ -12,7 +12,7 @@ from typing import Any
 
 from rocr.errors import InputError
 
-_TXT_PIECE_BYTES = 2**20  # a longer line, and a longer paragraph, becomes several documents
+_TXT_PIECE = 2**20  # a line of more bytes, and a paragraph of more characters, becomes several documents
 _JSONL_LINE_BYTES = 64 * 2**20
 _BATCH_DOCUMENTS = 256
 _BATCH_CHARACTERS = 2**20
@@ -24,8 +24,9 @@ Paths = Iterable[str | os.PathLike[str]]
 def read_texts(paths: Paths) -> Iterator[str]:
     """Yield the documents of text files, one file after the other.
 
-    A document is a paragraph of a `.txt` file (what stands between blank lines; above 1 MiB in parts), the
-    field `text` of a line of a `.jsonl` file, or a row of the column `text` of a `.parquet` file.
+    A document is a paragraph of a `.txt` file (what stands between blank lines, in parts where it has more
+    than a million characters), the field `text` of a line of a `.jsonl` file, or a row of the column `text`
+    of a `.parquet` file.
 
     Raises:
         InputError: a file cannot be read or is of another kind, text is not UTF-8, a `text` is missing;
@@ -209,12 +210,12 @@ def _lines(path: Path, limit: int) -> Iterator[tuple[int, str, bool]]:
 def _read_txt(path: Path) -> Iterator[str]:
     paragraph: list[str] = []
     characters = 0
-    for _, line, _ in _lines(path, _TXT_PIECE_BYTES):
+    for _, line, _ in _lines(path, _TXT_PIECE):
         blank = not line.strip()
         if not blank:
             paragraph.append(line.replace("\r\n", "\n"))
             characters += len(line)
-        if paragraph and (blank or characters >= _TXT_PIECE_BYTES):
+        if paragraph and (blank or characters >= _TXT_PIECE):
             yield "".join(paragraph).removesuffix("\n")
             paragraph, characters = [], 0
     if paragraph:
