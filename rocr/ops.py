@@ -79,7 +79,8 @@ def accumulate_second_moment(total: Tensor, keys: Tensor, backend: str | None = 
     chosen = _choose(backend, total.device)
     if not total.numel() or not keys.numel():
         return total
-    chosen.accumulate_second_moment(total, keys if keys.stride(1) == 1 else keys.contiguous())
+    has_rows = keys.stride(1) == 1 and (keys.stride(0) >= keys.shape[1] or keys.shape[0] == 1)
+    chosen.accumulate_second_moment(total, keys if has_rows else keys.contiguous())
     return total
 
 

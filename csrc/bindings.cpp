@@ -1,0 +1,57 @@
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "low_rank_update.h"
+#include "second_moment.h"
+
+namespace py = pybind11;
+
+namespace {
+
+template <class Pointer>
+Pointer pointer(std::uintptr_t address) {
+  return reinterpret_cast<Pointer>(address);
+}
+
+void accumulate_second_moment(std::uintptr_t total, std::int64_t total_stride, std::uintptr_t keys,
+                              std::int64_t keys_stride, std::int64_t tokens, std::int64_t size, rocr::Number number,
+                              int threads, const std::string& simd) {
+  rocr::accumulate_second_moment(pointer<float*>(total), total_stride, pointer<const void*>(keys), keys_stride, tokens,
+                                 size, number, threads, rocr::find_simd(simd));
+}
+
+rocr::LowRankUpdate make_update(std::uintptr_t weight, rocr::Number number, std::int64_t rows, std::int64_t columns,
+                                std::int64_t stride, std::int64_t rank, std::uintptr_t left, std::uintptr_t right) {
+  return {pointer<void*>(weight),       number, rows, columns, stride, rank, pointer<const float*>(left),
+          pointer<const float*>(right)};
+}
+
+void low_rank_update(const std::vector<rocr::LowRankUpdate>& updates, float scale, bool stochastic, std::uint64_t seed,
+                     int threads, const std::string& simd) {
+  rocr::low_rank_update(updates, scale, stochastic, seed, threads, rocr::find_simd(simd));
+}
+
+std::vector<std::string> simd_names() {
+  std::vector<std::string> names;
+  for (const rocr::Simd* simd : rocr::supported_simds()) names.emplace_back(simd->name);
+  return names;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "Compiled kernels of rocr.ops; addresses are integers, sizes and strides count numbers.";
+  py::enum_<rocr::Number>(module, "Number")
+      .value("float32", rocr::Number::float32)
+      .value("bfloat16", rocr::Number::bfloat16)
+      .value("float16", rocr::Number::float16);
+  py::class_<rocr::LowRankUpdate>(module, "LowRankUpdate")
+      .def(py::init(&make_update), py::arg("weight"), py::arg("number"), py::arg("rows"), py::arg("columns"),
+           py::arg("stride"), py::arg("rank"), py::arg("left"), py::arg("right"));
+  module.def("simd_names", &simd_names, "Instruction sets that run here, the fastest first.");
+  module.def("accumulate_second_moment", &accumulate_second_moment, py::arg("total"), py::arg("total_stride"),
+             py::arg("keys"), py::arg("keys_stride"), py::arg("tokens"), py::arg("size"), py::arg("number"),
+             py::arg("threads"), py::arg("simd") = "", py::call_guard<py::gil_scoped_release>());
+  module.def("low_rank_update", &low_rank_update, py::arg("updates"), py::arg("scale"), py::arg("stochastic"),
+             py::arg("seed"), py::arg("threads"), py::arg("simd") = "", py::call_guard<py::gil_scoped_release>());
+}

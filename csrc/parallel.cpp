@@ -1,0 +1,53 @@
+#include "parallel.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <new>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace rocr {
+
+void run_phases(int threads, std::int64_t phases, std::int64_t items,
+                const std::function<void(int, std::int64_t, std::int64_t)>& task) {
+  std::atomic<std::int64_t> next{0};
+  std::atomic<std::int64_t> done{0};
+  const auto work = [&](int worker) {
+    for (std::int64_t taken = next++; taken < phases * items; taken = next++) {
+      const std::int64_t phase = taken / items;
+      while (done.load(std::memory_order_acquire) < phase * items) std::this_thread::yield();
+      task(worker, phase, taken % items);
+      done.fetch_add(1, std::memory_order_release);
+    }
+  };
+  std::vector<std::thread> others;
+  others.reserve(threads);
+  try {
+    for (int worker = 1; worker < threads && worker < items; ++worker) others.emplace_back(work, worker);
+  } catch (const std::system_error&) {
+    // The system gives no more threads: those that there are do the work.
+  }
+  work(0);
+  for (std::thread& other : others) other.join();
+}
+
+Buffer::Buffer(std::int64_t count) {
+  constexpr std::size_t huge_page = std::size_t{1} << 21;
+  const std::size_t bytes = static_cast<std::size_t>(count) * sizeof(float);
+  const std::size_t alignment = bytes < huge_page ? 64 : huge_page;
+  const std::size_t rounded = (bytes + alignment) / alignment * alignment;
+  data_ = static_cast<float*>(std::aligned_alloc(alignment, rounded));
+  if (!data_) throw std::bad_alloc();
+#if defined(__linux__)
+  if (alignment == huge_page) madvise(data_, rounded, MADV_HUGEPAGE);
+#endif
+}
+
+Buffer::~Buffer() { std::free(data_); }
+
+}  // namespace rocr

@@ -1,0 +1,27 @@
+// Threads and memory for one call; nothing outlives it, so a process may fork between calls.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+namespace rocr {
+
+// Runs task(worker, phase, item) once for every item of every phase, on at most `threads` threads. A phase begins when
+// all items of the one before it are done; the caller is worker 0. The task must not throw.
+void run_phases(int threads, std::int64_t phases, std::int64_t items,
+                const std::function<void(int worker, std::int64_t phase, std::int64_t item)>& task);
+
+// Numbers at the start of a cache line, not initialised, on huge pages where the system has them.
+class Buffer {
+ public:
+  explicit Buffer(std::int64_t count);
+  ~Buffer();
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  float* data() const { return data_; }
+
+ private:
+  float* data_;
+};
+
+}  // namespace rocr

@@ -1,0 +1,39 @@
+#include "simd.h"
+
+#include <stdexcept>
+
+namespace rocr {
+
+#if defined(__x86_64__)
+extern const Simd avx512, avx2;
+#elif defined(__aarch64__)
+extern const Simd neon;
+#endif
+extern const Simd plain;
+
+std::int64_t bytes_of(Number number) { return number == Number::float32 ? 4 : 2; }
+
+std::vector<const Simd*> supported_simds() {
+  std::vector<const Simd*> supported;
+#if defined(__x86_64__)
+  const Simd* all[] = {&avx512, &avx2, &plain};
+#elif defined(__aarch64__)
+  const Simd* all[] = {&neon, &plain};
+#else
+  const Simd* all[] = {&plain};
+#endif
+  for (const Simd* simd : all)
+    if (simd->is_supported()) supported.push_back(simd);
+  return supported;
+}
+
+const Simd& find_simd(const std::string& name) {
+  std::string names;
+  for (const Simd* simd : supported_simds()) {
+    if (name.empty() || name == simd->name) return *simd;
+    names += names.empty() ? simd->name : std::string(", ") + simd->name;
+  }
+  throw std::invalid_argument("There is no instruction set '" + name + "' here; there are " + names + ".");
+}
+
+}  // namespace rocr

@@ -1,0 +1,17 @@
+#if defined(__x86_64__)
+#define ROCR_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")))
+#define ROCR_WIDTH 16
+#define ROCR_TILE_ROWS 14
+#define ROCR_TILE_VECTORS 2
+#include "simd_kernels.h"
+
+namespace rocr {
+
+static bool is_supported() { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq"); }
+
+extern const Simd avx512;
+const Simd avx512 = {"avx512", is_supported, tile_rows, tile_columns, group_columns, 256, multiply, pack, add};
+
+}  // namespace rocr
+#endif

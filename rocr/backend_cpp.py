@@ -1,0 +1,114 @@
+"""The operations through the compiled kernels of csrc/ (rocr._C), for the CPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SIMD_VARIABLE = "ROCR_SIMD"
+"""Environment variable that names an instruction set, in place of the fastest that the machine has."""
+
+
+def is_available(device: torch.device) -> bool:
+    """Whether rocr._C was compiled, and the device is the CPU."""
+    if device.type != "cpu":
+        return False
+    try:
+        import rocr._C
+    except ImportError:
+        return False
+    return True
+
+
+def simd_names() -> list[str]:
+    """Names of the instruction sets that this machine can run, the fastest first."""
+    import rocr._C as kernels
+
+    names: list[str] = kernels.simd_names()
+    return names
+
+
+def accumulate_second_moment(total: Tensor, keys: Tensor) -> None:
+    """Add keysᵀ keys to the lower triangle of total."""
+    import rocr._C as kernels
+
+    rows = _with_rows(total)
+    kernels.accumulate_second_moment(
+        total=rows.data_ptr(),
+        total_stride=_row_stride(rows),
+        keys=keys.data_ptr(),
+        keys_stride=_row_stride(keys),
+        tokens=keys.shape[0],
+        size=keys.shape[1],
+        number=_number(keys),
+        threads=torch.get_num_threads(),
+        simd=os.environ.get(SIMD_VARIABLE, ""),
+    )
+    if rows is not total:
+        total.copy_(rows)
+
+
+def low_rank_update(
+    weights: Sequence[Tensor],
+    lefts: Sequence[Tensor],
+    rights: Sequence[Tensor],
+    scale: float,
+    rounding: str,
+    seed: int,
+) -> None:
+    """Add scale * left @ right to every weight, all in one call; a transposed weight by swapping its factors."""
+    import rocr._C as kernels
+
+    operands = [_by_rows(*each) for each in zip(weights, lefts, rights, strict=True)]
+    kernels.low_rank_update(
+        updates=[_describe(*each) for each in operands],
+        scale=scale,
+        stochastic=rounding == "stochastic",
+        seed=seed,
+        threads=torch.get_num_threads(),
+        simd=os.environ.get(SIMD_VARIABLE, ""),
+    )
+    for weight, (rows, _, _) in zip(weights, operands, strict=True):
+        if rows.data_ptr() != weight.data_ptr():
+            weight.copy_(rows)
+
+
+def _by_rows(weight: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the same update of a weight whose rows lie in memory one number after the other."""
+    if weight.stride(1) != 1 and weight.stride(0) == 1:
+        return weight.T, right.T.contiguous(), left.T.contiguous()
+    return _with_rows(weight), left, right
+
+
+def _describe(weight: Tensor, left: Tensor, right: Tensor) -> Any:
+    import rocr._C as kernels
+
+    return kernels.LowRankUpdate(
+        weight=weight.data_ptr(),
+        number=_number(weight),
+        rows=weight.shape[0],
+        columns=weight.shape[1],
+        stride=_row_stride(weight),
+        rank=left.shape[1],
+        left=left.data_ptr(),
+        right=right.data_ptr(),
+    )
+
+
+def _with_rows(matrix: Tensor) -> Tensor:
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def _row_stride(matrix: Tensor) -> int:
+    """Distance of two rows; a single row has any stride in torch."""
+    return matrix.stride(0) if matrix.shape[0] > 1 else matrix.shape[1]
+
+
+def _number(tensor: Tensor) -> Any:
+    import rocr._C as kernels
+
+    return getattr(kernels.Number, str(tensor.dtype).removeprefix("torch."))
