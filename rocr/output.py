@@ -40,7 +40,7 @@ def check_output(path: AnyPath, inputs: Iterable[AnyPath] = (), overwrite: bool 
             raise InputError(f"The output {path} cannot be made: {final.parent} {flaw}.")
         if not os.access(final.parent, os.W_OK | os.X_OK):
             raise InputError(f"The output {path} cannot be made: no permission to write to {final.parent}.")
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path of an input
         raise InputError(f"The output {path} cannot be examined: {error}.") from error
 
 
@@ -98,6 +98,8 @@ def new_file(path: AnyPath, overwrite: bool = False) -> Iterator[Path]:
 def _location(path: AnyPath) -> Path:
     """Return the absolute path with every symlink followed but the last part, which an output replaces."""
     path = Path(path)
+    if "\0" in str(path):
+        raise InputError(f"The output {str(path)!r} cannot be made: its name holds a zero byte.")
     if path.name in ("", ".."):
         return Path(os.path.realpath(path))
     return Path(os.path.realpath(path.parent), path.name)
@@ -107,13 +109,12 @@ def _check_apart(path: AnyPath, final: Path, source: AnyPath) -> None:
     real_source = Path(os.path.realpath(source))
     if not real_source.exists():
         return
-    for target in (final, Path(os.path.realpath(final))):
-        if target.exists() and target.samefile(real_source):
-            raise InputError(f"The output {path} is the input {source}, which is never written to.")
-        if _within(target, real_source):
-            raise InputError(f"The output {path} lies inside the input {source}, which is never written to.")
-        if _within(real_source, target) or _within(_location(source), target):
-            raise InputError(f"The output {path} contains the input {source}; choose another folder.")
+    if final.exists() and final.samefile(real_source):
+        raise InputError(f"The output {path} is the input {source}, which is never written to.")
+    if _within(final, real_source):
+        raise InputError(f"The output {path} lies inside the input {source}, which is never written to.")
+    if _within(real_source, final) or _within(_location(source), final):
+        raise InputError(f"The output {path} contains the input {source}; choose another folder.")
 
 
 def _check_replaceable(path: AnyPath, final: Path, overwrite: bool) -> None:
@@ -214,11 +215,15 @@ def _link_file(partial: Path, final: Path) -> None:
 
 
 def _sync_tree(folder: Path) -> None:
-    for parent, _, names in os.walk(folder, topdown=False):
+    for parent, _, names in os.walk(folder, topdown=False, onerror=_raise):  # by default, walk skips on errors
         for path in (Path(parent, name) for name in names):
             if path.is_file() and not path.is_symlink():
                 _sync(path)
         _sync(Path(parent))
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _sync(path: Path) -> None:

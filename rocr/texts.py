@@ -159,14 +159,8 @@ def _after_start(tokens: list[int], position: int, start: int | None) -> int:
 def _tokenised(texts: Iterable[str], tokenizer: Any) -> Iterator[list[int]]:
     """Yield the tokens of each document that has any; documents go to the tokenizer in batches for speed."""
     for batch in _document_batches(texts):
-        encoded = tokenizer(
-            batch,
-            add_special_tokens=False,
-            padding=False,
-            truncation=False,
-            return_attention_mask=False,
-            verbose=False,  # a document may well be longer than the model's context
-        )
+        # Not verbose: a document may well be longer than the model's context.
+        encoded = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)
         yield from filter(None, encoded["input_ids"])
 
 
