@@ -32,7 +32,7 @@ struct Call {
   const Simd& simd;
   std::int64_t depth;          // of a slice of the rank
   std::int64_t block_rows;
-  std::int64_t block_columns;  // a multiple of the group
+  std::int64_t block_columns;  // a multiple of tile_columns
 
   std::vector<Block> blocks() const;
   void update_block(Block block, Scratch scratch) const;
@@ -61,16 +61,14 @@ void Call::update_block(Block block, Scratch scratch) const {
   for (std::int64_t first = 0; first < update.rank; first += depth) {
     const std::int64_t steps = std::min(depth, update.rank - first);
     const bool is_last = first + steps == update.rank;
-    for (std::int64_t column = 0; column < columns; column += simd.group_columns) {
-      const float* source = update.right + first * update.columns + block.first_column + column;
-      simd.pack(Number::float32, source, update.columns, steps, std::min(simd.group_columns, columns - column), nullptr,
-                scratch.columns + column * steps);
-    }
+    const float* right = update.right + first * update.columns + block.first_column;
+    simd.pack(Number::float32, right, update.columns, steps, columns, scratch.columns);
     for (std::int64_t row = block.first_row; row < end_row; row += simd.tile_rows) {
       float* sums = scratch.sums + (update.rank > depth ? (row - block.first_row) * block_columns : 0);
       pack_left(update, row, first, steps, scratch.rows);
       for (std::int64_t column = 0; column < columns; column += simd.tile_columns) {
-        simd.multiply(steps, scratch.rows, scratch.columns + column * steps, sums + column, block_columns, first > 0);
+        simd.multiply(columns - column, steps, scratch.rows, simd.tile_rows, scratch.columns + column * steps,
+                      sums + column, block_columns, first > 0);
       }
       if (is_last) add_strip(block, row, sums);
     }
@@ -128,10 +126,10 @@ void low_rank_update(const std::vector<LowRankUpdate>& updates, float scale, boo
     columns = std::max(columns, update.columns);
   }
   const std::int64_t depth = std::min(rank, simd.panel_depth);
-  const std::int64_t groups = std::min({panel_numbers / depth, max_columns, columns + simd.group_columns - 1}) /
-                              simd.group_columns;
+  const std::int64_t panels = std::min({panel_numbers / depth, max_columns, columns + simd.tile_columns - 1}) /
+                              simd.tile_columns;
   const Call call{updates, scale, stochastic, seed, simd, depth, block_strips * simd.tile_rows,
-                  std::max<std::int64_t>(groups, 1) * simd.group_columns};
+                  std::max<std::int64_t>(panels, 1) * simd.tile_columns};
   const std::vector<Block> blocks = call.blocks();
   if (blocks.empty()) return;
 

@@ -23,22 +23,23 @@ struct Simd {
   const char* name;
   bool (*is_supported)();
 
-  // A register tile of a product has tile_rows x tile_columns elements. Operands come as panels: for each step of the
-  // depth the tile_rows (or tile_columns) numbers of that step, side by side. A group is the smallest number of
-  // columns that are whole panels of both kinds.
-  std::int64_t tile_rows, tile_columns, group_columns;
+  // A register tile of a product has tile_rows x tile_columns numbers, and tile_rows divides tile_columns. A panel holds
+  // tile_columns columns of a matrix: for each of its rows (the steps of a product) the tile_columns numbers of that
+  // row, side by side. One panel serves as the columns of a product, tile_rows columns of it as the rows of another.
+  std::int64_t tile_rows, tile_columns;
 
-  // Steps for which a panel of columns stays in the first cache.
+  // Steps for which a panel stays in the caches next to the arithmetic.
   std::int64_t panel_depth;
 
-  // tile = rowsᵀ columns, or tile += rowsᵀ columns; the rows of tile lie `stride` apart.
-  void (*multiply)(std::int64_t depth, const float* rows, const float* columns, float* tile, std::int64_t stride,
-                   bool accumulate);
+  // The first `count` columns of tile = rowsᵀ columns, or of tile += rowsᵀ columns; it may write up to a vector more.
+  // Strides are distances of two steps of rows, and of two rows of tile.
+  void (*multiply)(std::int64_t count, std::int64_t depth, const float* rows, std::int64_t rows_stride,
+                   const float* columns, float* tile, std::int64_t tile_stride, bool accumulate);
 
-  // Copies `count` columns of a matrix with `depth` rows into a group's panels, the columns that are missing as zeros.
-  // Panels of rows may be null: not wanted.
+  // Copies `count` columns of a matrix with `depth` rows, `stride` numbers apart, into panels; the last one is filled
+  // up with zeros.
   void (*pack)(Number number, const void* source, std::int64_t stride, std::int64_t depth, std::int64_t count,
-               float* rows, float* columns);
+               float* panels);
 
   // weight += update, rounded once; first_column tells a row's numbers apart under stochastic rounding.
   void (*add)(Number number, void* weight, const float* update, std::int64_t count, Rounding rounding,

@@ -1,8 +1,8 @@
 #if defined(__x86_64__)
 #define ROCR_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")))
 #define ROCR_WIDTH 16
-#define ROCR_TILE_ROWS 14
-#define ROCR_TILE_VECTORS 2
+#define ROCR_TILE_ROWS 8
+#define ROCR_TILE_VECTORS 3
 #include "simd_kernels.h"
 
 namespace rocr {
@@ -11,7 +11,7 @@ static bool is_supported() { return __builtin_cpu_supports("avx512f") && __built
          __builtin_cpu_supports("avx512dq"); }
 
 extern const Simd avx512;
-const Simd avx512 = {"avx512", is_supported, tile_rows, tile_columns, group_columns, 256, multiply, pack, add};
+const Simd avx512 = {"avx512", is_supported, tile_rows, tile_columns, 256, multiply_first<tile_vectors>, pack, add};
 
 }  // namespace rocr
 #endif

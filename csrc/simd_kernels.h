@@ -19,85 +19,94 @@ constexpr std::int64_t tile_rows = ROCR_TILE_ROWS;
 constexpr std::int64_t tile_vectors = ROCR_TILE_VECTORS;
 constexpr std::int64_t tile_columns = tile_vectors * width;
 
-constexpr std::int64_t common_divisor(std::int64_t a, std::int64_t b) { return b == 0 ? a : common_divisor(b, a % b); }
-constexpr std::int64_t group_columns = tile_rows / common_divisor(tile_rows, tile_columns) * tile_columns;
+static_assert(tile_columns % tile_rows == 0 && tile_rows * tile_columns <= max_tile_numbers);
 
-ROCR_TARGET void multiply(std::int64_t depth, const float* rows, const float* columns, float* tile, std::int64_t stride,
-                          bool accumulate) {
-  Floats sums[tile_rows][tile_vectors];
+template <int vectors>
+ROCR_TARGET void multiply_vectors(std::int64_t depth, const float* rows, std::int64_t rows_stride, const float* columns,
+                                  float* tile, std::int64_t tile_stride, bool accumulate) {
+  Floats sums[tile_rows][vectors];
 #pragma GCC unroll 16
   for (int row = 0; row < tile_rows; ++row) {
-#pragma GCC unroll 4
-    for (int vector = 0; vector < tile_vectors; ++vector) {
+#pragma GCC unroll 8
+    for (int vector = 0; vector < vectors; ++vector) {
       sums[row][vector] = Floats{};
-      __builtin_prefetch(tile + row * stride + vector * width, 1);
+      __builtin_prefetch(tile + row * tile_stride + vector * width, 1);
     }
   }
 #pragma GCC unroll 1
   for (std::int64_t step = 0; step < depth; ++step) {
-    Floats column[tile_vectors];
-    __builtin_prefetch(rows + 16 * tile_rows);
-#pragma GCC unroll 4
-    for (int vector = 0; vector < tile_vectors; ++vector) {
+    Floats column[vectors];
+    __builtin_prefetch(rows + 8 * rows_stride);
+#pragma GCC unroll 8
+    for (int vector = 0; vector < vectors; ++vector) {
       column[vector] = *reinterpret_cast<const Floats*>(columns + vector * width);
       __builtin_prefetch(columns + 4 * tile_columns + vector * width);
     }
 #pragma GCC unroll 16
     for (int row = 0; row < tile_rows; ++row) {
       const Floats factor = rows[row] - Floats{};  // x - 0 is x: a mere broadcast, where 0 + x would be an addition
-#pragma GCC unroll 4
-      for (int vector = 0; vector < tile_vectors; ++vector) sums[row][vector] += factor * column[vector];
+#pragma GCC unroll 8
+      for (int vector = 0; vector < vectors; ++vector) sums[row][vector] += factor * column[vector];
     }
-    rows += tile_rows;
+    rows += rows_stride;
     columns += tile_columns;
   }
 #pragma GCC unroll 16
   for (int row = 0; row < tile_rows; ++row) {
-#pragma GCC unroll 4
-    for (int vector = 0; vector < tile_vectors; ++vector) {
-      Floats* target = reinterpret_cast<Floats*>(tile + row * stride + vector * width);
+#pragma GCC unroll 8
+    for (int vector = 0; vector < vectors; ++vector) {
+      Floats* target = reinterpret_cast<Floats*>(tile + row * tile_stride + vector * width);
       *target = accumulate ? *target + sums[row][vector] : sums[row][vector];
     }
   }
 }
 
+template <int vectors>
+void multiply_first(std::int64_t count, std::int64_t depth, const float* rows, std::int64_t rows_stride,
+                    const float* columns, float* tile, std::int64_t tile_stride, bool accumulate) {
+  if (count > (vectors - 1) * width) {
+    multiply_vectors<vectors>(depth, rows, rows_stride, columns, tile, tile_stride, accumulate);
+  } else if constexpr (vectors > 1) {
+    multiply_first<vectors - 1>(count, depth, rows, rows_stride, columns, tile, tile_stride, accumulate);
+  }
+}
+
 template <Number number>
-ROCR_INLINE void widen_line(const char* source, std::int64_t count, float* line) {
+ROCR_INLINE Floats widen_some(const char* source, std::int64_t count) {
   constexpr std::int64_t bytes = number == Number::float32 ? 4 : 2;
-  std::int64_t column = 0;
-  for (; column + width <= count; column += width) {
-    *reinterpret_cast<Floats*>(line + column) = widen<number>(source + column * bytes);
-  }
-  for (; column < group_columns; column += width) {
-    char rest[width * bytes] = {};
-    if (column < count) std::memcpy(rest, source + column * bytes, (count - column) * bytes);
-    *reinterpret_cast<Floats*>(line + column) = widen<number>(rest);
-  }
+  if (count >= width) return widen<number>(source);
+  char some[width * bytes] = {};
+  if (count > 0) std::memcpy(some, source, count * bytes);
+  return widen<number>(some);
 }
 
 template <Number number>
 ROCR_TARGET void pack_numbers(const char* source, std::int64_t stride, std::int64_t depth, std::int64_t count,
-                              float* rows, float* columns) {
-  alignas(64) float line[group_columns];
+                              float* panels) {
+  constexpr std::int64_t bytes = number == Number::float32 ? 4 : 2;
+  constexpr std::int64_t steps_ahead = 4;
+  const std::int64_t panel_count = (count + tile_columns - 1) / tile_columns;
   for (std::int64_t step = 0; step < depth; ++step, source += stride) {
-    widen_line<number>(source, count, line);
-    for (std::int64_t panel = 0; panel < group_columns / tile_columns; ++panel) {
-      std::memcpy(columns + (panel * depth + step) * tile_columns, line + panel * tile_columns, tile_columns * 4);
+    if (step + steps_ahead < depth) {
+      for (std::int64_t i = 0; i < count * bytes; i += 64) __builtin_prefetch(source + steps_ahead * stride + i);
     }
-    if (!rows) continue;
-    for (std::int64_t panel = 0; panel < group_columns / tile_rows; ++panel) {
-      std::memcpy(rows + (panel * depth + step) * tile_rows, line + panel * tile_rows, tile_rows * 4);
+    for (std::int64_t panel = 0; panel < panel_count; ++panel) {
+      float* target = panels + (panel * depth + step) * tile_columns;
+      for (std::int64_t vector = 0; vector < tile_vectors; ++vector) {
+        const std::int64_t column = panel * tile_columns + vector * width;
+        *reinterpret_cast<Floats*>(target + vector * width) = widen_some<number>(source + column * bytes, count - column);
+      }
     }
   }
 }
 
-void pack(Number number, const void* source, std::int64_t stride, std::int64_t depth, std::int64_t count, float* rows,
-          float* columns) {
+void pack(Number number, const void* source, std::int64_t stride, std::int64_t depth, std::int64_t count,
+          float* panels) {
   const char* bytes = static_cast<const char*>(source);
   switch (number) {
-    case Number::float32: return pack_numbers<Number::float32>(bytes, stride * 4, depth, count, rows, columns);
-    case Number::bfloat16: return pack_numbers<Number::bfloat16>(bytes, stride * 2, depth, count, rows, columns);
-    case Number::float16: return pack_numbers<Number::float16>(bytes, stride * 2, depth, count, rows, columns);
+    case Number::float32: return pack_numbers<Number::float32>(bytes, stride * 4, depth, count, panels);
+    case Number::bfloat16: return pack_numbers<Number::bfloat16>(bytes, stride * 2, depth, count, panels);
+    case Number::float16: return pack_numbers<Number::float16>(bytes, stride * 2, depth, count, panels);
   }
 }
 

@@ -1,8 +1,8 @@
 #if defined(__aarch64__)
 #define ROCR_TARGET
 #define ROCR_WIDTH 4
-#define ROCR_TILE_ROWS 12
-#define ROCR_TILE_VECTORS 2
+#define ROCR_TILE_ROWS 4
+#define ROCR_TILE_VECTORS 6
 #include "simd_kernels.h"
 
 namespace rocr {
@@ -10,7 +10,7 @@ namespace rocr {
 static bool is_supported() { return true; }
 
 extern const Simd neon;
-const Simd neon = {"neon", is_supported, tile_rows, tile_columns, group_columns, 256, multiply, pack, add};
+const Simd neon = {"neon", is_supported, tile_rows, tile_columns, 256, multiply_first<tile_vectors>, pack, add};
 
 }  // namespace rocr
 #endif

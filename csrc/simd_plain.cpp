@@ -1,7 +1,7 @@
 #define ROCR_TARGET
 #define ROCR_WIDTH 4
 #define ROCR_TILE_ROWS 4
-#define ROCR_TILE_VECTORS 2
+#define ROCR_TILE_VECTORS 3
 #include "simd_kernels.h"
 
 namespace rocr {
@@ -9,6 +9,6 @@ namespace rocr {
 static bool is_supported() { return true; }
 
 extern const Simd plain;
-const Simd plain = {"plain", is_supported, tile_rows, tile_columns, group_columns, 256, multiply, pack, add};
+const Simd plain = {"plain", is_supported, tile_rows, tile_columns, 256, multiply_first<tile_vectors>, pack, add};
 
 }  // namespace rocr

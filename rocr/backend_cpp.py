@@ -18,10 +18,10 @@ def is_available(device: torch.device) -> bool:
     if device.type != "cpu":
         return False
     try:
-        import rocr._C
+        import rocr._C as kernels
     except ImportError:
         return False
-    return True
+    return bool(kernels.simd_names())
 
 
 def simd_names() -> list[str]:
