@@ -1,0 +1,63 @@
+"""rocr: bulk concept unlearning for language models, in closed form."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rocr import ops
+    from rocr.collect import CollectOptions, collect_statistics
+    from rocr.concepts import Concept, load_concepts
+    from rocr.config import EditConfig
+    from rocr.edit import Edit
+    from rocr.errors import GuardError, InputError, RocrError, VerificationError
+    from rocr.pipeline import unlearn
+    from rocr.progress import Progress
+    from rocr.prompts import Template
+    from rocr.statistics import Statistics
+
+_HOMES = {
+    "CollectOptions": "collect",
+    "Concept": "concepts",
+    "Edit": "edit",
+    "EditConfig": "config",
+    "GuardError": "errors",
+    "InputError": "errors",
+    "Progress": "progress",
+    "RocrError": "errors",
+    "Statistics": "statistics",
+    "Template": "prompts",
+    "VerificationError": "errors",
+    "collect_statistics": "collect",
+    "load_concepts": "concepts",
+    "unlearn": "pipeline",
+}
+
+__version__ = "0.1.0"
+__all__ = [
+    "CollectOptions",
+    "Concept",
+    "Edit",
+    "EditConfig",
+    "GuardError",
+    "InputError",
+    "Progress",
+    "RocrError",
+    "Statistics",
+    "Template",
+    "VerificationError",
+    "collect_statistics",
+    "load_concepts",
+    "ops",
+    "unlearn",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used, so that `rocr --help` does not wait for torch."""
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"rocr.{_HOMES[name]}"), name)
+    if name == "ops":
+        return importlib.import_module("rocr.ops")
+    raise AttributeError(f"module 'rocr' has no attribute {name!r}")

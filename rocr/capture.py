@@ -1,0 +1,95 @@
+"""Record what flows through a model: the inputs of down-projections and the outputs of decoder layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from rocr.architectures import Architecture
+
+
+class _StopForward(Exception):
+    """Ends a forward pass once the last wanted layer has run."""
+
+
+@contextmanager
+def input_hook(module: nn.Module, receive: Callable[[Tensor], None]) -> Iterator[None]:
+    """Within the context, `receive` gets the module's input, (batch, tokens, features)."""
+
+    def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        receive(inputs[0].detach())
+
+    with _removing(module.register_forward_pre_hook(hook)):
+        yield
+
+
+@contextmanager
+def hidden_hook(architecture: Architecture, layer: int, receive: Callable[[Tensor], None]) -> Iterator[None]:
+    """Within the context, `receive` gets the decoder layer's output, (batch, tokens, d_out)."""
+
+    def hook(_module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
+        receive(_first_tensor(output).detach())
+
+    with _removing(architecture.layers[layer].register_forward_hook(hook)):
+        yield
+
+
+@torch.no_grad()
+def run_through(architecture: Architecture, layer: int, tokens: Tensor, mask: Tensor | None = None) -> None:
+    """Run the embedding and the decoder layers 0 to `layer`, and nothing after them: no logits.
+
+    Args:
+        architecture: of the model to run.
+        layer: the last layer to run.
+        tokens: (batch, tokens) int64 token ids, padded on the right.
+        mask: (batch, tokens), 1 for tokens and 0 for padding; None where there is no padding.
+    """
+
+    def stop(_module: nn.Module, _inputs: tuple[Any, ...], _output: Any) -> None:
+        raise _StopForward
+
+    device = architecture.embedding.weight.device
+    assert isinstance(device, torch.device)
+    arguments = {"input_ids": tokens.to(device), "use_cache": False}
+    if mask is not None:
+        arguments["attention_mask"] = mask.to(device)
+    with _evaluating(architecture.model), ExitStack() as stack:
+        # The stop must be the layer's last hook, so that recording hooks have run before it.
+        stack.enter_context(_removing(architecture.layers[layer].register_forward_hook(stop)))
+        try:
+            architecture.model(**arguments)
+        except _StopForward:
+            return
+    raise RuntimeError(f"The forward pass ended without running decoder layer {layer}.")
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off inside, the modules' own modes restored after."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _removing(handle: RemovableHandle) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _first_tensor(output: Any) -> Tensor:
+    """The hidden states of a layer's output, which is a tensor or a tuple that starts with one."""
+    while not isinstance(output, Tensor):
+        output = output[0]
+    return output

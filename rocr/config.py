@@ -1,0 +1,162 @@
+"""The settings of an edit: frozen, and every one checked once."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from rocr.errors import InputError
+from rocr.prompts import Template
+
+Method = Literal["whitened", "projected"]
+KeyTokens = Literal["last", "all"]
+KeysPerConcept = Literal["mean", "all"]
+Contexts = Literal["matched", "official"]
+
+DEFAULT_TEMPLATES = (
+    Template("{}", chat=True),
+    Template("Who is {}?", chat=True),
+    Template("Tell me about {}.", chat=True),
+    Template("Please answer the question about {}.", chat=True),
+    Template("This text is about {}.", chat=False),
+    Template("Question: What is known about {}?", chat=False),
+)
+
+OFFICIAL_TEMPLATES = tuple(
+    Template(f"{opening} {{}}.", chat=True, answer="Answer:")
+    for opening in (
+        "",
+        "Please answer the question about",
+        "Choose the best answer about",
+        "Write the answer about",
+        "Tell me about",
+        "Write something about",
+    )
+)
+
+
+@dataclass(frozen=True)
+class EditConfig:
+    """How concepts are redirected. The notation is that of `rocr.reference`.
+
+    Attributes:
+        layers: decoder layers to edit, in ascending order; None: chosen from the model's depth.
+        method: the metric that protects ordinary keys: "whitened" (one Cholesky factorisation, as in ROME and
+            MEMIT) or "projected" (the null space of the statistics, as in the ROCR paper).
+        ridge: λ > 0: how much a small update is preferred to a complete one. It is in units of the mean squared
+            length of ordinary keys under the metric, tr(C M), if `relative_ridge`, else in squared key units.
+        relative_ridge: whether `ridge` is free of the model's scale.
+        gamma: γ >= 0, for "whitened": the weight of ordinary keys against the identity.
+        threshold: for "projected": eigenvalues of the second moment below it are free to use. It is in squared
+            key units, as in the authors' code, unless `relative_threshold`.
+        relative_threshold: whether `threshold` is in units of the mean eigenvalue, which has no scale.
+        strength: factor of the residuals; 1 goes to the target, above 1 beyond it.
+        templates: contexts in which a concept is read; a plain string is a template without the chat format.
+        key_tokens: which tokens of the name become keys: the "last", or "all".
+        keys_per_concept: "mean" over the templates, or "all" of them.
+        contexts: "matched": target and current state are taken in the key's own template; "official": the
+            target in the first template and the current state in the bare text "{name}.", as the authors do.
+        seed: of everything that is drawn at random.
+
+    Raises:
+        InputError: a value is out of its range.
+    """
+
+    layers: tuple[int, ...] | None = None
+    method: Method = "whitened"
+    ridge: float = 2.0
+    relative_ridge: bool = True
+    gamma: float = 1.0
+    threshold: float = 0.02
+    relative_threshold: bool = False
+    strength: float = 1.0
+    templates: tuple[Template, ...] = DEFAULT_TEMPLATES
+    key_tokens: KeyTokens = "all"
+    keys_per_concept: KeysPerConcept = "mean"
+    contexts: Contexts = "matched"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.layers is not None:
+            object.__setattr__(self, "layers", _checked_layers(self.layers))
+        object.__setattr__(self, "templates", _checked_templates(self.templates))
+        _check_choice("method", self.method, get_args(Method))
+        _check_choice("key_tokens", self.key_tokens, get_args(KeyTokens))
+        _check_choice("keys_per_concept", self.keys_per_concept, get_args(KeysPerConcept))
+        _check_choice("contexts", self.contexts, get_args(Contexts))
+        _check_number("ridge", self.ridge, 0.0, exclusive=True)
+        _check_number("gamma", self.gamma, 0.0)
+        _check_number("threshold", self.threshold, 0.0, exclusive=True)
+        _check_number("strength", self.strength, 0.0, exclusive=True)
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise InputError(f"seed must be a whole number of at least 0, not {self.seed!r}.")
+
+    @classmethod
+    def official(cls, layers: tuple[int, ...] | None = None) -> EditConfig:
+        """The authors' settings (Acruxos/ORT, train/rocr, rocr_hparams for Llama-3-8B)."""
+        return cls(
+            layers=layers,
+            method="projected",
+            ridge=1.0,
+            relative_ridge=False,
+            threshold=0.02,
+            templates=OFFICIAL_TEMPLATES,
+            key_tokens="last",
+            keys_per_concept="mean",
+            contexts="official",
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings as JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> EditConfig:
+        """The inverse of `to_json`.
+
+        Raises:
+            InputError: an unknown setting, or a value out of range.
+        """
+        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            raise InputError(f"Unknown settings: {', '.join(unknown)}.")
+        known = dict(values)
+        if "templates" in known:
+            known["templates"] = tuple(
+                Template.from_json(template) if isinstance(template, Mapping) else template
+                for template in known["templates"]
+            )
+        return cls(**known)
+
+
+def _checked_layers(layers: Any) -> tuple[int, ...]:
+    numbers = list(layers) if isinstance(layers, (list, tuple, range)) else None
+    if not numbers or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers):
+        raise InputError(f"layers must be a list of layer numbers, 0 or more, not {layers!r}.")
+    if len(set(numbers)) != len(numbers):
+        raise InputError(f"layers names a layer twice: {numbers}.")
+    return tuple(sorted(numbers))
+
+
+def _checked_templates(templates: Any) -> tuple[Template, ...]:
+    if isinstance(templates, (str, Template)):
+        templates = (templates,)
+    checked = tuple(Template(t) if isinstance(t, str) else t for t in templates)
+    if not checked or not all(isinstance(template, Template) for template in checked):
+        raise InputError("templates must hold at least one text with {} where the name goes.")
+    return checked
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InputError(f"{name} must be one of {', '.join(choices)}, not {value!r}.")
+
+
+def _check_number(name: str, value: object, least: float, exclusive: bool = False) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or value < least or (exclusive and value == least):  # type: ignore[operator]
+        bound = "above" if exclusive else "of at least"
+        raise InputError(f"{name} must be a finite number {bound} {least:g}, not {value!r}.")

@@ -1,0 +1,129 @@
+"""An edit: what was done to a model, so that it can be undone, repeated, saved and shipped."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+from torch import nn
+
+from rocr.apply import LayerUpdate, apply_updates, down_projections, undo_updates
+from rocr.architectures import Architecture, find_architecture
+from rocr.concepts import Concept
+from rocr.config import EditConfig
+from rocr.errors import InputError
+from rocr.fingerprint import Fingerprint, model_digest, tensor_digest
+from rocr.measures import EditReport
+
+
+@dataclass
+class Edit:
+    """The redirection of some concepts in one model.
+
+    Attributes:
+        concepts: what was redirected to what.
+        config: the settings, with the layers that were edited.
+        fingerprint: the model and tokenizer it was made for.
+        updates: one per edited layer, ascending.
+        concept_of: for each key (row of `keys`), the index of its concept.
+        report: what was measured while it was made.
+    """
+
+    concepts: list[Concept]
+    config: EditConfig
+    fingerprint: Fingerprint
+    updates: list[LayerUpdate]
+    concept_of: list[int]
+    report: EditReport = field(default_factory=EditReport)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The edited decoder layers."""
+        return tuple(update.layer for update in self.updates)
+
+    def revert(self, model: nn.Module) -> None:
+        """Give the model back the weights it had before this edit, bit for bit.
+
+        Raises:
+            VerificationError: a weight is not as this edit left it; nothing is changed.
+            InputError: the edit was saved without what undoes it.
+        """
+        projections = down_projections(find_architecture(model), self.updates)
+        undo_updates(projections, [update.applied for update in self.updates])
+
+    def apply(self, model: nn.Module, allow_fingerprint_mismatch: bool = False) -> None:
+        """Put the edit onto another copy of the model it was made for, or back onto the same.
+
+        Raises:
+            InputError: it is another model, unless a mismatch is allowed; or it holds this edit already.
+            GuardError: a weight would overflow; the model is left as it was.
+        """
+        architecture = find_architecture(model)
+        if not allow_fingerprint_mismatch:
+            self._check_model(architecture)
+        projections = down_projections(architecture, self.updates)
+        applied = apply_updates(
+            projections, [update.left for update in self.updates], [update.right for update in self.updates]
+        )
+        self.updates = [replace(update, applied=record) for update, record in zip(self.updates, applied, strict=True)]
+
+    @contextmanager
+    def applied(self, model: nn.Module) -> Iterator[nn.Module]:
+        """The model with this edit inside the context, and without it after."""
+        self.apply(model)
+        try:
+            yield model
+        finally:
+            self.revert(model)
+
+    def save(self, path: str | os.PathLike[str], undo: bool = True, overwrite: bool = False) -> None:
+        """Write one safetensors file.
+
+        Args:
+            path: the file.
+            undo: whether it holds what restores the first weights bit for bit.
+            overwrite: whether a file that is there is replaced.
+
+        Raises:
+            InputError: the file exists and `overwrite` is not set.
+            RocrError: it cannot be written.
+        """
+        from rocr.edit_file import save_edit
+
+        save_edit(self, path, undo, overwrite)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Edit:
+        """Read a file that `save` wrote.
+
+        Raises:
+            InputError: it is missing, damaged, or not an edit file.
+        """
+        from rocr.edit_file import load_edit
+
+        return load_edit(path)
+
+    def export_lora(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
+        """Write the edit as a PEFT adapter: a folder that peft and vLLM load without rocr.
+
+        Raises:
+            InputError: the folder exists and `overwrite` is not set.
+            RocrError: it cannot be written.
+        """
+        from rocr.lora import export_lora
+
+        export_lora(self, path, overwrite)
+
+    def _check_model(self, architecture: Architecture) -> None:
+        found = model_digest(architecture, self.fingerprint.layer)
+        if found != self.fingerprint.model:
+            raise InputError(
+                f"The edit was made for {self.fingerprint}, but this model's fingerprint is {found[:12]}. "
+                "Allow a mismatch only for a close relative of that model."
+            )
+        projections = down_projections(architecture, self.updates)
+        for projection, update in zip(projections, self.updates, strict=True):
+            if update.applied and tensor_digest(projection.parameter.data) == update.applied.after:
+                raise InputError(f"{update.parameter} holds this edit already.")

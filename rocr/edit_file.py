@@ -1,0 +1,140 @@
+"""The edit file: safetensors with a JSON header, nothing that runs."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rocr.apply import Applied, LayerUpdate
+from rocr.concepts import Concept
+from rocr.config import EditConfig
+from rocr.errors import InputError
+from rocr.files import read_tensors, write_tensors
+from rocr.fingerprint import Fingerprint
+from rocr.measures import EditReport
+
+if TYPE_CHECKING:
+    from rocr.edit import Edit
+
+FORMAT = "rocr edit 1"
+_FACTORS = ("left", "right", "keys", "residuals")
+
+
+def save_edit(edit: Edit, path: str | os.PathLike[str], undo: bool, overwrite: bool) -> None:
+    """Write an edit, complete or not at all; see `Edit.save`."""
+    tensors: dict[str, Tensor] = {}
+    layers = []
+    for update in edit.updates:
+        for factor in _FACTORS:
+            values: Tensor = getattr(update, factor)
+            tensors[f"layer.{update.layer}.{factor}"] = values.detach().to("cpu", torch.float32).contiguous()
+        entry: dict[str, Any] = {
+            "layer": update.layer,
+            "parameter": update.parameter,
+            "transposed": update.transposed,
+        }
+        if update.applied is not None:
+            entry |= {name: getattr(update.applied, name) for name in ("dtype", "before", "after")}
+            if undo and update.applied.undo is not None:
+                packed, entry["undo"] = pack_undo(update.applied.undo)
+                tensors[f"layer.{update.layer}.undo"] = packed
+        layers.append(entry)
+    header = {
+        "format": FORMAT,
+        "concepts": [asdict(concept) for concept in edit.concepts],
+        "config": edit.config.to_json(),
+        "fingerprint": edit.fingerprint.to_json(),
+        "layers": layers,
+        "concept_of": edit.concept_of,
+        "report": edit.report.to_json(),
+    }
+    write_tensors(path, header, tensors, overwrite=overwrite)
+
+
+def load_edit(path: str | os.PathLike[str]) -> Edit:
+    """Read an edit; see `Edit.load`."""
+    from rocr.edit import Edit
+
+    header, tensors = read_tensors(path, FORMAT)
+    try:
+        concepts = [Concept(entry["name"], entry["redirect"], tuple(entry["aliases"])) for entry in header["concepts"]]
+        updates = [_load_update(entry, tensors) for entry in header["layers"]]
+        edit = Edit(
+            concepts,
+            EditConfig.from_json(header["config"]),
+            Fingerprint(**header["fingerprint"]),
+            updates,
+            [int(concept) for concept in header["concept_of"]],
+            EditReport.from_json(header["report"]),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, zlib.error) as error:
+        raise InputError(f"{path} is not a complete edit file: {error!r}.") from None
+    _check(edit, path)
+    return edit
+
+
+def pack_undo(undo: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    """Compress the bits that an edit changed: byte by byte of the values, since the high bytes are mostly zero.
+
+    Args:
+        undo: integers of any shape.
+
+    Returns:
+        (bytes,) uint8, and what `unpack_undo` needs to know.
+    """
+    width = undo.element_size()
+    planes = undo.contiguous().view(torch.uint8).reshape(-1, width).numpy().T
+    packed = zlib.compress(np.ascontiguousarray(planes).tobytes(), level=1)
+    return torch.frombuffer(bytearray(packed), dtype=torch.uint8), {"shape": list(undo.shape), "width": width}
+
+
+def unpack_undo(packed: Tensor, shape: list[int], width: int) -> Tensor:
+    """The inverse of `pack_undo`.
+
+    Raises:
+        ValueError: the bytes are not those of such a tensor.
+    """
+    dtype = {2: torch.int16, 4: torch.int32, 8: torch.int64}[width]
+    size = int(np.prod(shape, dtype=np.int64)) * width
+    inflater = zlib.decompressobj()
+    planes = np.frombuffer(inflater.decompress(packed.numpy().tobytes(), size), dtype=np.uint8)
+    if len(planes) != size or inflater.unconsumed_tail:
+        raise ValueError(f"the undo data holds {len(planes)} bytes and not {size}")
+    values = np.ascontiguousarray(planes.reshape(width, -1).T)
+    return torch.from_numpy(values).view(dtype).reshape(shape)
+
+
+def _load_update(entry: dict[str, Any], tensors: dict[str, Tensor]) -> LayerUpdate:
+    layer = int(entry["layer"])
+    left, right, keys, residuals = (tensors[f"layer.{layer}.{factor}"] for factor in _FACTORS)
+    applied = None
+    if "after" in entry:
+        packed = tensors.get(f"layer.{layer}.undo")
+        undo = None if packed is None else unpack_undo(packed, **entry["undo"])
+        applied = Applied(str(entry["dtype"]), str(entry["before"]), str(entry["after"]), undo)
+    return LayerUpdate(layer, str(entry["parameter"]), left, right, keys, residuals, bool(entry["transposed"]), applied)
+
+
+def _check(edit: Edit, path: str | os.PathLike[str]) -> None:
+    if not edit.updates or not edit.concepts:
+        raise InputError(f"{path} holds {len(edit.updates)} updates of {len(edit.concepts)} concepts.")
+    if not all(0 <= concept < len(edit.concepts) for concept in edit.concept_of):
+        raise InputError(f"{path} names concepts that it does not hold.")
+    for update in edit.updates:
+        n, (d_out, d_in) = len(edit.concept_of), (update.left.shape[0], update.right.shape[-1])
+        expected = {"left": (d_out, n), "right": (n, d_in), "keys": (n, d_in), "residuals": (n, d_out)}
+        for factor, shape in expected.items():
+            values: Tensor = getattr(update, factor)
+            if tuple(values.shape) != shape or values.dtype != torch.float32:
+                raise InputError(
+                    f"{path}: {factor} of layer {update.layer} is {values.dtype} of shape {tuple(values.shape)}, "
+                    f"not float32 of shape {shape}."
+                )
+            if not torch.isfinite(values).all():
+                raise InputError(f"{path}: {factor} of layer {update.layer} holds values that are not finite.")

@@ -1,0 +1,121 @@
+"""Which tokens of which prompts become keys, and which states they are to be sent to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rocr.concepts import Concept
+from rocr.config import EditConfig
+from rocr.errors import InputError
+from rocr.prompts import Prompt, RenderedTemplate, build_prompts, render_template
+
+BARE_TEXT = RenderedTemplate(before="", after=".")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Token positions to read states at, and how the states are averaged.
+
+    Attributes:
+        prompts: the texts to run.
+        prompt_of: for each read token, the index of its prompt.
+        position_of: for each read token, its position there.
+        group_of: for each read token, the group whose mean it enters.
+        groups: number of groups.
+    """
+
+    prompts: list[Prompt]
+    prompt_of: list[int]
+    position_of: list[int]
+    group_of: list[int]
+    groups: int
+
+
+@dataclass(frozen=True)
+class KeyPlan:
+    """The readings of an edit; each has one group per key.
+
+    Attributes:
+        keys: where the keys are read.
+        current: where the current states are read; None: where the keys are.
+        targets: where the states to reach are read.
+        concept_of: for each key, the index of its concept.
+    """
+
+    keys: Reading
+    current: Reading | None
+    targets: Reading
+    concept_of: list[int]
+
+
+class _ReadingBuilder:
+    """Collects a reading; a prompt that is read in several places runs once."""
+
+    def __init__(self) -> None:
+        self._prompts: dict[Prompt, int] = {}
+        self._prompt_of: list[int] = []
+        self._position_of: list[int] = []
+        self._group_of: list[int] = []
+
+    def read(self, prompt: Prompt, position: int, group: int) -> None:
+        self._prompt_of.append(self._prompts.setdefault(prompt, len(self._prompts)))
+        self._position_of.append(position)
+        self._group_of.append(group)
+
+    def build(self, groups: int) -> Reading:
+        return Reading(list(self._prompts), self._prompt_of, self._position_of, self._group_of, groups)
+
+
+def plan_keys(tokenizer: Any, concepts: Sequence[Concept], config: EditConfig) -> KeyPlan:
+    """Decide what is read for each concept, by the configuration's templates and choices.
+
+    Keys are averaged over templates position by position, counted from the end of the name, since a tokenizer
+    may split the beginning of a name differently from text to text.
+
+    Raises:
+        InputError: a name has no token that can be a key in any template.
+    """
+    official = config.contexts == "official"
+    keys, current, targets = _ReadingBuilder(), _ReadingBuilder(), _ReadingBuilder()
+    groups: dict[tuple[int, ...], int] = {}
+    concept_of: list[int] = []
+    named = [(concept, name) for concept, entry in enumerate(concepts) for name in entry.names]
+    names = [name for _, name in named]
+    redirects = [concepts[concept].redirect for concept, _ in named]
+    bare = build_prompts(tokenizer, BARE_TEXT, names) if official else []
+    rendered = [render_template(tokenizer, template) for template in config.templates]
+    first_targets = build_prompts(tokenizer, rendered[0], redirects)
+    for t, template in enumerate(rendered):
+        prompts = build_prompts(tokenizer, template, names)
+        target_prompts = first_targets if official else build_prompts(tokenizer, template, redirects)
+        for i, (prompt, target) in enumerate(zip(prompts, target_prompts, strict=True)):
+            for from_end, position in enumerate(_key_positions(prompt, config)):
+                group_key = (i, from_end) if config.keys_per_concept == "mean" else (i, from_end, t)
+                if group_key not in groups:
+                    groups[group_key] = len(groups)
+                    concept_of.append(named[i][0])
+                group = groups[group_key]
+                keys.read(prompt, position, group)
+                targets.read(target, target.name[-1] if target.name else 0, group)
+                if official:
+                    current.read(bare[i], len(bare[i].tokens) - 1 if not bare[i].name else bare[i].name[-1], group)
+    _check_every_name_has_a_key(named, {i for i, *_ in groups})
+    count = len(groups)
+    return KeyPlan(keys.build(count), current.build(count) if official else None, targets.build(count), concept_of)
+
+
+def _key_positions(prompt: Prompt, config: EditConfig) -> tuple[int, ...]:
+    """Positions that become keys, the last one first."""
+    positions = prompt.name[::-1]
+    return positions[:1] if config.key_tokens == "last" else positions
+
+
+def _check_every_name_has_a_key(named: Sequence[tuple[int, str]], with_key: set[int]) -> None:
+    without = [name for i, (_, name) in enumerate(named) if i not in with_key]
+    if without:
+        raise InputError(
+            f"{', '.join(map(repr, without[:5]))}: the name is a single token at the very start of every template, "
+            "where it is an attention sink and cannot be a key; use a template with text before the name."
+        )

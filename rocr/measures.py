@@ -1,0 +1,108 @@
+"""What an edit did, in numbers: how far each concept got, and how much the weights changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rocr.apply import LayerUpdate
+from rocr.architectures import DownProjection
+from rocr.solve import Solution
+
+
+@dataclass(frozen=True)
+class LayerMeasures:
+    """Numbers of one layer.
+
+    Attributes:
+        layer: the decoder layer.
+        keys: number of keys, the largest possible rank of the update.
+        metric: what protects ordinary keys.
+        relative_norm: Frobenius norm of the update over that of the weight.
+        closed: for each concept, the share of its residuals that the update closes at its own keys, 0 to 1.
+        surviving: share of the weight's entries that the update changes after rounding to the weight's dtype.
+        condition: condition number of the system that was solved, K M Kᵀ + λI.
+        ridge: λ, in squared key units.
+    """
+
+    layer: int
+    keys: int
+    metric: str
+    relative_norm: float
+    closed: list[float]
+    surviving: float
+    condition: float
+    ridge: float
+
+
+@dataclass
+class EditReport:
+    """Numbers of an edit.
+
+    Attributes:
+        layers: numbers of each edited layer, in order.
+        distance: for each concept, how far the state at its name is from the target after the edit, as a share
+            of the distance before, both at the output of the last edited layer.
+        seconds: duration of each stage.
+        statistics: what protected ordinary keys: text, tokens.
+    """
+
+    layers: list[LayerMeasures] = field(default_factory=list)
+    distance: list[float] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    statistics: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> EditReport:
+        """The inverse of `to_json`."""
+        layers = [LayerMeasures(**layer) for layer in values["layers"]]
+        return cls(layers, values["distance"], values["seconds"], values["statistics"])
+
+
+def measure_layer(
+    projection: DownProjection, update: LayerUpdate, concept_of: Sequence[int], metric: str, solution: Solution
+) -> LayerMeasures:
+    """Measure an update that has been applied.
+
+    Args:
+        projection: where it was applied.
+        update: the update, with what it did to the weight.
+        concept_of: for each key, the index of its concept.
+        metric: description of the metric.
+        solution: what the update was solved from.
+    """
+    left, right, keys = (part.double() for part in (update.left, update.right, update.keys))
+    moved = (keys @ right.T) @ left.T
+    norm = ((left.T @ left) * (right @ right.T)).sum().clamp(min=0).sqrt()
+    undo = update.applied.undo if update.applied else None
+    return LayerMeasures(
+        layer=update.layer,
+        keys=len(update.keys),
+        metric=metric,
+        relative_norm=float(norm / projection.weight.float().norm().double()),
+        closed=_closed(moved, update.residuals.double(), concept_of),
+        surviving=float((undo != 0).double().mean()) if undo is not None else float("nan"),
+        condition=solution.condition,
+        ridge=solution.ridge,
+    )
+
+
+def mean_by_concept(values: Tensor, concept_of: Sequence[int]) -> list[float]:
+    """Mean of the values (n,) of each concept's keys."""
+    index = torch.tensor(concept_of)
+    sums = torch.zeros(int(index.max()) + 1, dtype=torch.float64).index_add_(0, index, values.double().cpu())
+    return [float(mean) for mean in sums / torch.bincount(index)]
+
+
+def _closed(moved: Tensor, residuals: Tensor, concept_of: Sequence[int]) -> list[float]:
+    """Share of each residual that the move covers: its projection on it."""
+    along = (moved * residuals).sum(dim=1) / residuals.square().sum(dim=1).clamp(min=1e-30)
+    return mean_by_concept(along, concept_of)

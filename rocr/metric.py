@@ -1,0 +1,142 @@
+"""The metric M that protects ordinary keys: what a key has in common with them is weakened or removed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rocr.config import EditConfig
+from rocr.errors import GuardError
+
+TRACE_PROBES = 64
+
+
+class Metric(Protocol):
+    """A symmetric positive semi-definite (d_in, d_in) matrix M, kept in factored form."""
+
+    def apply(self, keys: Tensor) -> Tensor:
+        """Return keys @ M, (n, d_in), in the dtype of the metric."""
+        ...
+
+    @property
+    def ordinary(self) -> float:
+        """Mean squared length of ordinary keys under the metric, tr(C M): the unit of a relative ridge."""
+        ...
+
+    def describe(self) -> str:
+        """Say in a few words what the metric does, for reports."""
+        ...
+
+
+@dataclass(frozen=True)
+class WhitenedMetric:
+    """M = (γ C / mean(diag C) + I)⁻¹, as in ROME (arXiv 2202.05262, eq. 2) and MEMIT, with the identity as floor.
+
+    Attributes:
+        factor: (d_in, d_in) lower Cholesky factor of M⁻¹.
+        gamma: γ, the weight of ordinary keys.
+        ordinary: tr(C M), estimated.
+    """
+
+    factor: Tensor
+    gamma: float
+    ordinary: float
+
+    def apply(self, keys: Tensor) -> Tensor:
+        """Return keys @ M by two triangular solves."""
+        return torch.cholesky_solve(keys.to(self.factor).T, self.factor).T
+
+    def describe(self) -> str:
+        """Say how strongly ordinary keys are weighed."""
+        return f"whitened, γ = {self.gamma:g}"
+
+
+@dataclass(frozen=True)
+class ProjectedMetric:
+    """M = P, the projector on the eigenvectors of C below a threshold (ROCR, arXiv 2506.07795, and AlphaEdit).
+
+    P is never formed: the thinner of two bases is kept.
+
+    Attributes:
+        basis: (d_in, r) orthonormal columns.
+        protected: whether `basis` spans the protected directions (P = I - UUᵀ) or the free ones (P = UUᵀ).
+        ordinary: tr(C P), the sum of the free eigenvalues.
+    """
+
+    basis: Tensor
+    protected: bool
+    ordinary: float
+
+    def apply(self, keys: Tensor) -> Tensor:
+        """Return keys @ P."""
+        keys = keys.to(self.basis)
+        along = (keys @ self.basis) @ self.basis.T
+        return keys - along if self.protected else along
+
+    @property
+    def free_directions(self) -> int:
+        """The rank of P."""
+        size, rank = self.basis.shape
+        return size - rank if self.protected else rank
+
+    def describe(self) -> str:
+        """Say how many directions the update may use."""
+        return f"projected, {self.free_directions} of {self.basis.shape[0]} directions free"
+
+
+def build_metric(second_moment: Tensor, config: EditConfig) -> WhitenedMetric | ProjectedMetric:
+    """Build the configured metric from the mean second moment of ordinary keys.
+
+    Args:
+        second_moment: (d_in, d_in) symmetric, float32 or float64: C = sum(k kᵀ) / tokens.
+        config: method, gamma, threshold.
+
+    Raises:
+        GuardError: C is not finite or zero, or no direction lies below the threshold.
+    """
+    scale = second_moment.diagonal().mean()
+    if not torch.isfinite(second_moment).all() or scale <= 0:
+        raise GuardError("The second moment is not finite or zero: collect the statistics again on ordinary text.")
+    if config.method == "whitened":
+        factor = _cholesky(second_moment * (config.gamma / scale))
+        return WhitenedMetric(factor, config.gamma, _trace_of_product(second_moment, factor))
+    return _projected(second_moment, config.threshold * float(scale) if config.relative_threshold else config.threshold)
+
+
+def _cholesky(matrix: Tensor) -> Tensor:
+    """Lower factor of matrix + I, in float64 where the matrix's own precision does not do."""
+    matrix = matrix.clone()
+    matrix.diagonal().add_(1.0)
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if failed != 0:
+        factor = torch.linalg.cholesky(matrix.double()).to(matrix.dtype)
+    assert isinstance(factor, Tensor)
+    return factor
+
+
+def _trace_of_product(second_moment: Tensor, factor: Tensor) -> float:
+    """tr(C M) within about a percent, by Hutchinson's estimator: the exact trace needs the whole inverse."""
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(0, 2, (len(factor), TRACE_PROBES), generator=generator).to(factor) * 2 - 1
+    return float((signs * torch.cholesky_solve(second_moment @ signs, factor)).sum() / TRACE_PROBES)
+
+
+def _projected(second_moment: Tensor, threshold: float) -> ProjectedMetric:
+    try:
+        values, vectors = torch.linalg.eigh(second_moment)
+    except RuntimeError:  # torch.linalg.LinAlgError, which an old LAPACK raises on ill-conditioned float32
+        values, vectors = (part.to(second_moment.dtype) for part in torch.linalg.eigh(second_moment.double()))
+    free = int((values < threshold).sum())
+    size = len(values)
+    if free == 0:
+        raise GuardError(
+            f"No direction is free: all {size} eigenvalues of the second moment are at least {threshold:.3g} "
+            f"(the smallest is {float(values[0]):.3g}), so the edit would be zero. Raise the threshold."
+        )
+    ordinary = float(values[:free].clamp(min=0).sum())
+    if free <= size // 2:
+        return ProjectedMetric(vectors[:, :free].contiguous(), protected=False, ordinary=ordinary)
+    return ProjectedMetric(vectors[:, free:].contiguous(), protected=True, ordinary=ordinary)

@@ -1,0 +1,160 @@
+"""Load a model with its tokenizer from a folder, a GGUF file or a hub id, and save it as a plain folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rocr.errors import InputError, RocrError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from.
+
+    Attributes:
+        name: what the user called it.
+        folder: the folder it lies in; None for a hub id.
+        gguf: name of the GGUF file in that folder, where it is one.
+        download: whether the network may be used.
+    """
+
+    name: str
+    folder: Path | None
+    gguf: str | None = None
+    download: bool = False
+
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """Paths that must never be written to."""
+        if self.folder is None:
+            return ()
+        return (self.folder / self.gguf,) if self.gguf else (self.folder,)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model, its tokenizer, and where they come from."""
+
+    model: nn.Module
+    tokenizer: Any
+    source: ModelSource
+
+
+def find_model(name: str, download: bool = False) -> ModelSource:
+    """Decide what a MODEL argument means, without loading anything.
+
+    Raises:
+        InputError: it is a path that holds no model, or not there.
+    """
+    path = Path(name)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise InputError(f"{name} is not there, or not a file.")
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise InputError(f"{name} does not begin like a GGUF file.")
+        return ModelSource(name, path.parent, path.name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"{name} is a folder without config.json, so it holds no Hugging Face model.")
+        return ModelSource(name, path)
+    if path.exists():
+        raise InputError(f"{name} is a file, but neither a .gguf file nor a folder with a Hugging Face model.")
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise InputError(f"{name} is not there, and is not the id of a model on a hub (owner/name) either.")
+    return ModelSource(name, None, download=download)
+
+
+def load_model(
+    source: ModelSource,
+    dtype: torch.dtype | None = None,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+) -> LoadedModel:
+    """Load a causal language model and its tokenizer.
+
+    Args:
+        source: from `find_model`.
+        dtype: of the weights; None: as they are stored, float32 for a GGUF file.
+        device: such as "cpu", "cuda:0", or "auto" to spread the layers over all devices; None: the CPU.
+        trust_remote_code: whether code that comes with the model may run.
+
+    Raises:
+        InputError: the files are not those of a causal language model that transformers can load.
+    """
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if source.gguf is not None:
+        _check_gguf_support()
+        options["gguf_file"] = source.gguf
+        dtype = dtype or torch.float32
+    if source.folder is None:
+        options["local_files_only"] = not source.download
+    place = source.name if source.folder is None else str(source.folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place, **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            place, dtype=dtype or "auto", device_map=None if device in (None, "cpu") else device, **options
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, AttributeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        hint = "" if source.folder or source.download else " Nothing was downloaded; --download allows it."
+        raise InputError(f"{source.name} cannot be loaded: {reason}{hint}") from error
+    model.eval()
+    return LoadedModel(_without_quantizer(model), tokenizer, source)
+
+
+def save_model(loaded: LoadedModel, folder: Path) -> None:
+    """Write model and tokenizer into a folder that exists, as files that transformers, vLLM and others load.
+
+    Raises:
+        RocrError: they cannot be written.
+    """
+    try:
+        loaded.model.save_pretrained(folder)  # type: ignore[operator]
+        loaded.tokenizer.save_pretrained(folder)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise RocrError(f"{folder} cannot be written: {error}.") from error
+    _write_index(folder)
+
+
+def _write_index(folder: Path) -> None:
+    """Name the one weight file in an index too: loaders that glob *.safetensors would take the edit for weights."""
+    single = folder / SINGLE_FILE
+    if not single.is_file() or (folder / INDEX_FILE).exists():
+        return
+    from safetensors import safe_open
+
+    with safe_open(single, framework="pt") as file:
+        names = list(file.keys())
+    index = {"metadata": {"total_size": os.path.getsize(single)}, "weight_map": dict.fromkeys(names, SINGLE_FILE)}
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _without_quantizer(model: nn.Module) -> nn.Module:
+    """Forget that a GGUF's weights were quantised: they are dense now, and save_pretrained refuses otherwise."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and "gguf" in type(quantizer).__name__.lower():
+        model.hf_quantizer = None  # type: ignore[assignment]
+        config: Any = model.config
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+    return model
+
+
+def _check_gguf_support() -> None:
+    from importlib.util import find_spec
+
+    if find_spec("gguf") is None:
+        raise InputError("Reading a .gguf file needs the package gguf: pip install 'rocr[gguf]'.")

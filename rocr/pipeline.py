@@ -1,0 +1,188 @@
+"""Unlearning, stage by stage: ROCR (Ye, Zhang and Wu, arXiv 2506.07795) for many concepts at once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rocr.apply import LayerUpdate, apply_updates, undo_updates
+from rocr.architectures import Architecture, default_layers, find_architecture
+from rocr.collect import collect_statistics
+from rocr.concepts import Concept, check_concepts
+from rocr.config import EditConfig
+from rocr.edit import Edit
+from rocr.errors import InputError
+from rocr.fingerprint import fingerprint
+from rocr.key_plan import KeyPlan, plan_keys
+from rocr.keys import States, before_output_norm, read_states
+from rocr.measures import EditReport, mean_by_concept, measure_layer
+from rocr.metric import build_metric
+from rocr.progress import Progress, ProgressCallback, silent
+from rocr.solve import check_finite, solve_layer
+from rocr.statistics import Statistics
+
+
+@torch.no_grad()
+def unlearn(
+    model: nn.Module,
+    tokenizer: Any,
+    concepts: Sequence[Concept],
+    statistics: Statistics | None = None,
+    config: EditConfig | None = None,
+    progress: ProgressCallback = silent,
+) -> Edit:
+    """Redirect concepts in a model, in place, so that on reading one it perceives the redirect instead.
+
+    Args:
+        model: a causal language model of transformers, with dense MLPs.
+        tokenizer: its tokenizer.
+        concepts: what to redirect to what.
+        statistics: of ordinary keys at the edited layers; None: collected on text that the model writes itself.
+        config: the settings; None: `EditConfig()`.
+        progress: told how far each stage is.
+
+    Returns:
+        The edit, already applied. On any exception the model has its first weights again, bit for bit.
+
+    Raises:
+        InputError: concepts, settings, statistics or model that do not fit together.
+        GuardError: keys, states or weights that are not finite.
+    """
+    concepts = list(concepts)
+    check_concepts(concepts)
+    config, architecture = _resolve(config or EditConfig(), find_architecture(model))
+    layers = config.layers or ()
+    last = max(layers)
+    if statistics is None:
+        statistics = collect_statistics(model, tokenizer, None, layers, progress=progress)
+    mark = fingerprint(architecture, tokenizer, statistics.fingerprint.layer)
+    statistics.check_model(mark)
+    run = _Run(architecture, concepts, config, plan_keys(tokenizer, concepts, config), progress)
+    moments = {layer: statistics.second_moment(layer) for layer in layers}
+    _check_shapes(architecture, moments)
+
+    targets = read_states(architecture, run.plan.targets, last, progress=progress, stage="targets").hidden
+    check_finite("target states", last, targets, run.plan.concept_of, concepts)
+    run.report.statistics = {"text": statistics.text, "tokens": statistics.tokens}
+    with run.restoring():
+        for remaining, layer in zip(range(len(layers), 0, -1), layers, strict=True):
+            run.edit_layer(layer, last, targets, remaining, moments[layer])
+        run.report.distance = run.distance(targets, last)
+    return Edit(concepts, config, mark, run.updates, run.plan.concept_of, run.report)
+
+
+@dataclass
+class _Run:
+    """An edit in the making."""
+
+    architecture: Architecture
+    concepts: list[Concept]
+    config: EditConfig
+    plan: KeyPlan
+    progress: ProgressCallback
+    updates: list[LayerUpdate] = field(default_factory=list)
+    report: EditReport = field(default_factory=EditReport)
+    first_distance: Tensor | None = None
+
+    def edit_layer(self, layer: int, last: int, targets: Tensor, remaining: int, moment: Tensor) -> None:
+        """Measure keys and residuals at a layer, solve its update and apply it."""
+        projection = self.architecture.down_projection(layer)
+        device = projection.weight.device
+        with self.timed("keys"):
+            states = self.read(layer, last)
+        assert states.keys is not None
+        difference = targets - states.hidden
+        if self.first_distance is None:
+            self.first_distance = difference.norm(dim=1)
+        residuals = (difference * (self.config.strength / remaining)).to(device)
+        norm = self.architecture.output_norm(layer)
+        if norm is not None and states.outputs is not None:
+            residuals = before_output_norm(norm, states.outputs, residuals)
+        for what, values in (("keys", states.keys), ("residuals", residuals)):
+            check_finite(what, layer, values, self.plan.concept_of, self.concepts)
+        with self.timed("metric"):
+            metric = build_metric(moment.to(device), self.config)
+        with self.timed("solve"):
+            ridge = self.config.ridge * (metric.ordinary if self.config.relative_ridge else 1.0)
+            solution = solve_layer(states.keys, residuals, metric, ridge)
+        update = LayerUpdate(
+            layer,
+            projection.parameter_name,
+            solution.left,
+            solution.right,
+            states.keys,
+            residuals,
+            projection.transposed,
+        )
+        with self.timed("apply"):
+            update = replace(update, applied=apply_updates([projection], [update.left], [update.right])[0])
+            self.updates.append(update)
+        with self.timed("measure"):
+            self.report.layers.append(
+                measure_layer(projection, update, self.plan.concept_of, metric.describe(), solution)
+            )
+        self.progress(Progress("edit", len(self.updates), len(self.updates) + remaining - 1, "layers"))
+
+    def read(self, layer: int, last: int) -> States:
+        """Keys at a layer and the current states at the last edited one."""
+        plan, stage = self.plan, f"keys of layer {layer}"
+        states = read_states(self.architecture, plan.keys, last, layer, progress=self.progress, stage=stage)
+        if plan.current is None:
+            return states
+        current = read_states(self.architecture, plan.current, last, progress=self.progress, stage=stage)
+        return replace(states, hidden=current.hidden)
+
+    def distance(self, targets: Tensor, last: int) -> list[float]:
+        """For each concept the distance to its target after the edit, as a share of that before."""
+        reading = self.plan.current or self.plan.keys
+        with self.timed("measure"):
+            hidden = read_states(self.architecture, reading, last, progress=self.progress, stage="check").hidden
+        check_finite("states after the edit", last, hidden, self.plan.concept_of, self.concepts)
+        assert self.first_distance is not None
+        shares = (targets - hidden).norm(dim=1) / self.first_distance.clamp(min=1e-12)
+        return mean_by_concept(shares, self.plan.concept_of)
+
+    @contextmanager
+    def restoring(self) -> Iterator[None]:
+        """On any exception, take off the updates so far."""
+        try:
+            yield
+        except BaseException:
+            for update in reversed(self.updates):
+                undo_updates([self.architecture.down_projection(update.layer)], [update.applied])
+            raise
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the duration of the context to a stage's seconds."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = self.report.seconds
+            seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+def _resolve(config: EditConfig, architecture: Architecture) -> tuple[EditConfig, Architecture]:
+    """Settle the layers, and see that each can be edited."""
+    layers = config.layers or default_layers(architecture.depth)
+    for layer in layers:
+        projection = architecture.down_projection(layer)
+        if projection.parameter.device.type == "meta":
+            raise InputError(f"{projection.parameter_name} is on the meta device: its values were never loaded.")
+    return replace(config, layers=layers), architecture
+
+
+def _check_shapes(architecture: Architecture, moments: dict[int, Tensor]) -> None:
+    for layer, moment in moments.items():
+        size = architecture.down_projection(layer).weight.shape[1]
+        if tuple(moment.shape) != (size, size):
+            raise InputError(
+                f"The statistics of layer {layer} are of keys of size {moment.shape[0]}, but the model's have {size}."
+            )

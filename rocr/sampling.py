@@ -1,0 +1,70 @@
+"""Text that a model writes itself: statistics without any corpus, and so without a network."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rocr.progress import Progress, ProgressCallback, silent
+from rocr.prompts import opening_tokens, render_chat
+
+SEQUENCES = 128
+"""Many short texts rather than few long ones: a step costs about the same for one as for a hundred."""
+
+_PLACEHOLDER = "\ue000"
+
+
+@torch.no_grad()
+def sample_sequences(
+    model: nn.Module, tokenizer: Any, tokens: int, seed: int, progress: ProgressCallback = silent
+) -> list[list[int]]:
+    """Let a model write `tokens` tokens or a few more at temperature 1, the same ones for the same seed.
+
+    Half of the sequences begin with nothing but the text's opening, half with the opening of a user's message
+    where there is a chat template: a model tuned on chats then writes the question and the answer.
+    """
+    starts = _starts(model, tokenizer)
+    rows = max(1, min(SEQUENCES, tokens) // len(starts))
+    length = -(-tokens // (rows * len(starts)))
+    generator = torch.Generator().manual_seed(seed)
+    sequences: list[list[int]] = []
+    for start in starts:
+        written = torch.tensor([start] * rows)
+        state = None
+        for step in range(length):
+            fresh = written if state is None else written[:, -1:]
+            output = model(input_ids=fresh.to(_device(model)), past_key_values=state, use_cache=True, logits_to_keep=1)
+            state = output.past_key_values
+            written = torch.cat([written, _draw(output.logits[:, -1], generator)], dim=1)
+            done = len(sequences) * length + rows * (step + 1)
+            progress(Progress("text by the model itself", min(done, tokens), tokens, "tokens"))
+        sequences += written.tolist()
+    return sequences
+
+
+def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """One token for each row of logits (rows, vocabulary), by inverting the cumulative distribution."""
+    cumulative = logits.cpu().double().softmax(dim=-1).cumsum(dim=-1)
+    uniform = torch.rand(len(logits), 1, dtype=torch.float64, generator=generator) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, uniform, right=True).clamp(max=logits.shape[-1] - 1)
+
+
+def _starts(model: nn.Module, tokenizer: Any) -> list[list[int]]:
+    """The beginnings to write on from, at least one token each."""
+    opening = opening_tokens(tokenizer, "")
+    if not opening:
+        config = getattr(model, "config", None)
+        candidates = (tokenizer.bos_token_id, tokenizer.eos_token_id, getattr(config, "bos_token_id", None), 0)
+        opening = [next(token for token in candidates if token is not None)]
+    starts = [opening]
+    if getattr(tokenizer, "chat_template", None):
+        before = render_chat(tokenizer, _PLACEHOLDER).split(_PLACEHOLDER)[0]
+        starts.append(opening_tokens(tokenizer, before) + tokenizer(before, add_special_tokens=False)["input_ids"])
+    return starts
+
+
+def _device(model: nn.Module) -> torch.device:
+    device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[operator, union-attr]
+    return device
