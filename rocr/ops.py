@@ -158,7 +158,7 @@ def solve_update(
     dtype = torch.promote_types(keys.dtype, torch.float32)
     left = residuals.T.to(dtype).contiguous()
     right = torch.cholesky_solve(weighted_keys, _factor_gram(keys.double(), weighted_keys, ridge))
-    return left, right.to(dtype)
+    return left, right.to(dtype).contiguous()
 
 
 def _apply_metric(metric: Tensor | Metric | None, keys: Tensor) -> Tensor:

@@ -1,0 +1,34 @@
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+MARGIN = 64
+"""Numbers of NaN on either side of a guarded matrix."""
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def guarded() -> Iterator[Callable[[Tensor], Tensor]]:
+    """Copies of matrices that lie between NaNs, also between rows; every NaN must still be there at the end.
+
+    A read beyond the matrix spoils the result with a NaN, a write beyond it spoils the margin.
+    """
+    memories: list[tuple[Tensor, Tensor]] = []
+
+    def lay(matrix: Tensor) -> Tensor:
+        rows, columns = matrix.shape
+        memory = torch.full((rows + 2, MARGIN + columns + MARGIN), float("nan"), dtype=matrix.dtype)
+        inside = torch.zeros_like(memory, dtype=torch.bool)
+        inside[1:-1, MARGIN:-MARGIN] = True
+        memories.append((memory, inside))
+        return memory[1:-1, MARGIN:-MARGIN].copy_(matrix)
+
+    yield lay
+    for memory, inside in memories:
+        assert memory[~inside].isnan().all(), "memory around a matrix was written"

@@ -1,0 +1,170 @@
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from rocr import ops, reference
+from rocr.backend_cpp import SIMD_VARIABLE
+
+kernels = pytest.importorskip("rocr._C", reason="the extension was not compiled")
+ROOT = Path(__file__).parents[1]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(params=kernels.simd_names())
+def simd(request, monkeypatch):
+    monkeypatch.setenv(SIMD_VARIABLE, request.param)
+    return request.param
+
+
+@pytest.fixture
+def with_threads():
+    before = torch.get_num_threads()
+
+    def run(threads, function):
+        torch.set_num_threads(threads)
+        return function()
+
+    yield run
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens, size", [(1, 1), (63, 123), (700, 250)])
+def test_second_moment_of_every_instruction_set(guarded, simd, dtype, tokens, size):
+    keys = torch.randn(tokens, size).to(dtype)
+    total = guarded(torch.zeros(size, size))
+    ops.accumulate_second_moment(total, guarded(keys), backend="cpp")
+    exact = reference.second_moment(keys).tril()
+    assert (total.double() - exact).norm() <= 1e-6 * exact.norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("rows, columns, rank", [(1, 1, 1), (63, 123, 5), (50, 400, 300)])
+def test_low_rank_update_of_every_instruction_set(guarded, simd, dtype, rounding, rows, columns, rank):
+    start, left, right = torch.randn(rows, columns).to(dtype), torch.randn(rows, rank), torch.randn(rank, columns)
+    weight = guarded(start)
+    ops.low_rank_update(weight, guarded(left), guarded(right), rounding=rounding, backend="cpp")
+    exact = reference.updated_weight(start, left, right)
+    spacing = torch.finfo(dtype).eps * exact.abs().clamp(min=torch.finfo(dtype).tiny) + 1e-4 * (dtype == torch.float32)
+    assert ((weight.double() - exact).abs() <= spacing + 1e-4).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_16_bit_number_is_read_and_every_rounding_is_that_of_torch(simd, dtype):
+    values = torch.randn(128, 256) * torch.exp2(torch.randint(-28, 17, (128, 256)).float())
+    weight = torch.zeros(128, 256, dtype=dtype)
+    ops.low_rank_update(weight, torch.eye(128), values, backend="cpp")
+    assert torch.equal(weight, values.to(dtype))
+    if dtype == torch.float32:
+        return
+    numbers = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+    numbers = torch.where(numbers.isfinite(), numbers, torch.zeros((), dtype=dtype))
+    total = torch.zeros(256, 256)
+    for block in numbers.view(256, 1, 256):
+        total.zero_()
+        ops.accumulate_second_moment(total, block, backend="cpp")
+        assert torch.equal(total.diagonal(), block[0].float().square())
+
+
+def test_threads_do_not_change_a_byte(simd, with_threads):
+    keys, start = torch.randn(1500, 333), torch.randn(333, 333)
+    weight, left, right = torch.randn(500, 700).bfloat16(), torch.randn(500, 9), torch.randn(9, 700)
+
+    def both():
+        total = ops.accumulate_second_moment(start.clone(), keys, backend="cpp")
+        updated = weight.clone()
+        ops.low_rank_update(updated, left, right, rounding="stochastic", seed=1, backend="cpp")
+        return total, updated
+
+    results = [with_threads(threads, both) for threads in (1, 2, 2, 5)]
+    for total, updated in results[1:]:
+        assert torch.equal(total, results[0][0])
+        assert torch.equal(updated, results[0][1])
+
+
+def test_the_interpreter_runs_on_during_a_call():
+    keys, total = torch.randn(8192, 2048), torch.zeros(2048, 2048)
+    is_over = threading.Event()
+
+    def work():
+        ops.accumulate_second_moment(total, keys, backend="cpp")
+        is_over.set()
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    steps = 0
+    while not is_over.is_set():
+        time.sleep(0.001)
+        steps += 1
+    worker.join()
+    assert steps >= 5
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_forked_child_computes_the_same():
+    code = (
+        "import os, torch\n"
+        "from rocr import ops\n"
+        "keys = torch.randn(600, 150)\n"  # small enough for torch to stay with one thread: its own do not survive
+        "def moment(): return ops.accumulate_second_moment(torch.zeros(150, 150), keys, backend='cpp')\n"
+        "before = moment()\n"
+        "child = os.fork()\n"
+        "if child == 0: os._exit(0 if torch.equal(moment(), before) else 1)\n"
+        "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == "0\n"
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"tokens": -1}, "-1 tokens"),
+        ({"size": 5}, "size 5.*total_stride 4"),
+        ({"keys_stride": 3}, "keys_stride 3"),
+        ({"threads": 0}, "0 threads"),
+        ({"simd": "mmx"}, "no instruction set 'mmx' here; there are .*plain"),
+    ],
+)
+def test_second_moments_that_are_refused(change, words):
+    total, keys = torch.zeros(4, 4), torch.ones(3, 4)
+    sizes = {"total_stride": 4, "keys_stride": 4, "tokens": 3, "size": 4, "threads": 1} | change
+    with pytest.raises(ValueError, match=words):
+        kernels.accumulate_second_moment(
+            total=total.data_ptr(), keys=keys.data_ptr(), number=kernels.Number.float32, **sizes
+        )
+    assert not total.any()
+
+
+@pytest.mark.parametrize("change, words", [({"rank": -2}, "rank -2"), ({"stride": 3}, "4 columns.*stride 3")])
+def test_updates_that_are_refused(change, words):
+    weight, left, right = torch.zeros(3, 4), torch.ones(3, 2), torch.ones(2, 4)
+    sizes = {"rows": 3, "columns": 4, "stride": 4, "rank": 2} | change
+    pointers = {"weight": weight.data_ptr(), "left": left.data_ptr(), "right": right.data_ptr()}
+    update = kernels.LowRankUpdate(number=kernels.Number.float32, **pointers, **sizes)
+    with pytest.raises(ValueError, match=words):
+        kernels.low_rank_update(updates=[update], scale=1.0, stochastic=False, seed=0, threads=1)
+    assert not weight.any()
+
+
+def test_without_a_compiler_the_build_goes_on_and_says_so(tmp_path):
+    pytest.importorskip("setuptools")
+    pytest.importorskip("pybind11")
+    missing = {"CC": str(tmp_path / "no-cc"), "CXX": str(tmp_path / "no-cxx")}
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", f"--build-lib={tmp_path}", f"--build-temp={tmp_path / 'objects'}"],
+        cwd=ROOT,
+        env=os.environ | missing,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "rocr will run on torch" in done.stdout + done.stderr
+    assert not list(tmp_path.rglob("_C*"))
