@@ -22,18 +22,32 @@ def read_tensors(path: str | os.PathLike[str], expected_format: str) -> tuple[di
     Raises:
         InputError: the file is missing, damaged, or of another format.
     """
+    header = read_header(path)
+    if header["format"] != expected_format:
+        raise InputError(f"{path} is a file of the kind {header['format']!r}, not {expected_format!r}.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}.") from None
+
+
+def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The JSON header of one of rocr's files, without its tensors.
+
+    Raises:
+        InputError: the file is missing, damaged, or not one of rocr's.
+    """
     if not Path(path).is_file():
         raise InputError(f"{path} is not there, or not a file.")
-    kind = expected_format.rsplit(" ", 1)[0]
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("rocr", "{}"))
-            if not isinstance(header, dict) or header.get("format") != expected_format:
-                found = header.get("format") if isinstance(header, dict) else None
-                raise InputError(f"{path} is not a file of the kind {expected_format!r}; it says {found!r}.")
-            return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read as a {kind} file: {error}.") from None
+        raise InputError(f"{path} cannot be read as a file of rocr: {error}.") from None
+    if not isinstance(header, dict) or not str(header.get("format", "")).startswith("rocr "):
+        raise InputError(f"{path} is not a file of rocr: it has no such header.")
+    return header
 
 
 def write_tensors(

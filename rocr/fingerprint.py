@@ -72,7 +72,8 @@ def tokenizer_digest(tokenizer: Any) -> str:
 def tensor_digest(tensor: Tensor) -> str:
     """sha256 over a tensor's bytes in row-major order."""
     plain = tensor.detach().cpu().contiguous().reshape(-1)
-    return hashlib.sha256(memoryview(plain.view(torch.uint8).numpy())).hexdigest()
+    buffer: Any = plain.view(torch.uint8).numpy()
+    return hashlib.sha256(buffer).hexdigest()
 
 
 def _has_down_projection(architecture: Architecture, layer: int) -> bool:

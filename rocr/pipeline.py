@@ -56,7 +56,8 @@ def unlearn(
     """
     concepts = list(concepts)
     check_concepts(concepts)
-    config, architecture = _resolve(config or EditConfig(), find_architecture(model))
+    config = resolve_layers(config or EditConfig(), model)
+    architecture = find_architecture(model)
     layers = config.layers or ()
     last = max(layers)
     if statistics is None:
@@ -169,14 +170,19 @@ class _Run:
             seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
-def _resolve(config: EditConfig, architecture: Architecture) -> tuple[EditConfig, Architecture]:
-    """Settle the layers, and see that each can be edited."""
+def resolve_layers(config: EditConfig, model: nn.Module) -> EditConfig:
+    """The settings with the layers that will be edited, each known to be editable.
+
+    Raises:
+        InputError: a layer is out of range, has no dense down-projection, or was never loaded.
+    """
+    architecture = find_architecture(model)
     layers = config.layers or default_layers(architecture.depth)
     for layer in layers:
         projection = architecture.down_projection(layer)
         if projection.parameter.device.type == "meta":
             raise InputError(f"{projection.parameter_name} is on the meta device: its values were never loaded.")
-    return replace(config, layers=layers), architecture
+    return replace(config, layers=layers)
 
 
 def _check_shapes(architecture: Architecture, moments: dict[int, Tensor]) -> None:

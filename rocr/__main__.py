@@ -1,0 +1,7 @@
+"""`python -m rocr` is the command line."""
+
+import sys
+
+from rocr.cli import main
+
+sys.exit(main())

@@ -1,0 +1,88 @@
+"""Arguments that several commands share, and what they mean."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from rocr.errors import InputError
+
+if TYPE_CHECKING:
+    from rocr.models import LoadedModel, ModelSource
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add MODEL and how it is loaded."""
+    parser.add_argument(
+        "model", metavar="MODEL", help="a Hugging Face folder, a .gguf file, or the id of a model on a hub"
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="load the weights as this (default: as stored; float32 for .gguf)"
+    )
+    parser.add_argument("--device", help='such as "cuda:0", or "auto" to spread the layers (default: cpu)')
+    parser.add_argument("--download", action="store_true", help="allow the network, for a model on a hub")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+
+
+def add_text(parser: argparse.ArgumentParser) -> None:
+    """Add the text of statistics and how much of it is read."""
+    parser.add_argument(
+        "--text", nargs="+", metavar="FILE", help=".txt, .jsonl or .parquet; without: text by the model itself"
+    )
+    parser.add_argument("--tokens", type=positive, metavar="N", help="read at most N tokens of text")
+    parser.add_argument("--seed", type=int, default=0, help="of all that is drawn at random (default: 0)")
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return number
+
+
+def layer_list(text: str) -> tuple[int, ...]:
+    """Layers such as "4,5,6" or "4-6"."""
+    layers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a list of layers such as 4,5,6 or 4-6")
+        layers += range(int(first), int(last or first) + 1)
+    if not layers:
+        raise argparse.ArgumentTypeError(f"{text!r} names no layer")
+    return tuple(layers)
+
+
+def source_of(arguments: argparse.Namespace) -> ModelSource:
+    """Where MODEL is; checked before anything is loaded."""
+    from rocr.models import find_model
+
+    return find_model(arguments.model, download=arguments.download)
+
+
+def load(arguments: argparse.Namespace, source: ModelSource) -> LoadedModel:
+    """Load MODEL as the arguments say."""
+    import transformers
+
+    from rocr.models import DTYPES as TORCH_DTYPES
+    from rocr.models import load_model
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    dtype = TORCH_DTYPES[arguments.dtype] if arguments.dtype else None
+    return load_model(source, dtype, arguments.device, arguments.trust_remote_code)
+
+
+def check_save(text: str) -> tuple[str, ...]:
+    """What to write, such as "model,edit"."""
+    parts = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    unknown = [part for part in parts if part not in ("model", "lora", "edit")]
+    if unknown or not parts:
+        raise InputError(f"--save takes model, lora and edit, not {', '.join(unknown) or 'nothing'}.")
+    return parts

@@ -1,0 +1,91 @@
+"""`rocr apply` and `rocr revert`: put a saved edit onto a model, and take it off again."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rocr.cli.arguments import add_model, load, source_of
+from rocr.cli.console import Console
+from rocr.errors import InputError
+from rocr.output import check_output, new_directory
+
+if TYPE_CHECKING:
+    from rocr.edit import Edit
+    from rocr.models import LoadedModel
+
+EDIT_FILE = "edit.safetensors"
+
+
+def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
+    """Add both commands."""
+    parser = subparsers.add_parser("apply", parents=[common], help="put a saved edit onto a copy of its model")
+    add_model(parser)
+    parser.add_argument("edit", metavar="EDIT", help="an edit file")
+    parser.add_argument("--allow-fingerprint-mismatch", action="store_true", help="for a close relative of the model")
+    _add_out(parser)
+    parser.set_defaults(run=run_apply)
+    parser = subparsers.add_parser("revert", parents=[common], help="take an edit off again, bit for bit")
+    add_model(parser)
+    parser.add_argument("--edit", metavar="EDIT", help=f"the edit file (default: {EDIT_FILE} in the model's folder)")
+    _add_out(parser)
+    parser.set_defaults(run=run_revert)
+
+
+def run_apply(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Write a model with the edit."""
+    edit, loaded = _load(arguments, arguments.edit, console)
+    with console.stage("apply"):
+        edit.apply(loaded.model, arguments.allow_fingerprint_mismatch)
+    return _save(arguments, loaded, edit, console, applied=True)
+
+
+def run_revert(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Write the model as it was before the edit."""
+    place = arguments.edit or Path(arguments.model) / EDIT_FILE
+    edit, loaded = _load(arguments, place, console)
+    with console.stage("revert"):
+        edit.revert(loaded.model)
+    return _save(arguments, loaded, edit, console, applied=False)
+
+
+def _add_out(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; it must not exist")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output folder if it exists")
+
+
+def _load(arguments: argparse.Namespace, place: str | Path, console: Console) -> tuple[Edit, LoadedModel]:
+    source = source_of(arguments)
+    if not Path(place).is_file():
+        raise InputError(f"There is no edit file at {place}.")
+    check_output(arguments.out, inputs=(*source.inputs, place), overwrite=arguments.overwrite)
+
+    from rocr.edit import Edit
+
+    edit = Edit.load(place)
+    with console.stage("load"):
+        return edit, load(arguments, source)
+
+
+def _save(
+    arguments: argparse.Namespace, loaded: LoadedModel, edit: Edit, console: Console, applied: bool
+) -> dict[str, Any]:
+    from rocr.models import save_model
+    from rocr.report import build_report, file_digests
+
+    with (
+        console.stage("save"),
+        new_directory(arguments.out, inputs=loaded.source.inputs, overwrite=arguments.overwrite) as partial,
+    ):
+        save_model(loaded, partial)
+        if applied:
+            edit.save(partial / EDIT_FILE)
+        report = build_report(edit, arguments.model, console.seconds, [], file_digests(partial))
+        report["applied"] = applied
+        text = json.dumps(report, indent=2, ensure_ascii=False)
+        (partial / "report.json").write_text(text + "\n", encoding="utf-8")
+    done = "with" if applied else "without"
+    console.say(f"{arguments.out}: {arguments.model} {done} the edit of {len(edit.concepts)} concepts.")
+    return report

@@ -1,0 +1,58 @@
+"""`rocr info`: what a statistics file, an edit file or a report holds."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from rocr.cli.console import Console
+from rocr.errors import InputError
+
+
+def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
+    """Add the command."""
+    parser = subparsers.add_parser("info", parents=[common], help="say what a file of rocr holds")
+    parser.add_argument("file", metavar="FILE", help="a statistics file, an edit file, or an output folder")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Show a file's header; tensors are not read."""
+    path = Path(arguments.file)
+    if path.is_dir():
+        path = path / "edit.safetensors" if (path / "edit.safetensors").is_file() else path / "report.json"
+    header = _header(path)
+    rows = [(name, _short(value)) for name, value in header.items() if name not in ("answers", "report")]
+    console.table(str(path), ("what", "value"), rows)
+    return header
+
+
+def _header(path: Path) -> dict[str, Any]:
+    if path.suffix == ".json":
+        return _report(path)
+
+    from rocr.files import read_header
+
+    return read_header(path)
+
+
+def _report(path: Path) -> dict[str, Any]:
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read as a report: {error}.") from None
+    if not isinstance(report, dict) or not str(report.get("format", "")).startswith("rocr report"):
+        raise InputError(f"{path} is not a report of rocr.")
+    return report
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
+        shown = [", ".join(f"{name} {_short(part)}" for name, part in entry.items()) for entry in value[:10]]
+        return "\n".join(shown + ([f"and {len(value) - 10} more"] if len(value) > 10 else []))
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_short(part)}" for name, part in value.items())
+    text = str(value)
+    return text if len(text) <= 200 else text[:200] + "…"

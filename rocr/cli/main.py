@@ -1,0 +1,68 @@
+"""From arguments to exit code. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+
+from rocr import __version__
+from rocr.cli import doctor, edits, info, stats, unlearn
+from rocr.cli.console import Console
+from rocr.errors import RocrError
+
+EXIT_FAILED = 1
+EXIT_INTERRUPTED = 130
+COMMANDS = (unlearn, stats, edits, info, doctor)
+
+_EPILOGUE = (
+    """exit codes: 0 done, 1 failed, 2 bad input, 3 verification failed, 4 refused by a guard, 130 interrupted"""
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    parsed = build_parser().parse_args(arguments)
+    console = Console(json_output=parsed.json)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        console.print_json(parsed.run(parsed, console))
+        return 0
+    except RocrError as error:
+        console.fail(str(error), error.exit_code)
+        return error.exit_code
+    except KeyboardInterrupt:
+        console.fail("Interrupted; nothing was left half-written.", EXIT_INTERRUPTED)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        sys.stderr.close()
+        return EXIT_FAILED
+    except (MemoryError, OSError) as error:
+        console.fail(f"The system refused: {error or 'out of memory'}.", EXIT_FAILED)
+        return EXIT_FAILED
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "can't allocate" not in str(error):
+            raise
+        console.fail(f"Out of memory: {error}", EXIT_FAILED)
+        return EXIT_FAILED
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="rocr", description="Unlearn concepts from language models, in closed form.", epilog=_EPILOGUE
+    )
+    parser.add_argument("--version", action="version", version=f"rocr {__version__}")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="put one JSON document on stdout")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        command.add_parsers(subparsers, common)
+    return parser
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+    """Let a termination unwind like Ctrl-C, so that temporary files are removed."""
+    raise KeyboardInterrupt

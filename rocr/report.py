@@ -1,0 +1,97 @@
+"""The report of an edit as JSON: what was done, with which settings, what came of it, how long it took."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rocr import __version__
+from rocr.edit import Edit
+
+FORMAT = "rocr report 1"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A question and its answers.
+
+    Attributes:
+        name: whom or what it is about.
+        on_list: whether that is one of the concepts.
+        question: as asked.
+        before: the model's answer before the edit.
+        after: its answer after the edit.
+    """
+
+    name: str
+    on_list: bool
+    question: str
+    before: str
+    after: str
+
+
+def build_report(
+    edit: Edit, model: str, seconds: Mapping[str, float], answers: Sequence[Answer], files: Mapping[str, str]
+) -> dict[str, Any]:
+    """Everything about an edit that a later reader needs, as JSON values.
+
+    Args:
+        edit: the edit.
+        model: what the user called the model.
+        seconds: duration of each stage of the command.
+        answers: before and after.
+        files: sha256 of every file of the output but the report.
+    """
+    layers = edit.report.layers
+    concepts = []
+    for i, concept in enumerate(edit.concepts):
+        closed = sum(layer.closed[i] for layer in layers) / len(layers) if layers else None
+        distance = edit.report.distance[i] if edit.report.distance else None
+        concepts.append({**asdict(concept), "closed": closed, "distance": distance})
+    return {
+        "format": FORMAT,
+        "model": model,
+        "fingerprint": edit.fingerprint.to_json(),
+        "concepts": concepts,
+        "config": edit.config.to_json(),
+        "statistics": edit.report.statistics,
+        "layers": [asdict(layer) for layer in layers],
+        "answers": [asdict(answer) for answer in answers],
+        "seconds": {"stages": dict(seconds), "edit": edit.report.seconds},
+        "versions": versions(),
+        "files": dict(files),
+        "note": "Measured outcomes of one edit. They are not proof that the concepts cannot be recovered.",
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the result depends on."""
+    found = {"rocr": __version__, "python": platform.python_version()}
+    for package in ("torch", "transformers", "tokenizers", "safetensors", "numpy", "triton"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def file_digests(folder: Path) -> dict[str, str]:
+    """sha256 of every file below a folder, by its path relative to it."""
+    digests = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digests[path.relative_to(folder).as_posix()] = file_digest(path)
+    return digests
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
