@@ -36,7 +36,7 @@ $(VENV)/.installed: setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 	touch $@
 
 $(VENV)/.tools: $(VENV)/.installed
-	$(PIP) install -c constraints.txt -e '.[gguf,parquet,lora,test,check]'
+	$(PIP) install -c constraints.txt -e '.[gguf,parquet,lora,report,test,check]'
 	touch $@
 
 clean:

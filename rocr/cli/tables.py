@@ -24,8 +24,8 @@ def show_report(report: dict[str, Any], console: Console, place: str | None) -> 
         if rows:
             console.table(title, ("name", "before", "after"), rows)
     _show_layers(report, console)
-    stages = {**report["seconds"]["stages"]}
-    console.table("Seconds", tuple(stages), [tuple(f"{value:.1f}" for value in stages.values())])
+    seconds = console.seconds
+    console.table("Seconds", tuple(seconds), [tuple(f"{value:.1f}" for value in seconds.values())])
     details = ", ".join(f"{stage} {value:.2f}" for stage, value in report["seconds"]["edit"].items())
     console.say(f"The edit itself: {sum(report['seconds']['edit'].values()):.2f} s ({details}).")
     if place is not None:
