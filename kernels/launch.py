@@ -1,0 +1,52 @@
+"""What every launch needs: the chip's size, a table of addresses on the device, and scratch memory."""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Callable, Sequence
+
+import torch
+import triton
+from torch import Tensor
+
+INTERPRETER_PROGRAMS = 3
+"""Programs of a launch in Triton's interpreter, which has no multiprocessors."""
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a device; the interpreter counts as sm_90."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a device."""
+    if device.type != "cuda":
+        return INTERPRETER_PROGRAMS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def has_small_memory(compute_capability: tuple[int, int]) -> bool:
+    """Whether a program gets 99 KiB of shared memory at most, as on consumer chips, not 163 KiB or more."""
+    return compute_capability in ((8, 6), (8, 7), (8, 9)) or compute_capability[0] == 12
+
+
+def address_table(tensors: Sequence[Sequence[Tensor]], numbers: Sequence[int] = ()) -> Tensor:
+    """Addresses of all tensors, one list after the other, then numbers, as int64 on the tensors' device.
+
+    The copy from pinned memory does not wait for the device. Inside a CUDA graph it would be repeated from memory
+    that is no longer ours: make tables before a capture.
+    """
+    device = tensors[0][0].device
+    entries = [tensor.data_ptr() for group in tensors for tensor in group] + list(numbers)
+    table = torch.tensor(entries, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return table.to(device, non_blocking=True)
+
+
+def run_with_scratch(device: torch.device, launch: Callable[[], object]) -> None:
+    """Run a launch whose kernel makes TMA descriptors on the device, with torch's memory to hold them."""
+    context = contextvars.copy_context()
+    context.run(
+        triton.set_allocator,
+        lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device),
+    )
+    context.run(launch)

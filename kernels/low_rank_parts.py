@@ -1,0 +1,104 @@
+"""Low-rank updates of any rank: factors are taken apart into bfloat16 once, then multiplied as such."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from rocr_kernels.bits import dot, to_bfloat16
+from rocr_kernels.low_rank_tiles import store_rounded, weight_tile
+from rocr_kernels.triangle import part_rows
+
+
+@triton.jit
+def split_factors(
+    table,
+    parts,
+    size,
+    rank,
+    part_rank,
+    stride,
+    rank_stride,
+    PARTS: tl.constexpr,
+    SIZE: tl.constexpr,
+    RANK: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """Write each layer's factor, one row for each row or column of the weight, as (size, PARTS * part_rank)."""
+    layer = tl.program_id(2).to(tl.int64)
+    index = (tl.program_id(0) * SIZE + tl.arange(0, SIZE))[:, None]
+    ranks = (tl.program_id(1) * RANK + tl.arange(0, RANK))[None, :]
+    factor = tl.load(table + layer).to(tl.pointer_type(tl.float32))
+    value = tl.load(factor + (index * stride + ranks * rank_stride), mask=(index < size) & (ranks < rank), other=0.0)
+    target = parts + (layer * size + index) * (PARTS * part_rank) + ranks
+    for part in tl.static_range(PARTS):
+        rounded = to_bfloat16(value, INTERPRETED)
+        value -= rounded.to(tl.float32)
+        tl.store(target + part * part_rank, rounded, mask=(index < size) & (ranks < part_rank))
+
+
+@triton.jit
+def _parts_tile(parts, first, last, rank, stride, SIZE: tl.constexpr, RANK: tl.constexpr):
+    """Tile (SIZE, RANK) of a factor in parts, 0 from row last on."""
+    index = tl.arange(0, SIZE)[:, None]
+    ranks = tl.arange(0, RANK)[None, :]
+    start = parts + tl.to_tensor(first).to(tl.int64) * stride + rank
+    return tl.load(start + (index * stride + ranks), mask=index < last - first, other=0.0)
+
+
+@triton.jit
+def add_low_rank_parts(
+    table,
+    lefts,
+    rights,
+    layers,
+    rows,
+    columns,
+    part_rank,
+    weight_stride,
+    scale,
+    seed,
+    items,
+    TYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    AT_RANDOM: tl.constexpr,
+    PARTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    RANK: tl.constexpr,
+    STAGES: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """Persistent kernel: an item is a tile of a layer; lefts and rights are what split_factors wrote."""
+    PRODUCTS: tl.constexpr = 3 if PARTS == 2 else 6
+    tile_columns = tl.cdiv(columns, COLUMNS)
+    tiles = tl.cdiv(rows, ROWS) * tile_columns
+    stride = PARTS * part_rank
+    for item in tl.range(tl.program_id(0), items, tl.num_programs(0)):
+        layer = item // tiles
+        row = item % tiles // tile_columns * ROWS
+        column = item % tile_columns * COLUMNS
+        weight = tl.load(table + layer).to(tl.pointer_type(TYPE))
+        number = tl.load(table + 3 * layers + layer).to(tl.int32)
+        weight_row_stride = weight_stride
+        width = columns
+        if ALIGNED:
+            # They are multiples already; said so, the compiler moves 16 bytes at once.
+            weight = tl.multiple_of(weight, 16)
+            weight_row_stride = weight_row_stride // 8 * 8
+            width = width // 8 * 8
+        left = lefts + layer.to(tl.int64) * rows * stride
+        right = rights + layer.to(tl.int64) * columns * stride
+        pointers, mask = weight_tile(weight, row, column, rows, width, weight_row_stride, ROWS, COLUMNS)
+        old = tl.load(pointers, mask=mask, other=0.0)
+        product = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+        for step in tl.range(0, PRODUCTS * part_rank, RANK, num_stages=STAGES):
+            left_offset, right_offset = part_rows(step, part_rank, PRODUCTS)
+            left_tile = _parts_tile(left, row, rows, step + left_offset, stride, ROWS, RANK)
+            right_tile = _parts_tile(right, column, columns, step + right_offset, stride, COLUMNS, RANK)
+            if PARTS == 3:
+                # Tensor cores truncate their sums; a float32 weight keeps what they would lose over a long rank.
+                product += dot(left_tile, right_tile.T, tl.zeros((ROWS, COLUMNS), dtype=tl.float32), INTERPRETED)
+            else:
+                product = dot(left_tile, right_tile.T, product, INTERPRETED)
+        exact = old.to(tl.float32) + scale * product
+        store_rounded(pointers, mask, exact, row, column, columns, seed, number, TYPE, AT_RANDOM, INTERPRETED)

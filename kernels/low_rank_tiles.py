@@ -1,0 +1,113 @@
+"""Low-rank updates of small rank: a program keeps its part of right and streams tiles of the weight past it."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from rocr_kernels.bits import dot_in_parts, in_parts, random_bits, round_at_random, to_bfloat16
+
+
+@triton.jit
+def _factor_tile(factor, first, last, stride, rank, rank_stride, SIZE: tl.constexpr, RANK: tl.constexpr):
+    """Tile (SIZE, RANK) of a factor, one row for each row or column of the weight; 0 outside."""
+    index = first + tl.arange(0, SIZE)[:, None]
+    ranks = tl.arange(0, RANK)[None, :]
+    return tl.load(factor + (index * stride + ranks * rank_stride), mask=(index < last) & (ranks < rank), other=0.0)
+
+
+@triton.jit
+def weight_tile(weight, row, column, rows, columns, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Pointers to a tile of a weight, and a mask of what lies inside."""
+    tile_row = tl.arange(0, ROWS)[:, None]
+    tile_column = tl.arange(0, COLUMNS)[None, :]
+    # Only the first row needs 64 bits.
+    first = weight + tl.to_tensor(row).to(tl.int64) * stride + column
+    pointers = first + (tile_row * tl.to_tensor(stride).to(tl.int32) + tile_column)
+    return pointers, (tile_row < rows - row) & (tile_column < columns - column)
+
+
+@triton.jit
+def store_rounded(
+    pointers,
+    mask,
+    exact,
+    row,
+    column,
+    columns,
+    seed,
+    number,
+    TYPE: tl.constexpr,
+    AT_RANDOM: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """Round a tile of float32 to the weight's type, once, and store it."""
+    ROWS: tl.constexpr = exact.shape[0]
+    COLUMNS: tl.constexpr = exact.shape[1]
+    if AT_RANDOM:
+        eighths = column // 8 + tl.arange(0, COLUMNS // 8)[None, :]
+        first = (row + tl.arange(0, ROWS)[:, None]) * tl.cdiv(columns, 8) + eighths
+        exact = round_at_random(exact, random_bits(seed, first, number, ROWS, COLUMNS), TYPE)
+    if tl.bfloat16 == TYPE:
+        tl.store(pointers, to_bfloat16(exact, INTERPRETED), mask=mask)
+    else:
+        tl.store(pointers, exact.to(TYPE), mask=mask)
+
+
+@triton.jit
+def add_low_rank(
+    table,
+    layers,
+    rows,
+    columns,
+    rank,
+    weight_stride,
+    left_row_stride,
+    left_rank_stride,
+    right_rank_stride,
+    right_column_stride,
+    scale,
+    seed,
+    band_rows,
+    items,
+    TYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    AT_RANDOM: tl.constexpr,
+    PARTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    RANK: tl.constexpr,
+    STAGES: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """Persistent kernel: an item is COLUMNS columns of band_rows rows of a layer; for the table see _Launch."""
+    tile_columns = tl.cdiv(columns, COLUMNS)
+    layer_items = tl.cdiv(rows, band_rows) * tile_columns
+    for item in tl.range(tl.program_id(0), items, tl.num_programs(0)):
+        layer = item // layer_items
+        first_row = item % layer_items // tile_columns * band_rows
+        last_row = tl.minimum(first_row + band_rows, rows)
+        column = item % tile_columns * COLUMNS
+        weight = tl.load(table + layer).to(tl.pointer_type(TYPE))
+        left = tl.load(table + layers + layer).to(tl.pointer_type(tl.float32))
+        right = tl.load(table + 2 * layers + layer).to(tl.pointer_type(tl.float32))
+        number = tl.load(table + 3 * layers + layer).to(tl.int32)
+        stride = weight_stride
+        width = columns
+        if ALIGNED:
+            # They are multiples already; said so, the compiler moves 16 bytes at once.
+            weight = tl.multiple_of(weight, 16)
+            left = tl.multiple_of(left, 16)
+            right = tl.multiple_of(right, 16)
+            stride = stride // 8 * 8
+            width = width // 8 * 8
+
+        own_right = _factor_tile(right, column, width, right_column_stride, rank, right_rank_stride, COLUMNS, RANK)
+        high, middle, low = in_parts(own_right, PARTS, INTERPRETED)
+        for row in tl.range(first_row, last_row, ROWS, num_stages=STAGES):
+            pointers, mask = weight_tile(weight, row, column, last_row, width, stride, ROWS, COLUMNS)
+            old = tl.load(pointers, mask=mask, other=0.0)
+            own_left = _factor_tile(left, row, last_row, left_row_stride, rank, left_rank_stride, ROWS, RANK)
+            product = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+            product = dot_in_parts(own_left, high.T, middle.T, low.T, product, PARTS, INTERPRETED)
+            exact = old.to(tl.float32) + scale * product
+            store_rounded(pointers, mask, exact, row, column, columns, seed, number, TYPE, AT_RANDOM, INTERPRETED)
