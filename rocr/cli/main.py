@@ -23,19 +23,28 @@ _EPILOGUE = (
 )
 
 
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM came.
+
+    Not a KeyboardInterrupt: Python ends a process by SIGINT, whatever its exit code, once one has passed
+    through code that was compiled at run time, as the import of torch does.
+    """
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     parsed = build_parser().parse_args(arguments)
     os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' own bars; rocr shows one for each stage
     console = Console(json_output=parsed.json)
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     try:
         console.print_json(parsed.run(parsed, console))
         return 0
     except RocrError as error:
         console.fail(str(error), error.exit_code)
         return error.exit_code
-    except KeyboardInterrupt:
+    except (Interrupted, KeyboardInterrupt):
         console.fail("Interrupted; nothing was left half-written.", EXIT_INTERRUPTED)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
@@ -66,5 +75,5 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:
-    """Let a termination unwind like Ctrl-C, so that temporary files are removed."""
-    raise KeyboardInterrupt
+    """Let an interruption or termination unwind, so that temporary files are removed."""
+    raise Interrupted
