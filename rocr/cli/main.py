@@ -36,8 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = build_parser().parse_args(arguments)
     os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' own bars; rocr shows one for each stage
     console = Console(json_output=parsed.json)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
+    previous = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         console.print_json(parsed.run(parsed, console))
         return 0
@@ -58,6 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         console.fail(f"Out of memory: {error}", EXIT_FAILED)
         return EXIT_FAILED
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def build_parser() -> argparse.ArgumentParser:
