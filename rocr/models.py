@@ -156,5 +156,6 @@ def _without_quantizer(model: nn.Module) -> nn.Module:
 def _check_gguf_support() -> None:
     from importlib.util import find_spec
 
-    if find_spec("gguf") is None:
-        raise InputError("Reading a .gguf file needs the package gguf: pip install 'rocr[gguf]'.")
+    missing = [name for name in ("gguf", "accelerate") if find_spec(name) is None]
+    if missing:
+        raise InputError(f"Reading a .gguf file needs {' and '.join(missing)}: pip install 'rocr[gguf]'.")
