@@ -14,20 +14,21 @@ Pointer pointer(std::uintptr_t address) {
 }
 
 void accumulate_second_moment(std::uintptr_t total, std::int64_t total_stride, std::uintptr_t keys,
-                              std::int64_t keys_stride, std::int64_t tokens, std::int64_t size, rocr::Number number,
-                              int threads, const std::string& simd) {
-  rocr::accumulate_second_moment(pointer<float*>(total), total_stride, pointer<const void*>(keys), keys_stride, tokens,
-                                 size, number, threads, rocr::find_simd(simd));
+                              std::int64_t keys_stride, std::int64_t tokens, std::int64_t size,
+                              rocr::Number number, int threads, const std::string& simd) {
+  rocr::accumulate_second_moment(pointer<float*>(total), total_stride, pointer<const void*>(keys),
+                                 keys_stride, tokens, size, number, threads, rocr::find_simd(simd));
 }
 
-rocr::LowRankUpdate make_update(std::uintptr_t weight, rocr::Number number, std::int64_t rows, std::int64_t columns,
-                                std::int64_t stride, std::int64_t rank, std::uintptr_t left, std::uintptr_t right) {
-  return {pointer<void*>(weight),       number, rows, columns, stride, rank, pointer<const float*>(left),
+rocr::LowRankUpdate make_update(std::uintptr_t weight, rocr::Number number, std::int64_t rows,
+                                std::int64_t columns, std::int64_t stride, std::int64_t rank,
+                                std::uintptr_t left, std::uintptr_t right) {
+  return {pointer<void*>(weight),      number, rows, columns, stride, rank, pointer<const float*>(left),
           pointer<const float*>(right)};
 }
 
-void low_rank_update(const std::vector<rocr::LowRankUpdate>& updates, float scale, bool stochastic, std::uint64_t seed,
-                     int threads, const std::string& simd) {
+void low_rank_update(const std::vector<rocr::LowRankUpdate>& updates, float scale, bool stochastic,
+                     std::uint64_t seed, int threads, const std::string& simd) {
   rocr::low_rank_update(updates, scale, stochastic, seed, threads, rocr::find_simd(simd));
 }
 
@@ -53,5 +54,6 @@ PYBIND11_MODULE(_C, module) {
              py::arg("keys"), py::arg("keys_stride"), py::arg("tokens"), py::arg("size"), py::arg("number"),
              py::arg("threads"), py::arg("simd") = "", py::call_guard<py::gil_scoped_release>());
   module.def("low_rank_update", &low_rank_update, py::arg("updates"), py::arg("scale"), py::arg("stochastic"),
-             py::arg("seed"), py::arg("threads"), py::arg("simd") = "", py::call_guard<py::gil_scoped_release>());
+             py::arg("seed"), py::arg("threads"), py::arg("simd") = "",
+             py::call_guard<py::gil_scoped_release>());
 }

@@ -9,37 +9,78 @@
 namespace rocr {
 namespace {
 
-constexpr std::int64_t block_strips = 16;       // of tile_rows rows each: what one packing of right serves
-constexpr std::int64_t panel_numbers = 1 << 17;  // of right: 512 KiB, so that they stay in L2
-constexpr std::int64_t max_columns = 4096;
+// A block of a weight is one item of work. It is done in strips of tile_rows rows, and a strip in pieces.
+constexpr std::int64_t block_strips = 64;  // enough to make packing right cheap
+constexpr std::int64_t right_numbers =
+    1 << 17;  // of right that a block needs: 512 KiB, so that they stay in L2
+constexpr std::int64_t max_block_columns = 4096;
+constexpr std::int64_t max_piece_columns = 480;  // few enough for a piece's sums to stay in L1
 
 struct Block {
-  std::int64_t update, first_row, first_column;
+  std::int64_t update, row, column;  // which update, and the block's first row and column
 };
 
-// Memory of one worker, big enough for any block.
+// A strip's part of a weight, in bytes; rows may be <= 0: there is none.
+struct Piece {
+  const char* weight;
+  std::int64_t stride, rows, bytes;
+};
+
+// Memory of one worker.
 struct Scratch {
-  float* rows;     // panel of left
-  float* columns;  // panels of right
-  float* sums;     // update of the block, or of one strip of it where the rank fits in one slice
+  float* left;   // a panel, as rows of products
+  float* right;  // panels of a block
+  float* sums;   // of a piece, or of a block where the rank has several slices
 };
 
 struct Call {
   const std::vector<LowRankUpdate>& updates;
+  const Simd& simd;
   float scale;
   bool stochastic;
   std::uint64_t seed;
-  const Simd& simd;
-  std::int64_t depth;          // of a slice of the rank
-  std::int64_t block_rows;
-  std::int64_t block_columns;  // a multiple of tile_columns
+  std::int64_t max_rank, depth;  // of a slice of the rank
+  std::int64_t block_rows, block_columns, piece_columns;
+
+  bool has_slices() const { return max_rank > depth; }
+  std::int64_t left_numbers() const { return divide_up(depth * simd.tile_rows, line_numbers) * line_numbers; }
+  std::int64_t right_numbers() const { return depth * block_columns; }
+  std::int64_t sum_numbers() const {
+    return has_slices() ? block_rows * block_columns : simd.tile_rows * piece_columns;
+  }
 
   std::vector<Block> blocks() const;
   void update_block(Block block, Scratch scratch) const;
-  void pack_left(const LowRankUpdate& update, std::int64_t first_row, std::int64_t first, std::int64_t depth,
-                 float* rows) const;
-  void add_strip(Block block, std::int64_t first_row, const float* sums) const;
+  Piece piece(Block block, std::int64_t row, std::int64_t column) const;
+  void pack_left(const LowRankUpdate& update, std::int64_t row, std::int64_t first, std::int64_t steps,
+                 float* left) const;
+  void multiply_piece(std::int64_t columns, std::int64_t steps, const float* left, const float* right,
+                      float* sums, bool accumulate, Piece next) const;
+  void add_piece(Block block, std::int64_t row, std::int64_t column, std::int64_t columns,
+                 const float* sums) const;
+  std::int64_t sums_stride() const { return has_slices() ? block_columns : piece_columns; }
 };
+
+Call plan(const std::vector<LowRankUpdate>& updates, const Simd& simd, float scale, bool stochastic,
+          std::uint64_t seed, int threads) {
+  std::int64_t rank = 1, rows = 1, columns = 1;
+  for (const LowRankUpdate& update : updates) {
+    rank = std::max(rank, update.rank);
+    rows = std::max(rows, update.rows);
+    columns = std::max(columns, update.columns);
+  }
+  const std::int64_t depth = std::min(rank, simd.panel_depth);
+  const std::int64_t pieces =
+      std::min({right_numbers / depth, max_block_columns, columns}) / max_piece_columns;
+  const std::int64_t piece_columns =
+      std::min(divide_up(columns, simd.tile_columns), max_piece_columns / simd.tile_columns) *
+      simd.tile_columns;
+  const std::int64_t block_columns = std::max<std::int64_t>(pieces, 1) * piece_columns;
+  // Small weights are cut finer, so that every thread gets some of the rows.
+  const std::int64_t strips = std::min(block_strips, divide_up(divide_up(rows, 4 * threads), simd.tile_rows));
+  return {updates,       simd,         scale, stochastic, seed, rank, depth, strips * simd.tile_rows,
+          block_columns, piece_columns};
+}
 
 std::vector<Block> Call::blocks() const {
   std::vector<Block> blocks;
@@ -56,34 +97,61 @@ std::vector<Block> Call::blocks() const {
 
 void Call::update_block(Block block, Scratch scratch) const {
   const LowRankUpdate& update = updates[block.update];
-  const std::int64_t end_row = std::min(block.first_row + block_rows, update.rows);
-  const std::int64_t columns = std::min(block_columns, update.columns - block.first_column);
+  const std::int64_t rows = std::min(block_rows, update.rows - block.row);
+  const std::int64_t columns = std::min(block_columns, update.columns - block.column);
   for (std::int64_t first = 0; first < update.rank; first += depth) {
     const std::int64_t steps = std::min(depth, update.rank - first);
-    const bool is_last = first + steps == update.rank;
-    const float* right = update.right + first * update.columns + block.first_column;
-    simd.pack(Number::float32, right, update.columns, steps, columns, scratch.columns);
-    for (std::int64_t row = block.first_row; row < end_row; row += simd.tile_rows) {
-      float* sums = scratch.sums + (update.rank > depth ? (row - block.first_row) * block_columns : 0);
-      pack_left(update, row, first, steps, scratch.rows);
-      for (std::int64_t column = 0; column < columns; column += simd.tile_columns) {
-        simd.multiply(columns - column, steps, scratch.rows, simd.tile_rows, scratch.columns + column * steps,
-                      sums + column, block_columns, first > 0);
+    const float* right = update.right + first * update.columns + block.column;
+    simd.pack(Number::float32, right, update.columns, steps, columns, scratch.right);
+    for (std::int64_t row = 0; row < rows; row += simd.tile_rows) {
+      pack_left(update, block.row + row, first, steps, scratch.left);
+      for (std::int64_t column = 0; column < columns; column += piece_columns) {
+        const std::int64_t count = std::min(piece_columns, columns - column);
+        const bool ends_strip = column + count == columns;
+        const Piece next =
+            piece(block, ends_strip ? row + simd.tile_rows : row, ends_strip ? 0 : column + count);
+        float* sums = scratch.sums + (has_slices() ? row * block_columns + column : 0);
+        multiply_piece(count, steps, scratch.left, scratch.right + column * steps, sums, first > 0, next);
+        if (first + steps == update.rank)
+          add_piece(block, block.row + row, block.column + column, count, sums);
       }
-      if (is_last) add_strip(block, row, sums);
     }
   }
 }
 
-// A panel of scale * left, with zeros for the rows beyond the last.
-void Call::pack_left(const LowRankUpdate& update, std::int64_t first_row, std::int64_t first, std::int64_t depth,
-                     float* rows) const {
-  for (std::int64_t i = 0; i < simd.tile_rows; ++i) {
-    const float* source = update.left + (first_row + i) * update.rank + first;
-    const bool is_there = first_row + i < update.rows;
-    for (std::int64_t step = 0; step < depth; ++step) {
-      rows[step * simd.tile_rows + i] = is_there ? scale * source[step] : 0.0f;
+Piece Call::piece(Block block, std::int64_t row, std::int64_t column) const {
+  const LowRankUpdate& update = updates[block.update];
+  const std::int64_t bytes = bytes_of(update.number);
+  row += block.row;
+  column += block.column;
+  return {static_cast<const char*>(update.weight) + (row * update.stride + column) * bytes,
+          update.stride * bytes, std::min(simd.tile_rows, update.rows - row),
+          std::min(piece_columns, update.columns - column) * bytes};
+}
+
+// scale * left as a panel, with zeros for the rows beyond the last.
+void Call::pack_left(const LowRankUpdate& update, std::int64_t row, std::int64_t first, std::int64_t steps,
+                     float* left) const {
+  const std::int64_t rows = std::min(simd.tile_rows, update.rows - row);
+  const float* source = update.left + row * update.rank + first;
+  std::fill(left, left + steps * simd.tile_rows, 0.0f);
+  for (std::int64_t step = 0; step < steps; ++step) {
+    for (std::int64_t i = 0; i < rows; ++i)
+      left[step * simd.tile_rows + i] = scale * source[i * update.rank + step];
+  }
+}
+
+// Each product fetches a row of the piece that comes next: the whole of it at once would wait for memory.
+void Call::multiply_piece(std::int64_t columns, std::int64_t steps, const float* left, const float* right,
+                          float* sums, bool accumulate, Piece next) const {
+  for (std::int64_t column = 0; column < columns; column += simd.tile_columns) {
+    const float* panel = right + column * steps;
+    if (next.rows-- > 0) {
+      for (std::int64_t byte = 0; byte < next.bytes; byte += 64) __builtin_prefetch(next.weight + byte, 1);
+      next.weight += next.stride;
     }
+    simd.multiply(columns - column, steps, left, simd.tile_rows, panel, sums + column, sums_stride(),
+                  accumulate, panel);
   }
 }
 
@@ -94,15 +162,15 @@ std::uint64_t mix(std::uint64_t bits) {
   return bits ^ bits >> 31;
 }
 
-void Call::add_strip(Block block, std::int64_t first_row, const float* sums) const {
+void Call::add_piece(Block block, std::int64_t row, std::int64_t column, std::int64_t columns,
+                     const float* sums) const {
   const LowRankUpdate& update = updates[block.update];
-  const std::int64_t columns = std::min(block_columns, update.columns - block.first_column);
-  for (std::int64_t i = 0; i < std::min(simd.tile_rows, update.rows - first_row); ++i) {
-    const std::int64_t row = first_row + i;
-    char* weight = static_cast<char*>(update.weight) +
-                   (row * update.stride + block.first_column) * bytes_of(update.number);
-    const Rounding rounding{stochastic, mix(mix(seed + block.update) + row)};
-    simd.add(update.number, weight, sums + i * block_columns, columns, rounding, block.first_column);
+  const std::int64_t end_row = std::min(row + simd.tile_rows, update.rows);
+  for (; row < end_row; ++row, sums += sums_stride()) {
+    char* weight =
+        static_cast<char*>(update.weight) + (row * update.stride + column) * bytes_of(update.number);
+    const Rounding rounding{stochastic, mix(mix(mix(seed) + block.update) + row)};
+    simd.add(update.number, weight, sums, columns, rounding, column);
   }
 }
 
@@ -116,32 +184,22 @@ void check(const LowRankUpdate& update) {
 
 }  // namespace
 
-void low_rank_update(const std::vector<LowRankUpdate>& updates, float scale, bool stochastic, std::uint64_t seed,
-                     int threads, const Simd& simd) {
-  if (threads < 1) throw std::invalid_argument("threads is " + std::to_string(threads) + ", but must be at least 1.");
-  std::int64_t rank = 1, columns = 1;
-  for (const LowRankUpdate& update : updates) {
-    check(update);
-    rank = std::max(rank, update.rank);
-    columns = std::max(columns, update.columns);
-  }
-  const std::int64_t depth = std::min(rank, simd.panel_depth);
-  const std::int64_t panels = std::min({panel_numbers / depth, max_columns, columns + simd.tile_columns - 1}) /
-                              simd.tile_columns;
-  const Call call{updates, scale, stochastic, seed, simd, depth, block_strips * simd.tile_rows,
-                  std::max<std::int64_t>(panels, 1) * simd.tile_columns};
+void low_rank_update(const std::vector<LowRankUpdate>& updates, float scale, bool stochastic,
+                     std::uint64_t seed, int threads, const Simd& simd) {
+  if (threads < 1)
+    throw std::invalid_argument("threads is " + std::to_string(threads) + ", but must be at least 1.");
+  for (const LowRankUpdate& update : updates) check(update);
+  const Call call = plan(updates, simd, scale, stochastic, seed, threads);
   const std::vector<Block> blocks = call.blocks();
   if (blocks.empty()) return;
-
-  const std::int64_t row_numbers = depth * simd.tile_rows + 16, column_numbers = depth * call.block_columns;
-  const std::int64_t sum_numbers = (rank > depth ? call.block_rows : simd.tile_rows) * call.block_columns;
-  const std::int64_t worker_numbers = row_numbers / 16 * 16 + column_numbers + sum_numbers;
+  const std::int64_t worker_numbers = call.left_numbers() + call.right_numbers() + call.sum_numbers();
   const Buffer memory(threads * worker_numbers);
-  run_phases(threads, 1, static_cast<std::int64_t>(blocks.size()), [&](int worker, std::int64_t, std::int64_t item) {
-    float* columns = memory.data() + worker * worker_numbers;
-    float* sums = columns + column_numbers;
-    call.update_block(blocks[item], {sums + sum_numbers, columns, sums});
-  });
+  run_phases(threads, 1, static_cast<std::int64_t>(blocks.size()),
+             [&](int worker, std::int64_t, std::int64_t item) {
+               float* left = memory.data() + worker * worker_numbers;
+               float* right = left + call.left_numbers();
+               call.update_block(blocks[item], {left, right, right + call.right_numbers()});
+             });
 }
 
 }  // namespace rocr

@@ -6,8 +6,10 @@
 
 namespace rocr {
 
-// Runs task(worker, phase, item) once for every item of every phase, on at most `threads` threads. A phase begins when
-// all items of the one before it are done; the caller is worker 0. The task must not throw.
+inline std::int64_t divide_up(std::int64_t number, std::int64_t by) { return (number + by - 1) / by; }
+
+// Runs task(worker, phase, item) once for every item of every phase, on at most `threads` threads. A phase
+// begins when all items of the one before it are done; the caller is worker 0. The task must not throw.
 void run_phases(int threads, std::int64_t phases, std::int64_t items,
                 const std::function<void(int worker, std::int64_t phase, std::int64_t item)>& task);
 

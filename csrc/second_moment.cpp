@@ -10,16 +10,17 @@
 namespace rocr {
 namespace {
 
-// Panels of rows and of columns in a block of work: small enough to share out evenly, large enough to use each panel of
-// columns often while it is in the first cache.
+// Panels of rows and of columns in a block of work: small enough to share out evenly, large enough to use
+// each panel of columns often while it is in the first cache.
 constexpr std::int64_t block_rows = 2;
 constexpr std::int64_t block_columns = 8;
 
 // Panels that are packed as one item of work.
 constexpr std::int64_t packed_panels = 4;
 
+// Where a block or a tile of the total begins.
 struct Block {
-  std::int64_t row, column;  // its first
+  std::int64_t row, column;
 };
 
 // One call: what is to be added up. Tokens are cut into slices of at most the depth that a panel can have.
@@ -31,15 +32,16 @@ struct SecondMoment {
   Number number;
   const Simd& simd;
 
-  std::int64_t slices() const { return (tokens + simd.panel_depth - 1) / simd.panel_depth; }
+  std::int64_t slices() const { return divide_up(tokens, simd.panel_depth); }
   std::int64_t first_token(std::int64_t slice) const { return tokens * slice / slices(); }
   std::int64_t depth(std::int64_t slice) const { return first_token(slice + 1) - first_token(slice); }
-  std::int64_t panels() const { return (size + simd.tile_columns - 1) / simd.tile_columns; }
+  std::int64_t panels() const { return divide_up(size, simd.tile_columns); }
 
   std::vector<Block> blocks() const;
   void pack(std::int64_t slice, std::int64_t first_panel, float* panels) const;
   void add_block(std::int64_t slice, Block block, const float* panels) const;
-  void add_tile(std::int64_t depth, std::int64_t row, std::int64_t column, const float* panels) const;
+  void add_tile(Block tile, std::int64_t depth, const float* rows, const float* columns,
+                const float* soon) const;
 };
 
 // The blocks that meet the lower triangle, from the longest row of blocks to the shortest.
@@ -62,61 +64,70 @@ void SecondMoment::pack(std::int64_t slice, std::int64_t first_panel, float* pan
 }
 
 void SecondMoment::add_block(std::int64_t slice, Block block, const float* panels) const {
+  const std::int64_t panel_numbers = simd.tile_columns * depth(slice);
   const std::int64_t end_row = std::min(block.row + block_rows * simd.tile_columns, size);
   const std::int64_t end_column = std::min(block.column + block_columns * simd.tile_columns, end_row);
   for (std::int64_t column = block.column; column < end_column; column += simd.tile_columns) {
+    const float* columns = panels + column * depth(slice);
+    // The first tiles fetch the next panel of columns on the way, a line per step.
+    const float* soon = columns + panel_numbers;
     for (std::int64_t row = std::max(block.row, column); row < end_row; row += simd.tile_rows) {
-      add_tile(depth(slice), row, column, panels);
+      const std::int64_t row_in_panel = row % simd.tile_columns;
+      const float* rows = panels + (row - row_in_panel) * depth(slice) + row_in_panel;
+      add_tile({row, column}, depth(slice), rows, columns, soon);
+      soon = std::min(soon + depth(slice) * line_numbers, columns + 2 * panel_numbers);
     }
   }
 }
 
-void SecondMoment::add_tile(std::int64_t depth, std::int64_t row, std::int64_t column, const float* panels) const {
-  const std::int64_t row_in_panel = row % simd.tile_columns;
-  const float* rows = panels + (row - row_in_panel) * depth + row_in_panel;
-  const float* columns = panels + column * depth;
-  float* target = total + row * total_stride + column;
-  if (column + simd.tile_columns <= row && row + simd.tile_rows <= size) {
-    simd.multiply(simd.tile_columns, depth, rows, simd.tile_columns, columns, target, total_stride, true);
+void SecondMoment::add_tile(Block tile, std::int64_t depth, const float* rows, const float* columns,
+                            const float* soon) const {
+  const std::int64_t stride = simd.tile_columns;
+  float* target = total + tile.row * total_stride + tile.column;
+  if (tile.column + simd.tile_columns <= tile.row && tile.row + simd.tile_rows <= size) {
+    simd.multiply(simd.tile_columns, depth, rows, stride, columns, target, total_stride, true, soon);
     return;
   }
-  alignas(64) float tile[max_tile_numbers];
-  const std::int64_t end_row = std::min(row + simd.tile_rows, size);
-  const std::int64_t needed = std::min(end_row - column, simd.tile_columns);
-  simd.multiply(needed, depth, rows, simd.tile_columns, columns, tile, simd.tile_columns, false);
-  for (std::int64_t i = 0; i < end_row - row; ++i) {
-    const std::int64_t count = std::min(simd.tile_columns, row + i + 1 - column);
-    for (std::int64_t j = 0; j < count; ++j) target[i * total_stride + j] += tile[i * simd.tile_columns + j];
+  alignas(64) float sums[max_tile_numbers];
+  const std::int64_t end_row = std::min(tile.row + simd.tile_rows, size);
+  simd.multiply(end_row - tile.column, depth, rows, stride, columns, sums, stride, false, soon);
+  for (std::int64_t row = tile.row; row < end_row; ++row, target += total_stride) {
+    const std::int64_t count = std::min(simd.tile_columns, row + 1 - tile.column);
+    for (std::int64_t i = 0; i < count; ++i) target[i] += sums[(row - tile.row) * stride + i];
   }
 }
 
 }  // namespace
 
-void accumulate_second_moment(float* total, std::int64_t total_stride, const void* keys, std::int64_t keys_stride,
-                              std::int64_t tokens, std::int64_t size, Number number, int threads, const Simd& simd) {
+void accumulate_second_moment(float* total, std::int64_t total_stride, const void* keys,
+                              std::int64_t keys_stride, std::int64_t tokens, std::int64_t size, Number number,
+                              int threads, const Simd& simd) {
   if (tokens < 0 || size < 0 || threads < 1 || total_stride < size || keys_stride < size) {
-    throw std::invalid_argument("A second moment needs tokens >= 0, size >= 0, threads >= 1 and strides >= size, but got " +
-                                std::to_string(tokens) + " tokens, size " + std::to_string(size) + ", " +
-                                std::to_string(threads) + " threads, total_stride " + std::to_string(total_stride) +
-                                " and keys_stride " + std::to_string(keys_stride) + ".");
+    throw std::invalid_argument(
+        "A second moment needs tokens >= 0, size >= 0, threads >= 1 and strides >= size, but got " +
+        std::to_string(tokens) + " tokens, size " + std::to_string(size) + ", " + std::to_string(threads) +
+        " threads, total_stride " + std::to_string(total_stride) + " and keys_stride " +
+        std::to_string(keys_stride) + ".");
   }
   if (tokens == 0 || size == 0) return;
-  const SecondMoment work{total, total_stride, static_cast<const char*>(keys), keys_stride, tokens, size, number, simd};
+  const SecondMoment work{total,  total_stride, static_cast<const char*>(keys), keys_stride, tokens, size,
+                          number, simd};
   const std::vector<Block> blocks = work.blocks();
   const std::int64_t block_count = static_cast<std::int64_t>(blocks.size());
-  const std::int64_t packings = (work.panels() + packed_panels - 1) / packed_panels;
+  const std::int64_t packings = divide_up(work.panels(), packed_panels);
   // A phase adds up one slice while it packs the next one into the other half of the panels.
   const std::int64_t half = work.panels() * simd.tile_columns * std::min(tokens, simd.panel_depth);
   const Buffer panels(2 * half);
-  run_phases(threads, work.slices() + 1, block_count + packings, [&](int, std::int64_t phase, std::int64_t item) {
-    float* next = panels.data() + phase % 2 * half;
-    const float* current = panels.data() + (phase + 1) % 2 * half;
-    if (item < block_count) {
-      if (phase > 0) work.add_block(phase - 1, blocks[item], current);
-    } else if (phase < work.slices()) {
-      work.pack(phase, (item - block_count) * packed_panels, next);
-    }
-  });
+  run_phases(threads, work.slices() + 1, block_count + packings,
+             [&](int, std::int64_t phase, std::int64_t item) {
+               float* next = panels.data() + phase % 2 * half;
+               const float* current = panels.data() + (phase + 1) % 2 * half;
+               if (item < block_count) {
+                 if (phase > 0) work.add_block(phase - 1, blocks[item], current);
+               } else if (phase < work.slices()) {
+                 work.pack(phase, (item - block_count) * packed_panels, next);
+               }
+             });
 }
 
 }  // namespace rocr

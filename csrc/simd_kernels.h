@@ -1,12 +1,16 @@
-// The kernels of one instruction set, in the vectors of GCC and Clang. A file simd_<name>.cpp includes this once, after
-// it has defined ROCR_TARGET, ROCR_WIDTH (numbers in a vector), ROCR_TILE_ROWS and ROCR_TILE_VECTORS.
-// Nothing here may call a template of the standard library: the linker could hand this file's copy to the others.
+// The kernels of one instruction set, in the vectors of GCC and Clang. A file simd_<name>.cpp includes this
+// once, after it has defined ROCR_TARGET, ROCR_WIDTH (numbers in a vector), ROCR_TILE_ROWS and
+// ROCR_TILE_VECTORS. Nothing here may call a template of the standard library: the linker could hand this
+// file's copy to the others.
 #include <cstdint>
 #include <cstring>
 
 #include "simd.h"
 
 #pragma GCC diagnostic ignored "-Wpsabi"
+#if !defined(ROCR_WIDEN)
+#define ROCR_WIDEN(halves) __builtin_convertvector(halves, Bits)
+#endif
 #define ROCR_INLINE ROCR_TARGET __attribute__((always_inline)) inline
 
 namespace rocr {
@@ -22,21 +26,23 @@ constexpr std::int64_t tile_columns = tile_vectors * width;
 static_assert(tile_columns % tile_rows == 0 && tile_rows * tile_columns <= max_tile_numbers);
 
 template <int vectors>
-ROCR_TARGET void multiply_vectors(std::int64_t depth, const float* rows, std::int64_t rows_stride, const float* columns,
-                                  float* tile, std::int64_t tile_stride, bool accumulate) {
+ROCR_TARGET void multiply_vectors(std::int64_t depth, const float* rows, std::int64_t rows_stride,
+                                  const float* columns, float* tile, std::int64_t tile_stride,
+                                  bool accumulate, const float* soon) {
   Floats sums[tile_rows][vectors];
 #pragma GCC unroll 16
   for (int row = 0; row < tile_rows; ++row) {
 #pragma GCC unroll 8
     for (int vector = 0; vector < vectors; ++vector) {
       sums[row][vector] = Floats{};
-      __builtin_prefetch(tile + row * tile_stride + vector * width, 1);
+      if (accumulate) __builtin_prefetch(tile + row * tile_stride + vector * width, 1);
     }
   }
 #pragma GCC unroll 1
   for (std::int64_t step = 0; step < depth; ++step) {
     Floats column[vectors];
     __builtin_prefetch(rows + 8 * rows_stride);
+    __builtin_prefetch(soon + step * line_numbers, 0, 2);
 #pragma GCC unroll 8
     for (int vector = 0; vector < vectors; ++vector) {
       column[vector] = *reinterpret_cast<const Floats*>(columns + vector * width);
@@ -44,7 +50,8 @@ ROCR_TARGET void multiply_vectors(std::int64_t depth, const float* rows, std::in
     }
 #pragma GCC unroll 16
     for (int row = 0; row < tile_rows; ++row) {
-      const Floats factor = rows[row] - Floats{};  // x - 0 is x: a mere broadcast, where 0 + x would be an addition
+      // x - 0 is x: a mere broadcast, where 0 + x would be an addition.
+      const Floats factor = rows[row] - Floats{};
 #pragma GCC unroll 8
       for (int vector = 0; vector < vectors; ++vector) sums[row][vector] += factor * column[vector];
     }
@@ -63,11 +70,13 @@ ROCR_TARGET void multiply_vectors(std::int64_t depth, const float* rows, std::in
 
 template <int vectors>
 void multiply_first(std::int64_t count, std::int64_t depth, const float* rows, std::int64_t rows_stride,
-                    const float* columns, float* tile, std::int64_t tile_stride, bool accumulate) {
+                    const float* columns, float* tile, std::int64_t tile_stride, bool accumulate,
+                    const float* soon) {
   if (count > (vectors - 1) * width) {
-    multiply_vectors<vectors>(depth, rows, rows_stride, columns, tile, tile_stride, accumulate);
+    multiply_vectors<vectors>(depth, rows, rows_stride, columns, tile, tile_stride, accumulate, soon);
   } else if constexpr (vectors > 1) {
-    multiply_first<vectors - 1>(count, depth, rows, rows_stride, columns, tile, tile_stride, accumulate);
+    multiply_first<vectors - 1>(count, depth, rows, rows_stride, columns, tile, tile_stride, accumulate,
+                                soon);
   }
 }
 
@@ -88,13 +97,15 @@ ROCR_TARGET void pack_numbers(const char* source, std::int64_t stride, std::int6
   const std::int64_t panel_count = (count + tile_columns - 1) / tile_columns;
   for (std::int64_t step = 0; step < depth; ++step, source += stride) {
     if (step + steps_ahead < depth) {
-      for (std::int64_t i = 0; i < count * bytes; i += 64) __builtin_prefetch(source + steps_ahead * stride + i);
+      for (std::int64_t i = 0; i < count * bytes; i += 64)
+        __builtin_prefetch(source + steps_ahead * stride + i);
     }
     for (std::int64_t panel = 0; panel < panel_count; ++panel) {
       float* target = panels + (panel * depth + step) * tile_columns;
       for (std::int64_t vector = 0; vector < tile_vectors; ++vector) {
         const std::int64_t column = panel * tile_columns + vector * width;
-        *reinterpret_cast<Floats*>(target + vector * width) = widen_some<number>(source + column * bytes, count - column);
+        *reinterpret_cast<Floats*>(target + vector * width) =
+            widen_some<number>(source + column * bytes, count - column);
       }
     }
   }
@@ -104,9 +115,12 @@ void pack(Number number, const void* source, std::int64_t stride, std::int64_t d
           float* panels) {
   const char* bytes = static_cast<const char*>(source);
   switch (number) {
-    case Number::float32: return pack_numbers<Number::float32>(bytes, stride * 4, depth, count, panels);
-    case Number::bfloat16: return pack_numbers<Number::bfloat16>(bytes, stride * 2, depth, count, panels);
-    case Number::float16: return pack_numbers<Number::float16>(bytes, stride * 2, depth, count, panels);
+    case Number::float32:
+      return pack_numbers<Number::float32>(bytes, stride * 4, depth, count, panels);
+    case Number::bfloat16:
+      return pack_numbers<Number::bfloat16>(bytes, stride * 2, depth, count, panels);
+    case Number::float16:
+      return pack_numbers<Number::float16>(bytes, stride * 2, depth, count, panels);
   }
 }
 
@@ -147,10 +161,12 @@ void add(Number number, void* weight, const float* update, std::int64_t count, R
   if (number == Number::float32) {
     add_numbers<Number::float32, false>(weight, update, count, key, first_column);
   } else if (number == Number::bfloat16) {
-    if (rounding.stochastic) return add_numbers<Number::bfloat16, true>(weight, update, count, key, first_column);
+    if (rounding.stochastic)
+      return add_numbers<Number::bfloat16, true>(weight, update, count, key, first_column);
     add_numbers<Number::bfloat16, false>(weight, update, count, key, first_column);
   } else {
-    if (rounding.stochastic) return add_numbers<Number::float16, true>(weight, update, count, key, first_column);
+    if (rounding.stochastic)
+      return add_numbers<Number::float16, true>(weight, update, count, key, first_column);
     add_numbers<Number::float16, false>(weight, update, count, key, first_column);
   }
 }

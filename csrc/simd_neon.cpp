@@ -10,7 +10,8 @@ namespace rocr {
 static bool is_supported() { return true; }
 
 extern const Simd neon;
-const Simd neon = {"neon", is_supported, tile_rows, tile_columns, 256, multiply_first<tile_vectors>, pack, add};
+const Simd neon = {"neon", is_supported, tile_rows, tile_columns, 256, multiply_first<tile_vectors>,
+                   pack,   add};
 
 }  // namespace rocr
 #endif

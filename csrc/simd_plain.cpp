@@ -9,6 +9,7 @@ namespace rocr {
 static bool is_supported() { return true; }
 
 extern const Simd plain;
-const Simd plain = {"plain", is_supported, tile_rows, tile_columns, 256, multiply_first<tile_vectors>, pack, add};
+const Simd plain = {"plain", is_supported, tile_rows, tile_columns, 256, multiply_first<tile_vectors>,
+                    pack,    add};
 
 }  // namespace rocr
