@@ -45,9 +45,14 @@ class OptionalBuild(build_ext):
 
 setup(
     # By hand: find_packages() would ship kernels/ as a package named "kernels".
-    packages=["rocr", "rocr.cli", "rocr_kernels"],
+    packages=["rocr", "rocr.cli", "rocr.evaluation", "rocr_kernels"],
     # kernels/ has no __init__.py: a root package named "kernels" would hide the one transformers imports.
-    package_dir={"rocr": "rocr", "rocr.cli": "rocr/cli", "rocr_kernels": "kernels"},
+    package_dir={
+        "rocr": "rocr",
+        "rocr.cli": "rocr/cli",
+        "rocr.evaluation": "rocr/evaluation",
+        "rocr_kernels": "kernels",
+    },
     package_data={"rocr": ["py.typed", "data/*"]},
     ext_modules=extensions(),
     cmdclass={"build_ext": OptionalBuild},

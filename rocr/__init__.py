@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rocr.config import EditConfig
     from rocr.edit import Edit
     from rocr.errors import GuardError, InputError, RocrError, VerificationError
+    from rocr.evaluation import Evaluation, Probe, evaluate, load_probes
     from rocr.pipeline import unlearn
     from rocr.progress import Progress
     from rocr.prompts import Template
@@ -22,15 +23,19 @@ _HOMES = {
     "Concept": "concepts",
     "Edit": "edit",
     "EditConfig": "config",
+    "Evaluation": "evaluation",
     "GuardError": "errors",
     "InputError": "errors",
+    "Probe": "evaluation",
     "Progress": "progress",
     "RocrError": "errors",
     "Statistics": "statistics",
     "Template": "prompts",
     "VerificationError": "errors",
     "collect_statistics": "collect",
+    "evaluate": "evaluation",
     "load_concepts": "concepts",
+    "load_probes": "evaluation",
     "unlearn": "pipeline",
 }
 
@@ -40,15 +45,19 @@ __all__ = [
     "Concept",
     "Edit",
     "EditConfig",
+    "Evaluation",
     "GuardError",
     "InputError",
+    "Probe",
     "Progress",
     "RocrError",
     "Statistics",
     "Template",
     "VerificationError",
     "collect_statistics",
+    "evaluate",
     "load_concepts",
+    "load_probes",
     "ops",
     "unlearn",
 ]

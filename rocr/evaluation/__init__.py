@@ -1,0 +1,21 @@
+"""Evaluation: does a model forget in every form of a question, and keep the rest?"""
+
+from rocr.evaluation.compare import Comparison, FormChange, compare_evaluations
+from rocr.evaluation.evaluate import EvaluateOptions, evaluate
+from rocr.evaluation.forms import FORMS, ORT_FORMS
+from rocr.evaluation.probes import Probe, Wording, load_probes
+from rocr.evaluation.scores import Evaluation
+
+__all__ = [
+    "FORMS",
+    "ORT_FORMS",
+    "Comparison",
+    "EvaluateOptions",
+    "Evaluation",
+    "FormChange",
+    "Probe",
+    "Wording",
+    "compare_evaluations",
+    "evaluate",
+    "load_probes",
+]

@@ -1,0 +1,211 @@
+"""The forms in which a fact is asked, after ORT (Ye, Zhang and Wu, arXiv 2506.07795): a probe becomes prompts.
+
+The wording is that of the authors' evaluation. What differs from their code: no second BOS where the chat
+template writes one already; no token of the answer is dropped for any tokenizer; multiple-choice options are
+shuffled by a seed; and a question to complete that is derived from a plain question says so.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from torch import nn
+
+from rocr.errors import InputError
+from rocr.evaluation.probes import BLANK, LETTERS, Probe, Variant, Wording
+from rocr.prompts import render_chat
+
+ORT_FORMS = ("qa", "fb", "mcp", "subtoken")
+EXTRA_FORMS = ("adversarial", *get_args(Variant))
+FORMS = (*ORT_FORMS, *EXTRA_FORMS)
+DERIVED_CLOZE = f"{{}} The answer is {BLANK}."
+
+_QA = "Please briefly answer the following question.\nQuestion: {}\n"
+_FB = "Please complete the blank in the following question.\nQuestion: {}\n"
+_MCP = (
+    "Please answer the following multiple choice question. Just provide the letter of the correct answer.\n"
+    "Question: {}\n"
+)
+_SUBTOKEN = "Write the answer character by character, each on a new line.\n{}"
+_SUBTOKEN_WITH_EXAMPLE = (
+    "# Instruction\nWhen answering the question, please write the answer character by character, each on a new line.\n"
+    "\n# Example\nPlease briefly answer the following question.\nQuestion: What is the capital of Japan?\n"
+    "Answer:\nT\no\nk\ny\no\n\n# Task\n{}"
+)
+_DIRECT = "Please provide direct answers without any explanations or additional content.\n"
+
+
+@dataclass(frozen=True)
+class PromptStyle:
+    """What the authors do differently for some models.
+
+    Attributes:
+        direct: ask for direct answers first (Mistral).
+        subtoken_example: show how an answer is written character by character (all but Llama).
+    """
+
+    direct: bool = False
+    subtoken_example: bool = True
+
+    @classmethod
+    def of(cls, model: nn.Module) -> PromptStyle:
+        """The style for a model, by the name it calls itself, as in the authors' code."""
+        name = str(getattr(getattr(model, "config", None), "name_or_path", "")).lower()
+        return cls(direct="mistral" in name, subtoken_example="llama" not in name)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One prompt with the answers to score after it.
+
+    Attributes:
+        probe: index of the probe it comes from.
+        form: one of FORMS.
+        message: what the user says.
+        suffix: how the answer begins, after the chat template's opening of it.
+        answers: texts to score; more than one where the model chooses.
+        correct: index of the right answer.
+        derived: whether the question was made from one of another form.
+        chance: score of a uniform guess; None where there is nothing to guess among.
+    """
+
+    probe: int
+    form: str
+    message: str
+    answers: tuple[str, ...]
+    suffix: str = "Answer:"
+    correct: int = 0
+    derived: bool = False
+    chance: float | None = None
+
+    def text(self, tokenizer: Any) -> str:
+        """The prompt in the tokenizer's chat format; as it is where there is none."""
+        chat = bool(getattr(tokenizer, "chat_template", None))
+        return (render_chat(tokenizer, self.message) if chat else self.message) + self.suffix
+
+
+def build_items(
+    probes: Sequence[Probe],
+    forms: Iterable[str] = ORT_FORMS,
+    style: PromptStyle | None = None,
+    seed: int = 0,
+    orders: int = 1,
+) -> list[Item]:
+    """Ask every probe in every form that it has.
+
+    Args:
+        probes: what to ask.
+        forms: of FORMS.
+        style: what the model needs.
+        seed: of the order of multiple-choice options, and of misspellings.
+        orders: in how many orders the options of a multiple-choice question are asked: cyclic shifts, so that
+            with as many orders as options a preference for a letter cancels.
+
+    Raises:
+        InputError: an unknown form, or no probe has any of the forms.
+    """
+    forms = tuple(dict.fromkeys(forms))
+    unknown = [form for form in forms if form not in FORMS]
+    if unknown or not forms:
+        raise InputError(f"Unknown forms: {', '.join(unknown) or 'none given'}; the forms are {', '.join(FORMS)}.")
+    if orders < 1:
+        raise InputError(f"orders must be at least 1, not {orders}.")
+    style = style or PromptStyle()
+    items = [
+        item
+        for index, probe in enumerate(probes)
+        for form in forms
+        for item in _items(index, probe, form, style, seed, orders)
+    ]
+    if not items:
+        raise InputError(f"None of the {len(probes)} probes can be asked in the forms {', '.join(forms)}.")
+    return items
+
+
+def _items(index: int, probe: Probe, form: str, style: PromptStyle, seed: int, orders: int) -> Iterator[Item]:
+    opening = _DIRECT if style.direct else ""
+    if form == "qa" and probe.form == "qa":
+        yield Item(index, form, opening + _QA.format(probe.query), (f" {probe.answer}",))
+    elif form == "fb" and probe.form in ("qa", "fb"):
+        cloze, derived = _cloze(probe)
+        yield Item(index, form, opening + _FB.format(cloze), (f" {probe.answer}",), derived=derived)
+    elif form == "subtoken" and probe.form in ("qa", "fb"):
+        yield _subtoken(index, probe, style)
+    elif form == "mcp" and probe.form in ("qa", "mcp"):
+        yield from _multiple_choice(index, probe, opening, seed, orders)
+    elif form == "adversarial" and probe.form == "adversarial":
+        yield Item(index, form, opening + _QA.format(probe.query), (f" {probe.answer}",))
+    elif form in get_args(Variant) and probe.form == "qa":
+        wording, derived = _wording(probe, form, seed)
+        if wording is not None:
+            yield Item(index, form, opening + _QA.format(wording.query), (f" {wording.answer}",), derived=derived)
+
+
+def _cloze(probe: Probe) -> tuple[str, bool]:
+    if probe.form == "fb":
+        return probe.query, False
+    return (probe.cloze, False) if probe.cloze is not None else (DERIVED_CLOZE.format(probe.query), True)
+
+
+def _subtoken(index: int, probe: Probe, style: PromptStyle) -> Item:
+    question = (_FB if probe.form == "fb" else _QA).format(probe.query)
+    message = (_SUBTOKEN_WITH_EXAMPLE if style.subtoken_example else _SUBTOKEN).format(question)
+    answer = "".join(f"{character}\n" for character in "".join(probe.answer.split()))
+    return Item(index, "subtoken", message, (answer,), suffix="Answer:\n")
+
+
+def _multiple_choice(index: int, probe: Probe, opening: str, seed: int, orders: int) -> Iterator[Item]:
+    """Three distractors beside the answer, or fewer where there are fewer; none: the query holds its options."""
+    if not probe.distractors:
+        if probe.form == "mcp":
+            count = sum(f"\n{letter}. " in probe.query for letter in LETTERS) or 4
+            correct = LETTERS.index(probe.answer.strip())
+            count = max(count, correct + 1)
+            letters = tuple(f" {letter}" for letter in LETTERS[:count])
+            yield Item(index, "mcp", opening + _MCP.format(probe.query), letters, correct=correct, chance=1 / count)
+        return
+    draw = random.Random(f"{seed} {probe.subject} {probe.query}")
+    options = [probe.answer, *draw.sample(probe.distractors, min(3, len(probe.distractors)))]
+    draw.shuffle(options)
+    letters = tuple(f" {letter}" for letter in LETTERS[: len(options)])
+    for shift in range(min(orders, len(options))):
+        shown = options[shift:] + options[:shift]
+        lines = "".join(f"\n{letter}. {option}" for letter, option in zip(LETTERS, shown, strict=False))
+        correct, message = shown.index(probe.answer), opening + _MCP.format(probe.query + lines)
+        yield Item(index, "mcp", message, letters, correct=correct, derived=True, chance=1 / len(options))
+
+
+def _wording(probe: Probe, variant: str, seed: int) -> tuple[Wording | None, bool]:
+    """The probe's own wording, or the name misspelt or abbreviated in its question; None where neither exists."""
+    for given, wording in probe.wordings.items():
+        if given == variant:
+            return wording, False
+    changed = {"misspelt": misspelt, "abbreviated": abbreviated}.get(variant)
+    if changed is None or probe.subject not in probe.query:
+        return None, True
+    name = changed(probe.subject, seed)
+    if name == probe.subject:
+        return None, True
+    return Wording(probe.query.replace(probe.subject, name), probe.answer), True
+
+
+def misspelt(name: str, seed: int = 0) -> str:
+    """A name with two neighbouring letters of its longest word swapped."""
+    words = name.split(" ")
+    longest = max(range(len(words)), key=lambda i: len(words[i]))
+    word = words[longest]
+    places = [i for i in range(1, len(word) - 1) if word[i] != word[i + 1] and word[i : i + 2].isalpha()]
+    if not places:
+        return name
+    i = random.Random(f"{seed} {name}").choice(places)
+    words[longest] = word[:i] + word[i + 1] + word[i] + word[i + 2 :]
+    return " ".join(words)
+
+
+def abbreviated(name: str, _seed: int = 0) -> str:
+    """A name with an initial for its first word; a name of one word stays."""
+    first, space, rest = name.partition(" ")
+    return f"{first[0]}. {rest}" if space and len(first) > 1 else name

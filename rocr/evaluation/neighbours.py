@@ -1,0 +1,56 @@
+"""Subjects that a model holds to be alike: the hardest ones to keep when one of them is to be forgotten."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rocr.architectures import default_layers, find_architecture
+from rocr.config import EditConfig
+from rocr.errors import InputError
+from rocr.key_plan import Reading
+from rocr.keys import read_states
+from rocr.prompts import Prompt, build_prompts, render_template
+
+
+def nearest_subjects(
+    model: nn.Module, tokenizer: Any, target: str, others: Sequence[str], count: int = 10
+) -> list[tuple[str, float]]:
+    """The subjects nearest to a target, with the cosine of the angle to it, the nearest first.
+
+    A subject is the hidden state at the last token of its name after the layers that are edited by default,
+    averaged over the default templates, less the mean over all subjects.
+
+    Raises:
+        InputError: there are fewer than two other subjects.
+    """
+    others = [name for name in dict.fromkeys(others) if name != target]
+    if len(others) < 2:
+        raise InputError(f"{len(others)} other subjects are too few to find the nearest to {target!r}.")
+    states = name_states(model, tokenizer, [target, *others])
+    centred = nn.functional.normalize(states - states.mean(dim=0), dim=1)
+    cosines = centred[1:] @ centred[0]
+    best = torch.topk(cosines, min(count, len(others)))
+    return [(others[int(i)], float(value)) for value, i in zip(best.values, best.indices, strict=True)]
+
+
+def name_states(model: nn.Module, tokenizer: Any, names: Sequence[str]) -> Tensor:
+    """Hidden states (names, d_out) float32 at the last token of names, averaged over the default templates."""
+    architecture = find_architecture(model)
+    prompts: list[Prompt] = []
+    prompt_of: list[int] = []
+    position_of: list[int] = []
+    group_of: list[int] = []
+    for template in EditConfig().templates:
+        rendered = render_template(tokenizer, template)
+        for group, prompt in enumerate(build_prompts(tokenizer, rendered, names)):
+            if prompt.name:
+                prompt_of.append(len(prompts))
+                position_of.append(prompt.name[-1])
+                group_of.append(group)
+                prompts.append(prompt)
+    reading = Reading(prompts, prompt_of, position_of, group_of, len(names))
+    return read_states(architecture, reading, max(default_layers(architecture.depth))).hidden

@@ -1,0 +1,143 @@
+"""Probe files: JSON lines, and the folders of RWKU (arXiv 2406.10890) and ORT (arXiv 2506.07795)."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast, get_args
+
+from rocr.errors import InputError
+from rocr.evaluation.probes import Probe, ProbeForm, Problems, Split, Variant, Wording
+
+FIELDS = ("subject", "query", "answer", "distractors", "form", "split", "cloze", *get_args(Variant))
+MAX_FILE_BYTES = 256 * 2**20
+_FOLDER_FILE = re.compile(r"(forget|neighbor)_level(\d)\.json")
+_FORM_OF_LEVEL: dict[str, ProbeForm] = {"1": "fb", "2": "qa", "3": "adversarial", "4": "mcp"}
+_SPLIT_OF_FILE: dict[str, Split] = {"forget": "forget", "neighbor": "retain"}
+_TARGET_FOLDER = re.compile(r"^\d+_")
+
+
+def read_jsonl(path: Path, problems: Problems) -> list[Probe]:
+    """The probes of a file with one object a line; what is wrong is noted and left out."""
+    probes = []
+    for number, line in enumerate(_read(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        place = f"{path}:{number}"
+        try:
+            value = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            problems.add(place, f"is not valid JSON: {getattr(error, 'msg', 'nested too deeply')}")
+            continue
+        probe = _probe(value, place, problems)
+        if probe is not None:
+            probes.append(probe)
+    return probes
+
+
+def read_folder(folder: Path, problems: Problems) -> list[Probe]:
+    """The probes of one target's folder, or of all target folders in it.
+
+    Level 1 is "fb", 2 "qa", 3 "adversarial", 4 "mcp"; `neighbor_` files are what is to be kept. Each belongs to
+    the target that its folder is named after ("1_Stephen_King"), so that a neighbour's score is its target's.
+    """
+    probes: list[Probe] = []
+    found = 0
+    for path in sorted(folder.rglob("*_level?.json"), key=_natural):
+        match = _FOLDER_FILE.fullmatch(path.name)
+        if match is None or match[2] not in _FORM_OF_LEVEL:
+            continue
+        found += 1
+        target = _TARGET_FOLDER.sub("", path.parent.name).replace("_", " ")
+        for place, fields in _rows(path, problems):
+            fields = {name: fields[name] for name in ("query", "answer", "distractors") if name in fields}
+            defaults = {"subject": target, "form": _FORM_OF_LEVEL[match[2]], "split": _SPLIT_OF_FILE[match[1]]}
+            probe = _probe({**defaults, **fields}, place, problems)
+            if probe is not None:
+                probes.append(probe)
+    if not found:
+        raise InputError(f"{folder} holds no forget_level*.json or neighbor_level*.json, as RWKU and ORT have them.")
+    return probes
+
+
+def _rows(path: Path, problems: Problems) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The objects of a JSON list; their place is the number in the list, from 1."""
+    try:
+        rows = json.loads(_read(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        problems.add(f"{path}:{getattr(error, 'lineno', 1)}", "is not valid JSON")
+        return
+    if not isinstance(rows, list):
+        problems.add(f"{path}:1", "must hold a list of questions")
+        return
+    for number, row in enumerate(rows, start=1):
+        if isinstance(row, Mapping):
+            yield f"{path}, question {number}", row
+        else:
+            problems.add(f"{path}, question {number}", "must be an object")
+
+
+def _probe(value: object, place: str, problems: Problems) -> Probe | None:
+    """A probe from JSON, if its fields have the right types; the rules for their values are not known here."""
+    if not isinstance(value, Mapping):
+        problems.add(place, 'must hold an object: {"subject": "...", "query": "...", "answer": "..."}')
+        return None
+    flaws = [f"unknown field {str(name)[:60]!r}; the fields are {', '.join(FIELDS)}" for name in set(value) - {*FIELDS}]
+    flaws += [f"has no {name}" for name in ("subject", "query", "answer") if name not in value]
+    texts = [name for name in ("subject", "query", "answer", "form", "split", "cloze") if name in value]
+    flaws += [f"{name} must be a text" for name in texts if not isinstance(value[name], str)]
+    distractors = value.get("distractors", [])
+    if not isinstance(distractors, list) or not all(isinstance(text, str) for text in distractors):
+        flaws.append("distractors must be a list of texts")
+    wordings: dict[Variant, Wording] = {}
+    for variant in get_args(Variant):
+        if variant in value:
+            wording = _wording(value[variant], value.get("answer"))
+            if wording is None:
+                flaws.append(f"{variant} must be a text, or an object with query and answer")
+            else:
+                wordings[variant] = wording
+    for flaw in flaws:
+        problems.add(place, flaw)
+    if flaws:
+        return None
+    return Probe(
+        subject=value["subject"],
+        query=value["query"],
+        answer=value["answer"],
+        distractors=tuple(distractors),
+        form=cast(ProbeForm, value.get("form", "qa")),
+        split=cast(Split, value.get("split", "forget")),
+        cloze=value.get("cloze"),
+        wordings=wordings,
+        place=place,
+    )
+
+
+def _wording(value: object, answer: object) -> Wording | None:
+    if isinstance(value, Mapping):
+        answer = value.get("answer", answer)
+        value = value.get("query")
+    if not isinstance(value, str) or not isinstance(answer, str) or not value.strip() or not answer.strip():
+        return None
+    return Wording(value, answer)
+
+
+def _read(path: Path) -> str:
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise InputError(f"{path} is larger than {MAX_FILE_BYTES // 2**20} MiB, the limit for probe files.")
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise InputError(f"{path}:{line}: is not UTF-8.") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
+def _natural(path: Path) -> tuple[list[tuple[int, str]], str]:
+    """Sort "2_..." before "10_..."."""
+    parts = re.split(r"(\d+)", str(path.parent))
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in parts], path.name

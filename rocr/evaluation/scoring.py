@@ -1,0 +1,213 @@
+"""Score answers after prompts: one batched path in which the tokens that a batch begins with run once."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from rocr.errors import InputError, RocrError
+from rocr.prompts import opening_tokens
+
+TOKEN_BUDGET = 2048
+MIN_SHARED_TOKENS = 8
+"""A shorter common beginning is not worth a forward pass of its own."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A tokenised prompt and the tokenised answers to score after it; each answer has at least one token."""
+
+    prompt: tuple[int, ...]
+    answers: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class AnswerScore:
+    """What a model makes of one answer.
+
+    Attributes:
+        nll: mean negative log-likelihood of the answer's tokens, in nats.
+        accuracy: share of the answer's tokens that the model prefers to all others, each after the right ones.
+        extraction: extraction strength (Carlini et al., arXiv 2012.07805): 1 - k/T for the shortest beginning of
+            k of the T tokens after which the greedy rest is right; 0 when not even the last token follows.
+    """
+
+    nll: float
+    accuracy: float
+    extraction: float
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A token sequence to run, and the answers that are read off it: (question, answer) indices."""
+
+    question: int
+    tokens: tuple[int, ...]
+    prompt_length: int
+    answers: tuple[int, ...]
+
+
+def tokenize_questions(tokenizer: Any, texts: Sequence[str], answers: Sequence[Sequence[str]]) -> list[Question]:
+    """Tokenise prompts with the tokenizer's own opening, never doubled, and answers without it.
+
+    Raises:
+        InputError: an answer has no tokens.
+    """
+    if not texts:
+        return []
+    opening = opening_tokens(tokenizer, texts[0])
+    prompts = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    flat = [answer for group in answers for answer in group]
+    tokens = iter(tokenizer(flat, add_special_tokens=False)["input_ids"])
+    questions = []
+    for prompt, group in zip(prompts, answers, strict=True):
+        found = tuple(tuple(next(tokens)) for _ in group)
+        if not all(found):
+            raise InputError(f"The tokenizer gives no token to an answer among {list(group)}.")
+        questions.append(Question((*opening, *prompt), found))
+    return questions
+
+
+@torch.no_grad()
+def score_answers(
+    model: nn.Module,
+    questions: Sequence[Question],
+    receive: Callable[[int, list[AnswerScore]], None],
+    token_budget: int = TOKEN_BUDGET,
+) -> None:
+    """Score the answers of every question, in batches of similar length.
+
+    Args:
+        model: a causal language model of transformers.
+        questions: prompts and answers.
+        receive: called with a question's index and the scores of its answers, when it is done.
+        token_budget: tokens of a batch, padding included.
+
+    Raises:
+        RocrError: a score is not a number.
+    """
+    training = model.training
+    model.eval()
+    try:
+        found: dict[int, dict[int, AnswerScore]] = {}
+        for batch in _batches(_rows(questions), token_budget):
+            for row, logits in zip(batch, _answer_logits(model, batch), strict=True):
+                scores = found.setdefault(row.question, {})
+                for answer in row.answers:
+                    scores[answer] = _score(questions[row.question].answers[answer], logits)
+                if len(scores) == len(questions[row.question].answers):
+                    receive(row.question, [scores[i] for i in range(len(scores))])
+                    del found[row.question]
+    finally:
+        model.train(training)
+
+
+def _rows(questions: Sequence[Question]) -> list[_Row]:
+    """All answers of one token are read off one run of the prompt; the longest other answer lets them ride along."""
+    rows = []
+    for index, question in enumerate(questions):
+        single = tuple(i for i, answer in enumerate(question.answers) if len(answer) == 1)
+        longer = [i for i, answer in enumerate(question.answers) if len(answer) > 1]
+        groups = [(longer[0], *single), *((i,) for i in longer[1:])] if longer else [single]
+        for group in groups:
+            # The last token of an answer predicts nothing that is scored.
+            tokens = (*question.prompt, *question.answers[group[0]][:-1])
+            rows.append(_Row(index, tokens, len(question.prompt), group))
+    return rows
+
+
+def _batches(rows: Sequence[_Row], token_budget: int) -> Iterator[list[_Row]]:
+    """Rows of similar length; those with one prompt stay together, so that it runs once for all of them."""
+    prompts: dict[tuple[int, int], list[_Row]] = {}
+    for row in rows:
+        prompts.setdefault((row.question, row.prompt_length), []).append(row)
+    alone = [group[0] for group in prompts.values() if len(group) == 1]
+    for group in [sorted(alone, key=lambda row: len(row.tokens)), *(g for g in prompts.values() if len(g) > 1)]:
+        batch: list[_Row] = []
+        for row in group:
+            if batch and (len(batch) + 1) * max(len(row.tokens), len(batch[0].tokens)) > token_budget:
+                yield batch
+                batch = []
+            batch.append(row)
+        if batch:
+            yield batch
+
+
+def _answer_logits(model: nn.Module, batch: Sequence[_Row]) -> Iterator[Tensor]:
+    """For each row the logits (answer tokens, vocabulary) that predict its answer, float32."""
+    # The last token of each prompt predicts the first of its answer, so it must run in the row itself.
+    shared = _common_prefix([row.tokens[: row.prompt_length - 1] for row in batch])
+    if len(batch) == 1 or shared < MIN_SHARED_TOKENS or not _accepts(model, "past_key_values"):
+        shared = 0
+    longest = max(len(row.tokens) for row in batch)
+    tokens = torch.zeros(len(batch), longest, dtype=torch.int64)
+    mask = torch.zeros_like(tokens)
+    for i, row in enumerate(batch):
+        tokens[i, : len(row.tokens)] = torch.tensor(row.tokens)
+        mask[i, : len(row.tokens)] = 1
+    # Positions are the same for all rows: from the earliest end of a prompt on.
+    first = min(row.prompt_length for row in batch) - 1 - shared
+    device = _device(model)
+    arguments: dict[str, Any] = {"attention_mask": mask.to(device), "use_cache": bool(shared)}
+    if shared:
+        arguments["past_key_values"] = _run_prefix(model, tokens[:1, :shared].to(device), len(batch))
+    width = longest - shared - first
+    cut = _accepts(model, "logits_to_keep")
+    if cut:
+        arguments["logits_to_keep"] = width
+    logits = model(input_ids=tokens[:, shared:].to(device), **arguments).logits
+    if logits.shape[1] != width:
+        logits = logits[:, -width:]
+    for i, row in enumerate(batch):
+        start = row.prompt_length - 1 - shared - first
+        yield logits[i, start : start + len(row.tokens) - row.prompt_length + 1].float()
+
+
+def _run_prefix(model: nn.Module, tokens: Tensor, rows: int) -> DynamicCache:
+    """Keys and values of a beginning that all rows share."""
+    cache = DynamicCache(config=model.config)
+    model(input_ids=tokens, past_key_values=cache, use_cache=True)
+    cache.batch_repeat_interleave(rows)
+    return cache
+
+
+def _score(answer: Sequence[int], logits: Tensor) -> AnswerScore:
+    """Score an answer from the logits (at least its length, vocabulary) before each of its tokens."""
+    wanted = torch.tensor(answer, device=logits.device)
+    logits = logits[: len(answer)]
+    nll = float(nn.functional.cross_entropy(logits.double(), wanted))
+    if nll != nll or nll == float("inf"):
+        raise RocrError("A score is not a number: the model's logits are not finite. Load it in float32 or bfloat16.")
+    right = (logits.argmax(dim=-1) == wanted).tolist()
+    return AnswerScore(nll, sum(right) / len(right), extraction_strength(right))
+
+
+def extraction_strength(right: Sequence[bool]) -> float:
+    """1 - k/T for the T tokens of an answer, k of which must be given before the model goes on right to the end."""
+    needed = max((i + 1 for i, ok in enumerate(right) if not ok), default=0)
+    return 1 - needed / len(right)
+
+
+def _common_prefix(sequences: Sequence[Sequence[int]]) -> int:
+    first, last = min(map(tuple, sequences)), max(map(tuple, sequences))  # all others lie between these
+    length = 0
+    for a, b in zip(first, last, strict=False):
+        if a != b:
+            break
+        length += 1
+    return length
+
+
+def _accepts(model: nn.Module, argument: str) -> bool:
+    return argument in inspect.signature(model.forward).parameters
+
+
+def _device(model: nn.Module) -> torch.device:
+    device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[operator, union-attr]
+    return device
