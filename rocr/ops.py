@@ -156,7 +156,8 @@ def solve_update(
     weighted_keys = _apply_metric(metric, keys)
     _require_finite("keys @ metric", weighted_keys)
     dtype = torch.promote_types(keys.dtype, torch.float32)
-    left = residuals.T.to(dtype).contiguous()
+    # A clone: the transpose of a single row is contiguous already, and would share its memory.
+    left = residuals.T.to(dtype).clone(memory_format=torch.contiguous_format)
     right = torch.cholesky_solve(weighted_keys, _factor_gram(keys.double(), weighted_keys, ridge))
     return left, right.to(dtype).contiguous()
 
