@@ -34,6 +34,12 @@ class Fingerprint:
     tokenizer: str
     name: str
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.layer, int) or not all(
+            isinstance(v, str) for v in (self.model, self.tokenizer, self.name)
+        ):
+            raise TypeError(f"a fingerprint holds {self.to_json()}")
+
     def to_json(self) -> dict[str, Any]:
         """The fingerprint as JSON values."""
         return asdict(self)
@@ -50,10 +56,10 @@ def fingerprint(architecture: Architecture, tokenizer: Any, layer: int) -> Finge
 
 
 def model_digest(architecture: Architecture, layer: int) -> str:
-    """The `model` part of a fingerprint."""
+    """The `model` part of a fingerprint; of a shallower model, all of its layers."""
     digest = hashlib.sha256()
     _add_module(digest, "embedding", architecture.embedding, leave_out=None)
-    for i in range(layer + 1):
+    for i in range(min(layer + 1, architecture.depth)):
         down_projection = architecture.down_projection(i).module if _has_down_projection(architecture, i) else None
         _add_module(digest, f"layer {i}", architecture.layers[i], leave_out=down_projection)
     return digest.hexdigest()
