@@ -72,9 +72,9 @@ class Statistics:
         Raises:
             InputError: the models or layers differ.
         """
-        self.check_model(other.fingerprint)
         if self.layers != other.layers or self.fingerprint.layer != other.fingerprint.layer:
             raise InputError(f"Statistics of layers {self.layers} cannot be merged with those of {other.layers}.")
+        self.check_model(other.fingerprint)
         tokens = self.tokens + other.tokens
         moments = {
             layer: (
