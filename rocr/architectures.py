@@ -172,11 +172,11 @@ def _check_dense(name: str, module: nn.Module) -> None:
     if (
         not isinstance(module, (nn.Linear, Conv1D))
         or not isinstance(weight, nn.Parameter)
-        or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+        or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16)
         or weight.ndim != 2
     ):
         held = f"{weight.dtype} of shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else "no plain weight"
         raise InputError(
-            f"{name} is a {type(module).__name__} that holds {held}: quantised weights cannot be edited. "
-            "Load the model with float32, bfloat16 or float16 weights."
+            f"{name} is a {type(module).__name__} that holds {held}: only dense float32, bfloat16 and float16 weights "
+            "can be edited, and no quantised ones. Load the model with such weights."
         )
