@@ -98,9 +98,9 @@ def plan_keys(tokenizer: Any, concepts: Sequence[Concept], config: EditConfig) -
                     concept_of.append(named[i][0])
                 group = groups[group_key]
                 keys.read(prompt, position, group)
-                targets.read(target, target.name[-1] if target.name else 0, group)
+                targets.read(target, _last_position(target), group)
                 if official:
-                    current.read(bare[i], len(bare[i].tokens) - 1 if not bare[i].name else bare[i].name[-1], group)
+                    current.read(bare[i], _last_position(bare[i]), group)
     _check_every_name_has_a_key(named, {i for i, *_ in groups})
     count = len(groups)
     return KeyPlan(keys.build(count), current.build(count) if official else None, targets.build(count), concept_of)
@@ -110,6 +110,11 @@ def _key_positions(prompt: Prompt, config: EditConfig) -> tuple[int, ...]:
     """Positions that become keys, the last one first."""
     positions = prompt.name[::-1]
     return positions[:1] if config.key_tokens == "last" else positions
+
+
+def _last_position(prompt: Prompt) -> int:
+    """Position of the name's last token: 0 where no other is left, which can be a state though not a key."""
+    return prompt.name[-1] if prompt.name else 0
 
 
 def _check_every_name_has_a_key(named: Sequence[tuple[int, str]], with_key: set[int]) -> None:
