@@ -70,7 +70,7 @@ def apply_updates(
         rights: one (n, d_in) for each.
 
     Raises:
-        GuardError: a weight would not be finite; all are left as they were.
+        GuardError: a weight would not be finite. On any exception all are left as they were.
     """
     parameters = [projection.parameter.data for projection in projections]
     before = [parameter.clone() for parameter in parameters]
@@ -85,11 +85,11 @@ def apply_updates(
                 raise GuardError(
                     f"The update makes {projection.parameter_name} overflow {parameter.dtype}; nothing was applied."
                 )
+        return [_applied(parameter, original) for parameter, original in zip(parameters, before, strict=True)]
     except BaseException:
         for parameter, original in zip(parameters, before, strict=True):
             parameter.copy_(original)
         raise
-    return [_applied(parameter, original) for parameter, original in zip(parameters, before, strict=True)]
 
 
 def undo_updates(projections: Sequence[DownProjection], applied: Sequence[Applied | None]) -> None:
@@ -107,7 +107,7 @@ def undo_updates(projections: Sequence[DownProjection], applied: Sequence[Applie
 
 def _applied(parameter: Tensor, original: Tensor) -> Applied:
     before, after = tensor_digest(original), tensor_digest(parameter)
-    return Applied(str(parameter.dtype), before, after, bits(original).bitwise_xor_(bits(parameter)).cpu())
+    return Applied(str(parameter.dtype), before, after, bits(original).bitwise_xor(bits(parameter)).cpu())
 
 
 def _checked_undo(projection: DownProjection, applied: Applied | None) -> Tensor:

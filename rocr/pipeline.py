@@ -60,11 +60,12 @@ def unlearn(
     architecture = find_architecture(model)
     layers = config.layers or ()
     last = max(layers)
+    plan = plan_keys(tokenizer, concepts, config)
     if statistics is None:
         statistics = collect_statistics(model, tokenizer, None, layers, progress=progress)
     mark = fingerprint(architecture, tokenizer, statistics.fingerprint.layer)
     statistics.check_model(mark)
-    run = _Run(architecture, concepts, config, plan_keys(tokenizer, concepts, config), progress)
+    run = _Run(architecture, concepts, config, plan, progress)
     moments = {layer: statistics.second_moment(layer) for layer in layers}
     _check_shapes(architecture, moments)
 
@@ -122,11 +123,11 @@ class _Run:
             projection.transposed,
         )
         with self.timed("apply"):
-            update = replace(update, applied=apply_updates([projection], [update.left], [update.right])[0])
-            self.updates.append(update)
+            # In one statement: an interruption must not come between the weight and the record that restores it.
+            self.updates.append(replace(update, applied=apply_updates([projection], [update.left], [update.right])[0]))
         with self.timed("measure"):
             self.report.layers.append(
-                measure_layer(projection, update, self.plan.concept_of, metric.describe(), solution)
+                measure_layer(projection, self.updates[-1], self.plan.concept_of, metric.describe(), solution)
             )
         self.progress(Progress("edit", len(self.updates), len(self.updates) + remaining - 1, "layers"))
 
