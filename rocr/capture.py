@@ -58,7 +58,7 @@ def run_through(architecture: Architecture, layer: int, tokens: Tensor, mask: Te
     arguments = {"input_ids": tokens.to(device), "use_cache": False}
     if mask is not None:
         arguments["attention_mask"] = mask.to(device)
-    with _evaluating(architecture.model), ExitStack() as stack:
+    with evaluating(architecture.model), ExitStack() as stack:
         # The stop must be the layer's last hook, so that recording hooks have run before it.
         stack.enter_context(_removing(architecture.layers[layer].register_forward_hook(stop)))
         try:
@@ -69,7 +69,7 @@ def run_through(architecture: Architecture, layer: int, tokens: Tensor, mask: Te
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Dropout off inside, the modules' own modes restored after."""
     training = [module for module in model.modules() if module.training]
     model.eval()

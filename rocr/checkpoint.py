@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +28,10 @@ class Checkpoint:
         path: the file; None: nothing is ever saved.
         identity: what the collection is; a checkpoint of another one is refused.
         sums: for each layer the running sum, (d_in, d_in) float32; shared with the collection.
-        batches: number of batches in the sums.
-        tokens: number of tokens in the sums.
+        batches: number of batches that are in every sum.
+        tokens: number of tokens in these batches.
+        added: for each layer the batches in its sum: one more than `batches` where a batch is half done.
+        torn: whether a sum holds a part of a batch, so that it is good for nothing.
     """
 
     path: Path | None
@@ -34,6 +39,8 @@ class Checkpoint:
     sums: Mapping[int, Tensor]
     batches: int = 0
     tokens: int = 0
+    added: dict[int, int] = field(default_factory=dict)
+    torn: bool = False
 
     @classmethod
     def open(
@@ -44,23 +51,44 @@ class Checkpoint:
         Raises:
             InputError: the file is damaged or of another collection.
         """
-        state = cls(None if path is None else Path(path), identity, sums)
+        state = cls(None if path is None else Path(path), identity, sums, added=dict.fromkeys(sums, 0))
         if state.path is not None and state.path.exists():
             state._load()
         return state
 
+    def unfinished(self) -> list[int]:
+        """Layers whose sums lack the batch that comes after `batches`."""
+        return [layer for layer, added in self.added.items() if added == self.batches]
+
+    @contextmanager
+    def adding(self, layer: int) -> Iterator[Tensor]:
+        """A layer's sum, to which all of a batch is added inside; signals wait until that is done."""
+        with postponed_signals():
+            self.torn = True
+            yield self.sums[layer]
+            self.added[layer] += 1
+            self.torn = False
+
+    def finish_batch(self, tokens: int) -> None:
+        """Count a batch that is in every sum."""
+        with postponed_signals():
+            self.batches += 1
+            self.tokens += tokens
+            self.added = dict.fromkeys(self.sums, self.batches)
+
     def save(self) -> None:
-        """Write the state, complete or not at all."""
-        if self.path is None or self.batches == 0:
+        """Write the state, complete or not at all; an earlier file stays where a sum is torn."""
+        if self.path is None or self.torn or not any(self.added.values()):
             return
-        header = {"format": FORMAT, "identity": self.identity, "batches": self.batches, "tokens": self.tokens}
+        header = {
+            "format": FORMAT,
+            "identity": self.identity,
+            "batches": self.batches,
+            "tokens": self.tokens,
+            "added": {str(layer): added for layer, added in self.added.items()},
+        }
         tensors = {str(layer): total.cpu().contiguous() for layer, total in self.sums.items()}
         write_tensors(self.path, header, tensors, overwrite=True)
-
-    def remove(self) -> None:
-        """Delete the file: the collection is complete and saved elsewhere."""
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
 
     def _load(self) -> None:
         assert self.path is not None
@@ -73,6 +101,28 @@ class Checkpoint:
         try:
             self.batches, self.tokens = int(header["batches"]), int(header["tokens"])
             for layer, total in self.sums.items():
+                self.added[layer] = int(header["added"][str(layer)])
                 total.copy_(tensors[str(layer)])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise InputError(f"{self.path} is not a complete checkpoint: {error!r}. Delete it.") from None
+
+
+@contextmanager
+def postponed_signals() -> Iterator[None]:
+    """Let SIGINT and SIGTERM wait until the context ends; only the main thread ever gets them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    waiting: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    # A handler that Python did not install cannot be put back by it.
+    handlers = {number: handler for number, handler in handlers.items() if handler is not None}
+    for number in handlers:
+        signal.signal(number, lambda number, _frame: waiting.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for came in waiting:
+            signal.raise_signal(came)

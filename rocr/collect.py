@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rocr import ops
-from rocr.architectures import Architecture, default_layers, find_architecture
+from rocr.architectures import Architecture, default_layers, find_architecture, text_config
 from rocr.capture import input_hook, run_through
 from rocr.checkpoint import Checkpoint
 from rocr.errors import GuardError, InputError
@@ -35,7 +35,8 @@ class CollectOptions:
 
     Attributes:
         tokens: keys to collect at most; None: all of the text, or 8,192 where the model writes the text.
-        length: tokens of a sequence. The first of each is left out: it is an attention sink.
+        length: tokens of a sequence, or fewer where the model has fewer positions. The first of each is left
+            out: it is an attention sink.
         batch_tokens: tokens that are run together.
         seed: of the sampled text.
         text_sha256: what identifies the text, where the caller knows; else the texts themselves are hashed.
@@ -88,13 +89,17 @@ def collect_statistics(
     options = options or CollectOptions()
     architecture = find_architecture(model)
     chosen = tuple(sorted(layers)) if layers is not None else default_layers(architecture.depth)
+    if not chosen:
+        raise InputError("layers is empty: name the decoder layers whose keys are to be collected.")
     sums = {layer: _zeros(architecture, layer) for layer in chosen}
     source = _Source(texts, options)
+    mark = fingerprint(architecture, tokenizer, max(chosen))
     state = Checkpoint.open(
         options.checkpoint,
         identity={
-            "fingerprint": (mark := fingerprint(architecture, tokenizer, max(chosen))).to_json(),
-            "text": options.text_sha256,
+            # Without the name: the same model may lie elsewhere by now.
+            "model": [mark.model, mark.layer, mark.tokenizer],
+            "text": source.name(),
             "layers": list(chosen),
             "cut": [options.tokens, options.length, options.batch_tokens],
         },
@@ -105,8 +110,7 @@ def collect_statistics(
         for number, batch in enumerate(source.batches(model, tokenizer, progress)):
             if number < state.batches:
                 continue
-            state.tokens += _accumulate(architecture, sums, batch, options.tokens, state.tokens)
-            state.batches += 1
+            state.finish_batch(_accumulate(architecture, state, batch, options.tokens))
             progress(Progress("statistics", state.tokens, source.estimate(state.tokens), "tokens"))
             if time.monotonic() - saved_at > SECONDS_BETWEEN_CHECKPOINTS:
                 state.save()
@@ -137,7 +141,8 @@ class _Source:
             wanted = options.tokens or DEFAULT_SAMPLED_TOKENS
             sequences: Iterable[list[int]] = sample_sequences(model, tokenizer, wanted, options.seed, progress)
         else:
-            sequences = pack_tokens(self._counted(self.texts), tokenizer, options.length)
+            positions = getattr(text_config(model), "max_position_embeddings", None) or options.length
+            sequences = pack_tokens(self._counted(self.texts), tokenizer, min(options.length, positions))
         planned = 0
         for batch in token_batches(sequences, options.batch_tokens):
             if options.tokens is not None and planned >= options.tokens:
@@ -174,29 +179,23 @@ def _zeros(architecture: Architecture, layer: int) -> Tensor:
     return torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float32, device=weight.device)
 
 
-def _accumulate(
-    architecture: Architecture,
-    sums: dict[int, Tensor],
-    batch: list[list[int]],
-    limit: int | None,
-    collected: int,
-) -> int:
+def _accumulate(architecture: Architecture, state: Checkpoint, batch: list[list[int]], limit: int | None) -> int:
     """Add a batch's keys to the sums; returns how many tokens that were."""
     tokens = torch.tensor(batch)
     count = tokens[:, 1:].numel()
-    count = count if limit is None else min(count, limit - collected)
+    count = count if limit is None else min(count, limit - state.tokens)
     if count <= 0:
         return 0
 
     def add(layer: int, keys: Tensor) -> None:
-        rows = keys[:, 1:].reshape(-1, keys.shape[-1])[:count]
-        ops.accumulate_second_moment(sums[layer], rows)
+        with state.adding(layer) as total:
+            ops.accumulate_second_moment(total, keys[:, 1:].reshape(-1, keys.shape[-1])[:count])
 
     with ExitStack() as stack:
-        for layer in sums:
+        for layer in state.unfinished():
             module = architecture.down_projection(layer).module
             stack.enter_context(input_hook(module, partial(add, layer)))
-        run_through(architecture, max(sums), tokens)
+        run_through(architecture, max(state.sums), tokens)
     return count
 
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rocr.architectures import text_config
+from rocr.capture import evaluating
 from rocr.progress import Progress, ProgressCallback, silent
 from rocr.prompts import opening_tokens, render_chat
 
@@ -26,22 +28,31 @@ def sample_sequences(
     where there is a chat template: a model tuned on chats then writes the question and the answer.
     """
     starts = _starts(model, tokenizer)
-    rows = max(1, min(SEQUENCES, tokens) // len(starts))
-    length = -(-tokens // (rows * len(starts)))
+    rows, length = _shape(model, starts, tokens)
     generator = torch.Generator().manual_seed(seed)
     sequences: list[list[int]] = []
-    for start in starts:
-        written = torch.tensor([start] * rows)
-        state = None
-        for step in range(length):
-            fresh = written if state is None else written[:, -1:]
-            output = model(input_ids=fresh.to(_device(model)), past_key_values=state, use_cache=True, logits_to_keep=1)
-            state = output.past_key_values
-            written = torch.cat([written, _draw(output.logits[:, -1], generator)], dim=1)
-            done = len(sequences) * length + rows * (step + 1)
-            progress(Progress("text by the model itself", min(done, tokens), tokens, "tokens"))
-        sequences += written.tolist()
+    with evaluating(model):
+        for start in starts:
+            written = torch.tensor([start] * rows)
+            state = None
+            for step in range(length):
+                fresh = (written if state is None else written[:, -1:]).to(_device(model))
+                output = model(input_ids=fresh, past_key_values=state, use_cache=True, logits_to_keep=1)
+                state = output.past_key_values
+                written = torch.cat([written, _draw(output.logits[:, -1], generator)], dim=1)
+                done = len(sequences) * length + rows * (step + 1)
+                progress(Progress("text by the model itself", min(done, tokens), tokens, "tokens"))
+            sequences += written.tolist()
     return sequences
+
+
+def _shape(model: nn.Module, starts: list[list[int]], tokens: int) -> tuple[int, int]:
+    """How many sequences to write from each start, and how many tokens of each: no more than there are positions."""
+    share = -(-tokens // len(starts))
+    positions = getattr(text_config(model), "max_position_embeddings", None) or share
+    longest = max(1, positions - max(map(len, starts)))
+    length = min(longest, -(-share // max(1, min(SEQUENCES, tokens) // len(starts))))
+    return -(-share // length), length
 
 
 def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:
