@@ -88,6 +88,15 @@ def test_factors_have_the_dtype_of_the_keys_and_float32_at_least(dtype):
     assert left.is_contiguous() and right.is_contiguous()
 
 
+@pytest.mark.parametrize("keys_count", [1, 9])
+def test_factors_have_memory_of_their_own(keys_count):
+    keys, residuals = problem(keys_count)
+    before = keys.clone(), residuals.clone()
+    for factor in ops.solve_update(keys, residuals, None, 1.0):
+        factor.fill_(7.0)
+    assert torch.equal(keys, before[0]) and torch.equal(residuals, before[1])
+
+
 def test_no_keys_give_an_update_of_rank_zero():
     left, right = ops.solve_update(*problem(0), None, 1.0)
     assert left.shape == (13, 0) and right.shape == (0, 40)
