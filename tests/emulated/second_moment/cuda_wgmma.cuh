@@ -18,7 +18,7 @@ inline thread_local std::deque<std::vector<Product>> committed;
 
 // "Matrix Descriptor": the element at `index` along M or N, and at `token`, of an operand that is MN-major.
 inline float element(std::uint64_t descriptor, int index, int token) {
-  if (descriptor >> 62 != 1 || descriptor >> 49 & 7) fail("the operands are swizzled by 128 bytes, at multiples of 1,024");
+  if (descriptor >> 62 != 1 || descriptor >> 49 & 7) fail("operands are swizzled by 128 bytes, at multiples of 1,024");
   const std::uint32_t start = (descriptor & 0x3FFF) << 4;
   const std::uint32_t leading = (descriptor >> 16 & 0x3FFF) << 4, stride = (descriptor >> 32 & 0x3FFF) << 4;
   std::uint32_t address = start + index / 64 * leading + token / 8 * stride + token % 8 * 128 + index % 64 * 2;

@@ -1,5 +1,5 @@
-// What csrc/cuda_sm90.cuh offers, carried out by threads of the CPU, so that the kernel's own code can run without a GPU:
-// copies are done by another thread, late, and barriers complain when they are used against their rules.
+// What csrc/cuda_sm90.cuh offers, carried out by threads of the CPU, so that the kernel's own code can run without a
+// GPU: copies are done by another thread, late, and barriers complain when they are used against their rules.
 #pragma once
 
 #include <atomic>
@@ -17,6 +17,8 @@
 #include <thread>
 #include <vector>
 
+#include "meeting.h"
+
 struct CUtensorMap {
   const std::uint16_t* keys;
   std::int64_t tokens, width, stride;
@@ -30,30 +32,6 @@ using std::min;
   std::fprintf(stderr, "%s\n", what);
   std::_Exit(1);
 }
-
-// Threads that meet; each call of meet() waits for all of them.
-class Meeting {
- public:
-  explicit Meeting(int count = 32) : count_(count) {}
-  void meet() {
-    std::unique_lock lock(mutex_);
-    const std::uint64_t round = round_;
-    if (++arrived_ == count_) {
-      arrived_ = 0;
-      ++round_;
-      done_.notify_all();
-    } else {
-      done_.wait(lock, [&] { return round_ != round; });
-    }
-  }
-
- private:
-  std::mutex mutex_;
-  std::condition_variable done_;
-  const int count_;
-  int arrived_ = 0;
-  std::uint64_t round_ = 0;
-};
 
 class Barrier {
  public:
