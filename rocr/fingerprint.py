@@ -98,6 +98,6 @@ def _add_module(digest: Any, title: str, module: nn.Module, leave_out: nn.Module
         data = parameter.detach()
         flat = data.reshape(-1)
         step = max(1, flat.numel() // SAMPLED_VALUES)
-        values = flat[::step][:SAMPLED_VALUES].to(torch.bfloat16).cpu().view(torch.int16).numpy()
+        values = flat[::step][:SAMPLED_VALUES].to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy()
         digest.update(f"{title} {name} {tuple(data.shape)}\n".encode())
         digest.update(values)
