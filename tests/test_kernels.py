@@ -1,0 +1,56 @@
+"""The Triton kernels without a GPU: their schedule, and in a child process, the kernels in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from rocr_kernels.schedule import MAXIMUM_SPLITS, make_schedule
+
+
+def test_the_kernels_are_right_in_the_interpreter() -> None:
+    # In a process of its own: Triton decides at import whether a kernel is compiled or interpreted.
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", str(Path(__file__).with_name("test_kernels_interpreted.py"))],
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-6000:]
+    assert "passed" in done.stdout
+
+
+@pytest.mark.parametrize("tiles", [1, 42, 132, 133, 210, 272, 3192])
+@pytest.mark.parametrize("tokens", [1, 64, 2000, 8193, 131072])
+@pytest.mark.parametrize("programs", [1, 66, 132])
+def test_a_schedule_covers_every_token_of_every_tile_once(tiles: int, tokens: int, programs: int) -> None:
+    schedule = make_schedule(tiles, tokens, programs, token_step=64)
+    assert 1 <= schedule.splits <= MAXIMUM_SPLITS
+    assert schedule.items == schedule.whole + (tiles - schedule.whole) * schedule.splits
+    if schedule.whole == tiles:
+        assert schedule.slices == 0
+        return
+    assert schedule.split_tokens % 64 == 0
+    shares = [min(schedule.split_tokens, tokens - start) for start in range(0, tokens, schedule.split_tokens)]
+    assert len(shares) == schedule.splits
+    assert min(shares) > 0
+
+
+def rounds(tiles: int, tokens: int, programs: int) -> float:
+    """Time of a launch over the time with all programs busy."""
+    schedule = make_schedule(tiles, tokens, programs, token_step=64)
+    rest = -(-schedule.slices // programs) * schedule.split_tokens / tokens
+    return (-(-schedule.whole // programs) + rest) / (tiles / programs)
+
+
+@pytest.mark.parametrize(("tiles", "bound"), [(42, 1.06), (210, 1.02), (272, 1.08), (3192, 1.01)])
+def test_a_schedule_keeps_a_large_chip_busy(tiles: int, bound: float) -> None:
+    assert rounds(tiles, 131072, 132) <= bound
