@@ -1,0 +1,142 @@
+"""Reports of an evaluation: rows for a table, JSON, and one HTML page that needs no other file."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from rocr.evaluation.compare import compare_evaluations
+from rocr.evaluation.scores import Evaluation
+from rocr.output import new_file
+
+COLUMNS = ("split", "form", "before", "after", "gone", "chance", "questions", "targets")
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+table { border-collapse: collapse; margin: 1rem 0; }
+th, td { padding: .25rem .75rem; border-bottom: 1px solid #ddd; text-align: left; }
+td.number { text-align: right; font-variant-numeric: tabular-nums; }
+img { max-width: 100%; }
+"""
+
+
+def report_json(evaluation: Evaluation, before: Evaluation | None = None) -> dict[str, Any]:
+    """Everything that was measured, as JSON values."""
+    document: dict[str, Any] = {"format": "rocr evaluation 1", "evaluation": evaluation.to_json()}
+    if before is not None:
+        document["before"] = before.to_json()
+        document["comparison"] = compare_evaluations(before, evaluation).to_json()
+    return document
+
+
+def write_json(document: dict[str, Any], path: str | os.PathLike[str], overwrite: bool = False) -> None:
+    """Write a report as JSON, complete or not at all.
+
+    Raises:
+        InputError: the file exists and `overwrite` is not set.
+        RocrError: it cannot be written.
+    """
+    with new_file(path, overwrite=overwrite) as partial:
+        partial.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def table_rows(evaluation: Evaluation, before: Evaluation | None = None) -> list[tuple[str, ...]]:
+    """A row for each split and form, under COLUMNS; without `before` its columns are empty."""
+    comparison = compare_evaluations(before, evaluation) if before is not None else None
+    rows: list[tuple[str, ...]] = []
+    for split in ("forget", "retain"):
+        for form in evaluation.forms:
+            score = evaluation.form_score(form, split)
+            if score is None:
+                continue
+            change = comparison.change(form, split) if comparison is not None else None
+            rows.append(
+                (
+                    split,
+                    form + (" (derived)" if score.derived and form != "mcp" else ""),
+                    f"{change.before:.3f}" if change else "",
+                    f"{score.score:.3f}",
+                    f"{100 * change.fall:.1f}%" if change else "",
+                    f"{score.chance:.2f}" if score.chance is not None else "",
+                    str(score.items),
+                    str(score.targets),
+                )
+            )
+    return rows
+
+
+def measure_rows(evaluation: Evaluation, before: Evaluation | None = None) -> list[tuple[str, str, str]]:
+    """Name, before and after of each further measure."""
+    old = _flat(before.measures) if before is not None else {}
+    return [
+        (name, f"{old[name]:.4g}" if name in old else "", f"{value:.4g}")
+        for name, value in _flat(evaluation.measures).items()
+    ]
+
+
+def write_html(
+    title: str, evaluation: Evaluation, path: str | os.PathLike[str], before: Evaluation | None = None,
+    overwrite: bool = False,
+) -> None:  # fmt: skip
+    """Write one page with tables and plots embedded; nothing in it is fetched from elsewhere.
+
+    Raises:
+        InputError: the file exists and `overwrite` is not set, or matplotlib is not installed.
+        RocrError: it cannot be written.
+    """
+    from rocr.evaluation.plots import draw_plots
+
+    pictures = draw_plots(evaluation, before)
+    parts = [f"<h1>{html.escape(title)}</h1>", _filter_sentence(evaluation)]
+    parts.append(_table(COLUMNS, table_rows(evaluation, before)))
+    if evaluation.measures:
+        parts.append(_table(("measure", "before", "after"), measure_rows(evaluation, before)))
+    for caption, png in pictures:
+        data = base64.b64encode(png).decode()
+        text = html.escape(caption)
+        parts.append(f'<h2>{text}</h2><img alt="{text}" src="data:image/png;base64,{data}">')
+    worst = [(subject, form, f"{score:.3f}") for subject, (form, score) in evaluation.worst().items()]
+    if worst:
+        parts.append("<h2>The form that remembers most, by target</h2>")
+        parts.append(_table(("target", "form", "score"), worst))
+    parts.append(f"<p>Settings: {html.escape(json.dumps(evaluation.settings))}</p>")
+    page = (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f"<style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
+    )
+    with new_file(path, overwrite=overwrite) as partial:
+        partial.write_text(page, encoding="utf-8")
+
+
+def _filter_sentence(evaluation: Evaluation) -> str:
+    if evaluation.known is None:
+        return f"<p>{evaluation.probes} probes, all of them counted.</p>"
+    return (
+        f"<p>{evaluation.known} of {evaluation.probes} probes are known to the model before "
+        f"(score of at least {evaluation.known_threshold:g}); only these count.</p>"
+    )
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
+    body = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _cell(text: str) -> str:
+    number = text.replace(".", "").replace("%", "").replace("-", "").isdigit()
+    return f"<td{' class=number' if number else ''}>{html.escape(text)}</td>"
+
+
+def _flat(measures: dict[str, Any]) -> dict[str, float]:
+    flat: dict[str, float] = {}
+    for name, value in measures.items():
+        if isinstance(value, dict):
+            flat.update({f"{name} {inner}": number for inner, number in value.items()})
+        else:
+            flat[name] = value
+    return flat
