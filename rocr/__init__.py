@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rocr.edit import Edit
     from rocr.errors import GuardError, InputError, RocrError, VerificationError
     from rocr.evaluation import Evaluation, Probe, evaluate, load_probes
+    from rocr.guards import Guards
     from rocr.pipeline import unlearn
     from rocr.progress import Progress
     from rocr.prompts import Template
@@ -25,6 +26,7 @@ _HOMES = {
     "EditConfig": "config",
     "Evaluation": "evaluation",
     "GuardError": "errors",
+    "Guards": "guards",
     "InputError": "errors",
     "Probe": "evaluation",
     "Progress": "progress",
@@ -47,6 +49,7 @@ __all__ = [
     "EditConfig",
     "Evaluation",
     "GuardError",
+    "Guards",
     "InputError",
     "Probe",
     "Progress",

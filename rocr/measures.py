@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from rocr.apply import LayerUpdate
-from rocr.architectures import DownProjection
 from rocr.solve import Solution
 
 
@@ -49,12 +48,17 @@ class EditReport:
             of the distance before, both at the output of the last edited layer.
         seconds: duration of each stage.
         statistics: what protected ordinary keys: text, tokens.
+        divergence: mean Kullback-Leibler divergence on ordinary prose of the model's predictions after the edit from
+            those before, in nats a token; None: not measured.
+        limits_passed: a sentence for each limit of `Guards` that the edit passed and that was forced.
     """
 
     layers: list[LayerMeasures] = field(default_factory=list)
     distance: list[float] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     statistics: dict[str, Any] = field(default_factory=dict)
+    divergence: float | None = None
+    limits_passed: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON values."""
@@ -64,17 +68,17 @@ class EditReport:
     def from_json(cls, values: dict[str, Any]) -> EditReport:
         """The inverse of `to_json`."""
         layers = [LayerMeasures(**layer) for layer in values["layers"]]
-        return cls(layers, values["distance"], values["seconds"], values["statistics"])
+        return cls(**{**values, "layers": layers})
 
 
 def measure_layer(
-    projection: DownProjection, update: LayerUpdate, concept_of: Sequence[int], metric: str, solution: Solution
+    update: LayerUpdate, weight_norm: float, concept_of: Sequence[int], metric: str, solution: Solution
 ) -> LayerMeasures:
     """Measure an update that has been applied.
 
     Args:
-        projection: where it was applied.
         update: the update, with what it did to the weight.
+        weight_norm: Frobenius norm of the weight before it.
         concept_of: for each key, the index of its concept.
         metric: description of the metric.
         solution: what the update was solved from.
@@ -87,7 +91,7 @@ def measure_layer(
         layer=update.layer,
         keys=len(update.keys),
         metric=metric,
-        relative_norm=float(norm / projection.weight.float().norm().double()),
+        relative_norm=float(norm) / weight_norm if weight_norm else float("inf"),
         closed=_closed(moved, update.residuals.double(), concept_of),
         surviving=float((undo != 0).double().mean()) if undo is not None else float("nan"),
         condition=solution.condition,

@@ -19,6 +19,7 @@ from rocr.config import EditConfig
 from rocr.edit import Edit
 from rocr.errors import InputError
 from rocr.fingerprint import fingerprint
+from rocr.guards import Guards, Predictions, check_closed, check_layer, check_predictions, predict, with_culprits
 from rocr.key_plan import KeyPlan, plan_keys
 from rocr.keys import States, before_output_norm, read_states
 from rocr.measures import EditReport, mean_by_concept, measure_layer
@@ -36,6 +37,7 @@ def unlearn(
     statistics: Statistics | None = None,
     config: EditConfig | None = None,
     progress: ProgressCallback = silent,
+    guards: Guards | None = None,
 ) -> Edit:
     """Redirect concepts in a model, in place, so that on reading one it perceives the redirect instead.
 
@@ -46,13 +48,14 @@ def unlearn(
         statistics: of ordinary keys at the edited layers; None: collected on text that the model writes itself.
         config: the settings; None: `EditConfig()`.
         progress: told how far each stage is.
+        guards: the limits that the edit must stay within; None: `Guards()`.
 
     Returns:
         The edit, already applied. On any exception the model has its first weights again, bit for bit.
 
     Raises:
         InputError: concepts, settings, statistics or model that do not fit together.
-        GuardError: keys, states or weights that are not finite.
+        GuardError: keys, states or weights that are not finite, or a limit that was passed; names the concepts.
     """
     concepts = list(concepts)
     check_concepts(concepts)
@@ -65,17 +68,21 @@ def unlearn(
         statistics = collect_statistics(model, tokenizer, None, layers, progress=progress)
     mark = fingerprint(architecture, tokenizer, statistics.fingerprint.layer)
     statistics.check_model(mark)
-    run = _Run(architecture, concepts, config, plan, progress)
+    run = _Run(architecture, concepts, config, plan, progress, guards or Guards())
     moments = {layer: statistics.second_moment(layer) for layer in layers}
     _check_shapes(architecture, moments)
 
     targets = read_states(architecture, run.plan.targets, last, progress=progress, stage="targets").hidden
     check_finite("target states", last, targets, run.plan.concept_of, concepts)
     run.report.statistics = {"text": statistics.text, "tokens": statistics.tokens}
+    with run.timed("check"):
+        predictions = predict(architecture, tokenizer)
     with run.restoring():
         for remaining, layer in zip(range(len(layers), 0, -1), layers, strict=True):
             run.edit_layer(layer, last, targets, remaining, moments[layer])
         run.report.distance = run.distance(targets, last)
+        with run.timed("check"):
+            run.check_whole(predictions)
     return Edit(concepts, config, mark, run.updates, run.plan.concept_of, run.report)
 
 
@@ -88,6 +95,7 @@ class _Run:
     config: EditConfig
     plan: KeyPlan
     progress: ProgressCallback
+    guards: Guards
     updates: list[LayerUpdate] = field(default_factory=list)
     report: EditReport = field(default_factory=EditReport)
     first_distance: Tensor | None = None
@@ -122,14 +130,27 @@ class _Run:
             residuals,
             projection.transposed,
         )
-        with self.timed("apply"):
+        weight_norm = float(projection.weight.float().norm())
+        with self.timed("apply"), with_culprits(update, self.plan.concept_of, self.concepts):
             # In one statement: an interruption must not come between the weight and the record that restores it.
             self.updates.append(replace(update, applied=apply_updates([projection], [update.left], [update.right])[0]))
         with self.timed("measure"):
             self.report.layers.append(
-                measure_layer(projection, self.updates[-1], self.plan.concept_of, metric.describe(), solution)
+                measure_layer(self.updates[-1], weight_norm, self.plan.concept_of, metric.describe(), solution)
             )
+        self.report.limits_passed += check_layer(
+            self.guards, self.report.layers[-1], self.updates[-1], self.plan.concept_of, self.concepts
+        )
         self.progress(Progress("edit", len(self.updates), len(self.updates) + remaining - 1, "layers"))
+
+    def check_whole(self, before: Predictions | None) -> None:
+        """Hold the finished edit to its limits."""
+        self.report.limits_passed += check_closed(self.guards, self.report.layers, self.concepts)
+        divergence, passed = check_predictions(
+            self.guards, before, self.architecture, self.updates, self.plan.concept_of, self.concepts
+        )
+        self.report.divergence = divergence
+        self.report.limits_passed += passed
 
     def read(self, layer: int, last: int) -> States:
         """Keys at a layer and the current states at the last edited one."""

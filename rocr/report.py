@@ -61,6 +61,8 @@ def build_report(
         "config": edit.config.to_json(),
         "statistics": edit.report.statistics,
         "layers": [asdict(layer) for layer in layers],
+        "divergence": edit.report.divergence,
+        "limits_passed": edit.report.limits_passed,
         "answers": [asdict(answer) for answer in answers],
         "seconds": {"stages": dict(seconds), "edit": edit.report.seconds},
         "versions": versions(),

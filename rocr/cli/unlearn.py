@@ -45,6 +45,7 @@ def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
         settings.add_argument(f"--{name}", type=float, metavar="X")
     settings.add_argument("--key-tokens", choices=("last", "all"))
     settings.add_argument("--keys-per-concept", choices=("mean", "all"))
+    settings.add_argument("--force", action="store_true", help="go on past the limits of an edit; it is recorded")
     statistics = parser.add_argument_group("statistics of ordinary text")
     statistics.add_argument("--statistics", metavar="FILE", help="made by `rocr stats`")
     add_text(statistics)
@@ -84,7 +85,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     before = _ask(loaded, questions, arguments, console, "answers before")
     if statistics is None:
         statistics = _collect(loaded, config, arguments, console)
-    edit = _edit(loaded, concepts, statistics, config, console)
+    edit = _edit(loaded, concepts, statistics, config, arguments.force, console)
     after = _ask(loaded, questions, arguments, console, "answers after")
     answers = _answers(arguments, concepts, questions, before, after)
     with console.stage("save"):
@@ -159,12 +160,21 @@ def _collect(loaded: LoadedModel, config: EditConfig, arguments: argparse.Namesp
 
 
 def _edit(
-    loaded: LoadedModel, concepts: list[Concept], statistics: Statistics, config: EditConfig, console: Console
+    loaded: LoadedModel,
+    concepts: list[Concept],
+    statistics: Statistics,
+    config: EditConfig,
+    force: bool,
+    console: Console,
 ) -> Edit:
+    from rocr.guards import Guards
     from rocr.pipeline import unlearn
 
     with console.stage("edit") as progress:
-        return unlearn(loaded.model, loaded.tokenizer, concepts, statistics, config, progress)
+        edit = unlearn(loaded.model, loaded.tokenizer, concepts, statistics, config, progress, Guards(force=force))
+    for sentence in edit.report.limits_passed:
+        console.warn(f"Forced: {sentence}")
+    return edit
 
 
 def _ask(
