@@ -1,4 +1,7 @@
+import importlib.util
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -6,6 +9,15 @@ from torch import Tensor
 
 MARGIN = 64
 """Numbers of NaN on either side of a guarded matrix."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make the fixtures of models.py known: with --import-mode=importlib no test can import it by name."""
+    spec = importlib.util.spec_from_file_location("rocr_tests_models", Path(__file__).with_name("models.py"))
+    assert spec is not None and spec.loader is not None
+    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config.pluginmanager.register(module, spec.name)
 
 
 @pytest.fixture(autouse=True)

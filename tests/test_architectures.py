@@ -1,0 +1,97 @@
+import pytest
+import torch
+from torch import nn
+
+from rocr.architectures import default_layers, find_architecture
+from rocr.errors import InputError
+
+NAMES = {
+    "GPT-2": ("transformer.h", "mlp.c_proj"),
+    "GPT-J": ("transformer.h", "mlp.fc_out"),
+    "GPT-NeoX": ("gpt_neox.layers", "mlp.dense_4h_to_h"),
+}
+LLAMA_LIKE = ("model.layers", "mlp.down_proj")
+NORMS_BEHIND = {"Gemma2", "Gemma3", "OLMo2"}
+
+
+def test_every_family_is_found_by_its_structure(family, make_model):
+    model = make_model(family)
+    architecture = find_architecture(model)
+    assert architecture.depth == 5
+    layers, projection = NAMES.get(family, LLAMA_LIKE)
+    found = architecture.down_projection(2)
+    assert found.parameter_name == f"{layers}.2.{projection}.weight"
+    assert found.transposed == (family == "GPT-2")
+    stored = model.state_dict()[found.parameter_name]
+    assert found.weight.data_ptr() == stored.data_ptr(), "the weight is a view, not a copy"
+    assert torch.equal(found.weight.T if found.transposed else found.weight, stored)
+    assert (architecture.output_norm(2) is not None) == (family in NORMS_BEHIND)
+
+
+def test_a_down_projection_multiplies_keys_by_its_weight(family, make_model):
+    projection = find_architecture(make_model(family)).down_projection(1)
+    keys = torch.randn(7, projection.weight.shape[1])
+    bias = getattr(projection.module, "bias", None)
+    expected = keys.double() @ projection.weight.double().T + (0 if bias is None else bias.double())
+    torch.testing.assert_close(projection.module(keys).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_mixtures_of_experts_are_refused(mixture, make_model):
+    architecture = find_architecture(make_model(mixture))
+    with pytest.raises(InputError, match=r"layers\.1\.mlp is a mixture of experts: it has no single dense"):
+        architecture.down_projection(1)
+
+
+def test_the_dense_layers_of_a_mixture_can_be_edited(make_model):
+    architecture = find_architecture(make_model("Qwen3Moe", mlp_only_layers=[0, 1]))
+    assert architecture.down_projection(1).name == "model.layers.1.mlp.down_proj"
+    with pytest.raises(InputError, match="mixture of experts"):
+        architecture.down_projection(2)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_quantised_layers_are_refused(model):
+    quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    with pytest.raises(InputError, match=r"layers\.1\.mlp\.down_proj.* holds no plain weight: .* no quantised ones"):
+        find_architecture(quantised).down_projection(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.float64])
+def test_dtypes_that_cannot_be_edited_are_refused(model, dtype):
+    module = model.model.layers[1].mlp.down_proj
+    module.weight = nn.Parameter(module.weight.data.to(dtype), requires_grad=False)
+    with pytest.raises(InputError, match=f"holds {dtype} of shape .* only dense float32, bfloat16 and float16"):
+        find_architecture(model).down_projection(1)
+
+
+@pytest.mark.parametrize("layer", [-1, 5, 99])
+def test_layers_out_of_range(model, layer):
+    with pytest.raises(InputError, match=rf"Layer {layer} is out of range: the model has 5 decoder layers, 0 to 4"):
+        find_architecture(model).down_projection(layer)
+
+
+def test_what_is_no_language_model_is_refused(model):
+    with pytest.raises(InputError, match="Sequential has no `config`"):
+        find_architecture(nn.Sequential(nn.Linear(3, 3)))
+    model.model.layers = nn.ModuleList(list(model.model.layers)[:4])
+    with pytest.raises(InputError, match="LlamaForCausalLM has 0 lists of 5 decoder layers"):
+        find_architecture(model)
+
+
+def test_an_mlp_that_does_not_return_to_the_residual_stream_is_refused(model):
+    model.model.layers[1].mlp.down_proj = nn.Linear(48, 31)
+    with pytest.raises(InputError, match="returns 31 features, but the hidden size is 32"):
+        find_architecture(model).down_projection(1)
+
+
+def test_default_layers_are_consecutive_and_leave_a_layer_after_them():
+    for depth in range(1, 130):
+        layers = default_layers(depth)
+        assert layers == tuple(range(layers[0], layers[-1] + 1))
+        assert layers[-1] < max(depth - 1, 1)
+        assert len(layers) == min(3, max(depth - 1, 1))
+
+
+@pytest.mark.parametrize(("depth", "layers"), [(28, (4, 5, 6)), (32, (4, 5, 6)), (12, (1, 2, 3)), (80, (11, 12, 13))])
+def test_default_layers_of_known_depths(depth, layers):
+    assert default_layers(depth) == layers

@@ -1,0 +1,132 @@
+import pytest
+
+from rocr import Concept, EditConfig, InputError
+from rocr.key_plan import plan_keys
+from rocr.prompts import Template
+
+TEMPLATES = ("Who is {}?", "It is about {}.", Template("Tell me about {}.", chat=True))
+CONCEPTS = [
+    Concept("Ada Byron", "Blaise Pascal", ("the countess", "Ada")),
+    Concept("Robert Downey Jr.", "a gardener"),
+]
+NAMES = 4  # with the aliases
+
+
+def config(**changes):
+    return EditConfig(templates=TEMPLATES, **changes)
+
+
+def read_tokens(tokenizer, reading, group):
+    """The text of each token that enters a group's mean."""
+    entries = zip(reading.prompt_of, reading.position_of, reading.group_of, strict=True)
+    return [tokenizer.decode([reading.prompts[p].tokens[position]]) for p, position, g in entries if g == group]
+
+
+def texts(tokenizer, reading, group):
+    pairs = zip(reading.prompt_of, reading.group_of, strict=True)
+    return [tokenizer.decode(reading.prompts[prompt].tokens) for prompt, g in pairs if g == group]
+
+
+@pytest.mark.parametrize(("keys_per_concept", "groups"), [("mean", NAMES), ("all", NAMES * len(TEMPLATES))])
+def test_one_key_for_each_name_or_for_each_of_its_templates(tokenizer, keys_per_concept, groups):
+    plan = plan_keys(tokenizer, CONCEPTS, config(key_tokens="last", keys_per_concept=keys_per_concept))
+    assert plan.keys.groups == plan.targets.groups == len(plan.concept_of) == groups
+    assert plan.current is None, "matched contexts: the current states are those where the keys are"
+    assert plan.concept_of.count(0) == 3 * plan.concept_of.count(1), "the name and two aliases are of one concept"
+    assert len(plan.keys.group_of) == len(plan.targets.group_of) == NAMES * len(TEMPLATES)
+    for group in range(groups):
+        assert len(texts(tokenizer, plan.keys, group)) == (len(TEMPLATES) if keys_per_concept == "mean" else 1)
+
+
+def test_keys_are_the_last_tokens_of_names(tokenizer):
+    plan = plan_keys(tokenizer, CONCEPTS, config(key_tokens="last"))
+    assert [read_tokens(tokenizer, plan.keys, group) for group in range(NAMES)] == [
+        [" Byron"] * 3,
+        ["ess"] * 3,
+        [" Ada"] * 3,
+        [".?", "..", ".."],
+    ]
+    assert [read_tokens(tokenizer, plan.targets, group) for group in range(NAMES)] == [
+        [" Pascal"] * 3,
+        [" Pascal"] * 3,
+        [" Pascal"] * 3,
+        ["er"] * 3,
+    ]
+
+
+def test_every_key_has_its_target_in_the_same_templates(tokenizer):
+    plan = plan_keys(tokenizer, CONCEPTS, config(key_tokens="all", keys_per_concept="all"))
+    for group, concept in enumerate(plan.concept_of):
+        (key_text,), (target_text,) = texts(tokenizer, plan.keys, group), texts(tokenizer, plan.targets, group)
+        name = next(name for name in CONCEPTS[concept].names if name in key_text)
+        assert key_text.replace(name, CONCEPTS[concept].redirect) == target_text
+
+
+def test_all_tokens_are_averaged_by_their_place_from_the_end(tokenizer):
+    concept = Concept("Downey Jr.", "a gardener")
+    plan = plan_keys(tokenizer, [concept], EditConfig(templates=("Who is {}?", "{}?"), key_tokens="all"))
+    assert [read_tokens(tokenizer, plan.keys, group) for group in range(plan.keys.groups)] == [
+        [".?", ".?"],
+        [" Jr", " Jr"],
+        # At the start of a text the name is split otherwise, and its first token "Down" is no key.
+        [" Downey", "ey"],
+    ]
+    assert texts(tokenizer, plan.keys, 0) == ["Who is Downey Jr.?", "Downey Jr.?"]
+
+
+def test_counts_of_all_tokens(tokenizer):
+    last, mean, every = (
+        plan_keys(tokenizer, CONCEPTS[1:], config(key_tokens=key_tokens, keys_per_concept=keys)).keys
+        for key_tokens, keys in (("last", "mean"), ("all", "mean"), ("all", "all"))
+    )
+    assert last.groups == 1
+    assert mean.groups == max(len(set(prompt.name)) for prompt in mean.prompts)
+    assert every.groups == sum(len(prompt.name) for prompt in every.prompts) == len(mean.group_of)
+    assert sorted(set(mean.group_of)) == list(range(mean.groups))
+
+
+def test_a_prompt_that_is_read_in_several_places_runs_once(tokenizer):
+    plan = plan_keys(tokenizer, CONCEPTS, config(key_tokens="all", keys_per_concept="all"))
+    assert len(plan.keys.prompts) == len(set(plan.keys.prompts)) == NAMES * len(TEMPLATES)
+    assert len(plan.targets.prompts) == 2 * len(TEMPLATES), "three names share one redirect"
+
+
+def test_official_contexts(tokenizer):
+    plan = plan_keys(tokenizer, CONCEPTS, EditConfig.official())
+    assert plan.keys.groups == NAMES
+    assert plan.current is not None
+    for group, name in enumerate(name for concept in CONCEPTS for name in concept.names):
+        redirect = CONCEPTS[plan.concept_of[group]].redirect
+        chats = texts(tokenizer, plan.keys, group)
+        assert len(chats) == 6
+        assert all(f"{name}.<|end|><|assistant|>Answer:" in chat for chat in chats)
+        assert set(texts(tokenizer, plan.current, group)) == {f"{name}."}
+        assert set(texts(tokenizer, plan.targets, group)) == {f"<|user|>{redirect}.<|end|><|assistant|>Answer:"}
+        key, state = (set(read_tokens(tokenizer, reading, group)) for reading in (plan.keys, plan.current))
+        assert {text.strip() for text in key} == {text.strip() for text in state}
+
+
+def test_official_state_of_a_name_that_is_the_first_token(tokenizer):
+    plan = plan_keys(tokenizer, [Concept("x", "Blaise Pascal")], EditConfig.official())
+    assert read_tokens(tokenizer, plan.current, 0) == ["x"] * 6
+
+
+def test_a_target_at_the_start_of_a_text_is_the_name_itself(tokenizer):
+    config = EditConfig(templates=("{}?",), key_tokens="last")
+    plan = plan_keys(tokenizer, [Concept("Robert Downey Jr.", "x")], config)
+    assert read_tokens(tokenizer, plan.targets, 0) == ["x"]
+
+
+def test_names_without_any_key_are_named(tokenizer, make_tokenizer):
+    config = EditConfig(templates=("{}?", "{} is"))
+    concepts = [Concept("x", "y"), Concept("Ada Byron", "y"), Concept("z", "y")]
+    with pytest.raises(InputError, match=r"'x', 'z': .* single token at the very start of every template"):
+        plan_keys(tokenizer, concepts, config)
+    assert plan_keys(make_tokenizer(start=True), concepts, config).keys.groups >= 3, "a BOS is the sink instead"
+    assert plan_keys(tokenizer, concepts, EditConfig(templates=("{}?", "Who is {}?"))).keys.groups >= 3
+
+
+def test_braces_in_a_name_are_plain_text(tokenizer):
+    plan = plan_keys(tokenizer, [Concept("Ada {} {0}", "Blaise {name}")], config(keys_per_concept="all"))
+    assert texts(tokenizer, plan.keys, 0) == ["Who is Ada {} {0}?"]
+    assert texts(tokenizer, plan.targets, 0) == ["Who is Blaise {name}?"]
