@@ -66,7 +66,7 @@ def test_an_empty_file_is_refused(tmp_path: Path, content: str) -> None:
 
 def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "missing.jsonl", tmp_path / "missing", tmp_path):
-        with pytest.raises(rocr.InputError, match="does not exist|holds no|cannot be read"):
+        with pytest.raises(rocr.InputError, match=r"does not exist|holds no|cannot be read"):
             load_probes(path)
     (tmp_path / "p.jsonl").write_bytes(b'{"a": 1}\n\xff\n')
     with pytest.raises(rocr.InputError, match=r"p.jsonl:2: is not UTF-8"):

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from types import FrameType
 
 from rocr import __version__
-from rocr.cli import doctor, edits, info, stats, unlearn
+from rocr.cli import doctor, edits, evaluate, info, stats, unlearn
 from rocr.cli.console import Console
 from rocr.errors import RocrError
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
-COMMANDS = (unlearn, stats, edits, info, doctor)
+COMMANDS = (unlearn, stats, edits, evaluate, info, doctor)
 
 _EPILOGUE = (
     """exit codes: 0 done, 1 failed, 2 bad input, 3 verification failed, 4 refused by a guard, 130 interrupted"""
