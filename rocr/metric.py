@@ -21,6 +21,14 @@ class Metric(Protocol):
         """Return keys @ M, (n, d_in), in the dtype of the metric."""
         ...
 
+    def root(self, keys: Tensor) -> Tensor:
+        """Return keys @ B, (n, d_in), for one B with M = B Bᵀ."""
+        ...
+
+    def root_transposed(self, rows: Tensor) -> Tensor:
+        """Return rows @ Bᵀ, (m, d_in), for the same B."""
+        ...
+
     @property
     def ordinary(self) -> float:
         """Mean squared length of ordinary keys under the metric, tr(C M): the unit of a relative ridge."""
@@ -49,6 +57,14 @@ class WhitenedMetric:
         """Return keys @ M by two triangular solves."""
         return torch.cholesky_solve(keys.to(self.factor).T, self.factor).T
 
+    def root(self, keys: Tensor) -> Tensor:
+        """Return keys @ L⁻ᵀ, where M⁻¹ = L Lᵀ."""
+        return torch.linalg.solve_triangular(self.factor, keys.to(self.factor).T, upper=False).T
+
+    def root_transposed(self, rows: Tensor) -> Tensor:
+        """Return rows @ L⁻¹."""
+        return torch.linalg.solve_triangular(self.factor, rows.to(self.factor), upper=False, left=False)
+
     def describe(self) -> str:
         """Say how strongly ordinary keys are weighed."""
         return f"whitened, γ = {self.gamma:g}"
@@ -75,6 +91,14 @@ class ProjectedMetric:
         keys = keys.to(self.basis)
         along = (keys @ self.basis) @ self.basis.T
         return keys - along if self.protected else along
+
+    def root(self, keys: Tensor) -> Tensor:
+        """Return keys @ P, since P = P Pᵀ."""
+        return self.apply(keys)
+
+    def root_transposed(self, rows: Tensor) -> Tensor:
+        """Return rows @ Pᵀ."""
+        return self.apply(rows)
 
     @property
     def free_directions(self) -> int:
@@ -107,8 +131,7 @@ def build_metric(second_moment: Tensor, config: EditConfig) -> WhitenedMetric | 
 
 
 def _cholesky(matrix: Tensor) -> Tensor:
-    """Lower factor of matrix + I, in float64 where the matrix's own precision does not do."""
-    matrix = matrix.clone()
+    """Lower factor of matrix + I, in float64 where the matrix's own precision does not do; matrix is overwritten."""
     matrix.diagonal().add_(1.0)
     factor, failed = torch.linalg.cholesky_ex(matrix)
     if failed != 0:

@@ -13,22 +13,48 @@ from rocr.concepts import Concept
 from rocr.errors import GuardError
 from rocr.metric import Metric
 
+CHUNK_ROWS = 4096
+EXACT_CONDITION_SIZE = 512
+CONDITION_STEPS = 50
+
+
+@dataclass(frozen=True)
+class System:
+    """What an update can be solved from again with other rows of keys and residuals, without statistics.
+
+    Attributes:
+        ridge: λ > 0, in squared key units.
+        product: K M, (n, d_in) float32, where there are at most as many keys as inputs; its rows belong to the keys.
+        metric: M itself where there are more keys than inputs, so that it is the smaller of the two.
+    """
+
+    ridge: float
+    product: Tensor | None = None
+    metric: Metric | None = None
+
 
 @dataclass(frozen=True)
 class Solution:
     """An update and the system it came from.
 
     Attributes:
-        left: (d_out, n) float32.
-        right: (n, d_in) float32; the update is left @ right.
-        condition: condition number of K M Kᵀ + λI.
-        ridge: λ, in squared key units.
+        left: (d_out, r) float32.
+        right: (r, d_in) float32; the update is left @ right. The inner size r is the number of keys, or
+            min(d_out, d_in) where there are more keys than inputs.
+        condition: condition number of K M Kᵀ + λI, or of Bᵀ Kᵀ K B + λI (M = B Bᵀ), which has the same largest
+            and smallest eigenvalues but for λ itself; estimated where the system has more than 512 rows.
+        system: what the update can be solved from again.
     """
 
     left: Tensor
     right: Tensor
     condition: float
-    ridge: float
+    system: System
+
+    @property
+    def ridge(self) -> float:
+        """λ, in squared key units."""
+        return self.system.ridge
 
 
 @dataclass(frozen=True)
@@ -51,15 +77,91 @@ def solve_layer(keys: Tensor, residuals: Tensor, metric: Metric, ridge: float) -
         ridge: λ > 0.
 
     Raises:
-        GuardError: the Gram matrix is not finite.
+        GuardError: the system is not finite.
     """
-    product = metric.apply(keys)
-    gram = keys.double() @ product.double().T
+    if len(keys) > keys.shape[1]:
+        return solve_again(keys, residuals, System(ridge, metric=metric))
+    return solve_again(keys, residuals, System(ridge, product=metric.apply(keys).float()))
+
+
+def solve_again(keys: Tensor, residuals: Tensor, system: System) -> Solution:
+    """Solve an update from a system that is at hand.
+
+    Args:
+        keys: K, (n, d_in) float32, the rows that `system.product` belongs to.
+        residuals: (n, d_out) float32.
+        system: K M or M, and λ.
+
+    Raises:
+        GuardError: the system is not finite.
+    """
+    if system.metric is not None:
+        return _solve_wide(keys, residuals, system.metric, system)
+    assert system.product is not None, "a system holds a product or a metric"
+    gram = keys.double() @ system.product.double().T
+    condition = _condition(_checked_symmetric(gram), system.ridge)
+    left, right = ops.solve_update(keys, residuals, _AppliedMetric(system.product), system.ridge)
+    return Solution(left, right, condition, system)
+
+
+def _solve_wide(keys: Tensor, residuals: Tensor, metric: Metric, system: System) -> Solution:
+    """The same update as a (d_in, d_in) system: Δ = residualsᵀ G (GᵀG + λI)⁻¹ Bᵀ with G = K B, M = B Bᵀ.
+
+    Memory is two float64 matrices (d_in, d_in) and a chunk of rows, whatever the number of keys.
+    """
+    d_in, d_out = keys.shape[1], residuals.shape[1]
+    moment = torch.zeros(d_in, d_in, dtype=torch.float64, device=keys.device)
+    cross = torch.zeros(d_out, d_in, dtype=torch.float64, device=keys.device)
+    for start in range(0, len(keys), CHUNK_ROWS):
+        rows = slice(start, start + CHUNK_ROWS)
+        reduced = metric.root(keys[rows]).double()
+        moment.addmm_(reduced.T, reduced)
+        cross.addmm_(residuals[rows].double().T, reduced)
+    symmetric = _checked_symmetric(moment)
+    condition = _condition(symmetric, system.ridge)
+    factor = torch.linalg.cholesky(_with_ridge(symmetric, system.ridge))
+    solved = torch.cholesky_solve(cross.T, factor).T
+    update = metric.root_transposed(solved.float()).float().contiguous()
+    return Solution(*as_factors(update), condition, system)
+
+
+def as_factors(update: Tensor) -> tuple[Tensor, Tensor]:
+    """An update (d_out, d_in) as left @ right with the identity on its shorter side."""
+    d_out, d_in = update.shape
+    if d_out <= d_in:
+        return torch.eye(d_out, device=update.device), update
+    return update, torch.eye(d_in, device=update.device)
+
+
+def _checked_symmetric(gram: Tensor) -> Tensor:
     if not torch.isfinite(gram).all():
         raise GuardError("The Gram matrix of the keys is not finite; nothing was changed.")
-    eigenvalues = torch.linalg.eigvalsh((gram + gram.T) / 2).clamp(min=0) + ridge
-    left, right = ops.solve_update(keys, residuals, _AppliedMetric(product), ridge)
-    return Solution(left, right, float(eigenvalues[-1] / eigenvalues[0]), ridge)
+    return (gram + gram.T) / 2
+
+
+def _with_ridge(gram: Tensor, ridge: float) -> Tensor:
+    system = gram.clone()
+    system.diagonal().add_(ridge)
+    return system
+
+
+def _condition(gram: Tensor, ridge: float) -> float:
+    """Condition number of gram + ridge, exact for small systems, else by power iteration from both ends."""
+    if len(gram) <= EXACT_CONDITION_SIZE:
+        eigenvalues = torch.linalg.eigvalsh(gram).clamp(min=0) + ridge
+        return float(eigenvalues[-1] / eigenvalues[0])
+    factor, failed = torch.linalg.cholesky_ex(_with_ridge(gram, ridge))
+    if failed != 0:
+        return float("inf")
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(len(gram), 1, dtype=torch.float64, generator=generator).to(gram.device)
+    largest, smallest_inverse = start / start.norm(), start / start.norm()
+    for _ in range(CONDITION_STEPS):
+        high = gram @ largest
+        low = torch.cholesky_solve(smallest_inverse, factor)
+        high_norm, low_norm = high.norm().clamp(min=1e-300), low.norm()
+        largest, smallest_inverse = high / high_norm, low / low_norm
+    return float((high_norm + ridge) * low_norm)
 
 
 def check_finite(what: str, layer: int, values: Tensor, concept_of: Sequence[int], concepts: Sequence[Concept]) -> None:
