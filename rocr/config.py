@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -11,6 +10,7 @@ from typing import Any, Literal, get_args
 from rocr.errors import InputError
 from rocr.prompts import Template
 
+MAX_SETTING = 1e30  # larger numbers overflow float32
 Method = Literal["whitened", "projected"]
 KeyTokens = Literal["last", "all"]
 KeysPerConcept = Literal["mean", "all"]
@@ -91,8 +91,11 @@ class EditConfig:
         _check_number("gamma", self.gamma, 0.0)
         _check_number("threshold", self.threshold, 0.0, exclusive=True)
         _check_number("strength", self.strength, 0.0, exclusive=True)
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise InputError(f"seed must be a whole number of at least 0, not {self.seed!r}.")
+        for name in ("relative_ridge", "relative_threshold"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name} must be true or false, not {_shown(getattr(self, name))}.")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise InputError(f"seed must be a whole number from 0 to 2**63 - 1, not {_shown(self.seed)}.")
 
     @classmethod
     def official(cls, layers: tuple[int, ...] | None = None) -> EditConfig:
@@ -120,11 +123,13 @@ class EditConfig:
         Raises:
             InputError: an unknown setting, or a value out of range.
         """
+        if not isinstance(values, Mapping):
+            raise InputError(f"The settings must be an object, not {_shown(values)}.")
         unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
         if unknown:
-            raise InputError(f"Unknown settings: {', '.join(unknown)}.")
+            raise InputError(f"Unknown settings: {_shown(', '.join(unknown))}.")
         known = dict(values)
-        if "templates" in known:
+        if isinstance(known.get("templates"), (list, tuple)):
             known["templates"] = tuple(
                 Template.from_json(template) if isinstance(template, Mapping) else template
                 for template in known["templates"]
@@ -135,15 +140,17 @@ class EditConfig:
 def _checked_layers(layers: Any) -> tuple[int, ...]:
     numbers = list(layers) if isinstance(layers, (list, tuple, range)) else None
     if not numbers or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers):
-        raise InputError(f"layers must be a list of layer numbers, 0 or more, not {layers!r}.")
+        raise InputError(f"layers must be a list of layer numbers, 0 or more, not {_shown(layers)}.")
     if len(set(numbers)) != len(numbers):
-        raise InputError(f"layers names a layer twice: {numbers}.")
+        raise InputError(f"layers names a layer twice: {_shown(numbers)}.")
     return tuple(sorted(numbers))
 
 
 def _checked_templates(templates: Any) -> tuple[Template, ...]:
     if isinstance(templates, (str, Template)):
         templates = (templates,)
+    if not isinstance(templates, (list, tuple)):
+        raise InputError(f"templates must be a list, not {_shown(templates)}.")
     checked = tuple(Template(t) if isinstance(t, str) else t for t in templates)
     if not checked or not all(isinstance(template, Template) for template in checked):
         raise InputError("templates must hold at least one text with {} where the name goes.")
@@ -151,12 +158,16 @@ def _checked_templates(templates: Any) -> tuple[Template, ...]:
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise InputError(f"{name} must be one of {', '.join(choices)}, not {value!r}.")
+    if not isinstance(value, str) or value not in choices:
+        raise InputError(f"{name} must be one of {', '.join(choices)}, not {_shown(value)}.")
 
 
 def _check_number(name: str, value: object, least: float, exclusive: bool = False) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= MAX_SETTING
     if not number or value < least or (exclusive and value == least):  # type: ignore[operator]
         bound = "above" if exclusive else "of at least"
-        raise InputError(f"{name} must be a finite number {bound} {least:g}, not {value!r}.")
+        raise InputError(f"{name} must be a finite number {bound} {least:g}, not {_shown(value)}.")
+
+
+def _shown(value: object) -> str:
+    return repr(value)[:100]

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from rocr.apply import Applied, LayerUpdate
-from rocr.concepts import Concept
+from rocr.concepts import Concept, check_concepts
 from rocr.config import EditConfig
 from rocr.errors import InputError
 from rocr.files import read_tensors, write_tensors
 from rocr.fingerprint import Fingerprint
+from rocr.json_values import flag_of, list_of, text_of, whole_number_of
 from rocr.measures import EditReport
 
 if TYPE_CHECKING:
@@ -63,18 +64,24 @@ def load_edit(path: str | os.PathLike[str]) -> Edit:
 
     header, tensors = read_tensors(path, FORMAT)
     try:
-        concepts = [Concept(entry["name"], entry["redirect"], tuple(entry["aliases"])) for entry in header["concepts"]]
-        updates = [_load_update(entry, tensors) for entry in header["layers"]]
+        concepts = [
+            Concept(entry["name"], entry["redirect"], tuple(list_of(entry["aliases"], "aliases")))
+            for entry in list_of(header["concepts"], "concepts")
+        ]
+        check_concepts(concepts)
+        updates = [_load_update(entry, tensors) for entry in list_of(header["layers"], "layers")]
         edit = Edit(
             concepts,
             EditConfig.from_json(header["config"]),
             Fingerprint(**header["fingerprint"]),
             updates,
-            [int(concept) for concept in header["concept_of"]],
-            EditReport.from_json(header["report"]),
+            [whole_number_of(concept, "concept_of") for concept in list_of(header["concept_of"], "concept_of")],
+            EditReport.from_json(header["report"], len(concepts)),
         )
-    except (KeyError, TypeError, ValueError, AttributeError, zlib.error) as error:
-        raise InputError(f"{path} is not a complete edit file: {error!r}.") from None
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, zlib.error) as error:
+        raise InputError(f"{path} is not a complete edit file: {repr(error)[:200]}.") from None
+    except InputError as error:
+        raise InputError(f"{path} cannot be used: {error}") from None
     _check(edit, path)
     return edit
 
@@ -111,14 +118,31 @@ def unpack_undo(packed: Tensor, shape: list[int], width: int) -> Tensor:
 
 
 def _load_update(entry: dict[str, Any], tensors: dict[str, Tensor]) -> LayerUpdate:
-    layer = int(entry["layer"])
+    layer = whole_number_of(entry["layer"], "layer")
     left, right, keys, residuals = (tensors[f"layer.{layer}.{factor}"] for factor in _FACTORS)
     applied = None
     if "after" in entry:
         packed = tensors.get(f"layer.{layer}.undo")
-        undo = None if packed is None else unpack_undo(packed, **entry["undo"])
-        applied = Applied(str(entry["dtype"]), str(entry["before"]), str(entry["after"]), undo)
-    return LayerUpdate(layer, str(entry["parameter"]), left, right, keys, residuals, bool(entry["transposed"]), applied)
+        undo = None if packed is None else _load_undo(packed, entry["undo"], (left.shape[0], right.shape[-1]))
+        dtype, before, after = (text_of(entry[name], name) for name in ("dtype", "before", "after"))
+        applied = Applied(dtype, before, after, undo)
+    return LayerUpdate(
+        layer,
+        text_of(entry["parameter"], "parameter"),
+        left,
+        right,
+        keys,
+        residuals,
+        flag_of(entry["transposed"], "transposed"),
+        applied,
+    )
+
+
+def _load_undo(packed: Tensor, described: dict[str, Any], shape: tuple[int, int]) -> Tensor:
+    """Unpack what restores a weight, once its size is known to be that of the weight: a few bytes can say many."""
+    if packed.dtype != torch.uint8 or sorted(described["shape"]) != sorted(shape):
+        raise ValueError(f"the undo data is {packed.dtype} for a shape {str(described['shape'])[:60]}, not {shape}")
+    return unpack_undo(packed, described["shape"], whole_number_of(described["width"], "width"))
 
 
 def _check(edit: Edit, path: str | os.PathLike[str]) -> None:
@@ -126,6 +150,8 @@ def _check(edit: Edit, path: str | os.PathLike[str]) -> None:
         raise InputError(f"{path} holds {len(edit.updates)} updates of {len(edit.concepts)} concepts.")
     if not all(0 <= concept < len(edit.concepts) for concept in edit.concept_of):
         raise InputError(f"{path} names concepts that it does not hold.")
+    if len(set(edit.layers)) != len(edit.layers) or edit.config.layers != edit.layers:
+        raise InputError(f"{path} holds updates of the layers {edit.layers}, but settings of {edit.config.layers}.")
     for update in edit.updates:
         n, (d_out, d_in) = len(edit.concept_of), (update.left.shape[0], update.right.shape[-1])
         expected = {"left": (d_out, n), "right": (n, d_in), "keys": (n, d_in), "residuals": (n, d_out)}

@@ -13,7 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rocr.errors import InputError, RocrError
+from rocr.json_values import parse_json
 from rocr.output import new_file
+
+MAX_HEADER_BYTES = 32 * 2**20
+"""Room for the names and numbers of a hundred thousand concepts; parsed, it takes some hundred MiB."""
 
 
 def read_tensors(path: str | os.PathLike[str], expected_format: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -29,7 +33,7 @@ def read_tensors(path: str | os.PathLike[str], expected_format: str) -> tuple[di
         with safe_open(path, framework="pt") as file:
             return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {error}.") from None
+        raise InputError(f"{path} cannot be read: {str(error)[:200]}.") from None
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -38,13 +42,14 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         InputError: the file is missing, damaged, or not one of rocr's.
     """
-    if not Path(path).is_file():
-        raise InputError(f"{path} is not there, or not a file.")
     try:
+        if not Path(path).is_file():
+            raise InputError(f"{path} is not there, or not a file.")
+        _check_header_size(path)
         with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("rocr", "{}"))
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read as a file of rocr: {error}.") from None
+            header = parse_json((file.metadata() or {}).get("rocr", "{}"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as a file of rocr: {str(error)[:200]}.") from None
     if not isinstance(header, dict) or not str(header.get("format", "")).startswith("rocr "):
         raise InputError(f"{path} is not a file of rocr: it has no such header.")
     return header
@@ -59,9 +64,22 @@ def write_tensors(
         InputError: it exists and `overwrite` is not set.
         RocrError: it cannot be written.
     """
+    text = json.dumps(header)
+    if len(text) > MAX_HEADER_BYTES // 2:
+        raise RocrError(
+            f"{path} cannot be written: its header has {len(text):,} bytes; use fewer concepts in one file."
+        )
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with new_file(path, overwrite=overwrite) as partial:
         try:
-            save_file(plain, partial, metadata={"rocr": json.dumps(header)})
+            save_file(plain, partial, metadata={"rocr": text})
         except SafetensorError as error:
             raise RocrError(f"{path} cannot be written: {error}.") from error
+
+
+def _check_header_size(path: str | os.PathLike[str]) -> None:
+    """Refuse a header that would take much memory before anything is parsed."""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+    if size > MAX_HEADER_BYTES:
+        raise ValueError(f"its header is said to have {size:,} bytes, and the limit is {MAX_HEADER_BYTES:,}")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rocr.architectures import Architecture
 from rocr.errors import InputError
+from rocr.json_values import text_of, whole_number_of
 
 SAMPLED_VALUES = 512
 
@@ -35,10 +36,9 @@ class Fingerprint:
     name: str
 
     def __post_init__(self) -> None:
-        if not isinstance(self.layer, int) or not all(
-            isinstance(v, str) for v in (self.model, self.tokenizer, self.name)
-        ):
-            raise TypeError(f"a fingerprint holds {self.to_json()}")
+        whole_number_of(self.layer, "the layer of a fingerprint")
+        for value in (self.model, self.tokenizer, self.name):
+            text_of(value, "a part of a fingerprint")
 
     def to_json(self) -> dict[str, Any]:
         """The fingerprint as JSON values."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rocr.apply import LayerUpdate
+from rocr.json_values import list_of, numbers_of, text_of, whole_number_of
 from rocr.solve import Solution
 
 
@@ -36,6 +37,17 @@ class LayerMeasures:
     surviving: float
     condition: float
     ridge: float
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any], concepts: int) -> LayerMeasures:
+        """The numbers of a layer from JSON, for an edit of so many concepts; raises as `EditReport.from_json`."""
+        measures = cls(**values)
+        numbers_of(measures.closed, "closed", concepts)
+        numbers_of([measures.relative_norm, measures.surviving, measures.condition, measures.ridge], "measures", 4)
+        whole_number_of(measures.layer, "layer")
+        whole_number_of(measures.keys, "keys")
+        text_of(measures.metric, "metric")
+        return measures
 
 
 @dataclass
@@ -65,10 +77,21 @@ class EditReport:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> EditReport:
-        """The inverse of `to_json`."""
-        layers = [LayerMeasures(**layer) for layer in values["layers"]]
-        return cls(**{**values, "layers": layers})
+    def from_json(cls, values: dict[str, Any], concepts: int) -> EditReport:
+        """The inverse of `to_json`, for an edit of so many concepts.
+
+        Raises:
+            KeyError, TypeError, ValueError: the values are not those of a report.
+        """
+        layers = [LayerMeasures.from_json(layer, concepts) for layer in list_of(values["layers"], "layers")]
+        report = cls(**{**values, "layers": layers})
+        if report.distance:
+            numbers_of(report.distance, "distance", concepts)
+        numbers_of(list(report.seconds.values()), "seconds", len(report.seconds))
+        for sentence in list_of(report.limits_passed, "limits_passed"):
+            text_of(sentence, "limits_passed")
+        report.statistics.keys()
+        return report
 
 
 def measure_layer(

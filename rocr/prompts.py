@@ -34,14 +34,22 @@ class Template:
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str) or self.text.count("{}") != 1:
-            raise InputError(f"A template needs {{}} exactly once, where the name goes, unlike {self.text!r}.")
+            raise InputError(
+                f"A template needs {{}} exactly once, where the name goes, unlike {repr(self.text)[:100]}."
+            )
+        if not isinstance(self.chat, bool) or not isinstance(self.answer, str):
+            raise InputError(
+                f"The template {self.text[:100]!r} needs chat to be true or false, and answer to be a text."
+            )
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Template:
         """Build a template from the JSON object that `dataclasses.asdict` makes of one."""
         unknown = sorted(set(values) - {"text", "chat", "answer"})
         if unknown:
-            raise InputError(f"Unknown fields of a template: {', '.join(unknown)}.")
+            raise InputError(f"Unknown fields of a template: {', '.join(unknown)[:100]}.")
+        if "text" not in values:
+            raise InputError("A template has no text.")
         return cls(**values)
 
 

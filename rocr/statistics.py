@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from rocr.errors import InputError
 from rocr.files import read_tensors, write_tensors
 from rocr.fingerprint import Fingerprint
+from rocr.json_values import MAX_NUMBER, text_of
 
 FORMAT = "rocr statistics 1"
 
@@ -112,23 +114,35 @@ class Statistics:
         header, tensors = read_tensors(path, FORMAT)
         try:
             statistics = cls(
-                {int(name.removeprefix("second_moment.")): tensor for name, tensor in tensors.items()},
+                {_layer_of(name): tensor for name, tensor in tensors.items()},
                 header["tokens"],
-                header["text"],
+                text_of(header["text"], "text"),
                 Fingerprint(**header["fingerprint"]),
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{path} is not a complete statistics file: {error!r}.") from None
+            raise InputError(f"{path} is not a complete statistics file: {repr(error)[:200]}.") from None
         _check(statistics, path)
         return statistics
 
 
 def _check(statistics: Statistics, path: str | os.PathLike[str]) -> None:
-    if not statistics.moments or not isinstance(statistics.tokens, int) or statistics.tokens < 1:
-        raise InputError(f"{path} holds {len(statistics.moments)} second moments of {statistics.tokens} tokens.")
+    tokens = statistics.tokens
+    if not statistics.moments or not isinstance(tokens, int) or not 0 < tokens <= MAX_NUMBER or tokens is True:
+        raise InputError(f"{path} holds {len(statistics.moments)} second moments of {str(tokens)[:60]} tokens.")
     for layer, moment in statistics.moments.items():
         if moment.dtype != torch.float32 or moment.ndim != 2 or moment.shape[0] != moment.shape[1]:
             shape: Sequence[int] = tuple(moment.shape)
             raise InputError(f"{path}: the second moment of layer {layer} is {moment.dtype} of shape {shape}.")
+        if (moment.diagonal() < 0).any() or not moment.diagonal().any():
+            raise InputError(f"{path}: the second moment of layer {layer} has mean squares that are negative or all 0.")
         if not torch.isfinite(moment).all():
             raise InputError(f"{path}: the second moment of layer {layer} holds values that are not finite.")
+        if not torch.equal(moment, moment.T):
+            raise InputError(f"{path}: the second moment of layer {layer} is not symmetric.")
+
+
+def _layer_of(name: str) -> int:
+    match = re.fullmatch(r"second_moment\.(0|[1-9][0-9]{0,5})", name)
+    if match is None:
+        raise ValueError(f"it holds a tensor {name[:60]!r}")
+    return int(match[1])

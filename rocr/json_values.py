@@ -1,0 +1,70 @@
+"""JSON that comes from outside: no field twice, no depth that breaks the parser, and values of the kinds expected."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+MAX_NUMBER = 2**63 - 1
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: it is no JSON, is not UTF-8, has a field twice, or is nested too deeply.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_unique_fields)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def text_of(value: object, what: str) -> str:
+    """A text, or TypeError."""
+    return str(_of_kind(value, what, "a text", lambda value: isinstance(value, str)))
+
+
+def flag_of(value: object, what: str) -> bool:
+    """True or false, or TypeError."""
+    return bool(_of_kind(value, what, "true or false", lambda value: isinstance(value, bool)))
+
+
+def whole_number_of(value: object, what: str, least: int = 0) -> int:
+    """A whole number from `least` to 2**63 - 1, or TypeError."""
+    found: int = _of_kind(value, what, f"a whole number of at least {least}", lambda value: _is_whole(value, least))
+    return found
+
+
+def list_of(value: object, what: str) -> list[Any]:
+    """A list, or TypeError."""
+    found: list[Any] = _of_kind(value, what, "a list", lambda value: isinstance(value, list))
+    return found
+
+
+def numbers_of(value: object, what: str, length: int) -> list[float]:
+    """A list of so many numbers, or TypeError."""
+    values = list_of(value, what)
+    if len(values) != length or not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
+        raise TypeError(f"{what} must be a list of {length} numbers")
+    return values
+
+
+def _of_kind(value: object, what: str, kind: str, is_right: Callable[[Any], bool]) -> Any:
+    if not is_right(value):
+        raise TypeError(f"{what} must be {kind}, not {repr(value)[:60]}")
+    return value
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= MAX_NUMBER
+
+
+def _unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the field {twice[:60]!r} stands twice")
+    return fields
