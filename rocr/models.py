@@ -13,10 +13,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rocr.errors import InputError, RocrError
+from rocr.model_folder import INDEX_FILE, SINGLE_FILE, check_model_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -59,6 +58,10 @@ def find_model(name: str, download: bool = False) -> ModelSource:
         InputError: it is a path that holds no model, or not there.
     """
     path = Path(name)
+    try:
+        path.exists()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{name[:100]!r} cannot be examined: {getattr(error, 'strerror', None) or error}.") from None
     if path.suffix == ".gguf":
         if not path.is_file():
             raise InputError(f"{name} is not there, or not a file.")
@@ -101,18 +104,36 @@ def load_model(
         dtype = dtype or torch.float32
     if source.folder is None:
         options["local_files_only"] = not source.download
+    elif source.gguf is None:
+        check_model_folder(source.folder)
     place = source.name if source.folder is None else str(source.folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, **options)
-        model = AutoModelForCausalLM.from_pretrained(
-            place, dtype=dtype or "auto", device_map=None if device in (None, "cpu") else device, **options
+        if source.gguf is None:
+            options["use_safetensors"] = True  # never a pickle
+        model, found = AutoModelForCausalLM.from_pretrained(
+            place,
+            dtype=dtype or "auto",
+            device_map=None if device in (None, "cpu") else device,
+            output_loading_info=True,
+            **options,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, AttributeError) as error:
-        reason = str(error).strip().split("\n")[0]
+    except Exception as error:  # tokenizers and configurations of others raise whatever they like
+        reason = str(error).strip().split("\n")[0][:300] or type(error).__name__
         hint = "" if source.folder or source.download else " Nothing was downloaded; --download allows it."
         raise InputError(f"{source.name} cannot be loaded: {reason}{hint}") from error
+    _check_complete(source, found)
     model.eval()
     return LoadedModel(_without_quantizer(model), tokenizer, source)
+
+
+def _check_complete(source: ModelSource, found: dict[str, Any]) -> None:
+    """Refuse a model with weights that were made up because the file has none, or others."""
+    missing = sorted(map(str, found.get("missing_keys") or ()))
+    if missing:
+        raise InputError(f"{source.name} lacks {len(missing)} of the model's tensors, such as {missing[0][:100]}.")
+    if found.get("mismatched_keys"):
+        raise InputError(f"{source.name} holds tensors of other shapes than its config.json says.")
 
 
 def save_model(loaded: LoadedModel, folder: Path) -> None:

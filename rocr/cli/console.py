@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,9 @@ from rich.text import Text
 
 from rocr.progress import Progress as Step
 from rocr.progress import ProgressCallback
+
+MAX_SHOWN = 20_000
+"""Characters of one text: fifty errors with names of the allowed length are fewer."""
 
 
 class Console:
@@ -57,11 +61,11 @@ class Console:
 
     def say(self, sentence: str) -> None:
         """Print a line of the result."""
-        self._output.print(sentence, markup=False, soft_wrap=True)
+        self._output.print(visible(sentence), markup=False, soft_wrap=True)
 
     def warn(self, sentence: str) -> None:
         """Print a line that wants attention."""
-        self._errors.print(Text(sentence, style="yellow"), soft_wrap=True)
+        self._errors.print(Text(visible(sentence), style="yellow"), soft_wrap=True)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Print a table of the result; numbers stand right."""
@@ -72,12 +76,12 @@ class Console:
             numeric = bool(rows) and all(_is_number(row[i]) for row in rows)
             table.add_column(column, justify="right" if numeric else "left", overflow="fold")
         for row in rows:
-            table.add_row(*(Text(cell) for cell in row))
+            table.add_row(*(Text(visible(cell)) for cell in row))
         self._output.print(table)
 
     def fail(self, sentence: str, exit_code: int) -> None:
         """Print an error."""
-        self._errors.print(Text.assemble(("rocr: ", "bold red"), sentence), soft_wrap=True)
+        self._errors.print(Text.assemble(("rocr: ", "bold red"), visible(sentence)), soft_wrap=True)
         self.print_json({"error": sentence, "exit_code": exit_code})
 
     def print_json(self, document: Any) -> None:
@@ -100,6 +104,16 @@ class _SpeedColumn(ProgressColumn):
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
         return Text(f"{speed:,.0f} {task.fields['unit']}/s" if speed else "")
+
+
+def visible(text: str) -> str:
+    """The text with characters that would steer the terminal, or hide in it, written as their codes."""
+    if len(text) > MAX_SHOWN:
+        text = text[:MAX_SHOWN] + "…"
+    return "".join(
+        character if character in "\n\t" or unicodedata.category(character)[0] != "C" else f"\\u{ord(character):04x}"
+        for character in text
+    )
 
 
 def _is_number(cell: str) -> bool:

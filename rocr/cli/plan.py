@@ -66,18 +66,23 @@ def _empty_model(source: ModelSource, trust_remote_code: bool) -> Architecture:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from rocr.model_folder import check_model_folder
+
     place = source.name if source.folder is None else str(source.folder)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if source.gguf:
         options["gguf_file"] = source.gguf
     if source.folder is None:
         options["local_files_only"] = not source.download
+    elif source.gguf is None:
+        check_model_folder(source.folder)
     try:
         config = AutoConfig.from_pretrained(place, **options)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{source.name} cannot be read: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # configurations of others raise whatever they like
+        reason = str(error).strip().split("\n")[0][:300] or type(error).__name__
+        raise InputError(f"{source.name} cannot be read: {reason}") from error
     return find_architecture(model)
 
 

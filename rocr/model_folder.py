@@ -1,0 +1,130 @@
+"""A model folder is looked over before anything loads it: plain files, safetensors only, nothing outside."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from rocr.errors import InputError
+from rocr.files import MAX_HEADER_BYTES
+from rocr.json_values import parse_json
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+TOKENIZER_BYTES = 128 * 2**20  # one of 256,000 tokens has some 30 MB
+SETTINGS_BYTES = 16 * 2**20
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
+
+
+def check_model_folder(folder: Path) -> None:
+    """Refuse a folder that is no complete and harmless safetensors model, without loading it.
+
+    Raises:
+        InputError: a file is damaged, missing, too large or outside the folder, or the weights are pickled.
+    """
+    for path in sorted(folder.iterdir()):
+        _check_inside(folder, path)
+    if (folder / "adapter_config.json").exists():
+        raise InputError(f"{folder} is an adapter (it holds adapter_config.json); merge it into its model first.")
+    config = _read_object(folder / "config.json", SETTINGS_BYTES)
+    for name in ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).exists():
+            _read_object(folder / name, SETTINGS_BYTES)
+    _check_size(folder / "tokenizer.json", TOKENIZER_BYTES)
+    _check_depth(folder, config, _check_weights(folder))
+
+
+def _check_inside(folder: Path, path: Path) -> None:
+    """A link may lead within the folder, or to the blobs of a hub's cache, and nowhere else."""
+    if not path.is_symlink():
+        return
+    target, home = path.resolve(), folder.resolve()
+    allowed = [home] + ([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])
+    if not any(target.is_relative_to(place) for place in allowed):
+        raise InputError(f"{path} is a link to {target}, outside the model's folder; put the file itself there.")
+    if not target.exists():
+        raise InputError(f"{path} is a link to {target}, which is not there.")
+
+
+def _read_object(path: Path, limit: int) -> dict[str, Any]:
+    try:
+        if not path.is_file():
+            raise InputError(f"{path} is not there, or not a file.")
+        _check_size(path, limit)
+        value = parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {str(error)[:200]}.") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path} does not hold a JSON object.")
+    return value
+
+
+def _check_size(path: Path, limit: int) -> None:
+    size = path.stat().st_size if path.exists() else 0
+    if size > limit:
+        raise InputError(f"{path} has {size:,} bytes; the limit is {limit:,}.")
+
+
+def _check_weights(folder: Path) -> int:
+    """Look over the weight files; returns how many tensors they hold."""
+    if (folder / INDEX_FILE).exists():
+        return _check_index(folder)
+    if (folder / SINGLE_FILE).is_file():
+        return len(tensor_names(folder / SINGLE_FILE))
+    pickled = sorted(path.name for pattern in PICKLED for path in folder.glob(pattern))
+    if pickled:
+        raise InputError(
+            f"{folder} holds its weights in {pickled[0]}, a pickle, which can run code when it is loaded; rocr reads "
+            "safetensors only. Load it with transformers where you trust it, and save it again."
+        )
+    raise InputError(f"{folder} holds no {SINGLE_FILE} and no {INDEX_FILE}.")
+
+
+def _check_index(folder: Path) -> int:
+    place = folder / INDEX_FILE
+    weights = _read_object(place, MAX_HEADER_BYTES).get("weight_map")
+    if not isinstance(weights, dict) or not weights:
+        raise InputError(f"{place} has no weight_map that names tensors.")
+    shards: dict[str, set[str]] = {}
+    for tensor, name in weights.items():
+        if not isinstance(name, str) or not name.endswith(".safetensors") or Path(name).name != name or "\\" in name:
+            raise InputError(f"{place} puts {tensor[:60]!r} into {repr(name)[:100]}, which is no file of this folder.")
+        shards.setdefault(name, set()).add(tensor)
+    for name, tensors in shards.items():
+        missing = tensors - tensor_names(folder / name)
+        if missing:
+            raise InputError(f"{folder / name} lacks {min(missing)[:100]!r}, which {INDEX_FILE} puts there.")
+    return len(weights)
+
+
+def tensor_names(path: Path) -> set[str]:
+    """Names of the tensors of a safetensors file.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
+    try:
+        if not path.is_file():
+            raise InputError(f"{path} is not there, or not a file.")
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+        if size > MAX_HEADER_BYTES:
+            raise InputError(f"{path} says that its header has {size:,} bytes; the limit is {MAX_HEADER_BYTES:,}.")
+        with safe_open(path, framework="pt") as file:
+            return set(file.keys())
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as safetensors: {str(error)[:200]}.") from None
+
+
+def _check_depth(folder: Path, config: dict[str, Any], tensors: int) -> None:
+    """Refuse a depth that the weights cannot have: every module would be built before that is found out."""
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
+        for name in ("num_hidden_layers", "n_layer", "num_layers"):
+            depth = part.get(name)
+            if depth is not None and (not isinstance(depth, int) or not 0 < depth <= tensors):
+                shown = json.dumps(depth)[:60]
+                raise InputError(f"{folder / 'config.json'} says {name} {shown}, but there are {tensors} tensors.")
