@@ -1,0 +1,234 @@
+"""What the default settings are chosen by: forgetting in every form, and what it costs, on people the model knows.
+
+    python benches/search_defaults.py MODEL --probes people.jsonl --text wikitext2_test_raw.txt --out search.jsonl
+
+The first half of the text gives the statistics, the second half the perplexity. People are taken in the order of
+the probes, with at least three facts that the model knows; those to search on come first, those to test on after
+them (`--test`). While searching they are unlearned all at once, which costs one evaluation for each candidate; in
+the test one at a time. Rows are written as they come, and a run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import rocr
+from rocr import pipeline
+from rocr.evaluation import EvaluateOptions, Evaluation, Probe, compare_evaluations, evaluate, load_probes
+from rocr.evaluation.text_measures import TextSample, perplexity
+from rocr.models import find_model, load_model
+from rocr.texts import read_texts
+
+FORMS = ("qa", "fb", "mcp")
+KNOWN = 0.5
+LEAST_FACTS = 3
+REDIRECT = "Frédéric Chopin"
+LAYERS = range(3, 9)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Settings to try, and what the people are redirected to."""
+
+    name: str
+    config: rocr.EditConfig
+    redirect: str = REDIRECT
+
+
+@dataclass
+class Bench:
+    """A model with what is asked of it, and its scores before any edit."""
+
+    model: nn.Module
+    tokenizer: Any
+    statistics: rocr.Statistics
+    text: TextSample
+    probes: list[Probe]
+    people: list[str]
+    base: Evaluation
+
+    def run(self, candidate: Candidate, people: Sequence[str], retain: Sequence[str]) -> dict[str, Any]:
+        """Unlearn people together, ask about them and about those to keep, and take the edit off again."""
+        concepts = [rocr.Concept(name, candidate.redirect) for name in people]
+        asked = [p for p in self.probes if p.subject in {*people, *retain}]
+        chosen = [replace(p, split="forget" if p.subject in people else "retain") for p in asked]
+        base = restrict(self.base, self.probes, chosen)
+        start = time.perf_counter()
+        edit = rocr.unlearn(self.model, self.tokenizer, concepts, self.statistics, candidate.config)
+        seconds = time.perf_counter() - start
+        try:
+            after = evaluate(self.model, self.tokenizer, chosen, FORMS)
+            after.measures["perplexity"] = perplexity(self.model, self.text)
+        finally:
+            edit.revert(self.model)
+        change = compare_evaluations(base, after)
+        row: dict[str, Any] = {"candidate": candidate.name, "people": list(people), "seconds": seconds}
+        for part in change.changes:
+            row[f"{part.split} {part.form}"] = [part.before, part.after, part.chance]
+        row["perplexity"] = [self.base.measures["perplexity"], after.measures["perplexity"]]
+        row["norm"] = [layer.relative_norm for layer in edit.report.layers]
+        return row
+
+
+def restrict(base: Evaluation, probes: Sequence[Probe], chosen: Sequence[Probe]) -> Evaluation:
+    """The scores of some probes, numbered and split as these are."""
+    place = {(p.subject, p.query): (i, p.split) for i, p in enumerate(chosen)}
+    items = []
+    for item in base.items:
+        found = place.get((probes[item.probe].subject, probes[item.probe].query))
+        if found is not None:
+            items.append(replace(item, probe=found[0], split=found[1]))
+    return Evaluation(items, len(chosen))
+
+
+def known_facts(model: nn.Module, tokenizer: Any, probes: list[Probe], most: int) -> tuple[list[Probe], Evaluation]:
+    """At most so many known facts of each person with enough of them, and the model's scores there."""
+    everything = evaluate(model, tokenizer, probes, FORMS, options=EvaluateOptions(seed=0))
+    kept: dict[str, list[int]] = {}
+    for index in sorted(everything.known_probes(KNOWN)):
+        kept.setdefault(probes[index].subject, []).append(index)
+    chosen = [i for facts in kept.values() if len(facts) >= LEAST_FACTS for i in facts[:most]]
+    number = {old: new for new, old in enumerate(chosen)}
+    items = [replace(item, probe=number[item.probe]) for item in everything.items if item.probe in number]
+    return [probes[i] for i in chosen], Evaluation(items, len(chosen))
+
+
+@contextmanager
+def metrics_kept() -> Iterator[None]:
+    """Build the metric of a layer once for all edits with the same settings: minutes for a large layer."""
+    build, kept = pipeline.build_metric, {}
+
+    def build_once(second_moment: torch.Tensor, config: rocr.EditConfig) -> Any:
+        choice = (config.method, config.gamma, config.threshold, config.relative_threshold)
+        key = (second_moment.data_ptr(), *choice)
+        if key not in kept:
+            kept[key] = build(second_moment, config)
+        return kept[key]
+
+    pipeline.build_metric = build_once
+    try:
+        yield
+    finally:
+        pipeline.build_metric = build
+
+
+def candidates(text: str | None) -> list[Candidate]:
+    """The named candidates, or all: each changes one thing of the default settings."""
+    default = rocr.EditConfig()
+    one = {
+        "default": default,
+        "official": rocr.EditConfig.official(),
+        "ridge 0.5": replace(default, ridge=0.5),
+        "ridge 2": replace(default, ridge=2.0),
+        "ridge 8": replace(default, ridge=8.0),
+        "gamma 0.1": replace(default, gamma=0.1),
+        "gamma 10": replace(default, gamma=10.0),
+        "strength 1.5": replace(default, strength=1.5),
+        "strength 2": replace(default, strength=2.0),
+        "last token only": replace(default, key_tokens="last"),
+        "a key per template": replace(default, keys_per_concept="all"),
+        "layers 3-5": replace(default, layers=(3, 4, 5)),
+        "layers 4-7": replace(default, layers=(4, 5, 6, 7)),
+        "layers 4-8": replace(default, layers=(4, 5, 6, 7, 8)),
+    }
+    found = [Candidate(name, config) for name, config in one.items()]
+    found += [Candidate(f"redirect {name}", default, name) for name in ("Donald Trump", "a gardener")]
+    names = text.split(",") if text else [candidate.name for candidate in found]
+    unknown = set(names) - {candidate.name for candidate in found}
+    if unknown:
+        raise SystemExit(f"Unknown candidates: {', '.join(sorted(unknown))}.")
+    return [candidate for candidate in found if candidate.name in names]
+
+
+def prepare(arguments: argparse.Namespace) -> Bench:
+    """Load the model, collect statistics on one half of the text, and find what the model knows."""
+    loaded = load_model(find_model(arguments.model), torch.float32)
+    model, tokenizer = loaded.model, loaded.tokenizer
+    texts = list(read_texts([arguments.text]))
+    half = len(texts) // 2
+    sample = TextSample.take(texts[half:], tokenizer, arguments.perplexity_tokens)
+    place = Path(arguments.statistics)
+    if place.exists():
+        statistics = rocr.Statistics.load(place)
+    else:
+        options = rocr.CollectOptions(tokens=arguments.statistics_tokens)
+        statistics = rocr.collect_statistics(model, tokenizer, texts[:half], LAYERS, options)
+        statistics.save(place)
+    probes = [probe for path in arguments.probes for probe in load_probes(path)]
+    probes, base = known_facts(model, tokenizer, probes, arguments.facts)
+    base.measures["perplexity"] = perplexity(model, sample)
+    people = list(dict.fromkeys(probe.subject for probe in probes))
+    return Bench(model, tokenizer, statistics, sample, probes, people, base)
+
+
+def main() -> None:
+    """Run the candidates and print one Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model", help="a folder or a .gguf file")
+    parser.add_argument("--probes", nargs="+", required=True)
+    parser.add_argument("--text", required=True)
+    parser.add_argument("--statistics", required=True, help="read from this file, or collected and written there")
+    parser.add_argument("--statistics-tokens", type=int, default=24_000)
+    parser.add_argument("--perplexity-tokens", type=int, default=8192)
+    parser.add_argument("--facts", type=int, default=5, help="of each person, at most")
+    parser.add_argument("--people", type=int, default=8, help="to search on; the others are for the test")
+    parser.add_argument("--candidates", help="names, separated by commas (default: all)")
+    parser.add_argument("--test", action="store_true", help="one at a time, on people that were not searched on")
+    parser.add_argument("--out", required=True, help="rows are added to this file")
+    arguments = parser.parse_args()
+    bench = prepare(arguments)
+    searched, others = bench.people[: arguments.people], bench.people[arguments.people :]
+    groups = [[person] for person in others] if arguments.test else [searched]
+    rows = read_rows(Path(arguments.out))
+    with metrics_kept(), Path(arguments.out).open("a", encoding="utf-8") as file:
+        for candidate in candidates(arguments.candidates):
+            for group in groups:
+                if any(row["candidate"] == candidate.name and row["people"] == group for row in rows):
+                    continue
+                kept = [person for person in (searched if arguments.test else others) if person not in group]
+                rows.append(bench.run(candidate, group, kept[:4]))
+                file.write(json.dumps(rows[-1]) + "\n")
+                file.flush()
+    print(table(rows))
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of an earlier run."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """A Markdown table: means over the runs of each candidate; what is gone is a share of what exceeds chance."""
+    lines = ["| candidate | people | " + " | ".join(f"{form}, gone" for form in FORMS), "|---|---:|" + "---:|" * 3]
+    lines[0] += " | worst open form, gone | " + " | ".join(f"{form}, lost" for form in FORMS) + " | perplexity |"
+    lines[1] += "---:|" * 5
+    for name in dict.fromkeys(row["candidate"] for row in rows):
+        mine = [row for row in rows if row["candidate"] == name]
+        forget = {form: gone([row[f"forget {form}"] for row in mine]) for form in FORMS}
+        retain = {form: gone([row[f"retain {form}"] for row in mine]) for form in FORMS}
+        rise = sum(row["perplexity"][1] / row["perplexity"][0] for row in mine) / len(mine) - 1
+        worst = min(forget[form] for form in FORMS if form != "mcp")
+        cells = [*forget.values(), worst, *retain.values(), rise]
+        people = sum(len(row["people"]) for row in mine)
+        lines.append(f"| {name} | {people} | " + " | ".join(f"{100 * cell:.1f}%" for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def gone(scores: Sequence[Sequence[float | None]]) -> float:
+    """Share of what exceeds chance that is gone, from means over runs of (before, after, chance)."""
+    before, after, chance = (sum(score[i] or 0.0 for score in scores) / len(scores) for i in range(3))
+    return (before - after) / (before - chance) if before > chance else 0.0
+
+
+if __name__ == "__main__":
+    main()
