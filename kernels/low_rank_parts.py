@@ -41,7 +41,7 @@ def _parts_tile(parts, first, last, rank, stride, SIZE: tl.constexpr, RANK: tl.c
     """Tile (SIZE, RANK) of a factor in parts, 0 from row last on."""
     index = tl.arange(0, SIZE)[:, None]
     ranks = tl.arange(0, RANK)[None, :]
-    start = parts + tl.to_tensor(first).to(tl.int64) * stride + rank
+    start = parts + tl.cast(first, tl.int64) * stride + rank
     return tl.load(start + (index * stride + ranks), mask=index < last - first, other=0.0)
 
 

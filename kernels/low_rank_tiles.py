@@ -21,8 +21,8 @@ def weight_tile(weight, row, column, rows, columns, stride, ROWS: tl.constexpr, 
     tile_row = tl.arange(0, ROWS)[:, None]
     tile_column = tl.arange(0, COLUMNS)[None, :]
     # Only the first row needs 64 bits.
-    first = weight + tl.to_tensor(row).to(tl.int64) * stride + column
-    pointers = first + (tile_row * tl.to_tensor(stride).to(tl.int32) + tile_column)
+    first = weight + tl.cast(row, tl.int64) * stride + column
+    pointers = first + (tile_row * tl.cast(stride, tl.int32) + tile_column)
     return pointers, (tile_row < rows - row) & (tile_column < columns - column)
 
 

@@ -113,7 +113,7 @@ def add_slices(
     target = total + (row + band).to(tl.int64) * total_stride + column + columns
     value = tl.zeros((BAND, COLUMNS), dtype=tl.float32)
     for split in tl.range(0, splits):
-        value += tl.load(source + tl.to_tensor(split).to(tl.int64) * (ROWS * COLUMNS), mask=lower, other=0.0)
+        value += tl.load(source + tl.cast(split, tl.int64) * (ROWS * COLUMNS), mask=lower, other=0.0)
     tl.store(target, tl.load(target, mask=lower, other=0.0) + value, mask=lower)
 
 

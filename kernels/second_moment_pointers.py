@@ -15,9 +15,7 @@ def _load_keys(keys, row, rows, columns, key_stride, limit, width):
     rows is (STEP, 1) with columns (1, n), or (1, STEP) with columns (n, 1) for the transposed tile.
     """
     # Only the first row needs 64 bits; offsets from it stay the same from step to step.
-    pointers = (
-        keys + tl.to_tensor(row).to(tl.int64) * key_stride + (rows * tl.to_tensor(key_stride).to(tl.int32) + columns)
-    )
+    pointers = keys + tl.cast(row, tl.int64) * key_stride + (rows * tl.cast(key_stride, tl.int32) + columns)
     return tl.load(pointers, mask=(rows < limit - row) & (columns < width), other=0.0)
 
 

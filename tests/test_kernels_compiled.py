@@ -1,0 +1,206 @@
+"""Every shipped configuration of the Triton kernels, compiled for its chips, which need not be there."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+
+# ruff: noqa: E402
+from rocr_kernels import low_rank_update, second_moment
+from rocr_kernels.low_rank_update import LowRankPlan
+from rocr_kernels.second_moment import accumulate_second_moments
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+SHARED_BYTES = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448}
+"""Shared memory of a program, by compute capability (CUDA C++ Programming Guide, technical specifications)."""
+
+OPTIONS = ("num_warps", "num_stages")
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@dataclass
+class Recorder:
+    """Stands where a kernel is launched, and keeps the arguments."""
+
+    kernel: Any
+    launches: list[tuple[Any, dict[str, Any]]]
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return self.record
+
+    def record(self, *values: Any, **named: Any) -> None:
+        self.launches.append((self.kernel, dict(zip(self.kernel.arg_names, values, strict=False)) | named))
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, dict[str, Any]]]:
+    found: list[tuple[Any, dict[str, Any]]] = []
+    for module in (second_moment, low_rank_update):
+        for name, value in list(vars(module).items()):
+            if isinstance(value, triton.JITFunction) and name in (
+                "add_second_moments_tma",
+                "add_second_moments_pointers",
+                "add_slices",
+                "split_keys",
+                "split_factors",
+                "add_low_rank",
+                "add_low_rank_parts",
+            ):
+                monkeypatch.setattr(module, name, Recorder(value, found))
+    return found
+
+
+def compile_launch(kernel: Any, arguments: dict[str, Any], capability: int) -> Any:
+    """Compile as triton.jit does on a launch: an int of 1 is a constant, multiples of 16 are known to be such."""
+    signature, constants, attributes = {}, {}, {}
+    options = {name: arguments[name] for name in OPTIONS if name in arguments}
+    annotated = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
+    for index, name in enumerate(kernel.arg_names):
+        value = arguments[name]
+        value = False if name == "INTERPRETED" else value
+        if name in annotated or (isinstance(value, int) and value == 1):
+            signature[name], constants[(index,)] = "constexpr", value
+            continue
+        pointer = isinstance(value, torch.Tensor)
+        types = {torch.int64: "*i64", torch.float32: "*fp32", torch.bfloat16: "*bf16"}
+        signature[name] = types[value.dtype] if pointer else "fp32" if isinstance(value, float) else "i32"
+        number = value.data_ptr() if pointer else value
+        if isinstance(number, int) and number % 16 == 0:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def check(compiled: Any, capability: int, tmp_path: Path) -> str:
+    """Check shared memory, and that nothing is spilled; return the PTX."""
+    assert compiled.metadata.shared <= SHARED_BYTES[capability]
+    binary = tmp_path / "kernel.cubin"
+    binary.write_bytes(compiled.asm["cubin"])
+    words = [CUOBJDUMP, "--dump-resource-usage", binary]
+    report = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", report).groups())
+    assert registers <= 255
+    assert stack == 0
+    return compiled.asm["ptx"]
+
+
+def multiplies_with(capability: int) -> str:
+    return {8: "mma.sync", 9: "wgmma.mma_async", 10: "tcgen05.mma"}[capability // 10]
+
+
+def second_moment_cases() -> list[Any]:
+    cases = []
+    for config, dtype, width, capabilities in (
+        ("tma_wide", BFLOAT16, 4096, (90, 100)),
+        ("tma_wide", FLOAT16, 4096, (90,)),
+        ("tma_small", BFLOAT16, 576, (90, 100)),
+        ("tma_small", FLOAT32, 576, (90, 100)),
+        ("pointers", BFLOAT16, 1536, (80, 86, 90)),
+        ("pointers_small", FLOAT32, 1536, (80, 89)),
+        ("pointers_small", BFLOAT16, 123, (80, 90)),
+    ):
+        for capability in capabilities:
+            name = f"{config}-{str(dtype).removeprefix('torch.')}-sm_{capability}"
+            cases.append(pytest.param(config, dtype, width, capability, id=name))
+    return cases
+
+
+@pytest.mark.parametrize(("config", "dtype", "width", "capability"), second_moment_cases())
+def test_second_moment_fits(
+    launches: list[Any], tmp_path: Path, config: str, dtype: torch.dtype, width: int, capability: int
+) -> None:
+    totals, keys = [torch.empty(width, width)] * 2, [torch.empty(4096, width, dtype=dtype)] * 2
+    accumulate_second_moments(totals, keys, second_moment.CONFIGS[config])
+    kernel, arguments = next(each for each in launches if "second_moments" in each[0].__name__)
+    ptx = check(compile_launch(kernel, arguments, capability), capability, tmp_path)
+    assert multiplies_with(capability) in ptx
+    if second_moment.CONFIGS[config].tma:
+        assert re.search(r"cp\.async\.bulk\.tensor\.2d\.shared::(cluster|cta)\.global", ptx)
+        adds = [match.start() for match in re.finditer(r"cp\.reduce\.async\.bulk\.tensor\.2d\S*\.add", ptx)]
+        assert len(adds) == 4
+        waits = [match.start() for match in re.finditer(r"cp\.async\.bulk\.wait_group 0;", ptx)]
+        assert len(waits) == 1 and waits[0] < adds[0]
+    elif width % 8 == 0:
+        assert re.search(r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], (0x)?(10|16)", ptx), "16 bytes at once"
+
+
+def low_rank_cases() -> list[Any]:
+    cases = []
+    for config, dtype, rank, at_random, capabilities in (
+        ("resident_16", BFLOAT16, 1, False, (80, 90)),
+        ("resident_16", BFLOAT16, 16, False, (80, 89, 90, 100)),
+        ("resident_16", FLOAT16, 16, True, (89, 90)),
+        ("resident_32", BFLOAT16, 32, False, (89, 90)),
+        ("resident_32", BFLOAT16, 32, True, (89, 90)),
+        ("resident_16_float32", FLOAT32, 16, False, (80, 90)),
+        ("resident_32_float32", FLOAT32, 32, False, (80, 90)),
+        ("parts", BFLOAT16, 128, False, (86, 90, 100)),
+        ("parts", BFLOAT16, 128, True, (80, 90)),
+        ("parts_float32", FLOAT32, 128, False, (89, 90)),
+    ):
+        for capability in capabilities:
+            name = f"{config}-{str(dtype).removeprefix('torch.')}-{rank}-{at_random}-sm_{capability}"
+            cases.append(pytest.param(config, dtype, rank, at_random, capability, id=name))
+    return cases
+
+
+@pytest.mark.parametrize(("config", "dtype", "rank", "at_random", "capability"), low_rank_cases())
+def test_low_rank_update_fits(
+    launches: list[Any],
+    tmp_path: Path,
+    config: str,
+    dtype: torch.dtype,
+    rank: int,
+    at_random: bool,
+    capability: int,
+) -> None:
+    weights = [torch.empty(4096, 1536, dtype=dtype)] * 2
+    lefts, rights = [torch.empty(4096, rank)] * 2, [torch.empty(rank, 1536)] * 2
+    LowRankPlan(weights, lefts, rights, low_rank_update.CONFIGS[config]).run(0.5, at_random, 7)
+    kernel, arguments = next(each for each in launches if "add_low_rank" in each[0].__name__)
+    ptx = check(compile_launch(kernel, arguments, capability), capability, tmp_path)
+    assert multiplies_with(capability) in ptx
+    assert ("cvt.rn.bf16" in ptx) or dtype != BFLOAT16
+
+
+def test_the_kernels_around_them_fit(launches: list[Any], tmp_path: Path) -> None:
+    keys = [torch.empty(2500, 123)]
+    accumulate_second_moments([torch.empty(123, 123)], keys, second_moment.CONFIGS["pointers_small"])
+    LowRankPlan([torch.empty(64, 64)], [torch.empty(64, 40)], [torch.empty(40, 64)]).run(1.0, False, 0)
+    names = {"split_keys", "add_slices", "split_factors"}
+    found = {kernel.__name__: (kernel, arguments) for kernel, arguments in launches if kernel.__name__ in names}
+    assert set(found) == names
+    for kernel, arguments in found.values():
+        check(compile_launch(kernel, arguments, 80), 80, tmp_path)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+def test_cuda_describes_keys_to_the_tensor_cores_as_triton_does(launches: list[Any], tmp_path: Path) -> None:
+    # Two compilers, one memory layout: boxes of 64 columns, 128 bytes wide and swizzled, read across their rows.
+    keys = [torch.empty(4096, 4096, dtype=BFLOAT16)]
+    accumulate_second_moments([torch.empty(4096, 4096)], keys, second_moment.CONFIGS["tma_wide"])
+    ptx = compile_launch(*launches[0], 90).asm["ptx"]
+    shutil.copy(Path(__file__).parent.parent / "csrc/cuda_boxes.cuh", tmp_path)
+    (tmp_path / "main.cpp").write_text(
+        '#define __device__\n#include "cuda_boxes.cuh"\n#include <cstdio>\n'
+        'int main() { std::printf("%llu", static_cast<unsigned long long>(rocr::sm90::describe(0))); }\n'
+    )
+    subprocess.run(["g++", "-std=c++17", "main.cpp", "-o", "main"], cwd=tmp_path, check=True)
+    described = int(subprocess.run([tmp_path / "main"], capture_output=True, check=True).stdout)
+    numbers = {int(word) for word in re.findall(r", (\d+);", ptx)}
+    way_to_next_box = described & 0x3FFF << 16
+    # The left operand's 64 rows are one box: its descriptor leaves the way to the next one out.
+    assert described - way_to_next_box in numbers
+    assert numbers & {described, way_to_next_box}
