@@ -123,7 +123,12 @@ class _GroupMeans:
         selection = taken.new_zeros(len(present), len(groups))
         for column, group in enumerate(groups):
             selection[place[group], column] = 1.0 / self._counts[group]
-        self._sums[present] += selection @ taken
+        # Zero times infinity is not a number: what overflows must not spoil the groups of other tokens.
+        finite = taken.isfinite().all(dim=1, keepdim=True)
+        self._sums[present] += selection @ taken.where(finite, 0.0)
+        self._sums[[group for group, fine in zip(groups, finite.flatten().tolist(), strict=True) if not fine]] = (
+            torch.nan
+        )
 
     def result(self) -> Tensor:
         assert self._sums is not None, "a reading has at least one prompt"
