@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from rocr import ops
 from rocr.architectures import Architecture, DownProjection
 from rocr.errors import GuardError, InputError, VerificationError
 from rocr.fingerprint import tensor_digest
+from rocr.solve import System
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -23,12 +25,13 @@ class LayerUpdate:
     Attributes:
         layer: the decoder layer.
         parameter: name of its down-projection's weight in the model's state dict.
-        left: (d_out, n) float32.
-        right: (n, d_in) float32.
+        left: (d_out, r) float32; r is n, or min(d_out, d_in) where there are more keys than inputs.
+        right: (r, d_in) float32.
         keys: (n, d_in) float32.
         residuals: (n, d_out) float32.
         transposed: whether the model stores the weight as (d_in, d_out), as GPT-2 does.
         applied: what it did to a weight; None before it is applied.
+        system: what it can be solved from again with other keys; None where that was not kept.
     """
 
     layer: int
@@ -39,6 +42,7 @@ class LayerUpdate:
     residuals: Tensor
     transposed: bool = False
     applied: Applied | None = None
+    system: System | None = None
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,44 @@ def undo_updates(projections: Sequence[DownProjection], applied: Sequence[Applie
     for projection, undo in zip(projections, undos, strict=True):
         parameter = projection.parameter.data
         bits(parameter).bitwise_xor_(undo.to(parameter.device))
+
+
+def holds_updates(projections: Sequence[DownProjection], applied: Sequence[Applied | None]) -> bool:
+    """Whether weights are as their updates left them; False where all are as they were before.
+
+    Raises:
+        VerificationError: they are neither.
+    """
+    if all(record is None for record in applied):
+        return False
+    found = [tensor_digest(projection.parameter.data) for projection in projections]
+    for state, name in ((True, "after"), (False, "before")):
+        if all(r is not None and digest == getattr(r, name) for digest, r in zip(found, applied, strict=True)):
+            return state
+    raise VerificationError(
+        f"{', '.join(projection.parameter_name for projection in projections)} are neither as this edit left them nor "
+        "as they were before it; take later edits off first, or load the model again."
+    )
+
+
+@contextmanager
+def updates_off(projections: Sequence[DownProjection], applied: Sequence[Applied | None]) -> Iterator[None]:
+    """Weights without their updates, to put others in their place; an exception inside puts the updates back.
+
+    Raises:
+        VerificationError: the weights are neither as the updates left them nor as they were before.
+    """
+    held = holds_updates(projections, applied)
+    if held:
+        undo_updates(projections, applied)
+    try:
+        yield
+    except BaseException:
+        for projection, record in zip(projections, applied, strict=True):
+            if held and record is not None and record.undo is not None:
+                parameter = projection.parameter.data
+                bits(parameter).bitwise_xor_(record.undo.to(parameter.device))
+        raise
 
 
 def _applied(parameter: Tensor, original: Tensor) -> Applied:

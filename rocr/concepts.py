@@ -119,7 +119,7 @@ def _checked(
     numbered = [(number, _concept(number, fields, problems, default_redirect)) for number, fields in numbered_fields]
     owners = _owners(numbered, problems)
     for number, concept in numbered:
-        owner, _ = owners.get(_folded(concept.redirect), (None, ""))
+        owner, _ = owners.get(folded(concept.redirect), (None, ""))
         if owner == number:
             problems.add(number, f"the redirect {_shown(concept.redirect)} is the concept itself")
         elif owner is not None:
@@ -135,7 +135,7 @@ def _owners(numbered: Sequence[tuple[int, Concept]], problems: _Problems) -> dic
         for name, count in Counter(filter(None, concept.names)).items():
             if count > 1:
                 problems.add(number, f"{_shown(name)} stands {count} times among the names of one concept")
-            owner, spelling = owners.setdefault(_folded(name), (number, name))
+            owner, spelling = owners.setdefault(folded(name), (number, name))
             if owner != number:
                 place = problems.place(owner)
                 problems.add(number, f"{_shown(name)} is a duplicate of {_shown(spelling)} ({place})")
@@ -190,7 +190,7 @@ def _flaw(label: str, value: object) -> str | None:
     return f"{shown} begins or ends with white space" if value != value.strip() else None
 
 
-def _folded(name: str) -> str:
+def folded(name: str) -> str:
     """Return what two spellings of a name share: NFKC, case folding, runs of white space as one space."""
     for _ in range(2):  # folding can leave a text that is not NFKC, and NFKC one that is not folded
         name = unicodedata.normalize("NFKC", unicodedata.normalize("NFD", name).casefold())

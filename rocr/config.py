@@ -15,6 +15,7 @@ Method = Literal["whitened", "projected"]
 KeyTokens = Literal["last", "all"]
 KeysPerConcept = Literal["mean", "all"]
 Contexts = Literal["matched", "official"]
+Measure = Literal["each", "once"]
 
 DEFAULT_TEMPLATES = (
     Template("{}", chat=True),
@@ -59,6 +60,9 @@ class EditConfig:
         keys_per_concept: "mean" over the templates, or "all" of them.
         contexts: "matched": target and current state are taken in the key's own template; "official": the
             target in the first template and the current state in the bare text "{name}.", as the authors do.
+        measure: "each": keys and residuals are measured again after every layer's edit, as the authors do;
+            "once": all before the first, with equal shares for the layers, so that concepts can be removed and
+            added later exactly (`Edit.remove`), at the price of residuals that are closed less.
         seed: of everything that is drawn at random.
 
     Raises:
@@ -77,6 +81,7 @@ class EditConfig:
     key_tokens: KeyTokens = "all"
     keys_per_concept: KeysPerConcept = "mean"
     contexts: Contexts = "matched"
+    measure: Measure = "each"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -87,6 +92,7 @@ class EditConfig:
         _check_choice("key_tokens", self.key_tokens, get_args(KeyTokens))
         _check_choice("keys_per_concept", self.keys_per_concept, get_args(KeysPerConcept))
         _check_choice("contexts", self.contexts, get_args(Contexts))
+        _check_choice("measure", self.measure, get_args(Measure))
         _check_number("ridge", self.ridge, 0.0, exclusive=True)
         _check_number("gamma", self.gamma, 0.0)
         _check_number("threshold", self.threshold, 0.0, exclusive=True)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -16,6 +17,10 @@ from rocr.config import EditConfig
 from rocr.errors import InputError
 from rocr.fingerprint import Fingerprint, model_digest, tensor_digest
 from rocr.measures import EditReport
+from rocr.progress import ProgressCallback, silent
+
+if TYPE_CHECKING:
+    from rocr.statistics import Statistics
 
 
 @dataclass
@@ -77,6 +82,77 @@ class Edit:
             yield model
         finally:
             self.revert(model)
+
+    def remove(self, names: str | Sequence[str], model: nn.Module | None = None) -> Edit:
+        """The edit without some of its concepts, solved again from what it holds: no text, no statistics.
+
+        What it equals, to rounding: the same solve without the removed concepts' keys. That is the edit that
+        `unlearn` makes of the remaining concepts alone where their keys and residuals were measured before any
+        weight changed: always in the first edited layer, so in edits of one layer, and in every layer with
+        `EditConfig(measure="once")`. With "each", the keys and residuals of later layers were measured in a model
+        in which the removed concepts were redirected already, and keep that trace: nothing but measuring them
+        again (`revert`, then `unlearn`) takes it out.
+
+        Args:
+            names: names or aliases of the concepts to remove.
+            model: the model this edit is applied to, which then carries the new one instead; None: only solve.
+
+        Raises:
+            InputError: a name is not in the edit, none would be left, or the edit lacks what it is solved from.
+            VerificationError: the model is neither as this edit left it nor as it was before.
+        """
+        from rocr.change import remove_concepts
+
+        return remove_concepts(self, names, model)
+
+    def add(
+        self,
+        concepts: Sequence[Concept],
+        model: nn.Module,
+        tokenizer: Any,
+        statistics: Statistics,
+        progress: ProgressCallback = silent,
+    ) -> Edit:
+        """The edit with further concepts, applied to the model in place of this one.
+
+        The concepts already there are not read again: their stored keys and residuals are solved together with the
+        new ones. It equals `unlearn` of all of them under the same conditions as `remove`.
+
+        Args:
+            concepts: the new ones.
+            model: with this edit or without it, and with no other.
+            tokenizer: of the model.
+            statistics: those that this edit was made with.
+            progress: told how far each stage is.
+
+        Raises:
+            InputError: a concept is there already, or model or statistics are not those of the edit.
+            VerificationError: the model carries another edit.
+            GuardError: as `unlearn`. On any exception the model is as it was.
+        """
+        from rocr.change import add_concepts
+
+        return add_concepts(self, concepts, model, tokenizer, statistics, progress)
+
+    def merge(self, other: Edit, model: nn.Module | None = None) -> Edit:
+        """One edit of the concepts of two that were made, each by itself, on the same unedited model.
+
+        Solved together, each one's keys are protected from the other, which edits applied one after the other do
+        not give. Either order gives the same update to rounding, and under the conditions of `remove` it equals
+        `unlearn` of all concepts. Applied one after the other instead, edits simply add up: in any order to
+        rounding, and `revert`, which is exact, takes them off in the reverse order only.
+
+        Args:
+            other: the second edit, of the same layers, settings and statistics.
+            model: the model this edit is applied to, and the other not, or neither; None: only solve.
+
+        Raises:
+            InputError: models, settings, layers or statistics differ, or both hold a concept.
+            VerificationError: the model is neither as this edit left it nor as it was before.
+        """
+        from rocr.change import merge_edits
+
+        return merge_edits(self, other, model)
 
     def save(self, path: str | os.PathLike[str], undo: bool = True, overwrite: bool = False) -> None:
         """Write one safetensors file.

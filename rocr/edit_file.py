@@ -19,6 +19,8 @@ from rocr.files import read_tensors, write_tensors
 from rocr.fingerprint import Fingerprint
 from rocr.json_values import flag_of, list_of, text_of, whole_number_of
 from rocr.measures import EditReport
+from rocr.solve import System
+from rocr.system_file import pack_system, unpack_system
 
 if TYPE_CHECKING:
     from rocr.edit import Edit
@@ -45,6 +47,9 @@ def save_edit(edit: Edit, path: str | os.PathLike[str], undo: bool, overwrite: b
             if undo and update.applied.undo is not None:
                 packed, entry["undo"] = pack_undo(update.applied.undo)
                 tensors[f"layer.{update.layer}.undo"] = packed
+        if update.system is not None:
+            entry["system"], kept = pack_system(update.system)
+            tensors |= {f"layer.{update.layer}.{name}": values for name, values in kept.items()}
         layers.append(entry)
     header = {
         "format": FORMAT,
@@ -135,7 +140,14 @@ def _load_update(entry: dict[str, Any], tensors: dict[str, Tensor]) -> LayerUpda
         residuals,
         flag_of(entry["transposed"], "transposed"),
         applied,
+        None if "system" not in entry else _load_system(layer, entry["system"], tensors, keys),
     )
+
+
+def _load_system(layer: int, entry: dict[str, Any], tensors: dict[str, Tensor], keys: Tensor) -> System:
+    prefix = f"layer.{layer}."
+    own = {name.removeprefix(prefix): values for name, values in tensors.items() if name.startswith(prefix)}
+    return unpack_system(entry, own, *keys.shape)
 
 
 def _load_undo(packed: Tensor, described: dict[str, Any], shape: tuple[int, int]) -> Tensor:
@@ -154,7 +166,9 @@ def _check(edit: Edit, path: str | os.PathLike[str]) -> None:
         raise InputError(f"{path} holds updates of the layers {edit.layers}, but settings of {edit.config.layers}.")
     for update in edit.updates:
         n, (d_out, d_in) = len(edit.concept_of), (update.left.shape[0], update.right.shape[-1])
-        expected = {"left": (d_out, n), "right": (n, d_in), "keys": (n, d_in), "residuals": (n, d_out)}
+        # A system of more keys than inputs was solved as one of the inputs, whatever was taken out since.
+        rank = n if update.left.shape[-1] == n else min(d_out, d_in)
+        expected = {"left": (d_out, rank), "right": (rank, d_in), "keys": (n, d_in), "residuals": (n, d_out)}
         for factor, shape in expected.items():
             values: Tensor = getattr(update, factor)
             if tuple(values.shape) != shape or values.dtype != torch.float32:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rocr.apply import LayerUpdate
 from rocr.json_values import list_of, numbers_of, text_of, whole_number_of
-from rocr.solve import Solution
+from rocr.solve import CHUNK_ROWS, Solution
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ class EditReport:
     Attributes:
         layers: numbers of each edited layer, in order.
         distance: for each concept, how far the state at its name is from the target after the edit, as a share
-            of the distance before, both at the output of the last edited layer.
+            of the distance before, both at the output of the last edited layer; of concepts that were there
+            before others were added or removed, as measured then.
         seconds: duration of each stage.
         statistics: what protected ordinary keys: text, tokens.
         divergence: mean Kullback-Leibler divergence on ordinary prose of the model's predictions after the edit from
@@ -106,20 +107,24 @@ def measure_layer(
         metric: description of the metric.
         solution: what the update was solved from.
     """
-    left, right, keys = (part.double() for part in (update.left, update.right, update.keys))
-    moved = (keys @ right.T) @ left.T
-    norm = ((left.T @ left) * (right @ right.T)).sum().clamp(min=0).sqrt()
+    norm = update_norm(update)
     undo = update.applied.undo if update.applied else None
     return LayerMeasures(
         layer=update.layer,
         keys=len(update.keys),
         metric=metric,
-        relative_norm=float(norm) / weight_norm if weight_norm else float("inf"),
-        closed=_closed(moved, update.residuals.double(), concept_of),
+        relative_norm=norm / weight_norm if weight_norm else float("inf"),
+        closed=_closed(update, concept_of),
         surviving=float((undo != 0).double().mean()) if undo is not None else float("nan"),
         condition=solution.condition,
         ridge=solution.ridge,
     )
+
+
+def update_norm(update: LayerUpdate) -> float:
+    """Frobenius norm of left @ right, which is never formed."""
+    left, right = update.left.double(), update.right.double()
+    return float(((left.T @ left) * (right @ right.T)).sum().clamp(min=0).sqrt())
 
 
 def mean_by_concept(values: Tensor, concept_of: Sequence[int]) -> list[float]:
@@ -129,7 +134,12 @@ def mean_by_concept(values: Tensor, concept_of: Sequence[int]) -> list[float]:
     return [float(mean) for mean in sums / torch.bincount(index)]
 
 
-def _closed(moved: Tensor, residuals: Tensor, concept_of: Sequence[int]) -> list[float]:
-    """Share of each residual that the move covers: its projection on it."""
-    along = (moved * residuals).sum(dim=1) / residuals.square().sum(dim=1).clamp(min=1e-30)
-    return mean_by_concept(along, concept_of)
+def _closed(update: LayerUpdate, concept_of: Sequence[int]) -> list[float]:
+    """Share of each residual that the update covers: the projection of the move on it."""
+    left, right = update.left.double(), update.right.double()
+    shares = []
+    for start in range(0, len(update.keys), CHUNK_ROWS):
+        rows = slice(start, start + CHUNK_ROWS)
+        moved, wanted = (update.keys[rows].double() @ right.T) @ left.T, update.residuals[rows].double()
+        shares.append((moved * wanted).sum(dim=1) / wanted.square().sum(dim=1).clamp(min=1e-30))
+    return mean_by_concept(torch.cat(shares), concept_of)

@@ -59,11 +59,13 @@ class WhitenedMetric:
 
     def root(self, keys: Tensor) -> Tensor:
         """Return keys @ L⁻ᵀ, where M⁻¹ = L Lᵀ."""
-        return torch.linalg.solve_triangular(self.factor, keys.to(self.factor).T, upper=False).T
+        reduced: Tensor = torch.linalg.solve_triangular(self.factor, keys.to(self.factor).T, upper=False)
+        return reduced.T
 
     def root_transposed(self, rows: Tensor) -> Tensor:
         """Return rows @ L⁻¹."""
-        return torch.linalg.solve_triangular(self.factor, rows.to(self.factor), upper=False, left=False)
+        expanded: Tensor = torch.linalg.solve_triangular(self.factor, rows.to(self.factor), upper=False, left=False)
+        return expanded
 
     def describe(self) -> str:
         """Say how strongly ordinary keys are weighed."""

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from rocr.apply import LayerUpdate, apply_updates, undo_updates
-from rocr.architectures import Architecture, default_layers, find_architecture
+from rocr.architectures import Architecture, DownProjection, default_layers, find_architecture
+from rocr.change import check_kept
 from rocr.collect import collect_statistics
 from rocr.concepts import Concept, check_concepts
 from rocr.config import EditConfig
@@ -25,7 +26,7 @@ from rocr.keys import States, before_output_norm, read_states
 from rocr.measures import EditReport, mean_by_concept, measure_layer
 from rocr.metric import build_metric
 from rocr.progress import Progress, ProgressCallback, silent
-from rocr.solve import check_finite, solve_layer
+from rocr.solve import Solution, check_finite, solve_layer
 from rocr.statistics import Statistics
 
 
@@ -38,6 +39,7 @@ def unlearn(
     config: EditConfig | None = None,
     progress: ProgressCallback = silent,
     guards: Guards | None = None,
+    kept: Edit | None = None,
 ) -> Edit:
     """Redirect concepts in a model, in place, so that on reading one it perceives the redirect instead.
 
@@ -49,6 +51,8 @@ def unlearn(
         config: the settings; None: `EditConfig()`.
         progress: told how far each stage is.
         guards: the limits that the edit must stay within; None: `Guards()`.
+        kept: an edit whose concepts stay redirected, from the keys and residuals that it holds; the model must be
+            without it. `Edit.add` is the way to this.
 
     Returns:
         The edit, already applied. On any exception the model has its first weights again, bit for bit.
@@ -58,8 +62,8 @@ def unlearn(
         GuardError: keys, states or weights that are not finite, or a limit that was passed; names the concepts.
     """
     concepts = list(concepts)
-    check_concepts(concepts)
-    config = resolve_layers(config or EditConfig(), model)
+    check_concepts([*kept.concepts, *concepts] if kept else concepts)
+    config = resolve_layers(config or (kept.config if kept else EditConfig()), model)
     architecture = find_architecture(model)
     layers = config.layers or ()
     last = max(layers)
@@ -68,7 +72,9 @@ def unlearn(
         statistics = collect_statistics(model, tokenizer, None, layers, progress=progress)
     mark = fingerprint(architecture, tokenizer, statistics.fingerprint.layer)
     statistics.check_model(mark)
-    run = _Run(architecture, concepts, config, plan, progress, guards or Guards())
+    run = _Run(architecture, concepts, config, plan, progress, guards or Guards(), kept)
+    if kept is not None:
+        check_kept(kept, config, architecture, mark, statistics)
     moments = {layer: statistics.second_moment(layer) for layer in layers}
     _check_shapes(architecture, moments)
 
@@ -78,12 +84,16 @@ def unlearn(
     with run.timed("check"):
         predictions = predict(architecture, tokenizer)
     with run.restoring():
-        for remaining, layer in zip(range(len(layers), 0, -1), layers, strict=True):
-            run.edit_layer(layer, last, targets, remaining, moments[layer])
+        if config.measure == "once":
+            run.read_all(layers, last)
+        for i, layer in enumerate(layers):
+            share = 1 / (len(layers) if config.measure == "once" else len(layers) - i)
+            run.edit_layer(layer, last, targets, share, moments[layer])
+            progress(Progress("edit", i + 1, len(layers), "layers"))
         run.report.distance = run.distance(targets, last)
         with run.timed("check"):
             run.check_whole(predictions)
-    return Edit(concepts, config, mark, run.updates, run.plan.concept_of, run.report)
+    return Edit(run.all_concepts, config, mark, run.updates, run.all_concept_of, run.report)
 
 
 @dataclass
@@ -96,58 +106,94 @@ class _Run:
     plan: KeyPlan
     progress: ProgressCallback
     guards: Guards
+    kept: Edit | None = None
+    readings: dict[int, States] = field(default_factory=dict)
     updates: list[LayerUpdate] = field(default_factory=list)
     report: EditReport = field(default_factory=EditReport)
     first_distance: Tensor | None = None
 
-    def edit_layer(self, layer: int, last: int, targets: Tensor, remaining: int, moment: Tensor) -> None:
+    @property
+    def all_concepts(self) -> list[Concept]:
+        """The kept concepts, then the new ones."""
+        return [*self.kept.concepts, *self.concepts] if self.kept else self.concepts
+
+    @property
+    def all_concept_of(self) -> list[int]:
+        """For each key, kept or new, the index of its concept among all."""
+        if self.kept is None:
+            return self.plan.concept_of
+        return [*self.kept.concept_of, *(len(self.kept.concepts) + concept for concept in self.plan.concept_of)]
+
+    def edit_layer(self, layer: int, last: int, targets: Tensor, share: float, moment: Tensor) -> None:
         """Measure keys and residuals at a layer, solve its update and apply it."""
         projection = self.architecture.down_projection(layer)
-        device = projection.weight.device
         with self.timed("keys"):
-            states = self.read(layer, last)
-        assert states.keys is not None
-        difference = targets - states.hidden
-        if self.first_distance is None:
-            self.first_distance = difference.norm(dim=1)
-        residuals = (difference * (self.config.strength / remaining)).to(device)
-        norm = self.architecture.output_norm(layer)
-        if norm is not None and states.outputs is not None:
-            residuals = before_output_norm(norm, states.outputs, residuals)
-        for what, values in (("keys", states.keys), ("residuals", residuals)):
-            check_finite(what, layer, values, self.plan.concept_of, self.concepts)
+            keys, residuals = self.measure(layer, last, targets, share)
+        keys, residuals = self.with_kept(layer, keys, residuals)
         with self.timed("metric"):
-            metric = build_metric(moment.to(device), self.config)
+            metric = build_metric(moment.to(keys.device), self.config)
         with self.timed("solve"):
             ridge = self.config.ridge * (metric.ordinary if self.config.relative_ridge else 1.0)
-            solution = solve_layer(states.keys, residuals, metric, ridge)
+            solution = solve_layer(keys, residuals, metric, ridge)
         update = LayerUpdate(
             layer,
             projection.parameter_name,
             solution.left,
             solution.right,
-            states.keys,
+            keys,
             residuals,
             projection.transposed,
+            system=solution.system,
         )
+        self.apply(projection, update, metric.describe(), solution)
+
+    def apply(self, projection: DownProjection, update: LayerUpdate, metric: str, solution: Solution) -> None:
+        """Apply an update, measure it and hold it to its limits."""
         weight_norm = float(projection.weight.float().norm())
-        with self.timed("apply"), with_culprits(update, self.plan.concept_of, self.concepts):
+        with self.timed("apply"), with_culprits(update, self.all_concept_of, self.all_concepts):
             # In one statement: an interruption must not come between the weight and the record that restores it.
             self.updates.append(replace(update, applied=apply_updates([projection], [update.left], [update.right])[0]))
         with self.timed("measure"):
             self.report.layers.append(
-                measure_layer(self.updates[-1], weight_norm, self.plan.concept_of, metric.describe(), solution)
+                measure_layer(self.updates[-1], weight_norm, self.all_concept_of, metric, solution)
             )
         self.report.limits_passed += check_layer(
-            self.guards, self.report.layers[-1], self.updates[-1], self.plan.concept_of, self.concepts
+            self.guards, self.report.layers[-1], self.updates[-1], self.all_concept_of, self.all_concepts
         )
-        self.progress(Progress("edit", len(self.updates), len(self.updates) + remaining - 1, "layers"))
+
+    def measure(self, layer: int, last: int, targets: Tensor, share: float) -> tuple[Tensor, Tensor]:
+        """Keys (n, d_in) and residuals (n, d_out) of the new concepts at a layer, on the device of its weight."""
+        states = self.readings[layer] if self.readings else self.read(layer, last)
+        assert states.keys is not None
+        device = self.architecture.down_projection(layer).weight.device
+        difference = targets - states.hidden
+        if self.first_distance is None:
+            self.first_distance = difference.norm(dim=1)
+        residuals = (difference * (self.config.strength * share)).to(device)
+        norm = self.architecture.output_norm(layer)
+        if norm is not None and states.outputs is not None:
+            residuals = before_output_norm(norm, states.outputs, residuals)
+        for what, values in (("keys", states.keys), ("residuals", residuals)):
+            check_finite(what, layer, values, self.plan.concept_of, self.concepts)
+        return states.keys, residuals
+
+    def with_kept(self, layer: int, keys: Tensor, residuals: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and residuals with those of the kept edit before them."""
+        if self.kept is None:
+            return keys, residuals
+        update = next(update for update in self.kept.updates if update.layer == layer)
+        return torch.cat([update.keys.to(keys), keys]), torch.cat([update.residuals.to(residuals), residuals])
+
+    def read_all(self, layers: Sequence[int], last: int) -> None:
+        """Measure keys and states at all layers of the model as it is."""
+        with self.timed("keys"):
+            self.readings = {layer: self.read(layer, last) for layer in layers}
 
     def check_whole(self, before: Predictions | None) -> None:
         """Hold the finished edit to its limits."""
-        self.report.limits_passed += check_closed(self.guards, self.report.layers, self.concepts)
+        self.report.limits_passed += check_closed(self.guards, self.report.layers, self.all_concepts)
         divergence, passed = check_predictions(
-            self.guards, before, self.architecture, self.updates, self.plan.concept_of, self.concepts
+            self.guards, before, self.architecture, self.updates, self.all_concept_of, self.all_concepts
         )
         self.report.divergence = divergence
         self.report.limits_passed += passed
@@ -169,7 +215,10 @@ class _Run:
         check_finite("states after the edit", last, hidden, self.plan.concept_of, self.concepts)
         assert self.first_distance is not None
         shares = (targets - hidden).norm(dim=1) / self.first_distance.clamp(min=1e-12)
-        return mean_by_concept(shares, self.plan.concept_of)
+        found = mean_by_concept(shares, self.plan.concept_of)
+        if self.kept is None:
+            return found
+        return [*self.kept.report.distance, *found] if self.kept.report.distance else []
 
     @contextmanager
     def restoring(self) -> Iterator[None]:
