@@ -121,25 +121,31 @@ def build_metric(second_moment: Tensor, config: EditConfig) -> WhitenedMetric | 
         config: method, gamma, threshold.
 
     Raises:
-        GuardError: C is not finite or zero, or no direction lies below the threshold.
+        GuardError: C is not finite or zero, γ C is indefinite by its rounding, or no direction lies below the
+            threshold.
     """
     scale = second_moment.diagonal().mean()
     if not torch.isfinite(second_moment).all() or scale <= 0:
         raise GuardError("The second moment is not finite or zero: collect the statistics again on ordinary text.")
     if config.method == "whitened":
-        factor = _cholesky(second_moment * (config.gamma / scale))
+        factor = _cholesky(second_moment, config.gamma / float(scale))
         return WhitenedMetric(factor, config.gamma, _trace_of_product(second_moment, factor))
     return _projected(second_moment, config.threshold * float(scale) if config.relative_threshold else config.threshold)
 
 
-def _cholesky(matrix: Tensor) -> Tensor:
-    """Lower factor of matrix + I, in float64 where the matrix's own precision does not do; matrix is overwritten."""
-    matrix.diagonal().add_(1.0)
-    factor, failed = torch.linalg.cholesky_ex(matrix)
-    if failed != 0:
-        factor = torch.linalg.cholesky(matrix.double()).to(matrix.dtype)
-    assert isinstance(factor, Tensor)
-    return factor
+def _cholesky(second_moment: Tensor, weight: float) -> Tensor:
+    """Lower factor of weight C + I, in float64 where C's own precision does not do."""
+    for dtype in (second_moment.dtype, torch.float64):
+        matrix = second_moment.to(dtype) * weight
+        matrix.diagonal().add_(1.0)
+        factor, failed = torch.linalg.cholesky_ex(matrix)
+        if failed == 0:
+            found: Tensor = factor.to(second_moment.dtype)
+            return found
+    raise GuardError(
+        f"The second moment, times {weight:.3g} and plus one, is not positive definite to its own precision: "
+        "lower gamma, or collect the statistics on more text."
+    )
 
 
 def _trace_of_product(second_moment: Tensor, factor: Tensor) -> float:
