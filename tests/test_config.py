@@ -1,0 +1,85 @@
+import dataclasses
+import json
+import math
+
+import pytest
+
+from rocr import EditConfig, InputError, Template
+from rocr.config import OFFICIAL_TEMPLATES
+
+
+def test_defaults_are_valid_and_frozen():
+    config = EditConfig()
+    assert config.layers is None
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.ridge = 1.0
+
+
+def test_the_authors_settings():
+    config = EditConfig.official(layers=(4, 5, 6))
+    assert (config.method, config.threshold, config.ridge) == ("projected", 0.02, 1.0)
+    assert not config.relative_ridge and not config.relative_threshold
+    assert (config.key_tokens, config.keys_per_concept, config.contexts) == ("last", "mean", "official")
+    assert len(config.templates) == 6
+    assert config.templates[0] == Template(" {}.", chat=True, answer="Answer:")
+    assert config.templates[4].text == "Tell me about {}."
+    assert config.layers == (4, 5, 6)
+    assert config.strength == 1.0
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        EditConfig(),
+        EditConfig.official((1, 2)),
+        EditConfig(layers=[3, 1], templates=("Who is {}?", Template("{}", chat=True)), seed=7, method="projected"),
+    ],
+)
+def test_json_and_back(config):
+    assert EditConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+def test_layers_are_sorted_and_templates_may_be_plain_texts():
+    assert EditConfig(layers=[6, 4, 5]).layers == EditConfig(layers=range(4, 7)).layers == (4, 5, 6)
+    assert EditConfig(templates="Who is {}?").templates == (Template("Who is {}?"),)
+    assert EditConfig(templates=["a {}", OFFICIAL_TEMPLATES[0]]).templates == (Template("a {}"), OFFICIAL_TEMPLATES[0])
+
+
+@pytest.mark.parametrize("layers", [[], "4", [1, 1], [-1], [1.0], [True], 3, ["1"]])
+def test_layers_that_are_none(layers):
+    with pytest.raises(InputError, match="layers"):
+        EditConfig(layers=layers)
+
+
+@pytest.mark.parametrize("templates", [[], [3], ["no place"], ["{} {}"]])
+def test_templates_that_are_none(templates):
+    with pytest.raises(InputError, match="template"):
+        EditConfig(templates=templates)
+
+
+@pytest.mark.parametrize("name", ["ridge", "threshold", "strength", "gamma"])
+@pytest.mark.parametrize("value", [0, -1.0, math.nan, math.inf, "1", None, True])
+def test_numbers_out_of_range(name, value):
+    if (name, value) == ("gamma", 0):
+        assert EditConfig(gamma=0).gamma == 0, "no weight of ordinary keys at all"
+        return
+    with pytest.raises(InputError, match=f"{name} must be a finite number .* not {value!r}"):
+        EditConfig(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["method", "key_tokens", "keys_per_concept", "contexts"])
+@pytest.mark.parametrize("value", ["other", None, 3])
+def test_choices_out_of_range(name, value):
+    with pytest.raises(InputError, match=f"{name} must be one of .*, not {value!r}"):
+        EditConfig(**{name: value})
+
+
+@pytest.mark.parametrize("seed", [-1, 1.5, "1", None, True])
+def test_seeds_out_of_range(seed):
+    with pytest.raises(InputError, match="seed must be a whole number"):
+        EditConfig(seed=seed)
+
+
+def test_unknown_settings_are_named():
+    with pytest.raises(InputError, match="Unknown settings: .*gama, rigde"):
+        EditConfig.from_json({"rigde": 1.0, "gama": 2.0, "ridge": 1.0})
