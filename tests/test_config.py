@@ -81,5 +81,5 @@ def test_seeds_out_of_range(seed):
 
 
 def test_unknown_settings_are_named():
-    with pytest.raises(InputError, match="Unknown settings: .*gama, rigde"):
+    with pytest.raises(InputError, match=r"Unknown settings: .*gama, rigde"):
         EditConfig.from_json({"rigde": 1.0, "gama": 2.0, "ridge": 1.0})

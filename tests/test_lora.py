@@ -1,0 +1,109 @@
+import copy
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import rocr
+from rocr import Concept, EditConfig, InputError
+from rocr.lora import thin_factors
+
+peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.usefixtures("one_thread")
+CONFIG = EditConfig(layers=[1, 2], templates=("Who is {}?", "It is about {}."))
+TOKENS = torch.tensor([[5, 61, 72, 83, 94], [300, 301, 302, 11, 12]])
+ROUNDING = 1e-4  # of the logits' change; (W + BA) x against W x + B (A x) in float32, at most 2e-5 was measured
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+@pytest.fixture
+def exported(family, make_model, tokenizer, texts, concepts, tmp_path):
+    """The model before, its logits after the edit, and the adapter's folder."""
+    model = make_model(family)
+    original = copy.deepcopy(model)
+    statistics = rocr.collect_statistics(model, tokenizer, texts, CONFIG.layers)
+    edit = rocr.unlearn(model, tokenizer, concepts, statistics, CONFIG)
+    edit.export_lora(tmp_path / "adapter")
+    return original, model, tmp_path / "adapter"
+
+
+def test_peft_loads_the_adapter_and_merges_it(exported):
+    original, edited, folder = exported
+    before, after = logits(original), logits(edited)
+    changed = (after - before).norm()
+    assert changed > 0.01 * before.norm()
+    adapted = peft.PeftModel.from_pretrained(original, folder)
+    assert (logits(adapted) - after).norm() < ROUNDING * changed
+    with adapted.disable_adapter():
+        torch.testing.assert_close(logits(adapted), before)
+    merged = adapted.merge_and_unload()
+    assert (logits(merged) - after).norm() < ROUNDING * changed
+    for (name, weight), (_, wanted) in zip(merged.named_parameters(), edited.named_parameters(), strict=True):
+        torch.testing.assert_close(weight, wanted, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_the_folder_holds_what_peft_needs_and_nothing_else(model, tokenizer, statistics, concepts, tmp_path):
+    edit = rocr.unlearn(model, tokenizer, concepts, statistics, CONFIG)
+    edit.export_lora(tmp_path / "adapter")
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["target_modules"] == [f"model.layers.{layer}.mlp.down_proj" for layer in (1, 2)]
+    assert config["lora_alpha"] == config["r"] == len(edit.concept_of)
+    assert config["fan_in_fan_out"] is False
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    for update in edit.updates:
+        prefix = f"base_model.model.{update.parameter.removesuffix('.weight')}"
+        product = tensors[f"{prefix}.lora_B.weight"].double() @ tensors[f"{prefix}.lora_A.weight"].double()
+        torch.testing.assert_close(product, update.left.double() @ update.right.double(), rtol=1e-5, atol=1e-7)
+
+
+def test_layers_whose_numbers_begin_alike(make_model, tokenizer, texts, concepts, tmp_path):
+    model = make_model("Llama", num_hidden_layers=12)
+    original = copy.deepcopy(model)
+    config = EditConfig(layers=[1], key_tokens="last", templates=("Who is {}?",))
+    statistics = rocr.collect_statistics(model, tokenizer, texts, [1])
+    rocr.unlearn(model, tokenizer, concepts, statistics, config).export_lora(tmp_path / "adapter")
+    merged = peft.PeftModel.from_pretrained(original, tmp_path / "adapter").merge_and_unload()
+    for (name, weight), (_, wanted) in zip(merged.named_parameters(), model.named_parameters(), strict=True):
+        torch.testing.assert_close(weight, wanted, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_more_keys_than_the_weight_has_rows(model, tokenizer, statistics, tmp_path):
+    original = copy.deepcopy(model)
+    concepts = [Concept(f"name {letter} of many", "a gardener") for letter in "abcdefgh"]
+    config = EditConfig(layers=[1, 2], keys_per_concept="all", ridge=5.0)
+    edit = rocr.unlearn(model, tokenizer, concepts, statistics, config)
+    assert len(edit.concept_of) > 48
+    edit.export_lora(tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 32
+    adapted = peft.PeftModel.from_pretrained(original, tmp_path / "adapter")
+    torch.testing.assert_close(logits(adapted), logits(model), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("d_out", "d_in"), [(13, 63), (63, 13), (1, 5), (5, 1)])
+@pytest.mark.parametrize("inner", [1, 5, 200])
+def test_thin_factors_have_the_same_product(d_out, d_in, inner):
+    left, right = torch.randn(d_out, inner), torch.randn(inner, d_in)
+    thin_left, thin_right = thin_factors(left, right)
+    assert thin_left.shape[1] == thin_right.shape[0] == min(inner, d_out, d_in)
+    torch.testing.assert_close(
+        thin_left.double() @ thin_right.double(), left.double() @ right.double(), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_an_output_that_exists_is_kept(model, tokenizer, statistics, concepts, tmp_path):
+    edit = rocr.unlearn(model, tokenizer, concepts, statistics, CONFIG)
+    (tmp_path / "adapter").mkdir()
+    with pytest.raises(InputError, match="exists"):
+        edit.export_lora(tmp_path / "adapter")
+    assert not list((tmp_path / "adapter").iterdir())
+    edit.export_lora(tmp_path / "adapter", overwrite=True)
+    assert len(list((tmp_path / "adapter").iterdir())) == 2
