@@ -45,10 +45,12 @@ class PromptStyle:
     Attributes:
         direct: ask for direct answers first (Mistral).
         subtoken_example: show how an answer is written character by character (all but Llama).
+        prefix: what every message begins with, such as an instruction to forget.
     """
 
     direct: bool = False
     subtoken_example: bool = True
+    prefix: str = ""
 
     @classmethod
     def of(cls, model: nn.Module) -> PromptStyle:
@@ -126,7 +128,7 @@ def build_items(
 
 
 def _items(index: int, probe: Probe, form: str, style: PromptStyle, seed: int, orders: int) -> Iterator[Item]:
-    opening = _DIRECT if style.direct else ""
+    opening = style.prefix + (_DIRECT if style.direct else "")
     if form == "qa" and probe.form == "qa":
         yield Item(index, form, opening + _QA.format(probe.query), (f" {probe.answer}",))
     elif form == "fb" and probe.form in ("qa", "fb"):
@@ -152,7 +154,7 @@ def _cloze(probe: Probe) -> tuple[str, bool]:
 
 def _subtoken(index: int, probe: Probe, style: PromptStyle) -> Item:
     question = (_FB if probe.form == "fb" else _QA).format(probe.query)
-    message = (_SUBTOKEN_WITH_EXAMPLE if style.subtoken_example else _SUBTOKEN).format(question)
+    message = style.prefix + (_SUBTOKEN_WITH_EXAMPLE if style.subtoken_example else _SUBTOKEN).format(question)
     answer = "".join(f"{character}\n" for character in "".join(probe.answer.split()))
     return Item(index, "subtoken", message, (answer,), suffix="Answer:\n")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, cast, get_args
 
 from rocr.errors import InputError
 from rocr.evaluation.probes import Probe, ProbeForm, Problems, Split, Variant, Wording
+from rocr.json_values import parse_json
 
 FIELDS = ("subject", "query", "answer", "distractors", "form", "split", "cloze", *get_args(Variant))
 MAX_FILE_BYTES = 256 * 2**20
@@ -27,9 +27,9 @@ def read_jsonl(path: Path, problems: Problems) -> list[Probe]:
             continue
         place = f"{path}:{number}"
         try:
-            value = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            problems.add(place, f"is not valid JSON: {getattr(error, 'msg', 'nested too deeply')}")
+            value = parse_json(line)
+        except ValueError as error:
+            problems.add(place, f"is not valid JSON: {str(error)[:200]}")
             continue
         probe = _probe(value, place, problems)
         if probe is not None:
@@ -65,8 +65,8 @@ def read_folder(folder: Path, problems: Problems) -> list[Probe]:
 def _rows(path: Path, problems: Problems) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """The objects of a JSON list; their place is the number in the list, from 1."""
     try:
-        rows = json.loads(_read(path))
-    except (json.JSONDecodeError, RecursionError) as error:
+        rows = parse_json(_read(path))
+    except ValueError as error:
         problems.add(f"{path}:{getattr(error, 'lineno', 1)}", "is not valid JSON")
         return
     if not isinstance(rows, list):

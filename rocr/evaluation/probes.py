@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +15,8 @@ Split = Literal["forget", "retain"]
 ProbeForm = Literal["qa", "fb", "mcp", "adversarial"]
 Variant = Literal["translated", "misspelt", "abbreviated", "described"]
 MAX_SHOWN_ERRORS = 50
+MAX_TEXT_LENGTH = 20_000  # characters
+_REFUSED = ("Cc", "Cf", "Cs")  # control, zero-width and bidirectional characters, halves of surrogate pairs
 BLANK = "___"
 LETTERS = "ABCDEFGH"
 
@@ -149,6 +152,12 @@ def _flaws(probe: Probe) -> Iterable[str]:
     for name, value in (("subject", probe.subject), ("query", probe.query), ("answer", probe.answer)):
         if not value.strip():
             yield f"has no {name}"
+    for text in (probe.subject, probe.query, probe.answer, probe.cloze or "", *probe.distractors):
+        if len(text) > MAX_TEXT_LENGTH:
+            yield f"{text[:40]!r}... has {len(text):,} characters; the limit is {MAX_TEXT_LENGTH:,}"
+        hidden = sorted({f"U+{ord(c):04X}" for c in text if unicodedata.category(c) in _REFUSED and c not in "\t\r\n"})
+        if hidden:
+            yield f"{text[:40]!r} holds invisible characters: {', '.join(hidden[:5])}"
     answer = folded(probe.answer)
     wrong = [folded(distractor) for distractor in probe.distractors]
     if answer and answer in wrong:
@@ -158,9 +167,9 @@ def _flaws(probe: Probe) -> Iterable[str]:
     if "" in wrong:
         yield "a distractor is empty"
     if probe.form not in get_args(ProbeForm):
-        yield f"form must be one of {', '.join(get_args(ProbeForm))}, not {probe.form!r}"
+        yield f"form must be one of {', '.join(get_args(ProbeForm))}, not {probe.form[:60]!r}"
     if probe.split not in get_args(Split):
-        yield f"split must be one of {', '.join(get_args(Split))}, not {probe.split!r}"
+        yield f"split must be one of {', '.join(get_args(Split))}, not {probe.split[:60]!r}"
     if probe.form == "fb" and BLANK not in probe.query:
         yield f"a question to complete needs a blank, {BLANK}"
     if probe.cloze is not None and BLANK not in probe.cloze:

@@ -1,0 +1,101 @@
+"""`rocr compare`: the methods side by side, on the same targets and questions."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from rocr.cli.arguments import add_model, add_text, load, source_of
+from rocr.cli.console import Console
+from rocr.cli.evaluate import DEFAULT_PROBES
+from rocr.errors import InputError
+from rocr.output import check_output
+
+if TYPE_CHECKING:
+    from rocr.evaluation import Probe
+    from rocr.models import LoadedModel
+    from rocr.statistics import Statistics
+
+
+def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
+    """Add the command."""
+    parser = subparsers.add_parser("compare", parents=[common], help="rocr beside the methods it is compared to")
+    add_model(parser)
+    add_text(parser)
+    parser.add_argument("--probes", default=str(DEFAULT_PROBES), metavar="FILE", help="as for rocr eval")
+    parser.add_argument("--targets", nargs="+", required=True, metavar="NAME", help="subjects to forget, one at a time")
+    parser.add_argument("--redirect", required=True, metavar="NAME", help="what rocr redirects the targets to")
+    parser.add_argument("--statistics", metavar="FILE", help="key statistics (default: collected now)")
+    parser.add_argument("--methods", metavar="LIST", help="names, separated by commas (default: all)")
+    parser.add_argument("--forms", default="qa,fb,mcp,subtoken", help="such as qa,mcp (default: %(default)s)")
+    parser.add_argument("--known", type=float, metavar="P", help="count only probes that the model knows, such as 0.5")
+    parser.add_argument("--out", required=True, metavar="FILE", help="the results, JSON; it must not exist")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Compare and show one table."""
+    from rocr.evaluation.contest_table import results_json, table_columns, table_rows
+    from rocr.evaluation.methods import METHODS, Contest, compare_methods
+    from rocr.evaluation.probes import load_probes
+    from rocr.evaluation.report import write_json
+
+    check_output(arguments.out, inputs=[arguments.probes], overwrite=arguments.overwrite)
+    source = source_of(arguments)
+    methods = [name.strip() for name in arguments.methods.split(",")] if arguments.methods else list(METHODS)
+    unknown = [name for name in methods if name not in METHODS]
+    if unknown:
+        raise InputError(f"Unknown methods: {', '.join(unknown)}; they are {', '.join(METHODS)}.")
+    forms = [form.strip() for form in arguments.forms.split(",")]
+    probes = load_probes(arguments.probes)
+    with console.stage("load"):
+        loaded = load(arguments, source)
+    statistics = _statistics(arguments, loaded, console)
+    probes = _known(arguments, loaded, probes, forms, console)
+    contest = Contest(loaded.model, loaded.tokenizer, probes, statistics, arguments.redirect, forms=forms)
+    results = []
+    with console.stage("methods") as progress:
+        for result in compare_methods(contest, arguments.targets, methods, progress):
+            results.append(result)
+            console.warn(f"{result.method}: {result.target} in {result.seconds:.1f} s")
+    document = {"format": "rocr comparison 1", "known": arguments.known, "results": results_json(results)}
+    write_json(document, arguments.out, arguments.overwrite)
+    console.table("Mean scores over targets", table_columns(forms), table_rows(results, forms))
+    console.say(f"The results are in {arguments.out}.")
+    return document
+
+
+def _statistics(arguments: argparse.Namespace, loaded: LoadedModel, console: Console) -> Statistics:
+    from rocr.collect import CollectOptions, collect_statistics
+    from rocr.statistics import Statistics
+    from rocr.texts import read_texts
+
+    if arguments.statistics:
+        return Statistics.load(arguments.statistics)
+    options = CollectOptions(tokens=arguments.tokens, seed=arguments.seed)
+    texts = read_texts(arguments.text) if arguments.text else None
+    with console.stage("statistics") as progress:
+        return collect_statistics(loaded.model, loaded.tokenizer, texts, options=options, progress=progress)
+
+
+def _known(
+    arguments: argparse.Namespace, loaded: LoadedModel, probes: list[Probe], forms: list[str], console: Console
+) -> list[Probe]:
+    from rocr.evaluation import evaluate
+
+    if arguments.known is None:
+        return probes
+    with console.stage("what the model knows") as progress:
+        base = evaluate(
+            loaded.model,
+            loaded.tokenizer,
+            probes,
+            forms,
+            targets=arguments.targets,
+            known=arguments.known,
+            progress=progress,
+        )
+    kept = {item.probe for item in base.items}
+    console.say(f"{base.known} of {base.probes} probes are known to the model and count.")
+    return [probe for i, probe in enumerate(probes) if i in kept]

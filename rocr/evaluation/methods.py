@@ -1,0 +1,168 @@
+"""The methods that rocr is compared to, on the same targets and questions (the table of arXiv 2506.07795, Table I).
+
+The trained ones see one form of each question (QA), as in the paper, and are asked in all of them.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from rocr.concepts import Concept
+from rocr.config import EditConfig
+from rocr.errors import InputError
+from rocr.evaluation.attacks import question_examples
+from rocr.evaluation.evaluate import EvaluateOptions, evaluate
+from rocr.evaluation.forms import ORT_FORMS, PromptStyle
+from rocr.evaluation.lora_training import (
+    DIRECT_PREFERENCE,
+    GRADIENT_ASCENT,
+    NEGATIVE_PREFERENCE,
+    REJECTION,
+    Example,
+    Training,
+    trained,
+)
+from rocr.evaluation.probes import Probe, split_by_subject
+from rocr.evaluation.scores import Evaluation
+from rocr.pipeline import unlearn
+from rocr.progress import ProgressCallback, silent
+from rocr.statistics import Statistics
+
+REFUSAL = "I don't know."
+IN_CONTEXT = (
+    "You are an AI Assistant who is supposed to unlearn about {} and provide answers without its knowledge as if "
+    "you never knew about it. Don't tell anyone that you unlearned anything.\n"
+)
+TRAININGS = {
+    "gradient ascent": GRADIENT_ASCENT,
+    "negative preference": NEGATIVE_PREFERENCE,
+    "rejection tuning": REJECTION,
+    "direct preference": DIRECT_PREFERENCE,
+}
+METHODS = ("original", "in-context", *TRAININGS, "official ROCR", "rocr")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one method did to one target.
+
+    Attributes:
+        method: one of METHODS.
+        target: the subject to forget.
+        evaluation: scores of the forget set, and of the other subjects as retain set.
+        seconds: duration of the unlearning, without the evaluation.
+        peak_bytes: largest memory while unlearning: of the GPU where the model is on one, else of the process so far.
+    """
+
+    method: str
+    target: str
+    evaluation: Evaluation
+    seconds: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Contest:
+    """What all methods are given.
+
+    Attributes:
+        model: the model before; it is left as it was.
+        tokenizer: its tokenizer.
+        probes: about the targets and, to be kept, about others.
+        statistics: of ordinary keys, for the two editing methods.
+        redirect: what rocr redirects the targets to.
+        official_redirect: what the authors' settings redirect them to.
+        config: rocr's settings.
+        forms: in which all are asked.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    probes: Sequence[Probe]
+    statistics: Statistics
+    redirect: str
+    official_redirect: str = "Donald Trump"
+    config: EditConfig | None = None
+    forms: Sequence[str] = ORT_FORMS
+
+
+def compare_methods(
+    contest: Contest, targets: Sequence[str], methods: Sequence[str] = METHODS, progress: ProgressCallback = silent
+) -> Iterator[Result]:
+    """Let each method forget each target, one at a time, and evaluate.
+
+    Raises:
+        InputError: an unknown method, or what the methods need is not there.
+    """
+    unknown = [method for method in methods if method not in METHODS]
+    if unknown or not methods:
+        raise InputError(f"Unknown methods: {', '.join(unknown) or 'none'}; they are {', '.join(METHODS)}.")
+    for target in targets:
+        probes = split_by_subject(contest.probes, [target])
+        for method in methods:
+            style = PromptStyle.of(contest.model)
+            if method == "in-context":
+                style = replace(style, prefix=IN_CONTEXT.format(target))
+            _reset_peak(contest.model)
+            start = time.perf_counter()
+            with _unlearned(contest, method, target, probes, progress) as model:
+                seconds, peak = time.perf_counter() - start, _peak(contest.model)
+                options = EvaluateOptions(style=style)
+                evaluation = evaluate(model, contest.tokenizer, probes, contest.forms, options=options)
+            yield Result(method, target, evaluation, seconds, peak)
+
+
+@contextmanager
+def _unlearned(
+    contest: Contest, method: str, target: str, probes: Sequence[Probe], progress: ProgressCallback
+) -> Iterator[nn.Module]:
+    """The model after a method, inside the context."""
+    if method in TRAININGS:
+        examples = _examples(contest.tokenizer, [p for p in probes if p.split == "forget"], TRAININGS[method], method)
+        with trained(contest.model, examples, TRAININGS[method], progress) as model:
+            yield model
+    elif method in ("rocr", "official ROCR"):
+        ours = method == "rocr"
+        config = (contest.config or EditConfig()) if ours else EditConfig.official(layers=contest.statistics.layers[:3])
+        concept = Concept(target, contest.redirect if ours else contest.official_redirect)
+        edit = unlearn(contest.model, contest.tokenizer, [concept], contest.statistics, config, progress)
+        try:
+            yield contest.model
+        finally:
+            edit.revert(contest.model)
+    else:
+        yield contest.model
+
+
+def _examples(tokenizer: Any, probes: Sequence[Probe], training: Training, method: str) -> list[Example]:
+    """What a trained method is shown: the answers to lower, the refusal to raise, or both."""
+    if training.loss == "dpo":
+        return question_examples(tokenizer, probes, _refuse)
+    if method == "rejection tuning":
+        return [Example(e.prompt, e.preferred) for e in question_examples(tokenizer, probes, _refuse)]
+    return question_examples(tokenizer, probes)
+
+
+def _refuse(_probe: Probe) -> str:
+    return REFUSAL
+
+
+def _reset_peak(model: nn.Module) -> None:
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _peak(model: nn.Module) -> int:
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
