@@ -16,6 +16,7 @@ from rocr.errors import InputError, RocrError
 from rocr.json_values import parse_json
 from rocr.output import new_file
 
+MAX_TENSORS = 10_000
 MAX_HEADER_BYTES = 32 * 2**20
 """Room for the names and numbers of a hundred thousand concepts; parsed, it takes some hundred MiB."""
 
@@ -47,6 +48,8 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
             raise InputError(f"{path} is not there, or not a file.")
         _check_header_size(path)
         with safe_open(path, framework="pt") as file:
+            if len(file.keys()) > MAX_TENSORS:
+                raise ValueError(f"it holds {len(file.keys()):,} tensors, and the limit is {MAX_TENSORS:,}")
             header = parse_json((file.metadata() or {}).get("rocr", "{}"))
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as a file of rocr: {str(error)[:200]}.") from None

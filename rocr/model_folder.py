@@ -16,6 +16,9 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 TOKENIZER_BYTES = 128 * 2**20  # one of 256,000 tokens has some 30 MB
 SETTINGS_BYTES = 16 * 2**20
+DEPTHS = ("num_hidden_layers", "n_layer", "num_layers")
+WIDTHS = ("hidden_size", "n_embd", "vocab_size")
+Shapes = dict[str, tuple[int, ...]]
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 
 
@@ -34,7 +37,7 @@ def check_model_folder(folder: Path) -> None:
         if (folder / name).exists():
             _read_object(folder / name, SETTINGS_BYTES)
     _check_size(folder / "tokenizer.json", TOKENIZER_BYTES)
-    _check_depth(folder, config, _check_weights(folder))
+    _check_sizes(folder, config, _check_weights(folder))
 
 
 def _check_inside(folder: Path, path: Path) -> None:
@@ -68,12 +71,12 @@ def _check_size(path: Path, limit: int) -> None:
         raise InputError(f"{path} has {size:,} bytes; the limit is {limit:,}.")
 
 
-def _check_weights(folder: Path) -> int:
-    """Look over the weight files; returns how many tensors they hold."""
+def _check_weights(folder: Path) -> Shapes:
+    """Look over the weight files; returns the shapes of their tensors."""
     if (folder / INDEX_FILE).exists():
         return _check_index(folder)
     if (folder / SINGLE_FILE).is_file():
-        return len(tensor_names(folder / SINGLE_FILE))
+        return tensor_shapes(folder / SINGLE_FILE)
     pickled = sorted(path.name for pattern in PICKLED for path in folder.glob(pattern))
     if pickled:
         raise InputError(
@@ -83,7 +86,7 @@ def _check_weights(folder: Path) -> int:
     raise InputError(f"{folder} holds no {SINGLE_FILE} and no {INDEX_FILE}.")
 
 
-def _check_index(folder: Path) -> int:
+def _check_index(folder: Path) -> Shapes:
     place = folder / INDEX_FILE
     weights = _read_object(place, MAX_HEADER_BYTES).get("weight_map")
     if not isinstance(weights, dict) or not weights:
@@ -93,15 +96,17 @@ def _check_index(folder: Path) -> int:
         if not isinstance(name, str) or not name.endswith(".safetensors") or Path(name).name != name or "\\" in name:
             raise InputError(f"{place} puts {tensor[:60]!r} into {repr(name)[:100]}, which is no file of this folder.")
         shards.setdefault(name, set()).add(tensor)
+    shapes: Shapes = {}
     for name, tensors in shards.items():
-        missing = tensors - tensor_names(folder / name)
+        shapes |= tensor_shapes(folder / name)
+        missing = tensors - set(shapes)
         if missing:
             raise InputError(f"{folder / name} lacks {min(missing)[:100]!r}, which {INDEX_FILE} puts there.")
-    return len(weights)
+    return shapes
 
 
-def tensor_names(path: Path) -> set[str]:
-    """Names of the tensors of a safetensors file.
+def tensor_shapes(path: Path) -> Shapes:
+    """Names and shapes of the tensors of a safetensors file.
 
     Raises:
         InputError: it is missing or damaged.
@@ -114,17 +119,21 @@ def tensor_names(path: Path) -> set[str]:
         if size > MAX_HEADER_BYTES:
             raise InputError(f"{path} says that its header has {size:,} bytes; the limit is {MAX_HEADER_BYTES:,}.")
         with safe_open(path, framework="pt") as file:
-            return set(file.keys())
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as safetensors: {str(error)[:200]}.") from None
 
 
-def _check_depth(folder: Path, config: dict[str, Any], tensors: int) -> None:
-    """Refuse a depth that the weights cannot have: every module would be built before that is found out."""
+def _check_sizes(folder: Path, config: dict[str, Any], shapes: Shapes) -> None:
+    """Refuse sizes that the weights cannot have: memory would be taken for them before that is found out."""
+    widest = max((size for shape in shapes.values() for size in shape), default=0)
     text = config.get("text_config")
     for part in (config, text if isinstance(text, dict) else {}):
-        for name in ("num_hidden_layers", "n_layer", "num_layers"):
-            depth = part.get(name)
-            if depth is not None and (not isinstance(depth, int) or not 0 < depth <= tensors):
-                shown = json.dumps(depth)[:60]
-                raise InputError(f"{folder / 'config.json'} says {name} {shown}, but there are {tensors} tensors.")
+        for names, most in ((DEPTHS, len(shapes)), (WIDTHS, widest)):
+            for name in names:
+                size = part.get(name)
+                if size is not None and (not isinstance(size, int) or not 0 < size <= most):
+                    shown = json.dumps(size)[:60]
+                    raise InputError(
+                        f"{folder / 'config.json'} says {name} {shown}, but the weights have at most {most}."
+                    )

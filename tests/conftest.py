@@ -12,12 +12,13 @@ MARGIN = 64
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make the fixtures of models.py known: with --import-mode=importlib no test can import it by name."""
-    spec = importlib.util.spec_from_file_location("rocr_tests_models", Path(__file__).with_name("models.py"))
-    assert spec is not None and spec.loader is not None
-    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config.pluginmanager.register(module, spec.name)
+    """Make the fixtures of two files known: with --import-mode=importlib no test can import them by name."""
+    for stem in ("models", "promises"):
+        spec = importlib.util.spec_from_file_location(f"rocr_tests_{stem}", Path(__file__).with_name(f"{stem}.py"))
+        assert spec is not None and spec.loader is not None
+        sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        config.pluginmanager.register(module, spec.name)
 
 
 @pytest.fixture(autouse=True)

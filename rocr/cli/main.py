@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import signal
 import sys
@@ -10,13 +11,14 @@ from collections.abc import Sequence
 from types import FrameType
 
 from rocr import __version__
-from rocr.cli import doctor, edits, evaluate, info, stats, unlearn
+from rocr.cli import compare, doctor, edits, evaluate, info, stats, unlearn
 from rocr.cli.console import Console
 from rocr.errors import RocrError
 
 EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
-COMMANDS = (unlearn, stats, edits, evaluate, info, doctor)
+COMMANDS = (unlearn, stats, edits, evaluate, compare, info, doctor)
 
 _EPILOGUE = (
     """exit codes: 0 done, 1 failed, 2 bad input, 3 verification failed, 4 refused by a guard, 130 interrupted"""
@@ -50,8 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return EXIT_FAILED
     except (MemoryError, OSError) as error:
-        console.fail(f"The system refused: {error or 'out of memory'}.", EXIT_FAILED)
-        return EXIT_FAILED
+        code = EXIT_BAD_INPUT if getattr(error, "errno", None) in (errno.ENAMETOOLONG, errno.ELOOP) else EXIT_FAILED
+        console.fail(f"The system refused: {str(error)[:1000] or 'out of memory'}.", code)
+        return code
     except RuntimeError as error:
         if "out of memory" not in str(error) and "can't allocate" not in str(error):
             raise

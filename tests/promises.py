@@ -1,0 +1,104 @@
+"""What the tests of the promises share: a tiny model with its files, and counts of attacks; a plugin of conftest.py."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections import Counter
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from torch import nn
+
+import rocr
+from rocr.cli import main
+
+_COUNTS: pytest.StashKey[Counter[str]] = pytest.StashKey()
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Say how often rocr was attacked; every attack was withstood, or a test has failed."""
+    counts = config.stash.get(_COUNTS, Counter())
+    if counts:
+        terminalreporter.section("promises")
+        for what in sorted(counts):
+            terminalreporter.write_line(f"{counts[what]:6,} {what}")
+
+
+@pytest.fixture(scope="session")
+def tally(pytestconfig: pytest.Config) -> Callable[..., None]:
+    """tally(what, count=1): count attacks for the summary at the end."""
+    counts = pytestconfig.stash.setdefault(_COUNTS, Counter())
+
+    def add(what: str, count: int = 1) -> None:
+        counts[what] += count
+
+    return add
+
+
+@pytest.fixture(scope="session")
+def files(
+    tmp_path_factory: pytest.TempPathFactory, _llama: nn.Module, tokenizer: Any, texts: list[str]
+) -> SimpleNamespace:
+    """A tiny model on disk: model (a folder), text, statistics, edit, edited (a folder)."""
+    base = tmp_path_factory.mktemp("promises")
+    places = SimpleNamespace(
+        model=base / "model",
+        text=base / "text.txt",
+        statistics=base / "statistics",
+        edit=base / "edited" / "edit.safetensors",
+        edited=base / "edited",
+    )
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    _llama.save_pretrained(places.model)  # type: ignore[operator]
+    tokenizer.save_pretrained(places.model)
+    places.text.write_text("\n\n".join(texts * 4), encoding="utf-8")
+    for arguments in (
+        ("stats", places.model, "--text", places.text, "--layers", "1,2", "--out", places.statistics),
+        ("unlearn", places.model, *CONCEPT, "--statistics", places.statistics, "--out", places.edited),
+    ):
+        done = run_command(*arguments)
+        assert done.code == 0, done.errors
+    return places
+
+
+CONCEPT = (
+    *("--concept", "Ada Byron", "--redirect", "Blaise Pascal"),
+    *("--layers", "1,2", "--no-answers", "--force"),
+)
+"""A random model is edited as no trained one is, so that its limits are put aside."""
+
+
+@pytest.fixture(scope="session")
+def concept() -> tuple[str, ...]:
+    return CONCEPT
+
+
+def run_command(*arguments: object) -> SimpleNamespace:
+    """A command in this process: code, output, errors."""
+    output, errors = io.StringIO(), io.StringIO()
+    with redirect_stdout(output), redirect_stderr(errors):
+        code = main([str(argument) for argument in arguments])
+    return SimpleNamespace(code=code, output=output.getvalue(), errors=errors.getvalue())
+
+
+@pytest.fixture(scope="session")
+def command() -> Callable[..., SimpleNamespace]:
+    return run_command
+
+
+@pytest.fixture(scope="session")
+def digests() -> Callable[[Path], dict[str, str]]:
+    """digests(folder): sha256 of every file below it."""
+    from rocr.report import file_digests
+
+    return file_digests
+
+
+@pytest.fixture(scope="session")
+def loaded_edit(files: SimpleNamespace) -> rocr.Edit:
+    return rocr.Edit.load(files.edit)

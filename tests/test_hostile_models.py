@@ -1,0 +1,340 @@
+"""Model folders, settings and probes that somebody made to do harm: rocr's own errors, quickly, nothing written."""
+
+import json
+import shutil
+import struct
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import rocr
+from rocr import EditConfig, InputError, load_probes
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SECONDS = 5  # of the processor: the machine may be busy
+DEEP = "[" * 100_000
+INDEX = "model.safetensors.index.json"
+PICKLE = (
+    b"\x80\x04\x95\x1c\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix\x94\x8c\x06system\x94"
+    b"\x93\x94\x8c\x04true\x94\x85\x94R\x94."
+)
+
+
+def content(name, data):
+    return lambda folder: (folder / name).write_bytes(data if isinstance(data, bytes) else data.encode())
+
+
+def changed(name, *path_and_value):
+    """Change one value of a JSON file."""
+
+    def change(folder):
+        *path, last, value = path_and_value
+        document = place = json.loads((folder / name).read_text())
+        for step in path:
+            place = place[step]
+        place[last] = value
+        (folder / name).write_text(json.dumps(document))
+
+    return change
+
+
+def removed(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def linked(name, target):
+    def change(folder):
+        (folder / name).unlink()
+        (folder / name).symlink_to(target)
+
+    return change
+
+
+def weights(change):
+    def rewrite(folder):
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+
+    return rewrite
+
+
+def index(weight_map=None, **more):
+    """An index that puts every tensor into the one file, but for what is changed."""
+
+    def write(folder):
+        names = load_file(folder / "model.safetensors")
+        whole = dict.fromkeys(names, "model.safetensors")
+        whole = weight_map if callable(weight_map) else {**whole, **(weight_map or {})}
+        (folder / INDEX).write_text(json.dumps({"weight_map": whole, **more}))
+
+    return write
+
+
+def pickled(name):
+    def write(folder):
+        (folder / "model.safetensors").unlink()
+        (folder / name).write_bytes(PICKLE)
+
+    return write
+
+
+def header_of(size):
+    def write(folder):
+        path = folder / "model.safetensors"
+        path.write_bytes(struct.pack("<Q", size) + path.read_bytes()[8:])
+
+    return write
+
+
+def cut(length):
+    def write(folder):
+        path = folder / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:length])
+
+    return write
+
+
+NORM = "model.norm.weight"
+FOLDERS = {
+    "config empty": content("config.json", ""),
+    "config no JSON": content("config.json", "{"),
+    "config a list": content("config.json", "[]"),
+    "config null": content("config.json", "null"),
+    "config a number": content("config.json", "3"),
+    "config deep": content("config.json", DEEP),
+    "config not UTF-8": content("config.json", b'{"a": "\xff"}'),
+    "config of 17 MiB": content("config.json", " " * (17 * 2**20)),
+    "config with a field twice": content("config.json", '{"model_type": "llama", "model_type": "gpt2"}'),
+    "config without a model type": lambda folder: content("config.json", '{"hidden_size": 32}')(folder),
+    "config of an unknown model type": changed("config.json", "model_type", "nonesuch"),
+    "config of a model type of 10 MB": changed("config.json", "model_type", "m" * 10**7),
+    "config with a depth of a million": changed("config.json", "num_hidden_layers", 10**6),
+    "config with a depth of text": changed("config.json", "num_hidden_layers", "five"),
+    "config with a depth below 0": changed("config.json", "num_hidden_layers", -3),
+    "config with a depth of 0": changed("config.json", "num_hidden_layers", 0),
+    "config with a layer more": changed("config.json", "num_hidden_layers", 6),
+    "config with a huge width": changed("config.json", "hidden_size", 10**6),
+    "config with a width of text": changed("config.json", "hidden_size", "wide"),
+    "config with a width below 0": changed("config.json", "hidden_size", -32),
+    "config with a list as activation": changed("config.json", "hidden_act", ["x"]),
+    "config with heads that do not divide": changed("config.json", "num_attention_heads", 5),
+    "config with no heads": changed("config.json", "num_attention_heads", 0),
+    "config with another vocabulary": changed("config.json", "vocab_size", 7),
+    "config with an unknown dtype": changed("config.json", "dtype", "float31"),
+    "config with an unknown activation": changed("config.json", "hidden_act", "nonesuch"),
+    "config with code, unknown type": lambda folder: (
+        changed("config.json", "auto_map", {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"})(folder),
+        changed("config.json", "model_type", "evil")(folder),
+        (folder / "evil.py").write_text("open('/tmp/rocr-evil', 'w')"),
+    ),
+    "config quantised by text": changed("config.json", "quantization_config", "x"),
+    "config missing": removed("config.json"),
+    "config a link out": linked("config.json", "/etc/hostname"),
+    "config a link to nothing": linked("config.json", "nowhere"),
+    "config a link to itself": linked("config.json", "config.json"),
+    "config a folder": lambda folder: (removed("config.json")(folder), (folder / "config.json").mkdir()),
+    "generation settings no JSON": content("generation_config.json", "{"),
+    "generation settings deep": content("generation_config.json", DEEP),
+    "tokenizer settings no JSON": content("tokenizer_config.json", "nonsense"),
+    "tokenizer settings deep": content("tokenizer_config.json", DEEP),
+    "tokenizer settings a list": content("tokenizer_config.json", "[]"),
+    "tokenizer empty": content("tokenizer.json", ""),
+    "tokenizer no JSON": content("tokenizer.json", "nonsense"),
+    "tokenizer a list": content("tokenizer.json", "[]"),
+    "tokenizer deep": content("tokenizer.json", DEEP),
+    "tokenizer without a model": content("tokenizer.json", '{"version": "1.0"}'),
+    "tokenizer cut": lambda folder: content("tokenizer.json", (folder / "tokenizer.json").read_bytes()[:500])(folder),
+    "tokenizer a link out": linked("tokenizer.json", "/etc/hostname"),
+    "weights missing": removed("model.safetensors"),
+    "weights empty": cut(0),
+    "weights of 8 bytes": cut(8),
+    "weights cut in the header": cut(300),
+    "weights cut in half": cut(40_000),
+    "weights a byte short": cut(-1),
+    "weights with a header of 2**63": header_of(2**63),
+    "weights with a header of 10 GB": header_of(10**10),
+    "weights with a header of 2": header_of(2),
+    "weights that are text": content("model.safetensors", "no tensors"),
+    "weights that are a pickle": content("model.safetensors", PICKLE),
+    "weights a link out": linked("model.safetensors", "/etc/hostname"),
+    "weights a device": linked("model.safetensors", "/dev/zero"),
+    "weights a folder": lambda folder: (removed("model.safetensors")(folder), (folder / "model.safetensors").mkdir()),
+    "weights without a tensor": weights(lambda tensors: tensors.pop(NORM)),
+    "weights with a tensor of another shape": weights(lambda tensors: tensors.update({NORM: torch.zeros(7)})),
+    "weights with none of the names": weights(lambda tensors: tensors.update({"x": tensors.clear() or torch.zeros(2)})),
+    "weights in a bin": pickled("pytorch_model.bin"),
+    "weights in a pt": pickled("model.pt"),
+    "weights in a pth": pickled("consolidated.00.pth"),
+    "an adapter": content("adapter_config.json", '{"peft_type": "LORA"}'),
+    "an adapter in a bin": lambda f: (content("adapter_config.json", "{}")(f), pickled("adapter_model.bin")(f)),
+    "index no JSON": content(INDEX, "{"),
+    "index a list": content(INDEX, "[]"),
+    "index deep": content(INDEX, DEEP),
+    "index with a field twice": content(INDEX, '{"weight_map": {}, "weight_map": {}}'),
+    "index without a map": content(INDEX, "{}"),
+    "index with an empty map": content(INDEX, '{"weight_map": {}}'),
+    "index with a list as map": content(INDEX, '{"weight_map": ["model.safetensors"]}'),
+    "index to a file above": index({NORM: "../model.safetensors"}),
+    "index to an absolute path": index({NORM: "/etc/hostname.safetensors"}),
+    "index to a folder below": index({NORM: "a/model.safetensors"}),
+    "index with a backslash": index({NORM: "..\\model.safetensors"}),
+    "index to a file that is missing": index({NORM: "model-00002.safetensors"}),
+    "index to a pickle": index({NORM: "pytorch_model.bin"}),
+    "index to a number": index({NORM: 3}),
+    "index to null": index({NORM: None}),
+    "index to a name of 10 MB": index({NORM: "x" * 10**7 + ".safetensors"}),
+    "index to a name with a zero byte": index({NORM: "a\0.safetensors"}),
+    "index with a tensor that the file lacks": index({"nonesuch": "model.safetensors"}),
+    "index with an invisible tensor": index({f"{NORM}\u200b": "model.safetensors"}),
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(files, tmp_path):
+    shutil.copytree(files.model, tmp_path / "bad")
+    return tmp_path / "bad"
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_hostile_model_folders(name, files, folder, tmp_path, command, tally):
+    FOLDERS[name](folder)
+    before = digests_without_devices(folder)
+    started = time.process_time()
+    done = command("stats", folder, "--text", files.text, "--layers", "1", "--out", tmp_path / "out")
+    assert time.process_time() - started < SECONDS
+    assert done.code == 2, done.errors[-2000:]
+    assert "Traceback" not in done.errors
+    assert done.errors.replace("\n", "").isprintable()
+    assert len(done.errors) < 30_000
+    assert str(tmp_path) in done.errors
+    assert [path.name for path in tmp_path.iterdir()] == ["bad"]
+    assert digests_without_devices(folder) == before
+    tally("bad model folders refused")
+
+
+def digests_without_devices(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and not path.is_symlink()}
+
+
+def test_links_within_a_folder_and_into_a_hub_cache_are_followed(files, tmp_path, command):
+    snapshot, blobs = tmp_path / "cache" / "snapshots" / "abc", tmp_path / "cache" / "blobs"
+    shutil.copytree(files.model, snapshot)
+    blobs.mkdir()
+    shutil.move(snapshot / "model.safetensors", blobs / "0123")
+    (snapshot / "model.safetensors").symlink_to("../../blobs/0123")
+    done = command("stats", snapshot, "--text", files.text, "--layers", "1", "--out", tmp_path / "out")
+    assert done.code == 0, done.errors
+
+
+SETTINGS = [
+    5, None, "x", [], [("ridge", 1)], {"speed": 1}, {"": 1}, {"x" * 10**7: 1}, {"\u202ea": 1},
+    {"layers": 5}, {"layers": []}, {"layers": [1, 1]}, {"layers": [-1]}, {"layers": ["1"]}, {"layers": [True]},
+    {"layers": [1.0]}, {"layers": "1,2"}, {"layers": {"1": 2}}, {"layers": [[1]]}, {"layers": [1] * 10**6},
+    {"method": 5}, {"method": []}, {"method": {}}, {"method": "rome"}, {"method": "x" * 10**7}, {"method": None},
+    {"ridge": 0}, {"ridge": -1}, {"ridge": "2"}, {"ridge": None}, {"ridge": True}, {"ridge": float("nan")},
+    {"ridge": float("inf")}, {"ridge": 10**400}, {"ridge": 1e200}, {"ridge": [1]}, {"ridge": {}},
+    {"gamma": -0.1}, {"gamma": float("nan")}, {"gamma": -float("inf")}, {"gamma": "1"}, {"gamma": 10**400},
+    {"threshold": 0}, {"threshold": float("nan")}, {"threshold": "a"}, {"strength": 0}, {"strength": 10**400},
+    {"strength": -1}, {"strength": float("inf")}, {"strength": None},
+    {"relative_ridge": 1}, {"relative_ridge": "yes"}, {"relative_threshold": None}, {"relative_threshold": 0},
+    {"templates": 5}, {"templates": None}, {"templates": []}, {"templates": "{}{}"}, {"templates": ["no name"]},
+    {"templates": [5]}, {"templates": [None]}, {"templates": [{}]}, {"templates": [{"text": 5}]},
+    {"templates": [{"text": "{}", "chat": "yes"}]}, {"templates": [{"text": "{}", "answer": 5}]},
+    {"templates": [{"text": "{}", "more": 5}]}, {"templates": [{"text": "x" * 10**7}]}, {"templates": {"text": "{}"}},
+    {"key_tokens": "first"}, {"key_tokens": 1}, {"keys_per_concept": "some"}, {"keys_per_concept": ["all"]},
+    {"contexts": "other"}, {"contexts": None}, {"seed": -1}, {"seed": True}, {"seed": 1.5}, {"seed": "0"},
+    {"seed": 2**63}, {"seed": 10**400}, {"seed": None}, {"seed": float("nan")},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(SETTINGS)))
+def test_hostile_settings(number, tally):
+    with pytest.raises(InputError) as caught:
+        EditConfig.from_json(SETTINGS[number])
+    assert len(str(caught.value)) < 500
+    tally("bad settings refused")
+
+
+GOOD = '"subject": "A", "query": "B?", "answer": "C"'
+PROBES = {
+    "empty": "",
+    "blank lines": "\n \n\n",
+    "no JSON": "{",
+    "a list": "[]",
+    "a number": "3",
+    "null": "null",
+    "text": '"x"',
+    "deep": DEEP,
+    "deep in a field": f'{{{GOOD}, "distractors": {DEEP}}}',
+    "not UTF-8": b'{"subject": "\xff"}',
+    "UTF-16": f"{{{GOOD}}}".encode("utf-16"),
+    "zeros": b"\0" * 100,
+    "a pickle": PICKLE,
+    "a field twice": f'{{{GOOD}, "answer": "D"}}',
+    "a number of 10,000 digits": f'{{{GOOD}, "form": {"9" * 10_000}}}',
+    "no subject": '{"query": "B?", "answer": "C"}',
+    "no query": '{"subject": "A", "answer": "C"}',
+    "no answer": '{"subject": "A", "query": "B?"}',
+    "subject empty": '{"subject": "", "query": "B?", "answer": "C"}',
+    "query blank": '{"subject": "A", "query": " \\t", "answer": "C"}',
+    "answer empty": '{"subject": "A", "query": "B?", "answer": ""}',
+    "subject a number": '{"subject": 1, "query": "B?", "answer": "C"}',
+    "query null": '{"subject": "A", "query": null, "answer": "C"}',
+    "answer a list": '{"subject": "A", "query": "B?", "answer": ["C"]}',
+    "answer true": '{"subject": "A", "query": "B?", "answer": true}',
+    "answer not a number": '{"subject": "A", "query": "B?", "answer": NaN}',
+    "subject infinite": '{"subject": Infinity, "query": "B?", "answer": "C"}',
+    "an unknown field": f'{{{GOOD}, "born": 5}}',
+    "a path as field": f'{{{GOOD}, "../../etc": 5}}',
+    "a field of 10 MB": f'{{{GOOD}, "{"x" * 10**7}": 5}}',
+    "an invisible field": f'{{{GOOD}, "form\u200b": "qa"}}',
+    "a field to steer the terminal": f'{{{GOOD}, "\\u001b[2J\\u202e": 5}}',
+    "distractors text": f'{{{GOOD}, "distractors": "D"}}',
+    "distractors numbers": f'{{{GOOD}, "distractors": [1]}}',
+    "distractors null": f'{{{GOOD}, "distractors": null}}',
+    "distractors twice": f'{{{GOOD}, "distractors": ["D", "d"]}}',
+    "distractors empty": f'{{{GOOD}, "distractors": [""]}}',
+    "the answer a distractor": f'{{{GOOD}, "distractors": ["c"]}}',
+    "form unknown": f'{{{GOOD}, "form": "song"}}',
+    "form a list": f'{{{GOOD}, "form": []}}',
+    "form of 10 MB": f'{{{GOOD}, "form": "{"x" * 10**7}"}}',
+    "split unknown": f'{{{GOOD}, "split": "test"}}',
+    "split a number": f'{{{GOOD}, "split": 1}}',
+    "cloze without a blank": f'{{{GOOD}, "cloze": "B."}}',
+    "cloze a number": f'{{{GOOD}, "cloze": 1}}',
+    "fb without a blank": f'{{{GOOD}, "form": "fb"}}',
+    "mcp without a letter": '{"subject": "A", "query": "B?", "answer": "none", "form": "mcp"}',
+    "a duplicate": f"{{{GOOD}}}\n{{{GOOD}}}",
+    "a duplicate in capitals": f'{{{GOOD}}}\n{{"subject": "a", "query": "b?", "answer": "x"}}',
+    "a surrogate": '{"subject": "\\ud800", "query": "B?", "answer": "C"}',
+    "a zero byte": '{"subject": "A\\u0000", "query": "B?", "answer": "C"}',
+    "a bidirectional subject": '{"subject": "\\u202eA", "query": "B?", "answer": "C"}',
+    "a zero-width subject": '{"subject": "A\\u200b", "query": "B?", "answer": "C"}',
+    "a subject of 10 MB": f'{{"subject": "{"x" * 10**7}", "query": "B?", "answer": "C"}}',
+    "a query of 10 MB": f'{{"subject": "A", "query": "{"x" * 10**7}", "answer": "C"}}',
+    "an answer of 10 MB": f'{{"subject": "A", "query": "B?", "answer": "{"x" * 10**7}"}}',
+    "a good one, then a bad one": f"{{{GOOD}}}\n{{",
+    "a comma too many": f"{{{GOOD},}}",
+    "single quotes": "{'subject': 'A'}",
+    "two on one line": f"{{{GOOD}}} {{{GOOD}}}",
+    "a thousand bad lines": "{\n" * 1000,
+}
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_hostile_probes(name, tmp_path, tally):
+    data = PROBES[name]
+    (tmp_path / "probes.jsonl").write_bytes(data if isinstance(data, bytes) else data.encode())
+    started = time.process_time()
+    with pytest.raises(InputError, match=str(tmp_path)) as caught:
+        load_probes(tmp_path / "probes.jsonl")
+    assert time.process_time() - started < SECONDS
+    assert len(str(caught.value)) < 30_000
+    tally("bad probe files refused")
+
+
+def test_reports_of_layers_survive_what_they_are_made_of(loaded_edit):
+    assert rocr.EditConfig.from_json(json.loads(json.dumps(loaded_edit.config.to_json()))) == loaded_edit.config
