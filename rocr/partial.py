@@ -1,0 +1,177 @@
+"""Load the embedding and the first decoder layers of a model, and leave the rest on the disk.
+
+Keys and states of layers 0 to L need nothing after layer L, so a model that is larger than the memory can be
+edited as long as this beginning of it fits.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from rocr.architectures import Architecture, find_architecture
+from rocr.errors import InputError
+from rocr.models import LoadedModel, ModelSource
+from rocr.shards import StoredTensor, WeightFiles, find_weight_files
+
+MEMORY_SHARE = 0.5
+"""Share of the free memory that a whole model may take before only its beginning is loaded."""
+
+
+def can_load_partially(source: ModelSource) -> bool:
+    """Whether a model lies in safetensors files whose tensors bear the names of the model's parameters.
+
+    Raises:
+        InputError: the files are damaged.
+    """
+    files = None if source.folder is None or source.gguf else find_weight_files(source.folder)
+    if files is None:
+        return False
+    try:
+        empty = empty_model(source)
+    except InputError:
+        return False
+    architecture = find_architecture(empty)
+    names = _needed(architecture, 0)
+    return all(stored_name(files, architecture, name) in files.file_of for name in names)
+
+
+def is_large(source: ModelSource) -> bool:
+    """Whether a model's files take more than half of the free memory."""
+    files = None if source.folder is None or source.gguf else find_weight_files(source.folder)
+    return files is not None and files.size > MEMORY_SHARE * free_memory()
+
+
+def free_memory() -> int:
+    """Bytes of memory that can be had without swapping."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def load_partial(
+    source: ModelSource, last_layer: int, device: str | None = None, trust_remote_code: bool = False
+) -> LoadedModel:
+    """Load a model's embedding and decoder layers 0 to `last_layer`, with dtypes as stored.
+
+    What comes after is on the meta device: it cannot be run. Tensors are read one by one, straight into their
+    own memory.
+
+    Args:
+        source: a folder with safetensors files.
+        last_layer: the last decoder layer to load.
+        device: where to put them; None: the CPU.
+        trust_remote_code: whether code that comes with the model may run.
+
+    Raises:
+        InputError: a tensor is missing, or its shape is not the model's.
+    """
+    files = None if source.folder is None or source.gguf else find_weight_files(source.folder)
+    if files is None:
+        raise InputError(f"{source.name} has no safetensors files: only such a model can be loaded in part.")
+    model = empty_model(source, trust_remote_code)
+    architecture = find_architecture(model)
+    architecture.down_projection(last_layer)
+    for name in _needed(architecture, last_layer):
+        stored = files.find(stored_name(files, architecture, name))
+        _set(model, name, stored, device)
+    model.tie_weights()  # type: ignore[operator]
+    if device is not None:
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(device))
+    tokenizer = _tokenizer(source, trust_remote_code)
+    return LoadedModel(model.eval(), tokenizer, source)
+
+
+def empty_model(source: ModelSource, trust_remote_code: bool = False) -> nn.Module:
+    """A model's structure: its buffers are there, its parameters on the meta device.
+
+    Raises:
+        InputError: the configuration is not one of a causal language model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(str(source.folder), trust_remote_code=trust_remote_code)
+        with _parameters_on_meta():
+            model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
+        raise InputError(f"{source.name} cannot be loaded: {(str(error).splitlines() or [''])[0]}") from error
+    model.config.name_or_path = str(source.folder)  # type: ignore[union-attr]
+    return model
+
+
+def stored_name(files: WeightFiles, architecture: Architecture, name: str) -> str:
+    """How a parameter is called in the files: a checkpoint of the base model leaves out its first name."""
+    base = f"{getattr(architecture.model, 'base_model_prefix', '')}."
+    short = name.removeprefix(base)
+    return short if name not in files.file_of and short in files.file_of else name
+
+
+def needed_tensors(files: WeightFiles, architecture: Architecture, last_layer: int) -> list[StoredTensor]:
+    """What `load_partial` reads."""
+    names = _needed(architecture, last_layer)
+    return [files.find(stored_name(files, architecture, name)) for name in names]
+
+
+def _needed(architecture: Architecture, last_layer: int) -> list[str]:
+    """Parameters of the decoder but for later layers: what stands around the layers is small or needed."""
+    decoder = architecture.layers_name.rpartition(".")[0]
+    prefix, layers = f"{decoder}." if decoder else "", f"{architecture.layers_name}."
+    found = []
+    for name, _ in architecture.model.named_parameters():
+        in_layers = name.startswith(layers)
+        if name.startswith(prefix) and (not in_layers or int(name[len(layers) :].split(".")[0]) <= last_layer):
+            found.append(name)
+    embedding = architecture.embedding
+    return found + [
+        name
+        for name, parameter in architecture.model.named_parameters()
+        if name not in found and any(parameter is own for own in embedding.parameters())
+    ]
+
+
+def _set(model: nn.Module, name: str, stored: StoredTensor, device: str | None) -> None:
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    expected = tuple(getattr(module, leaf).shape)
+    if stored.shape != expected:
+        raise InputError(f"{stored.file}: {stored.name} has the shape {stored.shape}, but the model's is {expected}.")
+    values = stored.read()
+    module._parameters[leaf] = nn.Parameter(values.to(device) if device else values, requires_grad=False)
+
+
+def _tokenizer(source: ModelSource, trust_remote_code: bool) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(str(source.folder), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
+        raise InputError(
+            f"The tokenizer of {source.name} cannot be loaded: {(str(error).splitlines() or [''])[0]}"
+        ) from error
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters registered inside hold no memory; buffers, which are computed and not loaded, are real."""
+    original = nn.Module.register_parameter
+
+    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and parameter.device.type != "meta":
+            parameter = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+        original(module, name, parameter)
+
+    nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original  # type: ignore[method-assign]

@@ -1,0 +1,168 @@
+"""The weight files of a model's folder: which tensor lies in which safetensors file, and where.
+
+Only headers are read here, and of every file no more than that; names, shapes and offsets are checked before
+anything is trusted.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rocr.errors import InputError
+from rocr.files import MAX_HEADER_BYTES
+from rocr.json_values import list_of, parse_json, text_of, whole_number_of
+from rocr.model_folder import INDEX_FILE, SINGLE_FILE, check_model_folder
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies.
+
+    Attributes:
+        name: its name in the file.
+        file: the file's path.
+        dtype: of its values.
+        shape: of its values.
+        start: offset of its first byte in the file.
+        size: its bytes.
+    """
+
+    name: str
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+    def read(self) -> Tensor:
+        """Read the tensor, and nothing else of the file.
+
+        Raises:
+            InputError: the file ends before it.
+        """
+        values = torch.empty(self.shape, dtype=self.dtype)
+        buffer: Any = values.reshape(-1).view(torch.uint8).numpy() if self.size else b""
+        with self.file.open("rb", buffering=0) as file:
+            file.seek(self.start)
+            done = 0
+            while done < self.size:
+                count = file.readinto(memoryview(buffer)[done:])
+                if not count:
+                    raise InputError(f"{self.file} ends within the tensor {self.name}.")
+                done += count
+        return values
+
+
+@dataclass
+class WeightFiles:
+    """The safetensors files of a folder.
+
+    Attributes:
+        folder: where they lie.
+        file_of: for each tensor the name of its file.
+    """
+
+    folder: Path
+    file_of: dict[str, str]
+    _headers: dict[str, dict[str, StoredTensor]] = field(default_factory=dict)
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the files, ascending."""
+        return sorted(set(self.file_of.values()))
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum((self.folder / name).stat().st_size for name in self.files)
+
+    def find(self, name: str) -> StoredTensor:
+        """Where a tensor lies; reads its file's header once.
+
+        Raises:
+            InputError: no file holds it, or the file is damaged.
+        """
+        if name not in self.file_of:
+            raise InputError(f"{self.folder} holds no tensor {name}.")
+        file = self.file_of[name]
+        if file not in self._headers:
+            self._headers[file] = read_layout(self.folder / file)
+        if name not in self._headers[file]:
+            raise InputError(f"{self.folder / file} does not hold {name}, though the index says so.")
+        return self._headers[file][name]
+
+
+def find_weight_files(folder: Path) -> WeightFiles | None:
+    """The safetensors files that a folder's index names, or its one file; None where it has no such weights.
+
+    Raises:
+        InputError: the folder is not a complete and harmless model: see `check_model_folder`.
+    """
+    if not (folder / INDEX_FILE).exists() and not (folder / SINGLE_FILE).exists():
+        return None
+    check_model_folder(folder)
+    if (folder / INDEX_FILE).exists():
+        return WeightFiles(folder, parse_json((folder / INDEX_FILE).read_bytes())["weight_map"])
+    return WeightFiles(folder, dict.fromkeys(read_layout(folder / SINGLE_FILE), SINGLE_FILE))
+
+
+def read_layout(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file, from its header.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
+                raise ValueError(f"its header is said to have {length:,} bytes, the file has {size:,}")
+            header = parse_json(file.read(length))
+        if not isinstance(header, dict):
+            raise ValueError("its header is not an object")
+        entries = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
+        found = {name: _stored(name, entry, path, 8 + length) for name, entry in entries}
+        _check_ranges(list(found.values()), 8 + length, size)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{path} is not a safetensors file: {str(error)[:200]}.") from None
+    return found
+
+
+def _stored(name: str, entry: dict[str, Any], path: Path, base: int) -> StoredTensor:
+    kind = text_of(entry["dtype"], "dtype")
+    shape = tuple(whole_number_of(length, "a length") for length in list_of(entry["shape"], "shape"))
+    start, end = (whole_number_of(offset, "an offset") for offset in list_of(entry["data_offsets"], "data_offsets"))
+    if kind not in DTYPES:
+        # Of another kind, such as float8: never read by rocr, but its bytes are carried along.
+        return StoredTensor(name, path, torch.uint8, (end - start,), base + start, end - start)
+    if end - start != math.prod(shape) * DTYPES[kind].itemsize:
+        raise ValueError(f"{name} is {kind} of shape {shape}, but has {end - start} bytes")
+    return StoredTensor(name, path, DTYPES[kind], shape, base + start, end - start)
+
+
+def _check_ranges(tensors: list[StoredTensor], start: int, size: int) -> None:
+    """Refuse holes, overlaps and a file that is cut short or goes on."""
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.start, tensor.size)):
+        if tensor.start != start:
+            raise ValueError(f"{tensor.name} begins at byte {tensor.start:,}, not at {start:,}")
+        start += tensor.size
+    if start != size:
+        raise ValueError(f"its tensors end at byte {start:,}, but the file has {size:,}")

@@ -1,0 +1,228 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import rocr
+from rocr import InputError, RocrError
+from rocr.architectures import find_architecture
+from rocr.fingerprint import fingerprint
+from rocr.models import find_model, load_model
+from rocr.partial import can_load_partially, empty_model, load_partial, needed_tensors
+from rocr.report import file_digest
+from rocr.rewrite import check_space, rewrite_model
+from rocr.shards import find_weight_files
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def save(tokenizer, tmp_path):
+    """save(model, shard size): the model's folder."""
+
+    def saved(model, size="20KB", name="model"):
+        model.save_pretrained(tmp_path / name, max_shard_size=size)
+        tokenizer.save_pretrained(tmp_path / name)
+        return tmp_path / name
+
+    return saved
+
+
+def source(folder: Path):
+    return find_model(str(folder))
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: file_digest(path) for path in sorted(folder.iterdir()) if path.is_file()}
+
+
+@pytest.mark.parametrize("size", ["20KB", "1GB"], ids=["sharded", "single"])
+def test_the_beginning_of_every_family_computes_the_same(family, size, make_model, tokenizer, concepts, texts, save):
+    folder = save(make_model(family), size)
+    assert can_load_partially(source(folder))
+    whole, part = load_model(source(folder)), load_partial(source(folder), 2)
+    assert {p.device.type for p in find_architecture(part.model).layers[3].parameters()} == {"meta"}
+    settings = rocr.EditConfig(layers=(1, 2))
+    statistics = [rocr.collect_statistics(m.model, tokenizer, texts[:6], (1, 2)) for m in (whole, part)]
+    assert statistics[0].fingerprint.model == statistics[1].fingerprint.model
+    edits = [
+        rocr.unlearn(loaded.model, tokenizer, concepts, own, settings)
+        for loaded, own in zip((whole, part), statistics, strict=True)
+    ]
+    assert [update.applied.after for update in edits[0].updates] == [
+        update.applied.after for update in edits[1].updates
+    ]
+
+
+def test_only_the_beginning_is_read(make_model, tokenizer, save):
+    folder = save(make_model("Llama"))
+    files = find_weight_files(folder)
+    architecture = find_architecture(empty_model(source(folder)))
+    needed = needed_tensors(files, architecture, 1)
+    assert {stored.name for stored in needed} == {
+        name
+        for name in files.file_of
+        if name.startswith(("model.embed", "model.norm", "model.layers.0.", "model.layers.1."))
+    }
+    mark = fingerprint(find_architecture(load_model(source(folder)).model), tokenizer, 1)
+    part = find_architecture(load_partial(source(folder), 1).model)
+    assert fingerprint(part, tokenizer, 1).model == mark.model
+
+
+def test_tied_embeddings_stay_tied(make_model, save):
+    folder = save(make_model("Llama", tie_word_embeddings=True))
+    model = load_partial(source(folder), 1).model
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.lm_head.weight.device.type == "cpu"
+
+
+def test_layers_that_were_not_loaded_are_not_edited(make_model, tokenizer, concepts, statistics, save):
+    loaded = load_partial(source(save(make_model("Llama"))), 1)
+    with pytest.raises(InputError, match="meta device"):
+        rocr.unlearn(loaded.model, tokenizer, concepts, statistics, rocr.EditConfig(layers=(1, 2)))
+
+
+def test_only_edited_tensors_are_rewritten(make_model, save, tmp_path):
+    folder = save(make_model("Llama").bfloat16())
+    (folder / "consolidated.pth").write_bytes(b"the first weights in another format")
+    before = digests(folder)
+    files, name, out = find_weight_files(folder), "model.layers.1.mlp.down_proj.weight", tmp_path / "out"
+    out.mkdir()
+    values = torch.randn(32, 48).bfloat16()
+    (rewritten,) = rewrite_model(files, {name: values}, out)
+    assert len(files.files) > 5 and rewritten == files.file_of[name]
+    for file in files.files:
+        assert (out / file).samefile(folder / file) == (file != rewritten)
+    old, new = (folder / rewritten).read_bytes(), (out / rewritten).read_bytes()
+    place = files.find(name)
+    assert (
+        old[: place.start] == new[: place.start] and old[place.start + place.size :] == new[place.start + place.size :]
+    )
+    assert torch.equal(load_file(out / rewritten)[name], values)
+    assert not (out / "consolidated.pth").exists()
+    assert digests(folder) == before
+    model = load_model(source(out)).model
+    assert torch.equal(model.model.layers[1].mlp.down_proj.weight, values)
+
+
+def test_files_are_copied_where_links_are_refused(make_model, save, tmp_path, monkeypatch):
+    def refuse(*_args, **_options):
+        raise OSError(18, "Invalid cross-device link")
+
+    folder = save(make_model("Llama"))
+    files = find_weight_files(folder)
+    monkeypatch.setattr("os.link", refuse)
+    (tmp_path / "out").mkdir()
+    rewrite_model(files, {}, tmp_path / "out")
+    for file in files.files:
+        assert not (tmp_path / "out" / file).samefile(folder / file)
+        assert file_digest(tmp_path / "out" / file) == file_digest(folder / file)
+
+
+def test_a_small_disk_and_a_wrong_tensor_are_refused_before_anything_is_written(make_model, save, tmp_path):
+    files, name = find_weight_files(save(make_model("Llama"))), "model.layers.1.mlp.down_proj.weight"
+    (tmp_path / "out").mkdir()
+    with pytest.raises(RocrError, match=r"MiB free, but .* MiB are needed; nothing"):
+        check_space(files, [files.file_of[name]], tmp_path / "out", more=2**60)
+    for values in (torch.zeros(32, 48, dtype=torch.bfloat16), torch.zeros(48, 32)):
+        with pytest.raises(InputError, match="is stored as"):
+            rewrite_model(files, {name: values}, tmp_path / "out")
+    with pytest.raises(InputError, match="holds no tensor"):
+        rewrite_model(files, {"model.layers.9.weight": torch.zeros(1)}, tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("bad", ["../a.safetensors", "/etc/a.safetensors", "sub/a.safetensors", "a.bin", "..", ""])
+def test_an_index_that_points_elsewhere_is_refused(bad, make_model, save):
+    folder = save(make_model("Llama"))
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"][next(iter(index["weight_map"]))] = bad
+    path.write_text(json.dumps(index))
+    with pytest.raises(InputError, match=r"no file of this folder"):
+        load_partial(source(folder), 1)
+
+
+def test_links_out_of_the_folder_and_missing_shards_are_refused(make_model, save, tmp_path):
+    folder = save(make_model("Llama"))
+    shard = sorted(folder.glob("model-*.safetensors"))[3]
+    content = shard.read_bytes()
+    shard.unlink()
+    with pytest.raises(InputError, match=shard.name):
+        load_partial(source(folder), 1)
+    (tmp_path / "elsewhere.safetensors").write_bytes(content)
+    shard.symlink_to(tmp_path / "elsewhere.safetensors")
+    with pytest.raises(InputError, match="outside the model's folder"):
+        load_partial(source(folder), 1)
+
+
+def test_shapes_that_disagree_are_refused(make_model, save):
+    folder = save(make_model("Llama"), "1GB")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(47, 32)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"up_proj.weight has the shape \(47, 32\), but the model's is \(48, 32\)"):
+        load_partial(source(folder), 1)
+
+
+@pytest.mark.parametrize("damage", ["cut", "hole", "kind"])
+def test_damaged_layouts_are_refused(damage, make_model, save):
+    folder = save(make_model("Llama"), "1GB")
+    path = folder / "model.safetensors"
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    if damage == "cut":
+        content = content[:-100]
+    else:
+        entry = header["model.embed_tokens.weight"]
+        entry.update({"hole": {"data_offsets": [0, 8]}, "kind": {"dtype": "F16"}}[damage])
+        text = json.dumps(header).encode()
+        content = len(text).to_bytes(8, "little") + text + content[8 + size :]
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"model\.safetensors"):
+        load_partial(source(folder), 1)
+
+
+MEASURED = """
+import sys, resource, torch
+from pathlib import Path
+from rocr.models import find_model
+from rocr.partial import load_partial
+
+def counters():
+    # Characters read by this process: pages that the kernel had cached count too.
+    return int(Path("/proc/self/io").read_text().split("rchar:")[1].split()[0])
+
+def memory():
+    return int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) * 1024
+
+import transformers.models.llama.modeling_llama, transformers.models.auto.tokenization_auto
+folder = find_model(sys.argv[1])
+load_partial(find_model(sys.argv[2]), 1)  # everything is imported by now
+before, held = counters(), memory()
+Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+loaded = load_partial(folder, 6)
+peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+print(counters() - before, peak - held)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="reads are counted by Linux")
+def test_of_eighty_layers_seven_are_read(make_model, tokenizer, save):
+    sizes = {"hidden_size": 384, "intermediate_size": 1152, "num_hidden_layers": 80}
+    folder = save(make_model("Llama", **sizes).bfloat16(), "10MB")
+    small = save(make_model("Llama"), name="small")
+    files = find_weight_files(folder)
+    done = subprocess.run([sys.executable, "-c", MEASURED, folder, small], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    read, held = map(int, done.stdout.split())
+    needed = sum(stored.size for stored in needed_tensors(files, find_architecture(empty_model(source(folder))), 6))
+    print(f"{read:,} bytes read of {files.size:,}, {needed:,} of tensors, {held:,} held")
+    assert len(files.files) > 20
+    assert needed <= read <= 0.15 * files.size, f"{read:,} of {files.size:,} bytes"
+    assert held <= 1.3 * read, f"{held:,} bytes of memory for {read:,} bytes read"
