@@ -4,11 +4,53 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
+
+# Machine code for each generation, and what the driver translates for later ones; wgmma is for sm_90a alone.
+CUDA_CODE = {
+    "low_rank_update.cu": [
+        *(f"-gencode=arch=compute_{chip},code=sm_{chip}" for chip in (80, 86, 89, 90, 100)),
+        "-gencode=arch=compute_90,code=compute_90",
+    ],
+    "second_moment_sm90.cu": ["-gencode=arch=compute_90a,code=sm_90a"],
+}
+
+
+def find_nvcc() -> str | None:
+    """Return the path of CUDA's compiler, from CUDA_HOME or PATH; ROCR_CUDA=0 leaves the CUDA kernels out."""
+    if os.environ.get("ROCR_CUDA", "1") == "0" or sys.platform != "linux":
+        return None
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc", path=os.path.join(home, "bin") if home else None)
+
+
+def compile_cuda(nvcc: str, folder: Path) -> list[str]:
+    """Compile the CUDA kernels, and return the object files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC", "-Xfatbin", "-compress-all", "--threads=0"]
+    objects = []
+    for source, code in CUDA_CODE.items():
+        target = str(folder / f"{source}.o")
+        subprocess.run([nvcc, *flags, *code, "-c", str(Path("csrc") / source), "-o", target], check=True)
+        objects.append(target)
+    return objects
+
+
+def cuda_link_arguments(nvcc: str) -> list[str]:
+    """Return what links CUDA's runtime into the module; the driver's library is looked up when it runs."""
+    plan = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=True)
+    folders = re.findall(r'"-L([^"]+)"', plan.stderr)
+    if not any((Path(folder) / "libcudart_static.a").exists() for folder in folders):
+        raise FileNotFoundError(f"libcudart_static.a is in none of {folders}")
+    return [*(f"-L{folder}" for folder in folders), "-lcudart_static", "-lrt", "-ldl"]
 
 
 def extensions() -> list[Pybind11Extension]:
@@ -18,7 +60,7 @@ def extensions() -> list[Pybind11Extension]:
     compiled = Pybind11Extension(
         "rocr._C",
         sources=sorted(str(path) for path in Path("csrc").glob("*.cpp")),
-        depends=sorted(str(path) for path in Path("csrc").glob("*.h")),
+        depends=sorted(str(path) for pattern in ("*.h", "*.cu", "*.cuh") for path in Path("csrc").glob(pattern)),
         cxx_std=17,
         # Every file names the instruction sets of its functions itself: the result runs on any machine.
         extra_compile_args=["-O3", "-ffp-contract=fast"],
@@ -32,6 +74,7 @@ class OptionalBuild(build_ext):
 
     def build_extension(self, extension: Pybind11Extension) -> None:
         """Build one extension; a compiler that is missing or fails is not an error."""
+        self.add_cuda(extension)
         try:
             super().build_extension(extension)
         except Exception as error:
@@ -41,6 +84,21 @@ class OptionalBuild(build_ext):
                 extension.name,
                 error,
             )
+
+    def add_cuda(self, extension: Pybind11Extension) -> None:
+        """Add the CUDA kernels where nvcc is; without them the module is built for the CPU alone."""
+        nvcc = find_nvcc()
+        if nvcc is None:
+            return
+        try:
+            objects = compile_cuda(nvcc, Path(self.build_temp) / "csrc")
+            libraries = cuda_link_arguments(nvcc)
+        except (OSError, subprocess.CalledProcessError) as error:
+            logging.warning("rocr: the CUDA kernels were not built (%s).", error)
+            return
+        extension.extra_objects += objects
+        extension.extra_link_args += libraries
+        extension.define_macros.append(("ROCR_WITH_CUDA", None))
 
 
 setup(

@@ -1,6 +1,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "cuda_bindings.h"
 #include "low_rank_update.h"
 #include "second_moment.h"
 
@@ -56,4 +57,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("low_rank_update", &low_rank_update, py::arg("updates"), py::arg("scale"), py::arg("stochastic"),
              py::arg("seed"), py::arg("threads"), py::arg("simd") = "",
              py::call_guard<py::gil_scoped_release>());
+#ifdef ROCR_WITH_CUDA
+  bind_cuda(module);
+#endif
 }

@@ -100,6 +100,8 @@ class LowRankPlan:
         alike: dict[tuple[object, ...], list[int]] = {}
         rows_first = [_rows_first(*layer) for layer in zip(weights, lefts, rights, strict=True)]
         for number, (weight, left, right) in enumerate(rows_first):
+            if not weight.numel() or not left.shape[1]:
+                continue
             alike.setdefault(
                 (weight.shape, weight.stride(), weight.dtype, left.shape, left.stride(), right.stride()), []
             ).append(number)

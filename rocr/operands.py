@@ -25,6 +25,18 @@ def check_second_moment(total: Tensor, keys: Tensor) -> None:
     _check_distinct_storages([("total", total), ("keys", keys)], written=1)
 
 
+def check_second_moments(totals: Sequence[Tensor], keys: Sequence[Tensor]) -> None:
+    """Raise InputError unless every total (d, d) can take the second moment of its keys (t, d)."""
+    if len(totals) != len(keys):
+        raise InputError(f"There must be keys for each total, but there are {len(totals)} totals and {len(keys)} keys.")
+    for total, each in zip(totals, keys, strict=True):
+        check_second_moment(total, each)
+        _check_same_device("totals[0]", totals[0], "another total", total)
+    tensors = [(f"totals[{index}]", total) for index, total in enumerate(totals)]
+    tensors += [(f"keys[{index}]", each) for index, each in enumerate(keys)]
+    _check_distinct_storages(tensors, written=len(totals))
+
+
 def check_square(name: str, total: Tensor) -> None:
     """Raise InputError unless total is a square float32 matrix."""
     if total.dim() != 2 or total.shape[0] != total.shape[1]:

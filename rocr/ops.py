@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -17,8 +17,8 @@ from rocr import operands
 from rocr.errors import GuardError, InputError
 from rocr.rounding import check_rounding
 
-BACKENDS = ("cuda", "triton", "cpp", "torch", "reference")
-"""Every backend, the fastest first."""
+BACKENDS = ("triton", "cpp", "torch", "cuda", "reference")
+"""Every backend, the one to prefer first; cuda waits behind torch until it has been measured against Triton."""
 
 
 class Metric(Protocol):
@@ -53,8 +53,17 @@ class Backend(Protocol):
         ...
 
 
+@runtime_checkable
+class LayersBackend(Protocol):
+    """What a backend offers that computes several layers at a time."""
+
+    def accumulate_second_moments(self, totals: Sequence[Tensor], keys: Sequence[Tensor]) -> None:
+        """Add keysᵀ keys to the lower triangle of each total."""
+        ...
+
+
 def available_backends(device: str | torch.device) -> list[str]:
-    """Names of the backends that run on the device here, the fastest first."""
+    """Names of the backends that run on the device here, the one to prefer first."""
     device = torch.device(device)
     return [name for name in BACKENDS if (backend := _load(name)) and backend.is_available(device)]
 
@@ -79,9 +88,32 @@ def accumulate_second_moment(total: Tensor, keys: Tensor, backend: str | None = 
     chosen = _choose(backend, total.device)
     if not total.numel() or not keys.numel():
         return total
-    has_rows = keys.stride(1) == 1 and (keys.stride(0) >= keys.shape[1] or keys.shape[0] == 1)
-    chosen.accumulate_second_moment(total, keys if has_rows else keys.contiguous())
+    chosen.accumulate_second_moment(total, _with_rows(keys))
     return total
+
+
+@torch.no_grad()
+def accumulate_second_moments(totals: Sequence[Tensor], keys: Sequence[Tensor], backend: str | None = None) -> None:
+    """Do accumulate_second_moment for several layers; on a GPU, layers of one shape share a launch.
+
+    Args:
+        totals: one (d, d) for each layer.
+        keys: one (t, d) for each total.
+        backend: one of available_backends(device), or None for the fastest.
+
+    Raises:
+        InputError: as accumulate_second_moment does, or a total that occurs twice.
+    """
+    operands.check_second_moments(totals, keys)
+    layers = [(total, _with_rows(each)) for total, each in zip(totals, keys, strict=True) if each.numel()]
+    if not layers:
+        return
+    chosen = _choose(backend, layers[0][0].device)
+    if isinstance(chosen, LayersBackend):
+        chosen.accumulate_second_moments([total for total, _ in layers], [each for _, each in layers])
+        return
+    for total, each in layers:
+        chosen.accumulate_second_moment(total, each)
 
 
 @torch.no_grad()
@@ -212,6 +244,12 @@ def _require_finite(name: str, tensor: Tensor) -> None:
     bad = tensor.numel() - int(tensor.isfinite().sum())
     if bad:
         raise GuardError(f"{bad} of {tensor.numel()} numbers of {name} are not finite; nothing was solved.")
+
+
+def _with_rows(keys: Tensor) -> Tensor:
+    """Return keys whose rows lie one after the other, each in one piece."""
+    has_rows = keys.stride(1) == 1 and (keys.stride(0) >= keys.shape[1] or keys.shape[0] == 1)
+    return keys if has_rows else keys.contiguous()
 
 
 def _load(name: str) -> Backend | None:

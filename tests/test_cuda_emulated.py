@@ -66,10 +66,15 @@ def second_moment_error(
     return float(done.stdout)
 
 
-@pytest.mark.parametrize("eager", [False, True], ids=["products-late", "products-early"])
 @pytest.mark.parametrize(
-    ("width", "tokens", "layers", "clusters"),
-    [(8, 1, 1, 1), (300, 200, 1, 1), (264, 700, 2, 2), (520, 333, 1, 4), (64, 8300, 1, 1)],
+    ("width", "tokens", "layers", "clusters", "eager"),
+    [
+        (8, 1, 1, 1, False),
+        (300, 400, 1, 1, True),
+        (264, 400, 2, 2, False),
+        (520, 200, 1, 4, False),
+        (64, 8300, 1, 1, False),
+    ],
 )
 def test_second_moment_is_right_whenever_copies_and_products_happen(
     second_moment: Path, width: int, tokens: int, layers: int, clusters: int, eager: bool
@@ -77,9 +82,8 @@ def test_second_moment_is_right_whenever_copies_and_products_happen(
     assert second_moment_error(second_moment, width, tokens, layers, clusters, eager) < SUM_OF_FLOAT32
 
 
-@pytest.mark.parametrize("splits", [2, 3])
-def test_second_moment_adds_up_the_slices_of_shared_tiles(second_moment: Path, splits: int) -> None:
-    assert second_moment_error(second_moment, 520, 500, 1, 2, False, splits) < SUM_OF_FLOAT32
+def test_second_moment_adds_up_the_slices_of_shared_tiles(second_moment: Path) -> None:
+    assert second_moment_error(second_moment, 264, 500, 1, 2, False, splits=3) < SUM_OF_FLOAT32
 
 
 def test_a_fault_in_the_protocol_shows(second_moment: Path, tmp_path: Path) -> None:

@@ -1,0 +1,66 @@
+"""The backends of NVIDIA GPUs as seen without one: chosen when they can run, silent when they cannot."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from rocr import backend_cuda, backend_triton, ops, reference
+from rocr.errors import InputError
+
+GPU_BACKENDS = (backend_triton, backend_cuda)
+
+
+def test_importing_them_starts_nothing() -> None:
+    code = (
+        "import sys, torch, rocr.backend_triton, rocr.backend_cuda\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "assert 'triton' not in sys.modules and 'rocr._C' not in sys.modules\n"
+        "assert not any(name.startswith('rocr_kernels') for name in sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("backend", GPU_BACKENDS, ids=lambda backend: backend.__name__)
+def test_they_do_not_run_on_the_cpu(backend) -> None:
+    assert not backend.is_available(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_asking_for_them_on_the_cpu_is_refused_in_a_sentence(name: str) -> None:
+    with pytest.raises(InputError, match=f"'{name}' cannot run on cpu here; available are"):
+        ops.accumulate_second_moment(torch.zeros(3, 3), torch.zeros(2, 3), backend=name)
+
+
+@pytest.mark.parametrize("backend", GPU_BACKENDS, ids=lambda backend: backend.__name__)
+def test_fake_tensors_pass_through(backend) -> None:
+    with FakeTensorMode():
+        totals = [torch.empty(64, 64, device="cuda") for _ in range(2)]
+        keys = [torch.empty(9, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+        assert backend.second_moments_op(totals, keys) is None
+        lefts, rights = [torch.empty(64, 2, device="cuda")] * 2, [torch.empty(2, 64, device="cuda")] * 2
+        backend.low_rank_update(totals, lefts, rights, 1.0, "nearest", 0)
+
+
+def test_several_layers_at_once_are_several_calls() -> None:
+    keys = [torch.randn(20, 12).to(torch.bfloat16), torch.randn(33, 7), torch.empty(0, 5)]
+    totals = [torch.randn(12, 12), torch.randn(7, 7), torch.randn(5, 5)]
+    expected = [total.double() + reference.second_moment(each) for total, each in zip(totals, keys, strict=True)]
+    ops.accumulate_second_moments(totals, keys)
+    for total, right in zip(totals, expected, strict=True):
+        torch.testing.assert_close(total.tril().double(), right.tril(), rtol=1e-5, atol=1e-5)
+
+
+def test_one_total_for_two_layers_is_refused() -> None:
+    total = torch.zeros(4, 4)
+    with pytest.raises(InputError, match=r"totals\[0\] and totals\[1\] share one storage"):
+        ops.accumulate_second_moments([total, total], [torch.zeros(2, 4), torch.zeros(2, 4)])
+
+
+def test_totals_without_keys_are_refused() -> None:
+    with pytest.raises(InputError, match="2 totals and 1 keys"):
+        ops.accumulate_second_moments([torch.zeros(4, 4), torch.zeros(4, 4)], [torch.zeros(2, 4)])
