@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,16 +110,17 @@ def load_model(
         check_model_folder(source.folder)
     place = source.name if source.folder is None else str(source.folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place, **options)
-        if source.gguf is None:
-            options["use_safetensors"] = True  # never a pickle
-        model, found = AutoModelForCausalLM.from_pretrained(
-            place,
-            dtype=dtype or "auto",
-            device_map=None if device in (None, "cpu") else device,
-            output_loading_info=True,
-            **options,
-        )
+        with offline(unless=source.download):
+            tokenizer = AutoTokenizer.from_pretrained(place, **options)
+            if source.gguf is None:
+                options["use_safetensors"] = True  # never a pickle
+            model, found = AutoModelForCausalLM.from_pretrained(
+                place,
+                dtype=dtype or "auto",
+                device_map=None if device in (None, "cpu") else device,
+                output_loading_info=True,
+                **options,
+            )
     except Exception as error:  # tokenizers and configurations of others raise whatever they like
         reason = str(error).strip().split("\n")[0][:300] or type(error).__name__
         hint = "" if source.folder or source.download else " Nothing was downloaded; --download allows it."
@@ -134,6 +137,19 @@ def _check_complete(source: ModelSource, found: dict[str, Any]) -> None:
         raise InputError(f"{source.name} lacks {len(missing)} of the model's tensors, such as {missing[0][:100]}.")
     if found.get("mismatched_keys"):
         raise InputError(f"{source.name} holds tensors of other shapes than its config.json says.")
+
+
+@contextmanager
+def offline(unless: bool = False) -> Iterator[None]:
+    """No connections to a hub inside: `local_files_only` alone still looks the hub's address up."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or not unless
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def save_model(loaded: LoadedModel, folder: Path) -> None:

@@ -67,6 +67,7 @@ def _empty_model(source: ModelSource, trust_remote_code: bool) -> Architecture:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from rocr.model_folder import check_model_folder
+    from rocr.models import offline
 
     place = source.name if source.folder is None else str(source.folder)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
@@ -77,8 +78,8 @@ def _empty_model(source: ModelSource, trust_remote_code: bool) -> Architecture:
     elif source.gguf is None:
         check_model_folder(source.folder)
     try:
-        config = AutoConfig.from_pretrained(place, **options)
-        with torch.device("meta"):
+        with offline(unless=source.download), torch.device("meta"):
+            config = AutoConfig.from_pretrained(place, **options)
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # configurations of others raise whatever they like
         reason = str(error).strip().split("\n")[0][:300] or type(error).__name__
