@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rocr.errors import InputError
+from rocr.locks import locked
+from rocr.output import check_output
 
 if TYPE_CHECKING:
     from rocr.models import LoadedModel, ModelSource
@@ -64,6 +68,12 @@ def source_of(arguments: argparse.Namespace) -> ModelSource:
     from rocr.models import find_model
 
     return find_model(arguments.model, download=arguments.download)
+
+
+def claim_output(arguments: argparse.Namespace, inputs: Iterable[str | Path]) -> None:
+    """Make sure that --out can be written, and that no other run writes it until this one has ended."""
+    check_output(arguments.out, inputs=inputs, overwrite=arguments.overwrite)
+    arguments.until_the_end.enter_context(locked(arguments.out))
 
 
 def load(arguments: argparse.Namespace, source: ModelSource) -> LoadedModel:

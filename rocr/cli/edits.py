@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rocr.cli.arguments import add_model, load, source_of
+from rocr.cli.arguments import add_model, claim_output, load, source_of
 from rocr.cli.console import Console
 from rocr.errors import InputError
-from rocr.output import check_output, new_directory
+from rocr.output import new_directory
 
 if TYPE_CHECKING:
     from rocr.edit import Edit
@@ -60,7 +60,7 @@ def _load(arguments: argparse.Namespace, place: str | Path, console: Console) ->
     source = source_of(arguments)
     if not Path(place).is_file():
         raise InputError(f"There is no edit file at {place}.")
-    check_output(arguments.out, inputs=(*source.inputs, place), overwrite=arguments.overwrite)
+    claim_output(arguments, (*source.inputs, place))
 
     from rocr.edit import Edit
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rocr.cli.arguments import add_model, load, positive, source_of
+from rocr.cli.arguments import add_model, claim_output, load, positive, source_of
 from rocr.cli.console import Console
 from rocr.output import check_output
 
@@ -54,6 +54,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     for path in filter(None, (arguments.out, arguments.html)):
         check_output(path, inputs=inputs, overwrite=arguments.overwrite)
     source = source_of(arguments)
+    claim_output(arguments, inputs)
     probes = load_probes(arguments.probes)
     edit = _load_edit(arguments.edit)
     targets = arguments.targets or ([concept.name for concept in edit.concepts] if edit is not None else None)

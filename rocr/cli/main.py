@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from types import FrameType
 
 from rocr import __version__
@@ -40,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(json_output=parsed.json)
     previous = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        console.print_json(parsed.run(parsed, console))
+        with ExitStack() as parsed.until_the_end:
+            console.print_json(parsed.run(parsed, console))
         return 0
     except RocrError as error:
         console.fail(str(error), error.exit_code)

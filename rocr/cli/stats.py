@@ -6,9 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from rocr.cli.arguments import add_model, add_text, layer_list, load, positive, source_of
+from rocr.cli.arguments import add_model, add_text, claim_output, layer_list, load, positive, source_of
 from rocr.cli.console import Console
-from rocr.output import check_output
 from rocr.texts import check_texts, read_texts, text_digest
 
 
@@ -30,7 +29,7 @@ def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Collect statistics, going on where an interrupted run with the same arguments stopped."""
     source = source_of(arguments)
-    check_output(arguments.out, inputs=source.inputs, overwrite=arguments.overwrite)
+    claim_output(arguments, source.inputs)
     texts = list(arguments.text or ())
     check_texts(texts)
 

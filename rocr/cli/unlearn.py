@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rocr.cli.arguments import add_model, add_text, check_save, layer_list, load, positive, source_of
+from rocr.cli.arguments import add_model, add_text, check_save, claim_output, layer_list, load, positive, source_of
 from rocr.cli.console import Console
 from rocr.concepts import Concept, check_concepts, load_concepts
 from rocr.errors import InputError
@@ -111,7 +111,10 @@ def _check_output(arguments: argparse.Namespace, source: ModelSource) -> None:
         if not arguments.dry_run:
             raise InputError("--out DIR is needed: where the edited model goes.")
         return
-    check_output(arguments.out, inputs=source.inputs, overwrite=arguments.overwrite)
+    if arguments.dry_run:
+        check_output(arguments.out, inputs=source.inputs, overwrite=arguments.overwrite)
+    else:
+        claim_output(arguments, source.inputs)
 
 
 def _asked(arguments: argparse.Namespace, concepts: list[Concept]) -> list[str]:
