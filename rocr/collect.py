@@ -141,8 +141,9 @@ class _Source:
             wanted = options.tokens or DEFAULT_SAMPLED_TOKENS
             sequences: Iterable[list[int]] = sample_sequences(model, tokenizer, wanted, options.seed, progress)
         else:
-            positions = getattr(text_config(model), "max_position_embeddings", None) or options.length
-            sequences = pack_tokens(self._counted(self.texts), tokenizer, min(options.length, positions))
+            length = min(options.length, getattr(text_config(model), "max_position_embeddings", None) or options.length)
+            vocabulary = len(find_architecture(model).embedding.weight)  # type: ignore[arg-type]
+            sequences = pack_tokens(self._counted(self.texts), tokenizer, length, vocabulary)
         planned = 0
         for batch in token_batches(sequences, options.batch_tokens):
             if options.tokens is not None and planned >= options.tokens:

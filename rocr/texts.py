@@ -82,11 +82,20 @@ def text_digest(paths: Paths) -> str:
     return digest.hexdigest()
 
 
-def pack_tokens(texts: Iterable[str], tokenizer: Any, length: int) -> Iterator[list[int]]:
+def pack_tokens(
+    texts: Iterable[str], tokenizer: Any, length: int, vocabulary: int | None = None
+) -> Iterator[list[int]]:
     """Yield sequences of `length` tokens cut from the documents, joined by the end-of-text token.
 
     Every sequence begins with one BOS token where the tokenizer adds one to a text, and none does where it
     adds none. The last sequence may be shorter; with fewer than 2 tokens it is left out.
+
+    Args:
+        texts: the documents.
+        tokenizer: of the model.
+        length: tokens of a sequence.
+        vocabulary: number of tokens that the model embeds; None: not known. A tokenizer that was converted from
+            a GGUF file can have an end-of-text token beyond them, which then joins nothing.
 
     Raises:
         InputError: length < 2.
@@ -95,7 +104,7 @@ def pack_tokens(texts: Iterable[str], tokenizer: Any, length: int) -> Iterator[l
         raise InputError(f"A sequence of {length} tokens is too short: at least 2 are needed.")
     start = _start_token(tokenizer)
     head = [] if start is None else [start]
-    separator = _end_of_text(tokenizer)
+    separator = _end_of_text(tokenizer, vocabulary)
     room = length - len(head)
     pending: list[int] = []
     follows = False
@@ -139,11 +148,13 @@ def _start_token(tokenizer: Any) -> int | None:
     return start if start is not None and tokenizer("a")["input_ids"][:1] == [start] else None
 
 
-def _end_of_text(tokenizer: Any) -> int | None:
+def _end_of_text(tokenizer: Any, vocabulary: int | None) -> int | None:
     """Return the token that ends a document; a chat model's EOS token ends a turn, so it comes second."""
     for text in _END_OF_TEXT:
         token: int | None = tokenizer.convert_tokens_to_ids(text)
-        if token is not None and tokenizer.convert_ids_to_tokens(token) == text:
+        if token is None or tokenizer.convert_ids_to_tokens(token) != text:
+            continue
+        if vocabulary is None or token < vocabulary:
             return token
     end: int | None = tokenizer.eos_token_id
     return end
