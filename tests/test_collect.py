@@ -9,7 +9,7 @@ from rocr.architectures import find_architecture
 from rocr.texts import pack_tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-ROUNDING = 1e-5  # float32 sums against float64, relative to the largest entry; 1.5e-6 was measured
+ROUNDING = 2e-6  # float32 sums against float64, relative to the largest entry; at most 3e-7 was measured
 CUT = CollectOptions(length=32, batch_tokens=256)
 
 

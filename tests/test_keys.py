@@ -8,7 +8,7 @@ from rocr.keys import before_output_norm, read_states
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIG = EditConfig(templates=("Who is {}?", "It is about {}.", "A longer text that tells much about {}."))
-ROUNDING = 3e-6  # batched float32 against unbatched, relative to the largest value; 6e-7 was measured
+ROUNDING = 5e-6  # batched float32 against unbatched, relative to the largest value; at most 1.1e-6 was measured
 
 
 def reference(architecture, reading, hidden_layer, key_layer):
