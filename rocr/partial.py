@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from rocr.architectures import Architecture, find_architecture
+from rocr.architectures import Architecture, find_architecture, text_config
 from rocr.errors import InputError
 from rocr.models import LoadedModel, ModelSource
 from rocr.shards import StoredTensor, WeightFiles, find_weight_files
@@ -34,10 +34,11 @@ def can_load_partially(source: ModelSource) -> bool:
     if files is None:
         return False
     try:
-        empty = empty_model(source)
+        architecture = find_architecture(empty_model(source))
     except InputError:
         return False
-    architecture = find_architecture(empty)
+    if getattr(text_config(architecture.model), "quantization_config", None) is not None:
+        return False
     names = _needed(architecture, 0)
     return all(stored_name(files, architecture, name) in files.file_of for name in names)
 

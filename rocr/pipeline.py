@@ -247,13 +247,25 @@ def resolve_layers(config: EditConfig, model: nn.Module) -> EditConfig:
     Raises:
         InputError: a layer is out of range, has no dense down-projection, or was never loaded.
     """
-    architecture = find_architecture(model)
-    layers = config.layers or default_layers(architecture.depth)
+    layers = chosen_layers(config, model)
     for layer in layers:
-        projection = architecture.down_projection(layer)
+        projection = find_architecture(model).down_projection(layer)
         if projection.parameter.device.type == "meta":
             raise InputError(f"{projection.parameter_name} is on the meta device: its values were never loaded.")
     return replace(config, layers=layers)
+
+
+def chosen_layers(config: EditConfig, model: nn.Module) -> tuple[int, ...]:
+    """The layers that are edited in a model, which need not be loaded.
+
+    Raises:
+        InputError: a layer is out of range.
+    """
+    architecture = find_architecture(model)
+    layers = config.layers or default_layers(architecture.depth)
+    for layer in layers:
+        architecture.down_projection(layer)
+    return layers
 
 
 def _check_shapes(architecture: Architecture, moments: dict[int, Tensor]) -> None:

@@ -36,7 +36,12 @@ class Answer:
 
 
 def build_report(
-    edit: Edit, model: str, seconds: Mapping[str, float], answers: Sequence[Answer], files: Mapping[str, str]
+    edit: Edit,
+    model: str,
+    seconds: Mapping[str, float],
+    answers: Sequence[Answer],
+    files: Mapping[str, str],
+    linked: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Everything about an edit that a later reader needs, as JSON values.
 
@@ -45,7 +50,8 @@ def build_report(
         model: what the user called the model.
         seconds: duration of each stage of the command.
         answers: before and after.
-        files: sha256 of every file of the output but the report.
+        files: sha256 of every file of the output but the report and those that are linked.
+        linked: files that are the input's own, which were not read.
     """
     layers = edit.report.layers
     concepts = []
@@ -67,6 +73,7 @@ def build_report(
         "seconds": {"stages": dict(seconds), "edit": edit.report.seconds},
         "versions": versions(),
         "files": dict(files),
+        "linked": list(linked),
         "note": "Measured outcomes of one edit. They are not proof that the concepts cannot be recovered.",
     }
 
@@ -82,11 +89,13 @@ def versions() -> dict[str, str]:
     return found
 
 
-def file_digests(folder: Path) -> dict[str, str]:
-    """sha256 of every file below a folder, by its path relative to it."""
+def file_digests(folder: Path, leave_out: Sequence[str] = ()) -> dict[str, str]:
+    """sha256 of every file below a folder but those left out, by its path relative to it."""
     digests = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        digests[path.relative_to(folder).as_posix()] = file_digest(path)
+        name = path.relative_to(folder).as_posix()
+        if name not in leave_out:
+            digests[name] = file_digest(path)
     return digests
 
 

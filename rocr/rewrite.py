@@ -38,8 +38,8 @@ def rewrite_model(files: WeightFiles, changes: Mapping[str, Tensor], out: Path) 
         Names of the weight files that were written anew; the others are links or copies.
 
     Raises:
-        InputError: a tensor is not there, or of another dtype or shape.
-        RocrError: the disk is too small or refuses.
+        InputError: a tensor is not there, or of another dtype or shape; or the disk is too small.
+        RocrError: the disk refuses.
     """
     places = {name: files.find(name) for name in changes}
     for name, place in places.items():
@@ -82,12 +82,12 @@ def check_space(files: WeightFiles, rewritten: list[str], out: Path, more: int =
         more: bytes that will be needed besides.
 
     Raises:
-        RocrError: the disk has less free space than needed; says how much is missing.
+        InputError: the disk has less free space than needed; says how much.
     """
     needed = bytes_written(files, rewritten, out) + more + SPARE_BYTES
     free = shutil.disk_usage(out).free
     if needed > free:
-        raise RocrError(
+        raise InputError(
             f"The disk of {out} has {free / 2**20:,.0f} MiB free, but {needed / 2**20:,.0f} MiB are needed; nothing "
             "was written."
         )

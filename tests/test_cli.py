@@ -264,3 +264,59 @@ def test_an_interrupted_run_leaves_nothing_half_written(
     assert "Traceback" not in errors
     # Whether a batch was done by then depends on the machine; only a complete checkpoint may be there.
     assert {path.name for path in tmp_path.iterdir()} <= {"long.txt", "s.checkpoint"}
+
+
+@pytest.fixture(scope="module")
+def sharded(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model in many small files."""
+    folder = tmp_path_factory.mktemp("models") / "sharded"
+    AutoModelForCausalLM.from_pretrained(model_folder).save_pretrained(folder, max_shard_size="20KB")
+    for path in [*model_folder.glob("tokenizer*"), *model_folder.glob("chat_template*")]:
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def test_a_model_loaded_in_part_is_edited_to_the_same_bytes(
+    model_folder: Path, sharded: Path, text_file: Path, tmp_path: Path
+) -> None:
+    before = digests(sharded)
+    concept = ("--concept", "Ada Byron", "--redirect", "Blaise Pascal", "--json", "--force")
+    file = tmp_path / "statistics.safetensors"
+    collected = rocr("stats", sharded, "--partial", "--text", text_file, "--out", file, "--layers", "1-2")
+    assert collected.returncode == 0, collected.stderr
+    whole = rocr("unlearn", model_folder, *concept, "--layers", "1-2", "--statistics", file, "--out", tmp_path / "a")
+    part = rocr(
+        "unlearn", sharded, *concept, "--layers", "1-2", "--statistics", file, "--out", tmp_path / "b", "--partial"
+    )
+    assert whole.returncode == part.returncode == 0, part.stderr
+    assert "nothing is asked" in part.stderr
+    report = json.loads(part.stdout)
+    assert report["answers"] == [] and len(report["linked"]) > 5
+    assert all((tmp_path / "b" / name).samefile(sharded / name) for name in report["linked"])
+    assert not set(report["files"]) & set(report["linked"])
+    first, second = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("a", "b"))
+    for (name, mine), (_, theirs) in zip(first.named_parameters(), second.named_parameters(), strict=True):
+        assert torch.equal(mine, theirs), name
+    assert digests(sharded) == before
+    back = rocr("revert", tmp_path / "b", "--out", tmp_path / "back")
+    assert back.returncode == 0, back.stderr
+    tensors = {name: digest for name, digest in digests(tmp_path / "back").items() if name.startswith("model-")}
+    assert tensors == {name: digest for name, digest in before.items() if name.startswith("model-")}
+
+
+def test_a_model_loaded_in_part_cannot_write_text(sharded: Path, tmp_path: Path) -> None:
+    concept = ("--concept", "Ada Byron", "--redirect", "Blaise Pascal", "--partial")
+    refused(rocr("unlearn", sharded, *concept, "--out", tmp_path / "out"), 2, "--text or --statistics")
+    refused(
+        rocr("unlearn", sharded, *concept, "--dtype", "bfloat16", "--out", tmp_path / "out"), 2, "as they are stored"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_too_small_is_refused_before_anything_is_written(
+    sharded: Path, edited: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rocr.rewrite.SPARE_BYTES", 2**60)
+    done = rocr("apply", sharded, edited / "edit.safetensors", "--out", tmp_path / "out")
+    refused(done, 2, "MiB are needed; nothing was written")
+    assert not list(tmp_path.iterdir())

@@ -30,6 +30,41 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
 
 
+def add_partial(parser: argparse.ArgumentParser) -> None:
+    """Add how much of the model is loaded."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "--partial",
+        action="store_true",
+        help="load the embedding and the layers that are needed only (default: where the model takes more than half "
+        "of the free memory); nothing can be asked then",
+    )
+    group.add_argument("--whole", action="store_true", help="load the whole model")
+
+
+def loads_partially(arguments: argparse.Namespace, source: ModelSource) -> bool:
+    """Whether only the beginning of MODEL is loaded.
+
+    Raises:
+        InputError: that was asked for, but cannot be done.
+    """
+    if arguments.whole:
+        return False
+    from rocr.partial import can_load_partially, is_large
+
+    if not arguments.partial and (arguments.dtype or arguments.device == "auto" or not is_large(source)):
+        return False
+    if arguments.dtype or arguments.device == "auto":
+        raise InputError("--partial keeps the weights as they are stored: leave out --dtype, and --device auto.")
+    possible = can_load_partially(source)
+    if arguments.partial and not possible:
+        raise InputError(
+            f"{source.name} cannot be loaded in part: that needs a folder of safetensors files whose tensors bear the "
+            "names of the model's own."
+        )
+    return possible
+
+
 def add_text(parser: argparse.ArgumentParser) -> None:
     """Add the text of statistics and how much of it is read."""
     parser.add_argument(
@@ -76,8 +111,8 @@ def claim_output(arguments: argparse.Namespace, inputs: Iterable[str | Path]) ->
     arguments.until_the_end.enter_context(locked(arguments.out))
 
 
-def load(arguments: argparse.Namespace, source: ModelSource) -> LoadedModel:
-    """Load MODEL as the arguments say."""
+def load(arguments: argparse.Namespace, source: ModelSource, last_layer: int | None = None) -> LoadedModel:
+    """Load MODEL as the arguments say; where a last layer is given, only what comes up to it."""
     import transformers
 
     from rocr.models import DTYPES as TORCH_DTYPES
@@ -85,6 +120,10 @@ def load(arguments: argparse.Namespace, source: ModelSource) -> LoadedModel:
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+    if last_layer is not None:
+        from rocr.partial import load_partial
+
+        return load_partial(source, last_layer, arguments.device, arguments.trust_remote_code)
     dtype = TORCH_DTYPES[arguments.dtype] if arguments.dtype else None
     return load_model(source, dtype, arguments.device, arguments.trust_remote_code)
 

@@ -14,7 +14,7 @@ from rocr.output import new_directory
 
 if TYPE_CHECKING:
     from rocr.edit import Edit
-    from rocr.models import LoadedModel
+    from rocr.models import LoadedModel, ModelSource
 
 EDIT_FILE = "edit.safetensors"
 
@@ -66,23 +66,32 @@ def _load(arguments: argparse.Namespace, place: str | Path, console: Console) ->
 
     edit = Edit.load(place)
     with console.stage("load"):
-        return edit, load(arguments, source)
+        return edit, load(arguments, source, _last_layer(arguments, source, edit))
+
+
+def _last_layer(arguments: argparse.Namespace, source: ModelSource, edit: Edit) -> int | None:
+    """The last layer to load, since what comes after is not changed; None: the whole model."""
+    from rocr.partial import can_load_partially
+
+    if arguments.dtype or arguments.device == "auto" or not can_load_partially(source):
+        return None
+    return max(*edit.layers, edit.fingerprint.layer)
 
 
 def _save(
     arguments: argparse.Namespace, loaded: LoadedModel, edit: Edit, console: Console, applied: bool
 ) -> dict[str, Any]:
-    from rocr.models import save_model
     from rocr.report import build_report, file_digests
+    from rocr.saving import save_edited
 
     with (
         console.stage("save"),
         new_directory(arguments.out, inputs=loaded.source.inputs, overwrite=arguments.overwrite) as partial,
     ):
-        save_model(loaded, partial)
+        linked = save_edited(loaded, edit, partial)
         if applied:
             edit.save(partial / EDIT_FILE)
-        report = build_report(edit, arguments.model, console.seconds, [], file_digests(partial))
+        report = build_report(edit, arguments.model, console.seconds, [], file_digests(partial, linked), linked)
         report["applied"] = applied
         text = json.dumps(report, indent=2, ensure_ascii=False)
         (partial / "report.json").write_text(text + "\n", encoding="utf-8")

@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rocr.cli.arguments import add_model, add_text, claim_output, layer_list, load, positive, source_of
+from rocr.cli.arguments import (
+    add_model,
+    add_partial,
+    add_text,
+    claim_output,
+    layer_list,
+    load,
+    loads_partially,
+    positive,
+    source_of,
+)
 from rocr.cli.console import Console
+from rocr.errors import InputError
 from rocr.texts import check_texts, read_texts, text_digest
+
+if TYPE_CHECKING:
+    from rocr.models import ModelSource
 
 
 def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
     """Add the command."""
     parser = subparsers.add_parser("stats", parents=[common], help="collect key statistics from text")
     add_model(parser)
+    add_partial(parser)
     add_text(parser)
     parser.add_argument("--layers", type=layer_list, help="such as 4,5,6 (default: chosen from the depth)")
     parser.add_argument("--length", type=positive, default=512, metavar="N", help="tokens of a sequence (default: 512)")
@@ -46,7 +61,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
         checkpoint=checkpoint,
     )
     with console.stage("load"):
-        loaded = load(arguments, source)
+        loaded = load(arguments, source, _last_layer(arguments, source))
     if checkpoint is not None and checkpoint.exists():
         console.warn(f"Going on from {checkpoint}.")
     with console.stage("statistics") as progress:
@@ -65,3 +80,19 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
         "fingerprint": statistics.fingerprint.to_json(),
         "seconds": console.seconds,
     }
+
+
+def _last_layer(arguments: argparse.Namespace, source: ModelSource) -> int | None:
+    """The last layer to load; None: the whole model."""
+    if not loads_partially(arguments, source):
+        return None
+    if not arguments.text:
+        raise InputError(
+            "Only the beginning of the model is loaded, so it cannot write ordinary text itself: give --text, or load "
+            "the --whole model."
+        )
+    from rocr.config import EditConfig
+    from rocr.partial import empty_model
+    from rocr.pipeline import chosen_layers
+
+    return max(chosen_layers(EditConfig(layers=arguments.layers), empty_model(source, arguments.trust_remote_code)))

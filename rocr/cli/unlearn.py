@@ -7,7 +7,18 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rocr.cli.arguments import add_model, add_text, check_save, claim_output, layer_list, load, positive, source_of
+from rocr.cli.arguments import (
+    add_model,
+    add_partial,
+    add_text,
+    check_save,
+    claim_output,
+    layer_list,
+    load,
+    loads_partially,
+    positive,
+    source_of,
+)
 from rocr.cli.console import Console
 from rocr.concepts import Concept, check_concepts, load_concepts
 from rocr.errors import InputError
@@ -28,6 +39,7 @@ def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
     """Add the command."""
     parser = subparsers.add_parser("unlearn", parents=[common], help="redirect concepts and save the edited model")
     add_model(parser)
+    add_partial(parser)
     parser.add_argument("concepts", metavar="CONCEPTS", nargs="?", help="a .txt, .csv or .jsonl list of concepts")
     parser.add_argument("--concept", action="append", metavar="NAME", help="in place of a list; may be repeated")
     parser.add_argument("--redirect", metavar="NAME", help="what concepts without a redirect of their own become")
@@ -79,8 +91,12 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
         from rocr.cli.plan import show_plan
 
         return show_plan(arguments, concepts, source, config, save, console)
+    last_layer = _last_layer(arguments, source, config, statistics)
+    if last_layer is not None and questions:
+        console.warn("Only the beginning of the model is loaded, so nothing is asked before and after.")
+        questions = []
     with console.stage("load"):
-        loaded = load(arguments, source)
+        loaded = load(arguments, source, last_layer)
     config = _with_layers(config, loaded)
     before = _ask(loaded, questions, arguments, console, "answers before")
     if statistics is None:
@@ -140,6 +156,24 @@ def _load_statistics(arguments: argparse.Namespace) -> Statistics | None:
     return Statistics.load(arguments.statistics)
 
 
+def _last_layer(
+    arguments: argparse.Namespace, source: ModelSource, config: EditConfig, statistics: Statistics | None
+) -> int | None:
+    """The last layer to load; None: the whole model."""
+    if not loads_partially(arguments, source):
+        return None
+    if statistics is None and not arguments.text:
+        raise InputError(
+            "Only the beginning of the model is loaded, so it cannot write ordinary text itself: give --text or "
+            "--statistics, or load the --whole model."
+        )
+    from rocr.partial import empty_model
+    from rocr.pipeline import chosen_layers
+
+    layers = chosen_layers(config, empty_model(source, arguments.trust_remote_code))
+    return max(layers) if statistics is None else max(*layers, statistics.fingerprint.layer)
+
+
 def _with_layers(config: EditConfig, loaded: LoadedModel) -> EditConfig:
     from rocr.pipeline import resolve_layers
 
@@ -197,7 +231,7 @@ def _answers(
     from rocr.report import Answer
 
     listed = {concept.name for concept in concepts}
-    names = _asked(arguments, concepts)
+    names = _asked(arguments, concepts) if questions else []
     return [
         Answer(n, n in listed, q, b, a) for n, q, b, a in zip(names, questions, before, after, strict=bool(questions))
     ]
@@ -211,17 +245,16 @@ def _save(
     answers: list[Answer],
     console: Console,
 ) -> dict[str, Any]:
-    from rocr.models import save_model
     from rocr.report import build_report, file_digests
+    from rocr.saving import save_edited
 
     with new_directory(arguments.out, inputs=loaded.source.inputs, overwrite=arguments.overwrite) as partial:
-        if "model" in save:
-            save_model(loaded, partial)
+        linked = save_edited(loaded, edit, partial) if "model" in save else []
         if "edit" in save:
             edit.save(partial / "edit.safetensors")
         if "lora" in save:
             edit.export_lora(partial / "lora")
-        report = build_report(edit, arguments.model, console.seconds, answers, file_digests(partial))
+        report = build_report(edit, arguments.model, console.seconds, answers, file_digests(partial, linked), linked)
         text = json.dumps(report, indent=2, ensure_ascii=False)
         (partial / "report.json").write_text(text + "\n", encoding="utf-8")
     return report
