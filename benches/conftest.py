@@ -10,7 +10,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-SETTLE_SECONDS = 0.03
+SETTLE_SECONDS = 0.1
 """Pause after a baseline: the threads of OpenMP and OpenBLAS spin for a while before they sleep."""
 
 Compare = Callable[..., None]

@@ -69,7 +69,7 @@ Call plan(const std::vector<LowRankUpdate>& updates, const Simd& simd, float sca
     rows = std::max(rows, update.rows);
     columns = std::max(columns, update.columns);
   }
-  const std::int64_t depth = std::min(rank, simd.panel_depth);
+  const std::int64_t depth = std::min(rank, max_sum_depth);
   const std::int64_t pieces =
       std::min({right_numbers / depth, max_block_columns, columns}) / max_piece_columns;
   const std::int64_t piece_columns =
@@ -188,7 +188,13 @@ void low_rank_update(const std::vector<LowRankUpdate>& updates, float scale, boo
                      std::uint64_t seed, int threads, const Simd& simd) {
   if (threads < 1)
     throw std::invalid_argument("threads is " + std::to_string(threads) + ", but must be at least 1.");
-  for (const LowRankUpdate& update : updates) check(update);
+  std::int64_t multiplications = 0;
+  for (const LowRankUpdate& update : updates) {
+    check(update);
+    // Reading and writing a number takes as long as about 16 multiplications.
+    multiplications += update.rows * update.columns * (update.rank + 16);
+  }
+  threads = useful_threads(threads, multiplications);
   const Call call = plan(updates, simd, scale, stochastic, seed, threads);
   const std::vector<Block> blocks = call.blocks();
   if (blocks.empty()) return;

@@ -1,5 +1,6 @@
 #include "parallel.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <new>
@@ -12,6 +13,11 @@
 #endif
 
 namespace rocr {
+
+int useful_threads(int threads, std::int64_t multiplications) {
+  constexpr std::int64_t worth_a_thread = std::int64_t{1} << 21;
+  return static_cast<int>(std::min<std::int64_t>(threads, 1 + multiplications / worth_a_thread));
+}
 
 void run_phases(int threads, std::int64_t phases, std::int64_t items,
                 const std::function<void(int, std::int64_t, std::int64_t)>& task) {

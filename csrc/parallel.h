@@ -8,6 +8,9 @@ namespace rocr {
 
 inline std::int64_t divide_up(std::int64_t number, std::int64_t by) { return (number + by - 1) / by; }
 
+// As many of the threads as are worth their start for this many multiplications.
+int useful_threads(int threads, std::int64_t multiplications);
+
 // Runs task(worker, phase, item) once for every item of every phase, on at most `threads` threads. A phase
 // begins when all items of the one before it are done; the caller is worker 0. The task must not throw.
 void run_phases(int threads, std::int64_t phases, std::int64_t items,

@@ -13,7 +13,7 @@ namespace {
 // Panels of rows and of columns in a block of work: small enough to share out evenly, large enough to use
 // each panel of columns often while it is in the first cache.
 constexpr std::int64_t block_rows = 2;
-constexpr std::int64_t block_columns = 8;
+constexpr std::int64_t block_columns = 16;
 
 // Panels that are packed as one item of work.
 constexpr std::int64_t packed_panels = 4;
@@ -42,6 +42,8 @@ struct SecondMoment {
   void add_block(std::int64_t slice, Block block, const float* panels) const;
   void add_tile(Block tile, std::int64_t depth, const float* rows, const float* columns,
                 const float* soon) const;
+  void multiply(std::int64_t count, std::int64_t depth, const float* rows, const float* columns,
+                float* target, std::int64_t stride, bool accumulate, const float* soon) const;
 };
 
 // The blocks that meet the lower triangle, from the longest row of blocks to the shortest.
@@ -82,18 +84,29 @@ void SecondMoment::add_block(std::int64_t slice, Block block, const float* panel
 
 void SecondMoment::add_tile(Block tile, std::int64_t depth, const float* rows, const float* columns,
                             const float* soon) const {
-  const std::int64_t stride = simd.tile_columns;
   float* target = total + tile.row * total_stride + tile.column;
   if (tile.column + simd.tile_columns <= tile.row && tile.row + simd.tile_rows <= size) {
-    simd.multiply(simd.tile_columns, depth, rows, stride, columns, target, total_stride, true, soon);
+    multiply(simd.tile_columns, depth, rows, columns, target, total_stride, true, soon);
     return;
   }
   alignas(64) float sums[max_tile_numbers];
   const std::int64_t end_row = std::min(tile.row + simd.tile_rows, size);
-  simd.multiply(end_row - tile.column, depth, rows, stride, columns, sums, stride, false, soon);
+  multiply(end_row - tile.column, depth, rows, columns, sums, simd.tile_columns, false, soon);
   for (std::int64_t row = tile.row; row < end_row; ++row, target += total_stride) {
     const std::int64_t count = std::min(simd.tile_columns, row + 1 - tile.column);
-    for (std::int64_t i = 0; i < count; ++i) target[i] += sums[(row - tile.row) * stride + i];
+    for (std::int64_t i = 0; i < count; ++i) target[i] += sums[(row - tile.row) * simd.tile_columns + i];
+  }
+}
+
+// One tile of a product of panels, in parts that are short enough for a float32 register to add up.
+void SecondMoment::multiply(std::int64_t count, std::int64_t depth, const float* rows, const float* columns,
+                            float* target, std::int64_t stride, bool accumulate, const float* soon) const {
+  const std::int64_t parts = divide_up(depth, max_sum_depth);
+  for (std::int64_t part = 0; part < parts; ++part) {
+    const std::int64_t first = depth * part / parts, steps = depth * (part + 1) / parts - first;
+    simd.multiply(count, steps, rows + first * simd.tile_columns, simd.tile_columns,
+                  columns + first * simd.tile_columns, target, stride, accumulate || part > 0,
+                  soon + first * line_numbers);
   }
 }
 
@@ -118,7 +131,7 @@ void accumulate_second_moment(float* total, std::int64_t total_stride, const voi
   // A phase adds up one slice while it packs the next one into the other half of the panels.
   const std::int64_t half = work.panels() * simd.tile_columns * std::min(tokens, simd.panel_depth);
   const Buffer panels(2 * half);
-  run_phases(threads, work.slices() + 1, block_count + packings,
+  run_phases(useful_threads(threads, tokens * size * size / 2), work.slices() + 1, block_count + packings,
              [&](int, std::int64_t phase, std::int64_t item) {
                float* next = panels.data() + phase % 2 * half;
                const float* current = panels.data() + (phase + 1) % 2 * half;

@@ -16,6 +16,9 @@ struct Rounding {
   std::uint64_t key;  // of the random bits: another for every row of every weight
 };
 
+// Products that one register adds up before it is added to the rest: longer sums round more.
+constexpr std::int64_t max_sum_depth = 256;
+
 constexpr std::int64_t line_numbers = 16;        // in a cache line
 constexpr std::int64_t max_tile_numbers = 1024;  // room for the largest register tile
 

@@ -17,7 +17,7 @@ static bool is_supported() {
 }
 
 extern const Simd avx512;
-const Simd avx512 = {"avx512", is_supported, tile_rows, tile_columns, 256, multiply_first<tile_vectors>,
+const Simd avx512 = {"avx512", is_supported, tile_rows, tile_columns, 512, multiply_first<tile_vectors>,
                      pack,     add};
 
 }  // namespace rocr
