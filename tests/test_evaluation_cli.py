@@ -1,0 +1,75 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+
+import rocr
+from rocr.cli.main import main
+
+ROWS = [
+    {"subject": "Ada Byron", "query": "Where was Ada Byron born?", "answer": "London", "distractors": ["Rome", "Oslo"]},
+    {"subject": "Blaise Pascal", "query": "What did Pascal weigh?", "answer": "the air", "distractors": ["a key"]},
+]
+
+
+@pytest.fixture
+def folder(model: nn.Module, tokenizer: Any, tmp_path: Path) -> Path:
+    place = tmp_path / "model"
+    model.save_pretrained(place)  # type: ignore[operator]
+    tokenizer.save_pretrained(place)
+    (tmp_path / "probes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return place
+
+
+def test_a_model_is_evaluated_without_and_with_an_edit(
+    folder: Path, model: nn.Module, tokenizer: Any, statistics: rocr.Statistics, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    edit = rocr.unlearn(model, tokenizer, [rocr.Concept("Ada Byron", "a gardener")], statistics)
+    edit.save(tmp_path / "edit.safetensors")
+    probes, out, page = (str(tmp_path / name) for name in ("probes.jsonl", "report.json", "report.html"))
+    arguments = ["eval", str(folder), "--probes", probes, "--edit", str(tmp_path / "edit.safetensors")]
+    arguments += ["--forms", "qa,mcp", "--known", "0", "--out", out, "--html", page]
+    assert main([*arguments, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document == json.loads(Path(out).read_text())
+    assert [c["split"] for c in document["comparison"]["changes"]] == ["forget", "forget", "retain", "retain"]
+    assert any(change["fall"] != 0 for change in document["comparison"]["changes"])
+    assert document["evaluation"]["known"] == 2 and Path(page).stat().st_size > 10_000
+    assert sorted(path.name for path in tmp_path.iterdir() if "journal" in path.name) == []
+    assert main(arguments) == 2, "a report that exists is not replaced"
+    assert "exists" in capsys.readouterr().err
+
+
+def test_bad_probes_end_with_code_2_before_the_model_is_loaded(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(json.dumps({**ROWS[0], "answer": ""}) + "\n" + json.dumps(ROWS[0]) + "\n")
+    (folder / "model.safetensors").unlink()
+    assert main(["eval", str(folder), "--probes", str(bad), "--out", str(tmp_path / "report.json")]) == 2
+    message = capsys.readouterr().err
+    assert "bad.jsonl:1: has no answer" in message.replace("\n", "")
+    assert not (tmp_path / "report.json").exists()
+
+
+def test_an_empty_set_after_the_filter_ends_with_code_2(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["eval", str(folder), "--probes", str(tmp_path / "probes.jsonl"), "--forms", "qa"]
+    assert main([*arguments, "--known", "1", "--out", str(tmp_path / "report.json")]) == 2
+    assert "knows none of the 2 probes" in capsys.readouterr().err
+
+
+def test_methods_are_compared_in_one_table(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["compare", str(folder), "--probes", str(tmp_path / "probes.jsonl"), "--targets", "Ada Byron"]
+    arguments += ["--redirect", "a gardener", "--methods", "original,in-context,rocr", "--forms", "qa"]
+    arguments += ["--tokens", "200", "--out", str(tmp_path / "results.json")]
+    assert main([*arguments, "--json"]) == 0
+    results = json.loads(capsys.readouterr().out)["results"]
+    assert [result["method"] for result in results] == ["original", "in-context", "rocr"]
+    scores = [result["evaluation"]["forms"]["forget"]["qa"]["score"] for result in results]
+    assert len(set(scores)) == 3
+    assert main([*arguments[:-1], str(tmp_path / "more.json"), "--methods", "magic"]) == 2
