@@ -1,0 +1,51 @@
+"""The methods side by side on a real model: one command for the table of arXiv 2506.07795, Table I.
+
+    python benches/compare_methods.py MODEL --redirect "Frédéric Chopin" --targets "Isaac Newton" "Marie Curie" \
+        --statistics statistics.safetensors --known 0.5 --out comparison.json
+
+It is `rocr compare` with a Markdown table on stdout, ready for the README, and the machine and versions below it.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import rocr
+from rocr.cli.main import main as run_command
+
+
+def main() -> int:
+    """Compare, and print the table."""
+    code = run_command(["compare", *sys.argv[1:]])
+    if code == 0:
+        document = json.loads(Path(sys.argv[sys.argv.index("--out") + 1]).read_text(encoding="utf-8"))
+        print(markdown(document["results"]))
+        versions = f"rocr {rocr.__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
+        print(f"\n{versions}, {platform.machine()}, {torch.get_num_threads()} threads")
+    return code
+
+
+def markdown(results: list[dict[str, Any]]) -> str:
+    """Means over targets, a row for each method."""
+    splits = [(s, f) for s, forms in results[0]["evaluation"]["forms"].items() for f in forms]
+    lines = ["| method | " + " | ".join(f"{s} {f}" for s, f in splits) + " | seconds | peak GB |"]
+    lines.append("|---|" + "---:|" * (len(splits) + 2))
+    for method in dict.fromkeys(result["method"] for result in results):
+        mine = [result for result in results if result["method"] == method]
+        cells = [sum(r["evaluation"]["forms"][s][f]["score"] for r in mine) / len(mine) for s, f in splits]
+        seconds = sum(result["seconds"] for result in mine) / len(mine)
+        peak = max(result["peak_bytes"] for result in mine) / 1e9
+        numbers = " | ".join(f"{cell:.3f}" for cell in cells)
+        lines.append(f"| {method} | {numbers} | {seconds:.1f} | {peak:.2f} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
