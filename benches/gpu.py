@@ -1,0 +1,116 @@
+"""Check and time rocr on an NVIDIA GPU against the strongest lines of torch, and write one JSON file.
+
+python benches/gpu.py [ROW ...] [--out FILE]; without names, every row. --tiny runs small shapes, on the CPU too, to see
+that the script itself works: its times mean nothing, and nothing is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from gpu_kernels import low_rank_update, second_moment, second_moments
+from gpu_pipeline import statistics, thousand_concepts
+from gpu_solve import solve
+from gpu_timing import ROOT, Row, machine
+
+Bench = Callable[[torch.device], list[Row]]
+
+ROWS: dict[str, Bench] = {
+    "second-moment": lambda device: second_moment(device, 131072, 14336, rounds=8),
+    "second-moments": lambda device: second_moments(device, 131072, 1536, layers=5, rounds=20),
+    "update-1": lambda device: low_rank_update(device, 32, (4096, 14336), 1, 20, (1.0, 1.3)),
+    "update-16": lambda device: low_rank_update(device, 32, (4096, 14336), 16, 20, (1.0, 1.3)),
+    "update-128": lambda device: low_rank_update(device, 32, (4096, 14336), 128, 20, (1.0, 1.3)),
+    "update-small": lambda device: low_rank_update(device, 30, (576, 1536), 16, 100, (4, 8), sets=8),
+    "solve-1": lambda device: solve(device, 14336, 4096, 1, rounds=5),
+    "solve-1000": lambda device: solve(device, 14336, 4096, 1000, rounds=5),
+    "statistics": lambda device: statistics(device, tokens=131072, official_tokens=8192),
+    "thousand-concepts": lambda device: thousand_concepts(device, count=1000, official_count=3),
+}
+TINY_ROWS: dict[str, Bench] = {
+    "second-moment": lambda device: second_moment(device, 300, 136, rounds=2),
+    "second-moments": lambda device: second_moments(device, 300, 72, layers=2, rounds=2),
+    "update-16": lambda device: low_rank_update(device, 2, (64, 136), 16, 2, (1.0, 1.3), sets=2),
+    "solve-1": lambda device: solve(device, 96, 32, 1, rounds=2),
+    "solve-1000": lambda device: solve(device, 96, 32, 7, rounds=2),
+    "statistics": lambda device: statistics(device, tokens=600, official_tokens=100, tiny=True),
+    "thousand-concepts": lambda device: thousand_concepts(device, count=4, official_count=1, tiny=True),
+}
+
+
+def table(rows: list[Row]) -> str:
+    """Return the rows in Markdown."""
+    lines = ["| work | size | rocr | ms | against | ms | times faster | at least | aim | error | its error |"]
+    lines.append("|---|---|---|---:|---|---:|---:|---:|---:|---:|---:|")
+    for row in rows:
+        ours, other = row.times[row.ours], row.times[row.baseline]
+        errors = [f"{row.error[name]:.1e}" if name in row.error else "" for name in (row.ours, row.baseline)]
+        lines.append(
+            f"| {row.work} | {row.size} | {row.ours} | {ours.median * 1e3:.3f} ({ours.p20 * 1e3:.3f} to "
+            f"{ours.p80 * 1e3:.3f}) | {row.baseline} | {other.median * 1e3:.3f} | {row.ratio:.2f} | {row.at_least:g} | "
+            f"{row.aim:g} | {errors[0]} | {errors[1]} |"
+        )
+    return "\n".join(lines)
+
+
+def results_file(chip: str) -> Path:
+    """Return where the results of a chip are kept."""
+    return ROOT / "benches" / "results" / f"{re.sub('[^a-z0-9]+', '-', chip.lower()).strip('-')}.json"
+
+
+def run(benches: dict[str, Bench], device: torch.device) -> tuple[list[Row], dict[str, str]]:
+    """Run benches; one that fails does not stop the others, and is named with what it said."""
+    rows: list[Row] = []
+    failed: dict[str, str] = {}
+    for name, bench in benches.items():
+        start = time.perf_counter()
+        torch.manual_seed(0)
+        try:
+            rows += bench(device)
+        except Exception as error:
+            failed[name] = f"{type(error).__name__}: {error}"
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        said = failed.get(name, "done")
+        print(f"{name}: {said.splitlines()[0]} ({time.perf_counter() - start:.1f} s)", file=sys.stderr, flush=True)
+    return rows, failed
+
+
+def main() -> int:
+    """Run the rows that are named, or all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)} (default: all)")
+    parser.add_argument("--out", type=Path, help="JSON file to write (default: benches/results/<chip>.json)")
+    parser.add_argument("--tiny", action="store_true", help="small shapes, to try the script")
+    arguments = parser.parse_args()
+    known = TINY_ROWS if arguments.tiny else ROWS
+    if unknown := set(arguments.rows) - set(known):
+        parser.error(f"there is no row {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    if not torch.cuda.is_available() and not arguments.tiny:
+        print(
+            "benches/gpu.py needs an NVIDIA GPU, and torch sees none here; --tiny tries the script on the CPU.",
+            file=sys.stderr,
+        )
+        return 1
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    about = machine(device)
+    rows, failed = run({name: bench for name, bench in known.items() if name in (arguments.rows or known)}, device)
+    print(table(rows))
+    if not arguments.tiny:
+        path = arguments.out or results_file(about["chip"])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        results = {"machine": about, "rows": [row.as_json() for row in rows], "failed": failed}
+        path.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+        print(f"Written to {path}.", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

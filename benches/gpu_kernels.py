@@ -1,0 +1,169 @@
+"""The kernels' rows: second moments, and low-rank updates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from gpu_timing import Row, fastest, graph, interleave, relative_error
+from torch import Tensor
+
+from rocr import ops
+
+CHECKED_COLUMNS = 64
+"""Columns of a second moment that are compared with float64: all of them would take longer than the timing."""
+
+GPU_BACKENDS = ("triton", "cuda")
+
+
+def own_backends(device: torch.device) -> list[str]:
+    """Names of rocr's kernels that run here; on the CPU, where only the script is tried, torch."""
+    return [name for name in ops.available_backends(device) if name in GPU_BACKENDS] or ["torch"]
+
+
+def add_by_torch(total: Tensor, keys: Tensor) -> None:
+    """The strongest line of torch: 16-bit operands, float32 sum in place."""
+    if keys.is_cuda:
+        torch.addmm(total, keys.T, keys, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(keys.T.float(), keys.float())
+
+
+def moment_error(total: Tensor, keys: Tensor) -> float:
+    """Error of a second moment that started at 0, in the lower triangle's part of some columns."""
+    width = total.shape[0]
+    columns = torch.randperm(width, device=total.device)[:CHECKED_COLUMNS]
+    exact = torch.zeros(width, len(columns), dtype=torch.float64, device=total.device)
+    for tokens in keys.split(16384):
+        exact += tokens.double().T @ tokens[:, columns].double()
+    lower = torch.arange(width, device=total.device)[:, None] >= columns
+    return relative_error(total[:, columns] * lower, exact * lower)
+
+
+def second_moment(device: torch.device, tokens: int, width: int, rounds: int) -> list[Row]:
+    """One layer: against torch's 16-bit product, and against the official float32 one."""
+    keys = torch.randn(tokens, width, device=device, dtype=torch.bfloat16)
+    wide_keys = keys.float()
+    own = own_backends(device)
+    names = [*own, "addmm", "float32", "tf32"]
+    totals = {name: torch.zeros(width, width, device=device) for name in names}
+
+    def add_in_float32(name: str, allow_tf32: bool) -> None:
+        torch.backends.cuda.matmul.allow_tf32 = allow_tf32
+        totals[name] += wide_keys.T @ wide_keys
+
+    functions: dict[str, Callable[[int], object]] = {
+        name: lambda _, name=name: ops.accumulate_second_moment(totals[name], keys, backend=name) for name in own
+    }
+    functions["addmm"] = lambda _: add_by_torch(totals["addmm"], keys)
+    functions["float32"] = lambda _: add_in_float32("float32", False)
+    functions["tf32"] = lambda _: add_in_float32("tf32", True)
+    errors = {}
+    for name, function in functions.items():
+        totals[name].zero_()
+        function(0)
+        errors[name] = moment_error(totals[name], keys)
+    times = interleave(functions, device, rounds, few=("float32", "tf32"))
+    torch.backends.cuda.matmul.allow_tf32 = False
+    operations = width * (width + 1) * tokens
+    rate = {f"{name} TFLOP/s in the triangle": operations / times[name].median / 1e12 for name in names}
+    ours = fastest(times, own)
+    size = f"{tokens} x {width}, bfloat16"
+    return [
+        Row("second moment", size, times, ours, "addmm", 1.5, 1.8, errors, rate),
+        Row("second moment, official", size, times, ours, "float32", 18, 25, errors, rate),
+    ]
+
+
+def second_moments(device: torch.device, tokens: int, width: int, layers: int, rounds: int) -> list[Row]:
+    """Several layers in one call, against a loop over them in a CUDA graph."""
+    keys = [torch.randn(tokens, width, device=device, dtype=torch.bfloat16) for _ in range(layers)]
+    own = own_backends(device)
+    totals = {name: [torch.zeros(width, width, device=device) for _ in keys] for name in [*own, "addmm"]}
+
+    def loop() -> None:
+        for total, each in zip(totals["addmm"], keys, strict=True):
+            add_by_torch(total, each)
+
+    replay = graph(loop, device)
+    functions: dict[str, Callable[[int], object]] = {
+        name: lambda _, name=name: ops.accumulate_second_moments(totals[name], keys, backend=name) for name in own
+    }
+    functions["addmm"] = lambda _: replay()
+    errors = {}
+    for name, function in functions.items():
+        for total in totals[name]:
+            total.zero_()
+        function(0)
+        errors[name] = max(moment_error(total, each) for total, each in zip(totals[name], keys, strict=True))
+    times = interleave(functions, device, rounds)
+    operations = layers * width * (width + 1) * tokens
+    rate = {f"{name} TFLOP/s in the triangle": operations / times[name].median / 1e12 for name in functions}
+    size = f"{layers} x ({tokens} x {width}), bfloat16"
+    return [Row("second moments in one call", size, times, fastest(times, own), "addmm", 1.2, 2.0, errors, rate)]
+
+
+def low_rank_update(
+    device: torch.device,
+    layers: int,
+    shape: tuple[int, int],
+    rank: int,
+    rounds: int,
+    bounds: tuple[float, float],
+    sets: int = 1,
+) -> list[Row]:
+    """Every layer's update in one call, against a loop of bfloat16 addmm_ in a CUDA graph.
+
+    sets: copies of the weights that the rounds take in turn, so that none is in the L2 cache.
+    """
+    rows, columns = shape
+    scale = 2.0**-10
+    weights = torch.randn(sets, layers, rows, columns, device=device, dtype=torch.bfloat16)
+    lefts = list(torch.randn(layers, rows, rank, device=device))
+    rights = list(torch.randn(layers, rank, columns, device=device))
+    narrow_lefts, narrow_rights = [each.bfloat16() for each in lefts], [each.bfloat16() for each in rights]
+    own = own_backends(device)
+    errors = {name: _update_error(name, weights[0, 0], lefts[0], rights[0], scale) for name in own}
+    errors["addmm_"] = _update_error("addmm_", weights[0, 0], lefts[0], rights[0], scale)
+    # One storage for each layer: ops refuses two weights of one.
+    layers_of_sets = [[weight.clone() for weight in each] for each in weights]
+
+    def loop(own_weights: list[Tensor]) -> None:
+        for weight, left, right in zip(own_weights, narrow_lefts, narrow_rights, strict=True):
+            weight.addmm_(left, right, alpha=scale)
+
+    replays = [graph(lambda each=each: loop(each), device) for each in layers_of_sets]
+    functions: dict[str, Callable[[int], object]] = {
+        name: lambda number, name=name: ops.low_rank_update(
+            layers_of_sets[number % sets], lefts, rights, scale=scale, backend=name
+        )
+        for name in own
+    }
+    functions["addmm_"] = lambda number: replays[number % sets]()
+    if "triton" in own:
+        from rocr_kernels.low_rank_update import LowRankPlan
+
+        plans = [LowRankPlan(each, lefts, rights) for each in layers_of_sets]
+        planned = [graph(lambda plan=plan: plan.run(scale, False, 0), device) for plan in plans]
+        functions["triton in a graph"] = lambda number: planned[number % sets]()
+    target = torch.empty_like(weights[0])
+    functions["copy"] = lambda number: target.copy_(weights[number % sets])
+    times = interleave(functions, device, rounds)
+    bytes_moved = 2 * weights[0].nbytes
+    rate = {f"{name} GB/s": bytes_moved / times[name].median / 1e9 for name in functions}
+    ours = fastest(times, [name for name in functions if name not in ("addmm_", "copy")])
+    rate["share of the copy's bandwidth"] = times["copy"].median / times[ours].median
+    size = f"{layers} x ({rows} x {columns}), n = {rank}, bfloat16"
+    note = "the baseline rounds its factors to bfloat16"
+    return [Row("low-rank update", size, times, ours, "addmm_", *bounds, errors, rate, note)]
+
+
+def _update_error(name: str, start: Tensor, left: Tensor, right: Tensor, scale: float) -> float:
+    """Error of the change that one update makes to a weight, with what the rounding to bfloat16 adds."""
+    exact = start.double() + scale * (left.double() @ right.double())
+    weight = start.clone()
+    if name == "addmm_":
+        weight.addmm_(left.bfloat16(), right.bfloat16(), alpha=scale)
+    else:
+        ops.low_rank_update(weight, left, right, scale=scale, backend=name)
+    return relative_error(weight, exact)
