@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+OLDEST_TRITON = (3, 6)
+"""The first version that the kernels are compiled with in the tests."""
+
 
 def is_available(device: torch.device) -> bool:
-    """Whether Triton is installed, and the device is an NVIDIA GPU of compute capability 8.0 or more."""
+    """Whether a recent Triton is installed, and the device is an NVIDIA GPU of compute capability 8.0 or more."""
     if device.type != "cuda" or torch.version.hip or not torch.cuda.is_available():
         return False
-    return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+    try:
+        version = importlib.metadata.version("triton").split(".")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    is_recent = (int(version[0]), int(version[1])) >= OLDEST_TRITON
+    return is_recent and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def accumulate_second_moment(total: Tensor, keys: Tensor) -> None:

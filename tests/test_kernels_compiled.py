@@ -175,6 +175,15 @@ def test_low_rank_update_fits(
     assert ("cvt.rn.bf16" in ptx) or dtype != BFLOAT16
 
 
+def test_sizes_of_one_compile_as_the_constants_that_they_become(launches: list[Any], tmp_path: Path) -> None:
+    accumulate_second_moments([torch.empty(1, 1)], [torch.empty(1, 1, dtype=BFLOAT16)])
+    LowRankPlan([torch.empty(1, 1, dtype=BFLOAT16)], [torch.empty(1, 1)], [torch.empty(1, 1)]).run(1.0, True, 1)
+    LowRankPlan([torch.empty(1, 1)], [torch.empty(1, 40)], [torch.empty(40, 1)]).run(1.0, False, 0)
+    assert len(launches) == 5
+    for kernel, arguments in launches:
+        check(compile_launch(kernel, arguments, 90), 90, tmp_path)
+
+
 def test_the_kernels_around_them_fit(launches: list[Any], tmp_path: Path) -> None:
     keys = [torch.empty(2500, 123)]
     accumulate_second_moments([torch.empty(123, 123)], keys, second_moment.CONFIGS["pointers_small"])
