@@ -13,14 +13,29 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from gpu_kernels import low_rank_update, second_moment, second_moments
-from gpu_pipeline import statistics, thousand_concepts
 from gpu_solve import solve
 from gpu_timing import ROOT, Row, machine
 
 Bench = Callable[[torch.device], list[Row]]
+
+
+def statistics(device: torch.device, **sizes: Any) -> list[Row]:
+    """The row of gpu_pipeline, which takes seconds to import."""
+    from gpu_pipeline import statistics
+
+    return statistics(device, **sizes)
+
+
+def thousand_concepts(device: torch.device, **sizes: Any) -> list[Row]:
+    """The row of gpu_pipeline, which takes seconds to import."""
+    from gpu_pipeline import thousand_concepts
+
+    return thousand_concepts(device, **sizes)
+
 
 ROWS: dict[str, Bench] = {
     "second-moment": lambda device: second_moment(device, 131072, 14336, rounds=8),

@@ -21,7 +21,7 @@ def compile_for(chips: tuple[str, ...], source: str, target: Path) -> dict[str, 
     """Compile for chips, and return what ptxas says of each kernel and chip, by their names."""
     code = [f"-gencode=arch=compute_{chip},code=sm_{chip}" for chip in chips]
     words = ["nvcc", *FLAGS, *code, str(ROOT / "csrc" / source), "-o", str(target)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr
     # C7510: products wait for each other; C7508: a request for registers is ignored.
     assert not re.search(r"C75\d\d|warning", done.stderr), done.stderr
@@ -58,7 +58,7 @@ def test_second_moment_keeps_its_accumulator_in_registers(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "chips", [("80", "90"), pytest.param(ALL_CHIPS, marks=pytest.mark.slow)], ids=lambda chips: "-".join(chips)
+    "chips", [("90",), pytest.param(ALL_CHIPS, marks=pytest.mark.slow)], ids=lambda chips: "-".join(chips)
 )
 def test_low_rank_update_spills_nothing_where_rows_are_whole_eights(tmp_path: Path, chips: tuple[str, ...]) -> None:
     reports = compile_for(chips, "low_rank_update.cu", tmp_path / "low_rank_update.o")

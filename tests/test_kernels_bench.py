@@ -13,7 +13,7 @@ SCRIPT = Path(__file__).parent.parent / "benches/gpu.py"
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, SCRIPT, *words], capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run([sys.executable, SCRIPT, *words], capture_output=True, text=True, timeout=900, check=False)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
