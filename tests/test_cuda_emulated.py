@@ -135,7 +135,7 @@ def run_update(
     words = [update.layers, update.rows, update.columns, update.rank, stride, number, whole_eights]
     words += [int(update.at_random), update.rows if update.transposed else 1]
     subprocess.run(
-        [program, memory, *map(str, words), str(update.scale), str(update.seed), "2"], check=True, timeout=60
+        [program, memory, *map(str, words), str(update.scale), str(update.seed), "2"], check=True, timeout=300
     )
     result = torch.from_numpy(np.fromfile(memory, dtype=np.uint8)).view(update.dtype)
     result = result.view(update.layers, update.rows, stride)
