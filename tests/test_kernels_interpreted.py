@@ -51,7 +51,7 @@ CHOSEN += [("tma_small", torch.float32), ("pointers_small", torch.float32)]
 
 @pytest.mark.parametrize(("config", "dtype"), CHOSEN, ids=str)
 def test_second_moments_of_layers_of_odd_shapes(config: str, dtype: torch.dtype) -> None:
-    width = 136 if dtype == torch.float32 else 264
+    width = 72 if dtype == torch.float32 else 264
     keys = [torch.randn(123, width).to(dtype) for _ in range(2)]
     totals = [torch.randn(width, width) for _ in range(2)]
     ours, of_torch = second_moment_errors(totals, keys, config)
@@ -150,7 +150,7 @@ def random_update(rows: int, columns: int, rank: int, dtype: torch.dtype) -> tup
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("rows", "columns", "rank"), [(1, 1, 1), (63, 123, 1), (123, 200, 16), (70, 136, 17), (70, 136, 40), (8, 72, 200)]
+    ("rows", "columns", "rank"), [(1, 1, 1), (63, 123, 1), (123, 200, 16), (70, 136, 17), (70, 136, 40), (8, 72, 100)]
 )
 def test_low_rank_updates_of_layers_of_odd_shapes(rows: int, columns: int, rank: int, dtype: torch.dtype) -> None:
     layers = [random_update(rows, columns, rank, dtype) for _ in range(2)]
