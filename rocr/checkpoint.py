@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -117,12 +117,13 @@ def postponed_signals() -> Iterator[None]:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     # A handler that Python did not install cannot be put back by it.
     handlers = {number: handler for number, handler in handlers.items() if handler is not None}
-    for number in handlers:
-        signal.signal(number, lambda number, _frame: waiting.append(number))
     try:
-        yield
+        with ExitStack() as stack:
+            for number, handler in handlers.items():
+                # First of all how to put it back: the handler of the other signal may raise at any moment.
+                stack.callback(signal.signal, number, handler)
+                signal.signal(number, lambda number, _frame: waiting.append(number))
+            yield
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
         for came in waiting:
             signal.raise_signal(came)
