@@ -89,3 +89,18 @@ def test_values_that_are_not_finite_are_named_by_their_concepts():
     values[:] = float("-inf")
     with pytest.raises(GuardError, match=r"name 0, name 1, name 2, name 3, name 4 and 4 more"):
         check_finite("keys", 3, values, concept_of, concepts)
+
+
+def test_no_smaller_update_serves_the_keys_as_well():
+    """With λ → 0 it is the update of least tr(Δ M⁻¹ Δᵀ), how much it changes ordinary keys, that hits the residuals."""
+    keys, residuals, metric = problem(9)
+    solution = solve_layer(keys, residuals, metric, 1e-6)
+    update = solution.left.double() @ solution.right.double()
+    inverse = torch.linalg.inv(metric.apply(torch.eye(D_IN)).double())
+    cost = (update @ inverse @ update.T).trace()
+    free = torch.eye(D_IN, dtype=torch.float64) - torch.linalg.pinv(keys.double()) @ keys.double()
+    for size in (0.01, 0.1, 1.0):
+        for _ in range(5):
+            other = update + size * update.norm() / D_IN * torch.randn(D_OUT, D_IN, dtype=torch.float64) @ free
+            torch.testing.assert_close(keys.double() @ other.T, keys.double() @ update.T, rtol=1e-6, atol=1e-8)
+            assert (other @ inverse @ other.T).trace() > cost
