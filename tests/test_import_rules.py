@@ -1,6 +1,7 @@
 """What may import what: DESIGN.md's layers, read from the source itself."""
 
 import ast
+import functools
 import sys
 from pathlib import Path
 
@@ -18,16 +19,24 @@ def module_name(path):
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
+@functools.cache
+def parsed(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@functools.cache
 def imports(path):
     """Full names of everything that a file imports, also inside functions and for type checks only."""
     package = module_name(path).split(".")[: -1 if path.name != "__init__.py" else None]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    names = []
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             origin = ".".join([*base, node.module] if node.module else base)
-            yield from (f"{origin}.{alias.name}" for alias in node.names)
+            names += [f"{origin}.{alias.name}" for alias in node.names]
+    return names
 
 
 def is_of(name, package):
@@ -56,7 +65,7 @@ def test_only_ops_and_its_backends_know_the_compiled_parts():
 
 def test_compiled_parts_are_imported_when_they_are_used():
     for path in filter(is_backend, PACKAGE):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tree = parsed(path)
         top = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
         names = [alias.name for node in top for alias in node.names]
         assert not [name for name in names if is_of(name, "rocr._C") or is_of(name, "rocr_kernels")], path
@@ -67,7 +76,7 @@ def test_only_the_command_line_prints():
     for path in PACKAGE:
         if (ROOT / "rocr" / "cli") in path.parents:
             continue
-        calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+        calls = [node for node in ast.walk(parsed(path)) if isinstance(node, ast.Call)]
         printed = [call.lineno for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
         assert not printed, f"{path} prints in line {printed}"
 
@@ -109,7 +118,7 @@ def test_modules_do_not_import_each_other_in_a_circle():
     known = {module_name(path): path for path in PACKAGE}
     graph = {}
     for name, path in known.items():
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tree = parsed(path)
         found = set()
         for node in tree.body:  # at the top of a file: what is imported inside functions closes no circle
             if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:

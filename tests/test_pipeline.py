@@ -73,8 +73,7 @@ def test_every_family_is_edited(family, make_model, tokenizer, texts, concepts, 
     assert torch.equal(logits(model, tokenizer, text), logits(original, tokenizer, text))
 
 
-@pytest.mark.parametrize("family", PLAIN)
-@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize(("family", "count"), [("Llama", 1), *((family, 3) for family in PLAIN)])
 def test_keys_reach_their_targets_as_the_ridge_goes_to_zero(family, make_model, tokenizer, texts, count):
     original = make_model(family)
     statistics = rocr.collect_statistics(original, tokenizer, texts)
@@ -171,15 +170,12 @@ def test_same_inputs_give_the_same_bytes(model, tokenizer, statistics, concepts,
     assert same(*edited)
 
 
-def test_without_statistics_the_model_writes_the_text(model, tokenizer, concepts, weights_of):
-    state, edited = torch.get_rng_state(), []
-    for _ in range(2):
-        other = copy.deepcopy(model)
-        edit = rocr.unlearn(other, tokenizer, concepts, config=EditConfig(layers=[1]))
-        edited.append(weights_of(other))
+def test_without_statistics_the_model_writes_the_text(model, tokenizer, concepts, capfd):
+    state = torch.get_rng_state()
+    edit = rocr.unlearn(model, tokenizer, concepts, config=EditConfig(layers=[1]))
     assert edit.report.statistics == {"text": "written by the model, seed 0", "tokens": 8192}
     assert torch.equal(torch.get_rng_state(), state)
-    assert same(*edited)
+    assert capfd.readouterr().out == "", "nothing is printed"
 
 
 def test_a_model_in_training_mode_is_edited_as_if_it_were_not(make_model, tokenizer, texts, concepts, weights_of):
@@ -220,11 +216,6 @@ def test_progress_names_its_stages(model, tokenizer, statistics, concepts):
     assert {"keys of layer 1", "keys of layer 2", "edit"} <= set(stages)
     edits = [(step.done, step.total) for step in steps if step.stage == "edit"]
     assert edits == [(1, 2), (2, 2)]
-
-
-def test_nothing_is_printed(model, tokenizer, concepts, capfd):
-    rocr.unlearn(model, tokenizer, concepts, config=EditConfig(layers=[1]))
-    assert capfd.readouterr().out == ""
 
 
 def test_mixtures_of_experts_are_refused(mixture, make_model, tokenizer, concepts):
