@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import threading
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from torch import Tensor
 
 from rocr.errors import InputError
 from rocr.files import read_tensors, write_tensors
+from rocr.signals import postponed_signals
 
 FORMAT = "rocr checkpoint 1"
 
@@ -105,25 +104,3 @@ class Checkpoint:
                 total.copy_(tensors[str(layer)])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise InputError(f"{self.path} is not a complete checkpoint: {error!r}. Delete it.") from None
-
-
-@contextmanager
-def postponed_signals() -> Iterator[None]:
-    """Let SIGINT and SIGTERM wait until the context ends; only the main thread ever gets them."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    waiting: list[int] = []
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    # A handler that Python did not install cannot be put back by it.
-    handlers = {number: handler for number, handler in handlers.items() if handler is not None}
-    try:
-        with ExitStack() as stack:
-            for number, handler in handlers.items():
-                # First of all how to put it back: the handler of the other signal may raise at any moment.
-                stack.callback(signal.signal, number, handler)
-                signal.signal(number, lambda number, _frame: waiting.append(number))
-            yield
-    finally:
-        for came in waiting:
-            signal.raise_signal(came)

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rocr.errors import InputError
+from rocr.signals import postponed_signals
 
 _ATTEMPTS = 5
 
@@ -61,19 +62,24 @@ def locked(output: str | os.PathLike[str]) -> Iterator[None]:
     real = Path(os.path.realpath(output))
     lock = real.with_name(f"{real.name}.lock")
     mine = json.dumps(asdict(Owner.of_this_process()))
+    held = False
     try:
-        _acquire(lock, mine, output)
+        with postponed_signals():
+            held = _acquire(lock, mine, output)
         yield
     finally:
-        if _read(lock) == mine:
-            with suppress(OSError):
+        with postponed_signals(), suppress(OSError):
+            # While this process lives nobody takes its lock over; one that cannot be removed is taken over later.
+            if held:
                 lock.unlink()
 
 
-def _acquire(lock: Path, mine: str, output: str | os.PathLike[str]) -> None:
+def _acquire(lock: Path, mine: str, output: str | os.PathLike[str]) -> bool:
+    """Whether there is a lock now, which is not so on a file system that can have none."""
     for _ in range(_ATTEMPTS):
-        if _create(lock, mine):
-            return
+        made = _create(lock, mine)
+        if made is not False:
+            return made is True
         found = _read(lock)
         if found is None:
             continue  # given back meanwhile
@@ -88,8 +94,8 @@ def _acquire(lock: Path, mine: str, output: str | os.PathLike[str]) -> None:
     raise InputError(f"The output {output} is wanted by several processes at once; choose another name.")
 
 
-def _create(lock: Path, mine: str) -> bool:
-    """Make the lock with all that it says, in one step; False where there is one."""
+def _create(lock: Path, mine: str) -> bool | None:
+    """Make the lock with all that it says, in one step; False where there is one, None where none can be made."""
     draft = lock.with_name(f"{lock.name}-{secrets.token_hex(4)}")
     try:
         draft.write_text(mine, encoding="utf-8")
@@ -98,7 +104,7 @@ def _create(lock: Path, mine: str) -> bool:
         return False
     except OSError:
         # A file system without hard links, or one that cannot be written to: the output itself will say so.
-        return not lock.exists()
+        return False if lock.exists() else None
     finally:
         with suppress(OSError):
             draft.unlink(missing_ok=True)

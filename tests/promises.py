@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
@@ -17,6 +18,7 @@ from torch import nn
 import rocr
 from rocr.cli import main
 
+SECONDS = 5  # of the processor: the machine may be busy
 _COUNTS: pytest.StashKey[Counter[str]] = pytest.StashKey()
 
 
@@ -102,3 +104,37 @@ def digests() -> Callable[[Path], dict[str, str]]:
 @pytest.fixture(scope="session")
 def loaded_edit(files: SimpleNamespace) -> rocr.Edit:
     return rocr.Edit.load(files.edit)
+
+
+@pytest.fixture
+def attack(tmp_path: Path, command: Callable[..., SimpleNamespace], tally: Callable[..., None]) -> Callable[..., None]:
+    """attack(kind, arguments): the command must refuse with exit code 2 and change nothing."""
+
+    def run(kind: str, *arguments: object) -> None:
+        out = tmp_path / "out"
+        before = sorted(path.name for path in tmp_path.iterdir())
+        started = time.process_time()
+        done = command(*arguments, "--out", out)
+        assert time.process_time() - started < SECONDS
+        assert done.code == 2, done.errors[-2000:]
+        assert "Traceback" not in done.errors
+        assert done.errors.replace("\n", "").isprintable()
+        assert len(done.errors) < 30_000
+        assert sorted(path.name for path in tmp_path.iterdir()) == before
+        tally(f"bad {kind} refused")
+
+    return run
+
+
+@pytest.fixture
+def on_statistics(
+    attack: Callable[..., None], files: SimpleNamespace, concept: tuple[str, ...]
+) -> Callable[[object], None]:
+    """on_statistics(path): a statistics file at a path must be refused."""
+    return lambda path: attack("statistics files", "unlearn", files.model, *concept, "--statistics", path)
+
+
+@pytest.fixture
+def on_edit(attack: Callable[..., None], files: SimpleNamespace) -> Callable[[object], None]:
+    """on_edit(path): an edit file at a path must be refused."""
+    return lambda path: attack("edit files", "apply", files.model, path)

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 import rocr
 from rocr import CollectOptions, InputError
-from rocr.checkpoint import Checkpoint, postponed_signals
+from rocr.checkpoint import Checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LAYERS = [1, 2]
@@ -209,24 +209,6 @@ def test_damaged_checkpoints_are_refused(collect, options):
     save_file({"1": tensors["1"], "2": torch.zeros(3, 3)}, options.checkpoint, metadata={"rocr": json.dumps(header)})
     with pytest.raises(InputError, match="not a complete checkpoint"):
         collect()
-
-
-def test_signals_wait_until_the_context_ends():
-    came = []
-    handlers = {
-        number: signal.signal(number, lambda n, _: came.append(n)) for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        with postponed_signals():
-            for number in handlers:
-                signal.raise_signal(number)
-            assert came == []
-        assert came == [signal.SIGINT, signal.SIGTERM]
-        signal.raise_signal(signal.SIGINT)
-        assert came[2:] == [signal.SIGINT], "the handlers are back"
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def test_other_threads_get_no_signals_and_may_collect(collect, whole):

@@ -157,7 +157,7 @@ def test_updates_that_are_refused(change, words):
 def test_without_a_compiler_the_build_goes_on_and_says_so(tmp_path):
     pytest.importorskip("setuptools")
     pytest.importorskip("pybind11")
-    missing = {"CC": str(tmp_path / "no-cc"), "CXX": str(tmp_path / "no-cxx")}
+    missing = {"CC": str(tmp_path / "no-cc"), "CXX": str(tmp_path / "no-cxx"), "ROCR_CUDA": "0"}
     done = subprocess.run(
         [sys.executable, "setup.py", "build_ext", f"--build-lib={tmp_path}", f"--build-temp={tmp_path / 'objects'}"],
         cwd=ROOT,

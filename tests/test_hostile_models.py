@@ -1,4 +1,4 @@
-"""Model folders, settings and probes that somebody made to do harm: rocr's own errors, quickly, nothing written."""
+"""Model folders and settings that somebody made to do harm: rocr's own errors, quickly, nothing written."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import rocr
-from rocr import EditConfig, InputError, load_probes
+from rocr import EditConfig, InputError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SECONDS = 5  # of the processor: the machine may be busy
@@ -256,84 +256,6 @@ def test_hostile_settings(number, tally):
         EditConfig.from_json(SETTINGS[number])
     assert len(str(caught.value)) < 500
     tally("bad settings refused")
-
-
-GOOD = '"subject": "A", "query": "B?", "answer": "C"'
-PROBES = {
-    "empty": "",
-    "blank lines": "\n \n\n",
-    "no JSON": "{",
-    "a list": "[]",
-    "a number": "3",
-    "null": "null",
-    "text": '"x"',
-    "deep": DEEP,
-    "deep in a field": f'{{{GOOD}, "distractors": {DEEP}}}',
-    "not UTF-8": b'{"subject": "\xff"}',
-    "UTF-16": f"{{{GOOD}}}".encode("utf-16"),
-    "zeros": b"\0" * 100,
-    "a pickle": PICKLE,
-    "a field twice": f'{{{GOOD}, "answer": "D"}}',
-    "a number of 10,000 digits": f'{{{GOOD}, "form": {"9" * 10_000}}}',
-    "no subject": '{"query": "B?", "answer": "C"}',
-    "no query": '{"subject": "A", "answer": "C"}',
-    "no answer": '{"subject": "A", "query": "B?"}',
-    "subject empty": '{"subject": "", "query": "B?", "answer": "C"}',
-    "query blank": '{"subject": "A", "query": " \\t", "answer": "C"}',
-    "answer empty": '{"subject": "A", "query": "B?", "answer": ""}',
-    "subject a number": '{"subject": 1, "query": "B?", "answer": "C"}',
-    "query null": '{"subject": "A", "query": null, "answer": "C"}',
-    "answer a list": '{"subject": "A", "query": "B?", "answer": ["C"]}',
-    "answer true": '{"subject": "A", "query": "B?", "answer": true}',
-    "answer not a number": '{"subject": "A", "query": "B?", "answer": NaN}',
-    "subject infinite": '{"subject": Infinity, "query": "B?", "answer": "C"}',
-    "an unknown field": f'{{{GOOD}, "born": 5}}',
-    "a path as field": f'{{{GOOD}, "../../etc": 5}}',
-    "a field of 10 MB": f'{{{GOOD}, "{"x" * 10**7}": 5}}',
-    "an invisible field": f'{{{GOOD}, "form\u200b": "qa"}}',
-    "a field to steer the terminal": f'{{{GOOD}, "\\u001b[2J\\u202e": 5}}',
-    "distractors text": f'{{{GOOD}, "distractors": "D"}}',
-    "distractors numbers": f'{{{GOOD}, "distractors": [1]}}',
-    "distractors null": f'{{{GOOD}, "distractors": null}}',
-    "distractors twice": f'{{{GOOD}, "distractors": ["D", "d"]}}',
-    "distractors empty": f'{{{GOOD}, "distractors": [""]}}',
-    "the answer a distractor": f'{{{GOOD}, "distractors": ["c"]}}',
-    "form unknown": f'{{{GOOD}, "form": "song"}}',
-    "form a list": f'{{{GOOD}, "form": []}}',
-    "form of 10 MB": f'{{{GOOD}, "form": "{"x" * 10**7}"}}',
-    "split unknown": f'{{{GOOD}, "split": "test"}}',
-    "split a number": f'{{{GOOD}, "split": 1}}',
-    "cloze without a blank": f'{{{GOOD}, "cloze": "B."}}',
-    "cloze a number": f'{{{GOOD}, "cloze": 1}}',
-    "fb without a blank": f'{{{GOOD}, "form": "fb"}}',
-    "mcp without a letter": '{"subject": "A", "query": "B?", "answer": "none", "form": "mcp"}',
-    "a duplicate": f"{{{GOOD}}}\n{{{GOOD}}}",
-    "a duplicate in capitals": f'{{{GOOD}}}\n{{"subject": "a", "query": "b?", "answer": "x"}}',
-    "a surrogate": '{"subject": "\\ud800", "query": "B?", "answer": "C"}',
-    "a zero byte": '{"subject": "A\\u0000", "query": "B?", "answer": "C"}',
-    "a bidirectional subject": '{"subject": "\\u202eA", "query": "B?", "answer": "C"}',
-    "a zero-width subject": '{"subject": "A\\u200b", "query": "B?", "answer": "C"}',
-    "a subject of 10 MB": f'{{"subject": "{"x" * 10**7}", "query": "B?", "answer": "C"}}',
-    "a query of 10 MB": f'{{"subject": "A", "query": "{"x" * 10**7}", "answer": "C"}}',
-    "an answer of 10 MB": f'{{"subject": "A", "query": "B?", "answer": "{"x" * 10**7}"}}',
-    "a good one, then a bad one": f"{{{GOOD}}}\n{{",
-    "a comma too many": f"{{{GOOD},}}",
-    "single quotes": "{'subject': 'A'}",
-    "two on one line": f"{{{GOOD}}} {{{GOOD}}}",
-    "a thousand bad lines": "{\n" * 1000,
-}
-
-
-@pytest.mark.parametrize("name", PROBES)
-def test_hostile_probes(name, tmp_path, tally):
-    data = PROBES[name]
-    (tmp_path / "probes.jsonl").write_bytes(data if isinstance(data, bytes) else data.encode())
-    started = time.process_time()
-    with pytest.raises(InputError, match=str(tmp_path)) as caught:
-        load_probes(tmp_path / "probes.jsonl")
-    assert time.process_time() - started < SECONDS
-    assert len(str(caught.value)) < 30_000
-    tally("bad probe files refused")
 
 
 def test_reports_of_layers_survive_what_they_are_made_of(loaded_edit):
