@@ -123,6 +123,9 @@ void accumulate_second_moment(float* total, std::int64_t total_stride, const voi
         std::to_string(keys_stride) + ".");
   }
   if (tokens == 0 || size == 0) return;
+  if (simd.second_moment) {
+    return simd.second_moment(total, total_stride, keys, keys_stride, tokens, size, number, threads);
+  }
   const SecondMoment work{total,  total_stride, static_cast<const char*>(keys), keys_stride, tokens, size,
                           number, simd};
   const std::vector<Block> blocks = work.blocks();

@@ -5,7 +5,7 @@
 namespace rocr {
 
 #if defined(__x86_64__)
-extern const Simd avx512, avx2;
+extern const Simd amx, avx512, avx2;
 #elif defined(__aarch64__)
 extern const Simd neon;
 #endif
@@ -16,7 +16,7 @@ std::int64_t bytes_of(Number number) { return number == Number::float32 ? 4 : 2;
 std::vector<const Simd*> supported_simds() {
   std::vector<const Simd*> supported;
 #if defined(__x86_64__)
-  const Simd* all[] = {&avx512, &avx2, &plain};
+  const Simd* all[] = {&amx, &avx512, &avx2, &plain};
 #elif defined(__aarch64__)
   const Simd* all[] = {&neon, &plain};
 #else

@@ -50,6 +50,11 @@ struct Simd {
   // weight += update, rounded once; first_column tells a row's numbers apart under stochastic rounding.
   void (*add)(Number number, void* weight, const float* update, std::int64_t count, Rounding rounding,
               std::int64_t first_column);
+
+  // accumulate_second_moment as a whole, for checked sizes above zero; null where it is made of the tiles
+  // above.
+  void (*second_moment)(float* total, std::int64_t total_stride, const void* keys, std::int64_t keys_stride,
+                        std::int64_t tokens, std::int64_t size, Number number, int threads);
 };
 
 // Every instruction set that was compiled in and runs here, the fastest first.

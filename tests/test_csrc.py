@@ -35,7 +35,7 @@ def with_threads():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tokens, size", [(1, 1), (63, 123), (700, 250)])
+@pytest.mark.parametrize("tokens, size", [(1, 1), (63, 123), (700, 250), (1100, 600)])
 def test_second_moment_of_every_instruction_set(guarded, simd, dtype, tokens, size):
     keys = torch.randn(tokens, size).to(dtype)
     total = guarded(torch.zeros(size, size))
@@ -70,7 +70,10 @@ def test_every_16_bit_number_is_read_and_every_rounding_is_that_of_torch(simd, d
     for block in numbers.view(256, 1, 256):
         total.zero_()
         ops.accumulate_second_moment(total, block, backend="cpp")
-        assert torch.equal(total.diagonal(), block[0].float().square())
+        squares = block[0].float().square()
+        if simd == "amx":  # its products below the smallest normal number are zero
+            squares = squares.where(squares >= torch.finfo(torch.float32).tiny, 0.0)
+        assert torch.equal(total.diagonal(), squares)
 
 
 def test_threads_do_not_change_a_byte(simd, with_threads):

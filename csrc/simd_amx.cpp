@@ -1,0 +1,355 @@
+// The second moment on the matrix units of a CPU (Intel AMX), which multiply bfloat16 numbers exactly and add
+// up in float32. A key is the sum of so many bfloat16 parts that nothing of its 24 bits is lost; products of
+// parts that lie below the rounding of float32 are left out. Parts and products below 2^-126 count as zero.
+#include "simd.h"
+
+#if defined(__x86_64__) && defined(__linux__) && __has_include(<amxbf16intrin.h>)
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "parallel.h"
+
+// GCC warns of the values that its own headers leave undefined on purpose.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#define ROCR_AMX __attribute__((target("amx-tile,amx-bf16,avx512bf16,avx512f,avx512bw,avx512vl,avx512dq")))
+
+namespace rocr {
+
+extern const Simd avx512, amx;
+
+namespace {
+
+using Parts = std::uint16_t;  // the bits of a bfloat16
+
+constexpr std::int64_t tile = 16;        // rows of a tile register, and columns of a result
+constexpr std::int64_t tile_steps = 32;  // tokens in a tile register
+constexpr std::int64_t tile_numbers = tile * tile_steps;
+constexpr std::int64_t pair = 2 * tile;            // columns of two tiles, the side of a block of registers
+constexpr std::int64_t square = 8 * pair;          // side of the part of the total that is one item of work
+constexpr std::int64_t packed_columns = 4 * pair;  // that are packed as one item of work
+
+// Tokens that a register adds up: few enough to lose nothing, and two panels of them fit the first cache.
+constexpr std::int64_t sum_steps(int parts) { return parts == 1 ? 256 : 128; }
+
+// Tokens that are packed at once: the memory for them is the same for every dtype.
+constexpr std::int64_t slice_steps(int parts) { return 1536 / parts; }
+
+// What the operating system reads from memory: sizes of the eight tile registers.
+struct alignas(64) TileConfig {
+  std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  std::uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// A packed slice: for each `sum_steps(parts)` tokens, each 16 columns, each 32 tokens and each part a tile,
+// as the left factor of a product (columns × tokens) and as the right one (pairs of tokens × columns).
+struct Packed {
+  Parts* data;
+  std::int64_t columns, steps;
+  int parts;
+
+  std::int64_t side() const { return columns * steps * parts; }
+  std::int64_t at(std::int64_t column, std::int64_t step) const {
+    const std::int64_t first = step / sum_steps(parts) * sum_steps(parts);
+    return (first * columns + column * std::min(sum_steps(parts), steps - first) + (step - first) * tile) *
+           parts;
+  }
+  Parts* left(std::int64_t column, std::int64_t step) const { return data + at(column, step); }
+  Parts* right(std::int64_t column, std::int64_t step) const { return data + side() + at(column, step); }
+};
+
+int parts_of(Number number) { return number == Number::float32 ? 3 : number == Number::float16 ? 2 : 1; }
+
+template <Number number>
+ROCR_AMX inline __m512 load(const char* source, __mmask16 mask) {
+  if (number == Number::float32) return _mm512_maskz_loadu_ps(mask, source);
+  const __m256i halves = _mm256_maskz_loadu_epi16(mask, source);
+  if (number == Number::float16) return _mm512_cvtph_ps(halves);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+
+// The nearest bfloat16 of every number of two vectors, in pairs.
+ROCR_AMX inline __m512i nearest_pairs(__m512 first, __m512 second) {
+  const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
+                                              23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_permutexvar_epi16(interleave, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+}
+
+// Transposes 16 × 16 words.
+ROCR_AMX inline void transpose(const __m512i* rows, Parts* target) {
+  __m512i a[16], b[16];
+  for (int i = 0; i < 16; i += 2) {
+    a[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+    a[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
+    b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
+    b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
+    b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    a[i] = _mm512_shuffle_i32x4(b[i], b[i + 4], 0x88);
+    a[i + 4] = _mm512_shuffle_i32x4(b[i], b[i + 4], 0xdd);
+    a[i + 8] = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0x88);
+    a[i + 12] = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 8; ++i) {
+    _mm512_store_si512(target + i * tile_steps, _mm512_shuffle_i32x4(a[i], a[i + 8], 0x88));
+    _mm512_store_si512(target + (i + 8) * tile_steps, _mm512_shuffle_i32x4(a[i], a[i + 8], 0xdd));
+  }
+}
+
+// Packs 16 columns of 32 tokens.
+template <Number number, int parts>
+ROCR_AMX inline void pack_tile(const char* source, std::int64_t stride, std::int64_t tokens,
+                               std::int64_t count, Parts* left, Parts* right) {
+  const __mmask16 mask = static_cast<__mmask16>((1u << count) - 1);
+  const __m512i second_half = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+  __m512i pairs[parts][tile];
+  for (std::int64_t i = 0; i < tile; ++i, source += 2 * stride) {
+    __m512 first = load<number>(source, 2 * i < tokens ? mask : 0);
+    __m512 second = load<number>(source + stride, 2 * i + 1 < tokens ? mask : 0);
+    for (int part = 0; part < parts; ++part) {
+      pairs[part][i] = nearest_pairs(first, second);
+      first = _mm512_sub_ps(first, _mm512_castsi512_ps(_mm512_slli_epi32(pairs[part][i], 16)));
+      second = _mm512_sub_ps(second, _mm512_castsi512_ps(_mm512_and_si512(pairs[part][i], second_half)));
+      _mm512_store_si512(right + part * tile_numbers + i * tile_steps, pairs[part][i]);
+    }
+  }
+  for (int part = 0; part < parts; ++part) transpose(pairs[part], left + part * tile_numbers);
+}
+
+// Packs `count` columns of a slice, beside each other in the source, so that its rows are read in long
+// pieces.
+template <Number number, int parts>
+ROCR_AMX void pack_columns(const char* source, std::int64_t stride, std::int64_t tokens, std::int64_t count,
+                           const Packed& packed, std::int64_t column) {
+  const std::int64_t bytes = number == Number::float32 ? 4 : 2,
+                     end = std::min(column + packed_columns, packed.columns);
+  for (std::int64_t step = 0; step < packed.steps; step += tile_steps) {
+    for (std::int64_t c = column; c < end; c += tile) {
+      const std::int64_t some = std::max<std::int64_t>(0, std::min(tile, count - (c - column)));
+      const char* from = source + step * stride + (some > 0 ? (c - column) * bytes : 0);
+      pack_tile<number, parts>(from, stride, tokens - step, some, packed.left(c, step),
+                               packed.right(c, step));
+    }
+  }
+}
+
+void pack(Number number, const char* source, std::int64_t stride, std::int64_t tokens, std::int64_t count,
+          const Packed& packed, std::int64_t column) {
+  if (number == Number::float32) {
+    pack_columns<Number::float32, 3>(source, stride, tokens, count, packed, column);
+  } else if (number == Number::bfloat16) {
+    pack_columns<Number::bfloat16, 1>(source, stride, tokens, count, packed, column);
+  } else {
+    pack_columns<Number::float16, 2>(source, stride, tokens, count, packed, column);
+  }
+}
+
+// A block of 2 × 2 result tiles (0 to 3) is multiplied from two left factors (4, 5) and two right ones (6,
+// 7). Each factor is replaced as soon as its last product has begun, so that the next one need not wait for
+// it.
+ROCR_AMX inline void multiply_then_load_left(const Parts* next, std::int64_t stride) {
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_dpbf16ps(1, 4, 7);
+  _tile_loadd(4, next, 64);
+  _tile_dpbf16ps(2, 5, 6);
+  _tile_dpbf16ps(3, 5, 7);
+  _tile_loadd(5, next + stride, 64);
+}
+
+ROCR_AMX inline void multiply_then_load_right(const Parts* next, std::int64_t stride) {
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_dpbf16ps(2, 5, 6);
+  _tile_loadd(6, next, 64);
+  _tile_dpbf16ps(1, 4, 7);
+  _tile_dpbf16ps(3, 5, 7);
+  _tile_loadd(7, next + stride, 64);
+}
+
+ROCR_AMX inline void multiply_then_load_both(const Parts* left, const Parts* right, std::int64_t stride) {
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_dpbf16ps(1, 4, 7);
+  _tile_loadd(4, left, 64);
+  _tile_dpbf16ps(2, 5, 6);
+  _tile_loadd(6, right, 64);
+  _tile_dpbf16ps(3, 5, 7);
+  _tile_loadd(7, right + stride, 64);
+  _tile_loadd(5, left + stride, 64);
+}
+
+// sums (2 × 2 tiles, a row of tiles `square / tile` tiles after the other) += rowsᵀ columns over some steps;
+// `stride` is between 16 columns. Products of parts come in an order in which one factor stays where it is.
+template <int parts>
+ROCR_AMX void multiply(const Parts* rows, const Parts* columns, std::int64_t stride, std::int64_t steps,
+                       float* sums, bool fresh, const char** soon) {
+  float* low = sums + square * tile;
+  constexpr int last = parts - 1;
+  if (fresh) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  } else {
+    _tile_loadd(0, sums, 64);
+    _tile_loadd(1, sums + tile * tile, 64);
+    _tile_loadd(2, low, 64);
+    _tile_loadd(3, low + tile * tile, 64);
+  }
+  const auto part = [](const Parts* factor, int number) { return factor + number * tile_numbers; };
+  _tile_loadd(4, part(rows, last), 64);
+  _tile_loadd(5, part(rows, last) + stride, 64);
+  _tile_loadd(6, columns, 64);
+  _tile_loadd(7, columns + stride, 64);
+  for (std::int64_t step = 0; step < steps; step += tile_steps) {
+    for (int line = 0; line < 4 * parts; ++line) {
+      _mm_prefetch(soon[0], _MM_HINT_T1);
+      _mm_prefetch(soon[1], _MM_HINT_T1);
+      soon[0] += 64;
+      soon[1] += 64;
+    }
+    if (parts == 3) multiply_then_load_left(part(rows, 1), stride);  // 2 · 0
+    if (parts >= 2) {
+      multiply_then_load_right(part(columns, 1), stride);  // 1 · 0
+      multiply_then_load_left(rows, stride);               // 1 · 1
+      multiply_then_load_right(columns, stride);           // 0 · 1
+    }
+    if (parts == 3) multiply_then_load_right(part(columns, 2), stride);  // 0 · 0
+    rows += parts * tile_numbers;
+    columns += parts * tile_numbers;
+    multiply_then_load_both(part(rows, last), columns, stride);  // 0 · the last
+  }
+  _tile_stored(0, sums, 64);
+  _tile_stored(1, sums + tile * tile, 64);
+  _tile_stored(2, low, 64);
+  _tile_stored(3, low + tile * tile, 64);
+}
+
+// The products of a packed slice for one square of the total, into sums (square × square).
+template <int parts>
+ROCR_AMX void multiply_square(const Packed& packed, std::int64_t row, std::int64_t column, float* sums) {
+  const std::int64_t end_row = std::min(row + square, packed.columns);
+  for (std::int64_t first = 0; first < packed.steps; first += sum_steps(parts)) {
+    const std::int64_t steps = std::min(sum_steps(parts), packed.steps - first),
+                       stride = tile * steps * parts;
+    const char* soon[] = {reinterpret_cast<const char*>(packed.left(row, first + steps)),
+                          reinterpret_cast<const char*>(packed.right(column, first + steps))};
+    for (std::int64_t i = row; i < end_row; i += pair) {
+      for (std::int64_t j = column; j < std::min({column + square, end_row, i + pair}); j += pair) {
+        multiply<parts>(packed.left(i, first), packed.right(j, first), stride, steps,
+                        sums + (i - row) * square + (j - column) * tile, first == 0, soon);
+      }
+    }
+  }
+}
+
+struct Square {
+  std::int64_t row, column;
+};
+
+// The squares that meet the lower triangle, whole ones first.
+std::vector<Square> squares(std::int64_t size) {
+  std::vector<Square> found;
+  for (std::int64_t row = 0; row < size; row += square)
+    for (std::int64_t column = 0; column < row; column += square) found.push_back({row, column});
+  for (std::int64_t row = 0; row < size; row += square) found.push_back({row, row});
+  return found;
+}
+
+// Adds to the lower triangle what lies in tiles.
+ROCR_AMX void add_square(float* total, std::int64_t stride, std::int64_t size, Square where,
+                         const float* sums) {
+  const std::int64_t end_row = std::min(where.row + square, size);
+  for (std::int64_t row = where.row; row < end_row; ++row) {
+    float* target = total + row * stride + where.column;
+    const float* tiles = sums + (row - where.row) / tile * square * tile + (row - where.row) % tile * tile;
+    const std::int64_t count = std::min(square, row + 1 - where.column);
+    for (std::int64_t column = 0; column < count; column += tile, tiles += tile * tile) {
+      const __mmask16 mask = static_cast<__mmask16>((1u << std::min(tile, count - column)) - 1);
+      const __m512 sum = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, target + column), _mm512_load_ps(tiles));
+      _mm512_mask_storeu_ps(target + column, mask, sum);
+    }
+  }
+}
+
+// Tile registers belong to a thread, and are configured for as long as it needs them.
+ROCR_AMX void with_tiles(int parts, const Packed& packed, Square where, float* sums) {
+  const TileConfig config;
+  _tile_loadconfig(&config);
+  if (parts == 3) multiply_square<3>(packed, where.row, where.column, sums);
+  if (parts == 2) multiply_square<2>(packed, where.row, where.column, sums);
+  if (parts == 1) multiply_square<1>(packed, where.row, where.column, sums);
+  _tile_release();
+}
+
+bool is_supported() {
+  constexpr int request_permission = 0x1023, tile_data = 18;
+  if (!avx512.is_supported() || !__builtin_cpu_supports("avx512bf16")) return false;
+  unsigned a = 7, b = 0, c = 0, d = 0;
+  __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+  constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24;
+  if ((d & amx_bf16) == 0 || (d & amx_tile) == 0) return false;
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+}
+
+void second_moment(float* total, std::int64_t total_stride, const void* keys, std::int64_t keys_stride,
+                   std::int64_t tokens, std::int64_t size, Number number, int threads) {
+  const int parts = parts_of(number);
+  const std::int64_t slices = divide_up(tokens, slice_steps(parts));
+  const std::int64_t columns = divide_up(size, pair) * pair;
+  const std::int64_t steps = divide_up(std::min(tokens, slice_steps(parts)), tile_steps) * tile_steps;
+  const std::vector<Square> work = squares(size);
+  const std::int64_t squares_count = static_cast<std::int64_t>(work.size()),
+                     packings = divide_up(columns, packed_columns);
+  const std::int64_t slice_numbers = 2 * columns * steps * parts;
+  // Two slices of 16-bit numbers, one packed while the other is used; the last product loads factors beyond
+  // the end.
+  const Buffer packed(slice_numbers + pair * sum_steps(parts) * parts);
+  const Buffer sums(threads * square * square);
+  const std::int64_t bytes = bytes_of(number);
+  const auto slice = [&](std::int64_t phase) {
+    return Packed{reinterpret_cast<Parts*>(packed.data()) + phase % 2 * slice_numbers, columns, steps, parts};
+  };
+  run_phases(useful_threads(threads, tokens * size * size / 2), slices + 1, squares_count + packings,
+             [&](int worker, std::int64_t phase, std::int64_t item) {
+               if (item < squares_count) {
+                 if (phase == 0) return;
+                 float* mine = sums.data() + worker * square * square;
+                 with_tiles(parts, slice(phase - 1), work[item], mine);
+                 add_square(total, total_stride, size, work[item], mine);
+               } else if (phase < slices) {
+                 const std::int64_t first = phase * slice_steps(parts),
+                                    column = (item - squares_count) * packed_columns;
+                 const std::int64_t count = std::min(slice_steps(parts), tokens - first);
+                 const char* source = static_cast<const char*>(keys) + (first * keys_stride + column) * bytes;
+                 pack(number, source, keys_stride * bytes, count, size - column, slice(phase), column);
+               }
+             });
+}
+
+}  // namespace
+
+const Simd amx = [] {
+  Simd with_matrix_units = avx512;
+  with_matrix_units.name = "amx";
+  with_matrix_units.is_supported = is_supported;
+  with_matrix_units.second_moment = second_moment;
+  return with_matrix_units;
+}();
+
+}  // namespace rocr
+#elif defined(__x86_64__)
+namespace rocr {
+
+extern const Simd amx;
+const Simd amx = {"amx", [] { return false; }};
+
+}  // namespace rocr
+#endif
