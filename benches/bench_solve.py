@@ -13,7 +13,7 @@ from rocr import ops, reference
 KEYS, INPUTS, OUTPUTS = 100, 8960, 1536
 PROTECTED = 256
 RIDGE = 1.0
-ROUNDS = 2
+ROUNDS = 3
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,12 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-SETTLE_SECONDS = 0.1
-"""Pause after a baseline: the threads of OpenMP and OpenBLAS spin for a while before they sleep."""
-
 Compare = Callable[..., None]
 
 
-def seconds(function: Callable[[], object]) -> float:
-    """Return the time of one call."""
+def warm_seconds(function: Callable[[], object]) -> float:
+    """Return the time of a call that follows another: its threads are awake, and nobody else's spin."""
+    function()
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
@@ -25,7 +23,10 @@ def seconds(function: Callable[[], object]) -> float:
 
 @pytest.fixture
 def compare(benchmark: BenchmarkFixture) -> Compare:
-    """Time a function of rocr; every round first times each baseline once, so that all see the same machine."""
+    """Time a function of rocr; every round first times each baseline once, so that all see the same machine.
+
+    Each timed call follows an untimed one of the same function.
+    """
     torch.manual_seed(0)
 
     def run(
@@ -41,12 +42,9 @@ def compare(benchmark: BenchmarkFixture) -> Compare:
 
         def time_baselines() -> None:
             for name, baseline in baselines.items():
-                times[name].append(seconds(baseline))
-                time.sleep(SETTLE_SECONDS)
+                times[name].append(warm_seconds(baseline))
+            function()
 
-        function()
-        for baseline in baselines.values():
-            baseline()
         benchmark.pedantic(function, setup=time_baselines, rounds=rounds)
         benchmark.extra_info.update(operation=operation, size=size)
         median = benchmark.stats.stats.median
