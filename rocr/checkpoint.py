@@ -23,6 +23,8 @@ FORMAT = "rocr checkpoint 1"
 class Checkpoint:
     """Sums of the batches so far. Batches are the same in every run, so a resumed run ends in the same bytes.
 
+    Of several processes that share the batches, each has a checkpoint, which counts its own batches and tokens.
+
     Attributes:
         path: the file; None: nothing is ever saved.
         identity: what the collection is; a checkpoint of another one is refused.
@@ -88,6 +90,11 @@ class Checkpoint:
         }
         tensors = {str(layer): total.cpu().contiguous() for layer, total in self.sums.items()}
         write_tensors(self.path, header, tensors, overwrite=True)
+
+    def close(self) -> None:
+        """Save the state for the last time: the sums are about to become something else."""
+        self.save()
+        self.torn = True
 
     def _load(self) -> None:
         assert self.path is not None

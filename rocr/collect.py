@@ -21,6 +21,7 @@ from rocr.checkpoint import Checkpoint
 from rocr.errors import GuardError, InputError
 from rocr.fingerprint import fingerprint
 from rocr.progress import Progress, ProgressCallback, silent
+from rocr.ranks import Ranks
 from rocr.sampling import sample_sequences
 from rocr.statistics import Statistics
 from rocr.texts import pack_tokens, token_batches
@@ -41,7 +42,10 @@ class CollectOptions:
         seed: of the sampled text.
         text_sha256: what identifies the text, where the caller knows; else the texts themselves are hashed.
         text_bytes: size of the text, for the time left; None: unknown.
-        checkpoint: file that holds the state of an interrupted collection; needs `text_sha256`.
+        checkpoint: file that holds the state of an interrupted collection; needs `text_sha256`. Of several
+            processes each has its own, `<checkpoint>.<rank>-of-<number>`.
+        distributed: whether the processes of an initialised torch.distributed group share the work. All of them
+            must then call with the same model, text and options, and all get the result.
     """
 
     tokens: int | None = None
@@ -51,6 +55,7 @@ class CollectOptions:
     text_sha256: str | None = None
     text_bytes: int | None = None
     checkpoint: str | os.PathLike[str] | None = None
+    distributed: bool = True
 
     def __post_init__(self) -> None:
         if self.length < 2:
@@ -74,6 +79,9 @@ def collect_statistics(
 ) -> Statistics:
     """Collect the second moments of a model's keys on ordinary text.
 
+    Inside a torch.distributed process group, every process runs its share of the batches, which are those of a
+    single process, and the sums are added up once at the end: the same result to rounding.
+
     Args:
         model: a causal language model of transformers.
         tokenizer: its tokenizer.
@@ -85,6 +93,7 @@ def collect_statistics(
     Raises:
         InputError: the layers do not exist, the text is empty, or a checkpoint is of another collection.
         GuardError: a key is not finite.
+        RocrError: another process failed or was lost; the checkpoints stay.
     """
     options = options or CollectOptions()
     architecture = find_architecture(model)
@@ -92,36 +101,63 @@ def collect_statistics(
     if not chosen:
         raise InputError("layers is empty: name the decoder layers whose keys are to be collected.")
     sums = {layer: _zeros(architecture, layer) for layer in chosen}
-    source = _Source(texts, options)
+    ranks = Ranks.of_group() if options.distributed else Ranks()
+    source = _Source(texts, options, ranks)
     mark = fingerprint(architecture, tokenizer, max(chosen))
-    state = Checkpoint.open(
-        options.checkpoint,
-        identity={
-            # Without the name: the same model may lie elsewhere by now.
-            "model": [mark.model, mark.layer, mark.tokenizer],
-            "text": source.name(),
-            "layers": list(chosen),
-            "cut": [options.tokens, options.length, options.batch_tokens],
-        },
-        sums=sums,
-    )
+    identity = {
+        # Without the name: the same model may lie elsewhere by now.
+        "model": [mark.model, mark.layer, mark.tokenizer],
+        "text": source.name(),
+        "layers": list(chosen),
+        "cut": [options.tokens, options.length, options.batch_tokens],
+    }
+    ranks.check_same("models, texts, layers or options", identity)
+    with ranks.together():
+        state = Checkpoint.open(ranks.checkpoint(options.checkpoint), identity | ranks.share(), sums)
     saved_at = time.monotonic()
     try:
         for number, batch in enumerate(source.batches(model, tokenizer, progress)):
-            if number < state.batches:
-                continue
-            state.finish_batch(_accumulate(architecture, state, batch, options.tokens))
-            progress(Progress("statistics", state.tokens, source.estimate(state.tokens), "tokens"))
-            if time.monotonic() - saved_at > SECONDS_BETWEEN_CHECKPOINTS:
-                state.save()
-                saved_at = time.monotonic()
-    except BaseException:
+            if ranks.owns(number) and number // ranks.size >= state.batches:
+                state.finish_batch(_accumulate(architecture, state, batch))
+                done = batch.before + batch.count
+                progress(Progress("statistics", done, source.estimate(done), "tokens"))
+                if time.monotonic() - saved_at > SECONDS_BETWEEN_CHECKPOINTS:
+                    state.save()
+                    saved_at = time.monotonic()
+            if ranks.ends_round(number):
+                ranks.meet()
+        ranks.meet(finished=True)
+        ranks.check_same("texts", source.name())
+        tokens = sum(ranks.gather(state.tokens))
+        if tokens == 0:
+            raise InputError(
+                f"The text gave no tokens to collect: {source.documents} documents of {source.bytes} bytes."
+            )
+        if ranks.size > 1:
+            state.close()
+            for layer in chosen:
+                ranks.add_up(sums[layer])
+    except BaseException as error:
         state.save()
+        ranks.tell(error)
         raise
-    if state.tokens == 0:
-        raise InputError(f"The text gave no tokens to collect: {source.documents} documents of {source.bytes} bytes.")
-    moments = {layer: _finished(total, state.tokens, layer) for layer, total in sums.items()}
-    return Statistics(moments, state.tokens, source.name(), mark)
+    moments = {layer: _finished(total, tokens, layer) for layer, total in sums.items()}
+    return Statistics(moments, tokens, source.name(), mark)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Sequences of equal length.
+
+    Attributes:
+        sequences: token ids.
+        before: number of keys that the batches before it give.
+        count: number of keys to take from it, from its beginning: no first tokens, nothing beyond the limit.
+    """
+
+    sequences: list[list[int]]
+    before: int
+    count: int
 
 
 @dataclass
@@ -130,26 +166,33 @@ class _Source:
 
     texts: Iterable[str] | None
     options: CollectOptions
+    ranks: Ranks
     documents: int = 0
     bytes: int = 0
     digest: Any = field(default_factory=hashlib.sha256)
 
-    def batches(self, model: nn.Module, tokenizer: Any, progress: ProgressCallback) -> Iterator[list[list[int]]]:
-        """Batches of sequences of equal length, no more than the wanted tokens need."""
+    def batches(self, model: nn.Module, tokenizer: Any, progress: ProgressCallback) -> Iterator[_Batch]:
+        """The batches of all processes, no more than the wanted tokens need."""
         options = self.options
         if self.texts is None:
             wanted = options.tokens or DEFAULT_SAMPLED_TOKENS
             sequences: Iterable[list[int]] = sample_sequences(model, tokenizer, wanted, options.seed, progress)
+            # Chips of other kinds may draw otherwise.
+            sequences = self.ranks.of_first(sequences)
         else:
             length = min(options.length, getattr(text_config(model), "max_position_embeddings", None) or options.length)
             vocabulary = len(find_architecture(model).embedding.weight)  # type: ignore[arg-type]
             sequences = pack_tokens(self._counted(self.texts), tokenizer, length, vocabulary)
-        planned = 0
+        before = 0
         for batch in token_batches(sequences, options.batch_tokens):
-            if options.tokens is not None and planned >= options.tokens:
+            if options.tokens is not None and before >= options.tokens:
                 return
-            planned += sum(len(sequence) - 1 for sequence in batch)
-            yield from _equal_lengths(batch)
+            for part in _equal_lengths(batch):
+                count = sum(len(sequence) - 1 for sequence in part)
+                if options.tokens is not None:
+                    count = min(count, options.tokens - before)
+                yield _Batch(part, before, count)
+                before += count
 
     def name(self) -> str:
         """What the statistics say of their text."""
@@ -180,24 +223,21 @@ def _zeros(architecture: Architecture, layer: int) -> Tensor:
     return torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float32, device=weight.device)
 
 
-def _accumulate(architecture: Architecture, state: Checkpoint, batch: list[list[int]], limit: int | None) -> int:
+def _accumulate(architecture: Architecture, state: Checkpoint, batch: _Batch) -> int:
     """Add a batch's keys to the sums; returns how many tokens that were."""
-    tokens = torch.tensor(batch)
-    count = tokens[:, 1:].numel()
-    count = count if limit is None else min(count, limit - state.tokens)
-    if count <= 0:
+    if batch.count == 0:
         return 0
 
     def add(layer: int, keys: Tensor) -> None:
         with state.adding(layer) as total:
-            ops.accumulate_second_moment(total, keys[:, 1:].reshape(-1, keys.shape[-1])[:count])
+            ops.accumulate_second_moment(total, keys[:, 1:].reshape(-1, keys.shape[-1])[: batch.count])
 
     with ExitStack() as stack:
         for layer in state.unfinished():
             module = architecture.down_projection(layer).module
             stack.enter_context(input_hook(module, partial(add, layer)))
-        run_through(architecture, max(state.sums), tokens)
-    return count
+        run_through(architecture, max(state.sums), torch.tensor(batch.sequences))
+    return batch.count
 
 
 def _finished(total: Tensor, tokens: int, layer: int) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rocr.apply import LayerUpdate, apply_updates, undo_updates
 from rocr.architectures import Architecture, DownProjection, default_layers, find_architecture
 from rocr.change import check_kept
-from rocr.collect import collect_statistics
+from rocr.collect import CollectOptions, collect_statistics
 from rocr.concepts import Concept, check_concepts
 from rocr.config import EditConfig
 from rocr.edit import Edit
@@ -69,7 +69,8 @@ def unlearn(
     last = max(layers)
     plan = plan_keys(tokenizer, concepts, config)
     if statistics is None:
-        statistics = collect_statistics(model, tokenizer, None, layers, progress=progress)
+        # By each process itself, since only one of a group may be editing.
+        statistics = collect_statistics(model, tokenizer, None, layers, CollectOptions(distributed=False), progress)
     mark = fingerprint(architecture, tokenizer, statistics.fingerprint.layer)
     statistics.check_model(mark)
     run = _Run(architecture, concepts, config, plan, progress, guards or Guards(), kept)

@@ -34,6 +34,13 @@ class Console:
         self._errors = rich.console.Console(stderr=True, highlight=False)
         self._output = self._errors if json_output else rich.console.Console(highlight=False)
         self.seconds: dict[str, float] = {}
+        self._rank = 0
+
+    def speak_as(self, rank: int) -> None:
+        """Be one of several processes that run the same command: all but process 0 print nothing but errors."""
+        self._rank = rank
+        self._json = self._json and rank == 0
+        self._output.quiet = self._errors.quiet = rank > 0
 
     @contextmanager
     def stage(self, name: str) -> Iterator[ProgressCallback]:
@@ -81,6 +88,8 @@ class Console:
 
     def fail(self, sentence: str, exit_code: int) -> None:
         """Print an error."""
+        if self._rank:
+            sys.stderr.write(f"rocr, process {self._rank}: {visible(sentence)}\n")
         self._errors.print(Text.assemble(("rocr: ", "bold red"), visible(sentence)), soft_wrap=True)
         self.print_json({"error": sentence, "exit_code": exit_code})
 

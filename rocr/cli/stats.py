@@ -18,11 +18,14 @@ from rocr.cli.arguments import (
     source_of,
 )
 from rocr.cli.console import Console
-from rocr.errors import InputError
+from rocr.cli.process_group import own_device, process_group
+from rocr.errors import InputError, RocrError
 from rocr.texts import check_texts, read_texts, text_digest
 
 if TYPE_CHECKING:
+    from rocr.collect import CollectOptions
     from rocr.models import ModelSource
+    from rocr.ranks import Ranks
 
 
 def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
@@ -42,13 +45,59 @@ def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Collect statistics, going on where an interrupted run with the same arguments stopped."""
-    source = source_of(arguments)
-    claim_output(arguments, source.inputs)
-    texts = list(arguments.text or ())
-    check_texts(texts)
+    """Collect statistics, going on where an interrupted run with the same arguments stopped.
 
-    from rocr.collect import CollectOptions, collect_statistics
+    Of the processes that torchrun started, each takes a share; process 0 writes, and says what is wrong.
+    """
+    arguments.device = own_device(arguments.device)
+    with process_group(arguments.device) as ranks:
+        console.speak_as(ranks.rank)
+        try:
+            return _run(arguments, console, ranks)
+        except RocrError as error:
+            if ranks.rank and ranks.told:
+                raise SystemExit(error.exit_code) from None
+            raise
+
+
+def _run(arguments: argparse.Namespace, console: Console, ranks: Ranks) -> dict[str, Any]:
+    from rocr.collect import collect_statistics
+
+    texts = list(arguments.text or ())
+    with ranks.together():
+        source = source_of(arguments)
+        if ranks.rank == 0:
+            claim_output(arguments, source.inputs)
+        check_texts(texts)
+        options, checkpoint = _options(arguments, texts, ranks)
+    with ranks.together(), console.stage("load"):
+        loaded = load(arguments, source, _last_layer(arguments, source))
+    if checkpoint is not None and checkpoint.exists():
+        console.warn(f"Going on from {checkpoint}.")
+    with console.stage("statistics") as progress:
+        documents = read_texts(texts) if texts else None
+        statistics = collect_statistics(loaded.model, loaded.tokenizer, documents, arguments.layers, options, progress)
+    with ranks.together():
+        if ranks.rank == 0:
+            statistics.save(arguments.out, overwrite=arguments.overwrite)
+    if checkpoint is not None:
+        checkpoint.unlink(missing_ok=True)
+    layers = ", ".join(map(str, statistics.layers))
+    console.say(f"{arguments.out}: {statistics.tokens:,} tokens at layers {layers}.")
+    return {
+        "out": arguments.out,
+        "tokens": statistics.tokens,
+        "layers": list(statistics.layers),
+        "text": statistics.text,
+        "fingerprint": statistics.fingerprint.to_json(),
+        "processes": ranks.size,
+        "seconds": console.seconds,
+    }
+
+
+def _options(arguments: argparse.Namespace, texts: list[str], ranks: Ranks) -> tuple[CollectOptions, Path | None]:
+    """How the text is read, and the file of this process's own checkpoint."""
+    from rocr.collect import CollectOptions
 
     checkpoint = Path(f"{arguments.out}.checkpoint") if texts else None
     options = CollectOptions(
@@ -60,26 +109,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
         text_bytes=sum(Path(text).stat().st_size for text in texts) or None,
         checkpoint=checkpoint,
     )
-    with console.stage("load"):
-        loaded = load(arguments, source, _last_layer(arguments, source))
-    if checkpoint is not None and checkpoint.exists():
-        console.warn(f"Going on from {checkpoint}.")
-    with console.stage("statistics") as progress:
-        documents = read_texts(texts) if texts else None
-        statistics = collect_statistics(loaded.model, loaded.tokenizer, documents, arguments.layers, options, progress)
-    statistics.save(arguments.out, overwrite=arguments.overwrite)
-    if checkpoint is not None:
-        checkpoint.unlink(missing_ok=True)
-    layers = ", ".join(map(str, statistics.layers))
-    console.say(f"{arguments.out}: {statistics.tokens:,} tokens at layers {layers}.")
-    return {
-        "out": arguments.out,
-        "tokens": statistics.tokens,
-        "layers": list(statistics.layers),
-        "text": statistics.text,
-        "fingerprint": statistics.fingerprint.to_json(),
-        "seconds": console.seconds,
-    }
+    return options, ranks.checkpoint(checkpoint)
 
 
 def _last_layer(arguments: argparse.Namespace, source: ModelSource) -> int | None:
