@@ -13,6 +13,7 @@ from rocr import ops
 from rocr.architectures import Architecture, DownProjection
 from rocr.errors import GuardError, InputError, VerificationError
 from rocr.fingerprint import tensor_digest
+from rocr.sharding import own, own_part, whole
 from rocr.solve import System
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -80,16 +81,11 @@ def apply_updates(
     before = [parameter.clone() for parameter in parameters]
     try:
         ops.low_rank_update(
-            [projection.weight for projection in projections],
+            [own(projection.weight) for projection in projections],
             [left.to(parameter.device) for left, parameter in zip(lefts, parameters, strict=True)],
-            [right.to(parameter.device) for right, parameter in zip(rights, parameters, strict=True)],
+            [own_part(right, projection.weight) for right, projection in zip(rights, projections, strict=True)],
         )
-        for projection, parameter in zip(projections, parameters, strict=True):
-            if not torch.isfinite(parameter).all():
-                raise GuardError(
-                    f"The update makes {projection.parameter_name} overflow {parameter.dtype}; nothing was applied."
-                )
-        return [_applied(parameter, original) for parameter, original in zip(parameters, before, strict=True)]
+        return [_applied(*each) for each in zip(projections, before, strict=True)]
     except BaseException:
         for parameter, original in zip(parameters, before, strict=True):
             parameter.copy_(original)
@@ -106,7 +102,7 @@ def undo_updates(projections: Sequence[DownProjection], applied: Sequence[Applie
     undos = [_checked_undo(projection, record) for projection, record in zip(projections, applied, strict=True)]
     for projection, undo in zip(projections, undos, strict=True):
         parameter = projection.parameter.data
-        bits(parameter).bitwise_xor_(undo.to(parameter.device))
+        bits(own(parameter)).bitwise_xor_(own_part(undo, parameter))
 
 
 def holds_updates(projections: Sequence[DownProjection], applied: Sequence[Applied | None]) -> bool:
@@ -143,11 +139,16 @@ def updates_off(projections: Sequence[DownProjection], applied: Sequence[Applied
         for projection, record in zip(projections, applied, strict=True):
             if held and record is not None and record.undo is not None:
                 parameter = projection.parameter.data
-                bits(parameter).bitwise_xor_(record.undo.to(parameter.device))
+                bits(own(parameter)).bitwise_xor_(own_part(record.undo, parameter))
         raise
 
 
-def _applied(parameter: Tensor, original: Tensor) -> Applied:
+def _applied(projection: DownProjection, original: Tensor) -> Applied:
+    parameter, original = whole(projection.parameter.data), whole(original)
+    if not torch.isfinite(parameter).all():
+        raise GuardError(
+            f"The update makes {projection.parameter_name} overflow {parameter.dtype}; nothing was applied."
+        )
     before, after = tensor_digest(original), tensor_digest(parameter)
     return Applied(str(parameter.dtype), before, after, bits(original).bitwise_xor(bits(parameter)).cpu())
 

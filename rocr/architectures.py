@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from rocr.errors import InputError
+from rocr.sharding import flaw_of
 
 MLP_NAMES = ("mlp", "feed_forward", "ffn")
 
@@ -148,6 +149,12 @@ def _down_projection(layer: int, name: str, mlp: nn.Module, hidden_size: int) ->
     child, module = projections[-1]
     _check_dense(f"{name}.{child}", module)
     transposed = isinstance(module, Conv1D)
+    flaw = flaw_of(module.weight)  # type: ignore[arg-type]
+    if flaw is not None:
+        raise InputError(
+            f"{name}.{child} {flaw}: rocr edits weights that are whole, or split along their inputs by tensor "
+            "parallelism. Load the model in one process, or with a tp_plan."
+        )
     found = DownProjection(layer, f"{name}.{child}", module, transposed)
     if found.weight.shape[0] != hidden_size:
         raise InputError(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from rocr.architectures import Architecture
+from rocr.sharding import whole, whole_input
 
 
 class _StopForward(Exception):
@@ -22,7 +23,7 @@ def input_hook(module: nn.Module, receive: Callable[[Tensor], None]) -> Iterator
     """Within the context, `receive` gets the module's input, (batch, tokens, features)."""
 
     def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-        receive(inputs[0].detach())
+        receive(whole_input(module, inputs[0].detach()))
 
     with _removing(module.register_forward_pre_hook(hook)):
         yield
@@ -33,7 +34,7 @@ def hidden_hook(architecture: Architecture, layer: int, receive: Callable[[Tenso
     """Within the context, `receive` gets the decoder layer's output, (batch, tokens, d_out)."""
 
     def hook(_module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
-        receive(_first_tensor(output).detach())
+        receive(whole(_first_tensor(output).detach()))
 
     with _removing(architecture.layers[layer].register_forward_hook(hook)):
         yield

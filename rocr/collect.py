@@ -23,6 +23,7 @@ from rocr.fingerprint import fingerprint
 from rocr.progress import Progress, ProgressCallback, silent
 from rocr.ranks import Ranks
 from rocr.sampling import sample_sequences
+from rocr.sharding import is_parallel
 from rocr.statistics import Statistics
 from rocr.texts import pack_tokens, token_batches
 
@@ -96,14 +97,16 @@ def collect_statistics(
         RocrError: another process failed or was lost; the checkpoints stay.
     """
     options = options or CollectOptions()
-    architecture = find_architecture(model)
-    chosen = tuple(sorted(layers)) if layers is not None else default_layers(architecture.depth)
-    if not chosen:
-        raise InputError("layers is empty: name the decoder layers whose keys are to be collected.")
-    sums = {layer: _zeros(architecture, layer) for layer in chosen}
-    ranks = Ranks.of_group() if options.distributed else Ranks()
+    # Processes that hold one model between them run every batch together.
+    ranks = Ranks.of_group() if options.distributed and not is_parallel(model) else Ranks()
     source = _Source(texts, options, ranks)
-    mark = fingerprint(architecture, tokenizer, max(chosen))
+    with ranks.together():
+        architecture = find_architecture(model)
+        chosen = tuple(sorted(layers)) if layers is not None else default_layers(architecture.depth)
+        if not chosen:
+            raise InputError("layers is empty: name the decoder layers whose keys are to be collected.")
+        sums = {layer: _zeros(architecture, layer) for layer in chosen}
+        mark = fingerprint(architecture, tokenizer, max(chosen))
     identity = {
         # Without the name: the same model may lie elsewhere by now.
         "model": [mark.model, mark.layer, mark.tokenizer],

@@ -2,9 +2,15 @@
 
 
 class RocrError(Exception):
-    """Something rocr cannot do; the message is a sentence that says what and how to go on."""
+    """Something rocr cannot do; the message is a sentence that says what and how to go on.
+
+    Attributes:
+        exit_code: of the command line.
+        told: whether every process that works on the same thing knows of it.
+    """
 
     exit_code = 1
+    told = False
 
 
 class InputError(RocrError):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rocr.architectures import Architecture
 from rocr.errors import InputError
 from rocr.json_values import text_of, whole_number_of
+from rocr.sharding import whole
 
 SAMPLED_VALUES = 512
 
@@ -77,7 +78,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 def tensor_digest(tensor: Tensor) -> str:
     """sha256 over a tensor's bytes in row-major order."""
-    plain = tensor.detach().cpu().contiguous().reshape(-1)
+    plain = whole(tensor).detach().cpu().contiguous().reshape(-1)
     buffer: Any = plain.view(torch.uint8).numpy()
     return hashlib.sha256(buffer).hexdigest()
 
@@ -95,7 +96,7 @@ def _add_module(digest: Any, title: str, module: nn.Module, leave_out: nn.Module
     for name, parameter in module.named_parameters():
         if skipped and id(parameter) in skipped:
             continue
-        data = parameter.detach()
+        data = whole(parameter).detach()
         flat = data.reshape(-1)
         step = max(1, flat.numel() // SAMPLED_VALUES)
         values = flat[::step][:SAMPLED_VALUES].to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy()

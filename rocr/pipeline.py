@@ -26,6 +26,7 @@ from rocr.keys import States, before_output_norm, read_states
 from rocr.measures import EditReport, mean_by_concept, measure_layer
 from rocr.metric import build_metric
 from rocr.progress import Progress, ProgressCallback, silent
+from rocr.sharding import whole
 from rocr.solve import Solution, check_finite, solve_layer
 from rocr.statistics import Statistics
 
@@ -150,7 +151,7 @@ class _Run:
 
     def apply(self, projection: DownProjection, update: LayerUpdate, metric: str, solution: Solution) -> None:
         """Apply an update, measure it and hold it to its limits."""
-        weight_norm = float(projection.weight.float().norm())
+        weight_norm = float(whole(projection.weight).float().norm())
         with self.timed("apply"), with_culprits(update, self.all_concept_of, self.all_concepts):
             # In one statement: an interruption must not come between the weight and the record that restores it.
             self.updates.append(replace(update, applied=apply_updates([projection], [update.left], [update.right])[0]))

@@ -28,6 +28,8 @@ BLOCK_NUMBERS = 2**23
 class OtherRankError(RocrError):
     """Another process has ended the collection of all."""
 
+    told = True
+
     def __init__(self, sentence: str, exit_code: int) -> None:
         super().__init__(sentence)
         self.exit_code = exit_code
@@ -40,13 +42,11 @@ class Ranks:
     Attributes:
         rank: its number, from 0.
         size: how many there are.
-        told: whether all know that one of them failed, and why.
         lost: whether one of them cannot be reached any more.
     """
 
     rank: int = 0
     size: int = 1
-    told: bool = False
     lost: bool = False
 
     @classmethod
@@ -82,10 +82,9 @@ class Ranks:
             return
         finished_count, failed_count = self._sum(torch.tensor([finished, error is not None])).tolist()
         if failed_count:
-            self._raise_first(self.gather(_told(error)))
+            self._raise_first(self.gather(_as_message(error)), error)
         if finished_count not in (0, self.size):
-            self.told = True
-            raise InputError(f"{self._name()} did not read as much text as the others: give all of them the same.")
+            raise _told(InputError(f"{self._name()} did not read as much text as the others: give all the same."))
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -94,24 +93,17 @@ class Ranks:
         Raises:
             OtherRankError: another process failed.
         """
-        error = None
         try:
             yield
         except Exception as caught:
-            if self.size == 1 or self.told or self.lost:
-                raise
-            error = caught
-        if self.size > 1:
-            try:
-                self.meet(error=error)
-            except RocrError:
-                if error is not None:
-                    raise error from None
-                raise
+            self.tell(caught)
+            raise
+        self.meet()
 
     def tell(self, error: BaseException) -> None:
         """Let the others know that this process fails, unless they know or it is being stopped from outside."""
-        if self.size > 1 and isinstance(error, Exception) and not (self.told or self.lost):
+        known = getattr(error, "told", False) or self.lost
+        if self.size > 1 and isinstance(error, Exception) and not known:
             with suppress(RocrError):
                 self.meet(error=error)
 
@@ -123,8 +115,7 @@ class Ranks:
         """
         values = self.gather(value)
         if any(other != values[0] for other in values):
-            self.told = True
-            raise InputError(f"The {self.size} processes have different {what}: give all of them the same.")
+            raise _told(InputError(f"The {self.size} processes have different {what}: give all of them the same."))
 
     def gather(self, value: T) -> list[T]:
         """The values of all processes, by rank."""
@@ -200,9 +191,10 @@ class Ranks:
                 "checkpoint they go on where they were."
             ) from error
 
-    def _raise_first(self, told: list[tuple[str, int] | None]) -> None:
-        self.told = True
-        for rank, message in enumerate(told):
+    def _raise_first(self, messages: list[tuple[str, int] | None], error: Exception | None) -> None:
+        if isinstance(error, RocrError):
+            _told(error)
+        for rank, message in enumerate(messages):
             if message is not None:
                 sentence, exit_code = message
                 raise OtherRankError(f"Process {rank} of {self.size} stopped: {sentence}", exit_code)
@@ -211,7 +203,12 @@ class Ranks:
         return f"Process {self.rank} of {self.size}"
 
 
-def _told(error: Exception | None) -> tuple[str, int] | None:
+def _told(error: RocrError) -> RocrError:
+    error.told = True
+    return error
+
+
+def _as_message(error: Exception | None) -> tuple[str, int] | None:
     if error is None or isinstance(error, RocrError):
         return None if error is None else (str(error), error.exit_code)
     return f"{type(error).__name__}: {error}", RocrError.exit_code

@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
         try:
             return _run(arguments, console, ranks)
         except RocrError as error:
-            if ranks.rank and ranks.told:
+            if ranks.rank and error.told:
                 raise SystemExit(error.exit_code) from None
             raise
 
