@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,12 @@ Shapes = dict[str, tuple[int, ...]]
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 
 
-def check_model_folder(folder: Path) -> None:
+def check_model_folder(folder: Path, whole: bool = True) -> None:
     """Refuse a folder that is no complete and harmless safetensors model, without loading it.
+
+    Args:
+        folder: the folder.
+        whole: whether the headers of all weight files are looked at; else only that the files of an index are there.
 
     Raises:
         InputError: a file is damaged, missing, too large or outside the folder, or the weights are pickled.
@@ -37,7 +42,13 @@ def check_model_folder(folder: Path) -> None:
         if (folder / name).exists():
             _read_object(folder / name, SETTINGS_BYTES)
     _check_size(folder / "tokenizer.json", TOKENIZER_BYTES)
-    _check_sizes(folder, config, _check_weights(folder))
+    if not whole and (folder / INDEX_FILE).exists():
+        tensors = [tensor for names in _read_index(folder).values() for tensor in names]
+        _check_sizes(folder, config, DEPTHS, len(tensors))
+    else:
+        shapes = _check_weights(folder)
+        _check_sizes(folder, config, DEPTHS, len(shapes))
+        _check_sizes(folder, config, WIDTHS, max((size for shape in shapes.values() for size in shape), default=0))
 
 
 def _check_inside(folder: Path, path: Path) -> None:
@@ -87,6 +98,17 @@ def _check_weights(folder: Path) -> Shapes:
 
 
 def _check_index(folder: Path) -> Shapes:
+    shapes: Shapes = {}
+    for name, tensors in _read_index(folder).items():
+        shapes |= tensor_shapes(folder / name)
+        missing = tensors - set(shapes)
+        if missing:
+            raise InputError(f"{folder / name} lacks {min(missing)[:100]!r}, which {INDEX_FILE} puts there.")
+    return shapes
+
+
+def _read_index(folder: Path) -> dict[str, set[str]]:
+    """The tensors that an index puts into each weight file; the files are there."""
     place = folder / INDEX_FILE
     weights = _read_object(place, MAX_HEADER_BYTES).get("weight_map")
     if not isinstance(weights, dict) or not weights:
@@ -96,13 +118,9 @@ def _check_index(folder: Path) -> Shapes:
         if not isinstance(name, str) or not name.endswith(".safetensors") or Path(name).name != name or "\\" in name:
             raise InputError(f"{place} puts {tensor[:60]!r} into {repr(name)[:100]}, which is no file of this folder.")
         shards.setdefault(name, set()).add(tensor)
-    shapes: Shapes = {}
-    for name, tensors in shards.items():
-        shapes |= tensor_shapes(folder / name)
-        missing = tensors - set(shapes)
-        if missing:
-            raise InputError(f"{folder / name} lacks {min(missing)[:100]!r}, which {INDEX_FILE} puts there.")
-    return shapes
+    for name in shards:
+        _require_file(folder / name)
+    return shards
 
 
 def tensor_shapes(path: Path) -> Shapes:
@@ -112,8 +130,7 @@ def tensor_shapes(path: Path) -> Shapes:
         InputError: it is missing or damaged.
     """
     try:
-        if not path.is_file():
-            raise InputError(f"{path} is not there, or not a file.")
+        _require_file(path)
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
         if size > MAX_HEADER_BYTES:
@@ -124,16 +141,21 @@ def tensor_shapes(path: Path) -> Shapes:
         raise InputError(f"{path} cannot be read as safetensors: {str(error)[:200]}.") from None
 
 
-def _check_sizes(folder: Path, config: dict[str, Any], shapes: Shapes) -> None:
+def _require_file(path: Path) -> None:
+    try:
+        there = path.is_file()
+    except OSError:  # a name that is too long, or a folder that is closed
+        there = False
+    if not there:
+        raise InputError(f"{path} is not there, or not a file.")
+
+
+def _check_sizes(folder: Path, config: dict[str, Any], names: Sequence[str], most: int) -> None:
     """Refuse sizes that the weights cannot have: memory would be taken for them before that is found out."""
-    widest = max((size for shape in shapes.values() for size in shape), default=0)
     text = config.get("text_config")
     for part in (config, text if isinstance(text, dict) else {}):
-        for names, most in ((DEPTHS, len(shapes)), (WIDTHS, widest)):
-            for name in names:
-                size = part.get(name)
-                if size is not None and (not isinstance(size, int) or not 0 < size <= most):
-                    shown = json.dumps(size)[:60]
-                    raise InputError(
-                        f"{folder / 'config.json'} says {name} {shown}, but the weights have at most {most}."
-                    )
+        for name in names:
+            size = part.get(name)
+            if size is not None and (not isinstance(size, int) or not 0 < size <= most):
+                shown = json.dumps(size)[:60]
+                raise InputError(f"{folder / 'config.json'} says {name} {shown}, but the weights have at most {most}.")

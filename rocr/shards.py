@@ -112,12 +112,14 @@ class WeightFiles:
 def find_weight_files(folder: Path) -> WeightFiles | None:
     """The safetensors files that a folder's index names, or its one file; None where it has no such weights.
 
+    Of many files none is opened here: `WeightFiles.find` looks at the header of the one that it needs.
+
     Raises:
         InputError: the folder is not a complete and harmless model: see `check_model_folder`.
     """
     if not (folder / INDEX_FILE).exists() and not (folder / SINGLE_FILE).exists():
         return None
-    check_model_folder(folder)
+    check_model_folder(folder, whole=False)
     if (folder / INDEX_FILE).exists():
         return WeightFiles(folder, parse_json((folder / INDEX_FILE).read_bytes())["weight_map"])
     return WeightFiles(folder, dict.fromkeys(read_layout(folder / SINGLE_FILE), SINGLE_FILE))

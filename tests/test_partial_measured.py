@@ -1,0 +1,106 @@
+"""What `rocr unlearn` reads, holds and leaves alone of a model of 80 layers in as many files."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rocr.architectures import find_architecture
+from rocr.models import find_model
+from rocr.partial import empty_model, needed_tensors
+from rocr.shards import find_weight_files
+
+ROOT = Path(__file__).parents[1]
+LAYERS = (4, 5, 6)
+SCRIPT = """
+import json, sys
+from pathlib import Path
+import torch
+from rocr.cli import main
+
+torch.set_num_threads(1)
+first, second, out = json.loads(sys.argv[1])
+read_files = set()
+
+def hook(event, arguments):
+    if event == "open" and isinstance(arguments[0], str):
+        read_files.add(arguments[0])
+
+def number(file, name):
+    return int(Path(file).read_text().split(name)[1].split()[0])
+
+assert main(first) == 0  # a small model: everything is imported by now
+sys.addaudithook(hook)
+Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+before, held = number("/proc/self/io", "rchar:"), number("/proc/self/status", "VmRSS:")
+code = main(second)
+read, peak = number("/proc/self/io", "rchar:") - before, number("/proc/self/status", "VmHWM:") - held
+Path(out).write_text(json.dumps({"code": code, "read": read, "peak": peak * 1024, "files": sorted(read_files)}))
+"""
+
+
+@pytest.fixture(scope="module")
+def large(make_model, tokenizer, tmp_path_factory):
+    """A model of 80 small layers, a file for each, under names and in an order that say nothing."""
+    folder = tmp_path_factory.mktemp("large") / "model"
+    sizes = {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 80}
+    make_model("Llama", **sizes).bfloat16().save_pretrained(folder, max_shard_size="4MB")
+    tokenizer.save_pretrained(folder)
+    place = folder / "model.safetensors.index.json"
+    index = json.loads(place.read_text())
+    files = sorted(set(index["weight_map"].values()))
+    names = [f"{number:x}.safetensors" for number in random.Random(0).sample(range(2**32), len(files))]
+    for file, name in zip(files, names, strict=True):
+        (folder / file).rename(folder / name)
+    entries = [(tensor, names[files.index(file)]) for tensor, file in index["weight_map"].items()]
+    random.Random(1).shuffle(entries)
+    place.write_text(json.dumps({"metadata": {"total_size": -1}, "weight_map": dict(entries)}))
+    return folder
+
+
+def shards_of(folder, last):
+    """Names of the files that hold the embedding and the layers up to the last one, and of the others."""
+    files = find_weight_files(folder)
+    architecture = find_architecture(empty_model(find_model(str(folder))))
+    needed = needed_tensors(files, architecture, last)
+    names = {stored.file.name for stored in needed}
+    return names, set(files.files) - names, sum(stored.size for stored in needed), files.size
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="reads are counted by Linux")
+def test_of_eighty_layers_a_tenth_is_read_and_the_rest_is_linked(large, files, concept, command, tmp_path):
+    names, others, needed, size = shards_of(large, max(LAYERS))
+    assert len(names) >= 7 and len(others) > 70
+    for name in others:  # whoever parses one of these fails
+        content = (large / name).stat().st_size
+        (large / name).write_bytes(b"\xff" * content)
+    layers = ("--layers", ",".join(map(str, LAYERS)), "--partial")
+    statistics = tmp_path / "statistics"
+    done = command("stats", large, *layers, "--text", files.text, "--tokens", "4000", "--out", statistics)
+    assert done.code == 0, done.errors
+    given = ["--statistics", str(statistics), *concept, *layers]
+    small = ["unlearn", str(files.model), "--statistics", str(files.statistics), *concept, "--partial"]
+    commands = [
+        [*small, "--out", str(tmp_path / "small")],
+        ["unlearn", str(large), *given, "--out", str(tmp_path / "out")],
+        str(tmp_path / "found"),
+    ]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    child = [sys.executable, "-c", SCRIPT, json.dumps(commands)]
+    done = subprocess.run(child, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "found").read_text())
+    assert found["code"] == 0, done.stderr
+    opened = {Path(path).name for path in found["files"] if Path(path).parent == large}
+    assert not opened & others and names <= opened
+    linked = {name for name in names | others if (tmp_path / "out" / name).samefile(large / name)}
+    assert others <= linked and len(linked) == len(names | others) - len(LAYERS)
+    # The digests of what was written are taken from the disk again: that is not of the model.
+    written = sum((tmp_path / "out" / name).stat().st_size for name in names - linked)
+    read = found["read"] - written
+    assert needed <= read <= 0.15 * size, f"{read:,} of {size:,} bytes"
+    assert found["peak"] <= 1.3 * read, f"{found['peak']:,} bytes of memory for {read:,} bytes read"
