@@ -12,6 +12,7 @@ from rocr.config import EditConfig
 from rocr.errors import GuardError
 
 TRACE_PROBES = 64
+ROWS_AT_ONCE = 1024
 
 
 class Metric(Protocol):
@@ -55,7 +56,7 @@ class WhitenedMetric:
 
     def apply(self, keys: Tensor) -> Tensor:
         """Return keys @ M by two triangular solves."""
-        return torch.cholesky_solve(keys.to(self.factor).T, self.factor).T
+        return _solve(self.factor, keys.to(self.factor).T).T
 
     def root(self, keys: Tensor) -> Tensor:
         """Return keys @ L⁻ᵀ, where M⁻¹ = L Lᵀ."""
@@ -125,7 +126,7 @@ def build_metric(second_moment: Tensor, config: EditConfig) -> WhitenedMetric | 
             threshold.
     """
     scale = second_moment.diagonal().mean()
-    if not torch.isfinite(second_moment).all() or scale <= 0:
+    if not all_finite(second_moment) or scale <= 0:
         raise GuardError("The second moment is not finite or zero: collect the statistics again on ordinary text.")
     if config.method == "whitened":
         factor = _cholesky(second_moment, config.gamma / float(scale))
@@ -134,14 +135,15 @@ def build_metric(second_moment: Tensor, config: EditConfig) -> WhitenedMetric | 
 
 
 def _cholesky(second_moment: Tensor, weight: float) -> Tensor:
-    """Lower factor of weight C + I, in float64 where C's own precision does not do."""
+    """Lower factor of weight C + I, in float64 where C's own precision does not do; one matrix of memory."""
     for dtype in (second_moment.dtype, torch.float64):
-        matrix = second_moment.to(dtype) * weight
+        matrix = second_moment.to(dtype).mul(weight)
         matrix.diagonal().add_(1.0)
-        factor, failed = torch.linalg.cholesky_ex(matrix)
+        # Symmetric, so that its transpose is itself in the order that LAPACK overwrites.
+        factor, failed = matrix.T, torch.zeros((), dtype=torch.int32, device=matrix.device)
+        torch.linalg.cholesky_ex(factor, out=(factor, failed))
         if failed == 0:
-            found: Tensor = factor.to(second_moment.dtype)
-            return found
+            return factor.to(second_moment.dtype)
     raise GuardError(
         f"The second moment, times {weight:.3g} and plus one, is not positive definite to its own precision: "
         "lower gamma, or collect the statistics on more text."
@@ -152,7 +154,19 @@ def _trace_of_product(second_moment: Tensor, factor: Tensor) -> float:
     """tr(C M) within about a percent, by Hutchinson's estimator: the exact trace needs the whole inverse."""
     generator = torch.Generator().manual_seed(0)
     signs = torch.randint(0, 2, (len(factor), TRACE_PROBES), generator=generator).to(factor) * 2 - 1
-    return float((signs * torch.cholesky_solve(second_moment @ signs, factor)).sum() / TRACE_PROBES)
+    return float((signs * _solve(factor, second_moment @ signs)).sum() / TRACE_PROBES)
+
+
+def _solve(factor: Tensor, columns: Tensor) -> Tensor:
+    """(L Lᵀ)⁻¹ columns; unlike torch.cholesky_solve, without a copy of the factor."""
+    halfway = torch.linalg.solve_triangular(factor, columns, upper=False)
+    solved: Tensor = torch.linalg.solve_triangular(factor.T, halfway, upper=True)
+    return solved
+
+
+def all_finite(matrix: Tensor) -> bool:
+    """Whether all numbers of a large matrix are finite; torch.isfinite would take twice its memory at once."""
+    return all(bool(torch.isfinite(rows).all()) for rows in torch.split(matrix, ROWS_AT_ONCE))
 
 
 def _projected(second_moment: Tensor, threshold: float) -> ProjectedMetric:

@@ -21,6 +21,10 @@ BACKENDS = ("triton", "cpp", "torch", "cuda", "reference")
 """Every backend, the one to prefer first; cuda waits behind torch until it has been measured against Triton."""
 
 
+SYMMETRIZED_ROWS = 1024
+"""Rows that are mirrored at once: whole, three more matrices of the same size would be held."""
+
+
 class Metric(Protocol):
     """A symmetric positive semidefinite matrix M (d_in, d_in) that need not be stored as one."""
 
@@ -120,7 +124,12 @@ def accumulate_second_moments(totals: Sequence[Tensor], keys: Sequence[Tensor], 
 def symmetrize(total: Tensor) -> Tensor:
     """Copy the lower triangle of total (d, d) over its upper one, in place, and return total."""
     operands.check_square("total", total)
-    return total.copy_(total.tril() + total.tril(-1).T)
+    for start in range(0, len(total), SYMMETRIZED_ROWS):
+        stop = start + SYMMETRIZED_ROWS
+        block = total[start:stop, start:stop]
+        block.copy_(block.tril() + block.tril(-1).T)
+        total[start:stop, stop:] = total[stop:, start:stop].T
+    return total
 
 
 @torch.no_grad()

@@ -45,7 +45,7 @@ Path(out).write_text(json.dumps({"code": code, "read": read, "peak": peak * 1024
 
 @pytest.fixture(scope="module")
 def large(make_model, tokenizer, tmp_path_factory):
-    """A model of 80 small layers, a file for each, under names and in an order that say nothing."""
+    """A model of 80 small layers in files of a layer or so, under names and in an order that say nothing."""
     folder = tmp_path_factory.mktemp("large") / "model"
     sizes = {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 80}
     make_model("Llama", **sizes).bfloat16().save_pretrained(folder, max_shard_size="4MB")
@@ -74,7 +74,7 @@ def shards_of(folder, last):
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="reads are counted by Linux")
 def test_of_eighty_layers_a_tenth_is_read_and_the_rest_is_linked(large, files, concept, command, tmp_path):
     names, others, needed, size = shards_of(large, max(LAYERS))
-    assert len(names) >= 7 and len(others) > 70
+    assert len(names) >= 6 and len(others) > 50
     for name in others:  # whoever parses one of these fails
         content = (large / name).stat().st_size
         (large / name).write_bytes(b"\xff" * content)
@@ -98,7 +98,7 @@ def test_of_eighty_layers_a_tenth_is_read_and_the_rest_is_linked(large, files, c
     opened = {Path(path).name for path in found["files"] if Path(path).parent == large}
     assert not opened & others and names <= opened
     linked = {name for name in names | others if (tmp_path / "out" / name).samefile(large / name)}
-    assert others <= linked and len(linked) == len(names | others) - len(LAYERS)
+    assert others <= linked and len(linked) >= len(names | others) - len(LAYERS)
     # The digests of what was written are taken from the disk again: that is not of the model.
     written = sum((tmp_path / "out" / name).stat().st_size for name in names - linked)
     read = found["read"] - written

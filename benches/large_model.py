@@ -1,0 +1,217 @@
+"""Edit a model that does not fit: make one on the disk, run `rocr unlearn` on it, and count what it reads and holds.
+
+    python benches/large_model.py --gigabytes 8 --folder /tmp
+
+The model has the shape of Llama 3 (70B by default) with as many layers as the size allows, and random bfloat16
+weights, written layer by layer without ever being held. The statistics are random too: what is measured is the
+machine's part, not the edit's. Prints a row of Markdown and removes everything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+from rocr.architectures import find_architecture
+from rocr.fingerprint import fingerprint
+from rocr.models import find_model
+from rocr.partial import load_partial
+from rocr.statistics import Statistics
+
+SHAPES = {
+    "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8},
+    "70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8},
+    "test": {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2},
+}
+SHARD_BYTES = 5 * 10**9
+NOISE_NUMBERS = 2**24
+CHILD = """
+import json, sys, time
+from pathlib import Path
+import torch
+from rocr.cli import main
+import rocr.pipeline, rocr.partial, transformers.models.llama.modeling_llama
+
+def number(file, name):
+    return int(Path(file).read_text().split(name)[1].split()[0])
+
+before, held = number("/proc/self/io", "rchar:"), number("/proc/self/status", "VmRSS:")
+started = time.perf_counter()
+code = main(json.loads(sys.argv[1]))
+seconds = time.perf_counter() - started
+found = {
+    "code": code,
+    "read": number("/proc/self/io", "rchar:") - before,
+    "peak": (number("/proc/self/status", "VmHWM:") - held) * 1024,
+    "seconds": seconds,
+}
+Path(sys.argv[2]).write_text(json.dumps(found))
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gigabytes", type=float, default=8.0, help="size of the model on the disk")
+    parser.add_argument("--shape", choices=SHAPES, default="8B")
+    parser.add_argument("--layers", default="4,5,6", help="layers to edit")
+    parser.add_argument("--folder", type=Path, help="where to put it (default: the system's temporary folder)")
+    arguments = parser.parse_args()
+    layers = tuple(map(int, arguments.layers.split(",")))
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        base = Path(folder)
+        size = make_model(base / "model", SHAPES[arguments.shape], arguments.gigabytes * 1e9, max(layers) + 2)
+        moments = make_statistics(base / "model", layers, base / "statistics")
+        found = run(base, arguments.layers)
+        written = sum(path.stat().st_size for path in (base / "out").iterdir() if path.stat().st_nlink == 1)
+    depth, size_in_all = size
+    print("| model, GB | layers | edited | read, GB | peak memory, GB | of it statistics, GB | written, GB | seconds |")
+    print("|---:|---:|---|---:|---:|---:|---:|---:|")
+    cells = [size_in_all, found["read"], found["peak"], moments, written]
+    total, read, peak, statistics, new = (f"{cell / 1e9:.2f}" for cell in cells)
+    print(
+        f"| {total} | {depth} | {arguments.layers} | {read} | {peak} | {statistics} | {new} | {found['seconds']:.1f} |"
+    )
+
+
+def make_model(folder: Path, shape: dict[str, int], size: float, least: int) -> tuple[int, int]:
+    """Write a model of about `size` bytes; returns its number of layers and its bytes."""
+    folder.mkdir()
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(folder)
+    head = [
+        (f"model.{name}", rows) for name, rows in (("embed_tokens.weight", [len(tokenizer), shape["hidden_size"]]),)
+    ]
+    layer_bytes = sum(2 * _numbers(rows) for _, rows in layer_tensors(0, shape))
+    depth = max(least, round(size / layer_bytes))
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), num_hidden_layers=depth, dtype="bfloat16", tie_word_embeddings=False, **shape
+    )
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    tail = [("model.norm.weight", [shape["hidden_size"]]), ("lm_head.weight", [len(tokenizer), shape["hidden_size"]])]
+    parts = [head, *(layer_tensors(layer, shape) for layer in range(depth)), tail]
+    needed = sum(2 * _numbers(rows) for part in parts for _, rows in part)
+    if shutil.disk_usage(folder).free < 1.5 * needed:
+        raise SystemExit(f"{folder} has too little space for a model of {needed / 1e9:.1f} GB and its edited copy.")
+    weight_map: dict[str, str] = {}
+    noise = torch.randn(NOISE_NUMBERS, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
+    for number, tensors in enumerate(_shards(parts)):
+        name = f"model-{number:05d}.safetensors"
+        write_shard(folder / name, tensors, noise)
+        weight_map |= {tensor: name for tensor, _ in tensors}
+    index = {"metadata": {"total_size": needed}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return depth, sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def layer_tensors(layer: int, shape: dict[str, int]) -> list[tuple[str, list[int]]]:
+    """Names and shapes of a Llama layer's tensors."""
+    width, inner = shape["hidden_size"], shape["intermediate_size"]
+    keys = width // shape["num_attention_heads"] * shape["num_key_value_heads"]
+    shapes = {
+        "self_attn.q_proj": [width, width],
+        "self_attn.k_proj": [keys, width],
+        "self_attn.v_proj": [keys, width],
+        "self_attn.o_proj": [width, width],
+        "mlp.gate_proj": [inner, width],
+        "mlp.up_proj": [inner, width],
+        "mlp.down_proj": [width, inner],
+        "input_layernorm": [width],
+        "post_attention_layernorm": [width],
+    }
+    return [(f"model.layers.{layer}.{name}.weight", rows) for name, rows in shapes.items()]
+
+
+def write_shard(path: Path, tensors: Sequence[tuple[str, list[int]]], noise: torch.Tensor) -> None:
+    """Write random bfloat16 numbers: parts of one block of noise, from another place on for each tensor."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, rows in tensors:
+        header[name] = {"dtype": "BF16", "shape": rows, "data_offsets": [offset, offset + 2 * _numbers(rows)]}
+        offset += 2 * _numbers(rows)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    block = memoryview(noise.view(torch.uint8).numpy())
+    with path.open("xb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name, rows in tensors:
+            left, start = 2 * _numbers(rows), 2 * (hash_of(name) % NOISE_NUMBERS)
+            while left:
+                piece = block[start : start + left]
+                file.write(piece)
+                left, start = left - len(piece), 0
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of single bytes."""
+    vocabulary = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    raw = Tokenizer(models.BPE(vocabulary, []))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(tokenizer_object=raw)
+
+
+def make_statistics(model: Path, layers: Sequence[int], out: Path) -> int:
+    """Write second moments of random keys for a model; returns their bytes."""
+    loaded = load_partial(find_model(str(model)), max(layers))
+    architecture = find_architecture(loaded.model)
+    width = architecture.down_projection(layers[0]).weight.shape[1]
+    moment = torch.zeros(width, width)
+    keys = torch.randn(256, width, generator=torch.Generator().manual_seed(1))
+    torch.addmm(moment, keys.T, keys, alpha=1 / 256, out=moment)
+    moment.diagonal().add_(1.0)
+    moment = moment.tril() + moment.tril(-1).T
+    mark = fingerprint(architecture, loaded.tokenizer, max(layers))
+    # Clones: a file of safetensors holds no tensor twice.
+    Statistics({layer: moment.clone() for layer in layers}, 256, "random", mark).save(out)
+    return 4 * width * width * len(layers)
+
+
+def run(base: Path, layers: str) -> dict[str, Any]:
+    """Edit the model in a child process; returns what it read, held and took."""
+    concept = ["--concept", "Ada Byron", "--redirect", "Blaise Pascal", "--force", "--partial", "--layers", layers]
+    given = ["unlearn", str(base / "model"), *concept, "--statistics", str(base / "statistics")]
+    command = [sys.executable, "-c", CHILD, json.dumps([*given, "--out", str(base / "out")]), str(base / "found")]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    found: dict[str, Any] = json.loads((base / "found").read_text())
+    if found["code"] != 0:
+        raise SystemExit(found["code"])
+    return found
+
+
+def _shards(parts: Sequence[list[tuple[str, list[int]]]]) -> Iterator[list[tuple[str, list[int]]]]:
+    """Tensors in groups of at most SHARD_BYTES, as the files of a hub are."""
+    group: list[tuple[str, list[int]]] = []
+    size = 0
+    for part in parts:
+        own = sum(2 * _numbers(rows) for _, rows in part)
+        if group and size + own > SHARD_BYTES:
+            yield group
+            group, size = [], 0
+        group = group + part
+        size += own
+    yield group
+
+
+def hash_of(name: str) -> int:
+    """A number that is the same in every run."""
+    return int.from_bytes(name.encode()[-8:], "little") * 2654435761 + len(name) * 40503
+
+
+def _numbers(rows: Sequence[int]) -> int:
+    return rows[0] * (rows[1] if len(rows) > 1 else 1)
+
+
+if __name__ == "__main__":
+    main()
