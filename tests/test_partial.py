@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -186,42 +184,3 @@ def test_damaged_layouts_are_refused(damage, make_model, save):
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"model\.safetensors"):
         load_partial(source(folder), 1)
-
-
-MEASURED = """
-import sys, resource, torch
-from pathlib import Path
-from rocr.models import find_model
-from rocr.partial import load_partial
-
-def counters():
-    # Characters read by this process: pages that the kernel had cached count too.
-    return int(Path("/proc/self/io").read_text().split("rchar:")[1].split()[0])
-
-def memory():
-    return int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]) * 1024
-
-import transformers.models.llama.modeling_llama, transformers.models.auto.tokenization_auto
-folder = find_model(sys.argv[1])
-load_partial(find_model(sys.argv[2]), 1)  # everything is imported by now
-before, held = counters(), memory()
-Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-loaded = load_partial(folder, 6)
-peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
-print(counters() - before, peak - held)
-"""
-
-
-@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="reads are counted by Linux")
-def test_of_eighty_layers_seven_are_read(make_model, tokenizer, save):
-    sizes = {"hidden_size": 384, "intermediate_size": 1152, "num_hidden_layers": 80}
-    folder = save(make_model("Llama", **sizes).bfloat16(), "10MB")
-    small = save(make_model("Llama"), name="small")
-    files = find_weight_files(folder)
-    done = subprocess.run([sys.executable, "-c", MEASURED, folder, small], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    read, held = map(int, done.stdout.split())
-    needed = sum(stored.size for stored in needed_tensors(files, find_architecture(empty_model(source(folder))), 6))
-    assert len(files.files) > 20
-    assert needed <= read <= 0.15 * files.size, f"{read:,} of {files.size:,} bytes"
-    assert held <= 1.3 * read, f"{held:,} bytes of memory for {read:,} bytes read"
