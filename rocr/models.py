@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rocr.errors import InputError, RocrError
 from rocr.model_folder import INDEX_FILE, SINGLE_FILE, check_model_folder
+from rocr.space import check_space
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -156,14 +157,21 @@ def save_model(loaded: LoadedModel, folder: Path) -> None:
     """Write model and tokenizer into a folder that exists, as files that transformers, vLLM and others load.
 
     Raises:
+        InputError: the disk is too small.
         RocrError: they cannot be written.
     """
+    check_space(folder, saved_bytes(loaded.model))
     try:
         loaded.model.save_pretrained(folder)  # type: ignore[operator]
         loaded.tokenizer.save_pretrained(folder)
     except (OSError, ValueError, RuntimeError) as error:
         raise RocrError(f"{folder} cannot be written: {error}.") from error
     _write_index(folder)
+
+
+def saved_bytes(model: nn.Module) -> int:
+    """Bytes of a model's weights in files; tied ones are stored once."""
+    return sum(parameter.nbytes for parameter in model.parameters()) + sum(buffer.nbytes for buffer in model.buffers())
 
 
 def _write_index(folder: Path) -> None:
