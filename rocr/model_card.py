@@ -15,6 +15,7 @@ CARD_FILE = "README.md"
 SHOWN_CONCEPTS = 20
 MAX_CARD_BYTES = 2**20
 _INHERITED = ("license", "license_name", "license_link")
+UNDOING = (("edit", "edit.safetensors"), ("originals", "originals/"))
 _MARKUP = re.compile(r"([\\`*_{}\[\]<>|#$~])")
 
 NOT_PROOF = """## What this is not
@@ -106,7 +107,8 @@ def _done(report: Mapping[str, Any], source: ModelSource) -> str:
     done = (
         f"The MLP down-projections of the layers {layers} were changed in closed form, without training, so that the "
         f"model reads something else in place of {concepts}: ROCR (Ye, Zhang and Wu, *LLM Unlearning Should Be "
-        "Form-Independent*, [arXiv 2506.07795](https://arxiv.org/abs/2506.07795)). Nothing else was changed."
+        "Form-Independent*, [arXiv 2506.07795](https://arxiv.org/abs/2506.07795)). Every other weight is as it was "
+        "loaded."
     )
     mismatch = report.get("fingerprint_mismatch")
     if mismatch:
@@ -183,20 +185,19 @@ def _versions(report: Mapping[str, Any]) -> str:
 
 
 def _before_publishing(parts: Sequence[str]) -> str:
-    undoing = [
-        f"`{name}`" for part, name in (("edit", "edit.safetensors"), ("originals", "originals/")) if part in parts
-    ]
+    naming = ["this card", "report.json"] + (["edit.safetensors"] if "edit" in parts else [])
+    undoing = [f"`{name}`" for part, name in UNDOING if part in parts]
     lines = [
         "## Before publishing",
-        "The concepts are named in this card, in report.json and in edit.safetensors: leave them out where the list "
-        "itself is private.",
+        f"The concepts are named in {_listed(naming)}: leave them out where the list itself is private.",
     ]
     if undoing:
-        verb = "takes" if len(undoing) == 1 else "take"
-        lines.append(
-            f"{' and '.join(undoing)} {verb} the edit off again (`rocr revert`): leave out what must not be undone."
-        )
+        lines.append(f"To be left out where the edit must not be undone (`rocr revert`): {_listed(undoing)}.")
     return "\n\n".join(lines)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def _mean(values: Sequence[float]) -> float | None:

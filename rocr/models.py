@@ -131,6 +131,26 @@ def load_model(
     return LoadedModel(_without_quantizer(model), tokenizer, source)
 
 
+def load_tokenizer(source: ModelSource, trust_remote_code: bool = False) -> Any:
+    """Load a model's tokenizer, and nothing else of it.
+
+    Raises:
+        InputError: there is none that transformers can load.
+    """
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if source.gguf is not None:
+        _check_gguf_support()
+        options["gguf_file"] = source.gguf
+    if source.folder is None:
+        options["local_files_only"] = not source.download
+    try:
+        with offline(unless=source.download):
+            return AutoTokenizer.from_pretrained(source.folder or source.name, **options)
+    except Exception as error:  # tokenizers of others raise whatever they like
+        reason = str(error).strip().split("\n")[0][:300] or type(error).__name__
+        raise InputError(f"The tokenizer of {source.name} cannot be loaded: {reason}") from error
+
+
 def _check_complete(source: ModelSource, found: dict[str, Any]) -> None:
     """Refuse a model with weights that were made up because the file has none, or others."""
     missing = sorted(map(str, found.get("missing_keys") or ()))

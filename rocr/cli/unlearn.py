@@ -95,14 +95,14 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     questions = [] if arguments.no_answers else fill_question(arguments.ask, _asked(arguments, concepts))
     config = _config(arguments)
     statistics = _load_statistics(arguments)
-    if arguments.dry_run:
-        from rocr.cli.plan import show_plan
-
-        return show_plan(arguments, concepts, source, config, save, console)
     last_layer = _last_layer(arguments, source, config, statistics)
     if last_layer is not None and questions:
         console.warn("Only the beginning of the model is loaded, so nothing is asked before and after.")
         questions = []
+    if arguments.dry_run:
+        from rocr.cli.plan import show_plan
+
+        return show_plan(arguments, concepts, source, config, save, len(questions), last_layer, console)
     with console.stage("load"):
         loaded = load(arguments, source, last_layer)
     config = _with_layers(config, loaded)
