@@ -38,7 +38,7 @@ def run(block, folder, **given):
     before = os.getcwd()
     os.chdir(folder)
     try:
-        exec(compile(block, "README.md", "exec"), given)  # noqa: S102
+        exec(compile(block, "README.md", "exec"), given)
     finally:
         os.chdir(before)
     return given
