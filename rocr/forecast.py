@@ -27,7 +27,7 @@ HEADER_BYTES, HEADER_BYTES_OF_CONCEPT = 30_000, 600
 BYTES_OF_TOKEN = 4
 BATCH_TOKENS = {"statistics": 8192, "edit": 4096}
 SAMPLED_TOKENS = 8192
-PROBE_TOKENS = 128
+CHECKED_TOKENS = 128
 TOKENIZER_FILES = 4 * 2**20
 
 
@@ -246,7 +246,7 @@ def _stages(job: Job) -> dict[str, int]:
     wide = 3 * 8 * d_in**2 if n > d_in else 4 * 8 * n**2
     solving = max(2 * 4 * d_in**2 + wide, max(weights) * (4 + itemsize)) + 8 * n * d_in
     found = {
-        "edit": edit + max(solving, _batch(job, BATCH_TOKENS["edit"])) + _logits(job, PROBE_TOKENS),
+        "edit": edit + max(solving, _batch(job, BATCH_TOKENS["edit"])) + _logits(job, CHECKED_TOKENS),
         "save": edit + 2 * edit_bytes(job),
     }
     if job.statistics is None:

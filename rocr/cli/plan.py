@@ -41,13 +41,13 @@ def show_plan(
 
     job = _job(arguments, concepts, source, config, save, questions, last_layer)
     sizes = forecast(job)
-    speed = measure_speed(weight_dtype(job), max(weight.shape[1] for weight in job.weights))
+    speed = measure_speed(job.architecture, weight_dtype(job))
     seconds = estimate_seconds(job, speed, sizes)
     free = {"memory": free_memory(), "disk": free_space(arguments.out or ".")}
     basis = (
-        f"An estimate for the CPU: arithmetic counted from shapes, at {speed.products / 1e9:,.0f} GFLOP/s measured "
-        f"now ({weight_dtype(job)}; {speed.exact_products / 1e9:,.0f} in float32), memory at "
-        f"{speed.memory / 1e9:,.1f} GB/s measured now, files at {DISK_BYTES_PER_SECOND / 1e6:,.0f} MB/s assumed."
+        f"An estimate for the CPU. Measured now: {1e6 * speed.layer:,.1f} µs a token of one decoder layer "
+        f"({weight_dtype(job)}, made-up weights), {speed.products / 1e9:,.0f} GFLOP/s in float32, memory at "
+        f"{speed.memory / 1e9:,.1f} GB/s. Assumed: files at {DISK_BYTES_PER_SECOND / 1e6:,.0f} MB/s."
     )
     loaded = "all of it" if last_layer is None else f"the embedding and the layers 0 to {last_layer}"
     rows = [
@@ -129,12 +129,12 @@ def _job(
 
 def _empty_model(source: ModelSource, trust_remote_code: bool) -> Architecture:
     """The model's structure without its weights."""
-    import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from rocr.architectures import find_architecture
     from rocr.model_folder import check_model_folder
     from rocr.models import offline
+    from rocr.partial import parameters_on_meta
 
     place = source.name if source.folder is None else str(source.folder)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
@@ -145,7 +145,7 @@ def _empty_model(source: ModelSource, trust_remote_code: bool) -> Architecture:
     elif source.gguf is None:
         check_model_folder(source.folder)
     try:
-        with offline(unless=source.download), torch.device("meta"):
+        with offline(unless=source.download), parameters_on_meta():
             config = AutoConfig.from_pretrained(place, **options)
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # configurations of others raise whatever they like
