@@ -20,6 +20,7 @@ from rocr.measures import EditReport
 from rocr.progress import ProgressCallback, silent
 
 if TYPE_CHECKING:
+    from rocr.lora import AdapterLayer
     from rocr.statistics import Statistics
 
 
@@ -181,24 +182,42 @@ class Edit:
 
         return load_edit(path)
 
-    def export_lora(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
+    def export_lora(
+        self, path: str | os.PathLike[str], rank: int | None = None, overwrite: bool = False
+    ) -> list[AdapterLayer]:
         """Write the edit as a PEFT adapter: a folder that peft and vLLM load without rocr.
 
+        Its rank at a layer is the number of keys, or the size of the weight where that is smaller. vLLM takes ranks
+        up to its `max_lora_rank`: 16 unless set, 512 at most (`rocr.lora.VLLM_RANKS`).
+
+        Args:
+            path: the folder.
+            rank: the largest rank wanted, for which as little as possible is left out at the concepts' keys; None:
+                nothing is left out.
+            overwrite: whether a folder that is there is replaced.
+
+        Returns:
+            For each layer its rank, and what a smaller one left out.
+
         Raises:
-            InputError: the folder exists and `overwrite` is not set.
+            InputError: the folder exists and `overwrite` is not set, the rank is none, or the disk is too small.
             RocrError: it cannot be written.
         """
         from rocr.lora import export_lora
 
-        export_lora(self, path, overwrite)
+        return export_lora(self, path, rank, overwrite)
+
+    def mismatch(self, model: nn.Module) -> str | None:
+        """A sentence that says whose the edit is where that is not this model; None where it is."""
+        found = model_digest(find_architecture(model), self.fingerprint.layer)
+        if found == self.fingerprint.model:
+            return None
+        return f"The edit was made for {self.fingerprint}, but this model's fingerprint is {found[:12]}."
 
     def _check_model(self, architecture: Architecture) -> None:
-        found = model_digest(architecture, self.fingerprint.layer)
-        if found != self.fingerprint.model:
-            raise InputError(
-                f"The edit was made for {self.fingerprint}, but this model's fingerprint is {found[:12]}. "
-                "Allow a mismatch only for a close relative of that model."
-            )
+        mismatch = self.mismatch(architecture.model)
+        if mismatch is not None:
+            raise InputError(f"{mismatch} Allow a mismatch only for a close relative of that model.")
         projections = down_projections(architecture, self.updates)
         for projection, update in zip(projections, self.updates, strict=True):
             if update.applied and tensor_digest(projection.parameter.data) == update.applied.after:

@@ -15,6 +15,7 @@ from torch import Tensor
 from rocr.errors import InputError, RocrError
 from rocr.json_values import parse_json
 from rocr.output import new_file
+from rocr.space import check_space
 
 MAX_TENSORS = 10_000
 MAX_HEADER_BYTES = 32 * 2**20
@@ -64,7 +65,7 @@ def write_tensors(
     """Write such a file, complete or not at all.
 
     Raises:
-        InputError: it exists and `overwrite` is not set.
+        InputError: it exists and `overwrite` is not set, or the disk is too small.
         RocrError: it cannot be written.
     """
     text = json.dumps(header)
@@ -74,6 +75,7 @@ def write_tensors(
         )
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with new_file(path, overwrite=overwrite) as partial:
+        check_space(partial, len(text) + sum(tensor.nbytes for tensor in plain.values()))
         try:
             save_file(plain, partial, metadata={"rocr": text})
         except SafetensorError as error:

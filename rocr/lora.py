@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,44 +13,118 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rocr.apply import LayerUpdate
+from rocr.errors import InputError
 from rocr.output import new_directory
+from rocr.space import check_space
 
 if TYPE_CHECKING:
     from rocr.edit import Edit
 
+VLLM_DEFAULT_RANK = 16
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes as `max_lora_rank`: `MaxLoRARanks` and its default in vllm/config/lora.py, as documented for
+0.14 (docs.vllm.ai/en/v0.14.0/api/vllm/config/lora); earlier releases take fewer, 0.6 up to 256."""
 
-def export_lora(edit: Edit, path: str | os.PathLike[str], overwrite: bool = False) -> None:
-    """Write `adapter_config.json` and `adapter_model.safetensors`; see `Edit.export_lora`.
 
-    The adapter's rank is the number of keys, or the size of the weight where that is smaller.
+@dataclass(frozen=True)
+class AdapterLayer:
+    """One layer of an adapter, and what a smaller rank cost.
+
+    Attributes:
+        layer: the decoder layer.
+        module: name of its down-projection.
+        rank: of the adapter there.
+        full_rank: of the edit there: the number of keys, or the size of the weight where that is smaller.
+        relative_error: ‖Δ - BA‖ / ‖Δ‖ in the Frobenius norm; 0 where nothing was left out.
+        key_error: ‖(Δ - BA) Kᵀ‖ / ‖Δ Kᵀ‖: how much of what the edit does at its concepts' keys is left out.
     """
+
+    layer: int
+    module: str
+    rank: int
+    full_rank: int
+    relative_error: float
+    key_error: float
+
+
+def export_lora(
+    edit: Edit, path: str | os.PathLike[str], rank: int | None = None, overwrite: bool = False
+) -> list[AdapterLayer]:
+    """Write `adapter_config.json` and `adapter_model.safetensors`; see `Edit.export_lora`."""
+    check_rank(rank)
     tensors: dict[str, Tensor] = {}
-    ranks: dict[str, int] = {}
+    layers = []
     for update in edit.updates:
-        module = update.parameter.removesuffix(".weight")
-        left, right = thin_factors(update.left.cpu(), update.right.cpu())
-        tensors[f"base_model.model.{module}.lora_A.weight"] = right.contiguous()
-        tensors[f"base_model.model.{module}.lora_B.weight"] = left.contiguous()
-        ranks[module] = right.shape[0]
-    largest = max(ranks.values())
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": edit.fingerprint.name,
-        "target_modules": sorted(ranks),
-        "r": largest,
-        # alpha equal to the rank makes PEFT's scale alpha / r one.
-        "lora_alpha": largest,
-        "rank_pattern": ranks,
-        "alpha_pattern": ranks,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": any(update.transposed for update in edit.updates),
-        "inference_mode": True,
-    }
+        layer, left, right = adapter_layer(update, rank)
+        tensors[f"base_model.model.{layer.module}.lora_A.weight"] = right.contiguous()
+        tensors[f"base_model.model.{layer.module}.lora_B.weight"] = left.contiguous()
+        layers.append(layer)
+    config = _adapter_config(edit, layers)
     with new_directory(path, overwrite=overwrite) as partial:
+        check_space(partial, sum(tensor.nbytes for tensor in tensors.values()))
         save_file(tensors, Path(partial) / "adapter_model.safetensors", metadata={"format": "pt"})
         (Path(partial) / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return layers
+
+
+def check_rank(rank: int | None) -> None:
+    """Refuse what is no rank.
+
+    Raises:
+        InputError: it is not a whole number of at least 1.
+    """
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise InputError(f"The rank of an adapter must be a whole number of at least 1, not {repr(rank)[:60]}.")
+
+
+def adapter_layer(update: LayerUpdate, rank: int | None) -> tuple[AdapterLayer, Tensor, Tensor]:
+    """The factors of one layer's adapter, and what they cost.
+
+    Args:
+        update: of the layer.
+        rank: the largest rank wanted; None: that of the update.
+    """
+    left, right = thin_factors(update.left.cpu(), update.right.cpu())
+    full = right.shape[0]
+    relative_error = key_error = 0.0
+    if rank is not None and rank < full:
+        left, right, relative_error, key_error = truncated(left, right, update.keys.cpu(), rank)
+    module = update.parameter.removesuffix(".weight")
+    return AdapterLayer(update.layer, module, right.shape[0], full, relative_error, key_error), left, right
+
+
+def truncated(left: Tensor, right: Tensor, keys: Tensor, rank: int) -> tuple[Tensor, Tensor, float, float]:
+    """A product of smaller rank that does at the keys what the whole one does, as nearly as its rank allows.
+
+    With U the first left singular vectors of Δ Kᵀ, U Uᵀ Δ is the best there of all matrices of this rank (Eckart and
+    Young 1936, applied to Δ Kᵀ). No input is moved further than by Δ, so that ordinary text stays as protected.
+
+    Args:
+        left: (d_out, r).
+        right: (r, d_in); Δ = left @ right.
+        keys: K, (n, d_in).
+        rank: below r.
+
+    Returns:
+        The factors, float32, and both errors of `AdapterLayer`.
+    """
+    left, right = left.double(), right.double()
+    moves = left @ (right @ keys.double().T)
+    basis = torch.linalg.svd(moves, full_matrices=False).U[:, :rank]
+    kept = (basis.T @ left) @ right
+    gram, whole = left.T @ left, right @ right.T
+    total = (gram * whole).sum()
+    # By Pythagoras: what is left out is orthogonal to what is kept.
+    lost = (total - kept.square().sum()).clamp(min=0)
+    lost_moves = moves - basis @ (basis.T @ moves)
+    relative_error = float((lost / total).sqrt()) if total > 0 else 0.0
+    return basis.float(), kept.float(), relative_error, float(lost_moves.norm() / moves.norm().clamp(min=1e-300))
+
+
+def vllm_rank(rank: int) -> int | None:
+    """The smallest `max_lora_rank` of vLLM that an adapter of a rank fits in; None: it fits in none."""
+    return next((allowed for allowed in VLLM_RANKS if rank <= allowed), None)
 
 
 def thin_factors(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,3 +140,24 @@ def thin_factors(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     if left.shape[0] <= right.shape[1]:
         return torch.eye(left.shape[0]), (left.double() @ right.double()).float()
     return (left.double() @ right.double()).float(), torch.eye(right.shape[1])
+
+
+def _adapter_config(edit: Edit, layers: Sequence[AdapterLayer]) -> dict[str, object]:
+    ranks = {layer.module: layer.rank for layer in layers}
+    largest = max(ranks.values())
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": edit.fingerprint.name,
+        "target_modules": sorted(ranks),
+        "r": largest,
+        # alpha equal to the rank makes the scale alpha / r one, in peft by module, in vLLM also where it knows no
+        # patterns.
+        "lora_alpha": largest,
+        "rank_pattern": ranks,
+        "alpha_pattern": ranks,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": any(update.transposed for update in edit.updates),
+        "inference_mode": True,
+    }

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rocr.errors import InputError, RocrError
 from rocr.model_folder import INDEX_FILE, SINGLE_FILE, check_model_folder
+from rocr.space import check_space
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -130,6 +131,26 @@ def load_model(
     return LoadedModel(_without_quantizer(model), tokenizer, source)
 
 
+def load_tokenizer(source: ModelSource, trust_remote_code: bool = False) -> Any:
+    """Load a model's tokenizer, and nothing else of it.
+
+    Raises:
+        InputError: there is none that transformers can load.
+    """
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if source.gguf is not None:
+        _check_gguf_support()
+        options["gguf_file"] = source.gguf
+    if source.folder is None:
+        options["local_files_only"] = not source.download
+    try:
+        with offline(unless=source.download):
+            return AutoTokenizer.from_pretrained(source.folder or source.name, **options)
+    except Exception as error:  # tokenizers of others raise whatever they like
+        reason = str(error).strip().split("\n")[0][:300] or type(error).__name__
+        raise InputError(f"The tokenizer of {source.name} cannot be loaded: {reason}") from error
+
+
 def _check_complete(source: ModelSource, found: dict[str, Any]) -> None:
     """Refuse a model with weights that were made up because the file has none, or others."""
     missing = sorted(map(str, found.get("missing_keys") or ()))
@@ -156,14 +177,21 @@ def save_model(loaded: LoadedModel, folder: Path) -> None:
     """Write model and tokenizer into a folder that exists, as files that transformers, vLLM and others load.
 
     Raises:
+        InputError: the disk is too small.
         RocrError: they cannot be written.
     """
+    check_space(folder, saved_bytes(loaded.model))
     try:
         loaded.model.save_pretrained(folder)  # type: ignore[operator]
         loaded.tokenizer.save_pretrained(folder)
     except (OSError, ValueError, RuntimeError) as error:
         raise RocrError(f"{folder} cannot be written: {error}.") from error
     _write_index(folder)
+
+
+def saved_bytes(model: nn.Module) -> int:
+    """Bytes of a model's weights in files; tied ones are stored once."""
+    return sum(parameter.nbytes for parameter in model.parameters()) + sum(buffer.nbytes for buffer in model.buffers())
 
 
 def _write_index(folder: Path) -> None:

@@ -104,7 +104,7 @@ def empty_model(source: ModelSource, trust_remote_code: bool = False) -> nn.Modu
     """
     try:
         config = AutoConfig.from_pretrained(str(source.folder), trust_remote_code=trust_remote_code)
-        with _parameters_on_meta():
+        with parameters_on_meta():
             model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
         raise InputError(f"{source.name} cannot be loaded: {(str(error).splitlines() or [''])[0]}") from error
@@ -162,7 +162,7 @@ def _tokenizer(source: ModelSource, trust_remote_code: bool) -> Any:
 
 
 @contextmanager
-def _parameters_on_meta() -> Iterator[None]:
+def parameters_on_meta() -> Iterator[None]:
     """Parameters registered inside hold no memory; buffers, which are computed and not loaded, are real."""
     original = nn.Module.register_parameter
 

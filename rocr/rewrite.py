@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ from torch import Tensor
 from rocr.errors import InputError, RocrError
 from rocr.model_folder import INDEX_FILE, SINGLE_FILE
 from rocr.shards import StoredTensor, WeightFiles
+from rocr.space import check_space
 
 BLOCK = 8 * 2**20
-SPARE_BYTES = 16 * 2**20
 _OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".npz")
 _OWN_FILES = ("report.json", "README.md", INDEX_FILE)
 
@@ -51,13 +51,13 @@ def rewrite_model(files: WeightFiles, changes: Mapping[str, Tensor], out: Path) 
             )
     rewritten = sorted({files.file_of[name] for name in changes})
     try:
-        check_space(files, rewritten, out)
+        check_space(out, bytes_written(files, rewritten, out))
         for file in files.files:
             if file in rewritten:
                 inside = [(place, changes[name]) for name, place in places.items() if files.file_of[name] == file]
                 _stream(files.folder / file, inside, out / file)
             else:
-                _link(files.folder / file, out / file)
+                link_or_copy(files.folder / file, out / file)
         _copy_others(files.folder, out)
         _write_index(files, out)
     except OSError as error:
@@ -72,27 +72,6 @@ def bytes_written(files: WeightFiles, rewritten: list[str], out: Path) -> int:
     return sum((files.folder / name).stat().st_size for name in names)
 
 
-def check_space(files: WeightFiles, rewritten: list[str], out: Path, more: int = 0) -> None:
-    """Refuse a disk that is too small before anything is written.
-
-    Args:
-        files: the weights.
-        rewritten: names of the files that are written anew.
-        out: a folder on that disk.
-        more: bytes that will be needed besides.
-
-    Raises:
-        InputError: the disk has less free space than needed; says how much.
-    """
-    needed = bytes_written(files, rewritten, out) + more + SPARE_BYTES
-    free = shutil.disk_usage(out).free
-    if needed > free:
-        raise InputError(
-            f"The disk of {out} has {free / 2**20:,.0f} MiB free, but {needed / 2**20:,.0f} MiB are needed; nothing "
-            "was written."
-        )
-
-
 def can_link(file: Path, out: Path) -> bool:
     """Whether a hard link to a file can be made in a folder."""
     probe = out / f".link-{os.getpid()}"
@@ -104,7 +83,13 @@ def can_link(file: Path, out: Path) -> bool:
     return True
 
 
-def _link(source: Path, target: Path) -> None:
+def bytes_to_copy(files: Sequence[Path], out: Path) -> int:
+    """Bytes that `link_or_copy` puts onto the disk for files of one folder."""
+    return sum(file.stat().st_size for file in files) if files and not can_link(files[0], out) else 0
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """A hard link to a file, or a copy where the file system has none."""
     real = os.path.realpath(source)
     try:
         os.link(real, target)
@@ -135,9 +120,17 @@ def _copy(old: Any, new: Any, count: int) -> None:
 
 def _copy_others(folder: Path, out: Path) -> None:
     """Copy configuration and tokenizer; no other weights, which would hold what was unlearned."""
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and not path.name.endswith(_OTHER_WEIGHTS) and path.name not in _OWN_FILES:
-            shutil.copyfile(path, out / path.name)
+    for path in carried_files(folder):
+        shutil.copyfile(path, out / path.name)
+
+
+def carried_files(folder: Path) -> list[Path]:
+    """Files of a model's folder that an edited copy of it has too, besides weights and their index."""
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_file() and not path.name.endswith(_OTHER_WEIGHTS) and path.name not in _OWN_FILES
+    ]
 
 
 def _write_index(files: WeightFiles, out: Path) -> None:

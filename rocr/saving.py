@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,10 +10,11 @@ from torch import Tensor
 
 from rocr.apply import down_projections
 from rocr.architectures import find_architecture
-from rocr.models import LoadedModel, save_model
+from rocr.models import LoadedModel, save_model, saved_bytes
 from rocr.partial import stored_name
 from rocr.rewrite import rewrite_model
 from rocr.shards import WeightFiles, find_weight_files
+from rocr.space import check_space
 
 if TYPE_CHECKING:
     from rocr.edit import Edit
@@ -36,6 +38,24 @@ def save_edited(loaded: LoadedModel, edit: Edit, folder: Path) -> list[str]:
     rewritten = rewrite_model(files, changes, folder)
     kept = [name for name in files.files if name not in rewritten]
     return [name for name in kept if (folder / name).samefile(files.folder / name)]
+
+
+def check_room(loaded: LoadedModel, layers: Sequence[int], out: Path) -> None:
+    """Refuse a disk on which the model will not find room once it is edited.
+
+    Raises:
+        InputError: says how much is missing.
+    """
+    source, architecture = loaded.source, find_architecture(loaded.model)
+    files = None if source.folder is None or source.gguf else find_weight_files(source.folder)
+    needed = saved_bytes(loaded.model)
+    if files is not None:
+        names = [
+            stored_name(files, architecture, architecture.down_projection(layer).parameter_name) for layer in layers
+        ]
+        shards = {files.file_of[name] for name in names if name in files.file_of}
+        needed = min(needed, sum((files.folder / shard).stat().st_size for shard in shards)) if shards else needed
+    check_space(out, needed)
 
 
 def _changes(files: WeightFiles, loaded: LoadedModel, edit: Edit) -> dict[str, Tensor] | None:

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 import rocr
 from rocr import Concept, EditConfig, InputError
-from rocr.lora import thin_factors
+from rocr.lora import thin_factors, truncated, vllm_rank
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -86,6 +86,86 @@ def test_more_keys_than_the_weight_has_rows(model, tokenizer, statistics, tmp_pa
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 32
     adapted = peft.PeftModel.from_pretrained(original, tmp_path / "adapter")
     torch.testing.assert_close(logits(adapted), logits(model), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("d_out", "d_in", "inner"), [(13, 63, 9), (63, 13, 9), (40, 40, 30)])
+def test_a_smaller_rank_is_the_best_at_the_keys_and_says_what_it_loses(d_out, d_in, inner):
+    left, right, keys = torch.randn(d_out, inner), torch.randn(inner, d_in), torch.randn(inner, d_in)
+    whole, at_keys = left.double() @ right.double(), keys.double().T
+    values = torch.linalg.svdvals(whole @ at_keys)
+    for rank in (1, 5, inner - 1):
+        small_left, small_right, relative_error, key_error = truncated(left, right, keys, rank)
+        lost = whole - small_left.double() @ small_right.double()
+        assert small_left.shape[1] == small_right.shape[0] == rank
+        assert relative_error == pytest.approx(float(lost.norm() / whole.norm()), rel=1e-5)
+        assert key_error == pytest.approx(float((lost @ at_keys).norm() / (whole @ at_keys).norm()), rel=1e-4)
+        # Eckart and Young: no matrix of this rank comes nearer at the keys.
+        assert key_error == pytest.approx(float(values[rank:].norm() / values.norm()), rel=1e-4)
+        # What is kept never moves an input further than the whole update does.
+        inputs = torch.randn(d_in, 50, dtype=torch.float64)
+        moved = (small_left.double() @ small_right.double() @ inputs).norm(dim=0)
+        assert (moved <= (whole @ inputs).norm(dim=0) * (1 + 1e-5)).all()
+
+
+def test_an_adapter_of_smaller_rank_loads_and_a_larger_one_changes_nothing(
+    model, tokenizer, statistics, concepts, tmp_path
+):
+    original = copy.deepcopy(model)
+    edit = rocr.unlearn(model, tokenizer, concepts, statistics, CONFIG)
+    full = len(edit.concept_of)
+    cut = edit.export_lora(tmp_path / "cut", rank=4)
+    whole = edit.export_lora(tmp_path / "whole", rank=full + 5)
+    assert [(layer.rank, layer.full_rank) for layer in cut] == [(4, full)] * 2
+    assert all(0 < layer.key_error < 1 and 0 < layer.relative_error < 1 for layer in cut)
+    assert [(layer.rank, layer.relative_error, layer.key_error) for layer in whole] == [(full, 0.0, 0.0)] * 2
+    assert edit.export_lora(tmp_path / "same") == whole
+    assert json.loads((tmp_path / "cut" / "adapter_config.json").read_text())["r"] == 4
+    before, after = logits(original), logits(model)
+    adapted = logits(peft.PeftModel.from_pretrained(original, tmp_path / "cut"))
+    assert ROUNDING < (adapted - after).norm() / (after - before).norm() < 1
+
+
+@pytest.mark.parametrize("rank", [0, -1, 1.5, True, "16"])
+def test_what_is_no_rank_is_refused(rank, loaded_edit, tmp_path):
+    with pytest.raises(InputError, match="whole number of at least 1"):
+        loaded_edit.export_lora(tmp_path / "adapter", rank=rank)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("exact", [True, False])
+def test_merging_equals_the_edited_weights(dtype, exact, make_model, tokenizer, texts, concepts, tmp_path):
+    """With the adapter in float32, as peft loads it, to the bit but for halfway cases; in half precision to its own."""
+    model = make_model("Llama").to(dtype)
+    original = copy.deepcopy(model)
+    statistics = rocr.collect_statistics(model, tokenizer, texts, CONFIG.layers)
+    edit = rocr.unlearn(model, tokenizer, concepts, statistics, CONFIG)
+    edit.export_lora(tmp_path / "adapter")
+    firsts = [original.get_parameter(update.parameter).double() for update in edit.updates]
+    adapted = peft.PeftModel.from_pretrained(original, tmp_path / "adapter", autocast_adapter_dtype=exact)
+    merged = adapted.merge_and_unload()
+    for update, first in zip(edit.updates, firsts, strict=True):
+        mine, theirs = (each.get_parameter(update.parameter).detach().double() for each in (model, merged))
+        difference, step = (mine - theirs).abs(), torch.finfo(dtype).eps * torch.maximum(mine.abs(), first.abs())
+        if exact or dtype == torch.float32:
+            assert (difference <= step + 1e-9).all()
+            assert (difference == 0).double().mean() > 0.999
+        else:
+            step += torch.finfo(dtype).eps * (update.left.double().abs() @ update.right.double().abs())
+            assert (difference <= step).all()
+            assert (difference == 0).double().mean() > 0.5
+
+
+def test_vllms_limits():
+    assert [vllm_rank(rank) for rank in (1, 2, 16, 17, 320, 512, 513)] == [1, 8, 16, 32, 320, 512, None]
+
+
+def test_a_disk_too_small_is_refused_before_an_adapter_is_written(loaded_edit, tmp_path, monkeypatch):
+    monkeypatch.setattr("rocr.space.SPARE_BYTES", 2**60)
+    for write in (loaded_edit.export_lora, loaded_edit.save):
+        with pytest.raises(InputError, match="MiB are needed; nothing was written"):
+            write(tmp_path / "out")
+        assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("d_out", "d_in"), [(13, 63), (63, 13), (1, 5), (5, 1)])

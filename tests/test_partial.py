@@ -12,7 +12,7 @@ from rocr.fingerprint import fingerprint
 from rocr.models import find_model, load_model
 from rocr.partial import can_load_partially, empty_model, load_partial, needed_tensors
 from rocr.report import file_digest
-from rocr.rewrite import check_space, rewrite_model
+from rocr.rewrite import rewrite_model
 from rocr.shards import find_weight_files
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -121,11 +121,9 @@ def test_files_are_copied_where_links_are_refused(make_model, save, tmp_path, mo
         assert file_digest(tmp_path / "out" / file) == file_digest(folder / file)
 
 
-def test_a_small_disk_and_a_wrong_tensor_are_refused_before_anything_is_written(make_model, save, tmp_path):
+def test_a_wrong_tensor_is_refused_before_anything_is_written(make_model, save, tmp_path):
     files, name = find_weight_files(save(make_model("Llama"))), "model.layers.1.mlp.down_proj.weight"
     (tmp_path / "out").mkdir()
-    with pytest.raises(InputError, match=r"MiB free, but .* MiB are needed; nothing"):
-        check_space(files, [files.file_of[name]], tmp_path / "out", more=2**60)
     for values in (torch.zeros(32, 48, dtype=torch.bfloat16), torch.zeros(48, 32)):
         with pytest.raises(InputError, match="is stored as"):
             rewrite_model(files, {name: values}, tmp_path / "out")

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rocr.models import LoadedModel, ModelSource
 
 DTYPES = ("float32", "bfloat16", "float16")
+SAVED = ("model", "lora", "edit", "originals")
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -131,7 +132,9 @@ def load(arguments: argparse.Namespace, source: ModelSource, last_layer: int | N
 def check_save(text: str) -> tuple[str, ...]:
     """What to write, such as "model,edit"."""
     parts = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
-    unknown = [part for part in parts if part not in ("model", "lora", "edit")]
+    unknown = [part for part in parts if part not in SAVED]
     if unknown or not parts:
-        raise InputError(f"--save takes model, lora and edit, not {', '.join(unknown) or 'nothing'}.")
+        raise InputError(f"--save takes {', '.join(SAVED)}, not {', '.join(unknown) or 'nothing'}.")
+    if "originals" in parts and "model" not in parts:
+        raise InputError("--save originals keeps the first bytes of a model that is written: add model.")
     return parts

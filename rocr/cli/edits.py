@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rocr.cli.arguments import add_model, claim_output, load, source_of
 from rocr.cli.console import Console
+from rocr.cli.outputs import EDIT_FILE, write_output
 from rocr.errors import InputError
 from rocr.output import new_directory
 
 if TYPE_CHECKING:
     from rocr.edit import Edit
     from rocr.models import LoadedModel, ModelSource
-
-EDIT_FILE = "edit.safetensors"
 
 
 def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
@@ -38,17 +36,45 @@ def run_apply(arguments: argparse.Namespace, console: Console) -> dict[str, Any]
     """Write a model with the edit."""
     edit, loaded = _load(arguments, arguments.edit, console)
     with console.stage("apply"):
+        mismatch = edit.mismatch(loaded.model)
         edit.apply(loaded.model, arguments.allow_fingerprint_mismatch)
-    return _save(arguments, loaded, edit, console, applied=True)
+    if mismatch is not None:
+        console.warn(f"{mismatch} It is on another model than it was measured on: evaluate the result.")
+    report = write_output(
+        arguments, loaded, edit, ("model", "edit"), console, applied=True, fingerprint_mismatch=mismatch
+    )
+    _say(arguments, edit, console, "with")
+    return report
 
 
 def run_revert(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Write the model as it was before the edit."""
+    """Write the model as it was before the edit: from its originals where the folder keeps them."""
+    from rocr.originals import has_originals
+
+    if arguments.edit is None and has_originals(Path(arguments.model)):
+        return _restore(arguments, console)
     place = arguments.edit or Path(arguments.model) / EDIT_FILE
     edit, loaded = _load(arguments, place, console)
     with console.stage("revert"):
         edit.revert(loaded.model)
-    return _save(arguments, loaded, edit, console, applied=False)
+    report = write_output(arguments, loaded, edit, ("model",), console, applied=False)
+    _say(arguments, edit, console, "without")
+    return report
+
+
+def _restore(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Write the first files of a model, which needs neither the model nor the edit."""
+    from rocr.originals import restore_originals
+
+    folder = Path(arguments.model)
+    claim_output(arguments, (folder,))
+    with (
+        console.stage("restore"),
+        new_directory(arguments.out, inputs=(folder,), overwrite=arguments.overwrite) as partial,
+    ):
+        files = restore_originals(folder, partial)
+    console.say(f"{arguments.out}: the first {len(files)} files of the model in {folder}, each with its first sha256.")
+    return {"out": arguments.out, "applied": False, "originals": files, "seconds": console.seconds}
 
 
 def _add_out(parser: argparse.ArgumentParser) -> None:
@@ -78,23 +104,5 @@ def _last_layer(arguments: argparse.Namespace, source: ModelSource, edit: Edit) 
     return max(*edit.layers, edit.fingerprint.layer)
 
 
-def _save(
-    arguments: argparse.Namespace, loaded: LoadedModel, edit: Edit, console: Console, applied: bool
-) -> dict[str, Any]:
-    from rocr.report import build_report, file_digests
-    from rocr.saving import save_edited
-
-    with (
-        console.stage("save"),
-        new_directory(arguments.out, inputs=loaded.source.inputs, overwrite=arguments.overwrite) as partial,
-    ):
-        linked = save_edited(loaded, edit, partial)
-        if applied:
-            edit.save(partial / EDIT_FILE)
-        report = build_report(edit, arguments.model, console.seconds, [], file_digests(partial, linked), linked)
-        report["applied"] = applied
-        text = json.dumps(report, indent=2, ensure_ascii=False)
-        (partial / "report.json").write_text(text + "\n", encoding="utf-8")
-    done = "with" if applied else "without"
+def _say(arguments: argparse.Namespace, edit: Edit, console: Console, done: str) -> None:
     console.say(f"{arguments.out}: {arguments.model} {done} the edit of {len(edit.concepts)} concepts.")
-    return report

@@ -1,30 +1,22 @@
-"""`--dry-run`: what would be read, edited and written."""
+"""`--dry-run`: what would be read, held and written, and about how long it takes."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rocr.architectures import Architecture, default_layers, find_architecture
+from rocr.cli.arguments import DTYPES
 from rocr.cli.console import Console
 from rocr.concepts import Concept
 from rocr.errors import InputError
 
 if TYPE_CHECKING:
+    from rocr.architectures import Architecture
     from rocr.config import EditConfig
+    from rocr.forecast import Job
     from rocr.models import ModelSource
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Sizes of an edit, in bytes, worked out from the model's configuration alone."""
-
-    layers: tuple[int, ...]
-    edited: list[str]
-    parameters: int
-    statistics: int
 
 
 def show_plan(
@@ -33,41 +25,116 @@ def show_plan(
     source: ModelSource,
     config: EditConfig,
     save: tuple[str, ...],
+    questions: int,
+    last_layer: int | None,
     console: Console,
 ) -> dict[str, Any]:
-    """Show what `rocr unlearn` would do; nothing is loaded and nothing written."""
-    plan = _plan(source, config, arguments.trust_remote_code)
+    """Show what `rocr unlearn` would do; no weights are loaded and nothing is written.
+
+    Raises:
+        InputError: the model or a name cannot be used, or the disk is too small.
+    """
+    from rocr.forecast import forecast, weight_dtype
+    from rocr.partial import free_memory
+    from rocr.space import check_space, free_space
+    from rocr.speed import DISK_BYTES_PER_SECOND, estimate_seconds, measure_speed
+
+    job = _job(arguments, concepts, source, config, save, questions, last_layer)
+    sizes = forecast(job)
+    speed = measure_speed(job.architecture, weight_dtype(job))
+    seconds = estimate_seconds(job, speed, sizes)
+    free = {"memory": free_memory(), "disk": free_space(arguments.out or ".")}
+    basis = (
+        f"An estimate for the CPU. Measured now: {1e6 * speed.layer:,.1f} µs a token of one decoder layer "
+        f"({weight_dtype(job)}, made-up weights), {speed.products / 1e9:,.0f} GFLOP/s in float32, memory at "
+        f"{speed.memory / 1e9:,.1f} GB/s. Assumed: files at {DISK_BYTES_PER_SECOND / 1e6:,.0f} MB/s."
+    )
+    loaded = "all of it" if last_layer is None else f"the embedding and the layers 0 to {last_layer}"
     rows = [
-        ("model", f"{source.name}: {plan.parameters:,} parameters"),
-        ("concepts", f"{len(concepts)}, with {sum(len(concept.names) for concept in concepts)} names"),
-        ("layers", ", ".join(map(str, plan.layers))),
-        ("edited weights", "\n".join(plan.edited)),
-        ("statistics", arguments.statistics or _gigabytes(plan.statistics) + " while they are collected"),
-        ("written", f"{', '.join(save)} and report.json in {arguments.out or 'no folder yet: --out is missing'}"),
+        ("model", f"{source.name}: {sum(p.numel() for p in job.architecture.model.parameters()):,} parameters"),
+        ("concepts", f"{len(concepts)}, with {sum(len(c.names) for c in concepts)} names and {job.keys:,} keys"),
+        ("layers", ", ".join(map(str, job.layers))),
+        ("edited weights", "\n".join(_edited(job))),
+        ("read", f"{_parts(sizes.read)}\nof the model: {loaded}"),
+        ("held at most", f"{_parts(sizes.held)}\nfree now: {_bytes(free['memory'])}"),
+        ("written", f"{_parts(sizes.written)}\nhard links: {sizes.linked}\nto {arguments.out or 'no folder yet'}"),
+        ("seconds", "\n".join([f"{sum(seconds.values()):,.1f}", *(f"{s}: {v:,.1f}" for s, v in seconds.items())])),
     ]
-    console.table("Dry run: nothing is loaded, nothing is written", ("what", "how much"), rows)
-    return {"dry_run": True, **dict(rows)}
+    console.table("Dry run: no weights are loaded, nothing is written", ("what", "how much"), rows)
+    console.say(basis)
+    if sum(sizes.held.values()) > (free["memory"] or 0):
+        console.warn("More memory may be needed than is free now.")
+    if arguments.out:
+        check_space(arguments.out, sum(sizes.written.values()))
+    return {
+        "dry_run": True,
+        "layers": list(job.layers),
+        "edited": _edited(job),
+        "keys": job.keys,
+        "read": sizes.read,
+        "held": sizes.held,
+        "written": sizes.written,
+        "linked": sizes.linked,
+        "free": free,
+        "seconds": seconds,
+        "basis": basis,
+    }
 
 
-def _plan(source: ModelSource, config: EditConfig, trust_remote_code: bool) -> Plan:
-    architecture = _empty_model(source, trust_remote_code)
+def _job(
+    arguments: argparse.Namespace,
+    concepts: Sequence[Concept],
+    source: ModelSource,
+    config: EditConfig,
+    save: tuple[str, ...],
+    questions: int,
+    last_layer: int | None,
+) -> Job:
+    import dataclasses
+
+    import transformers
+
+    from rocr.architectures import default_layers
+    from rocr.forecast import Job
+    from rocr.key_plan import plan_keys
+    from rocr.models import DTYPES as TORCH_DTYPES
+    from rocr.models import load_tokenizer
+
+    assert tuple(TORCH_DTYPES) == DTYPES
+    transformers.utils.logging.disable_progress_bar()
+    architecture = _empty_model(source, arguments.trust_remote_code)
     layers = config.layers or default_layers(architecture.depth)
-    projections = [architecture.down_projection(layer) for layer in layers]
-    return Plan(
-        layers,
-        [f"{p.parameter_name} {tuple(p.weight.shape)}" for p in projections],
-        sum(parameter.numel() for parameter in architecture.model.parameters()),
-        sum(4 * p.weight.shape[1] ** 2 for p in projections),
+    for layer in layers:
+        architecture.down_projection(layer)
+    config = dataclasses.replace(config, layers=layers)
+    tokenizer = load_tokenizer(source, arguments.trust_remote_code)
+    return Job(
+        source,
+        architecture,
+        concepts,
+        config,
+        plan_keys(tokenizer, concepts, config),
+        save,
+        Path(arguments.out) if arguments.out else None,
+        last_layer,
+        TORCH_DTYPES[arguments.dtype] if arguments.dtype else None,
+        Path(arguments.statistics) if arguments.statistics else None,
+        [Path(text) for text in arguments.text or ()],
+        arguments.tokens,
+        questions,
+        arguments.answer_tokens,
+        arguments.lora_rank,
     )
 
 
 def _empty_model(source: ModelSource, trust_remote_code: bool) -> Architecture:
     """The model's structure without its weights."""
-    import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from rocr.architectures import find_architecture
     from rocr.model_folder import check_model_folder
     from rocr.models import offline
+    from rocr.partial import parameters_on_meta
 
     place = source.name if source.folder is None else str(source.folder)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
@@ -78,7 +145,7 @@ def _empty_model(source: ModelSource, trust_remote_code: bool) -> Architecture:
     elif source.gguf is None:
         check_model_folder(source.folder)
     try:
-        with offline(unless=source.download), torch.device("meta"):
+        with offline(unless=source.download), parameters_on_meta():
             config = AutoConfig.from_pretrained(place, **options)
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # configurations of others raise whatever they like
@@ -87,5 +154,17 @@ def _empty_model(source: ModelSource, trust_remote_code: bool) -> Architecture:
     return find_architecture(model)
 
 
-def _gigabytes(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"
+def _edited(job: Job) -> list[str]:
+    found = [job.architecture.down_projection(layer) for layer in job.layers]
+    return [f"{projection.parameter_name} {tuple(projection.weight.shape)}" for projection in found]
+
+
+def _parts(sizes: Mapping[str, int]) -> str:
+    parts = (f"{part}: {_bytes(size)}" for part, size in sizes.items())
+    return "\n".join([_bytes(sum(sizes.values())), *parts])
+
+
+def _bytes(size: int | None) -> str:
+    if size is None:
+        return "unknown"
+    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.2f} MiB"

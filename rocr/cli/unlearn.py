@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +19,11 @@ from rocr.cli.arguments import (
     source_of,
 )
 from rocr.cli.console import Console
+from rocr.cli.outputs import show_adapter, write_output
+from rocr.cli.tables import show_report
 from rocr.concepts import Concept, check_concepts, load_concepts
 from rocr.errors import InputError
-from rocr.output import check_output, new_directory
+from rocr.output import check_output
 from rocr.texts import check_texts, read_texts, text_digest
 
 if TYPE_CHECKING:
@@ -45,7 +46,13 @@ def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--redirect", metavar="NAME", help="what concepts without a redirect of their own become")
     parser.add_argument("--out", metavar="DIR", help="folder to write; it must not exist")
     parser.add_argument(
-        "--save", default="model,edit", metavar="PARTS", help="of model, lora, edit (default: model,edit)"
+        "--save",
+        default="model,edit",
+        metavar="PARTS",
+        help="of model, lora, edit, originals: the first bytes, for `rocr revert` (default: model,edit)",
+    )
+    parser.add_argument(
+        "--lora-rank", type=positive, metavar="N", help="cut the adapter to this rank, such as vLLM's limit of 16"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the output folder if it exists")
     parser.add_argument("--dry-run", action="store_true", help="check everything, say what would be done, and stop")
@@ -77,6 +84,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     save = check_save(arguments.save)
     source = source_of(arguments)
     _check_output(arguments, source)
+    _check_parts(arguments, source, save)
     if arguments.statistics and arguments.text:
         raise InputError("Give --statistics or --text, not both.")
     if arguments.text:
@@ -87,26 +95,28 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     questions = [] if arguments.no_answers else fill_question(arguments.ask, _asked(arguments, concepts))
     config = _config(arguments)
     statistics = _load_statistics(arguments)
-    if arguments.dry_run:
-        from rocr.cli.plan import show_plan
-
-        return show_plan(arguments, concepts, source, config, save, console)
     last_layer = _last_layer(arguments, source, config, statistics)
     if last_layer is not None and questions:
         console.warn("Only the beginning of the model is loaded, so nothing is asked before and after.")
         questions = []
+    if arguments.dry_run:
+        from rocr.cli.plan import show_plan
+
+        return show_plan(arguments, concepts, source, config, save, len(questions), last_layer, console)
     with console.stage("load"):
         loaded = load(arguments, source, last_layer)
     config = _with_layers(config, loaded)
+    if "model" in save:
+        _check_room(loaded, config, arguments.out)
     before = _ask(loaded, questions, arguments, console, "answers before")
     if statistics is None:
         statistics = _collect(loaded, config, arguments, console)
     edit = _edit(loaded, concepts, statistics, config, arguments.force, console)
     after = _ask(loaded, questions, arguments, console, "answers after")
     answers = _answers(arguments, concepts, questions, before, after)
-    with console.stage("save"):
-        report = _save(arguments, loaded, edit, save, answers, console)
-    _show(report, console, arguments.out)
+    report = write_output(arguments, loaded, edit, save, console, answers)
+    show_report(report, console, arguments.out)
+    show_adapter(report, console)
     return report
 
 
@@ -131,6 +141,15 @@ def _check_output(arguments: argparse.Namespace, source: ModelSource) -> None:
         check_output(arguments.out, inputs=source.inputs, overwrite=arguments.overwrite)
     else:
         claim_output(arguments, source.inputs)
+
+
+def _check_parts(arguments: argparse.Namespace, source: ModelSource, save: tuple[str, ...]) -> None:
+    if arguments.lora_rank and "lora" not in save:
+        raise InputError("--lora-rank is of the adapter, which --save does not name: add lora to it.")
+    if "originals" in save:
+        from rocr.originals import original_files
+
+        original_files(source)
 
 
 def _asked(arguments: argparse.Namespace, concepts: list[Concept]) -> list[str]:
@@ -178,6 +197,12 @@ def _with_layers(config: EditConfig, loaded: LoadedModel) -> EditConfig:
     from rocr.pipeline import resolve_layers
 
     return resolve_layers(config, loaded.model)
+
+
+def _check_room(loaded: LoadedModel, config: EditConfig, out: str) -> None:
+    from rocr.saving import check_room
+
+    check_room(loaded, config.layers or (), Path(out))
 
 
 def _collect(loaded: LoadedModel, config: EditConfig, arguments: argparse.Namespace, console: Console) -> Statistics:
@@ -235,32 +260,3 @@ def _answers(
     return [
         Answer(n, n in listed, q, b, a) for n, q, b, a in zip(names, questions, before, after, strict=bool(questions))
     ]
-
-
-def _save(
-    arguments: argparse.Namespace,
-    loaded: LoadedModel,
-    edit: Edit,
-    save: tuple[str, ...],
-    answers: list[Answer],
-    console: Console,
-) -> dict[str, Any]:
-    from rocr.report import build_report, file_digests
-    from rocr.saving import save_edited
-
-    with new_directory(arguments.out, inputs=loaded.source.inputs, overwrite=arguments.overwrite) as partial:
-        linked = save_edited(loaded, edit, partial) if "model" in save else []
-        if "edit" in save:
-            edit.save(partial / "edit.safetensors")
-        if "lora" in save:
-            edit.export_lora(partial / "lora")
-        report = build_report(edit, arguments.model, console.seconds, answers, file_digests(partial, linked), linked)
-        text = json.dumps(report, indent=2, ensure_ascii=False)
-        (partial / "report.json").write_text(text + "\n", encoding="utf-8")
-    return report
-
-
-def _show(report: dict[str, Any], console: Console, out: str) -> None:
-    from rocr.cli.tables import show_report
-
-    show_report(report, console, out)

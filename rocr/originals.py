@@ -1,0 +1,160 @@
+"""The first bytes of a model, kept in the output of an edit so that `rocr revert` gives them back file by file.
+
+What the output has changed or left out lies in its folder `originals/`, as hard links where the file system has
+them; a list with the sha256 of every first file says what belongs to the model. Nothing is loaded to put it back.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rocr.errors import InputError, VerificationError
+from rocr.files import MAX_HEADER_BYTES
+from rocr.json_values import flag_of, parse_json, text_of, whole_number_of
+from rocr.model_folder import INDEX_FILE
+from rocr.models import ModelSource
+from rocr.report import file_digest
+from rocr.rewrite import bytes_to_copy, carried_files, link_or_copy
+from rocr.shards import find_weight_files
+from rocr.space import check_space
+
+FOLDER = "originals"
+LIST = "originals.json"
+FORMAT = "rocr originals 1"
+OWN_FILES = ("README.md", "report.json", "edit.safetensors")
+
+
+@dataclass(frozen=True)
+class Original:
+    """A first file.
+
+    Attributes:
+        sha256: of its bytes.
+        bytes: its size.
+        kept: whether the output's own file of this name is the same, so that it is stored once.
+    """
+
+    sha256: str
+    bytes: int
+    kept: bool
+
+
+def original_files(source: ModelSource) -> list[Path]:
+    """The files a model consists of: weights, configuration and tokenizer, or the one GGUF file.
+
+    Raises:
+        InputError: it lies in no folder of its own.
+    """
+    if source.folder is None:
+        raise InputError(
+            f"{source.name} is the id of a model on a hub: originals are kept of a folder or a .gguf file only."
+        )
+    if source.gguf:
+        return [source.folder / source.gguf]
+    files = find_weight_files(source.folder)
+    weights = [] if files is None else [source.folder / name for name in files.files]
+    others = [source.folder / name for name in (INDEX_FILE, *OWN_FILES)]
+    return [*weights, *carried_files(source.folder), *(path for path in others if path.is_file())]
+
+
+def save_originals(source: ModelSource, out: Path) -> dict[str, str]:
+    """Keep a model's first bytes in an output that holds the edited model, or nothing of it yet.
+
+    Returns:
+        sha256 of each file stored in `originals/`, by its path in the output.
+
+    Raises:
+        InputError: the model lies in no folder, or the disk is too small.
+    """
+    files = original_files(source)
+    store = out / FOLDER
+    store.mkdir()
+    check_space(out, bytes_to_copy(files, store))
+    entries: dict[str, Original] = {}
+    for file in files:
+        digest = file_digest(file)
+        kept = file.name not in OWN_FILES and _is_same(file, digest, out / file.name)
+        if not kept:
+            link_or_copy(file, store / file.name)
+        entries[file.name] = Original(digest, file.stat().st_size, kept)
+    listed = {"format": FORMAT, "files": {name: asdict(entry) for name, entry in entries.items()}}
+    (store / LIST).write_text(json.dumps(listed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    stored = {f"{FOLDER}/{name}": entry.sha256 for name, entry in entries.items() if not entry.kept}
+    return stored | {f"{FOLDER}/{LIST}": file_digest(store / LIST)}
+
+
+def has_originals(folder: Path) -> bool:
+    """Whether an output keeps the first bytes of its model."""
+    return (folder / FOLDER / LIST).is_file()
+
+
+def restore_originals(folder: Path, out: Path) -> dict[str, str]:
+    """Put a model's first files into a folder that exists, each checked by its sha256.
+
+    Args:
+        folder: an output with originals.
+        out: where they go.
+
+    Returns:
+        sha256 of each file.
+
+    Raises:
+        InputError: the list of originals is damaged, or the disk is too small.
+        VerificationError: a file is missing or is not as it was; names it.
+    """
+    entries = read_list(folder)
+    places = {name: (folder if entry.kept else folder / FOLDER) / name for name, entry in entries.items()}
+    for name, place in places.items():
+        if place.is_symlink() or not place.is_file():
+            raise VerificationError(f"{place} is missing, so {name} cannot be given back.")
+    check_space(out, bytes_to_copy(list(places.values()), out))
+    for name, place in places.items():
+        link_or_copy(place, out / name)
+        found = file_digest(out / name)
+        if found != entries[name].sha256:
+            raise VerificationError(
+                f"{place} is not the first file: its sha256 is {found[:12]}, recorded was {entries[name].sha256[:12]}."
+            )
+    return {name: entry.sha256 for name, entry in entries.items()}
+
+
+def read_list(folder: Path) -> Mapping[str, Original]:
+    """The first files of a model, by name.
+
+    Raises:
+        InputError: the list is damaged, or names a file outside the folder.
+    """
+    path = folder / FOLDER / LIST
+    try:
+        if path.stat().st_size > MAX_HEADER_BYTES:
+            raise ValueError(f"it has {path.stat().st_size:,} bytes")
+        listed = parse_json(path.read_bytes())
+        if listed["format"] != FORMAT:
+            raise ValueError(f"its format is not {FORMAT}")
+        entries = {_plain(name): _original(entry) for name, entry in listed["files"].items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{path} is not a list of originals: {str(error)[:200]}.") from None
+    if not entries:
+        raise InputError(f"{path} names no file.")
+    return entries
+
+
+def _original(entry: dict[str, object]) -> Original:
+    return Original(
+        text_of(entry["sha256"], "sha256"), whole_number_of(entry["bytes"], "bytes"), flag_of(entry["kept"], "kept")
+    )
+
+
+def _plain(name: str) -> str:
+    if Path(name).name != name or name in ("", ".", "..") or "\\" in name or "\0" in name:
+        raise ValueError(f"{name[:60]!r} is no name of a file")
+    return name
+
+
+def _is_same(file: Path, digest: str, other: Path) -> bool:
+    if not other.is_file():
+        return False
+    return other.samefile(file) or (other.stat().st_size == file.stat().st_size and file_digest(other) == digest)
