@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
@@ -18,7 +18,15 @@ if TYPE_CHECKING:
 
 
 def export_lora(edit: Edit, path: str | os.PathLike[str], overwrite: bool = False) -> None:
-    """Write `adapter_config.json` and `adapter_model.safetensors`; see `Edit.export_lora`.
+    """Write `adapter_config.json` and `adapter_model.safetensors`; see `Edit.export_lora`."""
+    tensors, config = adapter_tensors(edit)
+    with new_directory(path, overwrite=overwrite) as partial:
+        save_file(tensors, Path(partial) / "adapter_model.safetensors", metadata={"format": "pt"})
+        (Path(partial) / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def adapter_tensors(edit: Edit) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of an edit's adapter, and its settings.
 
     The adapter's rank is the number of keys, or the size of the weight where that is smaller.
     """
@@ -31,7 +39,7 @@ def export_lora(edit: Edit, path: str | os.PathLike[str], overwrite: bool = Fals
         tensors[f"base_model.model.{module}.lora_B.weight"] = left.contiguous()
         ranks[module] = right.shape[0]
     largest = max(ranks.values())
-    config = {
+    return tensors, {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": edit.fingerprint.name,
@@ -46,9 +54,6 @@ def export_lora(edit: Edit, path: str | os.PathLike[str], overwrite: bool = Fals
         "fan_in_fan_out": any(update.transposed for update in edit.updates),
         "inference_mode": True,
     }
-    with new_directory(path, overwrite=overwrite) as partial:
-        save_file(tensors, Path(partial) / "adapter_model.safetensors", metadata={"format": "pt"})
-        (Path(partial) / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def thin_factors(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +80,7 @@ def _last_layer(arguments: argparse.Namespace, source: ModelSource, edit: Edit) 
 def _save(
     arguments: argparse.Namespace, loaded: LoadedModel, edit: Edit, console: Console, applied: bool
 ) -> dict[str, Any]:
-    from rocr.report import build_report, file_digests
+    from rocr.report import build_report, file_digests, write_report
     from rocr.saving import save_edited
 
     with (
@@ -93,8 +92,7 @@ def _save(
             edit.save(partial / EDIT_FILE)
         report = build_report(edit, arguments.model, console.seconds, [], file_digests(partial, linked), linked)
         report["applied"] = applied
-        text = json.dumps(report, indent=2, ensure_ascii=False)
-        (partial / "report.json").write_text(text + "\n", encoding="utf-8")
+        write_report(report, partial)
     done = "with" if applied else "without"
     console.say(f"{arguments.out}: {arguments.model} {done} the edit of {len(edit.concepts)} concepts.")
     return report

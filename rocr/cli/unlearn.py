@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -245,7 +244,7 @@ def _save(
     answers: list[Answer],
     console: Console,
 ) -> dict[str, Any]:
-    from rocr.report import build_report, file_digests
+    from rocr.report import build_report, file_digests, write_report
     from rocr.saving import save_edited
 
     with new_directory(arguments.out, inputs=loaded.source.inputs, overwrite=arguments.overwrite) as partial:
@@ -255,8 +254,7 @@ def _save(
         if "lora" in save:
             edit.export_lora(partial / "lora")
         report = build_report(edit, arguments.model, console.seconds, answers, file_digests(partial, linked), linked)
-        text = json.dumps(report, indent=2, ensure_ascii=False)
-        (partial / "report.json").write_text(text + "\n", encoding="utf-8")
+        write_report(report, partial)
     return report
 
 
