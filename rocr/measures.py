@@ -59,7 +59,7 @@ class EditReport:
         distance: for each concept, how far the state at its name is from the target after the edit, as a share
             of the distance before, both at the output of the last edited layer; of concepts that were there
             before others were added or removed, as measured then.
-        seconds: duration of each stage; not kept in an edit file.
+        seconds: duration of each stage.
         statistics: what protected ordinary keys: text, tokens.
         divergence: mean Kullback-Leibler divergence on ordinary prose of the model's predictions after the edit from
             those before, in nats a token; None: not measured.
@@ -74,8 +74,8 @@ class EditReport:
     limits_passed: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """The report as JSON values, but for the seconds: same inputs give the same edit file."""
-        return {name: value for name, value in asdict(self).items() if name != "seconds"}
+        """The report as JSON values."""
+        return asdict(self)
 
     @classmethod
     def from_json(cls, values: dict[str, Any], concepts: int) -> EditReport:
