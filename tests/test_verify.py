@@ -129,8 +129,10 @@ def test_linked_files_that_cannot_be_compared_are_said_to_be_so(output):
 
 @pytest.mark.parametrize(
     "name",
-    ["config.json", "tokenizer.json", "edit.safetensors", "model-0.safetensors", "model-1.safetensors"]
-    + ["lora/adapter_config.json", "lora/adapter_model.safetensors", "model.safetensors.index.json"],
+    [
+        *("config.json", "tokenizer.json", "edit.safetensors", "model-0.safetensors", "model-1.safetensors"),
+        *("lora/adapter_config.json", "lora/adapter_model.safetensors", "model.safetensors.index.json"),
+    ],
 )
 @pytest.mark.parametrize("tamper", ["flip", "cut", "remove", "link", "empty"])
 def test_a_file_that_is_not_as_it_was_is_named(output, failures, name, tamper):
