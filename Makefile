@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 DEMO_OUT ?= demo-output
 COMMA := ,
 
-.PHONY: demo test check bench gpu clean
+.PHONY: demo test check sanitize bench gpu clean
 
 demo: $(VENV)/.installed
 	rm -rf $(DEMO_OUT)
@@ -20,6 +20,23 @@ check: $(VENV)/.tools
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# The kernels for the CPU under two sanitizers, called by a program of its own: needs a compiler, and no Python.
+SANITIZED := build/sanitized
+KERNELS := $(filter-out %bindings.cpp,$(wildcard csrc/*.cpp))
+CHECKED := -std=c++17 -O1 -g -fno-omit-frame-pointer -ffp-contract=fast -pthread \
+	-fsanitize=address,undefined -fno-sanitize-recover=all
+WRAPPED := -Wl,--wrap=_ZN4rocr6BufferC1El -Wl,--wrap=_ZN4rocr6BufferD1Ev
+
+sanitize: $(SANITIZED)/main
+	$(SANITIZED)/main
+
+$(SANITIZED)/main: $(KERNELS:csrc/%.cpp=$(SANITIZED)/%.o) tests/native/main.cpp $(wildcard tests/native/*.h)
+	$(CXX) $(CHECKED) $(WRAPPED) $(filter %.o %.cpp,$^) -o $@
+
+$(SANITIZED)/%.o: csrc/%.cpp $(wildcard csrc/*.h)
+	@mkdir -p $(SANITIZED)
+	$(CXX) $(CHECKED) -c $< -o $@
 
 bench: $(VENV)/.tools
 	$(BIN)/python benches/harness.py

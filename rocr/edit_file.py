@@ -58,7 +58,8 @@ def save_edit(edit: Edit, path: str | os.PathLike[str], undo: bool, overwrite: b
         "fingerprint": edit.fingerprint.to_json(),
         "layers": layers,
         "concept_of": edit.concept_of,
-        "report": edit.report.to_json(),
+        # The seconds would make the files of two equal edits differ.
+        "report": {name: value for name, value in edit.report.to_json().items() if name != "seconds"},
     }
     write_tensors(path, header, tensors, overwrite=overwrite)
 

@@ -1,5 +1,7 @@
 """Every error that rocr raises on purpose, each with the exit code that the command line gives it."""
 
+from typing import Any
+
 
 class RocrError(Exception):
     """Something rocr cannot do; the message is a sentence that says what and how to go on.
@@ -7,10 +9,15 @@ class RocrError(Exception):
     Attributes:
         exit_code: of the command line.
         told: whether every process that works on the same thing knows of it.
+        details: JSON values that a program may want besides the sentence.
     """
 
     exit_code = 1
     told = False
+
+    def __init__(self, sentence: str = "", details: dict[str, Any] | None = None) -> None:
+        super().__init__(sentence)
+        self.details = details or {}
 
 
 class InputError(RocrError):

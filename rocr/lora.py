@@ -52,6 +52,22 @@ def export_lora(
     edit: Edit, path: str | os.PathLike[str], rank: int | None = None, overwrite: bool = False
 ) -> list[AdapterLayer]:
     """Write `adapter_config.json` and `adapter_model.safetensors`; see `Edit.export_lora`."""
+    tensors, config, layers = adapter_tensors(edit, rank)
+    with new_directory(path, overwrite=overwrite) as partial:
+        check_space(partial, sum(tensor.nbytes for tensor in tensors.values()))
+        save_file(tensors, Path(partial) / "adapter_model.safetensors", metadata={"format": "pt"})
+        (Path(partial) / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return layers
+
+
+def adapter_tensors(
+    edit: Edit, rank: int | None = None
+) -> tuple[dict[str, Tensor], dict[str, object], list[AdapterLayer]]:
+    """The tensors of an edit's adapter, its settings, and what each layer's rank cost.
+
+    Raises:
+        InputError: the rank is not a whole number of at least 1.
+    """
     check_rank(rank)
     tensors: dict[str, Tensor] = {}
     layers = []
@@ -60,12 +76,7 @@ def export_lora(
         tensors[f"base_model.model.{layer.module}.lora_A.weight"] = right.contiguous()
         tensors[f"base_model.model.{layer.module}.lora_B.weight"] = left.contiguous()
         layers.append(layer)
-    config = _adapter_config(edit, layers)
-    with new_directory(path, overwrite=overwrite) as partial:
-        check_space(partial, sum(tensor.nbytes for tensor in tensors.values()))
-        save_file(tensors, Path(partial) / "adapter_model.safetensors", metadata={"format": "pt"})
-        (Path(partial) / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    return layers
+    return tensors, _adapter_config(edit, layers), layers
 
 
 def check_rank(rank: int | None) -> None:

@@ -22,7 +22,7 @@ def check_second_moment(total: Tensor, keys: Tensor) -> None:
     _check_dtype("keys", keys)
     _check_same_device("total", total, "keys", keys)
     _check_memory("total", total)
-    _check_distinct_storages([("total", total), ("keys", keys)], written=1)
+    _check_apart([("total", total), ("keys", keys)], written=1)
 
 
 def check_second_moments(totals: Sequence[Tensor], keys: Sequence[Tensor]) -> None:
@@ -34,7 +34,7 @@ def check_second_moments(totals: Sequence[Tensor], keys: Sequence[Tensor]) -> No
         _check_same_device("totals[0]", totals[0], "another total", total)
     tensors = [(f"totals[{index}]", total) for index, total in enumerate(totals)]
     tensors += [(f"keys[{index}]", each) for index, each in enumerate(keys)]
-    _check_distinct_storages(tensors, written=len(totals))
+    _check_apart(tensors, written=len(totals))
 
 
 def check_square(name: str, total: Tensor) -> None:
@@ -71,7 +71,7 @@ def check_low_rank_update(weights: Sequence[Tensor], lefts: Sequence[Tensor], ri
     tensors = [(f"weights[{index}]", weight) for index, weight in enumerate(weights)]
     tensors += [(f"lefts[{index}]", left) for index, left in enumerate(lefts)]
     tensors += [(f"rights[{index}]", right) for index, right in enumerate(rights)]
-    _check_distinct_storages(tensors, written=len(weights))
+    _check_apart(tensors, written=len(weights))
 
 
 def check_solve(keys: Tensor, residuals: Tensor, ridge: float) -> None:
@@ -123,14 +123,25 @@ def _check_memory(name: str, tensor: Tensor) -> None:
         )
 
 
-def _check_distinct_storages(tensors: Sequence[tuple[str, Tensor]], written: int) -> None:
-    """Refuse two tensors of one storage where the first `written` tensors are to be written."""
-    owners: dict[int, str] = {}
+def _check_apart(tensors: Sequence[tuple[str, Tensor]], written: int) -> None:
+    """Refuse tensors that overlap in memory where the first `written` are to be written, and odd addresses."""
+    spans = []
     for index, (name, tensor) in enumerate(tensors):
         if not tensor.numel():
             continue
-        address = tensor.untyped_storage().data_ptr()
-        if address in owners:
-            raise InputError(f"{owners[address]} and {name} share one storage; pass each storage once in a call.")
+        start, width = tensor.data_ptr(), tensor.element_size()
+        if start % width:
+            raise InputError(
+                f"{name} begins at an address that is no multiple of the {width} bytes of a number; pass a clone."
+            )
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        spans.append((start, start + (last + 1) * width, index))
+    furthest = furthest_written = (0, 0)  # where the spans so far end, and the tensor that does
+    for start, end, index in sorted(spans):
+        reached, other = furthest if index < written else furthest_written
+        if start < reached:
+            first, second = (tensors[each][0] for each in sorted((index, other)))
+            raise InputError(f"{first} and {second} share memory; pass each piece of memory once in a call.")
+        furthest = max(furthest, (end, index))
         if index < written:
-            owners[address] = name
+            furthest_written = max(furthest_written, (end, index))

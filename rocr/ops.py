@@ -155,7 +155,7 @@ def low_rank_update(
         backend: one of available_backends(device), or None for the fastest.
 
     Raises:
-        InputError: a dtype, shape, device, number or backend that does not fit, or one storage used twice.
+        InputError: a dtype, shape, device, number or backend that does not fit, or memory used twice.
     """
     weights, lefts, rights = ([each] if isinstance(each, Tensor) else each for each in (weights, lefts, rights))
     operands.check_low_rank_update(weights, lefts, rights)

@@ -254,8 +254,8 @@ def resolve_layers(config: EditConfig, model: nn.Module) -> EditConfig:
         projection = find_architecture(model).down_projection(layer)
         if projection.parameter.device.type == "meta":
             raise InputError(
-                f"{projection.parameter_name} is on the meta device: its values were never loaded, or lie on the CPU or "
-                "disk until its layer runs (offloading by a device_map). Put the edited layers onto a device."
+                f"{projection.parameter_name} is on the meta device: its values were never loaded, or lie on the CPU "
+                "or disk until its layer runs (offloading by a device_map). Put the edited layers onto a device."
             )
     return replace(config, layers=layers)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +15,7 @@ from rocr import __version__
 from rocr.edit import Edit
 
 FORMAT = "rocr report 1"
+REPORT_FILE = "report.json"
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,19 @@ def build_report(
         "linked": list(linked),
         "note": "Measured outcomes of one edit. They are not proof that the concepts cannot be recovered.",
     }
+
+
+def write_report(report: dict[str, Any], folder: Path) -> None:
+    """Write a report as report.json; it gets a field `sha256`, the digest of its other fields."""
+    report["sha256"] = report_digest(report)
+    text = json.dumps(report, indent=2, ensure_ascii=False)
+    (folder / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def report_digest(report: Mapping[str, Any]) -> str:
+    """sha256 over what a report says but for its own digest, however it is spelled."""
+    said = {name: value for name, value in report.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def versions() -> dict[str, str]:

@@ -57,7 +57,7 @@ def test_several_layers_at_once_are_several_calls() -> None:
 
 def test_one_total_for_two_layers_is_refused() -> None:
     total = torch.zeros(4, 4)
-    with pytest.raises(InputError, match=r"totals\[0\] and totals\[1\] share one storage"):
+    with pytest.raises(InputError, match=r"totals\[0\] and totals\[1\] share memory"):
         ops.accumulate_second_moments([total, total], [torch.zeros(2, 4), torch.zeros(2, 4)])
 
 

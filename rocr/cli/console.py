@@ -86,12 +86,12 @@ class Console:
             table.add_row(*(Text(visible(cell)) for cell in row))
         self._output.print(table)
 
-    def fail(self, sentence: str, exit_code: int) -> None:
-        """Print an error."""
+    def fail(self, sentence: str, exit_code: int, details: dict[str, Any] | None = None) -> None:
+        """Print an error; details go to the JSON document only."""
         if self._rank:
             sys.stderr.write(f"rocr, process {self._rank}: {visible(sentence)}\n")
         self._errors.print(Text.assemble(("rocr: ", "bold red"), visible(sentence)), soft_wrap=True)
-        self.print_json({"error": sentence, "exit_code": exit_code})
+        self.print_json({"error": sentence, "exit_code": exit_code, **(details or {})})
 
     def print_json(self, document: Any) -> None:
         """Put the JSON document on stdout, where one is asked for."""

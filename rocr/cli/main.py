@@ -12,14 +12,14 @@ from contextlib import ExitStack
 from types import FrameType
 
 from rocr import __version__
-from rocr.cli import compare, doctor, edits, evaluate, info, stats, unlearn
+from rocr.cli import compare, doctor, edits, evaluate, info, stats, unlearn, verify
 from rocr.cli.console import Console
 from rocr.errors import RocrError
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
-COMMANDS = (unlearn, stats, edits, evaluate, compare, info, doctor)
+COMMANDS = (unlearn, stats, edits, evaluate, compare, info, verify, doctor)
 
 _EPILOGUE = (
     """exit codes: 0 done, 1 failed, 2 bad input, 3 verification failed, 4 refused by a guard, 130 interrupted"""
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             console.print_json(parsed.run(parsed, console))
         return 0
     except RocrError as error:
-        console.fail(str(error), error.exit_code)
+        console.fail(str(error), error.exit_code, error.details)
         return error.exit_code
     except (Interrupted, KeyboardInterrupt):
         console.fail("Interrupted; nothing was left half-written.", EXIT_INTERRUPTED)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rocr.cli.console import Console
@@ -42,7 +40,7 @@ def write_output(
     """
     from rocr.model_card import write_card
     from rocr.originals import save_originals
-    from rocr.report import build_report, file_digests
+    from rocr.report import build_report, file_digests, write_report
     from rocr.saving import save_edited
 
     with (
@@ -61,12 +59,6 @@ def write_output(
         report["files"] = file_digests(partial, [*linked, *stored]) | stored
         write_report(report, partial)
     return report
-
-
-def write_report(report: dict[str, Any], folder: Path) -> None:
-    """Write report.json."""
-    text = json.dumps(report, indent=2, ensure_ascii=False)
-    (folder / "report.json").write_text(text + "\n", encoding="utf-8")
 
 
 def show_adapter(report: dict[str, Any], console: Console) -> None:

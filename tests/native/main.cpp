@@ -1,0 +1,279 @@
+// Calls the kernels of csrc/ for the CPU on odd sizes with every instruction set that runs here, and checks the results
+// against sums in double. `make sanitize` builds it under AddressSanitizer and UndefinedBehaviorSanitizer; operands,
+// and in every second case the kernels' own buffers, lie against pages that may not be touched.
+#include <sys/wait.h>
+
+#include <array>
+#include <map>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <thread>
+
+#include "../../csrc/low_rank_update.h"
+#include "../../csrc/parallel.h"
+#include "../../csrc/second_moment.h"
+#include "matrix.h"
+
+using rocr::Simd;
+
+namespace {
+
+bool guard_buffers = false;
+std::mutex buffers_mutex;
+std::map<rocr::Buffer*, std::unique_ptr<Guarded>> buffers;
+
+constexpr Number numbers[] = {Number::float32, Number::bfloat16, Number::float16};
+const char* const number_names[] = {"float32", "bfloat16", "float16"};
+
+[[noreturn]] void fail(const std::string& what) {
+  std::fprintf(stderr, "wrong: %s\n", what.c_str());
+  std::_Exit(1);
+}
+
+void require(bool is_so, const std::string& what) {
+  if (!is_so) fail(what);
+}
+
+struct Sizes {
+  std::int64_t tokens, size, keys_gap, total_gap;
+};
+
+std::string described(const Simd& simd, Number number, const std::vector<std::int64_t>& sizes, int threads) {
+  std::string text = std::string(simd.name) + " " + number_names[static_cast<int>(number)];
+  for (std::int64_t size : sizes) text += " " + std::to_string(size);
+  return text + ", " + std::to_string(threads) + " threads" + (guard_buffers ? ", guarded buffers" : "");
+}
+
+void check_second_moment(const Simd& simd, Number number, Sizes sizes, int threads, bool at_end) {
+  const std::string what = "second moment, " + described(simd, number, {sizes.tokens, sizes.size}, threads);
+  Random random(sizes.tokens * 1000 + sizes.size);
+  const Matrix keys(number, sizes.tokens, sizes.size, sizes.size + sizes.keys_gap, at_end, random);
+  const Matrix total(Number::float32, sizes.size, sizes.size, sizes.size + sizes.total_gap, at_end, random);
+  const std::vector<double> k = keys.values(), before = total.values();
+  rocr::accumulate_second_moment(total.floats(), total.stride, keys.data(), keys.stride, sizes.tokens, sizes.size,
+                                 number, threads, simd);
+  const std::vector<double> after = total.values();
+  double error = 0, norm = 0;
+  for (std::int64_t row = 0; row < sizes.size; ++row) {
+    for (std::int64_t column = 0; column < sizes.size; ++column) {
+      const std::size_t place = row * sizes.size + column;
+      double exact = before[place];
+      for (std::int64_t token = 0; column <= row && token < sizes.tokens; ++token)
+        exact += k[token * sizes.size + row] * k[token * sizes.size + column];
+      if (column > row) require(after[place] == before[place], what + ": the upper triangle was written");
+      error += (after[place] - exact) * (after[place] - exact);
+      norm += exact * exact;
+    }
+  }
+  require(std::sqrt(error) <= 1e-6 * std::sqrt(norm), what + ": error " + std::to_string(std::sqrt(error / norm)));
+  require(keys.gaps_are_whole() && total.gaps_are_whole(), what + ": numbers between rows were written");
+}
+
+struct Shape {
+  std::int64_t rows, columns, rank, gap;
+};
+
+struct Operands {
+  Matrix weight, left, right;
+  std::vector<double> before;
+
+  Operands(Number number, Shape shape, bool at_end, Random random)
+      : weight(number, shape.rows, shape.columns, shape.columns + shape.gap, at_end, random),
+        left(Number::float32, shape.rows, shape.rank, shape.rank, at_end, random),
+        right(Number::float32, shape.rank, shape.columns, shape.columns, at_end, random),
+        before(weight.values()) {}
+
+  rocr::LowRankUpdate update() const {
+    return {weight.data(), weight.number, weight.rows,   weight.columns,
+            weight.stride, left.columns,  left.floats(), right.floats()};
+  }
+
+  void check(const std::string& what, double scale, bool stochastic) const {
+    const std::vector<double> after = weight.values(), l = left.values(), r = right.values();
+    const std::int64_t rank = left.columns;
+    for (std::int64_t row = 0; row < weight.rows; ++row) {
+      for (std::int64_t column = 0; column < weight.columns; ++column) {
+        const std::size_t place = row * weight.columns + column;
+        double exact = before[place], size = std::abs(exact);
+        for (std::int64_t i = 0; i < rank; ++i) {
+          const double product = scale * l[row * rank + i] * r[i * weight.columns + column];
+          exact += product;
+          size += std::abs(product);
+        }
+        const double bound = rounding_of(weight.number) * std::abs(exact) * (stochastic ? 2 : 1) +
+                             static_cast<double>(rank + 2) * 0x1p-24 * size;
+        require(std::abs(after[place] - exact) <= 1.001 * bound + 0x1p-24,
+                what + ": " + std::to_string(after[place]) + " is not " + std::to_string(exact));
+      }
+    }
+    require(weight.gaps_are_whole(), what + ": numbers between rows were written");
+  }
+};
+
+void check_low_rank_update(const Simd& simd, Number number, const std::vector<Shape>& shapes, int threads, bool at_end,
+                           bool stochastic) {
+  std::vector<std::unique_ptr<Operands>> operands;
+  std::vector<rocr::LowRankUpdate> updates;
+  for (const Shape& shape : shapes) {
+    operands.push_back(std::make_unique<Operands>(number, shape, at_end, Random(shape.rows + 7 * shape.columns)));
+    updates.push_back(operands.back()->update());
+  }
+  rocr::low_rank_update(updates, -0.5f, stochastic, 3, threads, simd);
+  for (const auto& each : operands) {
+    const std::vector<std::int64_t> sizes{each->weight.rows, each->weight.columns, each->left.columns};
+    each->check("low-rank update, " + described(simd, number, sizes, threads), -0.5, stochastic);
+  }
+}
+
+int check_odd_sizes(const Simd& simd) {
+  const Sizes moments[] = {{1, 1, 0, 0},    {1, 16, 0, 3},  {2, 17, 5, 0},   {31, 33, 0, 0},  {33, 31, 1, 1},
+                           {63, 123, 7, 0}, {65, 48, 0, 0}, {129, 47, 0, 2}, {257, 65, 3, 0}, {513, 34, 0, 0},
+                           {1537, 5, 0, 0}, {1601, 19, 1, 1}, {40, 257, 0, 0}, {0, 5, 0, 0},    {5, 0, 0, 0}};
+  const std::vector<Shape> updates[] = {{{1, 1, 1, 0}},
+                                        {{3, 5, 2, 0}, {0, 4, 3, 0}, {4, 0, 2, 0}, {4, 4, 0, 1}},
+                                        {{8, 48, 1, 0}},
+                                        {{9, 49, 3, 5}, {17, 15, 7, 0}},
+                                        {{63, 123, 5, 1}},
+                                        {{65, 31, 257, 0}, {2, 483, 3, 0}},
+                                        {{5, 1000, 300, 3}},
+                                        {}};
+  int cases = 0;
+  for (Number number : numbers) {
+    for (int turn = 0; turn < 4; ++turn) {
+      const bool at_end = turn % 2 == 0;
+      const int threads = turn < 2 ? 1 : 3;
+      guard_buffers = turn % 2 == 0;
+      for (const Sizes& sizes : moments) check_second_moment(simd, number, sizes, threads, at_end), ++cases;
+      for (const std::vector<Shape>& shapes : updates)
+        check_low_rank_update(simd, number, shapes, threads, at_end, turn > 1), ++cases;
+    }
+  }
+  return cases;
+}
+
+// Rows so far apart that the last begins beyond 2^31 numbers: sparse memory, of which a few pages exist.
+int check_far_rows(const Simd& simd) {
+  constexpr std::int64_t far = (std::int64_t{1} << 30) + 7;
+  for (Number number : numbers) {
+    check_second_moment(simd, number, {4, 33, far, far / 16}, 2, true);
+    check_low_rank_update(simd, number, {{4, 50, 3, far}}, 2, true, false);
+  }
+  check_second_moment(simd, Number::bfloat16, {3, 3, 0, far}, 1, true);
+  return 7;
+}
+
+int check_threads_at_once(const Simd& simd) {
+  constexpr int callers = 8;
+  std::vector<std::thread> threads;
+  for (int caller = 0; caller < callers; ++caller) {
+    threads.emplace_back([&simd, caller] {
+      const Number number = numbers[caller % 3];
+      check_second_moment(simd, number, {300 + caller, 90, 0, 0}, 2, true);
+      check_low_rank_update(simd, number, {{40, 300 + caller, 4, 0}}, 2, true, false);
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  return callers;
+}
+
+// Exit status of a child, which says nothing.
+template <class Task>
+int status_of(const Task& task) {
+  const pid_t child = fork();
+  if (child == 0) {
+    close(2);
+    task();
+    _exit(0);
+  }
+  int status = 0;
+  waitpid(child, &status, 0);
+  return status;
+}
+
+void check_fork(const Simd& simd) {
+  check_second_moment(simd, Number::float32, {400, 150, 0, 0}, 2, true);
+  const int status = status_of([&] {
+    check_second_moment(simd, Number::float32, {400, 150, 0, 0}, 2, true);
+    check_low_rank_update(simd, Number::bfloat16, {{60, 300, 5, 0}}, 2, true, true);
+  });
+  require(status == 0, std::string("a forked child's results with ") + simd.name);
+}
+
+template <class Call>
+void check_refused(const Call& call) {
+  try {
+    call();
+  } catch (const std::invalid_argument&) {
+    return;
+  }
+  fail("sizes that cannot be were accepted");
+}
+
+void check_refusals(const Simd& simd) {
+  float some[16] = {};
+  for (const auto& [tokens, size, stride] : {std::array<std::int64_t, 3>{-1, 2, 2}, {2, -1, 2}, {2, 3, 2}})
+    check_refused([&, tokens = tokens, size = size, stride = stride] {
+      rocr::accumulate_second_moment(some, 4, some, stride, tokens, size, Number::float32, 1, simd);
+    });
+  const rocr::LowRankUpdate update{some, Number::float32, 2, 3, 2, 1, some, some};
+  check_refused([&] { rocr::low_rank_update({update}, 1, false, 0, 1, simd); });
+  check_refused([&] { rocr::low_rank_update({}, 1, false, 0, 0, simd); });
+  check_refused([] { rocr::find_simd("none"); });
+}
+
+// The guards themselves: a kernel that is told of one row too many must not survive it.
+void check_guards(const Simd& simd) {
+  for (bool at_end : {true, false}) {
+    const int status = status_of([&] {
+      Random random(1);
+      const Matrix keys(Number::float32, 64, 64, 64, at_end, random);
+      std::vector<float> total(64 * 64);
+      const char* first = keys.data() - (at_end ? 0 : 64 * 4);
+      rocr::accumulate_second_moment(total.data(), 64, first, 64, at_end ? 65 : 64, 64, Number::float32, 1, simd);
+    });
+    require(status != 0, std::string("a read beyond the keys went unnoticed with ") + simd.name);
+  }
+}
+
+}  // namespace
+
+// The linker puts these in the place of Buffer's constructor and destructor (-Wl,--wrap).
+extern "C" {
+void __real__ZN4rocr6BufferC1El(rocr::Buffer*, std::int64_t);
+void __real__ZN4rocr6BufferD1Ev(rocr::Buffer*);
+
+void __wrap__ZN4rocr6BufferC1El(rocr::Buffer* buffer, std::int64_t count) {
+  if (!guard_buffers) return __real__ZN4rocr6BufferC1El(buffer, count);
+  auto memory = std::make_unique<Guarded>(count * sizeof(float), true, 64);
+  std::memset(memory->data(), 0xff, count * sizeof(float));  // NaNs: what is read before it is written shows
+  const char* data = memory->data();
+  std::memcpy(static_cast<void*>(buffer), &data, sizeof data);
+  const std::lock_guard<std::mutex> lock(buffers_mutex);
+  buffers[buffer] = std::move(memory);
+}
+
+void __wrap__ZN4rocr6BufferD1Ev(rocr::Buffer* buffer) {
+  std::unique_lock<std::mutex> lock(buffers_mutex);
+  if (buffers.erase(buffer) > 0) return;
+  lock.unlock();
+  __real__ZN4rocr6BufferD1Ev(buffer);
+}
+}
+
+int main() {
+  for (const Simd* simd : rocr::supported_simds()) {
+    int cases = check_odd_sizes(*simd);
+    cases += check_far_rows(*simd);
+    guard_buffers = false;
+    cases += check_threads_at_once(*simd);
+    guard_buffers = true;
+    cases += check_threads_at_once(*simd);
+    check_fork(*simd);
+    check_refusals(*simd);
+    check_guards(*simd);
+    std::printf("%-7s %4d cases right, within their memory\n", simd->name, cases);
+    std::fflush(stdout);
+  }
+  return 0;
+}
