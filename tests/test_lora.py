@@ -132,8 +132,9 @@ def test_what_is_no_rank_is_refused(rank, loaded_edit, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "exact"), [(torch.float32, True), (torch.bfloat16, True), (torch.float16, True), (torch.bfloat16, False)]
+)
 def test_merging_equals_the_edited_weights(dtype, exact, make_model, tokenizer, texts, concepts, tmp_path):
     """With the adapter in float32, as peft loads it, to the bit but for halfway cases; in half precision to its own."""
     model = make_model("Llama").to(dtype)
@@ -147,7 +148,7 @@ def test_merging_equals_the_edited_weights(dtype, exact, make_model, tokenizer, 
     for update, first in zip(edit.updates, firsts, strict=True):
         mine, theirs = (each.get_parameter(update.parameter).detach().double() for each in (model, merged))
         difference, step = (mine - theirs).abs(), torch.finfo(dtype).eps * torch.maximum(mine.abs(), first.abs())
-        if exact or dtype == torch.float32:
+        if exact:
             assert (difference <= step + 1e-9).all()
             assert (difference == 0).double().mean() > 0.999
         else:

@@ -49,7 +49,7 @@ def large(tmp_path_factory, tokenizer, make_model, files):
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures the process as Linux does")
-@pytest.mark.parametrize("partial", ["--partial", "--whole"])
+@pytest.mark.parametrize("partial", ["--partial", pytest.param("--whole", marks=pytest.mark.slow)])
 def test_it_says_what_the_run_then_does(partial, large, files, tmp_path):
     out = tmp_path / "out"
     arguments = ("unlearn", large, *CONCEPT, "--text", files.text, partial, "--no-answers", "--out", out)
@@ -97,6 +97,7 @@ def test_what_the_run_would_refuse_is_refused(files, concept, command, tmp_path)
     assert done.code == 2 and "Traceback" not in done.errors
 
 
+@pytest.mark.parametrize("family", ["Llama", "Gemma3", "GPT-2"])
 def test_speed_is_measured_and_leaves_model_and_random_state_alone(family, make_model):
     with parameters_on_meta():
         architecture = find_architecture(make_model(family))
