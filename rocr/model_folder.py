@@ -98,10 +98,14 @@ def _check_index(folder: Path) -> Shapes:
         shards.setdefault(name, set()).add(tensor)
     shapes: Shapes = {}
     for name, tensors in shards.items():
-        shapes |= tensor_shapes(folder / name)
-        missing = tensors - set(shapes)
+        found = tensor_shapes(folder / name)
+        missing = tensors - set(found)
         if missing:
             raise InputError(f"{folder / name} lacks {min(missing)[:100]!r}, which {INDEX_FILE} puts there.")
+        twice = set(found) & set(shapes)
+        if twice:
+            raise InputError(f"{folder / name} holds {min(twice)[:100]!r}, which another weight file holds too.")
+        shapes |= found
     return shapes
 
 

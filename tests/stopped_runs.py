@@ -25,7 +25,7 @@ from transformers import LlamaForCausalLM  # noqa: F401
 import rocr.answers
 import rocr.collect
 import rocr.pipeline
-import rocr.saving  # noqa: F401
+import rocr.saving
 from rocr.cli import main
 
 SIGNALS = {"kill": signal.SIGKILL, "terminate": signal.SIGTERM, "interrupt": signal.SIGINT}
@@ -199,4 +199,4 @@ if __name__ == "__main__":
         runs = Runs(base, arguments)
         globals()[way](runs, **options)
         found.append(runs.results)
-    print(json.dumps(found))
+    sys.stdout.write(json.dumps(found))

@@ -83,7 +83,11 @@ def choice_accuracy(
 
 def _question(value: Any) -> ChoiceQuestion:
     question, choices, correct = value["question"], value["choices"], value["gold_idx"]
-    if not isinstance(question, str) or not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+    if (
+        not isinstance(question, str)
+        or not isinstance(choices, list)
+        or not all(isinstance(choice, str) for choice in choices)
+    ):
         raise ValueError("question and choices must be texts")
     "".join([question, *choices]).encode()  # half of a surrogate pair is a ValueError
     if not 2 <= len(choices) <= len(LETTERS):
