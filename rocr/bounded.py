@@ -17,7 +17,7 @@ def read_bounded(path: str | os.PathLike[str], limit: int) -> bytes:
     place = Path(path)
     try:
         if not place.is_file():
-            flaw = "is not a regular file" if place.exists() else "is not there"
+            flaw = "is not a regular file" if place.exists() else "does not exist"
             raise InputError(f"{path} {flaw}.")
         with place.open("rb") as file:
             data = file.read(limit + 1)

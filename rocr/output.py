@@ -98,7 +98,7 @@ def new_file(path: AnyPath, overwrite: bool = False) -> Iterator[Path]:
         else:
             _link_file(partial, final)
         _sync(final.parent)
-        _remove(folder)
+        shutil.rmtree(folder)
 
 
 def _location(path: AnyPath) -> Path:

@@ -32,6 +32,8 @@ SIGNALS = {"kill": signal.SIGKILL, "terminate": signal.SIGTERM, "interrupt": sig
 ERRORS = {"full": errno.ENOSPC, "broken": errno.EIO, "forbidden": errno.EACCES, "read-only": errno.EROFS}
 LASTING = ("full",)
 ENOUGH = "size=64m,nr_inodes=1000"
+KNOWN = {}
+"""What undisturbed runs took and left, by their arguments."""
 FAULTS = ctypes.CDLL(os.environ["LD_PRELOAD"])
 
 
@@ -77,12 +79,17 @@ class Runs:
         self.results.append(found)
 
     def undisturbed(self):
-        """Run once to the end; returns how many steps and seconds that takes."""
-        root, started = self.new(), time.monotonic()
-        code = wait(self.start(root, lambda: arm(root)))
-        seconds = time.monotonic() - started
-        self.note(root, code, again=False)
-        return int((root / "steps").read_text()), seconds
+        """Run once to the end, or remember that; returns how many steps and seconds that takes."""
+        known = KNOWN.get(tuple(self.arguments))
+        if known is None:
+            root, started = self.new(), time.monotonic()
+            code = wait(self.start(root, lambda: arm(root)))
+            seconds = time.monotonic() - started
+            self.note(root, code, again=False)
+            known = KNOWN[tuple(self.arguments)] = (int((root / "steps").read_text()), seconds, self.results[0])
+        else:
+            self.results.append(known[2])
+        return known[:2]
 
 
 def log_of(root):
@@ -173,7 +180,8 @@ def read_only_input(runs, folder):
     runs.undisturbed()
     subprocess.run(["mount", "--bind", folder, folder], check=True)
     subprocess.run(["mount", "-o", "remount,ro,bind", folder], check=True)
-    runs.undisturbed()
+    root = runs.new()
+    runs.note(root, wait(runs.start(root)))
     subprocess.run(["umount", folder], check=True)
 
 

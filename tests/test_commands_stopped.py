@@ -27,8 +27,8 @@ CODES = {
     "forbidden": (1, 2),
     "read-only": (1, 2),
 }
-STRIDES = {"kill": 7, "full": 17, "broken": 29, "forbidden": 53, "terminate": 37, "interrupt": 53, "read-only": 59}
-TIMES = {"kill": 6, "terminate": 3, "interrupt": 3}
+STRIDES = {"kill": 8, "full": 19, "broken": 29, "forbidden": 53, "terminate": 37, "interrupt": 53, "read-only": 59}
+TIMES = {"kill": 4, "terminate": 2, "interrupt": 2}
 DISKS = {
     "stats": ("size=4k", "size=24k", "size=40k", "nr_inodes=2", "nr_inodes=4"),
     "unlearn": ("size=24k", "size=80k,nr_inodes=1000", *(f"size=64m,nr_inodes={count}" for count in (3, 5, 8, 11))),
@@ -92,8 +92,18 @@ def check_runs(runs, codes, cleans):
     return len(runs)
 
 
+NAMESPACE = ("unshare", "--mount", "--propagation", "private")
+
+
+def can_mount(prefix):
+    command = [*prefix, "mount", "-t", "tmpfs", "-o", "size=1m", "none", "/mnt"]
+    return shutil.which("unshare") is not None and subprocess.run(command, capture_output=True).returncode == 0
+
+
 @pytest.fixture(scope="module")
-def at_some_steps(stopped):
+def in_some_ways(stopped, files):
+    """What commands left that were stopped at some steps and times, and on real small disks where these are allowed."""
+    prefix = next((p for p in (NAMESPACE, (*NAMESPACE, "--map-root-user")) if can_mount(p)), None)
     jobs = {}
     for command in COMMANDS:
         for mode, stride in STRIDES.items():
@@ -103,13 +113,17 @@ def at_some_steps(stopped):
             jobs[f"{command}-{mode}-by-time"] = (command, "by_time", {"mode": mode, "times": times})
         jobs[f"{command}-small-files"] = (command, "small_files", {"sizes": [0, 100, 20_000]})
         jobs[f"{command}-two"] = (command, "two_at_once", {"times": 1})
-    return stopped(jobs)
+        if prefix is not None:
+            jobs[f"{command}-disks"] = (command, "small_disks", {"options": DISKS[command]})
+            jobs[f"{command}-read-only-folder"] = (command, "read_only", {})
+            jobs[f"{command}-read-only-input"] = (command, "read_only_input", {"folder": str(files.model.parent)})
+    return stopped(jobs, prefix or ())
 
 
 @pytest.mark.parametrize("mode", CODES)
 @pytest.mark.parametrize("command", COMMANDS)
-def test_stopped_at_some_steps(command, mode, at_some_steps, tally):
-    count = check_runs(at_some_steps[f"{command}-{mode}"], CODES[mode], cleans=mode != "kill")
+def test_stopped_at_some_steps(command, mode, in_some_ways, tally):
+    count = check_runs(in_some_ways[f"{command}-{mode}"], CODES[mode], cleans=mode != "kill")
     assert count >= 2
     attack = "kills and signals at writes" if mode in SIGNALS else "faults of the disk at writes"
     tally(f"{attack} survived by commands", count)
@@ -117,56 +131,41 @@ def test_stopped_at_some_steps(command, mode, at_some_steps, tally):
 
 @pytest.mark.parametrize("mode", TIMES)
 @pytest.mark.parametrize("command", COMMANDS)
-def test_stopped_at_any_time(command, mode, at_some_steps, tally):
-    count = check_runs(at_some_steps[f"{command}-{mode}-by-time"], CODES[mode], cleans=mode != "kill")
+def test_stopped_at_any_time(command, mode, in_some_ways, tally):
+    count = check_runs(in_some_ways[f"{command}-{mode}-by-time"], CODES[mode], cleans=mode != "kill")
     tally("kills and signals by time survived by commands", count)
 
 
-def test_interrupted_statistics_go_on_from_their_checkpoint(at_some_steps):
+def test_interrupted_statistics_go_on_from_their_checkpoint(in_some_ways):
     for mode in ("kill", "terminate"):
-        again = [run["log again"] for run in at_some_steps[f"stats-{mode}"] if "log again" in run]
+        again = [run["log again"] for run in in_some_ways[f"stats-{mode}"] if "log again" in run]
         assert any("Going on from" in log for log in again)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_files_that_the_system_does_not_let_grow(command, at_some_steps, tally):
-    count = check_runs(at_some_steps[f"{command}-small-files"], (1,), cleans=True)
-    assert [run["code"] for run in at_some_steps[f"{command}-small-files"]] == [0, 1, 1, 1]
+def test_files_that_the_system_does_not_let_grow(command, in_some_ways, tally):
+    count = check_runs(in_some_ways[f"{command}-small-files"], (1,), cleans=True)
+    assert [run["code"] for run in in_some_ways[f"{command}-small-files"]] == [0, 1, 1, 1]
     tally("faults of the disk by the system survived by commands", count)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_of_two_runs_on_one_output_one_is_refused(command, at_some_steps):
-    runs = at_some_steps[f"{command}-two"]
+def test_of_two_runs_on_one_output_one_is_refused(command, in_some_ways):
+    runs = in_some_ways[f"{command}-two"]
     check_runs(runs, (2,), cleans=True)
     assert all(run["code"] == 2 and run["left"] == ["out"] for run in runs[1:])
 
 
-NAMESPACE = ("unshare", "--mount", "--propagation", "private")
-
-
-@pytest.fixture(scope="module")
-def on_real_disks(stopped, files):
-    """What commands leave on disks that are full, or read-only, in a mount namespace."""
-    prefix = next((p for p in (NAMESPACE, (*NAMESPACE, "--map-root-user")) if can_mount(p)), None)
-    if prefix is None:
+@pytest.fixture
+def on_real_disks(in_some_ways):
+    if "stats-disks" not in in_some_ways:
         pytest.skip("mounting a small disk is not allowed here")
-    jobs = {}
-    for command in COMMANDS:
-        jobs[f"{command}-full"] = (command, "small_disks", {"options": DISKS[command]})
-        jobs[f"{command}-read-only"] = (command, "read_only", {})
-        jobs[f"{command}-input"] = (command, "read_only_input", {"folder": str(files.model.parent)})
-    return stopped(jobs, prefix)
-
-
-def can_mount(prefix):
-    command = [*prefix, "mount", "-t", "tmpfs", "-o", "size=1m", "none", "/mnt"]
-    return shutil.which("unshare") is not None and subprocess.run(command, capture_output=True).returncode == 0
+    return in_some_ways
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_disks_that_are_really_full(command, on_real_disks, tally):
-    runs = on_real_disks[f"{command}-full"]
+    runs = on_real_disks[f"{command}-disks"]
     count = check_runs(runs, (1, 2), cleans=True)
     assert all(run["code"] in (1, 2) for run in runs[1:])
     tally("full disks survived by commands", count)
@@ -174,7 +173,7 @@ def test_disks_that_are_really_full(command, on_real_disks, tally):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_folder_that_cannot_be_written_to(command, on_real_disks, tally):
-    runs = on_real_disks[f"{command}-read-only"]
+    runs = on_real_disks[f"{command}-read-only-folder"]
     check_runs(runs, (2,), cleans=True)
     assert runs[1]["code"] == 2
     assert runs[1]["left"] == []
@@ -183,7 +182,7 @@ def test_a_folder_that_cannot_be_written_to(command, on_real_disks, tally):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_an_input_that_cannot_be_written_to_is_no_hindrance(command, on_real_disks):
-    check_runs(on_real_disks[f"{command}-input"], (), cleans=True)
+    check_runs(on_real_disks[f"{command}-read-only-input"], (), cleans=True)
 
 
 @pytest.mark.slow

@@ -45,7 +45,8 @@ def start(name, contents, files, base, runs):
         (base / "seeds" / str(number)).write_bytes(content)
     shutil.copytree(files.model, base / "folder")
     script = [sys.executable, str(SCRIPT), name, str(base / "seeds"), str(base / "folder"), str(runs)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    places = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": places, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(script, stderr=subprocess.PIPE, text=True, cwd=base, env=environment)
 
 

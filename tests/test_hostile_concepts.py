@@ -91,7 +91,7 @@ CONTAINERS = {
     "blank lines": b"\n \n\t\n",
     "zeros": b"\0" * 1000,
     "not UTF-8": b"Ada \xff\xfe -> Blaise\n",
-    "cut within a character": "Ada -> Frédéric".encode()[:-6],
+    "cut within a character": "Ada -> Frédéric".encode()[:-4],
     "UTF-16": "name -> b\n".encode("utf-16"),
     "a zip": b"PK\x03\x04" + b"\0" * 100,
     "a pickle": b"\x80\x04\x95\x1c\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix\x94.",
@@ -106,7 +106,8 @@ FORMS = {
         "only an arrow": b"->",
         "a hundred thousand arrows": b"->" * 10**5,
         "a million bars": b"|" * 10**6,
-        "a million short lines": b"a\n" * 10**6,
+        "a million concepts": b"".join(b"%d -> b\n" % i for i in range(10**6)),
+        "a million aliases": b" | ".join(b"%d" % i for i in range(10**6)) + b" -> b",
     },
     ".csv": {
         **{f"{name}, .csv": content for name, content in CONTAINERS.items()},
@@ -189,4 +190,4 @@ def check_refused(path, within_limits, tally):
 def test_the_command_refuses_a_bad_list(files, attack, tmp_path):
     (tmp_path / "bad.jsonl").write_bytes(as_jsonl(RECORDS["one good, then a thousand bad"]))
     done = attack("concept lists given to commands", "unlearn", files.model, tmp_path / "bad.jsonl")
-    assert "and 951 more" in done.errors
+    assert "and 950 more" in done.errors

@@ -53,7 +53,7 @@ VALUES = {
     "head_dim": [-8, 7, "eight"],
     "hidden_act": ["nonesuch", ["x"], 5, "__import__('os').system('true')", "x" * 10**7],
     "dtype": ["float31", "os.system"],
-    "quantization_config": ["x", 5, ["x"], {"quant_method": "nonesuch"}, {"quant_method": "../x"}],
+    "quantization_config": ["x", 5, ["x"]],
 }
 CASES = {
     **{f"text: {name}": lambda f, text=text: f.write(CONFIG, text) for name, text in TEXTS.items()},
