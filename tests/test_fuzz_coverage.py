@@ -1,4 +1,4 @@
-"""The readers fuzzed with coverage as the guide; where atheris is not installed, test_hostile_fuzz.py is what there is."""
+"""The readers fuzzed with coverage as the guide, where atheris is installed; test_hostile_fuzz.py does without."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Every limit of an edit passed for real, by a command, at its default: nothing is written and the model is restored."""
+"""Every limit of an edit passed for real by a command: nothing is written, and the model is restored."""
 
 import json
 
@@ -15,8 +15,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 TWO = ("Ada Byron -> a gardener", "Robert Downey Jr. -> a gardener")
 FIVE = ("Ada Byron -> Blaise Pascal", *(f"{name} Byron -> Dan Byron" for name in ("Bob", "Cid", "Eve", "Max")))
 """Four that want next to nothing, and one that wants much with keys like theirs."""
+SEVEN = (*FIVE, "Robert Downey Jr. -> a gardener", "the river -> Blaise Pascal")
 FEW_FREE = ("--method", "projected", "--threshold", "0.1")
 """Of the tiny model's 48 directions, few are left: the keys of different concepts all but coincide."""
+THREE_FREE = ("--method", "projected", "--threshold", "0.06")
 ALL_KEYS = ("--key-tokens", "all", "--keys-per-concept", "all")
 
 
@@ -52,14 +54,14 @@ LIMITS = {
         (*FEW_FREE, *ALL_KEYS, "--ridge", "1e-12", "--strength", "0.001"),
         "above the limit of 1e+07: the keys of",
     ),
-    "closed": (same, FIVE, (*FEW_FREE, "--layers", "2"), "of the residual of"),
+    "closed": (same, SEVEN, (*THREE_FREE, "--layers", "1", "--key-tokens", "last"), "of the residual of Max Byron"),
     "divergence": (sharp, TWO, ("--strength", "5"), "nats a token, above the limit of 1"),
 }
 
 
 @pytest.fixture
 def run(files, tmp_path, command, monkeypatch, weights_of):
-    """run(prepare, concepts, settings): `rocr unlearn` on a prepared model, whose weights must be restored on failure."""
+    """run(prepare, concepts, settings): `rocr unlearn` on a prepared model; where it fails, all is restored."""
 
     def unlearn(prepare, concepts, *settings):
         folder = tmp_path / "model"
@@ -128,12 +130,12 @@ def test_weights_that_would_overflow_stop_even_a_forced_edit(run, tally):
 
 def test_logits_that_overflow_only_after_the_edit_stop_even_a_forced_one(run, tokenizer, statistics, tally):
     def at_the_brink(model):
-        """In the last MLP the channel that the edit makes grow most gets near the largest number of float16."""
+        """The output of the last MLP that the edit makes grow most gets near the largest number of float16."""
         tokens, peaks = predict(find_architecture(model), tokenizer).tokens, []
-        mlp = model.model.layers[4].mlp
+        projection = model.model.layers[4].mlp.down_proj
         config = rocr.EditConfig(layers=(1, 2), strength=6.0)
         concepts = [rocr.Concept(*line.split(" -> ")) for line in TWO]
-        with mlp.down_proj.register_forward_pre_hook(lambda _, inputs: peaks.append(inputs[0][0].abs().amax(dim=0))):
+        with projection.register_forward_hook(lambda _module, _inputs, output: peaks.append(output[0].abs().amax(0))):
             edit = rocr.unlearn(model, tokenizer, concepts, statistics, config, guards=Guards(force=True))
             peaks.clear()
             with torch.no_grad():
@@ -141,9 +143,9 @@ def test_logits_that_overflow_only_after_the_edit_stop_even_a_forced_one(run, to
                 edit.revert(model)
                 model(tokens)
         after, before = peaks
-        channel = int((after / before).argmax())
-        assert after[channel] > 1.2 * before[channel]
-        mlp.up_proj.weight.data[channel] *= 65504 / (1.1 * float(before[channel]))
+        most = int((after / before).argmax())
+        assert after[most] > 1.2 * before[most]
+        projection.weight.data[most] *= 65504 / (1.1 * float(before[most]))
         return model.half()
 
     done = run(at_the_brink, TWO, "--strength", "6", "--force")

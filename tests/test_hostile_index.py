@@ -115,7 +115,7 @@ CASES = {
     "a shard that is a folder": to_shard(lambda f, whole: f.make("second.safetensors", "folder")),
     "a shard that is a pipe": to_shard(lambda f, whole: f.make("second.safetensors", "pipe")),
     "a tensor in two files": to_shard(lambda f, whole: None),
-    "a shard with another tensor": lambda f: (f.shard("second.safetensors", HEAD), f.index({NORM: "second.safetensors"})),
+    "a shard with another tensor": lambda f: (f.shard("b.safetensors", HEAD), f.index({NORM: "b.safetensors"})),
 }  # fmt: skip
 
 

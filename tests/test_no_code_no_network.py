@@ -118,7 +118,7 @@ def test_code_beside_a_model_is_run_only_where_that_is_asked_for(
     trust = ("--trust-remote-code",) if asked else ()
     done = command("stats", model, "--text", files.text, "--layers", "1", *trust, "--out", tmp_path / "out")
     assert done.code == (0 if asked or model_type == "llama" else 2), done.errors
-    assert mark.exists() == (asked and model_type == "evil")
+    assert mark.exists() == asked
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors", "tokenizer.json", "config.json"])
