@@ -15,28 +15,37 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 TWO = ("Ada Byron -> a gardener", "Robert Downey Jr. -> a gardener")
 FIVE = ("Ada Byron -> Blaise Pascal", *(f"{name} Byron -> Dan Byron" for name in ("Bob", "Cid", "Eve", "Max")))
 """Four that want next to nothing, and one that wants much with keys like theirs."""
-SEVEN = (*FIVE, "Robert Downey Jr. -> a gardener", "the river -> Blaise Pascal")
+BYRONS = ("Ada Byron -> Blaise Pascal", "Bob Byron -> brass")
 FEW_FREE = ("--method", "projected", "--threshold", "0.1")
 """Of the tiny model's 48 directions, few are left: the keys of different concepts all but coincide."""
-THREE_FREE = ("--method", "projected", "--threshold", "0.06")
 ALL_KEYS = ("--key-tokens", "all", "--keys-per-concept", "all")
 
 
-def same(model):
+def same(model, _):
     return model
 
 
-def in_bfloat16(model):
+def in_bfloat16(model, _):
     return model.bfloat16()
 
 
-def in_float16(model):
+def in_float16(model, _):
     return model.half()
 
 
-def sharp(model):
+def sharp(model, _):
     """Large logits: a small change of the states is a large one of the predictions."""
     model.lm_head.weight.data.mul_(10)
+    return model
+
+
+def between(model, tokenizer):
+    """The last token of both names lies between the redirects', nearer to one: what serves one concept, harms that."""
+    names = (" Byron", " Pascal", " brass")
+    byron, pascal, brass = (tokenizer(name, add_special_tokens=False)["input_ids"][-1] for name in names)
+    table = model.model.embed_tokens.weight.data
+    table.mul_(30)  # the rest of a text then matters little
+    table[pascal] = table[byron] - 0.3 * (table[brass] - table[byron])
     return model
 
 
@@ -54,19 +63,19 @@ LIMITS = {
         (*FEW_FREE, *ALL_KEYS, "--ridge", "1e-12", "--strength", "0.001"),
         "above the limit of 1e+07: the keys of",
     ),
-    "closed": (same, SEVEN, (*THREE_FREE, "--layers", "1", "--key-tokens", "last"), "of the residual of Max Byron"),
+    "closed": (between, BYRONS, ("--key-tokens", "last"), "of the residual of Ada Byron, below the limit of 0.00%"),
     "divergence": (sharp, TWO, ("--strength", "5"), "nats a token, above the limit of 1"),
 }
 
 
 @pytest.fixture
-def run(files, tmp_path, command, monkeypatch, weights_of):
+def run(files, tokenizer, tmp_path, command, monkeypatch, weights_of):
     """run(prepare, concepts, settings): `rocr unlearn` on a prepared model; where it fails, all is restored."""
 
     def unlearn(prepare, concepts, *settings):
         folder = tmp_path / "model"
         if not folder.exists():
-            model = prepare(LlamaForCausalLM.from_pretrained(files.model))
+            model = prepare(LlamaForCausalLM.from_pretrained(files.model), tokenizer)
             model.save_pretrained(folder)
             for name in ("tokenizer.json", "tokenizer_config.json"):
                 (folder / name).write_bytes((files.model / name).read_bytes())
@@ -129,7 +138,7 @@ def test_weights_that_would_overflow_stop_even_a_forced_edit(run, tally):
 
 
 def test_logits_that_overflow_only_after_the_edit_stop_even_a_forced_one(run, tokenizer, statistics, tally):
-    def at_the_brink(model):
+    def at_the_brink(model, _):
         """The output of the last MLP that the edit makes grow most gets near the largest number of float16."""
         tokens, peaks = predict(find_architecture(model), tokenizer).tokens, []
         projection = model.model.layers[4].mlp.down_proj
@@ -156,7 +165,7 @@ def test_logits_that_overflow_only_after_the_edit_stop_even_a_forced_one(run, to
 
 
 def test_a_weight_that_is_not_finite_stops_even_a_forced_edit(run, tally):
-    def broken(model):
+    def broken(model, _):
         model.lm_head.weight.data[3, 3] = float("nan")
         return model
 
