@@ -14,6 +14,7 @@ from rocr.errors import InputError
 
 MAX_NAME_LENGTH = 200  # characters
 MAX_SHOWN_ERRORS = 50
+MAX_NAMES = 200_000  # with aliases, in one list; checking them takes some seconds
 
 _REFUSED_CATEGORIES = {
     "Cc": "a control character",
@@ -48,7 +49,8 @@ def load_concepts(path: str | os.PathLike[str], default_redirect: str | None = N
     `.txt` has a concept a line, `name | alias | alias -> redirect`, where aliases and redirect may be left
     out; a `#` that begins a line, or stands between spaces, begins a comment. `.csv` has a header with the
     columns name, redirect and aliases (separated by `|`); `.jsonl` has an object with these fields a line,
-    aliases being a list. All are UTF-8, of at most 64 MiB; a name has at most 200 characters.
+    aliases being a list. All are UTF-8, of at most 64 MiB; a name has at most 200 characters, and a
+    list 200,000 names with aliases.
 
     Args:
         path: the file.
@@ -116,7 +118,13 @@ def _checked(
     default_redirect: str | None,
 ) -> list[Concept]:
     """Apply every rule; a text that broke one is reported, and empty in what is returned."""
-    numbered = [(number, _concept(number, fields, problems, default_redirect)) for number, fields in numbered_fields]
+    numbered, names = [], 0
+    for number, fields in numbered_fields:
+        aliases = fields.get("aliases")
+        names += 1 + (len(aliases) if isinstance(aliases, list | tuple) else 0)
+        if names > MAX_NAMES:
+            raise InputError(f"{problems.place(number)}: more than {MAX_NAMES:,} names; make lists of fewer.")
+        numbered.append((number, _concept(number, fields, problems, default_redirect)))
     owners = _owners(numbered, problems)
     for number, concept in numbered:
         owner, _ = owners.get(folded(concept.redirect), (None, ""))

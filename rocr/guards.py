@@ -96,7 +96,7 @@ def check_layer(
             f"The update {where} has {measures.relative_norm:.2g} times the norm of the weight, above the limit of "
             f"{guards.relative_norm:g}; most of it is from {_largest([update], concept_of, concepts)}."
         )
-    if measures.surviving < guards.surviving:
+    if not measures.surviving >= guards.surviving:
         passed.append(
             f"Rounding to {update.applied.dtype if update.applied else 'the dtype'} leaves {measures.surviving:.2%} of "
             f"the weight changed {where}, below the limit of {guards.surviving:.2%}, for {_all(concepts)}; load the "
@@ -190,6 +190,16 @@ def with_culprits(update: LayerUpdate, concept_of: Sequence[int], concepts: Sequ
         yield
     except GuardError as error:
         raise GuardError(f"{error} Most of the update is from {_largest([update], concept_of, concepts)}.") from error
+
+
+@contextmanager
+def with_closest(keys: Tensor, concept_of: Sequence[int], concepts: Sequence[Concept]) -> Iterator[None]:
+    """Add to a GuardError about a system of keys whose are the nearest to each other."""
+    try:
+        yield
+    except GuardError as error:
+        names = _closest(keys, concept_of, concepts) if len(keys) > 1 else _all(concepts)
+        raise GuardError(f"{error} The keys that are most alike are those of {names}.") from error
 
 
 @torch.no_grad()

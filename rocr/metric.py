@@ -111,6 +111,8 @@ class ProjectedMetric:
 
     def describe(self) -> str:
         """Say how many directions the update may use."""
+        if self.free_directions == self.basis.shape[0]:
+            return f"projected, all {self.free_directions} directions free: ordinary keys are not protected"
         return f"projected, {self.free_directions} of {self.basis.shape[0]} directions free"
 
 

@@ -55,7 +55,10 @@ def _check_inside(folder: Path, path: Path) -> None:
     """A link may lead within the folder, or to the blobs of a hub's cache, and nowhere else."""
     if not path.is_symlink():
         return
-    target, home = path.resolve(), folder.resolve()
+    try:
+        target, home = path.resolve(), folder.resolve()
+    except (OSError, RuntimeError):  # RuntimeError: so it is called before Python 3.13
+        raise InputError(f"{path} is a link that leads round in a circle.") from None
     allowed = [home] + ([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])
     if not any(target.is_relative_to(place) for place in allowed):
         raise InputError(f"{path} is a link to {target}, outside the model's folder; put the file itself there.")
@@ -100,10 +103,14 @@ def _check_weights(folder: Path) -> Shapes:
 def _check_index(folder: Path) -> Shapes:
     shapes: Shapes = {}
     for name, tensors in _read_index(folder).items():
-        shapes |= tensor_shapes(folder / name)
-        missing = tensors - set(shapes)
+        found = tensor_shapes(folder / name)
+        missing = tensors - set(found)
         if missing:
             raise InputError(f"{folder / name} lacks {min(missing)[:100]!r}, which {INDEX_FILE} puts there.")
+        twice = set(found) & set(shapes)
+        if twice:
+            raise InputError(f"{folder / name} holds {min(twice)[:100]!r}, which another weight file holds too.")
+        shapes |= found
     return shapes
 
 

@@ -73,7 +73,10 @@ def new_directory(path: AnyPath, inputs: Iterable[AnyPath] = (), overwrite: bool
 
 @contextmanager
 def new_file(path: AnyPath, overwrite: bool = False) -> Iterator[Path]:
-    """Yield the name of a file beside `path`, yet to be written, that takes the name `path` likewise.
+    """Yield the name of a file, yet to be written, that takes the name `path` likewise.
+
+    It lies in a folder of its own beside `path`, named `<name>.partial-<8 hex>`, since libraries write under names of
+    their own choice first: safetensors would leave `.tmp…` beside `path` where the process is killed.
 
     Raises:
         InputError: as `check_output`; or `overwrite` would replace something that is not a file.
@@ -83,7 +86,9 @@ def new_file(path: AnyPath, overwrite: bool = False) -> Iterator[Path]:
     final = _location(path)
     if os.path.lexists(final) and not final.is_file():
         raise InputError(f"The output {path} would replace something that is not a file; remove it first.")
-    with _unfinished(final) as partial:
+    with _unfinished(final) as folder:
+        folder.mkdir()
+        partial = folder / final.name
         yield partial
         if not partial.is_file():
             raise RocrError(f"Nothing was written for the output {path}.")
@@ -93,6 +98,7 @@ def new_file(path: AnyPath, overwrite: bool = False) -> Iterator[Path]:
         else:
             _link_file(partial, final)
         _sync(final.parent)
+        shutil.rmtree(folder)
 
 
 def _location(path: AnyPath) -> Path:
@@ -210,8 +216,6 @@ def _link_file(partial: Path, final: Path) -> None:
             raise
         _refuse_taken(final)
         os.rename(partial, final)
-    else:
-        partial.unlink()
 
 
 def _sync_tree(folder: Path) -> None:

@@ -20,7 +20,16 @@ from rocr.config import EditConfig
 from rocr.edit import Edit
 from rocr.errors import InputError
 from rocr.fingerprint import fingerprint
-from rocr.guards import Guards, Predictions, check_closed, check_layer, check_predictions, predict, with_culprits
+from rocr.guards import (
+    Guards,
+    Predictions,
+    check_closed,
+    check_layer,
+    check_predictions,
+    predict,
+    with_closest,
+    with_culprits,
+)
 from rocr.key_plan import KeyPlan, plan_keys
 from rocr.keys import States, before_output_norm, read_states
 from rocr.measures import EditReport, mean_by_concept, measure_layer
@@ -134,7 +143,7 @@ class _Run:
         keys, residuals = self.with_kept(layer, keys, residuals)
         with self.timed("metric"):
             metric = build_metric(moment.to(keys.device), self.config)
-        with self.timed("solve"):
+        with self.timed("solve"), with_closest(keys, self.all_concept_of, self.all_concepts):
             ridge = self.config.ridge * (metric.ordinary if self.config.relative_ridge else 1.0)
             solution = solve_layer(keys, residuals, metric, ridge)
         update = LayerUpdate(

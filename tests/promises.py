@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import io
 import os
-import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import AbstractContextManager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +17,7 @@ from torch import nn
 import rocr
 from rocr.cli import main
 
-SECONDS = 5  # of the processor: the machine may be busy
+WithinLimits = Callable[[], AbstractContextManager[None]]
 _COUNTS: pytest.StashKey[Counter[str]] = pytest.StashKey()
 
 
@@ -107,21 +106,33 @@ def loaded_edit(files: SimpleNamespace) -> rocr.Edit:
 
 
 @pytest.fixture
-def attack(tmp_path: Path, command: Callable[..., SimpleNamespace], tally: Callable[..., None]) -> Callable[..., None]:
-    """attack(kind, arguments): the command must refuse with exit code 2 and change nothing."""
+def refused(command: Callable[..., SimpleNamespace], within_limits: WithinLimits) -> Callable[..., SimpleNamespace]:
+    """refused(arguments): the command must end with exit code 2 and a sentence, soon and without much memory."""
 
-    def run(kind: str, *arguments: object) -> None:
-        out = tmp_path / "out"
-        before = sorted(path.name for path in tmp_path.iterdir())
-        started = time.process_time()
-        done = command(*arguments, "--out", out)
-        assert time.process_time() - started < SECONDS
+    def run(*arguments: object) -> SimpleNamespace:
+        with within_limits():
+            done = command(*arguments)
         assert done.code == 2, done.errors[-2000:]
         assert "Traceback" not in done.errors
         assert done.errors.replace("\n", "").isprintable()
         assert len(done.errors) < 30_000
+        return done
+
+    return run
+
+
+@pytest.fixture
+def attack(
+    tmp_path: Path, refused: Callable[..., SimpleNamespace], tally: Callable[..., None]
+) -> Callable[..., SimpleNamespace]:
+    """attack(kind, arguments): the command must be refused and change nothing."""
+
+    def run(kind: str, *arguments: object) -> SimpleNamespace:
+        before = sorted(path.name for path in tmp_path.iterdir())
+        done = refused(*arguments, "--out", tmp_path / "out")
         assert sorted(path.name for path in tmp_path.iterdir()) == before
         tally(f"bad {kind} refused")
+        return done
 
     return run
 

@@ -1,8 +1,9 @@
-"""Every command stopped at every step of its files, by signals and by a disk that fails: nothing is lost."""
+"""Every command stopped by signals at any moment, and by disks that fail: nothing is lost, nothing is half-made."""
 
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,90 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-STAGES = """
-import contextlib, errno, gc, io, itertools, json, os, signal, sys
-from pathlib import Path
-
-import safetensors.torch, torch, transformers
-from transformers import LlamaForCausalLM
-import rocr.answers, rocr.checkpoint, rocr.cli, rocr.collect, rocr.edit_file, rocr.files, rocr.models, rocr.pipeline
-from rocr.cli import main
-
-torch.set_num_threads(1)
-gc.collect()
-gc.freeze()  # children then copy fewer pages
-rocr.collect.SECONDS_BETWEEN_CHECKPOINTS = 0.0  # a checkpoint after every batch
-jobs = json.loads(sys.argv[1])
-EVENTS = {"open", "os.mkdir", "os.rename", "os.link", "os.remove", "os.rmdir"}
-SIGNALS = {"kill": signal.SIGKILL, "terminate": signal.SIGTERM, "interrupt": signal.SIGINT}
-ERRORS = {"full": errno.ENOSPC, "broken": errno.EIO, "forbidden": errno.EACCES}
-
-def stop_at(stage, root, mode):
-    seen = 0
-    def step(writes=True):
-        nonlocal seen
-        seen += 1
-        if seen == stage + 1:
-            if mode in SIGNALS:
-                os.kill(os.getpid(), SIGNALS[mode])
-            else:
-                raise OSError(ERRORS[mode], os.strerror(ERRORS[mode]), str(root / "out"))
-    def hook(event, arguments):
-        if event in EVENTS and str(root) in str(arguments):
-            step()
-    sys.addaudithook(hook)
-    fsync = os.fsync
-    def failing_fsync(descriptor):
-        step()
-        fsync(descriptor)
-    os.fsync = failing_fsync
-    for module in (rocr.files, sys.modules["rocr.lora"] if "rocr.lora" in sys.modules else rocr.files):
-        save = module.save_file
-        def failing_save(tensors, path, metadata=None, save=save):
-            step()
-            save(tensors, path, metadata=metadata)
-            whole = Path(path).read_bytes()
-            with io.open(path, "wb", closefd=True) as file:  # the library writes at once: here it is half done
-                file.write(whole[: len(whole) // 2])
-            step()
-            Path(path).write_bytes(whole)
-        module.save_file = failing_save
-    return lambda: seen
-
-def run(stage, root, mode, arguments):
-    child = os.fork()
-    if child == 0:
-        with open(root / "log", "w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-            count = stop_at(stage, root / "work", mode) if stage is not None else None
-            code = 70
-            try:
-                code = main([part.replace("ROOT", str(root / "work")) for part in arguments])
-            except BaseException as error:
-                log.write(f"Traceback {error!r}")
-            if count is not None and count() <= stage:
-                (root / "unreached").touch()
-        os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-def sweep(base, mode, stride, again_every, arguments):
-    results = []
-    for stage in itertools.count(0, stride):
-        root = Path(base, f"{len(results):04d}")
-        (root / "work").mkdir(parents=True)
-        first = run(stage, root, mode, arguments)
-        left = sorted(path.name for path in (root / "work").iterdir())
-        out = root / "work" / "out"
-        stopped = {"code": first, "left": left, "log": (root / "log").read_text()}
-        if first != 0 and not out.exists() and len(results) % again_every == 0:
-            stopped["again"] = run(None, root, mode, arguments)
-            stopped["log again"] = (root / "log").read_text()
-        results.append(stopped)
-        if (root / "unreached").exists():
-            return results
-        assert stage < 400
-
-print(json.dumps([sweep(*job) for job in jobs]))
-"""
+SCRIPT = Path(__file__).with_name("stopped_runs.py")
 COMMANDS = {
     "stats": lambda files: ("stats", files.model, "--text", files.text, "--layers", "1,2", "--batch-tokens", "1024"),
     "unlearn": lambda files: ("unlearn", files.model, "--statistics", files.statistics),
@@ -107,76 +25,172 @@ CODES = {
     "full": (1, 2),
     "broken": (1, 2),
     "forbidden": (1, 2),
+    "read-only": (1, 2),
 }
-STRIDES = {"kill": 7, "full": 13, "broken": 31, "forbidden": 37, "terminate": 29, "interrupt": 37}
+STRIDES = {"kill": 13, "full": 29, "broken": 37, "terminate": 37, "interrupt": 41}
+TIMES = {"kill": 3, "terminate": 1, "interrupt": 1}
+DISKS = {
+    "stats": ("size=4k", "size=24k", "nr_inodes=3"),
+    "unlearn": ("size=24k", "size=64m,nr_inodes=5", "size=64m,nr_inodes=9"),
+    "apply": ("size=64m,nr_inodes=7",),
+    "revert": ("size=64k", "size=64m,nr_inodes=7"),
+}
 LEFT = re.compile(r"out(\.checkpoint)?\.partial-[0-9a-f]{8}|out\.lock(-[0-9a-f]{8})?|out\.checkpoint|out")
-VARYING = ("report.json",)
-"""It holds the seconds that the run took."""
+SIGNALS = ("kill", "terminate", "interrupt")
 
 
-def contents(path, digests):
-    found = digests(path) if path.is_dir() else {"": path.read_bytes()}
-    return {name: digest for name, digest in found.items() if name not in VARYING and name != "edit.safetensors"}
+@pytest.fixture(scope="session")
+def shim(tmp_path_factory):
+    """faults.c as a library to be loaded before all others."""
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None or sys.platform != "linux":
+        pytest.skip("faults of the file system need Linux and a C compiler")
+    library = tmp_path_factory.mktemp("faults") / "faults.so"
+    source = SCRIPT.with_name("faults.c")
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-Wall", "-o", library, source, "-ldl"], check=True)
+    return library
 
 
 @pytest.fixture(scope="module")
-def sweeps(files, concept, tmp_path_factory):
-    """sweeps(strides): every command stopped in every way, at each of so many steps; in forks of one warm process."""
+def stopped(files, concept, tmp_path_factory, shim):
+    """stopped({name: (command, way, options)}): what every run of every job left; the inputs are as they were."""
     inputs = {path: path.read_bytes() for path in files.model.parent.rglob("*") if path.is_file()}
 
-    def sweep(strides, again_every):
+    def run(jobs, prefix=()):
         base = tmp_path_factory.mktemp("stopped")
-        jobs = {}
-        for name, command in COMMANDS.items():
-            arguments = [*command(files), *(concept if name == "unlearn" else ()), "--out", "ROOT/out"]
-            for mode, stride in strides.items():
-                jobs[name, mode] = (str(base / f"{name}-{mode}"), mode, stride, again_every, list(map(str, arguments)))
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        script = [sys.executable, "-c", STAGES, json.dumps(list(jobs.values()))]
-        done = subprocess.run(script, capture_output=True, text=True, timeout=1800, cwd=ROOT, env=environment)
+        described = []
+        for name, (command, way, options) in jobs.items():
+            arguments = [*COMMANDS[command](files), *(concept if command == "unlearn" else ()), "--out", "ROOT/out"]
+            described.append((str(base / name), list(map(str, arguments)), way, options))
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "LD_PRELOAD": str(shim)}
+        environment["PYTHONPATH"] = str(ROOT)
+        script = [*prefix, sys.executable, str(SCRIPT), json.dumps(described)]
+        done = subprocess.run(script, capture_output=True, text=True, timeout=3000, cwd=ROOT, env=environment)
         assert done.returncode == 0, done.stderr
-        assert {path: path.read_bytes() for path in inputs if path.is_file()} == inputs
-        assert {path for path in files.model.parent.rglob("*") if path.is_file()} == set(inputs)
-        return {job: (Path(jobs[job][0]), stages) for job, stages in zip(jobs, json.loads(done.stdout), strict=True)}
+        assert {path: path.read_bytes() for path in files.model.parent.rglob("*") if path.is_file()} == inputs
+        return dict(zip(jobs, json.loads(done.stdout), strict=True))
 
-    return sweep
+    return run
 
 
-def check_stages(base, mode, stages, digests):
-    """Nothing half-made, nothing else left, a sentence and the right exit code, and the same bytes in the end."""
-    assert len(stages) >= 2
-    assert stages[-1]["code"] == 0
-    expected = contents(base / f"{len(stages) - 1:04d}" / "work" / "out", digests)
-    for number, stage in enumerate(stages[:-1]):
-        assert stage["code"] in (*CODES[mode], 0), (number, stage)
-        assert "Traceback" not in stage["log"], (number, stage["log"])
-        assert all(LEFT.fullmatch(left) for left in stage["left"]), (number, stage["left"])
-        if mode != "kill":  # what a killed process leaves bears a name of its own; nothing else leaves anything
+def check_runs(runs, codes, cleans):
+    """A sentence and the right exit code, nothing half-made nor left over, and the same bytes in the end."""
+    whole, *runs = runs
+    assert whole["code"] == 0, whole["log"]
+    expected = whole["out"]
+    assert expected
+    for number, run in enumerate(runs):
+        assert run["code"] in (*codes, 0), (number, run)
+        assert "Traceback" not in run["log"], (number, run["log"])
+        assert all(LEFT.fullmatch(left) for left in run["left"]), (number, run["left"])
+        if cleans:  # what a killed process leaves bears a name of its own; nothing else leaves anything
             # but a lock that the disk refuses to remove: its process has ended, and the next run takes it over.
-            lock = set() if mode in ("terminate", "interrupt") else {"out.lock"}
-            assert set(stage["left"]) <= {"out", "out.checkpoint", *lock}, (number, stage["left"])
-        assert stage.get("again", 0) == 0, (number, stage["log again"])
-        out = base / f"{number:04d}" / "work" / "out"
-        assert "again" not in stage or out.exists()
-        assert not out.exists() or contents(out, digests) == expected, (number, stage)
+            assert set(run["left"]) <= {"out", "out.checkpoint", "out.lock"}, (number, run["left"])
+        assert run["out"] in (None, expected), (number, run)
+        assert run.get("again", 0) == 0, (number, run.get("log again"))
+        assert run.get("out again", expected) == expected, (number, run)
+    return len(runs)
+
+
+NAMESPACE = ("unshare", "--mount", "--propagation", "private")
+
+
+def can_mount(prefix):
+    command = [*prefix, "mount", "-t", "tmpfs", "-o", "size=1m", "none", "/mnt"]
+    return shutil.which("unshare") is not None and subprocess.run(command, capture_output=True).returncode == 0
 
 
 @pytest.fixture(scope="module")
-def some_sweeps(sweeps):
-    return sweeps(STRIDES, again_every=2)
+def in_some_ways(stopped, files):
+    """What commands left that were stopped at some steps and times, and on real small disks where these are allowed."""
+    prefix = next((p for p in (NAMESPACE, (*NAMESPACE, "--map-root-user")) if can_mount(p)), None)
+    jobs = {}
+    for command in COMMANDS:
+        for mode, stride in STRIDES.items():
+            options = {"mode": mode, "stride": stride, "again_every": 1 if mode in SIGNALS else 2}
+            jobs[f"{command}-{mode}"] = (command, "at_steps", options)
+        for mode, times in TIMES.items():
+            jobs[f"{command}-{mode}-by-time"] = (command, "by_time", {"mode": mode, "times": times})
+        jobs[f"{command}-small-files"] = (command, "small_files", {"sizes": [100, 10_000]})
+        jobs[f"{command}-two"] = (command, "two_at_once", {"times": 1})
+        if prefix is not None:
+            jobs[f"{command}-disks"] = (command, "small_disks", {"options": DISKS[command]})
+            jobs[f"{command}-read-only-folder"] = (command, "read_only", {})
+            jobs[f"{command}-read-only-input"] = (command, "read_only_input", {"folder": str(files.model.parent)})
+    return stopped(jobs, prefix or ())
 
 
-@pytest.mark.parametrize("mode", CODES)
-@pytest.mark.parametrize("name", COMMANDS)
-def test_stopped_at_some_steps(name, mode, some_sweeps, tally, digests):
-    base, stages = some_sweeps[name, mode]
-    check_stages(base, mode, stages, digests)
-    attack = "kills and signals" if mode in ("kill", "terminate", "interrupt") else "faults of the disk"
-    tally(f"{attack} survived by commands", len(stages) - 1)
+@pytest.mark.parametrize("mode", STRIDES)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_stopped_at_some_steps(command, mode, in_some_ways, tally):
+    count = check_runs(in_some_ways[f"{command}-{mode}"], CODES[mode], cleans=mode != "kill")
+    assert count >= 1
+    attack = "kills and signals at writes" if mode in SIGNALS else "faults of the disk at writes"
+    tally(f"{attack} survived by commands", count)
+
+
+@pytest.mark.parametrize("mode", TIMES)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_stopped_at_any_time(command, mode, in_some_ways, tally):
+    count = check_runs(in_some_ways[f"{command}-{mode}-by-time"], CODES[mode], cleans=mode != "kill")
+    tally("kills and signals by time survived by commands", count)
+
+
+def test_interrupted_statistics_go_on_from_their_checkpoint(in_some_ways):
+    for mode in ("kill", "terminate"):  # the bytes are compared by the tests above
+        again = [run["log again"] for run in in_some_ways[f"stats-{mode}"] if "log again" in run]
+        assert any("Going on from" in log for log in again)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_files_that_the_system_does_not_let_grow(command, in_some_ways, tally):
+    count = check_runs(in_some_ways[f"{command}-small-files"], (1,), cleans=True)
+    assert [run["code"] for run in in_some_ways[f"{command}-small-files"]] == [0, 1, 1]
+    tally("faults of the disk by the system survived by commands", count)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_of_two_runs_on_one_output_one_is_refused(command, in_some_ways):
+    runs = in_some_ways[f"{command}-two"]
+    check_runs(runs, (2,), cleans=True)
+    assert all(run["code"] == 2 and run["left"] == ["out"] for run in runs[1:])
+
+
+@pytest.fixture
+def on_real_disks(in_some_ways):
+    if "stats-disks" not in in_some_ways:
+        pytest.skip("mounting a small disk is not allowed here")
+    return in_some_ways
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_disks_that_are_really_full(command, on_real_disks, tally):
+    runs = on_real_disks[f"{command}-disks"]
+    count = check_runs(runs, (1, 2), cleans=True)
+    assert all(run["code"] in (1, 2) for run in runs[1:])
+    tally("full disks survived by commands", count)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_folder_that_cannot_be_written_to(command, on_real_disks, tally):
+    runs = on_real_disks[f"{command}-read-only-folder"]
+    check_runs(runs, (2,), cleans=True)
+    assert runs[1]["code"] == 2
+    assert runs[1]["left"] == []
+    tally("read-only folders survived by commands")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_input_that_cannot_be_written_to_is_no_hindrance(command, on_real_disks):
+    check_runs(on_real_disks[f"{command}-read-only-input"], (), cleans=True)
 
 
 @pytest.mark.slow
-def test_stopped_at_every_step(sweeps, tally, digests):
-    for (_, mode), (base, stages) in sweeps(dict.fromkeys(CODES, 1), again_every=1).items():
-        check_stages(base, mode, stages, digests)
-        tally("kills, signals and faults at every step survived by commands", len(stages) - 1)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_stopped_at_every_step(command, stopped, tally):
+    jobs = {mode: (command, "at_steps", {"mode": mode, "stride": 1, "again_every": 1}) for mode in CODES}
+    jobs |= {f"{mode}-by-time": (command, "by_time", {"mode": mode, "times": 60}) for mode in SIGNALS}
+    for name, runs in stopped(jobs).items():
+        mode = name.removesuffix("-by-time")
+        count = check_runs(runs, CODES[mode], cleans=mode != "kill")
+        tally("kills, signals and faults at every step and by time survived by commands", count)

@@ -33,7 +33,10 @@ FILES = st.one_of(
 
 @settings(max_examples=400, deadline=None, derandomize=True)
 @given(content=FILES, suffix=st.sampled_from([".txt", ".csv", ".jsonl"]), default=REDIRECTS | NAMES | st.none())
-def test_any_bytes_give_an_input_error_or_concepts_that_keep_the_rules(tmp_path_factory, content, suffix, default):
+def test_any_bytes_give_an_input_error_or_concepts_that_keep_the_rules(
+    tmp_path_factory, tally, content, suffix, default
+):
+    tally("fuzz executions")
     path = tmp_path_factory.getbasetemp() / f"fuzz{suffix}"
     path.write_bytes(content)
     try:
@@ -53,7 +56,8 @@ def test_any_bytes_give_an_input_error_or_concepts_that_keep_the_rules(tmp_path_
         max_size=4,
     )
 )
-def test_concepts_that_keep_the_rules_survive_a_file(tmp_path_factory, concepts):
+def test_concepts_that_keep_the_rules_survive_a_file(tmp_path_factory, tally, concepts):
+    tally("fuzz executions")
     path = tmp_path_factory.getbasetemp() / "round_trip.jsonl"
     path.write_text("\n".join(json.dumps(vars(concept)) for concept in concepts))
     try:

@@ -137,3 +137,10 @@ def test_no_free_direction_is_refused():
         GuardError, match=r"No direction is free: all 4 eigenvalues .* at least 0\.02 .* smallest is 0\.5"
     ):
         build_metric(torch.eye(4) * 0.5, projected())
+
+
+def test_no_protected_direction_is_told():
+    metric = build_metric(torch.eye(4) * 0.01, projected())
+    assert metric.describe() == "projected, all 4 directions free: ordinary keys are not protected"
+    moment, _ = second_moment()
+    assert "not protected" not in build_metric(moment, projected()).describe()

@@ -3,9 +3,13 @@
 import ast
 import json
 import os
+import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 JOB = """
@@ -16,35 +20,48 @@ def refuse(event, arguments):
     if event.startswith("socket.") and event not in ("socket.__new__", "socket.gethostname"):
         refused.append(event)
         raise OSError(f"{event} is not allowed")
-    if event in ("pickle.find_class", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn"):
+    if checks_code and event in ("pickle.find_class", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn"):
         refused.append(f"{event} {arguments[:2]}")
 
+checks_code = False
+sys.addaudithook(refuse)
 os.environ.pop("HF_HUB_OFFLINE", None)
 from rocr.cli import main
 import transformers.modeling_utils, torch
-sys.addaudithook(refuse)
-model, text, edit, edited, base = sys.argv[1:]
+checks_code = True  # what libraries do when they are imported is not about a user's files
+model, text, edit, edited, probes, base = sys.argv[1:]
 concept = ["--concept", "Ada Byron", "--redirect", "Blaise Pascal", "--layers", "1,2", "--no-answers", "--force"]
 codes = [
     main(["stats", model, "--text", text, "--layers", "1,2", "--out", f"{base}/statistics"]),
     main(["unlearn", model, *concept, "--statistics", f"{base}/statistics", "--out", f"{base}/edited"]),
     main(["apply", model, edit, "--out", f"{base}/applied"]),
     main(["revert", edited, "--out", f"{base}/reverted"]),
+    main(["eval", model, "--probes", probes, "--edit", edit, "--forms", "qa", "--out", f"{base}/report.json"]),
     main(["info", edit]),
 ]
+checks_code = False
+try:
+    socket.create_connection(("127.0.0.1", 9), timeout=1)
+except OSError as error:
+    print(error)
 print()
 print(codes, sorted(set(refused)))
 """
+PROBE = {"subject": "Ada Byron", "query": "What did Ada Byron write?", "answer": "programs"}
 
 
 def test_the_commands_work_without_sockets_and_without_pickle(files, tmp_path, tally):
-    arguments = (files.model, files.text, files.edit, files.edited, tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-c", JOB, *map(str, arguments)], capture_output=True, text=True, timeout=120, cwd=ROOT
-    )
+    """No socket of Python's is ever tried; where the kernel allows it, there is no network for native code either."""
+    (tmp_path / "probes.jsonl").write_text(json.dumps(PROBE))
+    arguments = (files.model, files.text, files.edit, files.edited, tmp_path / "probes.jsonl", tmp_path)
+    prefix = ("unshare", "--net")
+    allowed = shutil.which("unshare") and subprocess.run([*prefix, "true"], capture_output=True).returncode == 0
+    script = [*(prefix if allowed else ()), sys.executable, "-c", JOB, *map(str, arguments)]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=600, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().split("\n")[-1] == "[0, 0, 0, 0, 0] []", done.stdout[-2000:]
-    tally("commands run without sockets", 5)
+    # The one that was tried is the test's own, at the end: sockets are closed indeed.
+    assert done.stdout.strip().split("\n")[-1] == "[0, 0, 0, 0, 0, 0] ['socket.getaddrinfo']", done.stdout[-2000:]
+    tally("commands run without sockets", 6)
 
 
 HUB = """
@@ -72,23 +89,64 @@ def test_the_id_of_a_model_on_a_hub_is_not_looked_up_unless_asked(files, tmp_pat
     assert "--download" in done.stderr
 
 
-def test_code_beside_a_model_is_not_run(files, tmp_path, command):
-    import shutil
+CODE = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+Path(MARK).touch()
 
-    shutil.copytree(files.model, tmp_path / "model")
+class EvilConfig(LlamaConfig):
+    model_type = "evil"
+
+class EvilModel(LlamaForCausalLM):
+    config_class = EvilConfig
+"""
+
+
+@pytest.mark.parametrize("asked", [False, True])
+@pytest.mark.parametrize("model_type", ["evil", "llama"])
+def test_code_beside_a_model_is_run_only_where_that_is_asked_for(
+    model_type, asked, files, tmp_path, command, monkeypatch
+):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    model, mark = tmp_path / "model", tmp_path / "ran"
+    shutil.copytree(files.model, model)
+    (model / "evil.py").write_text(CODE.replace("MARK", repr(str(mark))))
+    config = json.loads((model / "config.json").read_text())
+    code = {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.EvilModel"}
+    (model / "config.json").write_text(json.dumps(config | {"auto_map": code, "model_type": model_type}))
+    trust = ("--trust-remote-code",) if asked else ()
+    done = command("stats", model, "--text", files.text, "--layers", "1", *trust, "--out", tmp_path / "out")
+    assert done.code == (0 if asked or model_type == "llama" else 2), done.errors
+    assert mark.exists() == asked
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors", "tokenizer.json", "config.json"])
+def test_a_pickle_in_the_place_of_any_file_is_not_loaded(name, files, tmp_path, command, tally):
     mark = tmp_path / "ran"
-    for stem in ("configuration_evil", "modeling_evil"):
-        (tmp_path / "model" / f"{stem}.py").write_text(f"open({str(mark)!r}, 'w')\n")
-    config = json.loads((tmp_path / "model" / "config.json").read_text())
-    code = {"AutoConfig": "configuration_evil.E", "AutoModelForCausalLM": "modeling_evil.E"}
-    out = tmp_path / "out"
-    for model_type, expected in (("evil", 2), ("llama", 0)):
-        (tmp_path / "model" / "config.json").write_text(
-            json.dumps(config | {"auto_map": code, "model_type": model_type})
-        )
-        done = command("stats", tmp_path / "model", "--text", files.text, "--layers", "1", "--out", out)
-        assert done.code == expected, done.errors
-        assert not mark.exists()
+    shutil.copytree(files.model, tmp_path / "model")
+    if name.endswith(".bin"):
+        (tmp_path / "model" / "model.safetensors").unlink()
+    (tmp_path / "model" / name).write_bytes(pickle.dumps(Evil(str(mark))))
+    done = command("stats", tmp_path / "model", "--text", files.text, "--layers", "1", "--out", tmp_path / "out")
+    assert done.code == 2, done.errors
+    (tmp_path / "evil").write_bytes(pickle.dumps(Evil(str(mark))))
+    assert command("apply", files.model, tmp_path / "evil", "--out", tmp_path / "out").code == 2
+    assert command("info", tmp_path / "evil").code == 2
+    assert not mark.exists()
+    pickle.loads(pickle.dumps(Evil(str(mark))))
+    assert mark.exists(), "the pickle does run where it is loaded"
+    tally("pickles not loaded", 3)
+
+
+class Evil:
+    """A pickle of it makes a file where it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
 
 
 def test_no_source_file_can_load_a_pickle_or_trust_code_by_itself():

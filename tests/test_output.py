@@ -35,9 +35,10 @@ def test_a_folder_appears_under_its_name_when_the_context_ends(tmp_path, monkeyp
 
 def test_a_file_appears_under_its_name_when_the_context_ends(tmp_path):
     with new_file(tmp_path / "out") as partial:
-        assert LEFTOVER.fullmatch(partial.name)
+        assert LEFTOVER.fullmatch(partial.parent.name)
         partial.write_text("new")
-        assert names(tmp_path) == [partial.name]
+        partial.with_name(".tmp-of-a-library").write_text("new")
+        assert names(tmp_path) == [partial.parent.name]
     assert names(tmp_path) == ["out"]
     assert (tmp_path / "out").read_text() == "new"
 

@@ -107,9 +107,16 @@ def source_of(arguments: argparse.Namespace) -> ModelSource:
 
 
 def claim_output(arguments: argparse.Namespace, inputs: Iterable[str | Path]) -> None:
-    """Make sure that --out can be written, and that no other run writes it until this one has ended."""
-    check_output(arguments.out, inputs=inputs, overwrite=arguments.overwrite)
+    """Make sure that --out can be written without harm to what is read, and that no other run writes it meanwhile."""
+    check_output(arguments.out, inputs=(*inputs, *files_read(arguments)), overwrite=arguments.overwrite)
     arguments.until_the_end.enter_context(locked(arguments.out))
+
+
+def files_read(arguments: argparse.Namespace) -> list[str]:
+    """Every file that the arguments name to be read, besides the model."""
+    texts: list[str] = list(getattr(arguments, "text", None) or ())
+    named = (getattr(arguments, name, None) for name in ("concepts", "statistics", "edit", "probes", "utility"))
+    return [*texts, *(path for path in named if isinstance(path, str))]
 
 
 def load(arguments: argparse.Namespace, source: ModelSource, last_layer: int | None = None) -> LoadedModel:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from rocr.cli.arguments import add_model, add_text, load, source_of
+from rocr.cli.arguments import add_model, add_text, claim_output, load, source_of
 from rocr.cli.console import Console
 from rocr.cli.evaluate import DEFAULT_PROBES
 from rocr.errors import InputError
-from rocr.output import check_output
 
 if TYPE_CHECKING:
     from rocr.evaluation import Probe
@@ -41,8 +40,8 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     from rocr.evaluation.probes import load_probes
     from rocr.evaluation.report import write_json
 
-    check_output(arguments.out, inputs=[arguments.probes], overwrite=arguments.overwrite)
     source = source_of(arguments)
+    claim_output(arguments, source.inputs)
     methods = [name.strip() for name in arguments.methods.split(",")] if arguments.methods else list(METHODS)
     unknown = [name for name in methods if name not in METHODS]
     if unknown:

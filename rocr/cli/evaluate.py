@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rocr.cli.arguments import add_model, claim_output, load, positive, source_of
+from rocr.cli.arguments import add_model, claim_output, files_read, load, positive, source_of
 from rocr.cli.console import Console
 from rocr.output import check_output
 
@@ -50,11 +50,10 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     from rocr.evaluation.probes import load_probes, split_by_subject
     from rocr.evaluation.report import report_json, write_html, write_json
 
-    inputs = [arguments.probes, *(arguments.text or ()), *filter(None, (arguments.edit, arguments.utility))]
-    for path in filter(None, (arguments.out, arguments.html)):
-        check_output(path, inputs=inputs, overwrite=arguments.overwrite)
     source = source_of(arguments)
-    claim_output(arguments, inputs)
+    if arguments.html:
+        check_output(arguments.html, inputs=(*source.inputs, *files_read(arguments)), overwrite=arguments.overwrite)
+    claim_output(arguments, source.inputs)
     probes = load_probes(arguments.probes)
     edit = _load_edit(arguments.edit)
     targets = arguments.targets or ([concept.name for concept in edit.concepts] if edit is not None else None)

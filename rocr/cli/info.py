@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
+from rocr.bounded import read_bounded
 from rocr.cli.console import Console
 from rocr.errors import InputError
+from rocr.json_values import parse_json
+
+MAX_REPORT_BYTES = 64 * 2**20
 
 
 def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
@@ -40,9 +43,9 @@ def _header(path: Path) -> dict[str, Any]:
 
 def _report(path: Path) -> dict[str, Any]:
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read as a report: {error}.") from None
+        report = parse_json(read_bounded(path, MAX_REPORT_BYTES))
+    except ValueError as error:
+        raise InputError(f"{path} cannot be read as a report: {str(error)[:200]}.") from None
     if not isinstance(report, dict) or not str(report.get("format", "")).startswith("rocr report"):
         raise InputError(f"{path} is not a report of rocr.")
     return report

@@ -57,6 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = EXIT_BAD_INPUT if getattr(error, "errno", None) in (errno.ENAMETOOLONG, errno.ELOOP) else EXIT_FAILED
         console.fail(f"The system refused: {str(error)[:1000] or 'out of memory'}.", code)
         return code
+    except RecursionError:
+        console.fail("The input is nested too deeply.", EXIT_BAD_INPUT)
+        return EXIT_BAD_INPUT
     except RuntimeError as error:
         if "out of memory" not in str(error) and "can't allocate" not in str(error):
             raise

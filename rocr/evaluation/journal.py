@@ -9,7 +9,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from rocr.bounded import read_bounded
 from rocr.errors import InputError, RocrError
+from rocr.json_values import parse_json
+
+MAX_FILE_BYTES = 1024 * 2**20
 
 
 class Journal:
@@ -58,7 +62,7 @@ class Journal:
 
     def _read(self, head: str) -> int:
         """Take over what is there; returns the length in bytes of its whole lines."""
-        data = self._path.read_bytes()
+        data = read_bounded(self._path, MAX_FILE_BYTES)
         whole = data.rfind(b"\n") + 1
         first, *rest = data[:whole].decode("utf-8", "replace").split("\n") if whole else ("",)
         if data and first != head:
@@ -68,8 +72,8 @@ class Journal:
             )
         for number, line in enumerate(filter(None, rest), start=2):
             try:
-                item, scores = json.loads(line)
+                item, scores = parse_json(line)
                 self.done[int(item)] = scores
-            except (ValueError, TypeError):
+            except (ValueError, TypeError, OverflowError):
                 raise InputError(f"{self._path}:{number}: is not a line of a journal; remove the file.") from None
         return whole

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast, get_args
 
+from rocr.bounded import read_bounded
 from rocr.errors import InputError
 from rocr.evaluation.probes import Probe, ProbeForm, Problems, Split, Variant, Wording
 from rocr.json_values import parse_json
@@ -126,15 +127,12 @@ def _wording(value: object, answer: object) -> Wording | None:
 
 
 def _read(path: Path) -> str:
+    data = read_bounded(path, MAX_FILE_BYTES)
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise InputError(f"{path} is larger than {MAX_FILE_BYTES // 2**20} MiB, the limit for probe files.")
-        return path.read_text(encoding="utf-8-sig")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
+        line = data[: error.start].count(b"\n") + 1
         raise InputError(f"{path}:{line}: is not UTF-8.") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
 
 
 def _natural(path: Path) -> tuple[list[tuple[int, str]], str]:

@@ -145,14 +145,15 @@ def _check(probes: Sequence[Probe], problems: Problems) -> None:
         key = (folded(probe.subject), folded(probe.query), probe.form, probe.split)
         first = places.setdefault(key, probe.place)
         if first != probe.place:
-            problems.add(probe.place, f"is a duplicate of {first}: the same question about {probe.subject!r}")
+            problems.add(probe.place, f"is a duplicate of {first}: the same question about {probe.subject[:60]!r}")
 
 
 def _flaws(probe: Probe) -> Iterable[str]:
     for name, value in (("subject", probe.subject), ("query", probe.query), ("answer", probe.answer)):
         if not value.strip():
             yield f"has no {name}"
-    for text in (probe.subject, probe.query, probe.answer, probe.cloze or "", *probe.distractors):
+    wordings = [text for wording in probe.wordings.values() for text in (wording.query, wording.answer)]
+    for text in (probe.subject, probe.query, probe.answer, probe.cloze or "", *probe.distractors, *wordings):
         if len(text) > MAX_TEXT_LENGTH:
             yield f"{text[:40]!r}... has {len(text):,} characters; the limit is {MAX_TEXT_LENGTH:,}"
         hidden = sorted({f"U+{ord(c):04X}" for c in text if unicodedata.category(c) in _REFUSED and c not in "\t\r\n"})
@@ -161,7 +162,7 @@ def _flaws(probe: Probe) -> Iterable[str]:
     answer = folded(probe.answer)
     wrong = [folded(distractor) for distractor in probe.distractors]
     if answer and answer in wrong:
-        yield f"the answer {probe.answer!r} is among the distractors"
+        yield f"the answer {probe.answer[:60]!r} is among the distractors"
     if len(set(wrong)) < len(wrong):
         yield "a distractor stands twice"
     if "" in wrong:
@@ -175,4 +176,4 @@ def _flaws(probe: Probe) -> Iterable[str]:
     if probe.cloze is not None and BLANK not in probe.cloze:
         yield f"cloze needs a blank, {BLANK}"
     if probe.form == "mcp" and not wrong and probe.answer.strip() not in tuple(LETTERS):
-        yield f"a multiple-choice question without distractors needs a letter as its answer, not {probe.answer!r}"
+        yield f"a multiple-choice question without distractors needs a letter as its answer, not {probe.answer[:60]!r}"

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from rocr.bounded import read_bounded
 from rocr.errors import InputError
 from rocr.evaluation.forms import Item
 from rocr.evaluation.probes import LETTERS, Problems
 from rocr.evaluation.scoring import AnswerScore, score_answers, tokenize_questions
+from rocr.json_values import parse_json
 
+MAX_FILE_BYTES = 256 * 2**20
 _PROMPT = "Please answer the following multiple choice question. Just provide the letter of the correct answer.\n"
 
 
@@ -36,15 +37,15 @@ def load_choice_questions(path: str | os.PathLike[str]) -> list[ChoiceQuestion]:
     """
     problems, questions = Problems(), []
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {error}.") from error
+        lines = read_bounded(path, MAX_FILE_BYTES).decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8: {error.reason} at byte {error.start:,}.") from None
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
-                questions.append(_question(json.loads(line)))
-            except (ValueError, TypeError, KeyError, RecursionError) as error:
-                problems.add(f"{path}:{number}", f"is not a question with choices and gold_idx: {error}")
+                questions.append(_question(parse_json(line)))
+            except (ValueError, TypeError, KeyError) as error:
+                problems.add(f"{path}:{number}", f"is not a question with choices and gold_idx: {str(error)[:200]}")
     problems.raise_any()
     if not questions:
         raise InputError(f"{path} holds no questions.")
@@ -82,8 +83,13 @@ def choice_accuracy(
 
 def _question(value: Any) -> ChoiceQuestion:
     question, choices, correct = value["question"], value["choices"], value["gold_idx"]
-    if not isinstance(question, str) or not all(isinstance(choice, str) for choice in choices):
+    if (
+        not isinstance(question, str)
+        or not isinstance(choices, list)
+        or not all(isinstance(choice, str) for choice in choices)
+    ):
         raise ValueError("question and choices must be texts")
+    "".join([question, *choices]).encode()  # half of a surrogate pair is a ValueError
     if not 2 <= len(choices) <= len(LETTERS):
         raise ValueError(f"{len(choices)} choices; from 2 to {len(LETTERS)} are wanted")
     if isinstance(correct, bool) or not isinstance(correct, int) or not 0 <= correct < len(choices):

@@ -1,0 +1,28 @@
+"""Read a file from outside whole: a regular one only, and no more than a limit, whatever it says its size is."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from rocr.errors import InputError
+
+
+def read_bounded(path: str | os.PathLike[str], limit: int) -> bytes:
+    """The bytes of a file; never waits for a pipe, nor reads a device for ever.
+
+    Raises:
+        InputError: it is not there, is no regular file, cannot be read, or has more than `limit` bytes.
+    """
+    place = Path(path)
+    try:
+        if not place.is_file():
+            flaw = "is not a regular file" if place.exists() else "does not exist"
+            raise InputError(f"{path} {flaw}.")
+        with place.open("rb") as file:
+            data = file.read(limit + 1)
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+        raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
+    if len(data) > limit:
+        raise InputError(f"{path} is larger than {limit // 2**20} MiB, the limit for such a file.")
+    return data
