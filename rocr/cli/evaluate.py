@@ -28,7 +28,7 @@ def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
         "--probes",
         default=str(DEFAULT_PROBES),
         metavar="FILE",
-        help="a .jsonl file, or a folder of RWKU or ORT (default: questions about 25 well-known people)",
+        help="a .jsonl file, or a folder of RWKU or ORT (default: six questions about each of 50 well-known people)",
     )
     parser.add_argument("--edit", metavar="FILE", help="an edit file: evaluate without and with it")
     parser.add_argument("--forms", default="qa,fb,mcp,subtoken", help="such as qa,mcp (default: %(default)s)")
