@@ -44,6 +44,7 @@ class Training:
         beta: inverse temperature of "npo" and "dpo".
         rank: of the adapter.
         seed: of the adapter and of the order of examples.
+        least_steps: optimiser steps at least; with few examples there are more epochs, until there are as many.
     """
 
     loss: Loss
@@ -54,6 +55,7 @@ class Training:
     beta: float = 0.1
     rank: int = 8
     seed: int = 42
+    least_steps: int = 0
 
 
 GRADIENT_ASCENT = Training("ascent", 2e-5, batch=16)
@@ -106,10 +108,12 @@ def _train(model: Any, examples: Sequence[Example], training: Training, progress
     model.train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=0.0)
-    steps = math.ceil(len(examples) / training.batch) * training.epochs
+    steps_of_epoch = math.ceil(len(examples) / training.batch)
+    epochs = max(training.epochs, math.ceil(training.least_steps / steps_of_epoch))
+    steps = steps_of_epoch * epochs
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _cosine(min(training.warmup, steps // 2), steps))
     done = 0
-    for _ in range(training.epochs):
+    for _ in range(epochs):
         order = torch.randperm(len(examples)).tolist()
         for start in range(0, len(order), training.batch):
             group = order[start : start + training.batch]

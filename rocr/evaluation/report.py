@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from rocr.evaluation.compare import compare_evaluations
+from rocr.evaluation.compare import compare_evaluations, relative_fall
 from rocr.evaluation.scores import Evaluation
 from rocr.output import new_file
 
@@ -66,7 +66,20 @@ def table_rows(evaluation: Evaluation, before: Evaluation | None = None) -> list
                     str(score.targets),
                 )
             )
-    return rows
+    return [*rows, *_worst_row(evaluation, before)]
+
+
+def _worst_row(evaluation: Evaluation, before: Evaluation | None) -> list[tuple[str, ...]]:
+    """The row of the form that remembers most after, for each target; before: that which remembered most then."""
+    score = evaluation.worst_score()
+    old = before.worst_score() if before is not None else None
+    if score is None:
+        return []
+    gone = f"{100 * relative_fall(old, score):.1f}%" if old is not None else ""
+    shown = f"{old:.3f}" if old is not None else ""
+    targets = evaluation.worst()
+    count = sum(item.split == "forget" and item.subject in targets for item in evaluation.items)
+    return [("forget", "worst form of each", shown, f"{score:.3f}", gone, "", str(count), str(len(targets)))]
 
 
 def measure_rows(evaluation: Evaluation, before: Evaluation | None = None) -> list[tuple[str, str, str]]:
