@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -46,7 +46,7 @@ class AttackOptions:
     training: Training = RELEARNING
     examples: int = 3
     prefixes: tuple[str, ...] = PREFIXES
-    evaluate: EvaluateOptions = EvaluateOptions()
+    evaluate: EvaluateOptions = field(default_factory=EvaluateOptions)
 
 
 def attack(

@@ -13,9 +13,9 @@ from rocr.json_values import parse_json
 
 FIELDS = ("subject", "query", "answer", "distractors", "form", "split", "cloze", *get_args(Variant))
 MAX_FILE_BYTES = 256 * 2**20
-_FOLDER_FILE = re.compile(r"(forget|neighbor)_level(\d)\.json")
-_FORM_OF_LEVEL: dict[str, ProbeForm] = {"1": "fb", "2": "qa", "3": "adversarial", "4": "mcp"}
-_SPLIT_OF_FILE: dict[str, Split] = {"forget": "forget", "neighbor": "retain"}
+FOLDER_FILE = re.compile(r"(forget|neighbor)_level(\d)\.json")
+FORM_OF_LEVEL: dict[str, ProbeForm] = {"1": "fb", "2": "qa", "3": "adversarial", "4": "mcp"}
+SPLIT_OF_FILE: dict[str, Split] = {"forget": "forget", "neighbor": "retain"}
 _TARGET_FOLDER = re.compile(r"^\d+_")
 
 
@@ -31,7 +31,7 @@ def read_jsonl(path: Path, problems: Problems) -> list[Probe]:
         except ValueError as error:
             problems.add(place, f"is not valid JSON: {str(error)[:200]}")
             continue
-        probe = _probe(value, place, problems)
+        probe = read_probe(value, place, problems)
         if probe is not None:
             probes.append(probe)
     return probes
@@ -46,15 +46,15 @@ def read_folder(folder: Path, problems: Problems) -> list[Probe]:
     probes: list[Probe] = []
     found = 0
     for path in sorted(folder.rglob("*_level?.json"), key=_natural):
-        match = _FOLDER_FILE.fullmatch(path.name)
-        if match is None or match[2] not in _FORM_OF_LEVEL:
+        match = FOLDER_FILE.fullmatch(path.name)
+        if match is None or match[2] not in FORM_OF_LEVEL:
             continue
         found += 1
         target = _TARGET_FOLDER.sub("", path.parent.name).replace("_", " ")
         for place, fields in _rows(path, problems):
             fields = {name: fields[name] for name in ("query", "answer", "distractors") if name in fields}
-            defaults = {"subject": target, "form": _FORM_OF_LEVEL[match[2]], "split": _SPLIT_OF_FILE[match[1]]}
-            probe = _probe({**defaults, **fields}, place, problems)
+            defaults = {"subject": target, "form": FORM_OF_LEVEL[match[2]], "split": SPLIT_OF_FILE[match[1]]}
+            probe = read_probe({**defaults, **fields}, place, problems)
             if probe is not None:
                 probes.append(probe)
     if not found:
@@ -79,7 +79,7 @@ def _rows(path: Path, problems: Problems) -> Iterator[tuple[str, Mapping[str, An
             problems.add(f"{path}, question {number}", "must be an object")
 
 
-def _probe(value: object, place: str, problems: Problems) -> Probe | None:
+def read_probe(value: object, place: str, problems: Problems) -> Probe | None:
     """A probe from JSON, if its fields have the right types; the rules for their values are not known here."""
     if not isinstance(value, Mapping):
         problems.add(place, 'must hold an object: {"subject": "...", "query": "...", "answer": "..."}')
