@@ -99,7 +99,7 @@ def test_each_loss_is_that_of_its_paper(kind: Loss, model: nn.Module) -> None:
         "dpo": -log_sigmoid(beta * preferred_ratio - beta * ratio),
     }
     found = _loss(model, example, Training(kind, 1e-3, beta=beta), reference)
-    assert float(found) == pytest.approx(wanted[kind], rel=1e-5)
+    assert found.item() == pytest.approx(wanted[kind], rel=1e-5)
 
 
 def test_few_examples_are_repeated_until_there_are_enough_steps(model: nn.Module) -> None:

@@ -102,8 +102,8 @@ def test_folders_of_rwku_and_ort_give_form_split_and_target(tmp_path: Path) -> N
     ]
     letters = build_items(probes, ["mcp"])[0]
     assert (letters.answers, letters.correct, letters.chance) == ((" A", " B"), 1, 0.5)
-    (folder / "forget_level2.json").write_text(json.dumps([{"query": "Where?"}, 3]), encoding="utf-8")
-    with pytest.raises(rocr.InputError, match=r"question 1: has no answer\n.*question 2: must be an object"):
+    (folder / "forget_level2.json").write_text('[\n {"query":\n"Where?"},\n3]', encoding="utf-8")
+    with pytest.raises(rocr.InputError, match=r"level2.json:2: has no answer\n.*level2.json:4: must be an object"):
         load_probes(tmp_path)
 
 

@@ -7,6 +7,7 @@ steps, seed 42). Needs peft.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -87,7 +88,9 @@ def trained(
             r=training.rank, lora_alpha=2 * training.rank, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
         )
         try:
-            adapted = get_peft_model(model, config)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # of peft's use of transformers
+                adapted = get_peft_model(model, config)
         except ValueError as error:
             raise InputError(f"No adapter fits this model: {error}") from error
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ MAX_FILE_BYTES = 256 * 2**20
 FOLDER_FILE = re.compile(r"(forget|neighbor)_level(\d)\.json")
 FORM_OF_LEVEL: dict[str, ProbeForm] = {"1": "fb", "2": "qa", "3": "adversarial", "4": "mcp"}
 SPLIT_OF_FILE: dict[str, Split] = {"forget": "forget", "neighbor": "retain"}
+_NEXT_ELEMENT = re.compile(r"[\s,]*")
 _TARGET_FOLDER = re.compile(r"^\d+_")
 
 
@@ -63,20 +65,33 @@ def read_folder(folder: Path, problems: Problems) -> list[Probe]:
 
 
 def _rows(path: Path, problems: Problems) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The objects of a JSON list; their place is the number in the list, from 1."""
+    """The objects of a JSON list, and the line on which each begins."""
+    text = _read(path)
     try:
-        rows = parse_json(_read(path))
+        rows = parse_json(text)
     except ValueError as error:
         problems.add(f"{path}:{getattr(error, 'lineno', 1)}", "is not valid JSON")
         return
     if not isinstance(rows, list):
         problems.add(f"{path}:1", "must hold a list of questions")
         return
-    for number, row in enumerate(rows, start=1):
+    for line, row in zip(_lines(text, len(rows)), rows, strict=True):
         if isinstance(row, Mapping):
-            yield f"{path}, question {number}", row
+            yield f"{path}:{line}", row
         else:
-            problems.add(f"{path}, question {number}", "must be an object")
+            problems.add(f"{path}:{line}", "must be an object")
+
+
+def _lines(text: str, count: int) -> Iterator[int]:
+    """For each of the elements of a valid JSON list the line on which it begins, from 1."""
+    decoder, position, line = json.JSONDecoder(), text.index("[") + 1, 1
+    counted = 0
+    for _ in range(count):
+        start = _NEXT_ELEMENT.match(text, position).end()  # type: ignore[union-attr]
+        line += text.count("\n", counted, start)
+        counted = start
+        yield line
+        _, position = decoder.raw_decode(text, start)
 
 
 def read_probe(value: object, place: str, problems: Problems) -> Probe | None:
