@@ -35,11 +35,12 @@ def main() -> int:
 def markdown(results: list[dict[str, Any]]) -> str:
     """Means over targets, a row for each method."""
     splits = [(s, f) for s, forms in results[0]["evaluation"]["forms"].items() for f in forms]
-    lines = ["| method | " + " | ".join(f"{s} {f}" for s, f in splits) + " | seconds | peak GB |"]
-    lines.append("|---|" + "---:|" * (len(splits) + 2))
+    lines = ["| method | " + " | ".join(f"{s} {f}" for s, f in splits) + " | forget worst | seconds | peak GB |"]
+    lines.append("|---|" + "---:|" * (len(splits) + 3))
     for method in dict.fromkeys(result["method"] for result in results):
         mine = [result for result in results if result["method"] == method]
         cells = [sum(r["evaluation"]["forms"][s][f]["score"] for r in mine) / len(mine) for s, f in splits]
+        cells.append(sum(r["evaluation"]["worst_score"] for r in mine) / len(mine))
         seconds = sum(result["seconds"] for result in mine) / len(mine)
         peak = max(result["peak_bytes"] for result in mine) / 1e9
         numbers = " | ".join(f"{cell:.3f}" for cell in cells)

@@ -13,7 +13,7 @@ import rocr
 from rocr.evaluation import EvaluateOptions, Evaluation, Probe, compare_evaluations, evaluate
 from rocr.evaluation.compare import relative_fall
 from rocr.evaluation.forms import build_items
-from rocr.evaluation.report import measure_rows, report_json, table_rows, write_html, write_json
+from rocr.evaluation.report import measure_rows, report_json, score_table, table_rows, write_html, write_json
 from rocr.evaluation.scores import ItemScore, mean
 from rocr.prompts import render_chat
 
@@ -70,6 +70,7 @@ def test_means_are_over_a_targets_items_and_then_over_targets() -> None:
     assert retain is not None and retain.score == 0.9
     assert evaluation.form_score("fb", "retain") is None
     assert evaluation.worst() == {"a": ("qa", pytest.approx(0.4)), "b": ("fb", 0.9)}
+    assert evaluation.worst_score() == pytest.approx(0.65)
 
 
 def test_a_mean_hides_no_score_that_is_not_a_number() -> None:
@@ -161,7 +162,7 @@ def test_the_report_is_one_page_with_its_plots_inside(model: nn.Module, tokenize
     page = tmp_path / "report.html"
     write_html("<Ada>", after, page, before)
     text = page.read_text(encoding="utf-8")
-    assert text.count('src="data:image/png;base64,') == 4
+    assert text.count('src="data:image/png;base64,') == 3
     assert "<Ada>" not in text and "http" not in text and "50.0%" in text
     with pytest.raises(rocr.InputError, match="exists"):
         write_html("again", after, page, before)
@@ -170,7 +171,10 @@ def test_the_report_is_one_page_with_its_plots_inside(model: nn.Module, tokenize
     assert document["comparison"]["changes"][0]["fall"] == pytest.approx(0.5)
     assert document["evaluation"]["forms"]["forget"]["qa"]["items"] == 2
     rows = table_rows(after, before)
-    assert [row[:2] for row in rows] == [("forget", "qa"), ("forget", "mcp"), ("retain", "qa"), ("retain", "mcp")]
+    assert [row[0] for row in rows] == ["forget", "forget", "forget", "retain", "retain"]
+    assert [row[1] for row in rows] == ["qa", "mcp", "worst form of each", "qa", "mcp"]
+    alone, shown = score_table(after)
+    assert alone == ("split", "form", "score", "chance", "questions", "targets") and len(shown) == 5
     assert measure_rows(after, before) == [("perplexity", "", "12")]
 
 

@@ -31,12 +31,18 @@ def test_a_model_is_evaluated_without_and_with_an_edit(
     edit.save(tmp_path / "edit.safetensors")
     probes, out, page = (str(tmp_path / name) for name in ("probes.jsonl", "report.json", "report.html"))
     arguments = ["eval", str(folder), "--probes", probes, "--edit", str(tmp_path / "edit.safetensors")]
-    arguments += ["--forms", "qa,mcp", "--known", "0", "--out", out, "--html", page]
+    text = tmp_path / "text.txt"
+    text.write_text("The gardener waters the roses before the sun is high. " * 900)
+    arguments += ["--forms", "qa,mcp", "--known", "0", "--out", out, "--html", page, "--text", str(text)]
+    arguments += ["--attacks", "4-bit", "prefixes"]
     assert main([*arguments, "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document == json.loads(Path(out).read_text())
     assert [c["split"] for c in document["comparison"]["changes"]] == ["forget", "forget", "retain", "retain"]
     assert any(change["fall"] != 0 for change in document["comparison"]["changes"])
+    assert list(document["attacks"]) == ["4-bit", "prefixes"]
+    measures = document["evaluation"]["measures"]
+    assert measures["KL divergence"] > 0 and measures["perplexity"] != document["before"]["measures"]["perplexity"]
     assert document["evaluation"]["known"] == 2 and Path(page).stat().st_size > 10_000
     assert sorted(path.name for path in tmp_path.iterdir() if "journal" in path.name) == []
     assert main(arguments) == 2, "a report that exists is not replaced"
@@ -73,3 +79,5 @@ def test_methods_are_compared_in_one_table(folder: Path, tmp_path: Path, capsys:
     scores = [result["evaluation"]["forms"]["forget"]["qa"]["score"] for result in results]
     assert len(set(scores)) == 3
     assert main([*arguments[:-1], str(tmp_path / "more.json"), "--methods", "magic"]) == 2
+    assert main(["eval", str(folder), "--attacks", "magic", "--out", str(tmp_path / "report.json")]) == 2
+    assert "Unknown attacks: magic; they are all, relearn" in capsys.readouterr().err

@@ -21,13 +21,17 @@ def write(path: Path, rows: Sequence[object]) -> Path:
     return path
 
 
-def test_the_shipped_probes_have_five_questions_with_three_wrong_answers_each() -> None:
+def test_the_shipped_probes_are_six_questions_about_each_of_fifty_people_and_none_gives_its_answer_away() -> None:
     probes = load_probes(SHIPPED)
     subjects = [probe.subject for probe in probes]
-    assert len(set(subjects)) >= 20
-    assert min(map(subjects.count, subjects)) >= 5
-    assert all(len(probe.distractors) == 3 and probe.cloze for probe in probes)
-    assert all(probe.subject in probe.query for probe in probes)
+    assert len(set(subjects)) == 50
+    assert {subjects.count(subject) for subject in subjects} == {6}
+    for probe in probes:
+        described = probe.wordings.get("described", Wording("", "")).query
+        assert len(probe.distractors) == 3 and probe.cloze is not None
+        assert probe.subject in probe.query and probe.subject in probe.cloze and probe.subject not in described
+        for question in (probe.query, probe.cloze, described):
+            assert probe.answer.casefold() not in question.casefold()
 
 
 def test_every_error_of_a_file_is_reported_at_once_with_its_line(tmp_path: Path) -> None:
@@ -98,8 +102,8 @@ def test_folders_of_rwku_and_ort_give_form_split_and_target(tmp_path: Path) -> N
     ]
     letters = build_items(probes, ["mcp"])[0]
     assert (letters.answers, letters.correct, letters.chance) == ((" A", " B"), 1, 0.5)
-    (folder / "forget_level2.json").write_text(json.dumps([{"query": "Where?"}, 3]), encoding="utf-8")
-    with pytest.raises(rocr.InputError, match=r"question 1: has no answer\n.*question 2: must be an object"):
+    (folder / "forget_level2.json").write_text('[\n {"query":\n"Where?"},\n3]', encoding="utf-8")
+    with pytest.raises(rocr.InputError, match=r"level2.json:2: has no answer\n.*level2.json:4: must be an object"):
         load_probes(tmp_path)
 
 

@@ -114,9 +114,9 @@ def claim_output(arguments: argparse.Namespace, inputs: Iterable[str | Path]) ->
 
 def files_read(arguments: argparse.Namespace) -> list[str]:
     """Every file that the arguments name to be read, besides the model."""
-    texts: list[str] = list(getattr(arguments, "text", None) or ())
-    named = (getattr(arguments, name, None) for name in ("concepts", "statistics", "edit", "probes", "utility"))
-    return [*texts, *(path for path in named if isinstance(path, str))]
+    names = ("text", "concepts", "statistics", "edit", "probes", "utility")
+    given = [getattr(arguments, name, None) or [] for name in names]
+    return [path for paths in given for path in ([paths] if isinstance(paths, str) else paths)]
 
 
 def load(arguments: argparse.Namespace, source: ModelSource, last_layer: int | None = None) -> LoadedModel:

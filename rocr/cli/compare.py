@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from rocr.cli.arguments import add_model, add_text, claim_output, load, source_of
+from rocr.cli.arguments import add_model, add_text, claim_output, load, positive, source_of
 from rocr.cli.console import Console
-from rocr.cli.evaluate import DEFAULT_PROBES
+from rocr.cli.evaluate import DEFAULT_PROBES, NEIGHBOURS
 from rocr.errors import InputError
 
 if TYPE_CHECKING:
@@ -28,6 +28,10 @@ def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--methods", metavar="LIST", help="names, separated by commas (default: all)")
     parser.add_argument("--forms", default="qa,fb,mcp,subtoken", help="such as qa,mcp (default: %(default)s)")
     parser.add_argument("--known", type=float, metavar="P", help="count only probes that the model knows, such as 0.5")
+    parser.add_argument("--neighbours", type=positive, metavar="N", help=NEIGHBOURS)
+    parser.add_argument(
+        "--steps", type=positive, default=0, metavar="N", help="train for N steps at least (default: 5 epochs)"
+    )
     parser.add_argument("--out", required=True, metavar="FILE", help="the results, JSON; it must not exist")
     parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
     parser.set_defaults(run=run)
@@ -37,7 +41,8 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Compare and show one table."""
     from rocr.evaluation.contest_table import results_json, table_columns, table_rows
     from rocr.evaluation.methods import METHODS, Contest, compare_methods
-    from rocr.evaluation.probes import load_probes
+    from rocr.evaluation.neighbours import keep_nearest
+    from rocr.evaluation.probes import load_probes, split_by_subject
     from rocr.evaluation.report import write_json
 
     source = source_of(arguments)
@@ -47,18 +52,33 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     if unknown:
         raise InputError(f"Unknown methods: {', '.join(unknown)}; they are {', '.join(METHODS)}.")
     forms = [form.strip() for form in arguments.forms.split(",")]
-    probes = load_probes(arguments.probes)
+    probes = split_by_subject(load_probes(arguments.probes, arguments.download), arguments.targets)
     with console.stage("load"):
         loaded = load(arguments, source)
+    if arguments.neighbours:
+        probes = keep_nearest(loaded.model, loaded.tokenizer, probes, arguments.targets, arguments.neighbours)
     statistics = _statistics(arguments, loaded, console)
     probes = _known(arguments, loaded, probes, forms, console)
-    contest = Contest(loaded.model, loaded.tokenizer, probes, statistics, arguments.redirect, forms=forms)
+    contest = Contest(
+        loaded.model,
+        loaded.tokenizer,
+        probes,
+        statistics,
+        arguments.redirect,
+        forms=forms,
+        least_steps=arguments.steps,
+    )
     results = []
     with console.stage("methods") as progress:
         for result in compare_methods(contest, arguments.targets, methods, progress):
             results.append(result)
             console.warn(f"{result.method}: {result.target} in {result.seconds:.1f} s")
-    document = {"format": "rocr comparison 1", "known": arguments.known, "results": results_json(results)}
+    document = {
+        "format": "rocr comparison 1",
+        "known": arguments.known,
+        "steps": arguments.steps,
+        "results": results_json(results),
+    }
     write_json(document, arguments.out, arguments.overwrite)
     console.table("Mean scores over targets", table_columns(forms), table_rows(results, forms))
     console.say(f"The results are in {arguments.out}.")

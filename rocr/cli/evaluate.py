@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rocr.cli.arguments import add_model, claim_output, files_read, load, positive, source_of
 from rocr.cli.console import Console
+from rocr.errors import InputError
 from rocr.output import check_output
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import nn
+
     from rocr.edit import Edit
     from rocr.evaluation import EvaluateOptions, Evaluation, Probe
     from rocr.models import LoadedModel
 
 DEFAULT_PROBES = Path(__file__).parent.parent / "data" / "probes.jsonl"
 PERPLEXITY_TOKENS = 8192
+NEIGHBOURS = "keep only the N subjects that the model holds nearest to each target: the hardest retain set"
 
 
 def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
@@ -28,17 +36,26 @@ def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
         "--probes",
         default=str(DEFAULT_PROBES),
         metavar="FILE",
-        help="a .jsonl file, or a folder of RWKU or ORT (default: questions about 25 well-known people)",
+        help="a .jsonl file, a folder of RWKU or ORT, or hf:OWNER/NAME (default: 300 questions about 50 people)",
     )
     parser.add_argument("--edit", metavar="FILE", help="an edit file: evaluate without and with it")
     parser.add_argument("--forms", default="qa,fb,mcp,subtoken", help="such as qa,mcp (default: %(default)s)")
     parser.add_argument("--targets", nargs="+", metavar="NAME", help="subjects to forget (default: those of the edit)")
+    parser.add_argument("--neighbours", type=positive, metavar="N", help=NEIGHBOURS)
     parser.add_argument("--known", type=float, metavar="P", help="count only probes that the model knows, such as 0.5")
     parser.add_argument("--orders", type=positive, default=1, metavar="N", help="orders of multiple-choice options")
     parser.add_argument("--seed", type=int, default=0, help="of the order of options (default: 0)")
     parser.add_argument("--generate", action="store_true", help="let the model answer in free text too")
-    parser.add_argument("--text", nargs="+", metavar="FILE", help="ordinary text, for the perplexity")
-    parser.add_argument("--utility", metavar="FILE", help="a .jsonl file of multiple-choice questions about anything")
+    parser.add_argument("--text", nargs="+", metavar="FILE", help="ordinary text: perplexity, and divergence by --edit")
+    parser.add_argument(
+        "--utility", nargs="+", metavar="FILE", help=".jsonl files of multiple-choice questions about anything"
+    )
+    parser.add_argument("--suites", nargs="+", metavar="NAME", help="tasks of lm-evaluation-harness, such as mmlu")
+    parser.add_argument("--suite-folder", metavar="DIR", help="further tasks, as YAML files of the harness")
+    parser.add_argument("--suite-limit", type=positive, metavar="N", help="ask the first N questions of each task")
+    parser.add_argument(
+        "--attacks", nargs="+", metavar="NAME", help="of relearn, 4-bit, 8-bit, prefixes, examples; or all"
+    )
     parser.add_argument("--out", required=True, metavar="FILE", help="the report, JSON; it must not exist")
     parser.add_argument("--html", metavar="FILE", help="the report as one page with plots, too")
     parser.add_argument("--overwrite", action="store_true", help="replace reports that exist")
@@ -50,25 +67,30 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     from rocr.evaluation.probes import load_probes, split_by_subject
     from rocr.evaluation.report import report_json, write_html, write_json
 
+    attacks = _attack_names(arguments.attacks)
     source = source_of(arguments)
     if arguments.html:
         check_output(arguments.html, inputs=(*source.inputs, *files_read(arguments)), overwrite=arguments.overwrite)
     claim_output(arguments, source.inputs)
-    probes = load_probes(arguments.probes)
+    probes = load_probes(arguments.probes, arguments.download)
     edit = _load_edit(arguments.edit)
     targets = arguments.targets or ([concept.name for concept in edit.concepts] if edit is not None else None)
     if targets:
         probes = split_by_subject(probes, targets)
     with console.stage("load"):
         loaded = load(arguments, source)
+    if arguments.neighbours:
+        probes = _keep_nearest(arguments, loaded, probes)
     before, after = _evaluate(arguments, loaded, probes, edit, console)
-    document = report_json(after, before)
+    found = _attack(arguments, loaded, probes, after, edit, attacks, console)
+    document = report_json(after, before, found)
     write_json(document, arguments.out, arguments.overwrite)
     if arguments.html:
-        write_html(f"Evaluation of {arguments.model}", after, arguments.html, before, arguments.overwrite)
+        title = f"Evaluation of {Path(arguments.model).name}"
+        write_html(title, after, arguments.html, before, arguments.overwrite, found)
     for journal in _journals(arguments):
         journal.unlink(missing_ok=True)
-    _show(after, before, console)
+    _show(after, before, found, console)
     console.say(f"The report is in {arguments.out}" + (f" and {arguments.html}." if arguments.html else "."))
     return document
 
@@ -78,6 +100,7 @@ def _evaluate(
 ) -> tuple[Evaluation | None, Evaluation]:
     """The scores without the edit, where there is one, and with it."""
     from rocr.evaluation import evaluate
+    from rocr.evaluation.text_measures import divergence
 
     forms = [form.strip() for form in arguments.forms.split(",")]
     options = _options(arguments, loaded)
@@ -92,6 +115,7 @@ def _evaluate(
             options=replace(options, journal=first_journal),
             progress=progress,
         )
+    _add_suites(arguments, loaded, first, console)
     if edit is None:
         return None, first
     kept = sorted({item.probe for item in first.items})
@@ -109,7 +133,86 @@ def _evaluate(
     second = replace(
         second, items=numbered, probes=first.probes, known=first.known, known_threshold=first.known_threshold
     )
+    if options.text is not None:
+        second.measures["KL divergence"] = divergence(
+            loaded.model, options.text, partial(_reverted, edit, loaded.model)
+        )
+    _add_suites(arguments, loaded, second, console)
     return first, second
+
+
+@contextmanager
+def _reverted(edit: Edit, model: nn.Module) -> Iterator[None]:
+    """The model without the edit that is applied to it."""
+    edit.revert(model)
+    try:
+        yield
+    finally:
+        edit.apply(model)
+
+
+def _add_suites(arguments: argparse.Namespace, loaded: LoadedModel, evaluation: Evaluation, console: Console) -> None:
+    from rocr.evaluation.suites import suite_scores
+
+    if arguments.suites:
+        with console.stage("suites"):
+            scores = suite_scores(
+                loaded.model,
+                loaded.tokenizer,
+                arguments.suites,
+                folder=arguments.suite_folder,
+                limit=arguments.suite_limit,
+            )
+        evaluation.measures.update(scores)
+
+
+def _keep_nearest(arguments: argparse.Namespace, loaded: LoadedModel, probes: list[Probe]) -> list[Probe]:
+    from rocr.evaluation.neighbours import keep_nearest
+
+    targets = list(dict.fromkeys(probe.subject for probe in probes if probe.split == "forget"))
+    return keep_nearest(loaded.model, loaded.tokenizer, probes, targets, arguments.neighbours)
+
+
+def _attack_names(names: list[str] | None) -> tuple[str, ...]:
+    """The attacks that are asked for; refused before anything is loaded where there is no such one."""
+    from rocr.evaluation.attack_suite import ATTACKS
+
+    if not names:
+        return ()
+    unknown = [name for name in names if name not in (*ATTACKS, "all")]
+    if unknown:
+        raise InputError(f"Unknown attacks: {', '.join(unknown)}; they are all, {', '.join(ATTACKS)}.")
+    return ATTACKS if "all" in names else tuple(names)
+
+
+def _attack(
+    arguments: argparse.Namespace,
+    loaded: LoadedModel,
+    probes: list[Probe],
+    after: Evaluation,
+    edit: Edit | None,
+    names: tuple[str, ...],
+    console: Console,
+) -> dict[str, Evaluation]:
+    """Attack the model as it is, by the probes that count; without an edit file all layers are rounded."""
+    if not names:
+        return {}
+    from rocr.evaluation import EvaluateOptions
+    from rocr.evaluation.attack_suite import AttackOptions, attack
+
+    kept = sorted({item.probe for item in after.items})
+    options = AttackOptions(evaluate=EvaluateOptions(seed=arguments.seed, orders=arguments.orders))
+    with console.stage("attacks") as progress:
+        return attack(
+            loaded.model,
+            loaded.tokenizer,
+            [probes[i] for i in kept],
+            names,
+            after.forms,
+            layers=edit.layers if edit is not None else None,
+            options=options,
+            progress=progress,
+        )
 
 
 def _options(arguments: argparse.Namespace, loaded: LoadedModel) -> EvaluateOptions:
@@ -126,7 +229,7 @@ def _options(arguments: argparse.Namespace, loaded: LoadedModel) -> EvaluateOpti
         orders=arguments.orders,
         generate=arguments.generate,
         text=text,
-        utility=load_choice_questions(arguments.utility) if arguments.utility else (),
+        utility=[question for path in arguments.utility or () for question in load_choice_questions(path)],
     )
 
 
@@ -140,11 +243,13 @@ def _journals(arguments: argparse.Namespace) -> tuple[Path, Path]:
     return Path(f"{arguments.out}.journal-before"), Path(f"{arguments.out}.journal-after")
 
 
-def _show(after: Evaluation, before: Evaluation | None, console: Console) -> None:
-    from rocr.evaluation.report import COLUMNS, measure_rows, table_rows
+def _show(after: Evaluation, before: Evaluation | None, attacks: dict[str, Evaluation], console: Console) -> None:
+    from rocr.evaluation.report import attack_columns, attack_rows, measure_table, score_table
 
-    console.table("Scores", COLUMNS, table_rows(after, before))
+    console.table("Scores", *score_table(after, before))
     if after.measures:
-        console.table("Measures", ("measure", "before", "after"), measure_rows(after, before))
+        console.table("Measures", *measure_table(after, before))
+    if attacks:
+        console.table("Forget set under attack", attack_columns(after), attack_rows(after, before, attacks))
     if after.known is not None:
         console.say(f"{after.known} of {after.probes} probes are known to the model and count.")

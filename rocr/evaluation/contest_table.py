@@ -10,9 +10,9 @@ from rocr.evaluation.scores import mean
 
 
 def table_columns(forms: Sequence[str]) -> tuple[str, ...]:
-    """Headings: a score for each split and form, seconds and peak memory."""
-    scores = [f"{split} {form}" for split in ("forget", "retain") for form in forms]
-    return ("method", *scores, "seconds", "peak GB")
+    """Headings: a score for each split and form, the worst form of each target, seconds and peak memory."""
+    forget, retain = ([f"{split} {form}" for form in forms] for split in ("forget", "retain"))
+    return ("method", *forget, "forget worst", *retain, "seconds", "peak GB")
 
 
 def table_rows(results: Sequence[Result], forms: Sequence[str]) -> list[tuple[str, ...]]:
@@ -26,6 +26,9 @@ def table_rows(results: Sequence[Result], forms: Sequence[str]) -> list[tuple[st
                 scores = [result.evaluation.form_score(form, split) for result in mine]
                 found = [score.score for score in scores if score is not None]
                 cells.append(f"{mean(found):.3f}" if found else "")
+            if split == "forget":
+                worst = [score for result in mine if (score := result.evaluation.worst_score()) is not None]
+                cells.append(f"{mean(worst):.3f}" if worst else "")
         cells.append(f"{mean(result.seconds for result in mine):.1f}")
         cells.append(f"{max(result.peak_bytes for result in mine) / 1e9:.2f}")
         rows.append(tuple(cells))

@@ -8,7 +8,7 @@ shuffled by a seed; and a question to complete that is derived from a plain ques
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -38,6 +38,11 @@ _SUBTOKEN_WITH_EXAMPLE = (
 _DIRECT = "Please provide direct answers without any explanations or additional content.\n"
 
 
+def no_prefix(_probe: Probe) -> str:
+    """Nothing before the question."""
+    return ""
+
+
 @dataclass(frozen=True)
 class PromptStyle:
     """What the authors do differently for some models.
@@ -45,12 +50,12 @@ class PromptStyle:
     Attributes:
         direct: ask for direct answers first (Mistral).
         subtoken_example: show how an answer is written character by character (all but Llama).
-        prefix: what every message begins with, such as an instruction to forget.
+        prefix: what the message about a probe begins with, such as an instruction to forget.
     """
 
     direct: bool = False
     subtoken_example: bool = True
-    prefix: str = ""
+    prefix: Callable[[Probe], str] = no_prefix
 
     @classmethod
     def of(cls, model: nn.Module) -> PromptStyle:
@@ -128,7 +133,7 @@ def build_items(
 
 
 def _items(index: int, probe: Probe, form: str, style: PromptStyle, seed: int, orders: int) -> Iterator[Item]:
-    opening = style.prefix + (_DIRECT if style.direct else "")
+    opening = style.prefix(probe) + (_DIRECT if style.direct else "")
     if form == "qa" and probe.form == "qa":
         yield Item(index, form, opening + _QA.format(probe.query), (f" {probe.answer}",))
     elif form == "fb" and probe.form in ("qa", "fb"):
@@ -154,7 +159,7 @@ def _cloze(probe: Probe) -> tuple[str, bool]:
 
 def _subtoken(index: int, probe: Probe, style: PromptStyle) -> Item:
     question = (_FB if probe.form == "fb" else _QA).format(probe.query)
-    message = style.prefix + (_SUBTOKEN_WITH_EXAMPLE if style.subtoken_example else _SUBTOKEN).format(question)
+    message = style.prefix(probe) + (_SUBTOKEN_WITH_EXAMPLE if style.subtoken_example else _SUBTOKEN).format(question)
     answer = "".join(f"{character}\n" for character in "".join(probe.answer.split()))
     return Item(index, "subtoken", message, (answer,), suffix="Answer:\n")
 

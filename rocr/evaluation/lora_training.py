@@ -7,6 +7,7 @@ steps, seed 42). Needs peft.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ class Training:
         beta: inverse temperature of "npo" and "dpo".
         rank: of the adapter.
         seed: of the adapter and of the order of examples.
+        least_steps: optimiser steps at least; with few examples there are more epochs, until there are as many.
     """
 
     loss: Loss
@@ -54,6 +56,7 @@ class Training:
     beta: float = 0.1
     rank: int = 8
     seed: int = 42
+    least_steps: int = 0
 
 
 GRADIENT_ASCENT = Training("ascent", 2e-5, batch=16)
@@ -85,7 +88,9 @@ def trained(
             r=training.rank, lora_alpha=2 * training.rank, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
         )
         try:
-            adapted = get_peft_model(model, config)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # of peft's use of transformers
+                adapted = get_peft_model(model, config)
         except ValueError as error:
             raise InputError(f"No adapter fits this model: {error}") from error
         try:
@@ -106,10 +111,12 @@ def _train(model: Any, examples: Sequence[Example], training: Training, progress
     model.train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=0.0)
-    steps = math.ceil(len(examples) / training.batch) * training.epochs
+    steps_of_epoch = math.ceil(len(examples) / training.batch)
+    epochs = max(training.epochs, math.ceil(training.least_steps / steps_of_epoch))
+    steps = steps_of_epoch * epochs
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _cosine(min(training.warmup, steps // 2), steps))
     done = 0
-    for _ in range(training.epochs):
+    for _ in range(epochs):
         order = torch.randperm(len(examples)).tolist()
         for start in range(0, len(order), training.batch):
             group = order[start : start + training.batch]

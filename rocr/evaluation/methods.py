@@ -5,16 +5,16 @@ The trained ones see one form of each question (QA), as in the paper, and are as
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
+from rocr.architectures import default_layers, find_architecture
 from rocr.concepts import Concept
 from rocr.config import EditConfig
 from rocr.errors import InputError
@@ -30,6 +30,7 @@ from rocr.evaluation.lora_training import (
     Training,
     trained,
 )
+from rocr.evaluation.peak_memory import PeakMemory
 from rocr.evaluation.probes import Probe, split_by_subject
 from rocr.evaluation.scores import Evaluation
 from rocr.pipeline import unlearn
@@ -59,7 +60,7 @@ class Result:
         target: the subject to forget.
         evaluation: scores of the forget set, and of the other subjects as retain set.
         seconds: duration of the unlearning, without the evaluation.
-        peak_bytes: largest memory while unlearning: of the GPU where the model is on one, else of the process so far.
+        peak_bytes: largest memory while unlearning, the model included; see `PeakMemory`.
     """
 
     method: str
@@ -82,6 +83,8 @@ class Contest:
         official_redirect: what the authors' settings redirect them to.
         config: rocr's settings.
         forms: in which all are asked.
+        least_steps: optimiser steps of the trained methods, at least. The authors' corpora hold hundreds of texts
+            about a target; the few questions here are repeated until there are as many steps.
     """
 
     model: nn.Module
@@ -92,6 +95,7 @@ class Contest:
     official_redirect: str = "Donald Trump"
     config: EditConfig | None = None
     forms: Sequence[str] = ORT_FORMS
+    least_steps: int = 0
 
 
 def compare_methods(
@@ -110,11 +114,11 @@ def compare_methods(
         for method in methods:
             style = PromptStyle.of(contest.model)
             if method == "in-context":
-                style = replace(style, prefix=IN_CONTEXT.format(target))
-            _reset_peak(contest.model)
+                style = replace(style, prefix=partial(_forget_in_context, target))
+            memory = PeakMemory(contest.model)
             start = time.perf_counter()
             with _unlearned(contest, method, target, probes, progress) as model:
-                seconds, peak = time.perf_counter() - start, _peak(contest.model)
+                seconds, peak = time.perf_counter() - start, memory.bytes()
                 options = EvaluateOptions(style=style)
                 evaluation = evaluate(model, contest.tokenizer, probes, contest.forms, options=options)
             yield Result(method, target, evaluation, seconds, peak)
@@ -126,12 +130,13 @@ def _unlearned(
 ) -> Iterator[nn.Module]:
     """The model after a method, inside the context."""
     if method in TRAININGS:
-        examples = _examples(contest.tokenizer, [p for p in probes if p.split == "forget"], TRAININGS[method], method)
-        with trained(contest.model, examples, TRAININGS[method], progress) as model:
+        training = replace(TRAININGS[method], least_steps=contest.least_steps)
+        examples = _examples(contest.tokenizer, [p for p in probes if p.split == "forget"], training, method)
+        with trained(contest.model, examples, training, progress) as model:
             yield model
     elif method in ("rocr", "official ROCR"):
         ours = method == "rocr"
-        config = (contest.config or EditConfig()) if ours else EditConfig.official(layers=contest.statistics.layers[:3])
+        config = (contest.config or EditConfig()) if ours else EditConfig.official(_official_layers(contest.model))
         concept = Concept(target, contest.redirect if ours else contest.official_redirect)
         edit = unlearn(contest.model, contest.tokenizer, [concept], contest.statistics, config, progress)
         try:
@@ -155,14 +160,10 @@ def _refuse(_probe: Probe) -> str:
     return REFUSAL
 
 
-def _reset_peak(model: nn.Module) -> None:
-    device = next(model.parameters()).device
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+def _forget_in_context(target: str, _probe: Probe) -> str:
+    return IN_CONTEXT.format(target)
 
 
-def _peak(model: nn.Module) -> int:
-    device = next(model.parameters()).device
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def _official_layers(model: nn.Module) -> tuple[int, ...]:
+    """The three layers that the authors edit in models of this depth."""
+    return default_layers(find_architecture(model).depth)[:3]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rocr.architectures import default_layers, find_architecture
 from rocr.config import EditConfig
 from rocr.errors import InputError
+from rocr.evaluation.probes import Probe, split_by_subject
 from rocr.key_plan import Reading
 from rocr.keys import read_states
 from rocr.prompts import Prompt, build_prompts, render_template
@@ -35,6 +36,20 @@ def nearest_subjects(
     cosines = centred[1:] @ centred[0]
     best = torch.topk(cosines, min(count, len(others)))
     return [(others[int(i)], float(value)) for value, i in zip(best.values, best.indices, strict=True)]
+
+
+def keep_nearest(
+    model: nn.Module, tokenizer: Any, probes: Sequence[Probe], targets: Sequence[str], count: int = 10
+) -> list[Probe]:
+    """Probes split by target, with only the `count` subjects nearest to each target to be kept: the hardest ones.
+
+    Raises:
+        InputError: no probe is about a target, or there are fewer than two other subjects.
+    """
+    probes = split_by_subject(probes, targets)
+    others = list(dict.fromkeys(probe.subject for probe in probes if probe.split == "retain"))
+    kept = {name for target in targets for name, _ in nearest_subjects(model, tokenizer, target, others, count)}
+    return [probe for probe in probes if probe.split == "forget" or probe.subject in kept]
 
 
 def name_states(model: nn.Module, tokenizer: Any, names: Sequence[str]) -> Tensor:

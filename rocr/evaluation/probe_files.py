@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,9 +15,10 @@ from rocr.json_values import parse_json
 
 FIELDS = ("subject", "query", "answer", "distractors", "form", "split", "cloze", *get_args(Variant))
 MAX_FILE_BYTES = 256 * 2**20
-_FOLDER_FILE = re.compile(r"(forget|neighbor)_level(\d)\.json")
-_FORM_OF_LEVEL: dict[str, ProbeForm] = {"1": "fb", "2": "qa", "3": "adversarial", "4": "mcp"}
-_SPLIT_OF_FILE: dict[str, Split] = {"forget": "forget", "neighbor": "retain"}
+FOLDER_FILE = re.compile(r"(forget|neighbor)_level(\d)\.json")
+FORM_OF_LEVEL: dict[str, ProbeForm] = {"1": "fb", "2": "qa", "3": "adversarial", "4": "mcp"}
+SPLIT_OF_FILE: dict[str, Split] = {"forget": "forget", "neighbor": "retain"}
+_NEXT_ELEMENT = re.compile(r"[\s,]*")
 _TARGET_FOLDER = re.compile(r"^\d+_")
 
 
@@ -32,7 +34,7 @@ def read_jsonl(path: Path, problems: Problems) -> list[Probe]:
         except ValueError as error:
             problems.add(place, f"is not valid JSON: {str(error)[:200]}")
             continue
-        probe = _probe(value, place, problems)
+        probe = read_probe(value, place, problems)
         if probe is not None:
             probes.append(probe)
     return probes
@@ -47,15 +49,15 @@ def read_folder(folder: Path, problems: Problems) -> list[Probe]:
     probes: list[Probe] = []
     found = 0
     for path in sorted(folder.rglob("*_level?.json"), key=_natural):
-        match = _FOLDER_FILE.fullmatch(path.name)
-        if match is None or match[2] not in _FORM_OF_LEVEL:
+        match = FOLDER_FILE.fullmatch(path.name)
+        if match is None or match[2] not in FORM_OF_LEVEL:
             continue
         found += 1
         target = _TARGET_FOLDER.sub("", path.parent.name).replace("_", " ")
         for place, fields in _rows(path, problems):
             fields = {name: fields[name] for name in ("query", "answer", "distractors") if name in fields}
-            defaults = {"subject": target, "form": _FORM_OF_LEVEL[match[2]], "split": _SPLIT_OF_FILE[match[1]]}
-            probe = _probe({**defaults, **fields}, place, problems)
+            defaults = {"subject": target, "form": FORM_OF_LEVEL[match[2]], "split": SPLIT_OF_FILE[match[1]]}
+            probe = read_probe({**defaults, **fields}, place, problems)
             if probe is not None:
                 probes.append(probe)
     if not found:
@@ -64,23 +66,36 @@ def read_folder(folder: Path, problems: Problems) -> list[Probe]:
 
 
 def _rows(path: Path, problems: Problems) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The objects of a JSON list; their place is the number in the list, from 1."""
+    """The objects of a JSON list, and the line on which each begins."""
+    text = _read(path)
     try:
-        rows = parse_json(_read(path))
+        rows = parse_json(text)
     except ValueError as error:
         problems.add(f"{path}:{getattr(error, 'lineno', 1)}", "is not valid JSON")
         return
     if not isinstance(rows, list):
         problems.add(f"{path}:1", "must hold a list of questions")
         return
-    for number, row in enumerate(rows, start=1):
+    for line, row in zip(_lines(text, len(rows)), rows, strict=True):
         if isinstance(row, Mapping):
-            yield f"{path}, question {number}", row
+            yield f"{path}:{line}", row
         else:
-            problems.add(f"{path}, question {number}", "must be an object")
+            problems.add(f"{path}:{line}", "must be an object")
 
 
-def _probe(value: object, place: str, problems: Problems) -> Probe | None:
+def _lines(text: str, count: int) -> Iterator[int]:
+    """For each of the elements of a valid JSON list the line on which it begins, from 1."""
+    decoder, position, line = json.JSONDecoder(), text.index("[") + 1, 1
+    counted = 0
+    for _ in range(count):
+        start = _NEXT_ELEMENT.match(text, position).end()  # type: ignore[union-attr]
+        line += text.count("\n", counted, start)
+        counted = start
+        yield line
+        _, position = decoder.raw_decode(text, start)
+
+
+def read_probe(value: object, place: str, problems: Problems) -> Probe | None:
     """A probe from JSON, if its fields have the right types; the rules for their values are not known here."""
     if not isinstance(value, Mapping):
         problems.add(place, 'must hold an object: {"subject": "...", "query": "...", "answer": "..."}')

@@ -6,10 +6,10 @@ import base64
 import html
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rocr.evaluation.compare import compare_evaluations
+from rocr.evaluation.compare import compare_evaluations, relative_fall
 from rocr.evaluation.scores import Evaluation
 from rocr.output import new_file
 
@@ -19,17 +19,21 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; margin: 1rem 0; }
 th, td { padding: .25rem .75rem; border-bottom: 1px solid #ddd; text-align: left; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
+th.number, td.number { text-align: right; font-variant-numeric: tabular-nums; }
 img { max-width: 100%; }
 """
 
 
-def report_json(evaluation: Evaluation, before: Evaluation | None = None) -> dict[str, Any]:
+def report_json(
+    evaluation: Evaluation, before: Evaluation | None = None, attacks: Mapping[str, Evaluation] | None = None
+) -> dict[str, Any]:
     """Everything that was measured, as JSON values."""
     document: dict[str, Any] = {"format": "rocr evaluation 1", "evaluation": evaluation.to_json()}
     if before is not None:
         document["before"] = before.to_json()
         document["comparison"] = compare_evaluations(before, evaluation).to_json()
+    if attacks:
+        document["attacks"] = {name: attacked.to_json() for name, attacked in attacks.items()}
     return document
 
 
@@ -66,7 +70,45 @@ def table_rows(evaluation: Evaluation, before: Evaluation | None = None) -> list
                     str(score.targets),
                 )
             )
+        if split == "forget":
+            rows += _worst_row(evaluation, before)
     return rows
+
+
+def score_table(
+    evaluation: Evaluation, before: Evaluation | None = None
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Headings and rows of `table_rows`, without the columns that are empty."""
+    return _without_empty(COLUMNS, table_rows(evaluation, before), before is None)
+
+
+def measure_table(
+    evaluation: Evaluation, before: Evaluation | None = None
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Headings and rows of `measure_rows`, without the columns that are empty."""
+    return _without_empty(("measure", "before", "after"), measure_rows(evaluation, before), before is None)
+
+
+def _without_empty(
+    columns: Sequence[str], rows: Sequence[tuple[str, ...]], alone: bool
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Where there is nothing before, "after" is the score."""
+    kept = [i for i in range(len(columns)) if any(row[i] for row in rows)]
+    names = tuple("score" if alone and columns[i] == "after" else columns[i] for i in kept)
+    return names, [tuple(row[i] for i in kept) for row in rows]
+
+
+def _worst_row(evaluation: Evaluation, before: Evaluation | None) -> list[tuple[str, ...]]:
+    """The row of the form that remembers most after, for each target; before: that which remembered most then."""
+    score = evaluation.worst_score()
+    old = before.worst_score() if before is not None else None
+    if score is None:
+        return []
+    gone = f"{100 * relative_fall(old, score):.1f}%" if old is not None else ""
+    shown = f"{old:.3f}" if old is not None else ""
+    targets = evaluation.worst()
+    count = sum(item.split == "forget" and item.subject in targets for item in evaluation.items)
+    return [("forget", "worst form of each", shown, f"{score:.3f}", gone, "", str(count), str(len(targets)))]
 
 
 def measure_rows(evaluation: Evaluation, before: Evaluation | None = None) -> list[tuple[str, str, str]]:
@@ -78,9 +120,32 @@ def measure_rows(evaluation: Evaluation, before: Evaluation | None = None) -> li
     ]
 
 
+def attack_columns(evaluation: Evaluation) -> tuple[str, ...]:
+    """Headings of `attack_rows`."""
+    return ("model", *evaluation.forms, "worst form of each", "questions")
+
+
+def attack_rows(
+    evaluation: Evaluation, before: Evaluation | None, attacks: Mapping[str, Evaluation]
+) -> list[tuple[str, ...]]:
+    """Scores of the forget set before the edit, after it, and under each attack."""
+    models = (
+        {"before the edit": before, "after the edit": evaluation} if before is not None else {"as it is": evaluation}
+    )
+    rows = []
+    for name, scores in {**models, **attacks}.items():
+        if scores is not None:
+            found = [scores.form_score(form, "forget") for form in evaluation.forms]
+            worst = scores.worst_score()
+            cells = [f"{score.score:.3f}" if score is not None else "" for score in found]
+            asked = {item.probe for item in scores.items if item.split == "forget"}
+            rows.append((name, *cells, f"{worst:.3f}" if worst is not None else "", str(len(asked))))
+    return rows
+
+
 def write_html(
     title: str, evaluation: Evaluation, path: str | os.PathLike[str], before: Evaluation | None = None,
-    overwrite: bool = False,
+    overwrite: bool = False, attacks: Mapping[str, Evaluation] | None = None,
 ) -> None:  # fmt: skip
     """Write one page with tables and plots embedded; nothing in it is fetched from elsewhere.
 
@@ -90,11 +155,14 @@ def write_html(
     """
     from rocr.evaluation.plots import draw_plots
 
-    pictures = draw_plots(evaluation, before)
+    pictures = draw_plots(evaluation, before, attacks or {})
     parts = [f"<h1>{html.escape(title)}</h1>", _filter_sentence(evaluation)]
-    parts.append(_table(COLUMNS, table_rows(evaluation, before)))
+    parts.append(_table(*score_table(evaluation, before)))
     if evaluation.measures:
-        parts.append(_table(("measure", "before", "after"), measure_rows(evaluation, before)))
+        parts.append(_table(*measure_table(evaluation, before)))
+    if attacks:
+        parts.append("<h2>The forget set under attack</h2>")
+        parts.append(_table(attack_columns(evaluation), attack_rows(evaluation, before, attacks)))
     for caption, png in pictures:
         data = base64.b64encode(png).decode()
         text = html.escape(caption)
@@ -122,14 +190,21 @@ def _filter_sentence(evaluation: Evaluation) -> str:
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
+    numeric = [bool(rows) and all(_is_number(row[i]) or not row[i] for row in rows) for i in range(len(columns))]
+    head = "".join(
+        f"<th{' class=number' if number else ''}>{html.escape(column)}</th>"
+        for column, number in zip(columns, numeric, strict=True)
+    )
     body = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _cell(text: str) -> str:
-    number = text.replace(".", "").replace("%", "").replace("-", "").isdigit()
-    return f"<td{' class=number' if number else ''}>{html.escape(text)}</td>"
+    return f"<td{' class=number' if _is_number(text) else ''}>{html.escape(text)}</td>"
+
+
+def _is_number(text: str) -> bool:
+    return text.replace(".", "").replace("%", "").replace("-", "").replace("e", "").isdigit()
 
 
 def _flat(measures: dict[str, Any]) -> dict[str, float]:

@@ -122,6 +122,11 @@ class Evaluation:
                 result[subject] = max(comparable.items(), key=lambda pair: pair[1])
         return result
 
+    def worst_score(self, split: str = "forget") -> float | None:
+        """Mean over targets of the form that remembers most; None where there is none."""
+        found = [score for _, score in self.worst(split).values()]
+        return mean(found) if found else None
+
     def known_probes(self, threshold: float) -> set[int]:
         """Indices of the probes that the model knows.
 
@@ -163,6 +168,7 @@ class Evaluation:
                 for split, scores in means.items()
             },
             "worst": {s: {"form": form, "score": score} for s, (form, score) in self.worst().items()},
+            "worst_score": self.worst_score(),
             "measures": self.measures,
             "probes": self.probes,
             "known": self.known,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
@@ -60,25 +60,33 @@ def perplexity(model: nn.Module, sample: TextSample, batch: int = 4) -> float:
 
 
 @torch.no_grad()
-def divergence(model: nn.Module, sample: TextSample, before: AbstractContextManager[Any], batch: int = 4) -> float:
+def divergence(
+    model: nn.Module, sample: TextSample, before: Callable[[], AbstractContextManager[Any]], batch: int = 4
+) -> float:
     """Mean KL divergence of the next-token distributions, KL(before ‖ now), in nats per token.
 
     Args:
         model: the model as it is now.
         sample: the text.
-        before: a context in which the model is as it was before; entered once for every batch.
+        before: gives a context in which the model is as it was before; entered once for every batch.
         batch: sequences that run together.
+
+    Raises:
+        RocrError: it is not a number.
     """
-    return sum(_divergences(model, sample, before, batch)) / sample.tokens.numel()
+    total = sum(_divergences(model, sample, before, batch))
+    if not math.isfinite(total):
+        raise RocrError("The divergence is not a number: the model's logits are not finite.")
+    return total / sample.tokens.numel()
 
 
 def _divergences(
-    model: nn.Module, sample: TextSample, before: AbstractContextManager[Any], batch: int
+    model: nn.Module, sample: TextSample, before: Callable[[], AbstractContextManager[Any]], batch: int
 ) -> Iterable[float]:
     device = _device(model)
     for tokens in torch.split(sample.tokens, batch):
         now = model(input_ids=tokens.to(device), use_cache=False).logits.float().log_softmax(dim=-1)
-        with before:
+        with before():
             then = model(input_ids=tokens.to(device), use_cache=False).logits.float().log_softmax(dim=-1)
         yield float(nn.functional.kl_div(now, then, reduction="sum", log_target=True))
 
