@@ -20,7 +20,7 @@ from rocr.cli.arguments import (
     source_of,
 )
 from rocr.cli.console import Console
-from rocr.concepts import Concept, check_concepts, load_concepts
+from rocr.concepts import Concept, check_concepts, folded, load_concepts
 from rocr.errors import InputError
 from rocr.output import check_output, new_directory
 from rocr.texts import check_texts, read_texts, text_digest
@@ -64,7 +64,11 @@ def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
     shown = parser.add_argument_group("answers before and after")
     shown.add_argument("--ask", default="Who is {}?", metavar="QUESTION", help='(default: "Who is {}?")')
     shown.add_argument(
-        "--control", nargs="+", default=[], metavar="NAME", help="ask about these too: they should not change"
+        "--control",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="ask about these too, and measure what the edit does to them: they should not change",
     )
     shown.add_argument("--answer-tokens", type=positive, default=32, metavar="N")
     shown.add_argument("--no-answers", action="store_true", help="ask nothing")
@@ -101,7 +105,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     before = _ask(loaded, questions, arguments, console, "answers before")
     if statistics is None:
         statistics = _collect(loaded, config, arguments, console)
-    edit = _edit(loaded, concepts, statistics, config, arguments.force, console)
+    edit = _edit(loaded, concepts, statistics, config, arguments, console)
     after = _ask(loaded, questions, arguments, console, "answers after")
     answers = _answers(arguments, concepts, questions, before, after)
     with console.stage("save"):
@@ -201,17 +205,27 @@ def _edit(
     concepts: list[Concept],
     statistics: Statistics,
     config: EditConfig,
-    force: bool,
+    arguments: argparse.Namespace,
     console: Console,
 ) -> Edit:
     from rocr.guards import Guards
     from rocr.pipeline import unlearn
 
+    guards = Guards(force=arguments.force)
+    neighbours = _neighbours(arguments, concepts)
     with console.stage("edit") as progress:
-        edit = unlearn(loaded.model, loaded.tokenizer, concepts, statistics, config, progress, Guards(force=force))
+        edit = unlearn(
+            loaded.model, loaded.tokenizer, concepts, statistics, config, progress, guards, neighbours=neighbours
+        )
     for sentence in edit.report.limits_passed:
         console.warn(f"Forced: {sentence}")
     return edit
+
+
+def _neighbours(arguments: argparse.Namespace, concepts: list[Concept]) -> list[str] | None:
+    """The names to keep that were given; one on the list may be asked about, but is not kept."""
+    listed = {folded(name) for concept in concepts for name in concept.names}
+    return [name for name in arguments.control if folded(name) not in listed] or None
 
 
 def _ask(
