@@ -94,11 +94,11 @@ def find_collisions(concepts: Sequence[Concept], concept_of: Sequence[int], upda
     """
     rows = _Rows(concept_of, update)
     worst = _Worst()
-    counts = [0, 0]
+    collinear = conflicting = 0
     for start, end in rows.blocks():
         pairs, cosines, conflicts = rows.collinear_pairs(start, end, len(concepts))
-        counts[0] += len(pairs)
-        counts[1] += int((conflicts >= CONFLICT).sum())
+        collinear += len(pairs)
+        conflicting += int((conflicts >= CONFLICT).sum())
         worst.add(pairs, cosines, conflicts)
     inside, nested = _find_nested(concepts, rows)
 
@@ -108,7 +108,7 @@ def find_collisions(concepts: Sequence[Concept], concept_of: Sequence[int], upda
             for pair, cosine, conflict in found.rows
         ]
 
-    return Collisions(update.layer, *counts, inside, named(worst), named(nested))
+    return Collisions(update.layer, collinear, conflicting, inside, named(worst), named(nested))
 
 
 def names_inside(concepts: Sequence[Concept]) -> list[tuple[int, int]]:
@@ -187,7 +187,7 @@ class _Rows:
             return pairs.cpu(), values.cpu(), values.cpu()
         dots = (self.residuals[start:end] @ self.residuals[start:].T)[rows, columns]
         conflicts = _conflict(dots, self.sizes[start + rows], self.sizes[start + columns])
-        pairs, place = pairs.unique(return_inverse=True)
+        pairs, place = torch.unique(pairs, return_inverse=True)
         return pairs.cpu(), _largest(values, place, len(pairs)).cpu(), _largest(conflicts, place, len(pairs)).cpu()
 
     def compare(self, inner: int, outers: Sequence[int]) -> tuple[Tensor, Tensor]:

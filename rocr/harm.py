@@ -117,7 +117,9 @@ class Neighbours:
         whole = ((own @ update.right.T) @ update.left.T).norm(dim=1) / outputs
         for name, share in enumerate(self._by_name(whole[None])[0].tolist()):
             self._moved[name] = max(self._moved.get(name, (-1.0, 0)), (share, layer))
-        for concepts, moves in part_moves(solution.coefficients(update.keys, own), update.residuals, concept_of):
+        for concepts, moves in part_moves(
+            solution.coefficients(update.keys, own), len(own), update.residuals, concept_of
+        ):
             shares = self._by_name(moves / outputs)
             values, places = shares.flatten().topk(min(KEPT, shares.numel()))
             for share, place in zip(values.tolist(), places.tolist(), strict=True):
@@ -196,7 +198,7 @@ def _checked_names(names: Sequence[str], concepts: Sequence[Concept]) -> list[st
 
 
 def part_moves(
-    coefficients: Callable[[Tensor], Tensor], residuals: Tensor, concept_of: Sequence[int]
+    coefficients: Callable[[Tensor], Tensor], count: int, residuals: Tensor, concept_of: Sequence[int]
 ) -> Iterator[tuple[list[int], Tensor]]:
     """How far each concept's part of an update moves outputs: |residualsᵀ a| over its own rows.
 
@@ -204,6 +206,7 @@ def part_moves(
 
     Args:
         coefficients: gives for rows of keys their coefficients a at m other keys, (rows, m).
+        count: m.
         residuals: (n, d_out).
         concept_of: for each row, the index of its concept.
 
@@ -214,7 +217,7 @@ def part_moves(
     for row, concept in enumerate(concept_of):
         rows_of.setdefault(concept, []).append(row)
     longest = max(map(len, rows_of.values()))
-    step = max(1, CHUNK_ENTRIES // (longest * residuals.shape[1]))
+    step = max(1, CHUNK_ENTRIES // (longest * max(residuals.shape[1], count)))
     concepts = list(rows_of)
     for start in range(0, len(concepts), step):
         chunk = concepts[start : start + step]

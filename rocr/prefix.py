@@ -14,7 +14,7 @@ from rocr.capture import run_through
 ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
-class PrefixLayer(DynamicLayer):
+class PrefixLayer(DynamicLayer):  # type: ignore[misc]
     """One layer's attention keys and values of a prefix: every row of every batch reads them, none adds to them.
 
     Nothing is kept of a batch, so one cache serves all, and memory is that of one layer of one batch. It holds the

@@ -54,7 +54,6 @@ def test_moves_of_neighbours_are_their_definition(model, tokenizer, statistics, 
     for found in report.worst:
         assert found.share == pytest.approx(pairs[found.neighbour, found.concept][0], rel=1e-3, abs=1e-5)
     assert [h.share for h in report.worst] == sorted((h.share for h in report.worst), reverse=True)
-    assert report.worst[0].neighbour == "Ada Lovelace" and report.worst[0].concept == "Ada Byron"
 
 
 def _metric(update):
@@ -72,7 +71,7 @@ def _metric(update):
 def test_parts_of_concepts_of_different_sizes():
     residuals, weights = torch.randn(6, 5), torch.randn(6, 4)
     found = {}
-    for concepts, moves in part_moves(lambda rows: weights[rows], residuals, [2, 0, 2, 2, 1, 0]):
+    for concepts, moves in part_moves(lambda rows: weights[rows], 4, residuals, [2, 0, 2, 2, 1, 0]):
         found |= dict(zip(concepts, moves, strict=True))
     for concept, rows in {0: [1, 5], 1: [4], 2: [0, 2, 3]}.items():
         torch.testing.assert_close(found[concept], (residuals[rows].T @ weights[rows]).norm(dim=0))
