@@ -149,7 +149,12 @@ def test_an_edit_reports_its_collisions(model, tokenizer, statistics):
 
 @pytest.mark.parametrize(
     ("changes", "words"),
-    [({"collinear": -1}, "collinear"), ({"worst": {}}, "worst"), ({"nested": [{"first": 1}]}, None), ({"more": 1}, None)],
+    [
+        ({"collinear": -1}, "collinear"),
+        ({"worst": {}}, "worst"),
+        ({"nested": [{"first": 1}]}, None),
+        ({"more": 1}, None),
+    ],
 )
 def test_damaged_collisions_are_refused(changes, words):
     values = {"layer": 1, "collinear": 0, "conflicting": 0, "inside": 0, "worst": [], "nested": []}
