@@ -33,6 +33,7 @@ class LayerUpdate:
         transposed: whether the model stores the weight as (d_in, d_out), as GPT-2 does.
         applied: what it did to a weight; None before it is applied.
         system: what it can be solved from again with other keys; None where that was not kept.
+        base: sha256 of the weight that keys and residuals were measured with; None where that was not kept.
     """
 
     layer: int
@@ -44,6 +45,7 @@ class LayerUpdate:
     transposed: bool = False
     applied: Applied | None = None
     system: System | None = None
+    base: str | None = None
 
 
 @dataclass(frozen=True)

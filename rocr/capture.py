@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers.cache_utils import Cache
 
 from rocr.architectures import Architecture
 from rocr.sharding import whole, whole_input
@@ -41,14 +42,17 @@ def hidden_hook(architecture: Architecture, layer: int, receive: Callable[[Tenso
 
 
 @torch.no_grad()
-def run_through(architecture: Architecture, layer: int, tokens: Tensor, mask: Tensor | None = None) -> None:
+def run_through(
+    architecture: Architecture, layer: int, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None
+) -> None:
     """Run the embedding and the decoder layers 0 to `layer`, and nothing after them: no logits.
 
     Args:
         architecture: of the model to run.
         layer: the last layer to run.
         tokens: (batch, tokens) int64 token ids, padded on the right.
-        mask: (batch, tokens), 1 for tokens and 0 for padding; None where there is no padding.
+        mask: (batch, cached and given tokens), 1 for tokens and 0 for padding; None where there is no padding.
+        cache: attention keys and values of the tokens before these, which the layers read and write.
     """
 
     def stop(_module: nn.Module, _inputs: tuple[Any, ...], _output: Any) -> None:
@@ -56,7 +60,9 @@ def run_through(architecture: Architecture, layer: int, tokens: Tensor, mask: Te
 
     device = architecture.embedding.weight.device
     assert isinstance(device, torch.device)
-    arguments = {"input_ids": tokens.to(device), "use_cache": False}
+    arguments: dict[str, Any] = {"input_ids": tokens.to(device), "use_cache": cache is not None}
+    if cache is not None:
+        arguments["past_key_values"] = cache
     if mask is not None:
         arguments["attention_mask"] = mask.to(device)
     with evaluating(architecture.model), ExitStack() as stack:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from rocr.apply import LayerUpdate, apply_updates, down_projections, holds_updates, updates_off
 from rocr.architectures import Architecture, find_architecture
+from rocr.collisions import find_collisions
 from rocr.concepts import Concept, check_concepts, folded
 from rocr.config import EditConfig
 from rocr.errors import InputError
@@ -74,6 +75,16 @@ def add_concepts(
     projections = down_projections(find_architecture(model), edit.updates)
     with updates_off(projections, [update.applied for update in edit.updates]):
         return unlearn(model, tokenizer, concepts, statistics, edit.config, progress, kept=edit)
+
+
+def layers_with_a_trace(config: EditConfig, layers: Sequence[int]) -> list[int]:
+    """The layers where a changed edit is not to rounding the one made from the start.
+
+    With `measure="each"`, keys and residuals of every layer but the first were measured in a model in which other
+    concepts were redirected already. What they would have been without is nowhere stored: it takes a pass through
+    the model, and new keys take the statistics again.
+    """
+    return list(layers[1:]) if config.measure == "each" else []
 
 
 def check_kept(
@@ -149,7 +160,13 @@ def _solved(
         weight_norm = update_norm(old) / measured.relative_norm if measured.relative_norm else 0.0
         updates.append(update)
         measures.append(measure_layer(update, weight_norm, concept_of, measured.metric, solution))
-    report = EditReport(layers=measures, distance=distance, statistics=edit.report.statistics)
+    report = EditReport(
+        layers=measures,
+        distance=distance,
+        statistics=edit.report.statistics,
+        collisions=find_collisions(concepts, concept_of, updates[0]),
+        inexact=layers_with_a_trace(edit.config, edit.layers),
+    )
     return dataclasses.replace(edit, concepts=concepts, concept_of=concept_of, updates=updates, report=report)
 
 
@@ -189,6 +206,11 @@ def _check_mergeable(edit: Edit, other: Edit) -> None:
     if edit.config != other.config or edit.layers != other.layers:
         raise InputError("The edits were made with different settings; make one with the settings of the other.")
     for mine, theirs in zip(edit.updates, other.updates, strict=True):
+        if None not in (mine.base, theirs.base) and mine.base != theirs.base:
+            raise InputError(
+                f"The edits were measured with different weights {mine.parameter}: one was made in a model that "
+                "carried another edit, or in another dtype. Make both on the unedited model, or `add` the concepts."
+            )
         first, second = _system(mine), _system(theirs)
         difference = max(abs(first.ridge / second.ridge - 1), _difference(mine, theirs, first, second))
         if difference > SAME_METRIC:

@@ -92,7 +92,7 @@ class Edit:
         weight changed: always in the first edited layer, so in edits of one layer, and in every layer with
         `EditConfig(measure="once")`. With "each", the keys and residuals of later layers were measured in a model
         in which the removed concepts were redirected already, and keep that trace: nothing but measuring them
-        again (`revert`, then `unlearn`) takes it out.
+        again (`revert`, then `unlearn`) takes it out. `report.inexact` names these layers.
 
         Args:
             names: names or aliases of the concepts to remove.
@@ -148,7 +148,8 @@ class Edit:
             model: the model this edit is applied to, and the other not, or neither; None: only solve.
 
         Raises:
-            InputError: models, settings, layers or statistics differ, or both hold a concept.
+            InputError: models, settings, layers or statistics differ, both hold a concept, or one was made in a model
+                that carried the other.
             VerificationError: the model is neither as this edit left it nor as it was before.
         """
         from rocr.change import merge_edits

@@ -42,6 +42,8 @@ def save_edit(edit: Edit, path: str | os.PathLike[str], undo: bool, overwrite: b
             "parameter": update.parameter,
             "transposed": update.transposed,
         }
+        if update.base is not None:
+            entry["base"] = update.base
         if update.applied is not None:
             entry |= {name: getattr(update.applied, name) for name in ("dtype", "before", "after")}
             if undo and update.applied.undo is not None:
@@ -142,6 +144,7 @@ def _load_update(entry: dict[str, Any], tensors: dict[str, Tensor]) -> LayerUpda
         flag_of(entry["transposed"], "transposed"),
         applied,
         None if "system" not in entry else _load_system(layer, entry["system"], tensors, keys),
+        None if "base" not in entry else text_of(entry["base"], "base"),
     )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rocr.apply import LayerUpdate
 from rocr.architectures import Architecture
 from rocr.capture import evaluating
+from rocr.collisions import nearest_keys
 from rocr.concepts import Concept
 from rocr.errors import GuardError, InputError
 from rocr.measures import LayerMeasures
@@ -234,9 +235,7 @@ def _largest(updates: Sequence[LayerUpdate], concept_of: Sequence[int], concepts
 
 def _closest(keys: Tensor, concept_of: Sequence[int], concepts: Sequence[Concept]) -> str:
     """The concepts of the two keys that point most nearly the same way."""
-    plain = torch.nn.functional.normalize(keys.double().cpu(), dim=1)
-    cosines = (plain @ plain.T).fill_diagonal_(-1.0)
-    pair = divmod(int(cosines.argmax()), len(keys))
+    pair = nearest_keys(keys)
     return _names(list(dict.fromkeys(concepts[concept_of[row]].name for row in pair)))
 
 

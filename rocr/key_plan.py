@@ -106,6 +106,19 @@ def plan_keys(tokenizer: Any, concepts: Sequence[Concept], config: EditConfig) -
     return KeyPlan(keys.build(count), current.build(count) if official else None, targets.build(count), concept_of)
 
 
+def plan_names(tokenizer: Any, names: Sequence[str], config: EditConfig) -> tuple[Reading, list[int]]:
+    """Where the keys of names that are not redirected are read, each at the tokens and templates of a concept's.
+
+    Returns:
+        The reading, and for each of its groups the index of the name.
+
+    Raises:
+        InputError: a name has no token that can be a key in any template.
+    """
+    plan = plan_keys(tokenizer, [Concept(name, name) for name in names], config)
+    return plan.keys, plan.concept_of
+
+
 def _key_positions(prompt: Prompt, config: EditConfig) -> tuple[int, ...]:
     """Positions that become keys, the last one first."""
     positions = prompt.name[::-1]

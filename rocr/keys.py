@@ -1,8 +1,8 @@
-"""Measure keys and states in a model: one batched, length-sorted pass that stops after the last edited layer."""
+"""Measure keys and states in a model: one batched pass that stops after the last edited layer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from rocr.architectures import Architecture
+from rocr.batches import Batch, batches
 from rocr.capture import hidden_hook, input_hook, run_through
 from rocr.key_plan import Reading
+from rocr.prefix import can_share, run_prefix
 from rocr.progress import Progress, ProgressCallback, silent
-from rocr.prompts import Prompt
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ def read_states(
     token_budget: int = 4096,
     progress: ProgressCallback = silent,
     stage: str = "states",
+    share: bool = True,
 ) -> States:
     """Run a reading's prompts through the layers up to `hidden_layer` and average the states by group.
 
@@ -47,31 +49,65 @@ def read_states(
         reading: what to read where.
         hidden_layer: the decoder layer whose output is read; the last to run.
         key_layer: the layer whose keys are read as well; at most `hidden_layer`.
-        token_budget: tokens of a batch, padding included.
+        token_budget: tokens of a batch, padding included; a prefix that prompts share does not count.
         progress: told after every batch.
         stage: what to call this in progress reports.
+        share: whether a prefix that prompts share may be run once for all of them, where the model can; the states
+            are the same but for rounding.
     """
-    wanted = ["hidden"] + (["keys"] if key_layer is not None else [])
-    norm = architecture.output_norm(key_layer) if key_layer is not None else None
-    if norm is not None:
-        wanted.append("outputs")
-    means: dict[str, _GroupMeans] = {name: _GroupMeans(reading) for name in wanted}
+    layers = [] if key_layer is None else [key_layer]
+    hidden, found = _read(architecture, reading, hidden_layer, layers, token_budget, progress, stage, share)
+    return States(hidden) if key_layer is None else found[key_layer]
+
+
+def read_layers(
+    architecture: Architecture,
+    reading: Reading,
+    hidden_layer: int,
+    key_layers: Sequence[int],
+    token_budget: int = 4096,
+    progress: ProgressCallback = silent,
+    stage: str = "states",
+) -> dict[int, States]:
+    """The states of several key layers from one pass; see `read_states`."""
+    return _read(architecture, reading, hidden_layer, key_layers, token_budget, progress, stage, share=True)[1]
+
+
+def _read(
+    architecture: Architecture,
+    reading: Reading,
+    hidden_layer: int,
+    key_layers: Sequence[int],
+    token_budget: int,
+    progress: ProgressCallback,
+    stage: str,
+    share: bool,
+) -> tuple[Tensor, dict[int, States]]:
+    """The hidden states, and for each key layer its states with them."""
+    modules = {f"keys {layer}": architecture.down_projection(layer).module for layer in key_layers}
+    norms = {f"outputs {layer}": architecture.output_norm(layer) for layer in key_layers}
+    modules |= {name: norm for name, norm in norms.items() if norm is not None}
+    means = {name: _GroupMeans(reading) for name in ("hidden", *modules)}
     done = 0
-    for batch in _batches(reading.prompts, token_budget):
+    prefix: tuple[int, ...] = ()
+    cache = None
+    for batch in batches(reading, token_budget, share and can_share(architecture)):
+        if batch.prefix != prefix:
+            prefix = batch.prefix
+            cache = run_prefix(architecture, hidden_layer, prefix) if prefix else None
         found: dict[str, Tensor] = {}
         with ExitStack() as stack:
             stack.enter_context(hidden_hook(architecture, hidden_layer, _into(found, "hidden")))
-            if key_layer is not None:
-                module = architecture.down_projection(key_layer).module
-                stack.enter_context(input_hook(module, _into(found, "keys")))
-            if norm is not None:
-                stack.enter_context(input_hook(norm, _into(found, "outputs")))
-            run_through(architecture, hidden_layer, *_padded([reading.prompts[i] for i in batch]))
-        for name in wanted:
-            means[name].add(found[name], batch)
-        done += len(batch)
+            for name, module in modules.items():
+                stack.enter_context(input_hook(module, _into(found, name)))
+            run_through(architecture, hidden_layer, batch.tokens, batch.mask, cache)
+        for name, mean in means.items():
+            mean.add(found.pop(name), batch)
+        done += len(batch.prompts)
         progress(Progress(stage, done, len(reading.prompts), "prompts"))
-    return States(**{name: means[name].result() for name in wanted})
+    results = {name: mean.result() for name, mean in means.items()}
+    hidden = results["hidden"]
+    return hidden, {n: States(hidden, results[f"keys {n}"], results.get(f"outputs {n}")) for n in key_layers}
 
 
 def before_output_norm(norm: nn.Module, outputs: Tensor, residuals: Tensor) -> Tensor:
@@ -102,33 +138,30 @@ class _GroupMeans:
         for token, (prompt, group) in enumerate(zip(reading.prompt_of, reading.group_of, strict=True)):
             counts[group] += 1
             self._tokens.setdefault(prompt, []).append(token)
-        self._counts = counts
+        self._counts = torch.tensor(counts)
         self._sums: Tensor | None = None
 
-    def add(self, states: Tensor, batch: Sequence[int]) -> None:
+    def add(self, states: Tensor, batch: Batch) -> None:
         """Take the read tokens of a batch from its states (batch, tokens, features)."""
-        reading = self._reading
-        rows, positions, groups = [], [], []
-        for row, prompt in enumerate(batch):
+        reading, skipped = self._reading, len(batch.prefix)
+        # Each round holds a group at most once, so that it is summed in a fixed order, unlike index_add_ on a GPU.
+        rounds: list[tuple[list[int], list[int], list[int]]] = []
+        seen: dict[int, int] = {}
+        for row, prompt in enumerate(batch.prompts):
             for token in self._tokens.get(prompt, ()):
-                rows.append(row)
-                positions.append(reading.position_of[token])
-                groups.append(reading.group_of[token])
-        taken = states[rows, positions].float()
+                group = reading.group_of[token]
+                number = seen[group] = seen.get(group, -1) + 1
+                if number == len(rounds):
+                    rounds.append(([], [], []))
+                for column, value in zip(
+                    rounds[number], (row, reading.position_of[token] - skipped, group), strict=True
+                ):
+                    column.append(value)
         if self._sums is None:
-            self._sums = taken.new_zeros(reading.groups, taken.shape[1])
-        # A product with a selection matrix sums equal groups in a fixed order, unlike index_add_ on a GPU.
-        present = sorted(set(groups))
-        place = {group: i for i, group in enumerate(present)}
-        selection = taken.new_zeros(len(present), len(groups))
-        for column, group in enumerate(groups):
-            selection[place[group], column] = 1.0 / self._counts[group]
-        # Zero times infinity is not a number: what overflows must not spoil the groups of other tokens.
-        finite = taken.isfinite().all(dim=1, keepdim=True)
-        self._sums[present] += selection @ taken.where(finite, 0.0)
-        self._sums[[group for group, fine in zip(groups, finite.flatten().tolist(), strict=True) if not fine]] = (
-            torch.nan
-        )
+            self._sums = torch.zeros(reading.groups, states.shape[-1], device=states.device)
+        for rows, positions, groups in rounds:
+            shares = states[rows, positions].float() / self._counts[groups].to(states.device)[:, None]
+            self._sums[groups] += shares
 
     def result(self) -> Tensor:
         assert self._sums is not None, "a reading has at least one prompt"
@@ -140,28 +173,3 @@ def _into(found: dict[str, Tensor], name: str):  # type: ignore[no-untyped-def]
         found[name] = states
 
     return receive
-
-
-def _batches(prompts: Sequence[Prompt], token_budget: int) -> Iterator[list[int]]:
-    """Indices of prompts of similar length, at most `token_budget` tokens a batch with padding."""
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].tokens))
-    batch: list[int] = []
-    for i in order:
-        # Ascending lengths: the newest prompt is the longest of its batch.
-        if batch and (len(batch) + 1) * len(prompts[i].tokens) > token_budget:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
-
-
-def _padded(prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor | None]:
-    """Token ids and mask, padded on the right, where causal attention never looks back at padding."""
-    longest = max(len(prompt.tokens) for prompt in prompts)
-    tokens = torch.zeros(len(prompts), longest, dtype=torch.int64)
-    mask = torch.zeros_like(tokens)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt.tokens)] = torch.tensor(prompt.tokens)
-        mask[row, : len(prompt.tokens)] = 1
-    return tokens, None if bool(mask.all()) else mask

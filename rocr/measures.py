@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from rocr.apply import LayerUpdate
+from rocr.collisions import Collisions
+from rocr.harm import NeighbourReport
 from rocr.json_values import list_of, numbers_of, text_of, whole_number_of
 from rocr.solve import CHUNK_ROWS, Solution
 
@@ -64,6 +66,10 @@ class EditReport:
         divergence: mean Kullback-Leibler divergence on ordinary prose of the model's predictions after the edit from
             those before, in nats a token; None: not measured.
         limits_passed: a sentence for each limit of `Guards` that the edit passed and that was forced.
+        collisions: concepts that get in each other's way; None: not measured.
+        neighbours: what became of names that should stay; None: not measured.
+        inexact: layers where this is not, to rounding, the edit made of these concepts from the start, since concepts
+            were added, removed or joined after keys and residuals had been measured there.
     """
 
     layers: list[LayerMeasures] = field(default_factory=list)
@@ -72,6 +78,9 @@ class EditReport:
     statistics: dict[str, Any] = field(default_factory=dict)
     divergence: float | None = None
     limits_passed: list[str] = field(default_factory=list)
+    collisions: Collisions | None = None
+    neighbours: NeighbourReport | None = None
+    inexact: list[int] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON values."""
@@ -86,9 +95,15 @@ class EditReport:
         """
         layers = [LayerMeasures.from_json(layer, concepts) for layer in list_of(values["layers"], "layers")]
         report = cls(**{**values, "layers": layers})
+        if report.collisions is not None:
+            report.collisions = Collisions.from_json(values["collisions"])
+        if report.neighbours is not None:
+            report.neighbours = NeighbourReport.from_json(values["neighbours"])
         if report.distance:
             numbers_of(report.distance, "distance", concepts)
         numbers_of(list(report.seconds.values()), "seconds", len(report.seconds))
+        for layer in list_of(report.inexact, "inexact"):
+            whole_number_of(layer, "inexact")
         for sentence in list_of(report.limits_passed, "limits_passed"):
             text_of(sentence, "limits_passed")
         report.statistics.keys()

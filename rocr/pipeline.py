@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from rocr.apply import LayerUpdate, apply_updates, undo_updates
-from rocr.architectures import Architecture, DownProjection, default_layers, find_architecture
-from rocr.change import check_kept
+from rocr.architectures import Architecture, DownProjection, find_architecture
+from rocr.change import check_kept, layers_with_a_trace
 from rocr.collect import CollectOptions, collect_statistics
+from rocr.collisions import find_collisions
 from rocr.concepts import Concept, check_concepts
 from rocr.config import EditConfig
 from rocr.edit import Edit
-from rocr.errors import InputError
 from rocr.fingerprint import fingerprint
 from rocr.guards import (
     Guards,
@@ -30,8 +30,10 @@ from rocr.guards import (
     with_closest,
     with_culprits,
 )
+from rocr.harm import Neighbours, read_neighbours
 from rocr.key_plan import KeyPlan, plan_keys
-from rocr.keys import States, before_output_norm, read_states
+from rocr.keys import States, before_output_norm, read_layers, read_states
+from rocr.layers import check_moments, resolve_layers
 from rocr.measures import EditReport, mean_by_concept, measure_layer
 from rocr.metric import build_metric
 from rocr.progress import Progress, ProgressCallback, silent
@@ -50,6 +52,7 @@ def unlearn(
     progress: ProgressCallback = silent,
     guards: Guards | None = None,
     kept: Edit | None = None,
+    neighbours: Sequence[str] | None = None,
 ) -> Edit:
     """Redirect concepts in a model, in place, so that on reading one it perceives the redirect instead.
 
@@ -63,6 +66,7 @@ def unlearn(
         guards: the limits that the edit must stay within; None: `Guards()`.
         kept: an edit whose concepts stay redirected, from the keys and residuals that it holds; the model must be
             without it. `Edit.add` is the way to this.
+        neighbours: names that should stay, to measure what the edit does to them; None: the redirects.
 
     Returns:
         The edit, already applied. On any exception the model has its first weights again, bit for bit.
@@ -86,11 +90,14 @@ def unlearn(
     run = _Run(architecture, concepts, config, plan, progress, guards or Guards(), kept)
     if kept is not None:
         check_kept(kept, config, architecture, mark, statistics)
+        run.report.inexact = layers_with_a_trace(config, layers)
     moments = {layer: statistics.second_moment(layer) for layer in layers}
-    _check_shapes(architecture, moments)
+    check_moments(architecture, moments)
 
-    targets = read_states(architecture, run.plan.targets, last, progress=progress, stage="targets").hidden
+    with run.timed("targets"):
+        targets = read_states(architecture, run.plan.targets, last, progress=progress, stage="targets").hidden
     check_finite("target states", last, targets, run.plan.concept_of, concepts)
+    run.neighbours = read_neighbours(architecture, tokenizer, run.all_concepts, neighbours, config, progress)
     run.report.statistics = {"text": statistics.text, "tokens": statistics.tokens}
     with run.timed("check"):
         predictions = predict(architecture, tokenizer)
@@ -102,6 +109,8 @@ def unlearn(
             run.edit_layer(layer, last, targets, share, moments[layer])
             progress(Progress("edit", i + 1, len(layers), "layers"))
         run.report.distance = run.distance(targets, last)
+        if run.neighbours is not None:
+            run.report.neighbours = run.neighbours.report([concept.name for concept in run.all_concepts])
         with run.timed("check"):
             run.check_whole(predictions)
     return Edit(run.all_concepts, config, mark, run.updates, run.all_concept_of, run.report)
@@ -122,6 +131,7 @@ class _Run:
     updates: list[LayerUpdate] = field(default_factory=list)
     report: EditReport = field(default_factory=EditReport)
     first_distance: Tensor | None = None
+    neighbours: Neighbours | None = None
 
     @property
     def all_concepts(self) -> list[Concept]:
@@ -156,14 +166,26 @@ class _Run:
             projection.transposed,
             system=solution.system,
         )
+        with self.timed("compare"):
+            self.compare(projection, update, solution)
         self.apply(projection, update, metric.describe(), solution)
+
+    def compare(self, projection: DownProjection, update: LayerUpdate, solution: Solution) -> None:
+        """Measure, before an update is applied, what its concepts do to each other and to their neighbours."""
+        if not self.updates:
+            self.report.collisions = find_collisions(self.all_concepts, self.all_concept_of, update)
+        if self.neighbours is not None:
+            self.neighbours.measure(whole(projection.weight), update, solution, self.all_concept_of)
 
     def apply(self, projection: DownProjection, update: LayerUpdate, metric: str, solution: Solution) -> None:
         """Apply an update, measure it and hold it to its limits."""
         weight_norm = float(whole(projection.weight).float().norm())
         with self.timed("apply"), with_culprits(update, self.all_concept_of, self.all_concepts):
             # In one statement: an interruption must not come between the weight and the record that restores it.
-            self.updates.append(replace(update, applied=apply_updates([projection], [update.left], [update.right])[0]))
+            self.updates += [
+                replace(update, applied=record, base=record.before)
+                for record in apply_updates([projection], [update.left], [update.right])
+            ]
         with self.timed("measure"):
             self.report.layers.append(
                 measure_layer(self.updates[-1], weight_norm, self.all_concept_of, metric, solution)
@@ -174,7 +196,7 @@ class _Run:
 
     def measure(self, layer: int, last: int, targets: Tensor, share: float) -> tuple[Tensor, Tensor]:
         """Keys (n, d_in) and residuals (n, d_out) of the new concepts at a layer, on the device of its weight."""
-        states = self.readings[layer] if self.readings else self.read(layer, last)
+        states = (self.readings or self.read([layer], last))[layer]
         assert states.keys is not None
         device = self.architecture.down_projection(layer).weight.device
         difference = targets - states.hidden
@@ -198,7 +220,7 @@ class _Run:
     def read_all(self, layers: Sequence[int], last: int) -> None:
         """Measure keys and states at all layers of the model as it is."""
         with self.timed("keys"):
-            self.readings = {layer: self.read(layer, last) for layer in layers}
+            self.readings = self.read(layers, last)
 
     def check_whole(self, before: Predictions | None) -> None:
         """Hold the finished edit to its limits."""
@@ -209,14 +231,14 @@ class _Run:
         self.report.divergence = divergence
         self.report.limits_passed += passed
 
-    def read(self, layer: int, last: int) -> States:
-        """Keys at a layer and the current states at the last edited one."""
-        plan, stage = self.plan, f"keys of layer {layer}"
-        states = read_states(self.architecture, plan.keys, last, layer, progress=self.progress, stage=stage)
+    def read(self, layers: Sequence[int], last: int) -> dict[int, States]:
+        """Keys at some layers and the current states at the last edited one, from one pass."""
+        plan, stage = self.plan, f"keys of layer {', '.join(map(str, layers))}"
+        states = read_layers(self.architecture, plan.keys, last, layers, progress=self.progress, stage=stage)
         if plan.current is None:
             return states
-        current = read_states(self.architecture, plan.current, last, progress=self.progress, stage=stage)
-        return replace(states, hidden=current.hidden)
+        hidden = read_states(self.architecture, plan.current, last, progress=self.progress, stage=stage).hidden
+        return {layer: replace(found, hidden=hidden) for layer, found in states.items()}
 
     def distance(self, targets: Tensor, last: int) -> list[float]:
         """For each concept the distance to its target after the edit, as a share of that before."""
@@ -250,42 +272,3 @@ class _Run:
         finally:
             seconds = self.report.seconds
             seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
-
-
-def resolve_layers(config: EditConfig, model: nn.Module) -> EditConfig:
-    """The settings with the layers that will be edited, each known to be editable.
-
-    Raises:
-        InputError: a layer is out of range, has no dense down-projection, or was never loaded.
-    """
-    layers = chosen_layers(config, model)
-    for layer in layers:
-        projection = find_architecture(model).down_projection(layer)
-        if projection.parameter.device.type == "meta":
-            raise InputError(
-                f"{projection.parameter_name} is on the meta device: its values were never loaded, or lie on the CPU "
-                "or disk until its layer runs (offloading by a device_map). Put the edited layers onto a device."
-            )
-    return replace(config, layers=layers)
-
-
-def chosen_layers(config: EditConfig, model: nn.Module) -> tuple[int, ...]:
-    """The layers that are edited in a model, which need not be loaded.
-
-    Raises:
-        InputError: a layer is out of range.
-    """
-    architecture = find_architecture(model)
-    layers = config.layers or default_layers(architecture.depth)
-    for layer in layers:
-        architecture.down_projection(layer)
-    return layers
-
-
-def _check_shapes(architecture: Architecture, moments: dict[int, Tensor]) -> None:
-    for layer, moment in moments.items():
-        size = architecture.down_projection(layer).weight.shape[1]
-        if tuple(moment.shape) != (size, size):
-            raise InputError(
-                f"The statistics of layer {layer} are of keys of size {moment.shape[0]}, but the model's have {size}."
-            )

@@ -7,7 +7,7 @@ A name's tokens are found by the tokenizer's offsets, never by counting: a name 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rocr.errors import InputError
@@ -61,10 +61,12 @@ class Prompt:
         tokens: token ids, with the tokenizer's own opening tokens.
         name: positions of the name's tokens among them, ascending; never 0, since the first token of a text is
             an attention sink with keys unlike all others.
+        shared: how many leading tokens all prompts of the template have in common, before the first of a name.
     """
 
     tokens: tuple[int, ...]
     name: tuple[int, ...]
+    shared: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -114,10 +116,12 @@ def build_prompts(tokenizer: Any, template: RenderedTemplate, names: Sequence[st
     opening = opening_tokens(tokenizer, texts[0])
     encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
     start = len(template.before)
-    return [
+    prompts = [
         _prompt(name, opening, tokens, offsets, start)
         for name, tokens, offsets in zip(names, encoded["input_ids"], encoded["offset_mapping"], strict=True)
     ]
+    shared = _common_prefix(prompts)
+    return [replace(prompt, shared=shared) for prompt in prompts]
 
 
 def opening_tokens(tokenizer: Any, text: str) -> list[int]:
@@ -149,6 +153,18 @@ def _prompt(
     if not covered:
         raise InputError(f"The tokenizer gives no token to the name {name!r}.")
     return Prompt((*opening, *tokens), tuple(position for position in covered if position > 0))
+
+
+def _common_prefix(prompts: Sequence[Prompt]) -> int:
+    """How many leading tokens are the same in all prompts, and belong to a name in none."""
+    first = prompts[0].tokens
+    shared = len(first)
+    for prompt in prompts:
+        # Where a name begins the text, its first token, the sink, may count as shared: it is never read.
+        shared = min(shared, prompt.name[0] if prompt.name else 0)
+        while prompt.tokens[:shared] != first[:shared]:
+            shared -= 1
+    return shared
 
 
 def _find(sequence: Sequence[int], part: Sequence[int]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,17 +44,37 @@ class Solution:
         condition: condition number of K M Kᵀ + λI, or of Bᵀ Kᵀ K B + λI (M = B Bᵀ), which has the same largest
             and smallest eigenvalues but for λ itself; estimated where the system has more than 512 rows.
         system: what the update can be solved from again.
+        factor: lower Cholesky factor (d_in, d_in) float64 of Bᵀ Kᵀ K B + λI, where there are more keys than inputs.
     """
 
     left: Tensor
     right: Tensor
     condition: float
     system: System
+    factor: Tensor | None = None
 
     @property
     def ridge(self) -> float:
         """λ, in squared key units."""
         return self.system.ridge
+
+    def coefficients(self, keys: Tensor, at: Tensor) -> Callable[[Tensor], Tensor]:
+        """How the update answers other keys: its move there is residualsᵀ a with a = (K M Kᵀ + λI)⁻¹ K M k.
+
+        Args:
+            keys: K, (n, d_in), that the update was solved for.
+            at: (m, d_in) the other keys k.
+
+        Returns:
+            A function of row numbers of K that gives those rows of a, (rows, m).
+        """
+        if self.factor is None:
+            return lambda rows: self.right[rows] @ at.to(self.right).T
+        # The same a, pushed through: K B (Bᵀ Kᵀ K B + λI)⁻¹ Bᵀ k.
+        metric = self.system.metric
+        assert metric is not None, "a system of more keys than inputs holds its metric"
+        response = torch.cholesky_solve(metric.root(at).double().T, self.factor)
+        return lambda rows: metric.root(keys[rows]).double() @ response
 
 
 @dataclass(frozen=True)
@@ -122,7 +142,7 @@ def _solve_wide(keys: Tensor, residuals: Tensor, metric: Metric, system: System)
     factor = torch.linalg.cholesky(_with_ridge(symmetric, system.ridge))
     solved = torch.cholesky_solve(cross.T, factor).T
     update = metric.root_transposed(solved.float()).float().contiguous()
-    return Solution(*as_factors(update), condition, system)
+    return Solution(*as_factors(update), condition, system, factor)
 
 
 def as_factors(update: Tensor) -> tuple[Tensor, Tensor]:

@@ -69,8 +69,10 @@ def test_removing_equals_an_edit_made_without(make, names, settings):
 def test_layers_measured_one_after_the_other_are_exact_in_the_first_only(make):
     whole, _ = make(PEOPLE, config(measure="each"))
     expected, _ = make(PEOPLE[1:], config(measure="each"))
-    first, *later = differences(whole.remove("Ada Byron"), expected)
+    smaller = whole.remove("Ada Byron")
+    first, *later = differences(smaller, expected)
     assert first < ROUNDING
+    assert whole.report.inexact == [] and smaller.report.inexact == [2, 3]
     assert all(difference > ROUNDING for difference in later), "the trace of the removed concept is documented"
 
 
@@ -159,6 +161,36 @@ def test_edits_that_do_not_fit_together_are_not_merged(make, model, tokenizer, s
         foreign = rocr.unlearn(copy.deepcopy(model), tokenizer, PEOPLE[1:], elsewhere, config())
         with pytest.raises(InputError, match=words):
             edit.merge(foreign)
+
+
+def test_an_edit_made_on_top_of_another_is_not_merged_as_if_it_stood_alone(make, tokenizer, statistics, tmp_path):
+    first, carrier = make(PEOPLE[:2], config())
+    second = rocr.unlearn(carrier, tokenizer, PEOPLE[2:], statistics, config())
+    second.save(tmp_path / "edit.safetensors")
+    for edit in (second, EditClass.load(tmp_path / "edit.safetensors")):
+        for pair in ((first, edit), (edit, first)):
+            with pytest.raises(InputError, match=r"layers\.1.*was made in a model that carried another edit"):
+                pair[0].merge(pair[1])
+    alone, _ = make(PEOPLE[2:], config())
+    second.revert(carrier)
+    alone.apply(carrier)
+    assert first.merge(alone).concepts == PEOPLE, "where an edit was put later does not matter"
+
+
+def test_an_edit_for_a_while(make, model, weights_of):
+    edit, carrier = make(PEOPLE, config())
+    edited, first = weights_of(carrier), weights_of(model)
+    with edit.applied(model) as same:
+        assert same is model and same_bits(weights_of(model), edited)
+        with pytest.raises(InputError, match="holds this edit already"), edit.applied(model):
+            pass
+    assert same_bits(weights_of(model), first)
+    with pytest.raises(ZeroDivisionError), edit.applied(model):
+        1 / 0  # noqa: B018
+    assert same_bits(weights_of(model), first)
+    with edit.remove("the engines").applied(model):
+        assert not same_bits(weights_of(model), edited) and not same_bits(weights_of(model), first)
+    assert same_bits(weights_of(model), first)
 
 
 def test_names_that_are_not_there_are_named(make):

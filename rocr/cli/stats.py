@@ -122,7 +122,7 @@ def _last_layer(arguments: argparse.Namespace, source: ModelSource) -> int | Non
             "the --whole model."
         )
     from rocr.config import EditConfig
+    from rocr.layers import chosen_layers
     from rocr.partial import empty_model
-    from rocr.pipeline import chosen_layers
 
     return max(chosen_layers(EditConfig(layers=arguments.layers), empty_model(source, arguments.trust_remote_code)))

@@ -7,11 +7,14 @@ from typing import Any
 from rocr.cli.console import Console
 
 SHOWN_ROWS = 20
+SHOWN_PAIRS = 5
 
 
 def show_report(report: dict[str, Any], console: Console, place: str | None) -> None:
     """Show what came of an edit: concepts, answers, layers, seconds, and where it lies."""
     _show_concepts(report, console)
+    _show_collisions(report["collisions"], console)
+    _show_neighbours(report["neighbours"], console)
     for on_list, title in (
         (True, "Answers about concepts on the list"),
         (False, "Answers about names not on the list"),
@@ -41,6 +44,50 @@ def _show_concepts(report: dict[str, Any], console: Console) -> None:
     console.table("Concepts", ("concept", "redirect", "residual closed", "distance left"), rows)
     if len(concepts) > SHOWN_ROWS:
         console.say(f"and {len(concepts) - SHOWN_ROWS} more, in report.json.")
+
+
+def _show_collisions(found: dict[str, Any] | None, console: Console) -> None:
+    if found is None or not (found["collinear"] or found["inside"]):
+        return
+    nested = {frozenset((pair["first"], pair["second"])) for pair in found["nested"]}
+    pairs: dict[frozenset[str], dict[str, Any]] = {}
+    for pair in (*found["nested"][:SHOWN_PAIRS], *found["worst"][:SHOWN_PAIRS]):
+        pairs.setdefault(frozenset((pair["first"], pair["second"])), pair)
+    rows = [
+        (
+            pair["first"],
+            pair["second"],
+            f"{pair['cosine']:.3f}",
+            _percent(pair["conflict"]),
+            "yes" if names in nested else "",
+        )
+        for names, pair in sorted(pairs.items(), key=lambda item: -(item[1]["cosine"] + item[1]["conflict"]))
+    ]
+    console.table(
+        "Concepts that get in each other's way", ("concept", "and", "cosine of keys", "conflict", "inside it"), rows
+    )
+    console.say(
+        f"Pairs with nearly the same key: {found['collinear']:,}, of these with redirects that disagree: "
+        f"{found['conflicting']:,}; with one name inside another: {found['inside']:,}. The worst are in report.json."
+    )
+
+
+def _show_neighbours(found: dict[str, Any] | None, console: Console) -> None:
+    if found is None:
+        return
+    kind = "neighbours" if found["given"] else "redirects"
+    rows = [
+        (harm["neighbour"], harm["concept"], str(harm["layer"]), _percent(harm["share"]))
+        for harm in found["worst"][:SHOWN_PAIRS]
+    ]
+    console.table(
+        f"Concepts that move {kind} most", ("name that stays", "moved by", "layer", "of its output, at most"), rows
+    )
+    worst = found["moved"][0]
+    console.say(
+        f"The whole edit moves the outputs of {found['count']:,} {kind} by {_percent(found['mean'])} on average, and "
+        f"of {worst['neighbour']} most, by {_percent(worst['share'])}."
+    )
 
 
 def _show_layers(report: dict[str, Any], console: Console) -> None:

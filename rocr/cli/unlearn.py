@@ -21,7 +21,7 @@ from rocr.cli.arguments import (
 from rocr.cli.console import Console
 from rocr.cli.outputs import show_adapter, write_output
 from rocr.cli.tables import show_report
-from rocr.concepts import Concept, check_concepts, load_concepts
+from rocr.concepts import Concept, check_concepts, folded, load_concepts
 from rocr.errors import InputError
 from rocr.output import check_output
 from rocr.texts import check_texts, read_texts, text_digest
@@ -71,7 +71,11 @@ def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
     shown = parser.add_argument_group("answers before and after")
     shown.add_argument("--ask", default="Who is {}?", metavar="QUESTION", help='(default: "Who is {}?")')
     shown.add_argument(
-        "--control", nargs="+", default=[], metavar="NAME", help="ask about these too: they should not change"
+        "--control",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="ask about these too, and measure what the edit does to them: they should not change",
     )
     shown.add_argument("--answer-tokens", type=positive, default=32, metavar="N")
     shown.add_argument("--no-answers", action="store_true", help="ask nothing")
@@ -111,7 +115,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     before = _ask(loaded, questions, arguments, console, "answers before")
     if statistics is None:
         statistics = _collect(loaded, config, arguments, console)
-    edit = _edit(loaded, concepts, statistics, config, arguments.force, console)
+    edit = _edit(loaded, concepts, statistics, config, arguments, console)
     after = _ask(loaded, questions, arguments, console, "answers after")
     answers = _answers(arguments, concepts, questions, before, after)
     report = write_output(arguments, loaded, edit, save, console, answers)
@@ -186,15 +190,15 @@ def _last_layer(
             "Only the beginning of the model is loaded, so it cannot write ordinary text itself: give --text or "
             "--statistics, or load the --whole model."
         )
+    from rocr.layers import chosen_layers
     from rocr.partial import empty_model
-    from rocr.pipeline import chosen_layers
 
     layers = chosen_layers(config, empty_model(source, arguments.trust_remote_code))
     return max(layers) if statistics is None else max(*layers, statistics.fingerprint.layer)
 
 
 def _with_layers(config: EditConfig, loaded: LoadedModel) -> EditConfig:
-    from rocr.pipeline import resolve_layers
+    from rocr.layers import resolve_layers
 
     return resolve_layers(config, loaded.model)
 
@@ -226,17 +230,27 @@ def _edit(
     concepts: list[Concept],
     statistics: Statistics,
     config: EditConfig,
-    force: bool,
+    arguments: argparse.Namespace,
     console: Console,
 ) -> Edit:
     from rocr.guards import Guards
     from rocr.pipeline import unlearn
 
+    guards = Guards(force=arguments.force)
+    neighbours = _neighbours(arguments, concepts)
     with console.stage("edit") as progress:
-        edit = unlearn(loaded.model, loaded.tokenizer, concepts, statistics, config, progress, Guards(force=force))
+        edit = unlearn(
+            loaded.model, loaded.tokenizer, concepts, statistics, config, progress, guards, neighbours=neighbours
+        )
     for sentence in edit.report.limits_passed:
         console.warn(f"Forced: {sentence}")
     return edit
+
+
+def _neighbours(arguments: argparse.Namespace, concepts: list[Concept]) -> list[str] | None:
+    """The names to keep that were given; one on the list may be asked about, but is not kept."""
+    listed = {folded(name) for concept in concepts for name in concept.names}
+    return [name for name in arguments.control if folded(name) not in listed] or None
 
 
 def _ask(

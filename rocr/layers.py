@@ -1,0 +1,55 @@
+"""Which layers an edit changes, and whether it can."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from rocr.architectures import Architecture, default_layers, find_architecture
+from rocr.config import EditConfig
+from rocr.errors import InputError
+
+
+def resolve_layers(config: EditConfig, model: nn.Module) -> EditConfig:
+    """The settings with the layers that will be edited, each known to be editable.
+
+    Raises:
+        InputError: a layer is out of range, has no dense down-projection, or was never loaded.
+    """
+    layers = chosen_layers(config, model)
+    for layer in layers:
+        projection = find_architecture(model).down_projection(layer)
+        if projection.parameter.device.type == "meta":
+            raise InputError(
+                f"{projection.parameter_name} is on the meta device: its values were never loaded, or lie on the CPU "
+                "or disk until its layer runs (offloading by a device_map). Put the edited layers onto a device."
+            )
+    return replace(config, layers=layers)
+
+
+def chosen_layers(config: EditConfig, model: nn.Module) -> tuple[int, ...]:
+    """The layers that are edited in a model, which need not be loaded.
+
+    Raises:
+        InputError: a layer is out of range.
+    """
+    architecture = find_architecture(model)
+    layers = config.layers or default_layers(architecture.depth)
+    for layer in layers:
+        architecture.down_projection(layer)
+    return layers
+
+
+def check_moments(architecture: Architecture, moments: dict[int, Tensor]) -> None:
+    """Refuse second moments of keys of another size than the model's.
+
+    Raises:
+        InputError: names the layer and both sizes.
+    """
+    for layer, moment in moments.items():
+        size = architecture.down_projection(layer).weight.shape[1]
+        if tuple(moment.shape) != (size, size):
+            raise InputError(
+                f"The statistics of layer {layer} are of keys of size {moment.shape[0]}, but the model's have {size}."
+            )
