@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from rocr.architectures import Architecture, default_layers, find_architecture
+from rocr.architectures import Architecture, authors_layers, default_layers, find_architecture
 from rocr.config import EditConfig
 from rocr.errors import InputError
 
@@ -35,7 +35,8 @@ def chosen_layers(config: EditConfig, model: nn.Module) -> tuple[int, ...]:
         InputError: a layer is out of range.
     """
     architecture = find_architecture(model)
-    layers = config.layers or default_layers(architecture.depth)
+    choose = authors_layers if config.contexts == "official" else default_layers
+    layers = config.layers or choose(architecture.depth)
     for layer in layers:
         architecture.down_projection(layer)
     return layers

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from rocr.architectures import default_layers, find_architecture
+from rocr.architectures import authors_layers, default_layers, find_architecture
 from rocr.errors import InputError
 
 NAMES = {
@@ -92,6 +92,13 @@ def test_default_layers_are_consecutive_and_leave_a_layer_after_them():
         assert len(layers) == min(3, max(depth - 1, 1))
 
 
-@pytest.mark.parametrize(("depth", "layers"), [(28, (4, 5, 6)), (32, (4, 5, 6)), (12, (1, 2, 3)), (80, (11, 12, 13))])
+@pytest.mark.parametrize(
+    ("depth", "layers"), [(28, (2, 3, 4)), (32, (2, 3, 4)), (12, (1, 2, 3)), (5, (1, 2, 3)), (80, (5, 6, 7))]
+)
 def test_default_layers_of_known_depths(depth, layers):
     assert default_layers(depth) == layers
+
+
+@pytest.mark.parametrize(("depth", "layers"), [(28, (4, 5, 6)), (32, (4, 5, 6)), (5, (0, 1, 2)), (80, (11, 12, 13))])
+def test_the_authors_layers_of_known_depths(depth, layers):
+    assert authors_layers(depth) == layers

@@ -87,6 +87,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 def _statistics(arguments: argparse.Namespace, loaded: LoadedModel, console: Console) -> Statistics:
     from rocr.collect import CollectOptions, collect_statistics
+    from rocr.evaluation.methods import contest_layers
     from rocr.statistics import Statistics
     from rocr.texts import read_texts
 
@@ -95,7 +96,9 @@ def _statistics(arguments: argparse.Namespace, loaded: LoadedModel, console: Con
     options = CollectOptions(tokens=arguments.tokens, seed=arguments.seed)
     texts = read_texts(arguments.text) if arguments.text else None
     with console.stage("statistics") as progress:
-        return collect_statistics(loaded.model, loaded.tokenizer, texts, options=options, progress=progress)
+        return collect_statistics(
+            loaded.model, loaded.tokenizer, texts, contest_layers(loaded.model), options, progress
+        )
 
 
 def _known(

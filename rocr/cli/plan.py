@@ -94,19 +94,16 @@ def _job(
 
     import transformers
 
-    from rocr.architectures import default_layers
     from rocr.forecast import Job
     from rocr.key_plan import plan_keys
+    from rocr.layers import chosen_layers
     from rocr.models import DTYPES as TORCH_DTYPES
     from rocr.models import load_tokenizer
 
     assert tuple(TORCH_DTYPES) == DTYPES
     transformers.utils.logging.disable_progress_bar()
     architecture = _empty_model(source, arguments.trust_remote_code)
-    layers = config.layers or default_layers(architecture.depth)
-    for layer in layers:
-        architecture.down_projection(layer)
-    config = dataclasses.replace(config, layers=layers)
+    config = dataclasses.replace(config, layers=chosen_layers(config, architecture.model))
     tokenizer = load_tokenizer(source, arguments.trust_remote_code)
     return Job(
         source,

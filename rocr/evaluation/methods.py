@@ -14,7 +14,6 @@ from typing import Any
 
 from torch import nn
 
-from rocr.architectures import default_layers, find_architecture
 from rocr.concepts import Concept
 from rocr.config import EditConfig
 from rocr.errors import InputError
@@ -33,6 +32,7 @@ from rocr.evaluation.lora_training import (
 from rocr.evaluation.peak_memory import PeakMemory
 from rocr.evaluation.probes import Probe, split_by_subject
 from rocr.evaluation.scores import Evaluation
+from rocr.layers import chosen_layers
 from rocr.pipeline import unlearn
 from rocr.progress import ProgressCallback, silent
 from rocr.statistics import Statistics
@@ -124,6 +124,11 @@ def compare_methods(
             yield Result(method, target, evaluation, seconds, peak)
 
 
+def contest_layers(model: nn.Module, config: EditConfig | None = None) -> list[int]:
+    """The layers that the two editing methods need statistics of."""
+    return sorted({*chosen_layers(config or EditConfig(), model), *chosen_layers(EditConfig.official(), model)})
+
+
 @contextmanager
 def _unlearned(
     contest: Contest, method: str, target: str, probes: Sequence[Probe], progress: ProgressCallback
@@ -136,7 +141,7 @@ def _unlearned(
             yield model
     elif method in ("rocr", "official ROCR"):
         ours = method == "rocr"
-        config = (contest.config or EditConfig()) if ours else EditConfig.official(_official_layers(contest.model))
+        config = (contest.config or EditConfig()) if ours else EditConfig.official()
         concept = Concept(target, contest.redirect if ours else contest.official_redirect)
         edit = unlearn(contest.model, contest.tokenizer, [concept], contest.statistics, config, progress)
         try:
@@ -162,8 +167,3 @@ def _refuse(_probe: Probe) -> str:
 
 def _forget_in_context(target: str, _probe: Probe) -> str:
     return IN_CONTEXT.format(target)
-
-
-def _official_layers(model: nn.Module) -> tuple[int, ...]:
-    """The three layers that the authors edit in models of this depth."""
-    return default_layers(find_architecture(model).depth)[:3]
