@@ -4,8 +4,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -194,3 +196,42 @@ def test_stopped_at_every_step(command, stopped, tally):
         mode = name.removesuffix("-by-time")
         count = check_runs(runs, CODES[mode], cleans=mode != "kill")
         tally("kills, signals and faults at every step and by time survived by commands", count)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SIGNALS)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_processes_of_their_own_stopped_at_any_time(command, name, files, concept, tmp_path, digests, tally):
+    number = getattr(signal, {"kill": "SIGKILL", "terminate": "SIGTERM", "interrupt": "SIGINT"}[name])
+    inputs = digests(files.model.parent)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+    def start(out):
+        arguments = [*COMMANDS[command](files), *(concept if command == "unlearn" else ()), "--out", out]
+        script = [sys.executable, "-m", "rocr", *map(str, arguments)]
+        return subprocess.Popen(script, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
+
+    def whole(out):
+        found = digests(out) if out.is_dir() else {"": out.read_bytes()}
+        return {part: content for part, content in found.items() if part not in ("report.json", "edit.safetensors")}
+
+    started = time.monotonic()
+    assert start(tmp_path / "whole").wait() == 0
+    seconds, expected = time.monotonic() - started, whole(tmp_path / "whole")
+    for part in range(8):
+        folder = tmp_path / str(part)
+        folder.mkdir()
+        child = start(folder / "out")
+        time.sleep(seconds * (part + 0.5) / 8)
+        child.send_signal(number)
+        _, errors = child.communicate()
+        # While Python starts, before rocr has its handlers, a signal ends the process as it ends any other.
+        assert child.returncode in (-number, 0, 1, *CODES[name]), errors
+        assert all(LEFT.fullmatch(path.name) for path in folder.iterdir())
+        if not (folder / "out").exists():
+            again = start(folder / "out")
+            assert again.communicate()[1] is not None
+            assert again.returncode == 0
+        assert whole(folder / "out") == expected
+        assert digests(files.model.parent) == inputs
+        tally("processes of their own stopped at any time")
