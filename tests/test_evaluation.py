@@ -12,7 +12,9 @@ from torch import nn
 import rocr
 from rocr.evaluation import EvaluateOptions, Evaluation, Probe, compare_evaluations, evaluate
 from rocr.evaluation.compare import relative_fall
+from rocr.evaluation.contest_table import forget_table, retain_table
 from rocr.evaluation.forms import build_items
+from rocr.evaluation.methods import Result
 from rocr.evaluation.report import measure_rows, report_json, score_table, table_rows, write_html, write_json
 from rocr.evaluation.scores import ItemScore, mean
 from rocr.prompts import render_chat
@@ -176,6 +178,21 @@ def test_the_report_is_one_page_with_its_plots_inside(model: nn.Module, tokenize
     alone, shown = score_table(after)
     assert alone == ("split", "form", "score", "chance", "questions", "targets") and len(shown) == 5
     assert measure_rows(after, before) == [("perplexity", "", "12")]
+
+
+def test_the_tables_of_a_comparison_hold_means_over_targets_and_the_largest_peak() -> None:
+    def result(method: str, target: str, forget: float, retain: float, seconds: float, peak: int) -> Result:
+        items = [score(target, "qa", forget), score(target, "fb", forget / 2), score("c", "qa", retain, split="retain")]
+        return Result(method, target, Evaluation(items, 3), seconds, peak)
+
+    results = [result("rocr", "a", 0.2, 0.5, 1.0, 10**9), result("rocr", "b", 0.4, 0.7, 2.0, 3 * 10**9)]
+    results.append(result("original", "a", 0.8, 0.9, 0.0, 10**9))
+    columns, rows = forget_table(results, ["qa", "fb"])
+    assert columns == ("method", "qa", "fb", "worst form")
+    assert rows == [("rocr", "0.300", "0.150", "0.300"), ("original", "0.800", "0.400", "0.800")]
+    columns, rows = retain_table(results, ["qa", "fb"])
+    assert columns == ("method", "qa", "fb", "seconds", "peak GB")
+    assert rows == [("rocr", "0.600", "", "1.5", "3.00"), ("original", "0.900", "", "0.0", "1.00")]
 
 
 def test_a_model_evaluates_alike_whatever_the_padding_side(

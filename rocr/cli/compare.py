@@ -39,7 +39,7 @@ def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Compare and show one table."""
-    from rocr.evaluation.contest_table import results_json, table_columns, table_rows
+    from rocr.evaluation.contest_table import forget_table, results_json, retain_table
     from rocr.evaluation.methods import METHODS, Contest, compare_methods
     from rocr.evaluation.neighbours import keep_nearest
     from rocr.evaluation.probes import load_probes, split_by_subject
@@ -80,7 +80,8 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
         "results": results_json(results),
     }
     write_json(document, arguments.out, arguments.overwrite)
-    console.table("Mean scores over targets", table_columns(forms), table_rows(results, forms))
+    console.table("Forget set: mean scores over targets", *forget_table(results, forms))
+    console.table("Retain set: mean scores over targets", *retain_table(results, forms))
     console.say(f"The results are in {arguments.out}.")
     return document
 

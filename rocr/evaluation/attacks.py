@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rocr.architectures import find_architecture
 from rocr.errors import InputError
 from rocr.evaluation.evaluate import evaluate
-from rocr.evaluation.forms import ORT_FORMS, build_items
+from rocr.evaluation.forms import ORT_FORMS, PromptStyle, build_items
 from rocr.evaluation.lora_training import Example, Training, trained
 from rocr.evaluation.probes import Probe
 from rocr.evaluation.scores import Evaluation
@@ -86,7 +86,7 @@ def relearning_curve(
     if both:
         raise InputError(f"{len(both)} questions are both taught and asked, such as {min(both)[1]!r}.")
     curve = {0: evaluate(model, tokenizer, asked, forms)}
-    examples = question_examples(tokenizer, taught)
+    examples = question_examples(tokenizer, taught, style=PromptStyle.of(model))
     for count in epochs:
         settings = Training(**{**vars(training), "epochs": count})
         with trained(model, examples, settings, progress) as adapted:
@@ -95,11 +95,14 @@ def relearning_curve(
 
 
 def question_examples(
-    tokenizer: Any, probes: Sequence[Probe], answer: Callable[[Probe], str] | None = None
+    tokenizer: Any,
+    probes: Sequence[Probe],
+    answer: Callable[[Probe], str] | None = None,
+    style: PromptStyle | None = None,
 ) -> list[Example]:
     """Probes as examples of the form "qa", with their own answers or with others; the own one is then lowered."""
     probes = [probe for probe in probes if probe.form == "qa"]
-    items = build_items(probes, ["qa"])
+    items = build_items(probes, ["qa"], style)
     texts = [item.text(tokenizer) for item in items]
     answers = [(*item.answers, *((f" {answer(probes[item.probe])}",) if answer else ())) for item in items]
     questions = tokenize_questions(tokenizer, texts, answers)

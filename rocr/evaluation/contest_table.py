@@ -1,4 +1,4 @@
-"""The table of a comparison: each method's mean scores over targets, as in Table I of arXiv 2506.07795."""
+"""The tables of a comparison: each method's mean scores over targets, as in Table I of arXiv 2506.07795."""
 
 from __future__ import annotations
 
@@ -9,30 +9,44 @@ from rocr.evaluation.methods import Result
 from rocr.evaluation.scores import mean
 
 
-def table_columns(forms: Sequence[str]) -> tuple[str, ...]:
-    """Headings: a score for each split and form, the worst form of each target, seconds and peak memory."""
-    forget, retain = ([f"{split} {form}" for form in forms] for split in ("forget", "retain"))
-    return ("method", *forget, "forget worst", *retain, "seconds", "peak GB")
+def forget_table(results: Sequence[Result], forms: Sequence[str]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Headings and a row for each method: the forget set's mean score in each form, and in each target's worst."""
+    rows = []
+    for method, mine in _by_method(results).items():
+        worst = [score for result in mine if (score := result.evaluation.worst_score()) is not None]
+        rows.append((method, *_scores(mine, forms, "forget"), f"{mean(worst):.3f}" if worst else ""))
+    return ("method", *forms, "worst form"), rows
 
 
-def table_rows(results: Sequence[Result], forms: Sequence[str]) -> list[tuple[str, ...]]:
-    """A row for each method: means over targets, of the peak memory the largest."""
-    rows: list[tuple[str, ...]] = []
-    for method in dict.fromkeys(result.method for result in results):
-        mine = [result for result in results if result.method == method]
-        cells = [method]
-        for split in ("forget", "retain"):
-            for form in forms:
-                scores = [result.evaluation.form_score(form, split) for result in mine]
-                found = [score.score for score in scores if score is not None]
-                cells.append(f"{mean(found):.3f}" if found else "")
-            if split == "forget":
-                worst = [score for result in mine if (score := result.evaluation.worst_score()) is not None]
-                cells.append(f"{mean(worst):.3f}" if worst else "")
-        cells.append(f"{mean(result.seconds for result in mine):.1f}")
-        cells.append(f"{max(result.peak_bytes for result in mine) / 1e9:.2f}")
-        rows.append(tuple(cells))
-    return rows
+def retain_table(results: Sequence[Result], forms: Sequence[str]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Headings and a row for each method: the retain set's mean scores, mean seconds, and the largest peak memory."""
+    rows = [
+        (
+            method,
+            *_scores(mine, forms, "retain"),
+            f"{mean(result.seconds for result in mine):.1f}",
+            f"{max(result.peak_bytes for result in mine) / 1e9:.2f}",
+        )
+        for method, mine in _by_method(results).items()
+    ]
+    return ("method", *forms, "seconds", "peak GB"), rows
+
+
+def _by_method(results: Sequence[Result]) -> dict[str, list[Result]]:
+    found: dict[str, list[Result]] = {}
+    for result in results:
+        found.setdefault(result.method, []).append(result)
+    return found
+
+
+def _scores(results: Sequence[Result], forms: Sequence[str], split: str) -> list[str]:
+    """The mean over targets for each form; empty where nobody was asked in it."""
+    cells = []
+    for form in forms:
+        scores = [result.evaluation.form_score(form, split) for result in results]
+        found = [score.score for score in scores if score is not None]
+        cells.append(f"{mean(found):.3f}" if found else "")
+    return cells
 
 
 def results_json(results: Sequence[Result]) -> list[dict[str, Any]]:

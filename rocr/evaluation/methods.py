@@ -26,7 +26,6 @@ from rocr.evaluation.lora_training import (
     NEGATIVE_PREFERENCE,
     REJECTION,
     Example,
-    Training,
     trained,
 )
 from rocr.evaluation.peak_memory import PeakMemory
@@ -136,7 +135,7 @@ def _unlearned(
     """The model after a method, inside the context."""
     if method in TRAININGS:
         training = replace(TRAININGS[method], least_steps=contest.least_steps)
-        examples = _examples(contest.tokenizer, [p for p in probes if p.split == "forget"], training, method)
+        examples = _examples(contest, [p for p in probes if p.split == "forget"], method)
         with trained(contest.model, examples, training, progress) as model:
             yield model
     elif method in ("rocr", "official ROCR"):
@@ -152,13 +151,13 @@ def _unlearned(
         yield contest.model
 
 
-def _examples(tokenizer: Any, probes: Sequence[Probe], training: Training, method: str) -> list[Example]:
+def _examples(contest: Contest, probes: Sequence[Probe], method: str) -> list[Example]:
     """What a trained method is shown: the answers to lower, the refusal to raise, or both."""
-    if training.loss == "dpo":
-        return question_examples(tokenizer, probes, _refuse)
+    refusal = _refuse if method in ("direct preference", "rejection tuning") else None
+    examples = question_examples(contest.tokenizer, probes, refusal, PromptStyle.of(contest.model))
     if method == "rejection tuning":
-        return [Example(e.prompt, e.preferred) for e in question_examples(tokenizer, probes, _refuse)]
-    return question_examples(tokenizer, probes)
+        return [Example(example.prompt, example.preferred) for example in examples]
+    return examples
 
 
 def _refuse(_probe: Probe) -> str:
