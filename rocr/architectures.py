@@ -114,14 +114,15 @@ def find_architecture(model: nn.Module) -> Architecture:
 
 
 def default_layers(depth: int) -> tuple[int, ...]:
-    """The layers to edit where none are given: three consecutive ones from a fourteenth of the depth, 2 to 4 of 28.
+    """The layers to edit where none are given: three consecutive ones from a ninth of the depth, 3 to 5 of 28.
 
     A name is recognised there already, and few later tokens have read it yet: on Qwen2.5-Coder-1.5B edits there
-    forget more, above all in multiple choice, than the same edits of layers 4 to 6 (benches/search_defaults.py).
-    Never from layer 0 of a model that has others, since it knows no context. Every model keeps at least one layer
-    after the last edited one if it has two.
+    forget more, above all in multiple choice, than the same edits of layers 4 to 6; those of layers 2 to 4 forget
+    a little more still, at the price of what a small model should keep (benches/search_defaults.py). Never layer 0
+    of a model that has others, since it knows no context. Every model keeps at least one layer after the last
+    edited one if it has two.
     """
-    return _three_from(max(1, depth // 14), depth)
+    return _three_from(max(1, depth // 9), depth)
 
 
 def authors_layers(depth: int) -> tuple[int, ...]:

@@ -93,7 +93,7 @@ def test_default_layers_are_consecutive_and_leave_a_layer_after_them():
 
 
 @pytest.mark.parametrize(
-    ("depth", "layers"), [(28, (2, 3, 4)), (32, (2, 3, 4)), (12, (1, 2, 3)), (5, (1, 2, 3)), (80, (5, 6, 7))]
+    ("depth", "layers"), [(28, (3, 4, 5)), (32, (3, 4, 5)), (12, (1, 2, 3)), (5, (1, 2, 3)), (80, (8, 9, 10))]
 )
 def test_default_layers_of_known_depths(depth, layers):
     assert default_layers(depth) == layers
