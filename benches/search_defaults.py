@@ -4,8 +4,9 @@
 
 The first half of the text gives the statistics, the second half the perplexity. People are taken in the order of
 the probes, with at least three facts that the model knows; those to search on come first, those to test on after
-them (`--test`). While searching they are unlearned all at once, which costs one evaluation for each candidate; in
-the test one at a time. Rows are written as they come, and a run goes on where it stopped.
+them (`--test`). Each is unlearned alone, and asked about beside four of the others, who should be kept. With
+`--together 10,50,100` so many people are unlearned at once, with the names of `--names` after the known ones.
+Rows are written as they come, and a run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ FORMS = ("qa", "fb", "mcp")
 KNOWN = 0.5
 LEAST_FACTS = 3
 REDIRECT = "Frédéric Chopin"
-LAYERS = range(3, 9)
+REDIRECTS = (REDIRECT, "Charlie Parker", "Coco Chanel", "Ada Lovelace", "Attila", "Confucius", "Harry Houdini")
+"""Of people who are unlearned together: one redirect for all would teach the model that everybody is that person."""
+KEPT = 4
+LAYERS = range(1, 9)
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Candidate:
 
     name: str
     config: rocr.EditConfig
-    redirect: str = REDIRECT
+    redirects: tuple[str, ...] = (REDIRECT,)
 
 
 @dataclass
@@ -57,14 +61,18 @@ class Bench:
     people: list[str]
     base: Evaluation
 
-    def run(self, candidate: Candidate, people: Sequence[str], retain: Sequence[str]) -> dict[str, Any]:
-        """Unlearn people together, ask about them and about those to keep, and take the edit off again."""
-        concepts = [rocr.Concept(name, candidate.redirect) for name in people]
+    def run(
+        self, candidate: Candidate, people: Sequence[str], retain: Sequence[str], more: Sequence[str] = ()
+    ) -> dict[str, Any]:
+        """Unlearn people and more names together, ask about the people and about those to keep, and undo it."""
+        redirects = candidate.redirects
+        concepts = [rocr.Concept(name, redirects[i % len(redirects)]) for i, name in enumerate([*people, *more])]
         asked = [p for p in self.probes if p.subject in {*people, *retain}]
         chosen = [replace(p, split="forget" if p.subject in people else "retain") for p in asked]
         base = restrict(self.base, self.probes, chosen)
         start = time.perf_counter()
-        edit = rocr.unlearn(self.model, self.tokenizer, concepts, self.statistics, candidate.config)
+        guards = rocr.Guards(force=True)  # the authors' settings pass some
+        edit = rocr.unlearn(self.model, self.tokenizer, concepts, self.statistics, candidate.config, guards=guards)
         seconds = time.perf_counter() - start
         try:
             after = evaluate(self.model, self.tokenizer, chosen, FORMS)
@@ -73,6 +81,7 @@ class Bench:
             edit.revert(self.model)
         change = compare_evaluations(base, after)
         row: dict[str, Any] = {"candidate": candidate.name, "people": list(people), "seconds": seconds}
+        row["together"] = len(concepts)
         for part in change.changes:
             row[f"{part.split} {part.form}"] = [part.before, part.after, part.chance]
         row["perplexity"] = [self.base.measures["perplexity"], after.measures["perplexity"]]
@@ -127,22 +136,23 @@ def candidates(text: str | None) -> list[Candidate]:
     default = rocr.EditConfig()
     one = {
         "default": default,
-        "official": rocr.EditConfig.official(),
+        "ridge 0.1": replace(default, ridge=0.1),
         "ridge 0.5": replace(default, ridge=0.5),
         "ridge 2": replace(default, ridge=2.0),
-        "ridge 8": replace(default, ridge=8.0),
         "gamma 0.1": replace(default, gamma=0.1),
         "gamma 10": replace(default, gamma=10.0),
         "strength 1.5": replace(default, strength=1.5),
-        "strength 2": replace(default, strength=2.0),
         "last token only": replace(default, key_tokens="last"),
         "a key per template": replace(default, keys_per_concept="all"),
-        "layers 3-5": replace(default, layers=(3, 4, 5)),
-        "layers 4-7": replace(default, layers=(4, 5, 6, 7)),
+        "layers 1-3": replace(default, layers=(1, 2, 3)),
+        "layers 2-4": replace(default, layers=(2, 3, 4)),
+        "layers 4-6": replace(default, layers=(4, 5, 6)),
+        "layers 2-6": replace(default, layers=(2, 3, 4, 5, 6)),
         "layers 4-8": replace(default, layers=(4, 5, 6, 7, 8)),
     }
     found = [Candidate(name, config) for name, config in one.items()]
-    found += [Candidate(f"redirect {name}", default, name) for name in ("Donald Trump", "a gardener")]
+    found += [Candidate(f"redirect {name}", default, (name,)) for name in ("Donald Trump", "a gardener")]
+    found.append(Candidate("official", rocr.EditConfig.official(), ("Donald Trump",)))
     names = text.split(",") if text else [candidate.name for candidate in found]
     unknown = set(names) - {candidate.name for candidate in found}
     if unknown:
@@ -152,7 +162,7 @@ def candidates(text: str | None) -> list[Candidate]:
 
 def prepare(arguments: argparse.Namespace) -> Bench:
     """Load the model, collect statistics on one half of the text, and find what the model knows."""
-    loaded = load_model(find_model(arguments.model), torch.float32)
+    loaded = load_model(find_model(arguments.model), getattr(torch, arguments.dtype))
     model, tokenizer = loaded.model, loaded.tokenizer
     texts = list(read_texts([arguments.text]))
     half = len(texts) // 2
@@ -182,24 +192,49 @@ def main() -> None:
     parser.add_argument("--perplexity-tokens", type=int, default=8192)
     parser.add_argument("--facts", type=int, default=5, help="of each person, at most")
     parser.add_argument("--people", type=int, default=8, help="to search on; the others are for the test")
+    parser.add_argument("--most", type=int, default=10, help="people to search or test on, at most")
+    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
+    parser.add_argument("--together", type=number_list, default=[], help="numbers of people to unlearn at once")
+    parser.add_argument("--names", nargs="+", default=[], help="files with a `subject` a line, for large numbers")
     parser.add_argument("--candidates", help="names, separated by commas (default: all)")
     parser.add_argument("--test", action="store_true", help="one at a time, on people that were not searched on")
     parser.add_argument("--out", required=True, help="rows are added to this file")
     arguments = parser.parse_args()
     bench = prepare(arguments)
     searched, others = bench.people[: arguments.people], bench.people[arguments.people :]
-    groups = [[person] for person in others] if arguments.test else [searched]
     rows = read_rows(Path(arguments.out))
+    people = (others if arguments.test else searched)[: arguments.most]
+    kept = (searched if arguments.test else others)[: max(KEPT, len(searched))]
     with metrics_kept(), Path(arguments.out).open("a", encoding="utf-8") as file:
-        for candidate in candidates(arguments.candidates):
-            for group in groups:
-                if any(row["candidate"] == candidate.name and row["people"] == group for row in rows):
-                    continue
-                kept = [person for person in (searched if arguments.test else others) if person not in group]
-                rows.append(bench.run(candidate, group, kept[:4]))
+
+        def run(candidate: Candidate, group: list[str], kept: list[str], more: list[str]) -> None:
+            together = len(group) + len(more)
+            done = [(row["candidate"], row["people"], row["together"]) for row in rows]
+            if (candidate.name, group, together) not in done:
+                rows.append(bench.run(candidate, group, kept, more))
                 file.write(json.dumps(rows[-1]) + "\n")
                 file.flush()
+
+        for candidate in candidates(arguments.candidates):
+            if not arguments.together:
+                for person in people:
+                    run(candidate, [person], kept[:KEPT], [])
+            for count in arguments.together:
+                more = [name for name in listed_names(arguments.names) if name not in {*people, *kept}]
+                spread = replace(candidate, redirects=REDIRECTS)
+                run(spread, people[:count], kept, more[: max(0, count - len(people))])
     print(table(rows))
+
+
+def number_list(text: str) -> list[int]:
+    """Numbers separated by commas."""
+    return [int(part) for part in text.split(",")]
+
+
+def listed_names(paths: Sequence[str]) -> list[str]:
+    """The subjects of JSON lines, once each."""
+    lines = [line for path in paths for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    return list(dict.fromkeys(json.loads(line)["subject"] for line in lines))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -209,18 +244,17 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """A Markdown table: means over the runs of each candidate; what is gone is a share of what exceeds chance."""
-    lines = ["| candidate | people | " + " | ".join(f"{form}, gone" for form in FORMS), "|---|---:|" + "---:|" * 3]
+    lines = ["| candidate | together | runs | " + " | ".join(f"{form}, gone" for form in FORMS)]
     lines[0] += " | worst open form, gone | " + " | ".join(f"{form}, lost" for form in FORMS) + " | perplexity |"
-    lines[1] += "---:|" * 5
-    for name in dict.fromkeys(row["candidate"] for row in rows):
-        mine = [row for row in rows if row["candidate"] == name]
+    lines.append("|---|" + "---:|" * 10)
+    for name, together in dict.fromkeys((row["candidate"], row["together"]) for row in rows):
+        mine = [row for row in rows if (row["candidate"], row["together"]) == (name, together)]
         forget = {form: gone([row[f"forget {form}"] for row in mine]) for form in FORMS}
         retain = {form: gone([row[f"retain {form}"] for row in mine]) for form in FORMS}
         rise = sum(row["perplexity"][1] / row["perplexity"][0] for row in mine) / len(mine) - 1
         worst = min(forget[form] for form in FORMS if form != "mcp")
         cells = [*forget.values(), worst, *retain.values(), rise]
-        people = sum(len(row["people"]) for row in mine)
-        lines.append(f"| {name} | {people} | " + " | ".join(f"{100 * cell:.1f}%" for cell in cells) + " |")
+        lines.append(f"| {name} | {together} | {len(mine)} | " + " | ".join(f"{100 * c:.1f}%" for c in cells) + " |")
     return "\n".join(lines)
 
 

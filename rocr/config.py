@@ -71,7 +71,7 @@ class EditConfig:
 
     layers: tuple[int, ...] | None = None
     method: Method = "whitened"
-    ridge: float = 2.0
+    ridge: float = 1.0
     relative_ridge: bool = True
     gamma: float = 1.0
     threshold: float = 0.02
