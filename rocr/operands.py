@@ -129,7 +129,9 @@ def _check_distinct_storages(tensors: Sequence[tuple[str, Tensor]], written: int
     for index, (name, tensor) in enumerate(tensors):
         if not tensor.numel():
             continue
-        address = tensor.untyped_storage().data_ptr()
+        storage = tensor.untyped_storage()
+        # A fake tensor, as torch.compile traces with, has a storage but no memory.
+        address = storage._cdata if storage.device.type == "meta" else storage.data_ptr()
         if address in owners:
             raise InputError(f"{owners[address]} and {name} share one storage; pass each storage once in a call.")
         if index < written:
