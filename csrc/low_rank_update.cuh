@@ -12,7 +12,7 @@ constexpr int update_warps = 8;
 constexpr int update_threads = 32 * update_warps;
 constexpr int update_columns = 256;  // of a tile: 8 for each lane
 constexpr int rank_step = 16;        // ranks that are staged together
-constexpr int maximum_updates = 64;  // layers of a launch
+constexpr int maximum_updates = 128;  // layers of a launch
 constexpr int warp_rows = 4;         // rows of a tile that one warp has
 constexpr int update_rows = warp_rows * update_warps;
 constexpr int update_blocks = 2;     // on a multiprocessor at a time: one computes while the other waits for memory
@@ -29,6 +29,7 @@ struct UpdateArguments {
   float scale;
   std::uint64_t seed;
 };
+static_assert(sizeof(UpdateArguments) <= 4096);
 
 // Eight neighbouring numbers of a row, which are moved at once where they lie at multiples of 16 bytes.
 template <Number number>

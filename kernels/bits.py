@@ -26,6 +26,28 @@ def dot(left, right, accumulator, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
+def apart(value, INTERPRETED: tl.constexpr):
+    """The value itself, in a way that the compiler cannot see through.
+
+    It turns accumulator + dot(left, right, 0) into dot(left, right, accumulator), whose sum tensor cores truncate.
+    """
+    if INTERPRETED:
+        return value
+    else:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [value], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def add_product(left, right, accumulator, ROUNDED: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Return accumulator + left @ right; ROUNDED: the two are added with rounding to nearest, for float32 operands."""
+    if ROUNDED:
+        product = dot(left, right, tl.zeros(accumulator.shape, dtype=tl.float32), INTERPRETED)
+        return accumulator + apart(product, INTERPRETED)
+    else:
+        return dot(left, right, accumulator, INTERPRETED)
+
+
+@triton.jit
 def in_parts(value, PARTS: tl.constexpr, INTERPRETED: tl.constexpr):
     """High, middle and low bfloat16 part of float32; two parts keep 16 of its bits, three keep all 24."""
     high = to_bfloat16(value, INTERPRETED)
@@ -38,18 +60,25 @@ def in_parts(value, PARTS: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def dot_in_parts(
-    left, right_high, right_middle, right_low, accumulator, PARTS: tl.constexpr, INTERPRETED: tl.constexpr
+def dot_of_parts(
+    left_high,
+    left_middle,
+    left_low,
+    right_high,
+    right_middle,
+    right_low,
+    accumulator,
+    PARTS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):
-    """Return accumulator + left @ right, for float32 left and the parts of right: three products, or six."""
-    high, middle, low = in_parts(left, PARTS, INTERPRETED)
+    """Return accumulator + left @ right of two operands in parts: three products or six, the small ones first."""
     if PARTS == 3:
-        accumulator = dot(high, right_low, accumulator, INTERPRETED)
-        accumulator = dot(low, right_high, accumulator, INTERPRETED)
-        accumulator = dot(middle, right_middle, accumulator, INTERPRETED)
-    accumulator = dot(high, right_middle, accumulator, INTERPRETED)
-    accumulator = dot(middle, right_high, accumulator, INTERPRETED)
-    return dot(high, right_high, accumulator, INTERPRETED)
+        accumulator = dot(left_high, right_low, accumulator, INTERPRETED)
+        accumulator = dot(left_low, right_high, accumulator, INTERPRETED)
+        accumulator = dot(left_middle, right_middle, accumulator, INTERPRETED)
+    accumulator = dot(left_high, right_middle, accumulator, INTERPRETED)
+    accumulator = dot(left_middle, right_high, accumulator, INTERPRETED)
+    return dot(left_high, right_high, accumulator, INTERPRETED)
 
 
 @triton.jit

@@ -30,6 +30,11 @@ def has_small_memory(compute_capability: tuple[int, int]) -> bool:
     return compute_capability in ((8, 6), (8, 7), (8, 9)) or compute_capability[0] == 12
 
 
+def registers(programs: int, warps: int) -> int:
+    """Most registers of a thread with which so many programs of so many warps share a multiprocessor's 65,536."""
+    return min(255, 65536 // (programs * warps * 32) // 8 * 8)
+
+
 def address_table(tensors: Sequence[Sequence[Tensor]], numbers: Sequence[int] = ()) -> Tensor:
     """Addresses of all tensors, one list after the other, then numbers, as int64 on the tensors' device.
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from rocr_kernels.bits import dot, to_bfloat16
+from rocr_kernels.bits import apart, dot_of_parts, to_bfloat16
 from rocr_kernels.low_rank_tiles import store_rounded, weight_tile
-from rocr_kernels.triangle import part_rows
 
 
 @triton.jit
@@ -37,12 +36,19 @@ def split_factors(
 
 
 @triton.jit
-def _parts_tile(parts, first, last, rank, stride, SIZE: tl.constexpr, RANK: tl.constexpr):
-    """Tile (SIZE, RANK) of a factor in parts, 0 from row last on."""
+def _parts_tiles(factor, first, last, rank, part_rank, PARTS: tl.constexpr, SIZE: tl.constexpr, RANK: tl.constexpr):
+    """Tiles (SIZE, RANK) of the high, middle and low part of a factor, 0 from row last on; two parts: no low one."""
     index = tl.arange(0, SIZE)[:, None]
-    ranks = tl.arange(0, RANK)[None, :]
-    start = parts + tl.cast(first, tl.int64) * stride + rank
-    return tl.load(start + (index * stride + ranks), mask=index < last - first, other=0.0)
+    inside = index < last - first
+    stride = PARTS * part_rank
+    high = factor + tl.cast(first, tl.int64) * stride + rank + (index * stride + tl.arange(0, RANK)[None, :])
+    middle = high + part_rank
+    high_tile = tl.load(high, mask=inside, other=0.0)
+    middle_tile = tl.load(middle, mask=inside, other=0.0)
+    if PARTS == 3:
+        return high_tile, middle_tile, tl.load(middle + part_rank, mask=inside, other=0.0)
+    else:
+        return high_tile, middle_tile, middle_tile
 
 
 @triton.jit
@@ -69,7 +75,6 @@ def add_low_rank_parts(
     INTERPRETED: tl.constexpr,
 ):
     """Persistent kernel: an item is a tile of a layer; lefts and rights are what split_factors wrote."""
-    PRODUCTS: tl.constexpr = 3 if PARTS == 2 else 6
     tile_columns = tl.cdiv(columns, COLUMNS)
     tiles = tl.cdiv(rows, ROWS) * tile_columns
     stride = PARTS * part_rank
@@ -91,14 +96,12 @@ def add_low_rank_parts(
         pointers, mask = weight_tile(weight, row, column, rows, width, weight_row_stride, ROWS, COLUMNS)
         old = tl.load(pointers, mask=mask, other=0.0)
         product = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-        for step in tl.range(0, PRODUCTS * part_rank, RANK, num_stages=STAGES):
-            left_offset, right_offset = part_rows(step, part_rank, PRODUCTS)
-            left_tile = _parts_tile(left, row, rows, step + left_offset, stride, ROWS, RANK)
-            right_tile = _parts_tile(right, column, columns, step + right_offset, stride, COLUMNS, RANK)
-            if PARTS == 3:
-                # Tensor cores truncate their sums; a float32 weight keeps what they would lose over a long rank.
-                product += dot(left_tile, right_tile.T, tl.zeros((ROWS, COLUMNS), dtype=tl.float32), INTERPRETED)
-            else:
-                product = dot(left_tile, right_tile.T, product, INTERPRETED)
+        for step in tl.range(0, part_rank, RANK, num_stages=STAGES):
+            left_high, left_middle, left_low = _parts_tiles(left, row, rows, step, part_rank, PARTS, ROWS, RANK)
+            high, middle, low = _parts_tiles(right, column, columns, step, part_rank, PARTS, COLUMNS, RANK)
+            start = tl.zeros((ROWS, COLUMNS), dtype=tl.float32) if PARTS == 3 else product
+            of_step = dot_of_parts(left_high, left_middle, left_low, high.T, middle.T, low.T, start, PARTS, INTERPRETED)
+            # A float32 weight keeps what tensor cores would lose of their sums over a long rank.
+            product = product + apart(of_step, INTERPRETED) if PARTS == 3 else of_step
         exact = old.to(tl.float32) + scale * product
         store_rounded(pointers, mask, exact, row, column, columns, seed, number, TYPE, AT_RANDOM, INTERPRETED)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from rocr_kernels.bits import dot_in_parts, in_parts, random_bits, round_at_random, to_bfloat16
+from rocr_kernels.bits import dot_of_parts, in_parts, random_bits, round_at_random, to_bfloat16
 
 
 @triton.jit
@@ -107,7 +107,10 @@ def add_low_rank(
             pointers, mask = weight_tile(weight, row, column, last_row, width, stride, ROWS, COLUMNS)
             old = tl.load(pointers, mask=mask, other=0.0)
             own_left = _factor_tile(left, row, last_row, left_row_stride, rank, left_rank_stride, ROWS, RANK)
+            left_high, left_middle, left_low = in_parts(own_left, PARTS, INTERPRETED)
             product = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-            product = dot_in_parts(own_left, high.T, middle.T, low.T, product, PARTS, INTERPRETED)
+            product = dot_of_parts(
+                left_high, left_middle, left_low, high.T, middle.T, low.T, product, PARTS, INTERPRETED
+            )
             exact = old.to(tl.float32) + scale * product
             store_rounded(pointers, mask, exact, row, column, columns, seed, number, TYPE, AT_RANDOM, INTERPRETED)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 import triton.language as tl
-from rocr_kernels.launch import address_table, capability, has_small_memory, processors
+from rocr_kernels.launch import address_table, capability, has_small_memory, processors, registers
 from rocr_kernels.low_rank_parts import add_low_rank_parts, split_factors
 from rocr_kernels.low_rank_tiles import add_low_rank
 from torch import Tensor
@@ -51,12 +51,12 @@ class LowRankConfig:
 
 
 CONFIGS = {
-    "resident_16": LowRankConfig(True, 2, 64, 128, rank=16, warps=8, stages=3),
-    "resident_32": LowRankConfig(True, 2, 64, 128, rank=32, warps=8, stages=3),
-    "resident_16_float32": LowRankConfig(True, 3, 64, 128, rank=16, warps=8, stages=3),
-    "resident_32_float32": LowRankConfig(True, 3, 64, 128, rank=32, warps=8, stages=3),
-    "parts": LowRankConfig(False, 2, 128, 128, rank=32, warps=8, stages=4),
-    "parts_float32": LowRankConfig(False, 3, 128, 128, rank=32, warps=8, stages=3),
+    "resident_16": LowRankConfig(True, 2, 64, 64, rank=16, warps=4, stages=3),
+    "resident_32": LowRankConfig(True, 2, 64, 64, rank=32, warps=4, stages=3),
+    "resident_16_float32": LowRankConfig(True, 3, 64, 64, rank=16, warps=4, stages=3),
+    "resident_32_float32": LowRankConfig(True, 3, 64, 64, rank=32, warps=4, stages=3),
+    "parts": LowRankConfig(False, 2, 128, 128, rank=32, warps=8, stages=3),
+    "parts_float32": LowRankConfig(False, 3, 128, 64, rank=32, warps=8, stages=3),
 }
 """Every configuration that ships; nothing is tuned at run time, since a trial launch would change the weights."""
 
@@ -67,6 +67,14 @@ def choose_config(compute_capability: tuple[int, int], dtype: torch.dtype, rank:
     if rank > 32 or (suffix and has_small_memory(compute_capability)):
         return "parts" + suffix
     return f"resident_{16 if rank <= 16 else 32}{suffix}"
+
+
+def resident_programs(compute_capability: tuple[int, int], config: LowRankConfig, at_random: bool) -> int:
+    """Programs of a resident launch on one multiprocessor: one waits for its tile while another multiplies.
+
+    As many as the registers are for, and the 100 KiB of shared memory of a consumer chip.
+    """
+    return 2 if at_random or config.parts == 3 or has_small_memory(compute_capability) else 3
 
 
 @dataclass(frozen=True)
@@ -184,7 +192,8 @@ def _options(layers: _Layers, config: LowRankConfig, at_random: bool) -> dict[st
 
 def _launch_resident(layers: _Layers, config: LowRankConfig, scale: float, at_random: bool, seed: int) -> None:
     weight, left, right = layers.weights[0], layers.lefts[0], layers.rights[0]
-    programs = processors(weight.device)
+    per_processor = resident_programs(capability(weight.device), config, at_random)
+    programs = per_processor * processors(weight.device)
     bands = len(layers.weights) * -(-weight.shape[1] // config.columns)
     tiles = -(-weight.shape[0] // config.rows)
     # Long bands read right less often and keep loads in flight; short ones share the work more evenly.
@@ -202,6 +211,7 @@ def _launch_resident(layers: _Layers, config: LowRankConfig, scale: float, at_ra
         seed,
         band_tiles * config.rows,
         items,
+        maxnreg=registers(per_processor, config.warps),
         **_options(layers, config, at_random),
     )
 

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from rocr_kernels.bits import to_bfloat16
-from rocr_kernels.launch import address_table, capability, processors, run_with_scratch
+from rocr_kernels.launch import address_table, capability, processors, registers, run_with_scratch
 from rocr_kernels.schedule import Schedule, make_schedule
 from rocr_kernels.second_moment_pointers import add_second_moments_pointers
 from rocr_kernels.second_moment_tma import add_second_moments_tma
@@ -24,8 +24,8 @@ from torch import Tensor
 CHUNK_TOKENS = 8192
 """Most tokens that one accumulator holds."""
 
-BLOCK_TOKENS = 256
-"""Tokens of float32 keys that a tensor core sums; these sums are added up with correct rounding."""
+PART_STEP = 64
+"""Tokens that a part of float32 keys is a multiple of: no step of a configuration reaches into the next part."""
 
 PART_BYTES = 1 << 30
 """Most memory for the parts that float32 keys are taken apart into; more keys go in several launches."""
@@ -71,9 +71,10 @@ class Fits:
 
 CONFIGS = {
     "tma_wide": SecondMomentConfig(True, 128, 256, 64, group=8, warps=8, stages=4, programs=1),
-    "tma_small": SecondMomentConfig(True, 128, 128, 64, group=8, warps=8, stages=3, programs=1),
+    "tma_small": SecondMomentConfig(True, 128, 128, 64, group=8, warps=8, stages=3, programs=2),
+    "tma_parts": SecondMomentConfig(True, 128, 128, 64, group=8, warps=8, stages=3, programs=1),
     "pointers": SecondMomentConfig(False, 128, 128, 32, group=16, warps=8, stages=4, programs=1),
-    "pointers_small": SecondMomentConfig(False, 64, 128, 32, group=16, warps=8, stages=4, programs=1),
+    "pointers_small": SecondMomentConfig(False, 64, 128, 64, group=16, warps=8, stages=3, programs=1),
 }
 """Every configuration that ships; nothing is tuned at run time, since a trial launch would add to the totals."""
 
@@ -84,7 +85,9 @@ WIDE_FROM = 1024
 def choose_config(compute_capability: tuple[int, int], products: int, width: int, fits: Fits) -> str:
     """Name the configuration for a chip, for the products of key parts, the width, and the memory of the keys."""
     if compute_capability[0] in (9, 10) and fits.tma:
-        return "tma_wide" if products == 1 and width >= WIDE_FROM else "tma_small"
+        if products > 1:
+            return "tma_parts"
+        return "tma_wide" if width >= WIDE_FROM else "tma_small"
     return "pointers" if products == 1 and fits.aligned else "pointers_small"
 
 
@@ -183,7 +186,7 @@ def _require_alike(name: str, tensors: Sequence[Tensor]) -> None:
 def _in_parts(keys: Sequence[Tensor]) -> list[Tensor]:
     """Take float32 keys apart into (3 * tokens, width) bfloat16, tokens and width rounded up for the kernels."""
     tokens, width = keys[0].shape
-    part_tokens = -(-tokens // BLOCK_TOKENS) * BLOCK_TOKENS
+    part_tokens = -(-tokens // PART_STEP) * PART_STEP
     part_width = -(-width // 8) * 8
     parts = keys[0].new_empty((len(keys), 3 * part_tokens, part_width), dtype=torch.bfloat16)
     split_keys[(-(-part_tokens // 64) * -(-part_width // 128), len(keys))](
@@ -235,7 +238,6 @@ def _launch(totals: Sequence[Tensor], keys: Sequence[Tensor], products: int, con
             KEY_TYPE=TYPES[keys[0].dtype],
             PRODUCTS=products,
             CHUNK_TOKENS=CHUNK_TOKENS,
-            BLOCK_TOKENS=CHUNK_TOKENS if products == 1 else BLOCK_TOKENS,
             ROWS=config.rows,
             COLUMNS=config.columns,
             STEP=config.step,
@@ -243,7 +245,8 @@ def _launch(totals: Sequence[Tensor], keys: Sequence[Tensor], products: int, con
             INTERPRETED=device.type != "cuda",
             num_warps=config.warps,
             num_stages=config.stages,
-            **({} if config.tma else {"ALIGNED": fits.aligned}),
+            maxnreg=registers(config.programs, config.warps),
+            **({"ONE_LAYER": len(keys) == 1} if config.tma else {"ALIGNED": fits.aligned}),
         ),
     )
     if schedule.slices:

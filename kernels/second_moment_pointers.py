@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from rocr_kernels.bits import dot
+from rocr_kernels.bits import add_product
 from rocr_kernels.triangle import halves, item_share, part_rows, tile_position
 
 
@@ -36,14 +36,14 @@ def _add_products(
     INTERPRETED: tl.constexpr,
 ):
     """Return accumulator + left keysᵀ right keys over the tokens start to end."""
-    left_offset, right_offset = part_rows(start, part_tokens, PRODUCTS)
     steps = tl.arange(0, STEP)
     left_columns = (row + tl.arange(0, accumulator.shape[0]))[:, None]
     right_columns = (column + tl.arange(0, accumulator.shape[1]))[None, :]
     for token in tl.range(start, end, STEP):
+        left_offset, right_offset = part_rows(token, part_tokens, PRODUCTS)
         left_keys = _load_keys(keys, token + left_offset, steps[None, :], left_columns, key_stride, limit, width)
         right_keys = _load_keys(keys, token + right_offset, steps[:, None], right_columns, key_stride, limit, width)
-        accumulator = dot(left_keys, right_keys, accumulator, INTERPRETED)
+        accumulator = add_product(left_keys, right_keys, accumulator, PRODUCTS > 1, INTERPRETED)
     return accumulator
 
 
@@ -80,7 +80,6 @@ def add_second_moments_pointers(
     PRODUCTS: tl.constexpr,
     ALIGNED: tl.constexpr,
     CHUNK_TOKENS: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
@@ -111,40 +110,21 @@ def add_second_moments_pointers(
         for chunk in tl.range(start, end, CHUNK_TOKENS):
             chunk_end = tl.minimum(chunk + CHUNK_TOKENS, end)
             accumulator = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-            if BLOCK_TOKENS == CHUNK_TOKENS:
-                accumulator = _add_products(
-                    accumulator,
-                    keys,
-                    row,
-                    column,
-                    stride,
-                    key_rows,
-                    key_width,
-                    chunk,
-                    chunk_end,
-                    part_tokens,
-                    PRODUCTS,
-                    STEP,
-                    INTERPRETED,
-                )
-            else:
-                for block in tl.range(chunk, chunk_end, BLOCK_TOKENS):
-                    partial = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-                    accumulator += _add_products(
-                        partial,
-                        keys,
-                        row,
-                        column,
-                        stride,
-                        key_rows,
-                        key_width,
-                        block,
-                        tl.minimum(block + BLOCK_TOKENS, chunk_end),
-                        part_tokens,
-                        PRODUCTS,
-                        STEP,
-                        INTERPRETED,
-                    )
+            accumulator = _add_products(
+                accumulator,
+                keys,
+                row,
+                column,
+                stride,
+                key_rows,
+                key_width,
+                chunk,
+                chunk_end,
+                part_tokens,
+                PRODUCTS,
+                STEP,
+                INTERPRETED,
+            )
             left_half, right_half = halves(accumulator)
             HALF: tl.constexpr = COLUMNS // 2
             _add_piece(target, left_half, row, column, target_stride, width)

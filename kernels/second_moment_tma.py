@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from rocr_kernels.bits import dot
+from rocr_kernels.bits import add_product
 from rocr_kernels.triangle import halves, item_share, part_rows, tile_position
 
 
@@ -23,27 +23,58 @@ def _add_products(
     INTERPRETED: tl.constexpr,
 ):
     """Return accumulator + left keysᵀ right keys over the tokens start to end."""
-    left_offset, right_offset = part_rows(start, part_tokens, PRODUCTS)
     for token in tl.range(start, end, STEP):
+        left_offset, right_offset = part_rows(token, part_tokens, PRODUCTS)
         left_keys = left.load([token + left_offset, row])
         right_keys = right.load([token + right_offset, column])
-        accumulator = dot(left_keys.T, right_keys, accumulator, INTERPRETED)
+        accumulator = add_product(left_keys.T, right_keys, accumulator, PRODUCTS > 1, INTERPRETED)
     return accumulator
 
 
 @triton.jit
-def _add_piece(target, piece, row, column, offset, INTERPRETED: tl.constexpr):
-    """Add a piece of a tile at row and column of the target, whose blocks have its shape.
+def _add_piece(total, slices, is_slice, piece, row, column, slice_row, slice_column, INTERPRETED: tl.constexpr):
+    """Add a piece of a tile, at row and column of the total, to it or to the tile's slice.
 
-    What lies above the diagonal is left as it is; offset is the piece's first column in the total less its first row.
+    What lies above the diagonal is left as it is.
     """
-    rows = tl.arange(0, piece.shape[0])[:, None]
-    columns = tl.arange(0, piece.shape[1])[None, :]
-    piece = tl.where(rows >= columns + offset, piece, 0.0)
+    rows = row + tl.arange(0, piece.shape[0])[:, None]
+    columns = column + tl.arange(0, piece.shape[1])[None, :]
+    piece = tl.where(rows >= columns, piece, 0.0)
+    if is_slice:
+        _add_block(slices, piece, slice_row, slice_column, INTERPRETED)
+    else:
+        _add_block(total, piece, row, column, INTERPRETED)
+
+
+@triton.jit
+def _add_block(target, piece, row, column, INTERPRETED: tl.constexpr):
     if INTERPRETED:
         target.store([row, column], target.load([row, column]) + piece)
     else:
         target.atomic_add([row, column], piece)
+
+
+@triton.jit
+def _describe_layer(
+    table,
+    layer,
+    layers,
+    key_rows,
+    key_width,
+    width,
+    key_stride,
+    total_stride,
+    KEY_TYPE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """Descriptors of a layer's keys as left and as right operand, and of its total."""
+    keys = tl.load(table + layer).to(tl.pointer_type(KEY_TYPE))
+    total = tl.load(table + layers + layer).to(tl.pointer_type(tl.float32))
+    left = tl.make_tensor_descriptor(keys, [key_rows, key_width], [key_stride, 1], [STEP, ROWS])
+    right = tl.make_tensor_descriptor(keys, [key_rows, key_width], [key_stride, 1], [STEP, COLUMNS])
+    return left, right, tl.make_tensor_descriptor(total, [width, width], [total_stride, 1], [ROWS, COLUMNS // 4])
 
 
 @triton.jit
@@ -73,8 +104,8 @@ def add_second_moments_tma(
     items,
     KEY_TYPE: tl.constexpr,
     PRODUCTS: tl.constexpr,
+    ONE_LAYER: tl.constexpr,
     CHUNK_TOKENS: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
@@ -83,47 +114,47 @@ def add_second_moments_tma(
 ):
     """Persistent kernel: each program takes items; the arguments are those of second_moment._launch."""
     PIECE: tl.constexpr = COLUMNS // 4
+    slice_tiles = tl.maximum(items - whole, 1)
+    slices = tl.make_tensor_descriptor(slices, [slice_tiles * ROWS, COLUMNS], [COLUMNS, 1], [ROWS, PIECE])
+    if ONE_LAYER:
+        # Describing memory to the copy engine takes microseconds: once for a program, not once for an item.
+        left, right, total = _describe_layer(
+            table, 0, 1, key_rows, key_width, width, key_stride, total_stride, KEY_TYPE, ROWS, COLUMNS, STEP
+        )
     for item in tl.range(tl.program_id(0), items, tl.num_programs(0)):
         tile, start, end, slice_index = item_share(item, whole, splits, split_tokens, tokens)
         layer, row, column = tile_position(tile, width, ROWS, COLUMNS, GROUP)
-        keys = tl.load(table + layer).to(tl.pointer_type(KEY_TYPE))
-        left = tl.make_tensor_descriptor(keys, [key_rows, key_width], [key_stride, 1], [STEP, ROWS])
-        right = tl.make_tensor_descriptor(keys, [key_rows, key_width], [key_stride, 1], [STEP, COLUMNS])
-
-        is_slice = slice_index >= 0
-        own_slice = slices.to(tl.int64) + slice_index.to(tl.int64) * (ROWS * COLUMNS * 4)
-        target = tl.make_tensor_descriptor(
-            tl.where(is_slice, own_slice, tl.load(table + layers + layer)).to(tl.pointer_type(tl.float32)),
-            [tl.where(is_slice, ROWS, width), tl.where(is_slice, COLUMNS, width)],
-            [tl.where(is_slice, COLUMNS, total_stride).to(tl.int64), 1],
-            [ROWS, PIECE],
-        )
-        to_row = tl.where(is_slice, 0, row)
-        to_column = tl.where(is_slice, 0, column)
-        offset = column - row
+        if not ONE_LAYER:
+            left, right, total = _describe_layer(
+                table,
+                layer,
+                layers,
+                key_rows,
+                key_width,
+                width,
+                key_stride,
+                total_stride,
+                KEY_TYPE,
+                ROWS,
+                COLUMNS,
+                STEP,
+            )
         # Half of the last diagonal block may lie outside: it has no tokens to sum.
         end = tl.where(row < width, end, start)
         for chunk in tl.range(start, end, CHUNK_TOKENS):
             chunk_end = tl.minimum(chunk + CHUNK_TOKENS, end)
             accumulator = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-            if BLOCK_TOKENS == CHUNK_TOKENS:
-                accumulator = _add_products(
-                    accumulator, left, right, row, column, chunk, chunk_end, part_tokens, PRODUCTS, STEP, INTERPRETED
-                )
-            else:
-                for block in tl.range(chunk, chunk_end, BLOCK_TOKENS):
-                    block_end = tl.minimum(block + BLOCK_TOKENS, chunk_end)
-                    partial = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-                    accumulator += _add_products(
-                        partial, left, right, row, column, block, block_end, part_tokens, PRODUCTS, STEP, INTERPRETED
-                    )
-
+            accumulator = _add_products(
+                accumulator, left, right, row, column, chunk, chunk_end, part_tokens, PRODUCTS, STEP, INTERPRETED
+            )
             # In quarters, because a whole float32 tile does not fit in shared memory beside the operands.
             _await_earlier_adds(INTERPRETED)
             left_half, right_half = halves(accumulator)
             piece0, piece1 = halves(left_half)
             piece2, piece3 = halves(right_half)
-            _add_piece(target, piece0, to_row, to_column, offset, INTERPRETED)
-            _add_piece(target, piece1, to_row, to_column + PIECE, offset + PIECE, INTERPRETED)
-            _add_piece(target, piece2, to_row, to_column + 2 * PIECE, offset + 2 * PIECE, INTERPRETED)
-            _add_piece(target, piece3, to_row, to_column + 3 * PIECE, offset + 3 * PIECE, INTERPRETED)
+            to = slice_index * ROWS
+            in_slice = slice_index >= 0
+            _add_piece(total, slices, in_slice, piece0, row, column, to, 0, INTERPRETED)
+            _add_piece(total, slices, in_slice, piece1, row, column + PIECE, to, PIECE, INTERPRETED)
+            _add_piece(total, slices, in_slice, piece2, row, column + 2 * PIECE, to, 2 * PIECE, INTERPRETED)
+            _add_piece(total, slices, in_slice, piece3, row, column + 3 * PIECE, to, 3 * PIECE, INTERPRETED)

@@ -15,6 +15,12 @@ MAXIMUM_TOKENS = 8192
 PANEL_ROWS = 384
 """Rows of the lower triangle that one product fills: a compromise of wasted squares and small products."""
 
+CUDA_PANEL_ROWS = 2048
+"""The same on a GPU, which small products leave idle."""
+
+OLDEST_WIDE_PRODUCT = (2, 10)
+"""The first torch whose addmm(out_dtype=) adds 16-bit products to a float32 matrix, on CUDA alone."""
+
 BLOCK_ELEMENTS = 1 << 24
 """Elements of a weight that are held in float32 at a time (64 MiB)."""
 
@@ -25,14 +31,38 @@ def is_available(device: torch.device) -> bool:
 
 
 def accumulate_second_moment(total: Tensor, keys: Tensor) -> None:
-    """Add keysᵀ keys to the lower triangle of total, panel by panel, with float32 products."""
+    """Add keysᵀ keys to the lower triangle of total, panel by panel.
+
+    The products are of float32, or on CUDA of the 16-bit keys themselves, which cuBLAS adds up in float32.
+    """
+    panel_rows = CUDA_PANEL_ROWS if total.is_cuda else PANEL_ROWS
     for first in range(0, keys.shape[0], MAXIMUM_TOKENS):
-        tokens = keys[first : first + MAXIMUM_TOKENS].float()
-        for start in range(0, total.shape[0], PANEL_ROWS):
-            rows = slice(start, min(start + PANEL_ROWS, total.shape[0]))
+        tokens = keys[first : first + MAXIMUM_TOKENS]
+        tokens = tokens if multiplies_in_16_bits(keys) else tokens.float()
+        for start in range(0, total.shape[0], panel_rows):
+            rows = slice(start, min(start + panel_rows, total.shape[0]))
             panel = tokens[:, rows]
-            total[rows, :start].addmm_(panel.T, tokens[:, :start])
-            total[rows, rows].add_((panel.T @ panel).tril_())
+            _add_product(total[rows, :start], panel, tokens[:, :start])
+            total[rows, rows].add_(_product(panel, panel).tril_())
+
+
+def multiplies_in_16_bits(keys: Tensor) -> bool:
+    """Whether torch can sum products of 16-bit keys in float32."""
+    version = torch.__version__.split(".")
+    return keys.is_cuda and keys.dtype != torch.float32 and (int(version[0]), int(version[1])) >= OLDEST_WIDE_PRODUCT
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    if left.dtype == torch.float32:
+        return left.T @ right
+    return torch.mm(left.T, right, out_dtype=torch.float32)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    if left.dtype == torch.float32:
+        total.addmm_(left.T, right)
+    elif total.numel():
+        torch.addmm(total, left.T, right, out_dtype=torch.float32, out=total)
 
 
 def low_rank_update(

@@ -13,6 +13,7 @@ from rocr.errors import GuardError
 
 TRACE_PROBES = 64
 ROWS_AT_ONCE = 1024
+EIGEN_PROBES = 4
 
 
 class Metric(Protocol):
@@ -172,10 +173,7 @@ def all_finite(matrix: Tensor) -> bool:
 
 
 def _projected(second_moment: Tensor, threshold: float) -> ProjectedMetric:
-    try:
-        values, vectors = torch.linalg.eigh(second_moment)
-    except RuntimeError:  # torch.linalg.LinAlgError, which an old LAPACK raises on ill-conditioned float32
-        values, vectors = (part.to(second_moment.dtype) for part in torch.linalg.eigh(second_moment.double()))
+    values, vectors = _eigenpairs(second_moment)
     free = int((values < threshold).sum())
     size = len(values)
     if free == 0:
@@ -187,3 +185,36 @@ def _projected(second_moment: Tensor, threshold: float) -> ProjectedMetric:
     if free <= size // 2:
         return ProjectedMetric(vectors[:, :free].contiguous(), protected=False, ordinary=ordinary)
     return ProjectedMetric(vectors[:, free:].contiguous(), protected=True, ordinary=ordinary)
+
+
+def _eigenpairs(second_moment: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, ascending, and eigenvectors in columns; in float64 where float32 does not do.
+
+    LAPACK raises on some ill-conditioned matrices; cuSOLVER may return without a word what are no eigenvectors
+    (pytorch issues 94772 and 105359).
+    """
+    for dtype in (second_moment.dtype, torch.float64):
+        matrix = second_moment.to(dtype)
+        try:
+            values, vectors = torch.linalg.eigh(matrix)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except RuntimeError:  # torch.linalg.LinAlgError among them
+            continue
+        if _are_eigenpairs(matrix, values, vectors):
+            return values.to(second_moment.dtype), vectors.to(second_moment.dtype)
+    raise GuardError(
+        f"The eigenvectors of the second moment ({len(second_moment)} x {len(second_moment)}) could not be computed, "
+        "in float64 either: use the method 'whitened', or collect the statistics on more text."
+    )
+
+
+def _are_eigenpairs(matrix: Tensor, values: Tensor, vectors: Tensor) -> bool:
+    """Whether V Λ Vᵀ x is the matrix times x, and V Vᵀ x is x, for some vectors x."""
+    generator = torch.Generator().manual_seed(0)
+    probes = torch.randn(len(matrix), EIGEN_PROBES, generator=generator, dtype=torch.float64).to(matrix)
+    coordinates = vectors.T @ probes
+    product_error = (matrix @ probes - vectors @ (values[:, None] * coordinates)).norm()
+    probe_error = (probes - vectors @ coordinates).norm()
+    bound = torch.finfo(matrix.dtype).eps ** 0.5 * probes.norm()
+    return bool(product_error <= bound * values.abs().max()) and bool(probe_error <= bound)

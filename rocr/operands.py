@@ -129,7 +129,7 @@ def _check_apart(tensors: Sequence[tuple[str, Tensor]], written: int) -> None:
     for index, (name, tensor) in enumerate(tensors):
         if not tensor.numel():
             continue
-        start, width = tensor.data_ptr(), tensor.element_size()
+        start, width = _address(tensor), tensor.element_size()
         if start % width:
             raise InputError(
                 f"{name} begins at an address that is no multiple of the {width} bytes of a number; pass a clone."
@@ -145,3 +145,11 @@ def _check_apart(tensors: Sequence[tuple[str, Tensor]], written: int) -> None:
         furthest = max(furthest, (end, index))
         if index < written:
             furthest_written = max(furthest_written, (end, index))
+
+
+def _address(tensor: Tensor) -> int:
+    """Where a tensor begins; one without memory, as torch.compile traces with, begins in a place of its storage's."""
+    storage = tensor.untyped_storage()
+    if storage.device.type == "meta":
+        return (int(storage._cdata) << 64) + tensor.storage_offset() * tensor.element_size()
+    return tensor.data_ptr()

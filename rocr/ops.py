@@ -20,6 +20,12 @@ from rocr.rounding import check_rounding
 BACKENDS = ("triton", "cpp", "torch", "cuda", "reference")
 """Every backend, the one to prefer first; cuda waits behind torch until it has been measured against Triton."""
 
+SMALL_PRODUCT = 4e10
+"""Operations of keysᵀ keys, on a GPU, below which starting Triton's kernels takes longer than half a product saves.
+
+An estimate: 70 microseconds of a full product at 600 TFLOP/s. benches/gpu.py second-moment-small measures it.
+"""
+
 
 SYMMETRIZED_ROWS = 1024
 """Rows that are mirrored at once: whole, three more matrices of the same size would be held."""
@@ -89,7 +95,7 @@ def accumulate_second_moment(total: Tensor, keys: Tensor, backend: str | None = 
         InputError: a dtype, shape, device or backend that does not fit, or memory shared by the operands.
     """
     operands.check_second_moment(total, keys)
-    chosen = _choose(backend, total.device)
+    chosen = _choose(second_moment_backend([keys]) if backend is None else backend, total.device)
     if not total.numel() or not keys.numel():
         return total
     chosen.accumulate_second_moment(total, _with_rows(keys))
@@ -112,12 +118,22 @@ def accumulate_second_moments(totals: Sequence[Tensor], keys: Sequence[Tensor], 
     layers = [(total, _with_rows(each)) for total, each in zip(totals, keys, strict=True) if each.numel()]
     if not layers:
         return
+    if backend is None:
+        backend = second_moment_backend([each for _, each in layers])
     chosen = _choose(backend, layers[0][0].device)
     if isinstance(chosen, LayersBackend):
         chosen.accumulate_second_moments([total for total, _ in layers], [each for _, each in layers])
         return
     for total, each in layers:
         chosen.accumulate_second_moment(total, each)
+
+
+def second_moment_backend(keys: Sequence[Tensor]) -> str | None:
+    """Name the backend for the second moments of some layers' keys: torch for cuBLAS; None for the first that runs."""
+    if keys[0].device.type != "cuda" or any(each.dtype == torch.float32 for each in keys):
+        return None
+    operations = sum(2.0 * each.shape[0] * each.shape[1] ** 2 for each in keys)
+    return "torch" if operations < SMALL_PRODUCT else None
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from rocr import backend_cuda, backend_triton, ops, reference
+from rocr import backend_cuda, backend_torch, backend_triton, operands, ops, reference
 from rocr.errors import InputError
 
 GPU_BACKENDS = (backend_triton, backend_cuda)
@@ -44,6 +44,41 @@ def test_fake_tensors_pass_through(backend) -> None:
         assert backend.second_moments_op(totals, keys) is None
         lefts, rights = [torch.empty(64, 2, device="cuda")] * 2, [torch.empty(2, 64, device="cuda")] * 2
         backend.low_rank_update(totals, lefts, rights, 1.0, "nearest", 0)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "dtype", "device", "name"),
+    [
+        ([(8192, 576)], torch.bfloat16, "cuda", "torch"),
+        ([(8192, 1536)], torch.float16, "cuda", "torch"),
+        ([(8192, 1536)] * 5, torch.bfloat16, "cuda", None),
+        ([(8192, 4096)], torch.bfloat16, "cuda", None),
+        ([(131072, 576)], torch.bfloat16, "cuda", None),
+        ([(8192, 576)], torch.float32, "cuda", None),
+        ([(8192, 576)], torch.bfloat16, "cpu", None),
+    ],
+)
+def test_cublas_is_chosen_for_small_products_alone(
+    shapes: list[tuple[int, int]], dtype: torch.dtype, device: str, name: str | None
+) -> None:
+    with FakeTensorMode():
+        assert ops.second_moment_backend([torch.empty(shape, dtype=dtype, device=device) for shape in shapes]) == name
+
+
+def test_what_cublas_is_asked_for_fits_together() -> None:
+    keys, total = torch.empty(900, 500, device="meta", dtype=torch.bfloat16), torch.empty(500, 500, device="meta")
+    product = backend_torch._product(keys[:, 200:400], keys[:, :200])
+    assert (product.shape, product.dtype) == ((200, 200), torch.float32)
+    backend_torch._add_product(total[200:400, :200], keys[:, 200:400], keys[:, :200])
+
+
+def test_fake_tensors_are_told_apart() -> None:
+    with FakeTensorMode():
+        weight, left, right = (torch.empty(8, 8, device="cuda") for _ in range(3))
+        operands.check_low_rank_update([weight], [left], [right])
+        operands.check_second_moments([weight, left], [right, right])
+        with pytest.raises(InputError, match=r"weights\[0\] and weights\[1\] share memory"):
+            operands.check_low_rank_update([weight, weight], [left, left], [right, right])
 
 
 def test_several_layers_at_once_are_several_calls() -> None:

@@ -25,7 +25,16 @@ from triton.compiler import ASTSource
 SHARED_BYTES = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448}
 """Shared memory of a program, by compute capability (CUDA C++ Programming Guide, technical specifications)."""
 
-OPTIONS = ("num_warps", "num_stages")
+REGISTERS = 65_536
+"""Registers of a multiprocessor, which all its programs share."""
+
+PROCESSOR_BYTES = {90: 233_472, 100: 233_472}
+"""Shared memory of a multiprocessor; each program takes 1,024 bytes beside its own."""
+
+CHIPS = (80, 90, 100)
+"""Every configuration is compiled for these, or for those of them that it is for."""
+
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -75,7 +84,8 @@ def compile_launch(kernel: Any, arguments: dict[str, Any], capability: int) -> A
             continue
         pointer = isinstance(value, torch.Tensor)
         types = {torch.int64: "*i64", torch.float32: "*fp32", torch.bfloat16: "*bf16"}
-        signature[name] = types[value.dtype] if pointer else "fp32" if isinstance(value, float) else "i32"
+        integer = "i32" if isinstance(value, int) and value < 1 << 31 else "i64"
+        signature[name] = types[value.dtype] if pointer else "fp32" if isinstance(value, float) else integer
         number = value.data_ptr() if pointer else value
         if isinstance(number, int) and number % 16 == 0:
             attributes[(index,)] = [["tt.divisibility", 16]]
@@ -96,80 +106,120 @@ def check(compiled: Any, capability: int, tmp_path: Path) -> str:
     return compiled.asm["ptx"]
 
 
-SLOW = {("tma_wide", FLOAT16, 90), ("resident_16", FLOAT16, 89), ("resident_32", BFLOAT16, 80), ("parts", BFLOAT16, 86)}
-"""Left to runs with -m slow: variants of what is compiled anyway."""
-
-
-def marks(*case: Any) -> Any:
-    return pytest.mark.slow if case in SLOW else ()
-
-
 def multiplies_with(capability: int) -> str:
     return {8: "mma.sync", 9: "wgmma.mma_async", 10: "tcgen05.mma"}[capability // 10]
 
 
-def second_moment_cases() -> list[Any]:
-    cases = []
-    for config, dtype, width, capabilities in (
-        ("tma_wide", BFLOAT16, 4096, (90, 100)),
-        ("tma_wide", FLOAT16, 4096, (90,)),
-        ("tma_small", BFLOAT16, 576, (90,)),
-        ("tma_small", FLOAT32, 576, (90, 100)),
-        ("pointers", BFLOAT16, 1536, (80, 89)),
-        ("pointers_small", FLOAT32, 1536, (80, 89)),
-        ("pointers_small", BFLOAT16, 123, (80, 90)),
-    ):
-        for capability in capabilities:
-            name = f"{config}-{str(dtype).removeprefix('torch.')}-sm_{capability}"
-            cases.append(
-                pytest.param(config, dtype, width, capability, id=name, marks=marks(config, dtype, capability))
-            )
-    return cases
+def case(config: str, dtype: torch.dtype, *rest: Any, slow: bool = False) -> Any:
+    words = [config, str(dtype).removeprefix("torch."), *map(str, rest[:-1]), f"sm_{rest[-1]}"]
+    return pytest.param(config, dtype, *rest, id="-".join(words), marks=pytest.mark.slow if slow else ())
 
 
-@pytest.mark.parametrize(("config", "dtype", "width", "capability"), second_moment_cases())
+MOMENTS = {
+    "tma_wide": (BFLOAT16, 4096),
+    "tma_small": (BFLOAT16, 576),
+    "tma_parts": (FLOAT32, 576),
+    "pointers": (BFLOAT16, 1536),
+    "pointers_small": (FLOAT32, 1536),
+}
+"""Keys of each configuration: their dtype and width."""
+
+MOMENT_CASES = [
+    *(
+        case(name, *keys, chip)
+        for name, keys in MOMENTS.items()
+        for chip in CHIPS
+        if chip >= 90 or not second_moment.CONFIGS[name].tma
+    ),
+    case("pointers", BFLOAT16, 1536, 89),
+    case("pointers_small", BFLOAT16, 123, 80),
+    case("pointers_small", FLOAT32, 1536, 89, slow=True),
+    case("pointers_small", BFLOAT16, 123, 90, slow=True),
+    case("tma_wide", FLOAT16, 4096, 90, slow=True),
+]
+
+UPDATES = {
+    "resident_16": (BFLOAT16, 16),
+    "resident_32": (BFLOAT16, 32),
+    "resident_16_float32": (FLOAT32, 16),
+    "resident_32_float32": (FLOAT32, 32),
+    "parts": (BFLOAT16, 128),
+    "parts_float32": (FLOAT32, 128),
+}
+"""Weights of each configuration: their dtype, and the rank of the update."""
+
+UPDATE_CASES = [
+    *(case(name, *update, False, chip) for name, update in UPDATES.items() for chip in CHIPS),
+    case("resident_16", BFLOAT16, 1, False, 90),
+    case("resident_16", FLOAT16, 16, True, 90),
+    case("resident_32", BFLOAT16, 32, True, 90),
+    case("parts", BFLOAT16, 128, True, 80),
+    case("parts", BFLOAT16, 128, False, 86),
+    case("parts_float32", FLOAT32, 128, False, 89),
+    case("resident_16", FLOAT16, 16, True, 89, slow=True),
+    case("resident_32", BFLOAT16, 32, True, 89, slow=True),
+    case("parts", BFLOAT16, 128, True, 90, slow=True),
+]
+
+
+def test_no_configuration_is_left_out() -> None:
+    assert MOMENTS.keys() == second_moment.CONFIGS.keys()
+    assert UPDATES.keys() == low_rank_update.CONFIGS.keys()
+
+
+@pytest.mark.parametrize(("config", "dtype", "width", "capability"), MOMENT_CASES)
 def test_second_moment_fits(
     launches: list[Any], tmp_path: Path, config: str, dtype: torch.dtype, width: int, capability: int
 ) -> None:
-    totals, keys = [torch.empty(width, width)] * 2, [torch.empty(4096, width, dtype=dtype)] * 2
-    accumulate_second_moments(totals, keys, second_moment.CONFIGS[config])
+    # The wide tile is for large widths, of which one layer at a time comes.
+    layers = 1 if config == "tma_wide" else 2
+    totals = [torch.empty(width, width)] * layers
+    accumulate_second_moments(totals, [torch.empty(4096, width, dtype=dtype)] * layers, second_moment.CONFIGS[config])
     kernel, arguments = next(each for each in launches if "second_moments" in each[0].__name__)
-    ptx = check(compile_launch(kernel, arguments, capability), capability, tmp_path)
+    compiled = compile_launch(kernel, arguments, capability)
+    ptx = check(compiled, capability, tmp_path)
     assert multiplies_with(capability) in ptx
+    if dtype == FLOAT32:
+        assert adds_outside_of_products(compiled)
     if second_moment.CONFIGS[config].tma:
-        assert re.search(r"cp\.async\.bulk\.tensor\.2d\.shared::(cluster|cta)\.global", ptx)
-        adds = [match.start() for match in re.finditer(r"cp\.reduce\.async\.bulk\.tensor\.2d\S*\.add", ptx)]
-        assert len(adds) == 4
-        waits = [match.start() for match in re.finditer(r"cp\.async\.bulk\.wait_group 0;", ptx)]
-        assert len(waits) == 1 and waits[0] < adds[0]
+        check_copies(ptx, describes_once=layers == 1)
+        programs = second_moment.CONFIGS[config].programs
+        assert programs * (compiled.metadata.shared + 1024) <= PROCESSOR_BYTES[capability]
     elif width % 8 == 0:
         assert re.search(r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], (0x)?(10|16)", ptx), "16 bytes at once"
 
 
-def low_rank_cases() -> list[Any]:
-    cases = []
-    for config, dtype, rank, at_random, capabilities in (
-        ("resident_16", BFLOAT16, 1, False, (90,)),
-        ("resident_16", BFLOAT16, 16, False, (80, 90, 100)),
-        ("resident_16", FLOAT16, 16, True, (89, 90)),
-        ("resident_32", BFLOAT16, 32, False, (80, 90)),
-        ("resident_32", BFLOAT16, 32, True, (89, 90)),
-        ("resident_16_float32", FLOAT32, 16, False, (80, 90)),
-        ("resident_32_float32", FLOAT32, 32, False, (80, 90)),
-        ("parts", BFLOAT16, 128, False, (86, 90, 100)),
-        ("parts", BFLOAT16, 128, True, (80,)),
-        ("parts_float32", FLOAT32, 128, False, (89, 90)),
-    ):
-        for capability in capabilities:
-            name = f"{config}-{str(dtype).removeprefix('torch.')}-{rank}-{at_random}-sm_{capability}"
-            mark = marks(config, dtype, capability)
-            cases.append(pytest.param(config, dtype, rank, at_random, capability, id=name, marks=mark))
-    return cases
+def check_copies(ptx: str, describes_once: bool) -> None:
+    """Check that operands and sums move through TMA, and how often a program describes its memory."""
+    assert re.search(r"cp\.async\.bulk\.tensor\.2d\.shared::(cluster|cta)\.global", ptx)
+    adds = [match.start() for match in re.finditer(r"cp\.reduce\.async\.bulk\.tensor\.2d\S*\.add", ptx)]
+    assert len(adds) == 4
+    waits = [match.start() for match in re.finditer(r"cp\.async\.bulk\.wait_group 0;", ptx)]
+    assert len(waits) == 1 and waits[0] < adds[0]
+    descriptors = [match.start() for match in re.finditer(r"tensormap\.cp_fenceproxy", ptx)]
+    assert all(place < start_of_loops(ptx) for place in descriptors) == describes_once
 
 
-@pytest.mark.parametrize(("config", "dtype", "rank", "at_random", "capability"), low_rank_cases())
+def start_of_loops(ptx: str) -> int:
+    """Where the first label lies that a later branch goes back to."""
+    labels = {match[1]: match.start() for match in re.finditer(r"^(\$\w+):", ptx, re.MULTILINE)}
+    branches = re.finditer(r"\bbra(?:\.uni)?\s+(\$\w+);", ptx)
+    return min(labels[match[1]] for match in branches if labels[match[1]] < match.start())
+
+
+def adds_outside_of_products(compiled: Any) -> bool:
+    """Whether a loop adds a product to a sum; Triton likes to sum within the product, which tensor cores truncate."""
+    text = compiled.asm["ttgir"]
+    moves = re.search(r"(%\w+)\S* = tt\.elementwise_inline_asm \"mov\.b32", text)
+    return (
+        moves is not None and re.search(rf"arith\.addf %\w+, {moves[1]}\b|arith\.addf {moves[1]}\b", text) is not None
+    )
+
+
+@pytest.mark.parametrize(("config", "dtype", "rank", "at_random", "capability"), UPDATE_CASES)
 def test_low_rank_update_fits(
     launches: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     config: str,
     dtype: torch.dtype,
@@ -177,13 +227,21 @@ def test_low_rank_update_fits(
     at_random: bool,
     capability: int,
 ) -> None:
+    monkeypatch.setattr(low_rank_update, "capability", lambda _: divmod(capability, 10))
     weights = [torch.empty(4096, 1536, dtype=dtype)] * 2
     lefts, rights = [torch.empty(4096, rank)] * 2, [torch.empty(rank, 1536)] * 2
-    LowRankPlan(weights, lefts, rights, low_rank_update.CONFIGS[config]).run(0.5, at_random, 7)
+    LowRankPlan(weights, lefts, rights, low_rank_update.CONFIGS[config]).run(0.5, at_random, 1 << 40)
     kernel, arguments = next(each for each in launches if "add_low_rank" in each[0].__name__)
-    ptx = check(compile_launch(kernel, arguments, capability), capability, tmp_path)
+    compiled = compile_launch(kernel, arguments, capability)
+    ptx = check(compiled, capability, tmp_path)
     assert multiplies_with(capability) in ptx
     assert ("cvt.rn.bf16" in ptx) or dtype != BFLOAT16
+    assert re.search(r"st\.global\S*\.v4\.b32", ptx), "16 bytes at once"
+    if config == "parts_float32":
+        assert adds_outside_of_products(compiled)
+    if low_rank_update.CONFIGS[config].resident:
+        programs = low_rank_update.resident_programs(divmod(capability, 10), low_rank_update.CONFIGS[config], at_random)
+        assert programs * 32 * arguments["num_warps"] * arguments["maxnreg"] <= REGISTERS
 
 
 def test_sizes_of_one_compile_as_the_constants_that_they_become(launches: list[Any], tmp_path: Path) -> None:

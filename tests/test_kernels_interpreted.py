@@ -39,14 +39,14 @@ def second_moment_errors(totals: list[Tensor], keys: list[Tensor], config: str |
     accumulate_second_moments(totals, keys, second_moment.CONFIGS[config] if config else None)
 
     def error(results: list[Tensor]) -> float:
-        pairs = zip(results, exact, strict=True)
-        return max(((each.double() - right).tril().norm() / right.tril().norm()).item() for each, right in pairs)
+        wrong = torch.stack([(each.double() - right).tril() for each, right in zip(results, exact, strict=True)])
+        return (wrong.norm() / torch.stack(exact).tril().norm()).item()
 
     return error(totals), error(by_torch)
 
 
-CHOSEN = [(config, dtype) for config in second_moment.CONFIGS for dtype in DTYPES[1:]]
-CHOSEN += [("tma_small", torch.float32), ("pointers_small", torch.float32)]
+CHOSEN = [(config, dtype) for config in second_moment.CONFIGS if config != "tma_parts" for dtype in DTYPES[1:]]
+CHOSEN += [("tma_parts", torch.float32), ("pointers_small", torch.float32)]
 
 
 @pytest.mark.parametrize(("config", "dtype"), CHOSEN, ids=str)
@@ -61,7 +61,9 @@ def test_second_moments_of_layers_of_odd_shapes(config: str, dtype: torch.dtype)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("tokens", "width"), [(1, 1), (63, 63), (1, 123), (123, 1)])
 def test_second_moments_without_alignment(tokens: int, width: int, dtype: torch.dtype) -> None:
-    ours, of_torch = second_moment_errors([torch.randn(width, width)], [torch.randn(tokens, width).to(dtype)], None)
+    # Several layers: the rounding of a single number is luck.
+    totals, keys = torch.randn(6, width, width), torch.randn(6, tokens, width).to(dtype)
+    ours, of_torch = second_moment_errors(list(totals), list(keys), None)
     assert ours <= ERROR_OVER_TORCH * of_torch + PARTS_OF_ONE_TOKEN
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from rocr import EditConfig, GuardError, reference
-from rocr.metric import build_metric
+from rocr.metric import _are_eigenpairs, build_metric
 from rocr.solve import solve_layer
 
 SIZE = 63
@@ -117,6 +117,45 @@ def test_a_weight_of_ordinary_keys_beyond_float32():
     assert in_float64_only.apply(torch.randn(3, SIZE)).isfinite().all()
     with pytest.raises(GuardError, match="not positive definite to its own precision: lower gamma"):
         build_metric(moment.float(), EditConfig(gamma=10 * scale / -floor))
+
+
+def raising(_values, _vectors):
+    raise torch.linalg.LinAlgError("the algorithm failed to converge")
+
+
+FAULTS = {
+    "raises": raising,
+    "no vectors": lambda values, vectors: (values, vectors * 0),
+    "not finite": lambda values, vectors: (values, vectors * torch.nan),
+    "values of others": lambda values, vectors: (values.roll(1), vectors),
+    "not orthogonal": lambda values, vectors: (values, vectors + 0.01 * vectors.roll(1, dims=1)),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_eigenvectors_that_are_none_are_found_again_in_float64(fault, monkeypatch):
+    moment, protected = second_moment(rank=20)
+    eigh = torch.linalg.eigh
+
+    def faulty_in_float32(matrix):
+        found = eigh(matrix)
+        return FAULTS[fault](*found) if matrix.dtype == torch.float32 else found
+
+    monkeypatch.setattr(torch.linalg, "eigh", faulty_in_float32)
+    metric = build_metric(moment, projected())
+    assert metric.basis.dtype == torch.float32
+    assert metric.free_directions == SIZE - 20
+    assert (dense(metric) @ protected).abs().max() < 1e-5
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: FAULTS[fault](*eigh(matrix)))
+    with pytest.raises(GuardError, match=r"\(63 x 63\) could not be computed, in float64 either: use the method"):
+        build_metric(moment, projected())
+
+
+def test_eigenvectors_are_not_doubted_over_a_wide_range():
+    keys = torch.randn(300, SIZE, dtype=torch.float64) * torch.logspace(-4, 4, SIZE, dtype=torch.float64)
+    moment = (keys.T @ keys / 300).float()
+    values, vectors = torch.linalg.eigh(moment)
+    assert _are_eigenpairs(moment, values, vectors)
 
 
 @pytest.mark.parametrize("config", [EditConfig(), projected()], ids=["whitened", "projected"])
