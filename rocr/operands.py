@@ -151,5 +151,5 @@ def _address(tensor: Tensor) -> int:
     """Where a tensor begins; one without memory, as torch.compile traces with, begins in a place of its storage's."""
     storage = tensor.untyped_storage()
     if storage.device.type == "meta":
-        return (int(storage._cdata) << 64) + tensor.storage_offset() * tensor.element_size()
+        return (int(storage._cdata) << 64) + int(tensor.storage_offset()) * tensor.element_size()
     return tensor.data_ptr()
