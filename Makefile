@@ -41,9 +41,11 @@ $(SANITIZED)/%.o: csrc/%.cpp $(wildcard csrc/*.h)
 bench: $(VENV)/.tools
 	$(BIN)/python benches/harness.py
 
-gpu: $(VENV)/.tools
-	$(BIN)/python -m pytest -q -m gpu
-	$(BIN)/python benches/gpu.py
+# With GPU_PYTHON=python3, in an environment that has torch and the test tools already, rather than in .venv.
+gpu: $(if $(GPU_PYTHON),,$(VENV)/.tools)
+	$(if $(GPU_PYTHON),$(GPU_PYTHON) -m pip install -q --no-deps --no-build-isolation -e .)
+	$(or $(GPU_PYTHON),$(BIN)/python) -m pytest -q -m gpu -rs
+	$(or $(GPU_PYTHON),$(BIN)/python) benches/gpu.py
 
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 

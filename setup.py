@@ -25,11 +25,12 @@ CUDA_CODE = {
 
 
 def find_nvcc() -> str | None:
-    """Return the path of CUDA's compiler, from CUDA_HOME or PATH; ROCR_CUDA=0 leaves the CUDA kernels out."""
+    """Return the path of CUDA's compiler, from CUDA_HOME, else PATH; ROCR_CUDA=0 leaves the CUDA kernels out."""
     if os.environ.get("ROCR_CUDA", "1") == "0" or sys.platform != "linux":
         return None
     home = os.environ.get("CUDA_HOME")
-    return shutil.which("nvcc", path=os.path.join(home, "bin") if home else None)
+    in_home = shutil.which("nvcc", path=os.path.join(home, "bin")) if home else None
+    return in_home or shutil.which("nvcc")
 
 
 def compile_cuda(nvcc: str, folder: Path) -> list[str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_kernels import low_rank_update, second_moment, second_moments
+from gpu_kernels import low_rank_update, second_moment, second_moments, small_second_moment
 from gpu_solve import solve
 from gpu_timing import ROOT, Row, machine
 
@@ -40,18 +40,20 @@ def thousand_concepts(device: torch.device, **sizes: Any) -> list[Row]:
 ROWS: dict[str, Bench] = {
     "second-moment": lambda device: second_moment(device, 131072, 14336, rounds=8),
     "second-moments": lambda device: second_moments(device, 131072, 1536, layers=5, rounds=20),
+    "second-moment-small": lambda device: small_second_moment(device, 8192, 1536, rounds=50),
     "update-1": lambda device: low_rank_update(device, 32, (4096, 14336), 1, 20, (1.0, 1.3)),
     "update-16": lambda device: low_rank_update(device, 32, (4096, 14336), 16, 20, (1.0, 1.3)),
     "update-128": lambda device: low_rank_update(device, 32, (4096, 14336), 128, 20, (1.0, 1.3)),
     "update-small": lambda device: low_rank_update(device, 30, (576, 1536), 16, 100, (4, 8), sets=8),
     "solve-1": lambda device: solve(device, 14336, 4096, 1, rounds=5),
     "solve-1000": lambda device: solve(device, 14336, 4096, 1000, rounds=5),
-    "statistics": lambda device: statistics(device, tokens=131072, official_tokens=8192),
+    "statistics": lambda device: statistics(device, tokens=1_400_000, official_tokens=8192),
     "thousand-concepts": lambda device: thousand_concepts(device, count=1000, official_count=3),
 }
 TINY_ROWS: dict[str, Bench] = {
     "second-moment": lambda device: second_moment(device, 300, 136, rounds=2),
     "second-moments": lambda device: second_moments(device, 300, 72, layers=2, rounds=2),
+    "second-moment-small": lambda device: small_second_moment(device, 100, 72, rounds=2),
     "update-16": lambda device: low_rank_update(device, 2, (64, 136), 16, 2, (1.0, 1.3), sets=2),
     "solve-1": lambda device: solve(device, 96, 32, 1, rounds=2),
     "solve-1000": lambda device: solve(device, 96, 32, 7, rounds=2),
@@ -69,7 +71,8 @@ def table(rows: list[Row]) -> str:
         errors = [f"{row.error[name]:.1e}" if name in row.error else "" for name in (row.ours, row.baseline)]
         lines.append(
             f"| {row.work} | {row.size} | {row.ours} | {ours.median * 1e3:.3f} ({ours.p20 * 1e3:.3f} to "
-            f"{ours.p80 * 1e3:.3f}) | {row.baseline} | {other.median * 1e3:.3f} | {row.ratio:.2f} | {row.at_least:g} | "
+            f"{ours.p80 * 1e3:.3f}) | {row.baseline} | {other.median * 1e3:.3f} ({other.p20 * 1e3:.3f} to "
+            f"{other.p80 * 1e3:.3f}) | {row.ratio:.2f} | {row.at_least:g} | "
             f"{row.aim:g} | {errors[0]} | {errors[1]} |"
         )
     return "\n".join(lines)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
-from gpu_timing import Row, fastest, graph, interleave, relative_error
+from gpu_timing import Row, Times, fastest, graph, interleave, relative_error
 from torch import Tensor
 
 from rocr import ops
 
 CHECKED_COLUMNS = 64
 """Columns of a second moment that are compared with float64: all of them would take longer than the timing."""
+
+WIDE_TILE = 256
+"""Width of the square blocks that rocr's kernels fill from a width of 1,024 on, those on the diagonal too."""
 
 GPU_BACKENDS = ("triton", "cuda")
 
@@ -65,8 +68,7 @@ def second_moment(device: torch.device, tokens: int, width: int, rounds: int) ->
         errors[name] = moment_error(totals[name], keys)
     times = interleave(functions, device, rounds, few=("float32", "tf32"))
     torch.backends.cuda.matmul.allow_tf32 = False
-    operations = width * (width + 1) * tokens
-    rate = {f"{name} TFLOP/s in the triangle": operations / times[name].median / 1e12 for name in names}
+    rate = _moment_rates(times, names, own, tokens, width)
     ours = fastest(times, own)
     size = f"{tokens} x {width}, bfloat16"
     return [
@@ -97,10 +99,42 @@ def second_moments(device: torch.device, tokens: int, width: int, layers: int, r
         function(0)
         errors[name] = max(moment_error(total, each) for total, each in zip(totals[name], keys, strict=True))
     times = interleave(functions, device, rounds)
-    operations = layers * width * (width + 1) * tokens
-    rate = {f"{name} TFLOP/s in the triangle": operations / times[name].median / 1e12 for name in functions}
+    rate = _moment_rates(times, list(functions), own, layers * tokens, width)
     size = f"{layers} x ({tokens} x {width}), bfloat16"
     return [Row("second moments in one call", size, times, fastest(times, own), "addmm", 1.2, 2.0, errors, rate)]
+
+
+def small_second_moment(device: torch.device, tokens: int, width: int, rounds: int) -> list[Row]:
+    """A product so small that ops leaves it to cuBLAS: what it picks, and every kernel, against one addmm."""
+    keys = torch.randn(tokens, width, device=device, dtype=torch.bfloat16)
+    backends: dict[str, str | None] = {"chosen": None, "torch": "torch"} | {name: name for name in own_backends(device)}
+    totals = {name: torch.zeros(width, width, device=device) for name in [*backends, "addmm"]}
+    functions: dict[str, Callable[[int], object]] = {
+        name: lambda _, name=name, backend=backend: ops.accumulate_second_moment(totals[name], keys, backend=backend)
+        for name, backend in backends.items()
+    }
+    functions["addmm"] = lambda _: add_by_torch(totals["addmm"], keys)
+    errors = {}
+    for name, function in functions.items():
+        totals[name].zero_()
+        function(0)
+        errors[name] = moment_error(totals[name], keys)
+    times = interleave(functions, device, rounds)
+    note = "nothing is required of this row: it is for ops.SMALL_PRODUCT, which is an estimate"
+    return [
+        Row("small second moment", f"{tokens} x {width}, bfloat16", times, "chosen", "addmm", 0, 1, errors, {}, note)
+    ]
+
+
+def _moment_rates(
+    times: dict[str, Times], names: Sequence[str], own: Sequence[str], tokens: int, width: int
+) -> dict[str, float]:
+    """TFLOP/s of the products that are wanted, and for rocr's kernels of those that are executed."""
+    wanted = width * (width + 1) * tokens
+    rates = {f"{name} TFLOP/s in the triangle": wanted / times[name].median / 1e12 for name in names}
+    blocks = -(-width // WIDE_TILE)
+    executed = blocks * (blocks + 1) * WIDE_TILE**2 * tokens
+    return rates | {f"{name} TFLOP/s executed": executed / times[name].median / 1e12 for name in own}
 
 
 def low_rank_update(
@@ -123,8 +157,8 @@ def low_rank_update(
     rights = list(torch.randn(layers, rank, columns, device=device))
     narrow_lefts, narrow_rights = [each.bfloat16() for each in lefts], [each.bfloat16() for each in rights]
     own = own_backends(device)
-    errors = {name: _update_error(name, weights[0, 0], lefts[0], rights[0], scale) for name in own}
-    errors["addmm_"] = _update_error("addmm_", weights[0, 0], lefts[0], rights[0], scale)
+    checked = {name: _check_update(name, weights[0, 0], lefts[0], rights[0], scale) for name in [*own, "addmm_"]}
+    errors = {name: error for name, (error, _) in checked.items()}
     # One storage for each layer: ops refuses two weights of one.
     layers_of_sets = [[weight.clone() for weight in each] for each in weights]
 
@@ -151,6 +185,9 @@ def low_rank_update(
     times = interleave(functions, device, rounds)
     bytes_moved = 2 * weights[0].nbytes
     rate = {f"{name} GB/s": bytes_moved / times[name].median / 1e9 for name in functions}
+    rate |= {
+        f"{name} share of numbers that are not the exact ones rounded": share for name, (_, share) in checked.items()
+    }
     ours = fastest(times, [name for name in functions if name not in ("addmm_", "copy")])
     rate["share of the copy's bandwidth"] = times["copy"].median / times[ours].median
     size = f"{layers} x ({rows} x {columns}), n = {rank}, bfloat16"
@@ -158,12 +195,12 @@ def low_rank_update(
     return [Row("low-rank update", size, times, ours, "addmm_", *bounds, errors, rate, note)]
 
 
-def _update_error(name: str, start: Tensor, left: Tensor, right: Tensor, scale: float) -> float:
-    """Error of the change that one update makes to a weight, with what the rounding to bfloat16 adds."""
+def _check_update(name: str, start: Tensor, left: Tensor, right: Tensor, scale: float) -> tuple[float, float]:
+    """Error of a weight after one update, most of which its rounding makes, and what share of it is rounded wrong."""
     exact = start.double() + scale * (left.double() @ right.double())
     weight = start.clone()
     if name == "addmm_":
         weight.addmm_(left.bfloat16(), right.bfloat16(), alpha=scale)
     else:
         ops.low_rank_update(weight, left, right, scale=scale, backend=name)
-    return relative_error(weight, exact)
+    return relative_error(weight, exact), (weight != exact.to(weight.dtype)).double().mean().item()

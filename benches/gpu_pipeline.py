@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 import torch
-from gpu_kernels import add_by_torch
-from gpu_timing import Row, Times, interleave
+from gpu_kernels import CHECKED_COLUMNS, add_by_torch
+from gpu_timing import Row, Times, interleave, relative_error
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -65,48 +66,92 @@ def random_texts(seed: int) -> Iterator[str]:
         yield " ".join(draw.choices(WORDS, k=400)) + " ."
 
 
+class ExactMoments:
+    """Float64 second moments of what a model's down-projections read, in some columns."""
+
+    def __init__(self, architecture: Architecture, skipped: int, limit: int) -> None:
+        """skipped: tokens at the start of every sequence that are left out; limit: tokens to sum at most."""
+        self._skipped, self._limit = skipped, limit
+        weight = architecture.down_projection(LAYERS[0]).weight
+        self.columns = torch.randperm(weight.shape[1], device=weight.device)[:CHECKED_COLUMNS]
+        self._sums = {
+            layer: torch.zeros(weight.shape[1], len(self.columns), dtype=torch.float64, device=weight.device)
+            for layer in LAYERS
+        }
+        self._tokens = dict.fromkeys(LAYERS, 0)
+        self._architecture = architecture
+
+    def _add(self, layer: int, keys: Tensor) -> None:
+        rows = keys[:, self._skipped :].flatten(0, 1)[: self._limit - self._tokens[layer]]
+        self._tokens[layer] += len(rows)
+        self._sums[layer] += rows.double().T @ rows[:, self.columns].double()
+
+    def error(self, collect: Callable[[], dict[int, Tensor]]) -> float:
+        """The largest error of the sums that `collect` makes, of all layers."""
+        with ExitStack() as stack:
+            for layer in LAYERS:
+                module = self._architecture.down_projection(layer).module
+                stack.enter_context(input_hook(module, partial(self._add, layer)))
+            sums = collect()
+        return max(relative_error(sums[layer][:, self.columns], self._sums[layer]) for layer in LAYERS)
+
+
 def statistics(device: torch.device, tokens: int, official_tokens: int, tiny: bool = False) -> list[Row]:
     """Second moments of three layers: rocr, one pass with hooks and addmm, and the official pass for each layer.
 
-    The official loop runs on fewer tokens; all times are scaled to those of rocr.
+    The official loop runs on fewer tokens; all times are scaled to those of rocr. Errors are those of few tokens.
     """
     tokenizer = make_tokenizer()
     model = make_model(device, max(LAYERS) + 1, tiny)
     wide_model = make_model(device, max(LAYERS) + 1, tiny, torch.float32)
     architecture, wide_architecture = find_architecture(model), find_architecture(wide_model)
-    batches = torch.randint(7, 100, (tokens // 8192 or 1, min(16, tokens // 32), 512 if tokens >= 8192 else 32))
+    shape = (tokens // 8192 or 1, min(16, tokens // 32), OFFICIAL_SEQUENCE if tokens >= 8192 else 32)
+    batches = torch.randint(7, 100, shape)
+    official_rows = batches.flatten(0, 1)[: max(1, official_tokens // batches.shape[2])]
     width = architecture.down_projection(LAYERS[0]).weight.shape[1]
-    options = rocr.CollectOptions(tokens=tokens)
 
-    def ours() -> None:
-        rocr.collect_statistics(model, tokenizer, random_texts(0), LAYERS, options)
+    def ours(tokens: int) -> dict[int, Tensor]:
+        options = rocr.CollectOptions(tokens=tokens)
+        found = rocr.collect_statistics(model, tokenizer, random_texts(0), LAYERS, options)
+        return {layer: found.second_moment(layer) * found.tokens for layer in LAYERS}
 
-    def hooks() -> None:
+    def hooks(batches: Tensor) -> dict[int, Tensor]:
         totals = {layer: torch.zeros(width, width, device=device) for layer in LAYERS}
         for batch in batches:
             _collect(architecture, batch, {layer: partial(_add, totals[layer]) for layer in LAYERS}, max(LAYERS))
+        return totals
 
-    def official() -> None:
+    def official(rows: Tensor) -> dict[int, Tensor]:
+        totals = {layer: torch.zeros(width, width, device=device) for layer in LAYERS}
         for layer in LAYERS:
-            total = torch.zeros(width, width, device=device)
-            for row in batches.flatten(0, 1)[: max(1, official_tokens // batches.shape[2])]:
-                _collect(wide_architecture, row[None], {layer: partial(_add_in_float32, total)}, layer)
+            for row in rows:
+                _collect(wide_architecture, row[None], {layer: partial(_add_in_float32, totals[layer])}, layer)
+        return totals
 
+    few = min(official_tokens, 8192)
+    error = {
+        "rocr": ExactMoments(architecture, skipped=1, limit=few).error(lambda: ours(few)),
+        "one pass with hooks": ExactMoments(architecture, 0, few).error(lambda: hooks(batches[:1, : few // shape[2]])),
+        # Later passes run through earlier layers again: the limit leaves their keys out.
+        "official": ExactMoments(wide_architecture, 0, official_rows.numel()).error(lambda: official(official_rows)),
+    }
     functions: dict[str, Callable[[int], object]] = {
-        "rocr": lambda _: ours(),
-        "one pass with hooks": lambda _: hooks(),
-        "official": lambda _: official(),
+        "rocr": lambda _: ours(tokens),
+        "one pass with hooks": lambda _: hooks(batches),
+        "official": lambda _: official(official_rows),
     }
     times = interleave(functions, device, rounds=3, few=("official",))
-    rows_of_official = max(1, official_tokens // batches.shape[2])
-    run = {"rocr": tokens, "one pass with hooks": batches.numel(), "official": rows_of_official * batches.shape[2]}
+    run = {"rocr": tokens, "one pass with hooks": batches.numel(), "official": official_rows.numel()}
     scaled = {name: _times(each, tokens / run[name]) for name, each in times.items()}
     rate = {f"{name} microseconds a token": each.median / tokens * 1e6 for name, each in scaled.items()}
     size = f"layers 4 to 6, {tokens} tokens" + (" (tiny)" if tiny else "")
-    note = f"tokens that were run: {run}; rocr's time holds its tokenizer and its hashes"
+    note = (
+        f"tokens that were run: {run}; rocr's time holds its tokenizer and its hashes; errors are of {few} tokens, "
+        "against float64 sums of the same keys"
+    )
     return [
-        Row("statistics", size, scaled, "rocr", "official", 5, 10, {}, rate, note),
-        Row("statistics", size, scaled, "rocr", "one pass with hooks", 1.1, 1.4, {}, rate, note),
+        Row("statistics", size, scaled, "rocr", "official", 5, 10, error, rate, note),
+        Row("statistics", size, scaled, "rocr", "one pass with hooks", 1.1, 1.4, error, rate, note),
     ]
 
 
@@ -127,33 +172,54 @@ def thousand_concepts(device: torch.device, count: int, official_count: int, tin
     width = architecture.down_projection(LAYERS[0]).weight.shape[1]
     projectors = {layer: torch.eye(width) for layer in LAYERS}
 
-    def ours() -> None:
-        rocr.unlearn(model, tokenizer, concepts, known, config, guards=guards).revert(model)
+    def ours() -> rocr.Edit:
+        edit = rocr.unlearn(model, tokenizer, concepts, known, config, guards=guards)
+        edit.revert(model)
+        return edit
 
     def official() -> None:
         for concept in concepts[:official_count]:
             _official_edit(architecture, tokenizer, concept.name, projectors)
 
+    key, residual, update = _official_edit(architecture, tokenizer, concepts[0].name, projectors)
+    key, residual = key.double(), residual.double()
+    exact = residual.T @ key.T / (key.square().sum() + 1)  # the projectors are identities
+    error = {"rocr": _edit_error(ours(), known), "official": relative_error(update, exact)}
     functions: dict[str, Callable[[int], object]] = {"rocr": lambda _: ours(), "official": lambda _: official()}
-    times = interleave(functions, device, rounds=2, few=("official",))
+    times = interleave(functions, device, rounds=3, few=("official",))
     scaled = {"rocr": times["rocr"], "official": _times(times["official"], count / official_count)}
     size = f"{count} concepts, layers 4 to 6" + (" (tiny)" if tiny else "")
-    note = f"official: {official_count} concepts were run, their time scaled; guards off, as the weights are random"
-    return [Row("unlearn", size, scaled, "rocr", "official", 300, 1000, {}, {}, note)]
+    note = (
+        f"official: {official_count} concepts were run, their time scaled; guards off, as the weights are random; "
+        "errors are of the updates, against float64 from the same keys, residuals and statistics"
+    )
+    return [Row("unlearn", size, scaled, "rocr", "official", 300, 1000, error, {}, note)]
+
+
+def _edit_error(edit: rocr.Edit, known: rocr.Statistics) -> float:
+    """The largest error of an edit's updates, of all layers."""
+    errors = []
+    for update, measures in zip(edit.updates, edit.report.layers, strict=True):
+        keys, residuals = update.keys.double(), update.residuals.double()
+        moment = known.second_moment(update.layer).to(keys)
+        inverse_metric = moment * (edit.config.gamma / moment.diagonal().mean())
+        inverse_metric.diagonal().add_(1.0)
+        product = torch.linalg.solve(inverse_metric, keys.T).T
+        system = keys @ product.T
+        system.diagonal().add_(measures.ridge)
+        exact = residuals.T @ torch.linalg.solve(system, product)
+        errors.append(relative_error(update.left.double() @ update.right.double(), exact))
+    return max(errors)
 
 
 def _collect(
     architecture: Architecture, tokens: Tensor, receivers: dict[int, Callable[[Tensor], None]], last: int
 ) -> None:
     """Run tokens (batch, length) through layers 0 to last, and give each receiver its layer's keys."""
-    hooks = [input_hook(architecture.down_projection(layer).module, each) for layer, each in receivers.items()]
-    for hook in hooks:
-        hook.__enter__()
-    try:
+    with ExitStack() as stack:
+        for layer, receive in receivers.items():
+            stack.enter_context(input_hook(architecture.down_projection(layer).module, receive))
         run_through(architecture, last, tokens)
-    finally:
-        for hook in hooks:
-            hook.__exit__(None, None, None)
 
 
 def _add(total: Tensor, keys: Tensor) -> None:
@@ -165,8 +231,13 @@ def _add_in_float32(total: Tensor, keys: Tensor) -> None:
     total += rows.T @ rows
 
 
-def _official_edit(architecture: Architecture, tokenizer: Any, name: str, projectors: dict[int, Tensor]) -> None:
-    """One concept: for each layer a pass for the key and one for the state, and the dense (d_in, d_in) solve."""
+def _official_edit(
+    architecture: Architecture, tokenizer: Any, name: str, projectors: dict[int, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One concept: for each layer a pass for the key and one for the state, and the dense (d_in, d_in) solve.
+
+    Returns key (d_in, 1), residual (1, d_out) and update (d_out, d_in) of the last layer.
+    """
     tokens = tokenizer([f"{name} ."] * TEMPLATES, return_tensors="pt")["input_ids"]
     for layer, projector in projectors.items():
         found: list[Tensor] = []
@@ -181,6 +252,7 @@ def _official_edit(architecture: Architecture, tokenizer: Any, name: str, projec
         system = projector.to(weight.device) @ (key @ key.T) + identity
         update = torch.linalg.solve(system, projector.to(weight.device) @ key @ residual)
         weight + update.T.to(weight.dtype)  # out of place, as there; not kept, so that every round edits one model
+    return key, residual, update.T
 
 
 def _times(times: Times, factor: float) -> Times:

@@ -1,6 +1,7 @@
 """The package beside its neighbours: a folder named kernels must not hide the package of that name."""
 
 import ast
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,31 @@ def test_transformers_finds_no_kernels_of_ours():
     assert done.returncode == 0, done.stderr
     file = done.stdout.strip().splitlines()[-1]
     assert file == "None" or ROOT not in Path(file).parents
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the CUDA kernels are built on Linux alone")
+@pytest.mark.parametrize(
+    ("home", "path", "rocr_cuda", "found"),
+    [
+        ("toolkit", "other", None, "toolkit"),
+        (None, "other", None, "other"),
+        ("empty", "other", None, "other"),
+        ("toolkit", "empty", "1", "toolkit"),
+        ("empty", "empty", None, None),
+        ("toolkit", "other", "0", None),
+    ],
+)
+def test_nvcc_is_looked_for_in_cuda_home_and_then_on_the_path(tmp_path, monkeypatch, home, path, rocr_cuda, found):
+    for toolkit in ("toolkit", "other", "empty"):
+        (tmp_path / toolkit / "bin").mkdir(parents=True)
+        if toolkit != "empty":
+            (tmp_path / toolkit / "bin" / "nvcc").touch(mode=0o755)
+    for name, value in (("CUDA_HOME", home and str(tmp_path / home)), ("ROCR_CUDA", rocr_cuda)):
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PATH", str(tmp_path / path / "bin"))
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    nvcc = runpy.run_path(str(ROOT / "setup.py"))["find_nvcc"]()
+    assert nvcc == (found and str(tmp_path / found / "bin" / "nvcc"))
 
 
 def test_the_package_is_imported_without_torch():
