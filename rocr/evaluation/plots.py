@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHOWN_TARGETS = 40
+_SPLITS = ("forget", "retain")
 _BEFORE, _AFTER, _ALONE = "#7a8ba8", "#d95f02", "#1b6ca8"
 _COLOURS = ("#1b6ca8", "#d95f02", "#3a923a", "#8e4ec6", "#b8860b", "#c0392b", "#17807e", "#555555", "#e377c2")
 _LABEL = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # readable where it meets the line of chance
@@ -34,7 +35,7 @@ def draw_plots(
     except ImportError:
         raise InputError("Plots need the package matplotlib: pip install 'rocr[report]'.") from None
     attacks = attacks or {}
-    splits = [split for split in ("forget", "retain") if any(item.split == split for item in evaluation.items)]
+    splits = [split for split in _SPLITS if any(item.split == split for item in evaluation.items)]
     plots = [("Scores by form", _forms(Figure, splits, evaluation, before))]
     if "forget" in splits:
         plots.append(_targets(Figure, evaluation, before))
@@ -97,6 +98,8 @@ def _targets(figure_class: Any, evaluation: Evaluation, before: Evaluation | Non
 def _against(figure_class: Any, evaluation: Evaluation, before: Evaluation | None) -> Figure:
     """An arrow for each form from before to after: straight left is forgetting, down is loss."""
     figure, (axes,) = _new(figure_class, 5.2)
+    drawn = (e.form_score(form, split) for e in (before, evaluation) if e for form in e.forms for split in _SPLITS)
+    highest = max((score.score for score in drawn if score is not None), default=0) or 1.0
     for colour, form in zip(_COLOURS, evaluation.forms, strict=False):
         forget, retain = evaluation.form_score(form, "forget"), evaluation.form_score(form, "retain")
         if forget is None or retain is None:
@@ -109,8 +112,8 @@ def _against(figure_class: Any, evaluation: Evaluation, before: Evaluation | Non
             axes.scatter(*start, s=70, facecolors="white", edgecolors=colour, linewidths=1.8, zorder=2)
             arrow = {"arrowstyle": "->", "color": colour, "linewidth": 1.5, "shrinkA": 5, "shrinkB": 5}
             axes.annotate("", (forget.score, retain.score), xytext=start, arrowprops=arrow)
-    axes.set_xlim(-0.02, 1.02)
-    axes.set_ylim(-0.02, 1.05)
+    for limit in (axes.set_xlim, axes.set_ylim):
+        limit(-0.02 * highest, 1.1 * highest)  # from 0 on, as near as the scores allow
     axes.set_xlabel("score of the forget set (lower is better)")
     axes.set_ylabel("score of the retain set (as before is better)")
     axes.grid(alpha=0.3)
