@@ -1,4 +1,4 @@
-"""The blocks of README.md's section "In a pipeline", run one after the other on tiny models."""
+"""README.md: the blocks of its section "In a pipeline", run one after the other on tiny models, and its map."""
 
 import json
 import os
@@ -97,3 +97,12 @@ def test_a_list_of_models(place):
     found = run(MODELS, place)
     assert found["failed"] == {}
     assert {path.name for path in (place / "models").iterdir()} >= {"a.edit.safetensors", "b.edit.safetensors"}
+
+
+def test_the_map_names_every_file_of_the_code_and_nothing_else():
+    root = README.parent
+    named = re.findall(r"^- `([a-z]+/[^`]+)` – ", README.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    patterns = ("rocr/**/*.py", "rocr/data/*", "kernels/*.py", "csrc/*", "benches/*.py")
+    there = {path.relative_to(root).as_posix() for pattern in patterns for path in root.glob(pattern) if path.is_file()}
+    assert len(named) == len(set(named))
+    assert {name for name in named if not name.startswith("benches/results/")} == there
