@@ -46,6 +46,7 @@ def test_every_promise_has_tests_that_are_run(number):
 
 
 CLAIMS = re.compile(r"\b(erased?|erasure|permanently|irreversibl\w*|guarantee\w*)\b", re.IGNORECASE)
+DENIAL = "not proof of erasure"
 
 
 def test_reports_never_say_that_something_is_erased(files):
@@ -59,4 +60,4 @@ def test_reports_never_say_that_something_is_erased(files):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         said = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
         for sentence in said:
-            assert not CLAIMS.search(sentence), f"{path.name}: {sentence[:100]}"
+            assert not CLAIMS.search(sentence.replace(DENIAL, "")), f"{path.name}: {sentence[:100]}"
