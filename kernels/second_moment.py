@@ -74,7 +74,8 @@ CONFIGS = {
     "tma_small": SecondMomentConfig(True, 128, 128, 64, group=8, warps=8, stages=3, programs=2),
     "tma_parts": SecondMomentConfig(True, 128, 128, 64, group=8, warps=8, stages=3, programs=1),
     "pointers": SecondMomentConfig(False, 128, 128, 32, group=16, warps=8, stages=4, programs=1),
-    "pointers_small": SecondMomentConfig(False, 64, 128, 64, group=16, warps=8, stages=3, programs=1),
+    "pointers_small": SecondMomentConfig(False, 64, 128, 32, group=16, warps=8, stages=4, programs=1),
+    "pointers_parts": SecondMomentConfig(False, 64, 128, 64, group=16, warps=8, stages=3, programs=1),
 }
 """Every configuration that ships; nothing is tuned at run time, since a trial launch would add to the totals."""
 
@@ -88,7 +89,9 @@ def choose_config(compute_capability: tuple[int, int], products: int, width: int
         if products > 1:
             return "tma_parts"
         return "tma_wide" if width >= WIDE_FROM else "tma_small"
-    return "pointers" if products == 1 and fits.aligned else "pointers_small"
+    if products > 1:
+        return "pointers_parts"
+    return "pointers" if fits.aligned else "pointers_small"
 
 
 @triton.jit
