@@ -18,8 +18,9 @@ from rocr import ops
 from rocr.architectures import Architecture, default_layers, find_architecture, text_config
 from rocr.capture import input_hook, run_through
 from rocr.checkpoint import Checkpoint
-from rocr.errors import GuardError, InputError
+from rocr.errors import GuardError, InputError, RocrError
 from rocr.fingerprint import fingerprint
+from rocr.less_memory import halving
 from rocr.progress import Progress, ProgressCallback, silent
 from rocr.ranks import Ranks
 from rocr.sampling import sample_sequences
@@ -231,16 +232,35 @@ def _accumulate(architecture: Architecture, state: Checkpoint, batch: _Batch) ->
     if batch.count == 0:
         return 0
 
-    def add(layer: int, keys: Tensor) -> None:
-        with state.adding(layer) as total:
-            ops.accumulate_second_moment(total, keys[:, 1:].reshape(-1, keys.shape[-1])[: batch.count])
-
-    with ExitStack() as stack:
-        for layer in state.unfinished():
-            module = architecture.down_projection(layer).module
-            stack.enter_context(input_hook(module, partial(add, layer)))
-        run_through(architecture, max(state.sums), torch.tensor(batch.sequences))
+    halving(partial(_accumulate_pieces, architecture, state, batch), len(batch.sequences))
     return batch.count
+
+
+def _accumulate_pieces(architecture: Architecture, state: Checkpoint, batch: _Batch, size: int) -> None:
+    """Run a batch, so many sequences at a time; its keys are added up at once, so that no layer has a part of them."""
+    held: dict[int, list[Tensor]] = {layer: [] for layer in state.unfinished()}
+
+    def receive(layer: int, keys: Tensor) -> None:
+        held[layer].append(keys[:, 1:].reshape(-1, keys.shape[-1]))
+        if sum(map(len, held[layer])) == tokens[:, 1:].numel():
+            keys = torch.cat(held.pop(layer)) if size < len(tokens) else held.pop(layer)[0]
+            _add(state, layer, keys[: batch.count])
+
+    tokens = torch.tensor(batch.sequences)
+    with ExitStack() as stack:
+        for layer in list(held):
+            module = architecture.down_projection(layer).module
+            stack.enter_context(input_hook(module, partial(receive, layer)))
+        for piece in torch.split(tokens, size):  # type: ignore[no-untyped-call]
+            run_through(architecture, max(state.sums), piece)
+
+
+def _add(state: Checkpoint, layer: int, keys: Tensor) -> None:
+    try:
+        with state.adding(layer) as total:
+            ops.accumulate_second_moment(total, keys)
+    except torch.cuda.OutOfMemoryError as error:  # the sum may hold a part of the keys: no second try
+        raise RocrError(f"Memory ran out at layer {layer}: collect fewer layers at a time. {error}") from error
 
 
 def _finished(total: Tensor, tokens: int, layer: int) -> Tensor:

@@ -13,6 +13,7 @@ from rocr.architectures import Architecture
 from rocr.batches import Batch, batches
 from rocr.capture import hidden_hook, input_hook, run_through
 from rocr.key_plan import Reading
+from rocr.less_memory import halving
 from rocr.prefix import can_share, run_prefix
 from rocr.progress import Progress, ProgressCallback, silent
 
@@ -49,14 +50,17 @@ def read_states(
         reading: what to read where.
         hidden_layer: the decoder layer whose output is read; the last to run.
         key_layer: the layer whose keys are read as well; at most `hidden_layer`.
-        token_budget: tokens of a batch, padding included; a prefix that prompts share does not count.
+        token_budget: tokens of a batch, padding included; a prefix that prompts share does not count. Half as many
+            as often as the memory of a GPU does not do.
         progress: told after every batch.
         stage: what to call this in progress reports.
         share: whether a prefix that prompts share may be run once for all of them, where the model can; the states
             are the same but for rounding.
     """
     layers = [] if key_layer is None else [key_layer]
-    hidden, found = _read(architecture, reading, hidden_layer, layers, token_budget, progress, stage, share)
+    hidden, found = halving(
+        lambda budget: _read(architecture, reading, hidden_layer, layers, budget, progress, stage, share), token_budget
+    )
     return States(hidden) if key_layer is None else found[key_layer]
 
 
@@ -70,7 +74,10 @@ def read_layers(
     stage: str = "states",
 ) -> dict[int, States]:
     """The states of several key layers from one pass; see `read_states`."""
-    return _read(architecture, reading, hidden_layer, key_layers, token_budget, progress, stage, share=True)[1]
+    return halving(
+        lambda budget: _read(architecture, reading, hidden_layer, key_layers, budget, progress, stage, share=True)[1],
+        token_budget,
+    )
 
 
 def _read(
