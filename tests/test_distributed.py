@@ -13,7 +13,7 @@ import rocr
 ROOT = Path(__file__).parents[1]
 ROUNDING = 2e-6  # float32 sums in another order, relative to the largest entry; at most 3e-7 was measured
 SCRIPT = """
-import contextlib, io, json, sys, warnings
+import contextlib, io, json, os, sys, warnings
 warnings.simplefilter("ignore")
 import torch, torch.distributed as dist, transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -48,8 +48,10 @@ with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
     found["code"] = main(given["stats"])
 found["printed"] = output.getvalue()
 
-dist.init_process_group("gloo")
-rank = dist.get_rank()
+# Under a name of its own in the store: there a second group would find the addresses of the first, which are gone.
+store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+dist.init_process_group("gloo", store=dist.PrefixStore("library", store), rank=rank, world_size=size)
 plain = AutoModelForCausalLM.from_pretrained(given["model"])
 tokenizer = AutoTokenizer.from_pretrained(given["model"])
 alone = collect(plain, together=False)
@@ -125,7 +127,7 @@ def torchrun(processes, *arguments):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [*command, *map(str, arguments)], capture_output=True, text=True, timeout=1800, cwd=ROOT, env=environment
+        [*command, *map(str, arguments)], capture_output=True, text=True, timeout=300, cwd=ROOT, env=environment
     )
 
 
