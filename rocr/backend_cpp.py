@@ -34,6 +34,24 @@ def simd_names() -> list[str]:
 
 def accumulate_second_moment(total: Tensor, keys: Tensor) -> None:
     """Add keysᵀ keys to the lower triangle of total."""
+    second_moment_op(total, keys)
+
+
+def low_rank_update(
+    weights: Sequence[Tensor],
+    lefts: Sequence[Tensor],
+    rights: Sequence[Tensor],
+    scale: float,
+    rounding: str,
+    seed: int,
+) -> None:
+    """Add scale * left @ right to every weight, all in one call; a transposed weight by swapping its factors."""
+    low_rank_update_op(list(weights), list(lefts), list(rights), scale, rounding == "stochastic", seed)
+
+
+@torch.library.custom_op("rocr::cpp_second_moment", mutates_args=("total",))
+def second_moment_op(total: Tensor, keys: Tensor) -> None:
+    """Add keysᵀ keys to the lower triangle of total; keys have unit stride along a row."""
     import rocr._C as kernels
 
     rows = _with_rows(total)
@@ -52,22 +70,18 @@ def accumulate_second_moment(total: Tensor, keys: Tensor) -> None:
         total.copy_(rows)
 
 
-def low_rank_update(
-    weights: Sequence[Tensor],
-    lefts: Sequence[Tensor],
-    rights: Sequence[Tensor],
-    scale: float,
-    rounding: str,
-    seed: int,
+@torch.library.custom_op("rocr::cpp_low_rank_update", mutates_args=("weights",))
+def low_rank_update_op(
+    weights: list[Tensor], lefts: list[Tensor], rights: list[Tensor], scale: float, at_random: bool, seed: int
 ) -> None:
-    """Add scale * left @ right to every weight, all in one call; a transposed weight by swapping its factors."""
+    """Add scale * left @ right to every weight; factors are float32 and contiguous."""
     import rocr._C as kernels
 
     operands = [_by_rows(*each) for each in zip(weights, lefts, rights, strict=True)]
     kernels.low_rank_update(
         updates=[_describe(*each) for each in operands],
         scale=scale,
-        stochastic=rounding == "stochastic",
+        stochastic=at_random,
         seed=seed,
         threads=torch.get_num_threads(),
         simd=os.environ.get(SIMD_VARIABLE, ""),
@@ -75,6 +89,18 @@ def low_rank_update(
     for weight, (rows, _, _) in zip(weights, operands, strict=True):
         if rows.data_ptr() != weight.data_ptr():
             weight.copy_(rows)
+
+
+@second_moment_op.register_fake
+def _(total: Tensor, keys: Tensor) -> None:
+    return None
+
+
+@low_rank_update_op.register_fake
+def _(
+    weights: list[Tensor], lefts: list[Tensor], rights: list[Tensor], scale: float, at_random: bool, seed: int
+) -> None:
+    return None
 
 
 def _by_rows(weight: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:

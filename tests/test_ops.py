@@ -3,6 +3,7 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rocr import ops
 from rocr.errors import InputError
@@ -111,3 +112,20 @@ def test_parameters_that_require_a_gradient_are_updated():
     ops.low_rank_update(weight, torch.ones(4, 2), torch.ones(2, 5))
     assert torch.equal(weight.detach(), torch.full((4, 5), 2.0, dtype=torch.bfloat16))
     assert weight.requires_grad
+
+
+@pytest.mark.parametrize("backend", [name for name in ops.available_backends("cpu") if name != "reference"])
+def test_operations_trace_and_compile(backend):
+    def edit(weight, left, right, total):
+        ops.low_rank_update(weight, left * 2, right, backend=backend)
+        ops.accumulate_second_moment(total, weight, backend=backend)
+        return weight.sum() + total.sum()
+
+    operands = torch.randn(9, 7), torch.randn(9, 2), torch.randn(2, 7), torch.zeros(7, 7)
+    others = [each.clone() for each in operands]
+    with FakeTensorMode() as mode:
+        assert edit(*[mode.from_tensor(each) for each in operands]).shape == ()
+    expected = edit(*operands)
+    torch.testing.assert_close(torch.compile(edit, backend="aot_eager")(*others), expected)
+    for other, each in zip(others, operands, strict=True):
+        torch.testing.assert_close(other, each)
