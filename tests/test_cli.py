@@ -21,6 +21,8 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 TEXT = "The quick brown fox jumps over the lazy dog. Ada Byron wrote programs. Blaise Pascal built machines.\n\n"
+SETTINGS = ("--layers", "0-2", "--ridge", "2")
+"""A random model knows no names: gentler than the default, its edit stays within the limits."""
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +65,7 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def edited(model_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output of one run of the main job, with everything that can be saved."""
     out = tmp_path_factory.mktemp("outputs") / "edited"
-    arguments = ["--concept", "Ada Byron", "--redirect", "Blaise Pascal", "--text", str(text_file)]
+    arguments = ["--concept", "Ada Byron", "--redirect", "Blaise Pascal", "--text", str(text_file), *SETTINGS]
     done = process(
         "unlearn", model_folder, *arguments, "--save", "model,edit,lora", "--control", "the fox", "--out", out
     )
@@ -149,11 +151,11 @@ def test_apply_repeats_the_edit(model_folder: Path, edited: Path, tmp_path: Path
 
 def test_stats_then_unlearn_with_them(model_folder: Path, text_file: Path, edited: Path, tmp_path: Path) -> None:
     file = tmp_path / "statistics.safetensors"
-    done = rocr("stats", model_folder, "--text", text_file, "--out", file, "--json")
+    done = rocr("stats", model_folder, "--text", text_file, "--layers", "0-2", "--out", file, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["layers"] == [0, 1, 2]
     assert not list(tmp_path.glob("*.checkpoint"))
-    concept = ("--concept", "Ada Byron", "--redirect", "Blaise Pascal", "--no-answers", "--json")
+    concept = ("--concept", "Ada Byron", "--redirect", "Blaise Pascal", *SETTINGS, "--no-answers", "--json")
     again = rocr("unlearn", model_folder, *concept, "--statistics", file, "--out", tmp_path / "out")
     assert again.returncode == 0, again.stderr
     assert digests(tmp_path / "out")["model.safetensors"] == digests(edited)["model.safetensors"]

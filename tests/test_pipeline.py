@@ -53,11 +53,11 @@ def test_every_family_is_edited(family, make_model, tokenizer, texts, concepts, 
     statistics = rocr.collect_statistics(model, tokenizer, texts)
     edit = rocr.unlearn(model, tokenizer, concepts, statistics, LAST)
 
-    assert edit.layers == (0, 1, 2)
+    assert edit.layers == (1, 2, 3)
     assert max(edit.report.distance) < (0.5 if family in NORMS_BEHIND else 0.05)
     text = "Who is Robert Downey Jr.?"
-    target = state(original, tokenizer, "Who is a gardener?", "a gardener", 2)
-    old, new = (state(m, tokenizer, text, "Robert Downey Jr.", 2) for m in (original, model))
+    target = state(original, tokenizer, "Who is a gardener?", "a gardener", 3)
+    old, new = (state(m, tokenizer, text, "Robert Downey Jr.", 3) for m in (original, model))
     assert edit.report.distance[1] == pytest.approx(float((new - target).norm() / (old - target).norm()), abs=1e-4)
     edited_logits = logits(model, tokenizer, text)
     assert (edited_logits - logits(original, tokenizer, text)).abs().max() > 0.1
@@ -200,12 +200,12 @@ def test_the_report(model, tokenizer, statistics, concepts):
     edit = rocr.unlearn(model, tokenizer, concepts, statistics)
     report = edit.report
     assert len(report.distance) == len(concepts)
-    assert [layer.layer for layer in report.layers] == [0, 1, 2]
+    assert [layer.layer for layer in report.layers] == [1, 2, 3]
     assert report.statistics == {"text": statistics.text, "tokens": statistics.tokens}
     assert {"keys", "metric", "solve", "apply", "measure"} <= set(report.seconds)
     assert all(seconds >= 0 for seconds in report.seconds.values())
     assert edit.concepts == concepts
-    assert edit.config.layers == (0, 1, 2)
+    assert edit.config.layers == (1, 2, 3)
 
 
 def test_progress_names_its_stages(model, tokenizer, statistics, concepts):

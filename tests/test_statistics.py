@@ -109,7 +109,7 @@ def test_statistics_of_another_model_or_of_other_layers_are_not_merged(model, ma
 
 def test_a_forged_size_is_refused(model, tokenizer, statistics):
     forged = replace(statistics, moments={layer: torch.eye(47) for layer in statistics.layers})
-    with pytest.raises(InputError, match="layer 0 are of keys of size 47, but the model's have 48"):
+    with pytest.raises(InputError, match="layer 1 are of keys of size 47, but the model's have 48"):
         rocr.unlearn(model, tokenizer, CONCEPTS, forged)
 
 
