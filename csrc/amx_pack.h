@@ -1,24 +1,18 @@
-// Keys in the layout of the matrix units of Intel AMX, taken apart into bfloat16 numbers. Included by simd_amx.cpp.
+// Keys of 16 bits in the layout of the matrix units of Intel AMX, as bfloat16 numbers: one of that dtype is
+// one, one of float16 the sum of two. Included by simd_amx.cpp.
 #pragma once
-
-#include <immintrin.h>
 
 #include <algorithm>
 #include <cstdint>
 
+#include "amx_tiles.h"
 #include "simd.h"
-
-// GCC warns of the values that its own headers leave undefined on purpose.
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#define ROCR_AMX __attribute__((target("amx-tile,amx-bf16,avx512bf16,avx512f,avx512bw,avx512vl,avx512dq")))
 
 namespace rocr {
 namespace {
 
 using Parts = std::uint16_t;  // the bits of a bfloat16
 
-constexpr std::int64_t tile = 16;        // rows of a tile register, and columns of a result
 constexpr std::int64_t tile_steps = 32;  // tokens in a tile register
 constexpr std::int64_t tile_numbers = tile * tile_steps;
 constexpr std::int64_t pair = 2 * tile;            // columns of two tiles, the side of a block of registers
@@ -30,13 +24,6 @@ constexpr std::int64_t sum_steps(int parts) { return parts == 1 ? 256 : 128; }
 
 // Tokens that are packed at once: the memory for them is the same for every dtype.
 constexpr std::int64_t slice_steps(int parts) { return 1536 / parts; }
-
-// What the operating system reads from memory: sizes of the eight tile registers.
-struct alignas(64) TileConfig {
-  std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  std::uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
 
 // A packed slice: for each `sum_steps(parts)` tokens, each 16 columns, each 32 tokens and each part a tile,
 // as the left factor of a product (columns × tokens) and as the right one (pairs of tokens × columns).
@@ -55,11 +42,10 @@ struct Packed {
   Parts* right(std::int64_t column, std::int64_t step) const { return data + side() + at(column, step); }
 };
 
-int parts_of(Number number) { return number == Number::float32 ? 3 : number == Number::float16 ? 2 : 1; }
+int parts_of(Number number) { return number == Number::float16 ? 2 : 1; }
 
 template <Number number>
 ROCR_AMX inline __m512 load(const char* source, __mmask16 mask) {
-  if (number == Number::float32) return _mm512_maskz_loadu_ps(mask, source);
   const __m256i halves = _mm256_maskz_loadu_epi16(mask, source);
   if (number == Number::float16) return _mm512_cvtph_ps(halves);
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
@@ -70,31 +56,6 @@ ROCR_AMX inline __m512i nearest_pairs(__m512 first, __m512 second) {
   const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
                                               23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   return _mm512_permutexvar_epi16(interleave, (__m512i)_mm512_cvtne2ps_pbh(second, first));
-}
-
-// Transposes 16 × 16 words.
-ROCR_AMX inline void transpose(const __m512i* rows, Parts* target) {
-  __m512i a[16], b[16];
-  for (int i = 0; i < 16; i += 2) {
-    a[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
-    a[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
-    b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
-    b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
-    b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    a[i] = _mm512_shuffle_i32x4(b[i], b[i + 4], 0x88);
-    a[i + 4] = _mm512_shuffle_i32x4(b[i], b[i + 4], 0xdd);
-    a[i + 8] = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0x88);
-    a[i + 12] = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0xdd);
-  }
-  for (int i = 0; i < 8; ++i) {
-    _mm512_store_si512(target + i * tile_steps, _mm512_shuffle_i32x4(a[i], a[i + 8], 0x88));
-    _mm512_store_si512(target + (i + 8) * tile_steps, _mm512_shuffle_i32x4(a[i], a[i + 8], 0xdd));
-  }
 }
 
 // Packs 16 columns of 32 tokens.
@@ -114,7 +75,7 @@ ROCR_AMX inline void pack_tile(const char* source, std::int64_t stride, std::int
       _mm512_store_si512(right + part * tile_numbers + i * tile_steps, pairs[part][i]);
     }
   }
-  for (int part = 0; part < parts; ++part) transpose(pairs[part], left + part * tile_numbers);
+  for (int part = 0; part < parts; ++part) store_transposed(pairs[part], left + part * tile_numbers);
 }
 
 // Packs `count` columns of a slice, beside each other in the source, so that its rows are read in long
@@ -122,8 +83,8 @@ ROCR_AMX inline void pack_tile(const char* source, std::int64_t stride, std::int
 template <Number number, int parts>
 ROCR_AMX void pack_columns(const char* source, std::int64_t stride, std::int64_t tokens, std::int64_t count,
                            const Packed& packed, std::int64_t column) {
-  const std::int64_t bytes = number == Number::float32 ? 4 : 2,
-                     end = std::min(column + packed_columns, packed.columns);
+  constexpr std::int64_t bytes = 2;
+  const std::int64_t end = std::min(column + packed_columns, packed.columns);
   for (std::int64_t step = 0; step < packed.steps; step += tile_steps) {
     for (std::int64_t c = column; c < end; c += tile) {
       const std::int64_t some = std::max<std::int64_t>(0, std::min(tile, count - (c - column)));
@@ -136,9 +97,7 @@ ROCR_AMX void pack_columns(const char* source, std::int64_t stride, std::int64_t
 
 void pack(Number number, const char* source, std::int64_t stride, std::int64_t tokens, std::int64_t count,
           const Packed& packed, std::int64_t column) {
-  if (number == Number::float32) {
-    pack_columns<Number::float32, 3>(source, stride, tokens, count, packed, column);
-  } else if (number == Number::bfloat16) {
+  if (number == Number::bfloat16) {
     pack_columns<Number::bfloat16, 1>(source, stride, tokens, count, packed, column);
   } else {
     pack_columns<Number::float16, 2>(source, stride, tokens, count, packed, column);

@@ -1,6 +1,6 @@
-// The second moment on the matrix units of a CPU (Intel AMX), which multiply bfloat16 numbers exactly and add
-// up in float32. A key is the sum of so many bfloat16 parts that nothing of its 24 bits is lost; products of
-// parts that lie below the rounding of float32 are left out. Parts and products below 2^-126 count as zero.
+// The second moment of keys of 16 bits on the matrix units of a CPU (Intel AMX), which multiply bfloat16
+// numbers exactly and add up in float32. A float16 key is the sum of two. Parts and products below 2^-126
+// count as zero.
 #include "simd.h"
 
 #if defined(__x86_64__) && defined(__linux__) && __has_include(<amxbf16intrin.h>)
@@ -13,6 +13,7 @@
 
 #include "amx_pack.h"
 #include "parallel.h"
+#include "simd_amx_digits.h"
 
 namespace rocr {
 
@@ -82,16 +83,14 @@ ROCR_AMX void multiply(const Parts* rows, const Parts* columns, std::int64_t str
       soon[0] += 64;
       soon[1] += 64;
     }
-    if (parts == 3) multiply_then_load_left(part(rows, 1), stride);  // 2 · 0
-    if (parts >= 2) {
+    if (parts == 2) {
       multiply_then_load_right(part(columns, 1), stride);  // 1 · 0
       multiply_then_load_left(rows, stride);               // 1 · 1
       multiply_then_load_right(columns, stride);           // 0 · 1
     }
-    if (parts == 3) multiply_then_load_right(part(columns, 2), stride);  // 0 · 0
     rows += parts * tile_numbers;
     columns += parts * tile_numbers;
-    multiply_then_load_both(part(rows, last), columns, stride);  // 0 · the last
+    multiply_then_load_both(part(rows, last), columns, stride);  // 0 · 0
   }
   _tile_stored(0, sums, 64);
   _tile_stored(1, sums + tile * tile, 64);
@@ -117,19 +116,6 @@ ROCR_AMX void multiply_square(const Packed& packed, std::int64_t row, std::int64
   }
 }
 
-struct Square {
-  std::int64_t row, column;
-};
-
-// The squares that meet the lower triangle, whole ones first.
-std::vector<Square> squares(std::int64_t size) {
-  std::vector<Square> found;
-  for (std::int64_t row = 0; row < size; row += square)
-    for (std::int64_t column = 0; column < row; column += square) found.push_back({row, column});
-  for (std::int64_t row = 0; row < size; row += square) found.push_back({row, row});
-  return found;
-}
-
 // Adds to the lower triangle what lies in tiles.
 ROCR_AMX void add_square(float* total, std::int64_t stride, std::int64_t size, Square where,
                          const float* sums) {
@@ -150,7 +136,6 @@ ROCR_AMX void add_square(float* total, std::int64_t stride, std::int64_t size, S
 ROCR_AMX void with_tiles(int parts, const Packed& packed, Square where, float* sums) {
   const TileConfig config;
   _tile_loadconfig(&config);
-  if (parts == 3) multiply_square<3>(packed, where.row, where.column, sums);
   if (parts == 2) multiply_square<2>(packed, where.row, where.column, sums);
   if (parts == 1) multiply_square<1>(packed, where.row, where.column, sums);
   _tile_release();
@@ -158,7 +143,7 @@ ROCR_AMX void with_tiles(int parts, const Packed& packed, Square where, float* s
 
 bool is_supported() {
   constexpr int request_permission = 0x1023, tile_data = 18;
-  if (!avx512.is_supported() || !__builtin_cpu_supports("avx512bf16")) return false;
+  if (!multiplies_digits() || !avx512.is_supported() || !__builtin_cpu_supports("avx512bf16")) return false;
   unsigned a = 7, b = 0, c = 0, d = 0;
   __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
   constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24;
@@ -168,11 +153,15 @@ bool is_supported() {
 
 void second_moment(float* total, std::int64_t total_stride, const void* keys, std::int64_t keys_stride,
                    std::int64_t tokens, std::int64_t size, Number number, int threads) {
+  if (number == Number::float32) {
+    return second_moment_by_digits(total, total_stride, static_cast<const float*>(keys), keys_stride, tokens,
+                                   size, threads);
+  }
   const int parts = parts_of(number);
   const std::int64_t slices = divide_up(tokens, slice_steps(parts));
   const std::int64_t columns = divide_up(size, pair) * pair;
   const std::int64_t steps = divide_up(std::min(tokens, slice_steps(parts)), tile_steps) * tile_steps;
-  const std::vector<Square> work = squares(size);
+  const std::vector<Square> work = squares(size, square);
   const std::int64_t squares_count = static_cast<std::int64_t>(work.size()),
                      packings = divide_up(columns, packed_columns);
   const std::int64_t slice_numbers = 2 * columns * steps * parts;

@@ -44,6 +44,21 @@ def test_second_moment_of_every_instruction_set(guarded, simd, dtype, tokens, si
     assert (total.double() - exact).norm() <= 1e-6 * exact.norm()
 
 
+def test_a_second_moment_of_keys_of_every_size_keeps_to_the_norms_of_its_columns(guarded, simd):
+    tails = torch.distributions.StudentT(1.0).sample((1300, 90)).clamp(-1e6, 1e6)
+    scales = torch.exp2(torch.linspace(-50, 50, 90))  # times the largest number, squares still fit float32
+    keys = tails * scales
+    keys[:, 7], keys[5, 8], keys[:, 9] = 0.0, 3e38, 1e-30
+    keys[5, torch.arange(90) != 8] = 0.0  # else products with the largest number overflow
+    total = guarded(torch.zeros(90, 90))
+    ops.accumulate_second_moment(total, guarded(keys), backend="cpp")
+    kept = torch.arange(90) != 8
+    exact, total = reference.second_moment(keys)[kept][:, kept].tril(), total[kept][:, kept].double()
+    norms = keys.double().norm(dim=0)[kept]
+    bound = 1e-6 * norms[:, None] * norms + torch.finfo(torch.float32).tiny
+    assert ((total - exact).abs() <= bound).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("rows, columns, rank", [(1, 1, 1), (63, 123, 5), (50, 400, 300)])

@@ -1,0 +1,162 @@
+// The second moment of float32 keys on the matrix units of a CPU (Intel AMX), in whole numbers. In a slice of
+// tokens every column has a scale, in which its largest number has 24 bits: three digits of 8. The products
+// of digits are added up exactly; only that of the two lowest is left out. So the error of an entry of the
+// total is below the rounding of float32 times the norms of its two columns.
+#include "simd_amx_digits.h"
+
+#if defined(__x86_64__) && defined(__linux__) && __has_include(<amxint8intrin.h>)
+#include <algorithm>
+#include <vector>
+
+#include "amx_digits.h"
+#include "parallel.h"
+
+namespace rocr {
+namespace {
+
+// Tokens that are packed at once: a panel of them fits the first cache beside the one that it is multiplied
+// with, and the products of their highest digits stay below 2^24, where float32 is exact.
+constexpr std::int64_t slice_steps = 512;
+
+constexpr std::int64_t square = 16 * tile;  // side of the part of the total that is one item of work
+constexpr std::int64_t sums = 5;            // of products of digits: one for each place, two for the third
+
+// A tile of the total, and the sums of products that are to be added to it.
+struct Tile {
+  float* total;
+  std::int64_t stride, rows;
+  bool is_diagonal;
+  const float *row_scales, *column_scales;
+  const std::int32_t* found;
+};
+
+ROCR_AMX inline __m512i sum(const std::int32_t* found, int number) {
+  return _mm512_load_si512(found + number * tile * tile);
+}
+
+// Adds a row of sums to the total: as numbers with the point behind the first digit, times both scales.
+ROCR_AMX inline void add_row(const Tile& to, std::int64_t row) {
+  const __m512 base = _mm512_set1_ps(1.0f / 256);
+  const std::int32_t* found = to.found + row * tile;
+  __m512 value = _mm512_cvtepi32_ps(sum(found, 4));
+  value = _mm512_fmadd_ps(value, base, _mm512_cvtepi32_ps(_mm512_add_epi32(sum(found, 2), sum(found, 3))));
+  value = _mm512_fmadd_ps(value, base, _mm512_cvtepi32_ps(sum(found, 1)));
+  value = _mm512_fmadd_ps(value, base, _mm512_cvtepi32_ps(sum(found, 0)));
+  value = _mm512_mul_ps(value, _mm512_set1_ps(to.row_scales[row]));
+  float* total = to.total + row * to.stride;
+  const __mmask16 mask = static_cast<__mmask16>((1u << (to.is_diagonal ? row + 1 : tile)) - 1);
+  const __m512 before = _mm512_maskz_loadu_ps(mask, total);
+  _mm512_mask_storeu_ps(total, mask, _mm512_fmadd_ps(value, _mm512_load_ps(to.column_scales), before));
+}
+
+// The sums (registers 0 to 4) of the products of two panels, by the place of their digits. Factors are in
+// registers 5 to 7. Meanwhile the vector units add the sums of the tile before to the total, and fetch the
+// rows of this one.
+ROCR_AMX void multiply(const Digit* left, const Digit* right, std::int64_t steps, std::int32_t* found,
+                       const Tile& before, const Tile& now) {
+  const std::int64_t rows_each = (tile * tile_steps + steps - 1) / steps;
+  std::int64_t row = 0;
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  _tile_zero(4);
+  for (std::int64_t step = 0; step < steps; step += tile_steps) {
+    _tile_loadd(5, left, 64);                    // 0
+    _tile_loadd(6, right, 64);                   // 0
+    _tile_loadd(7, right + tile_bytes, 64);      // 1
+    _tile_dpbssd(0, 5, 6);                       // 0 · 0
+    _tile_dpbssd(1, 5, 7);                       // 0 · 1
+    _tile_loadd(5, left + tile_bytes, 64);       // 1
+    _tile_dpbssd(3, 5, 7);                       // 1 · 1
+    _tile_dpbssd(1, 5, 6);                       // 1 · 0
+    _tile_loadd(5, left + 2 * tile_bytes, 64);   // 2
+    _tile_dpbssd(2, 5, 6);                       // 2 · 0
+    _tile_dpbssd(4, 5, 7);                       // 2 · 1
+    _tile_loadd(6, right + 2 * tile_bytes, 64);  // 2
+    _tile_loadd(5, left, 64);                    // 0
+    _tile_loadd(7, left + tile_bytes, 64);       // 1
+    _tile_dpbssd(2, 5, 6);                       // 0 · 2
+    _tile_dpbssd(4, 7, 6);                       // 1 · 2
+    left += digits * tile_bytes;
+    right += digits * tile_bytes;
+    for (const std::int64_t end = std::min(tile, row + rows_each); row < end; ++row) {
+      if (row < now.rows)
+        _mm_prefetch(reinterpret_cast<const char*>(now.total + row * now.stride), _MM_HINT_T0);
+      if (row < before.rows) add_row(before, row);
+    }
+  }
+  _tile_stored(0, found, 64);
+  _tile_stored(1, found + tile * tile, 64);
+  _tile_stored(2, found + 2 * tile * tile, 64);
+  _tile_stored(3, found + 3 * tile * tile, 64);
+  _tile_stored(4, found + 4 * tile * tile, 64);
+}
+
+// Adds a packed slice to one square of the total. Tile registers belong to a thread, and are configured for
+// as long as it needs them.
+ROCR_AMX void add_square(float* total, std::int64_t stride, std::int64_t size, Square where,
+                         const Packed& packed) {
+  alignas(64) std::int32_t found[2][sums * tile * tile];
+  const TileConfig config;
+  _tile_loadconfig(&config);
+  const std::int64_t end_row = std::min(where.row + square, size);
+  Tile before{};
+  for (std::int64_t row = where.row; row < end_row; row += tile) {
+    for (std::int64_t column = where.column; column < std::min(where.column + square, row + tile);
+         column += tile) {
+      std::int32_t* mine = before.found == found[0] ? found[1] : found[0];
+      const Tile now{total + row * stride + column,
+                     stride,
+                     std::min(tile, end_row - row),
+                     row == column,
+                     packed.scales + row,
+                     packed.scales + column,
+                     mine};
+      multiply(packed.left(row), packed.right(column), packed.steps, mine, before, now);
+      before = now;
+    }
+  }
+  _tile_release();
+  for (std::int64_t row = 0; row < before.rows; ++row) add_row(before, row);
+}
+
+}  // namespace
+
+bool multiplies_digits() {
+  unsigned a = 7, b = 0, c = 0, d = 0;
+  __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+  constexpr unsigned amx_int8 = 1u << 25;
+  return (d & amx_int8) != 0;
+}
+
+void second_moment_by_digits(float* total, std::int64_t total_stride, const float* keys,
+                             std::int64_t keys_stride, std::int64_t tokens, std::int64_t size, int threads) {
+  const std::int64_t slices = divide_up(tokens, slice_steps), columns = divide_up(size, tile) * tile;
+  const std::int64_t steps = divide_up(std::min(tokens, slice_steps), tile_steps) * tile_steps;
+  const std::vector<Square> work = squares(size, square);
+  const std::int64_t squares_count = static_cast<std::int64_t>(work.size()),
+                     packings = divide_up(columns, packed_columns);
+  // Two slices, one packed while the other is used.
+  const std::int64_t slice_bytes = 2 * columns * steps * digits;
+  const Buffer packed(2 * slice_bytes / static_cast<std::int64_t>(sizeof(float)));
+  const Buffer scales(2 * columns);
+  const auto slice = [&](std::int64_t phase) {
+    return Packed{reinterpret_cast<Digit*>(packed.data()) + phase % 2 * slice_bytes,
+                  scales.data() + phase % 2 * columns, columns, steps};
+  };
+  run_phases(useful_threads(threads, tokens * size * size / 2), slices + 1, squares_count + packings,
+             [&](int, std::int64_t phase, std::int64_t item) {
+               if (item < squares_count) {
+                 if (phase > 0) add_square(total, total_stride, size, work[item], slice(phase - 1));
+               } else if (phase < slices) {
+                 const std::int64_t first = phase * slice_steps,
+                                    column = (item - squares_count) * packed_columns;
+                 pack(keys + first * keys_stride + column, keys_stride, std::min(slice_steps, tokens - first),
+                      size - column, slice(phase), column);
+               }
+             });
+}
+
+}  // namespace rocr
+#endif
