@@ -3,7 +3,8 @@
 // count as zero.
 #include "simd.h"
 
-#if defined(__x86_64__) && defined(__linux__) && __has_include(<amxbf16intrin.h>)
+#if defined(__x86_64__) && defined(__linux__) && \
+    __has_include(<amxbf16intrin.h>) && __has_include(<amxint8intrin.h>)
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>

@@ -1,10 +1,11 @@
 // The second moment of float32 keys on the matrix units of a CPU (Intel AMX), in whole numbers. In a slice of
 // tokens every column has a scale, in which its largest number has 24 bits: three digits of 8. The products
 // of digits are added up exactly; only that of the two lowest is left out. So the error of an entry of the
-// total is below the rounding of float32 times the norms of its two columns.
+// total is a few roundings of float32 of the product of its columns' norms, whatever their sizes.
 #include "simd_amx_digits.h"
 
-#if defined(__x86_64__) && defined(__linux__) && __has_include(<amxint8intrin.h>)
+#if defined(__x86_64__) && defined(__linux__) && \
+    __has_include(<amxbf16intrin.h>) && __has_include(<amxint8intrin.h>)
 #include <algorithm>
 #include <vector>
 
