@@ -19,7 +19,7 @@ from rocr.collisions import find_collisions
 from rocr.concepts import Concept, check_concepts
 from rocr.config import EditConfig
 from rocr.edit import Edit
-from rocr.fingerprint import fingerprint
+from rocr.fingerprint import dtype_name, fingerprint
 from rocr.guards import (
     Guards,
     Predictions,
@@ -86,7 +86,8 @@ def unlearn(
         # By each process itself, since only one of a group may be editing.
         statistics = collect_statistics(model, tokenizer, None, layers, CollectOptions(distributed=False), progress)
     mark = fingerprint(architecture, tokenizer, statistics.fingerprint.layer)
-    statistics.check_model(mark)
+    read_up_to = min(statistics.fingerprint.layer, architecture.depth - 1)
+    statistics.check_model(mark, dtype_name(architecture.down_projection(read_up_to).weight))
     run = _Run(architecture, concepts, config, plan, progress, guards or Guards(), kept)
     if kept is not None:
         check_kept(kept, config, architecture, mark, statistics)
@@ -98,7 +99,7 @@ def unlearn(
         targets = read_states(architecture, run.plan.targets, last, progress=progress, stage="targets").hidden
     check_finite("target states", last, targets, run.plan.concept_of, concepts)
     run.neighbours = read_neighbours(architecture, tokenizer, run.all_concepts, neighbours, config, progress)
-    run.report.statistics = {"text": statistics.text, "tokens": statistics.tokens}
+    run.report.statistics = statistics.summary()
     with run.timed("check"):
         predictions = predict(architecture, tokenizer)
     with run.restoring():

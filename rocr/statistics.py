@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from rocr.errors import InputError
 from rocr.files import read_tensors, write_tensors
 from rocr.fingerprint import Fingerprint
 from rocr.json_values import MAX_NUMBER, text_of
+from rocr.reading import Reading
 
 FORMAT = "rocr statistics 1"
 
@@ -27,17 +29,24 @@ class Statistics:
         tokens: number of keys in each mean.
         text: what the text was: sha256 of its bytes, or how it was drawn.
         fingerprint: the model and tokenizer that read it.
+        reading: how they read it; None: not known, as of moments from elsewhere or a file that does not say.
     """
 
     moments: Mapping[int, Tensor]
     tokens: int
     text: str
     fingerprint: Fingerprint
+    reading: Reading | None = None
 
     @property
     def layers(self) -> tuple[int, ...]:
         """The layers there are moments of, ascending."""
         return tuple(sorted(self.moments))
+
+    def summary(self) -> dict[str, Any]:
+        """What an edit's report says of them."""
+        read = {} if self.reading is None else {"dtype": self.reading.dtype, "length": self.reading.length}
+        return {"text": self.text, "tokens": self.tokens, **read}
 
     def second_moment(self, layer: int) -> Tensor:
         """The mean second moment of one layer, (d_in, d_in) float32.
@@ -52,14 +61,15 @@ class Statistics:
             )
         return self.moments[layer]
 
-    def check_model(self, other: Fingerprint) -> None:
+    def check_model(self, other: Fingerprint, dtype: str | None = None) -> None:
         """Refuse a model that the statistics were not collected on.
 
         Args:
             other: fingerprint of that model, up to the layer `self.fingerprint.layer`.
+            dtype: of that model, such as "bfloat16"; None: not to be compared.
 
         Raises:
-            InputError: model or tokenizer differ; names both sides.
+            InputError: model, tokenizer or dtype differ; names both sides.
         """
         mine = self.fingerprint
         if (mine.model, mine.tokenizer) != (other.model, other.tokenizer):
@@ -67,16 +77,28 @@ class Statistics:
                 f"These statistics were collected on {mine}, but the model to edit is {other}. "
                 "Collect statistics on the model itself: rocr stats."
             )
+        collected = dtype if self.reading is None else self.reading.dtype
+        if dtype is not None and dtype != collected:
+            raise InputError(
+                f"These statistics were collected on {mine} in {collected}, but the model to edit is in {dtype}, and "
+                f"its keys are others. Load it in {collected}, or collect statistics in {dtype}: rocr stats --dtype."
+            )
 
     def merge(self, other: Statistics) -> Statistics:
         """The statistics of both texts together: means weighted by their tokens.
 
         Raises:
-            InputError: the models or layers differ.
+            InputError: the models, the layers or how they read the texts differ.
         """
         if self.layers != other.layers or self.fingerprint.layer != other.fingerprint.layer:
             raise InputError(f"Statistics of layers {self.layers} cannot be merged with those of {other.layers}.")
         self.check_model(other.fingerprint)
+        if (self.reading is None) != (other.reading is None):
+            raise InputError(
+                "Of one of these statistics it is not known how its text was read, so that they cannot be merged: "
+                "collect it again."
+            )
+        reading = self.reading.merge(other.reading) if self.reading and other.reading else None
         tokens = self.tokens + other.tokens
         moments = {
             layer: (
@@ -86,7 +108,7 @@ class Statistics:
             .contiguous()
             for layer in self.layers
         }
-        return Statistics(moments, tokens, f"{self.text}+{other.text}", self.fingerprint)
+        return Statistics(moments, tokens, f"{self.text}+{other.text}", self.fingerprint, reading)
 
     def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Write one safetensors file, complete or not at all.
@@ -95,12 +117,14 @@ class Statistics:
             InputError: the file exists and `overwrite` is not set.
             RocrError: it cannot be written.
         """
-        header = {
+        header: dict[str, Any] = {
             "format": FORMAT,
             "tokens": self.tokens,
             "text": self.text,
             "fingerprint": self.fingerprint.to_json(),
         }
+        if self.reading is not None:
+            header["reading"] = self.reading.to_json()
         tensors = {f"second_moment.{layer}": moment.cpu().contiguous() for layer, moment in self.moments.items()}
         write_tensors(path, header, tensors, overwrite=overwrite)
 
@@ -118,6 +142,7 @@ class Statistics:
                 header["tokens"],
                 text_of(header["text"], "text"),
                 Fingerprint(**header["fingerprint"]),
+                None if "reading" not in header else Reading(**header["reading"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} is not a complete statistics file: {repr(error)[:200]}.") from None
