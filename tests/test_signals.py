@@ -43,6 +43,7 @@ class Dying:
 accumulate = rocr.collect._accumulate
 
 def dying(*arguments):
+    rocr.collect._accumulate = accumulate
     Dying()
     return accumulate(*arguments)
 
