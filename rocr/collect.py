@@ -23,7 +23,7 @@ from rocr.fingerprint import dtype_name, fingerprint
 from rocr.less_memory import halving
 from rocr.progress import Progress, ProgressCallback, silent
 from rocr.ranks import Ranks
-from rocr.reading import Reading, versions_now
+from rocr.reading import Reading, computed_with, versions_now
 from rocr.sampling import sample_sequences
 from rocr.sharding import is_parallel
 from rocr.statistics import Statistics
@@ -119,7 +119,7 @@ def collect_statistics(
         "layers": list(chosen),
         "cut": [options.tokens, options.length, options.batch_tokens],
         # A sum of keys that were computed in two ways is the sum of no single run.
-        "computed": [dtype_name(weight), weight.device.type, versions_now()],
+        "computed": [dtype_name(weight), weight.device.type, computed_with(model), versions_now()],
     }
     ranks.check_same("models, texts, layers or options", identity)
     with ranks.together():
@@ -152,7 +152,7 @@ def collect_statistics(
         ranks.tell(error)
         raise
     moments = {layer: _finished(total, tokens, layer) for layer, total in sums.items()}
-    return Statistics(moments, tokens, source.name(), mark, source.reading(dtype_name(weight)))
+    return Statistics(moments, tokens, source.name(), mark, source.reading(dtype_name(weight), computed_with(model)))
 
 
 @dataclass(frozen=True)
@@ -213,9 +213,9 @@ class _Source:
             return f"written by the model, seed {self.options.seed}"
         return self.options.text_sha256 or self.digest.hexdigest()
 
-    def reading(self, dtype: str) -> Reading:
+    def reading(self, dtype: str, config: dict[str, Any]) -> Reading:
         """How the text was read, once it was."""
-        return Reading(dtype, self.length, FIRST_TOKENS, self.documents, versions_now())
+        return Reading(dtype, self.length, FIRST_TOKENS, config, self.documents, versions_now())
 
     def estimate(self, tokens: int) -> int | None:
         """The total number of tokens, from the bytes read so far."""

@@ -37,6 +37,7 @@ from rocr.layers import check_moments, resolve_layers
 from rocr.measures import EditReport, mean_by_concept, measure_layer
 from rocr.metric import build_metric
 from rocr.progress import Progress, ProgressCallback, silent
+from rocr.reading import computed_with
 from rocr.sharding import whole
 from rocr.solve import Solution, check_finite, solve_layer
 from rocr.statistics import Statistics
@@ -87,7 +88,7 @@ def unlearn(
         statistics = collect_statistics(model, tokenizer, None, layers, CollectOptions(distributed=False), progress)
     mark = fingerprint(architecture, tokenizer, statistics.fingerprint.layer)
     read_up_to = min(statistics.fingerprint.layer, architecture.depth - 1)
-    statistics.check_model(mark, dtype_name(architecture.down_projection(read_up_to).weight))
+    statistics.check_model(mark, dtype_name(architecture.down_projection(read_up_to).weight), computed_with(model))
     run = _Run(architecture, concepts, config, plan, progress, guards or Guards(), kept)
     if kept is not None:
         check_kept(kept, config, architecture, mark, statistics)

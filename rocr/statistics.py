@@ -15,7 +15,7 @@ from rocr.errors import InputError
 from rocr.files import read_tensors, write_tensors
 from rocr.fingerprint import Fingerprint
 from rocr.json_values import MAX_NUMBER, text_of
-from rocr.reading import Reading
+from rocr.reading import Reading, different
 
 FORMAT = "rocr statistics 1"
 
@@ -61,15 +61,18 @@ class Statistics:
             )
         return self.moments[layer]
 
-    def check_model(self, other: Fingerprint, dtype: str | None = None) -> None:
+    def check_model(
+        self, other: Fingerprint, dtype: str | None = None, config: Mapping[str, Any] | None = None
+    ) -> None:
         """Refuse a model that the statistics were not collected on.
 
         Args:
             other: fingerprint of that model, up to the layer `self.fingerprint.layer`.
             dtype: of that model, such as "bfloat16"; None: not to be compared.
+            config: its settings (`rocr.reading.computed_with`); None: not to be compared.
 
         Raises:
-            InputError: model, tokenizer or dtype differ; names both sides.
+            InputError: model, tokenizer, dtype or settings differ; names both sides.
         """
         mine = self.fingerprint
         if (mine.model, mine.tokenizer) != (other.model, other.tokenizer):
@@ -77,11 +80,14 @@ class Statistics:
                 f"These statistics were collected on {mine}, but the model to edit is {other}. "
                 "Collect statistics on the model itself: rocr stats."
             )
-        collected = dtype if self.reading is None else self.reading.dtype
-        if dtype is not None and dtype != collected:
+        if self.reading is None:
+            return
+        asked = {name: value for name, value in (("dtype", dtype), *(config or {}).items()) if value is not None}
+        collected, found = different({**self.reading.config, "dtype": self.reading.dtype}, asked)
+        if collected:
             raise InputError(
-                f"These statistics were collected on {mine} in {collected}, but the model to edit is in {dtype}, and "
-                f"its keys are others. Load it in {collected}, or collect statistics in {dtype}: rocr stats --dtype."
+                f"These statistics were collected on {mine} with {collected}, but the model to edit has {found}, so "
+                "that its keys are others. Load it as it was (--dtype), or collect statistics on it: rocr stats."
             )
 
     def merge(self, other: Statistics) -> Statistics:

@@ -35,7 +35,7 @@ GOLDEN = {
     "first bfloat16": "44d01682a1dd8758c563813d25a62b8ff20893b31e9010f65bdffc8c0ec2ff0d",
     "first float16": "448824efc2873db0eec81a2485a70ac2b74690e21c533746f09ed3cabbfd931e",
     "fingerprint": "9c9b2edc6d64d9f99154749bd539450e3e9380d760572a6ae30a543b2d46e7c1",
-    "statistics file": "622cb6ddb362686f4d51c3f91b191c2d70a784f63f0fefdf839ad857b59576a0",
+    "statistics file": "1791e47cc11a31d21b1b3886da0ed456e4bc8aefdb64c899cd0aa771110fd808",
     "adapter": "a00334bd323be9cc76d0e1d1dad09725a7836aa42f9a943a1fbf52d43e451bfe",
     "options": "dabff92d504e43ce79380fc878d80d1e9db3175baf292e428064e22783c6156d",
     "edited float32": "292682c9c189bb1e9663ae82ac2ef071f86659142ffd5e8903502b779e3c3589",
@@ -166,7 +166,7 @@ def golden_statistics():
     moments = {layer: torch.diag(torch.tensor([0.0, 6.0]).repeat(24)) for layer in (0, 1)}
     versions = {"rocr": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0"}
     mark = Fingerprint("a" * 64, 1, "b" * 64, "golden")
-    return Statistics(moments, 4096, "c" * 64, mark, Reading("float32", 512, 1, 9, versions))
+    return Statistics(moments, 4096, "c" * 64, mark, Reading("float32", 512, 1, {"rms_norm_eps": 1e-6}, 9, versions))
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import rocr
 from rocr import CollectOptions, InputError, Statistics
-from rocr.reading import Reading, versions_now
+from rocr.reading import Reading, computed_with, versions_now
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LAYERS = (1, 2)
@@ -29,7 +29,8 @@ def header_of(path):
 def test_a_file_says_how_its_text_was_read(model, tokenizer, texts, dtype, tmp_path):
     statistics = collect(model.to(dtype), tokenizer, texts)
     versions = {"rocr": rocr.__version__, "torch": torch.__version__, "transformers": versions_now()["transformers"]}
-    assert statistics.reading == Reading(str(dtype)[6:], 32, 1, len(texts), versions)
+    assert statistics.reading == Reading(str(dtype)[6:], 32, 1, computed_with(model), len(texts), versions)
+    assert statistics.reading.config["rope_parameters"]["rope_theta"] == 10_000
     statistics.save(tmp_path / "statistics")
     assert Statistics.load(tmp_path / "statistics").reading == statistics.reading
 
@@ -51,13 +52,31 @@ def test_statistics_of_another_dtype_are_refused(model, tokenizer, texts, concep
     statistics = collect(copy.deepcopy(model).to(getattr(torch, collected)), tokenizer, texts)
     model.to(getattr(torch, edited))
     before = weights_of(model)
-    with pytest.raises(InputError, match=rf"in {collected}, but the model to edit is in {edited}.*stats --dtype"):
+    with pytest.raises(InputError, match=rf"with dtype {collected}, but the model to edit has dtype {edited},"):
         rocr.unlearn(model, tokenizer, concepts, statistics, rocr.EditConfig(layers=LAYERS))
     assert all(torch.equal(a, b) for a, b in zip(weights_of(model).values(), before.values(), strict=True))
     own = collect(model, tokenizer, texts)
     assert own.fingerprint == statistics.fingerprint
     assert not torch.equal(own.second_moment(2), statistics.second_moment(2)), "the keys are the same ones"
     rocr.unlearn(model, tokenizer, concepts, own, rocr.EditConfig(layers=LAYERS))
+
+
+@pytest.mark.parametrize("family", ["Llama", "GPT-2"], indirect=True)
+def test_statistics_of_other_settings_are_refused(family, make_model, tokenizer, texts, concepts):
+    eps = {"Llama": "rms_norm_eps", "GPT-2": "layer_norm_epsilon"}[family]
+    statistics = collect(make_model(family), tokenizer, texts)
+    other = make_model(family, **{eps: 0.5})
+    assert collect(other, tokenizer, texts).fingerprint == statistics.fingerprint
+    with pytest.raises(InputError, match=rf"with {eps} 1e-0\d, but the model to edit has {eps} 0\.5,"):
+        rocr.unlearn(other, tokenizer, concepts, statistics, rocr.EditConfig(layers=LAYERS))
+    with pytest.raises(InputError, match=f"cannot be merged: {eps}"):
+        statistics.merge(collect(other, tokenizer, texts))
+    # Another release of transformers may know other settings: what only one side names says nothing.
+    known = statistics.reading.config
+    for config in ({name: value for name, value in known.items() if name != eps}, known | {"unheard_of": 3}):
+        read = replace(statistics, reading=replace(statistics.reading, config=config))
+        own = rocr.EditConfig(layers=LAYERS)
+        rocr.unlearn(make_model(family), tokenizer, concepts, read, own, guards=rocr.Guards(force=True))
 
 
 def test_the_command_refuses_them_and_writes_nothing(files, command, concept, tmp_path):
@@ -91,14 +110,14 @@ def test_texts_that_were_read_differently_are_not_merged(model, tokenizer, texts
     other = replace(statistics, reading=replace(statistics.reading, **change))
     name, value = next(iter(change.items()))
     mine = getattr(statistics.reading, name)
-    with pytest.raises(InputError, match=rf"cannot be merged: {name} {mine} and {value}\."):
+    with pytest.raises(InputError, match=rf"cannot be merged: {name} {mine}, and {name} {value}\."):
         statistics.merge(other)
-    with pytest.raises(InputError, match=rf"cannot be merged: {name} {value} and {mine}\."):
+    with pytest.raises(InputError, match=rf"cannot be merged: {name} {value}, and {name} {mine}\."):
         other.merge(statistics)
 
 
 def test_lengths_that_differ_for_real(model, tokenizer, texts):
-    with pytest.raises(InputError, match="length 32 and 16"):
+    with pytest.raises(InputError, match="length 32, and length 16"):
         collect(model, tokenizer, texts).merge(collect(model, tokenizer, texts, length=16))
 
 
@@ -134,12 +153,14 @@ def test_an_interrupted_collection_goes_on_in_the_same_way_or_not_at_all(model, 
         model.float()
     else:
         header, tensors = header_of(options.checkpoint), load_file(options.checkpoint)
-        dtype, device, versions = header["identity"]["computed"]
-        assert (dtype, device, versions) == ("bfloat16", "cpu", versions_now())
+        dtype, device, config, versions = header["identity"]["computed"]
+        assert (dtype, device, config, versions) == ("bfloat16", "cpu", computed_with(model), versions_now())
         other = ("cuda", versions) if difference == "device" else (device, versions | {"torch": "2.4.0"})
-        header["identity"]["computed"] = [dtype, *other]
+        header["identity"]["computed"] = [dtype, other[0], config, other[1]]
         save_file(tensors, options.checkpoint, metadata={"rocr": json.dumps(header)})
     before = options.checkpoint.read_bytes()
-    with pytest.raises(InputError, match=r"checkpoint of another collection.* dtype, the device or a version"):
+    with pytest.raises(
+        InputError, match=r"checkpoint of another collection.* dtype, the device, a setting or a version"
+    ):
         rocr.collect_statistics(model, tokenizer, texts, LAYERS, options)
     assert options.checkpoint.read_bytes() == before
