@@ -23,7 +23,7 @@ from rocr.fingerprint import dtype_name, fingerprint
 from rocr.less_memory import halving
 from rocr.progress import Progress, ProgressCallback, silent
 from rocr.ranks import Ranks
-from rocr.reading import Reading, computed_with, versions_now
+from rocr.provenance import Provenance, computed_with, versions_now
 from rocr.sampling import sample_sequences
 from rocr.sharding import is_parallel
 from rocr.statistics import Statistics
@@ -152,7 +152,7 @@ def collect_statistics(
         ranks.tell(error)
         raise
     moments = {layer: _finished(total, tokens, layer) for layer, total in sums.items()}
-    return Statistics(moments, tokens, source.name(), mark, source.reading(dtype_name(weight), computed_with(model)))
+    return Statistics(moments, tokens, source.name(), mark, source.provenance(dtype_name(weight), computed_with(model)))
 
 
 @dataclass(frozen=True)
@@ -213,9 +213,9 @@ class _Source:
             return f"written by the model, seed {self.options.seed}"
         return self.options.text_sha256 or self.digest.hexdigest()
 
-    def reading(self, dtype: str, config: dict[str, Any]) -> Reading:
+    def provenance(self, dtype: str, config: dict[str, Any]) -> Provenance:
         """How the text was read, once it was."""
-        return Reading(dtype, self.length, FIRST_TOKENS, config, self.documents, versions_now())
+        return Provenance(dtype, self.length, FIRST_TOKENS, config, self.documents, versions_now())
 
     def estimate(self, tokens: int) -> int | None:
         """The total number of tokens, from the bytes read so far."""

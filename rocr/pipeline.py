@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rocr.apply import LayerUpdate, apply_updates, undo_updates
-from rocr.architectures import Architecture, DownProjection, find_architecture
+from rocr.architectures import Architecture, DownProjection, find_architecture, text_config
 from rocr.change import check_kept, layers_with_a_trace
 from rocr.collect import CollectOptions, collect_statistics
 from rocr.collisions import find_collisions
@@ -37,7 +37,7 @@ from rocr.layers import check_moments, resolve_layers
 from rocr.measures import EditReport, mean_by_concept, measure_layer
 from rocr.metric import build_metric
 from rocr.progress import Progress, ProgressCallback, silent
-from rocr.reading import computed_with
+from rocr.provenance import computed_with
 from rocr.sharding import whole
 from rocr.solve import Solution, check_finite, solve_layer
 from rocr.statistics import Statistics
@@ -83,6 +83,7 @@ def unlearn(
     layers = config.layers or ()
     last = max(layers)
     plan = plan_keys(tokenizer, concepts, config)
+    plan.check_positions(concepts, text_config(model))
     if statistics is None:
         # By each process itself, since only one of a group may be editing.
         statistics = collect_statistics(model, tokenizer, None, layers, CollectOptions(distributed=False), progress)

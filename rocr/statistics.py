@@ -15,7 +15,7 @@ from rocr.errors import InputError
 from rocr.files import read_tensors, write_tensors
 from rocr.fingerprint import Fingerprint
 from rocr.json_values import MAX_NUMBER, text_of
-from rocr.reading import Reading, different
+from rocr.provenance import Provenance, different
 
 FORMAT = "rocr statistics 1"
 
@@ -29,14 +29,14 @@ class Statistics:
         tokens: number of keys in each mean.
         text: what the text was: sha256 of its bytes, or how it was drawn.
         fingerprint: the model and tokenizer that read it.
-        reading: how they read it; None: not known, as of moments from elsewhere or a file that does not say.
+        provenance: how they read it; None: not known, as of moments from elsewhere or a file that does not say.
     """
 
     moments: Mapping[int, Tensor]
     tokens: int
     text: str
     fingerprint: Fingerprint
-    reading: Reading | None = None
+    provenance: Provenance | None = None
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -45,7 +45,7 @@ class Statistics:
 
     def summary(self) -> dict[str, Any]:
         """What an edit's report says of them."""
-        read = {} if self.reading is None else {"dtype": self.reading.dtype, "length": self.reading.length}
+        read = {} if self.provenance is None else {"dtype": self.provenance.dtype, "length": self.provenance.length}
         return {"text": self.text, "tokens": self.tokens, **read}
 
     def second_moment(self, layer: int) -> Tensor:
@@ -69,7 +69,7 @@ class Statistics:
         Args:
             other: fingerprint of that model, up to the layer `self.fingerprint.layer`.
             dtype: of that model, such as "bfloat16"; None: not to be compared.
-            config: its settings (`rocr.reading.computed_with`); None: not to be compared.
+            config: its settings (`rocr.provenance.computed_with`); None: not to be compared.
 
         Raises:
             InputError: model, tokenizer, dtype or settings differ; names both sides.
@@ -80,10 +80,10 @@ class Statistics:
                 f"These statistics were collected on {mine}, but the model to edit is {other}. "
                 "Collect statistics on the model itself: rocr stats."
             )
-        if self.reading is None:
+        if self.provenance is None:
             return
         asked = {name: value for name, value in (("dtype", dtype), *(config or {}).items()) if value is not None}
-        collected, found = different({**self.reading.config, "dtype": self.reading.dtype}, asked)
+        collected, found = different({**self.provenance.config, "dtype": self.provenance.dtype}, asked)
         if collected:
             raise InputError(
                 f"These statistics were collected on {mine} with {collected}, but the model to edit has {found}, so "
@@ -99,12 +99,12 @@ class Statistics:
         if self.layers != other.layers or self.fingerprint.layer != other.fingerprint.layer:
             raise InputError(f"Statistics of layers {self.layers} cannot be merged with those of {other.layers}.")
         self.check_model(other.fingerprint)
-        if (self.reading is None) != (other.reading is None):
+        if (self.provenance is None) != (other.provenance is None):
             raise InputError(
                 "Of one of these statistics it is not known how its text was read, so that they cannot be merged: "
                 "collect it again."
             )
-        reading = self.reading.merge(other.reading) if self.reading and other.reading else None
+        provenance = self.provenance.merge(other.provenance) if self.provenance and other.provenance else None
         tokens = self.tokens + other.tokens
         moments = {
             layer: (
@@ -114,7 +114,7 @@ class Statistics:
             .contiguous()
             for layer in self.layers
         }
-        return Statistics(moments, tokens, f"{self.text}+{other.text}", self.fingerprint, reading)
+        return Statistics(moments, tokens, f"{self.text}+{other.text}", self.fingerprint, provenance)
 
     def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Write one safetensors file, complete or not at all.
@@ -129,8 +129,8 @@ class Statistics:
             "text": self.text,
             "fingerprint": self.fingerprint.to_json(),
         }
-        if self.reading is not None:
-            header["reading"] = self.reading.to_json()
+        if self.provenance is not None:
+            header["provenance"] = self.provenance.to_json()
         tensors = {f"second_moment.{layer}": moment.cpu().contiguous() for layer, moment in self.moments.items()}
         write_tensors(path, header, tensors, overwrite=overwrite)
 
@@ -148,7 +148,7 @@ class Statistics:
                 header["tokens"],
                 text_of(header["text"], "text"),
                 Fingerprint(**header["fingerprint"]),
-                None if "reading" not in header else Reading(**header["reading"]),
+                None if "provenance" not in header else Provenance(**header["provenance"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} is not a complete statistics file: {repr(error)[:200]}.") from None

@@ -19,7 +19,7 @@ from rocr.architectures import find_architecture
 from rocr.evaluation.forms import build_items
 from rocr.fingerprint import Fingerprint, model_digest, tensor_digest
 from rocr.metric import build_metric
-from rocr.reading import Reading
+from rocr.provenance import Provenance
 from rocr.solve import solve_layer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -166,7 +166,7 @@ def golden_statistics():
     moments = {layer: torch.diag(torch.tensor([0.0, 6.0]).repeat(24)) for layer in (0, 1)}
     versions = {"rocr": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0"}
     mark = Fingerprint("a" * 64, 1, "b" * 64, "golden")
-    return Statistics(moments, 4096, "c" * 64, mark, Reading("float32", 512, 1, {"rms_norm_eps": 1e-6}, 9, versions))
+    return Statistics(moments, 4096, "c" * 64, mark, Provenance("float32", 512, 1, {"rms_norm_eps": 1e-6}, 9, versions))
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import rocr
 from rocr import CollectOptions, InputError, Statistics
-from rocr.reading import Reading, computed_with, versions_now
+from rocr.provenance import Provenance, computed_with, versions_now
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LAYERS = (1, 2)
@@ -29,21 +29,21 @@ def header_of(path):
 def test_a_file_says_how_its_text_was_read(model, tokenizer, texts, dtype, tmp_path):
     statistics = collect(model.to(dtype), tokenizer, texts)
     versions = {"rocr": rocr.__version__, "torch": torch.__version__, "transformers": versions_now()["transformers"]}
-    assert statistics.reading == Reading(str(dtype)[6:], 32, 1, computed_with(model), len(texts), versions)
-    assert statistics.reading.config["rope_parameters"]["rope_theta"] == 10_000
+    assert statistics.provenance == Provenance(str(dtype)[6:], 32, 1, computed_with(model), len(texts), versions)
+    assert statistics.provenance.config["rope_parameters"]["rope_theta"] == 10_000
     statistics.save(tmp_path / "statistics")
-    assert Statistics.load(tmp_path / "statistics").reading == statistics.reading
+    assert Statistics.load(tmp_path / "statistics").provenance == statistics.provenance
 
 
 def test_text_by_the_model_itself(model, tokenizer):
-    reading = collect(model, tokenizer, None, tokens=500).reading
+    provenance = collect(model, tokenizer, None, tokens=500).provenance
     sequences = rocr.collect.sample_sequences(model, tokenizer, 500, 0)
-    assert (reading.length, reading.documents) == (max(map(len, sequences)), len(sequences))
+    assert (provenance.length, provenance.documents) == (max(map(len, sequences)), len(sequences))
 
 
 def test_the_length_is_that_which_the_model_has_positions_for(make_model, tokenizer, texts):
     model = make_model("Llama", max_position_embeddings=16)
-    assert collect(model, tokenizer, texts).reading.length == 16
+    assert collect(model, tokenizer, texts).provenance.length == 16
 
 
 @pytest.mark.parametrize(("collected", "edited"), [("float32", "bfloat16"), ("bfloat16", "float32")])
@@ -72,9 +72,9 @@ def test_statistics_of_other_settings_are_refused(family, make_model, tokenizer,
     with pytest.raises(InputError, match=f"cannot be merged: {eps}"):
         statistics.merge(collect(other, tokenizer, texts))
     # Another release of transformers may know other settings: what only one side names says nothing.
-    known = statistics.reading.config
+    known = statistics.provenance.config
     for config in ({name: value for name, value in known.items() if name != eps}, known | {"unheard_of": 3}):
-        read = replace(statistics, reading=replace(statistics.reading, config=config))
+        read = replace(statistics, provenance=replace(statistics.provenance, config=config))
         own = rocr.EditConfig(layers=LAYERS)
         rocr.unlearn(make_model(family), tokenizer, concepts, read, own, guards=rocr.Guards(force=True))
 
@@ -89,27 +89,29 @@ def test_the_command_refuses_them_and_writes_nothing(files, command, concept, tm
 
 def test_info_shows_it(files, command):
     done = command("info", files.statistics, "--json")
-    reading = json.loads(done.output)["reading"]
-    assert (reading["dtype"], reading["length"], reading["skipped"]) == ("float32", 128, 1)
-    assert reading["versions"] == versions_now()
+    provenance = json.loads(done.output)["provenance"]
+    assert (provenance["dtype"], provenance["length"], provenance["skipped"]) == ("float32", 128, 1)
+    assert provenance["versions"] == versions_now()
     assert "dtype float32, length 128, skipped 1" in command("info", files.statistics).output
 
 
 def test_merged_statistics_add_up_documents_and_versions(model, tokenizer, texts):
     first, second = collect(model, tokenizer, texts[:3]), collect(model, tokenizer, texts[3:])
-    assert first.merge(second).reading == replace(first.reading, documents=len(texts))
-    older = replace(second, reading=replace(second.reading, versions=second.reading.versions | {"torch": "2.4.0"}))
+    assert first.merge(second).provenance == replace(first.provenance, documents=len(texts))
+    older = replace(
+        second, provenance=replace(second.provenance, versions=second.provenance.versions | {"torch": "2.4.0"})
+    )
     merged = first.merge(older).merge(older)
-    assert merged.reading.versions["torch"] == f"{torch.__version__}, 2.4.0"
-    assert merged.reading.documents == len(texts) + len(texts[3:])
+    assert merged.provenance.versions["torch"] == f"{torch.__version__}, 2.4.0"
+    assert merged.provenance.documents == len(texts) + len(texts[3:])
 
 
 @pytest.mark.parametrize("change", [{"dtype": "bfloat16"}, {"length": 16}, {"skipped": 0}], ids=str)
 def test_texts_that_were_read_differently_are_not_merged(model, tokenizer, texts, change):
     statistics = collect(model, tokenizer, texts)
-    other = replace(statistics, reading=replace(statistics.reading, **change))
+    other = replace(statistics, provenance=replace(statistics.provenance, **change))
     name, value = next(iter(change.items()))
-    mine = getattr(statistics.reading, name)
+    mine = getattr(statistics.provenance, name)
     with pytest.raises(InputError, match=rf"cannot be merged: {name} {mine}, and {name} {value}\."):
         statistics.merge(other)
     with pytest.raises(InputError, match=rf"cannot be merged: {name} {value}, and {name} {mine}\."):
@@ -125,14 +127,14 @@ def test_a_file_that_does_not_say(model, tokenizer, texts, concepts, tmp_path):
     statistics = collect(model, tokenizer, texts)
     statistics.save(tmp_path / "statistics")
     header = header_of(tmp_path / "statistics")
-    del header["reading"]
+    del header["provenance"]
     save_file(load_file(tmp_path / "statistics"), tmp_path / "old", metadata={"rocr": json.dumps(header)})
     old = Statistics.load(tmp_path / "old")
-    assert old.reading is None and old.tokens == statistics.tokens
+    assert old.provenance is None and old.tokens == statistics.tokens
     for one, other in ((old, statistics), (statistics, old)):
         with pytest.raises(InputError, match="not known how its text was read"):
             one.merge(other)
-    assert old.merge(old).reading is None
+    assert old.merge(old).provenance is None
     edit = rocr.unlearn(model, tokenizer, concepts, old, rocr.EditConfig(layers=LAYERS))
     assert edit.report.statistics == {"text": old.text, "tokens": old.tokens}
 

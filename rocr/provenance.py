@@ -32,7 +32,7 @@ MAX_CONFIG = 20_000
 
 
 @dataclass(frozen=True)
-class Reading:
+class Provenance:
     """How a model read a text.
 
     Attributes:
@@ -68,11 +68,11 @@ class Reading:
                 raise ValueError(f"the version of {name} has {len(version):,} characters")
 
     def to_json(self) -> dict[str, Any]:
-        """The reading as JSON values."""
+        """The provenance as JSON values."""
         return asdict(self)
 
-    def merge(self, other: Reading) -> Reading:
-        """The reading of both texts.
+    def merge(self, other: Provenance) -> Provenance:
+        """The provenance of both texts.
 
         Raises:
             InputError: keys of the two are not of one kind; names what differs, on both sides.
