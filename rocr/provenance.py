@@ -94,6 +94,9 @@ def computed_with(model: nn.Module) -> dict[str, Any]:
     """The settings of a model that its keys depend on, as JSON values."""
     config = text_config(model)
     found = {name: getattr(config, name, None) for name in COMPUTED_WITH}
+    if found["rope_parameters"] is not None:
+        # transformers 5 gives them by their former name too, where they would differ from those of transformers 4.
+        del found["rope_scaling"]
     plain: dict[str, Any] = json.loads(json.dumps({name: value for name, value in found.items() if value is not None}))
     return plain
 

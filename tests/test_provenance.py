@@ -31,6 +31,7 @@ def test_a_file_says_how_its_text_was_read(model, tokenizer, texts, dtype, tmp_p
     versions = {"rocr": rocr.__version__, "torch": torch.__version__, "transformers": versions_now()["transformers"]}
     assert statistics.provenance == Provenance(str(dtype)[6:], 32, 1, computed_with(model), len(texts), versions)
     assert statistics.provenance.config["rope_parameters"]["rope_theta"] == 10_000
+    assert "rope_scaling" not in statistics.provenance.config
     statistics.save(tmp_path / "statistics")
     assert Statistics.load(tmp_path / "statistics").provenance == statistics.provenance
 
