@@ -8,7 +8,7 @@ neither statistics nor, where concepts only leave, the model.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -100,12 +100,15 @@ def check_kept(
         raise InputError(f"The edit was made for {kept.fingerprint}, but this model is {mark}.")
     if config != kept.config:
         raise InputError("Concepts can only be added with the settings of the edit they are added to.")
-    recorded = {"text": statistics.text, "tokens": statistics.tokens}
-    if kept.report.statistics and kept.report.statistics != recorded:
+    recorded, given = kept.report.statistics, statistics.summary()
+    if any(recorded[name] != given[name] for name in recorded.keys() & given.keys()):
         raise InputError(
-            f"The edit was made with statistics of {kept.report.statistics.get('tokens')} tokens of "
-            f"{kept.report.statistics.get('text')}, but these are of {statistics.tokens} tokens of {statistics.text}."
+            f"The edit was made with statistics of {_listed(recorded)}, but these are of {_listed(given)}."
         )
+
+
+def _listed(summary: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in summary.items())
 
 
 def _find(edit: Edit, names: Sequence[str]) -> set[int]:

@@ -101,8 +101,8 @@ class Checkpoint:
         header, tensors = read_tensors(self.path, FORMAT)
         if header.get("identity") != json.loads(json.dumps(self.identity)):
             raise InputError(
-                f"{self.path} is the checkpoint of another collection: the model, the text, the layers or the cutting "
-                "differ. Delete it to start afresh."
+                f"{self.path} is the checkpoint of another collection: the model, the text, the layers, the cutting, "
+                "the dtype, the device, a setting or a version differ. Delete it to start afresh."
             )
         try:
             self.batches, self.tokens = int(header["batches"]), int(header["tokens"])

@@ -19,10 +19,11 @@ from rocr.architectures import Architecture, default_layers, find_architecture, 
 from rocr.capture import input_hook, run_through
 from rocr.checkpoint import Checkpoint
 from rocr.errors import GuardError, InputError, RocrError
-from rocr.fingerprint import fingerprint
+from rocr.fingerprint import dtype_name, fingerprint
 from rocr.less_memory import halving
 from rocr.progress import Progress, ProgressCallback, silent
 from rocr.ranks import Ranks
+from rocr.provenance import Provenance, computed_with, versions_now
 from rocr.sampling import sample_sequences
 from rocr.sharding import is_parallel
 from rocr.statistics import Statistics
@@ -30,6 +31,8 @@ from rocr.texts import pack_tokens, token_batches
 
 DEFAULT_SAMPLED_TOKENS = 8_192
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
+FIRST_TOKENS = 1
+"""Tokens at the beginning of a sequence whose keys are left out."""
 
 
 @dataclass(frozen=True)
@@ -108,12 +111,15 @@ def collect_statistics(
             raise InputError("layers is empty: name the decoder layers whose keys are to be collected.")
         sums = {layer: _zeros(architecture, layer) for layer in chosen}
         mark = fingerprint(architecture, tokenizer, max(chosen))
+        weight = architecture.down_projection(max(chosen)).weight
     identity = {
         # Without the name: the same model may lie elsewhere by now.
         "model": [mark.model, mark.layer, mark.tokenizer],
         "text": source.name(),
         "layers": list(chosen),
         "cut": [options.tokens, options.length, options.batch_tokens],
+        # A sum of keys that were computed in two ways is the sum of no single run.
+        "computed": [dtype_name(weight), weight.device.type, computed_with(model), versions_now()],
     }
     ranks.check_same("models, texts, layers or options", identity)
     with ranks.together():
@@ -146,7 +152,7 @@ def collect_statistics(
         ranks.tell(error)
         raise
     moments = {layer: _finished(total, tokens, layer) for layer, total in sums.items()}
-    return Statistics(moments, tokens, source.name(), mark)
+    return Statistics(moments, tokens, source.name(), mark, source.provenance(dtype_name(weight), computed_with(model)))
 
 
 @dataclass(frozen=True)
@@ -171,6 +177,7 @@ class _Source:
     texts: Iterable[str] | None
     options: CollectOptions
     ranks: Ranks
+    length: int = 2
     documents: int = 0
     bytes: int = 0
     digest: Any = field(default_factory=hashlib.sha256)
@@ -180,19 +187,21 @@ class _Source:
         options = self.options
         if self.texts is None:
             wanted = options.tokens or DEFAULT_SAMPLED_TOKENS
-            sequences: Iterable[list[int]] = sample_sequences(model, tokenizer, wanted, options.seed, progress)
             # Chips of other kinds may draw otherwise.
-            sequences = self.ranks.of_first(sequences)
+            written = self.ranks.of_first(sample_sequences(model, tokenizer, wanted, options.seed, progress))
+            self.length, self.documents = max(map(len, written)), len(written)
+            sequences: Iterable[list[int]] = written
         else:
-            length = min(options.length, getattr(text_config(model), "max_position_embeddings", None) or options.length)
+            positions = getattr(text_config(model), "max_position_embeddings", None)
+            self.length = min(options.length, positions or options.length)
             vocabulary = len(find_architecture(model).embedding.weight)  # type: ignore[arg-type]
-            sequences = pack_tokens(self._counted(self.texts), tokenizer, length, vocabulary)
+            sequences = pack_tokens(self._counted(self.texts), tokenizer, self.length, vocabulary)
         before = 0
         for batch in token_batches(sequences, options.batch_tokens):
             if options.tokens is not None and before >= options.tokens:
                 return
             for part in _equal_lengths(batch):
-                count = sum(len(sequence) - 1 for sequence in part)
+                count = sum(len(sequence) - FIRST_TOKENS for sequence in part)
                 if options.tokens is not None:
                     count = min(count, options.tokens - before)
                 yield _Batch(part, before, count)
@@ -203,6 +212,10 @@ class _Source:
         if self.texts is None:
             return f"written by the model, seed {self.options.seed}"
         return self.options.text_sha256 or self.digest.hexdigest()
+
+    def provenance(self, dtype: str, config: dict[str, Any]) -> Provenance:
+        """How the text was read, once it was."""
+        return Provenance(dtype, self.length, FIRST_TOKENS, config, self.documents, versions_now())
 
     def estimate(self, tokens: int) -> int | None:
         """The total number of tokens, from the bytes read so far."""
@@ -241,8 +254,8 @@ def _accumulate_pieces(architecture: Architecture, state: Checkpoint, batch: _Ba
     held: dict[int, list[Tensor]] = {layer: [] for layer in state.unfinished()}
 
     def receive(layer: int, keys: Tensor) -> None:
-        held[layer].append(keys[:, 1:].reshape(-1, keys.shape[-1]))
-        if sum(map(len, held[layer])) == tokens[:, 1:].numel():
+        held[layer].append(keys[:, FIRST_TOKENS:].reshape(-1, keys.shape[-1]))
+        if sum(map(len, held[layer])) == tokens[:, FIRST_TOKENS:].numel():
             keys = torch.cat(held.pop(layer)) if size < len(tokens) else held.pop(layer)[0]
             _add(state, layer, keys[: batch.count])
 

@@ -83,6 +83,11 @@ def tensor_digest(tensor: Tensor) -> str:
     return hashlib.sha256(buffer).hexdigest()
 
 
+def dtype_name(tensor: Tensor) -> str:
+    """A tensor's dtype as files and messages call it, such as "bfloat16"."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
 def _has_down_projection(architecture: Architecture, layer: int) -> bool:
     try:
         architecture.down_projection(layer)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rocr.apply import LayerUpdate
-from rocr.architectures import Architecture
+from rocr.architectures import Architecture, text_config
 from rocr.concepts import Concept, folded
 from rocr.config import EditConfig
 from rocr.errors import InputError
@@ -167,7 +167,8 @@ def read_neighbours(
         None where there is no name to measure.
 
     Raises:
-        InputError: a name is not a text, is on the list, or has no token that can be a key.
+        InputError: a name is not a text, is on the list, has no token that can be a key, or is longer than the model's
+            positions.
     """
     chosen = list(dict.fromkeys(concept.redirect for concept in concepts))[:MAX_NEIGHBOURS]
     if names is not None:
@@ -176,6 +177,7 @@ def read_neighbours(
         return None
     try:
         reading, name_of = plan_names(tokenizer, chosen, config)
+        reading.check_positions([chosen[name] for name in name_of], text_config(architecture.model))
     except InputError:
         if names is not None:
             raise

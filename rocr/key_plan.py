@@ -32,6 +32,24 @@ class Reading:
     group_of: list[int]
     groups: int
 
+    def check_positions(self, names: Sequence[str], config: Any) -> None:
+        """Refuse prompts that are longer, up to the last token that is read, than a model has positions for.
+
+        Args:
+            names: for each group, the name it belongs to.
+            config: the model's, of transformers.
+
+        Raises:
+            InputError: a name does not fit.
+        """
+        positions, last = getattr(config, "max_position_embeddings", None), max(self.position_of, default=0)
+        if positions is not None and last >= positions:
+            name = names[self.group_of[self.position_of.index(last)]]
+            raise InputError(
+                f"{name!r} ends at token {last + 1} of a template, and the model has {positions} positions: shorten "
+                "the name or the template."
+            )
+
 
 @dataclass(frozen=True)
 class KeyPlan:
@@ -48,6 +66,13 @@ class KeyPlan:
     current: Reading | None
     targets: Reading
     concept_of: list[int]
+
+    def check_positions(self, concepts: Sequence[Concept], config: Any) -> None:
+        """Refuse names and redirects that do not fit into a model's positions; see `Reading.check_positions`."""
+        names = [concepts[concept].name for concept in self.concept_of]
+        for reading in filter(None, (self.keys, self.current)):
+            reading.check_positions(names, config)
+        self.targets.check_positions([concepts[concept].redirect for concept in self.concept_of], config)
 
 
 class _ReadingBuilder:

@@ -62,22 +62,29 @@ def locked(output: str | os.PathLike[str]) -> Iterator[None]:
     real = Path(os.path.realpath(output))
     lock = real.with_name(f"{real.name}.lock")
     mine = json.dumps(asdict(Owner.of_this_process()))
-    held = False
+    held, left = False, list[Path]()
     try:
         with postponed_signals():
-            held = _acquire(lock, mine, output)
+            held = _acquire(lock, mine, output, left)
         yield
     finally:
-        with postponed_signals(), suppress(OSError):
+        with postponed_signals():
             # While this process lives nobody takes its lock over; one that cannot be removed is taken over later.
-            if held:
-                lock.unlink()
+            for path in (*left, *([lock] if held else [])):
+                _remove(path, [])
 
 
-def _acquire(lock: Path, mine: str, output: str | os.PathLike[str]) -> bool:
-    """Whether there is a lock now, which is not so on a file system that can have none."""
+def _acquire(lock: Path, mine: str, output: str | os.PathLike[str], left: list[Path]) -> bool:
+    """Whether there is a lock now, which is not so on a file system that can have none.
+
+    Args:
+        lock: the file.
+        mine: what it is to say.
+        output: what it is for.
+        left: gets the files of other names that could not be removed.
+    """
     for _ in range(_ATTEMPTS):
-        made = _create(lock, mine)
+        made = _create(lock, mine, left)
         if made is not False:
             return made is True
         found = _read(lock)
@@ -90,11 +97,11 @@ def _acquire(lock: Path, mine: str, output: str | os.PathLike[str]) -> bool:
                 f"The output {output} is being made by {who}. Choose another name, or, if that process has ended, "
                 f"delete {lock}."
             )
-        _put_aside(lock, found)
+        _put_aside(lock, found, left)
     raise InputError(f"The output {output} is wanted by several processes at once; choose another name.")
 
 
-def _create(lock: Path, mine: str) -> bool | None:
+def _create(lock: Path, mine: str, left: list[Path]) -> bool | None:
     """Make the lock with all that it says, in one step; False where there is one, None where none can be made."""
     draft = lock.with_name(f"{lock.name}-{secrets.token_hex(4)}")
     try:
@@ -106,19 +113,26 @@ def _create(lock: Path, mine: str) -> bool | None:
         # A file system without hard links, or one that cannot be written to: the output itself will say so.
         return False if lock.exists() else None
     finally:
-        with suppress(OSError):
-            draft.unlink(missing_ok=True)
+        _remove(draft, left)
     return True
 
 
-def _put_aside(lock: Path, stale: str) -> None:
+def _put_aside(lock: Path, stale: str, left: list[Path]) -> None:
     """Remove a stale lock, but never the fresh one of somebody who removed it first."""
     aside = lock.with_name(f"{lock.name}-{secrets.token_hex(4)}")
     with suppress(OSError):
         os.rename(lock, aside)
         if _read(aside) != stale:
             os.link(aside, lock)
-        aside.unlink()
+    _remove(aside, left)
+
+
+def _remove(path: Path, left: list[Path]) -> None:
+    """Remove a file if it is there; what the disk refuses to remove now is noted."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:
+        left.append(path)
 
 
 def _read(lock: Path) -> str | None:

@@ -62,7 +62,7 @@ class EditReport:
             of the distance before, both at the output of the last edited layer; of concepts that were there
             before others were added or removed, as measured then.
         seconds: duration of each stage.
-        statistics: what protected ordinary keys: text, tokens.
+        statistics: what protected ordinary keys: text, tokens, dtype, length (`Statistics.summary`).
         divergence: mean Kullback-Leibler divergence on ordinary prose of the model's predictions after the edit from
             those before, in nats a token; None: not measured.
         limits_passed: a sentence for each limit of `Guards` that the edit passed and that was forced.

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from rocr.apply import LayerUpdate, apply_updates, undo_updates
-from rocr.architectures import Architecture, DownProjection, find_architecture
+from rocr.architectures import Architecture, DownProjection, find_architecture, text_config
 from rocr.change import check_kept, layers_with_a_trace
 from rocr.collect import CollectOptions, collect_statistics
 from rocr.collisions import find_collisions
 from rocr.concepts import Concept, check_concepts
 from rocr.config import EditConfig
 from rocr.edit import Edit
-from rocr.fingerprint import fingerprint
+from rocr.fingerprint import dtype_name, fingerprint
 from rocr.guards import (
     Guards,
     Predictions,
@@ -37,6 +37,7 @@ from rocr.layers import check_moments, resolve_layers
 from rocr.measures import EditReport, mean_by_concept, measure_layer
 from rocr.metric import build_metric
 from rocr.progress import Progress, ProgressCallback, silent
+from rocr.provenance import computed_with
 from rocr.sharding import whole
 from rocr.solve import Solution, check_finite, solve_layer
 from rocr.statistics import Statistics
@@ -82,11 +83,13 @@ def unlearn(
     layers = config.layers or ()
     last = max(layers)
     plan = plan_keys(tokenizer, concepts, config)
+    plan.check_positions(concepts, text_config(model))
     if statistics is None:
         # By each process itself, since only one of a group may be editing.
         statistics = collect_statistics(model, tokenizer, None, layers, CollectOptions(distributed=False), progress)
     mark = fingerprint(architecture, tokenizer, statistics.fingerprint.layer)
-    statistics.check_model(mark)
+    read_up_to = min(statistics.fingerprint.layer, architecture.depth - 1)
+    statistics.check_model(mark, dtype_name(architecture.down_projection(read_up_to).weight), computed_with(model))
     run = _Run(architecture, concepts, config, plan, progress, guards or Guards(), kept)
     if kept is not None:
         check_kept(kept, config, architecture, mark, statistics)
@@ -98,7 +101,7 @@ def unlearn(
         targets = read_states(architecture, run.plan.targets, last, progress=progress, stage="targets").hidden
     check_finite("target states", last, targets, run.plan.concept_of, concepts)
     run.neighbours = read_neighbours(architecture, tokenizer, run.all_concepts, neighbours, config, progress)
-    run.report.statistics = {"text": statistics.text, "tokens": statistics.tokens}
+    run.report.statistics = statistics.summary()
     with run.timed("check"):
         predictions = predict(architecture, tokenizer)
     with run.restoring():

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from rocr import __version__
 from rocr.edit import Edit
+from rocr.versions import versions
 
 FORMAT = "rocr report 1"
 REPORT_FILE = "report.json"
@@ -94,17 +92,6 @@ def report_digest(report: Mapping[str, Any]) -> str:
     """sha256 over what a report says but for its own digest, however it is spelled."""
     said = {name: value for name, value in report.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the result depends on."""
-    found = {"rocr": __version__, "python": platform.python_version()}
-    for package in ("torch", "transformers", "tokenizers", "safetensors", "numpy", "triton"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def file_digests(folder: Path, leave_out: Sequence[str] = ()) -> dict[str, str]:

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from rocr.errors import InputError
 from rocr.files import read_tensors, write_tensors
 from rocr.fingerprint import Fingerprint
 from rocr.json_values import MAX_NUMBER, text_of
+from rocr.provenance import Provenance, different
 
 FORMAT = "rocr statistics 1"
 
@@ -27,17 +29,24 @@ class Statistics:
         tokens: number of keys in each mean.
         text: what the text was: sha256 of its bytes, or how it was drawn.
         fingerprint: the model and tokenizer that read it.
+        provenance: how they read it; None: not known, as of moments from elsewhere or a file that does not say.
     """
 
     moments: Mapping[int, Tensor]
     tokens: int
     text: str
     fingerprint: Fingerprint
+    provenance: Provenance | None = None
 
     @property
     def layers(self) -> tuple[int, ...]:
         """The layers there are moments of, ascending."""
         return tuple(sorted(self.moments))
+
+    def summary(self) -> dict[str, Any]:
+        """What an edit's report says of them."""
+        read = {} if self.provenance is None else {"dtype": self.provenance.dtype, "length": self.provenance.length}
+        return {"text": self.text, "tokens": self.tokens, **read}
 
     def second_moment(self, layer: int) -> Tensor:
         """The mean second moment of one layer, (d_in, d_in) float32.
@@ -52,14 +61,18 @@ class Statistics:
             )
         return self.moments[layer]
 
-    def check_model(self, other: Fingerprint) -> None:
+    def check_model(
+        self, other: Fingerprint, dtype: str | None = None, config: Mapping[str, Any] | None = None
+    ) -> None:
         """Refuse a model that the statistics were not collected on.
 
         Args:
             other: fingerprint of that model, up to the layer `self.fingerprint.layer`.
+            dtype: of that model, such as "bfloat16"; None: not to be compared.
+            config: its settings (`rocr.provenance.computed_with`); None: not to be compared.
 
         Raises:
-            InputError: model or tokenizer differ; names both sides.
+            InputError: model, tokenizer, dtype or settings differ; names both sides.
         """
         mine = self.fingerprint
         if (mine.model, mine.tokenizer) != (other.model, other.tokenizer):
@@ -67,16 +80,31 @@ class Statistics:
                 f"These statistics were collected on {mine}, but the model to edit is {other}. "
                 "Collect statistics on the model itself: rocr stats."
             )
+        if self.provenance is None:
+            return
+        asked = {name: value for name, value in (("dtype", dtype), *(config or {}).items()) if value is not None}
+        collected, found = different({**self.provenance.config, "dtype": self.provenance.dtype}, asked)
+        if collected:
+            raise InputError(
+                f"These statistics were collected on {mine} with {collected}, but the model to edit has {found}, so "
+                "that its keys are others. Load it as it was (--dtype), or collect statistics on it: rocr stats."
+            )
 
     def merge(self, other: Statistics) -> Statistics:
         """The statistics of both texts together: means weighted by their tokens.
 
         Raises:
-            InputError: the models or layers differ.
+            InputError: the models, the layers or how they read the texts differ.
         """
         if self.layers != other.layers or self.fingerprint.layer != other.fingerprint.layer:
             raise InputError(f"Statistics of layers {self.layers} cannot be merged with those of {other.layers}.")
         self.check_model(other.fingerprint)
+        if (self.provenance is None) != (other.provenance is None):
+            raise InputError(
+                "Of one of these statistics it is not known how its text was read, so that they cannot be merged: "
+                "collect it again."
+            )
+        provenance = self.provenance.merge(other.provenance) if self.provenance and other.provenance else None
         tokens = self.tokens + other.tokens
         moments = {
             layer: (
@@ -86,7 +114,7 @@ class Statistics:
             .contiguous()
             for layer in self.layers
         }
-        return Statistics(moments, tokens, f"{self.text}+{other.text}", self.fingerprint)
+        return Statistics(moments, tokens, f"{self.text}+{other.text}", self.fingerprint, provenance)
 
     def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Write one safetensors file, complete or not at all.
@@ -95,12 +123,14 @@ class Statistics:
             InputError: the file exists and `overwrite` is not set.
             RocrError: it cannot be written.
         """
-        header = {
+        header: dict[str, Any] = {
             "format": FORMAT,
             "tokens": self.tokens,
             "text": self.text,
             "fingerprint": self.fingerprint.to_json(),
         }
+        if self.provenance is not None:
+            header["provenance"] = self.provenance.to_json()
         tensors = {f"second_moment.{layer}": moment.cpu().contiguous() for layer, moment in self.moments.items()}
         write_tensors(path, header, tensors, overwrite=overwrite)
 
@@ -118,6 +148,7 @@ class Statistics:
                 header["tokens"],
                 text_of(header["text"], "text"),
                 Fingerprint(**header["fingerprint"]),
+                None if "provenance" not in header else Provenance(**header["provenance"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} is not a complete statistics file: {repr(error)[:200]}.") from None

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -183,6 +185,15 @@ def test_low_rank_update_at_random_is_right_on_average(low_rank_update: Path, dt
     assert share == pytest.approx(0.3, abs=5 * (0.21 / first.numel()) ** 0.5)
     (again,) = run_update(low_rank_update, update, [weight], [left], [right])
     assert torch.equal(first, again)
+
+
+def test_low_rank_update_at_random_is_golden(
+    low_rank_update: Path, philox_update: Any, joint_digest: Callable[..., str]
+) -> None:
+    given = philox_update
+    update = Update(2, 40, 72, 5, given.dtype, at_random=True, scale=given.scale, seed=given.seed)
+    results = run_update(low_rank_update, update, given.weights, given.lefts, given.rights)
+    assert joint_digest(results) == given.digest
 
 
 def test_low_rank_update_at_random_keeps_its_odds_below_the_normal_numbers(low_rank_update: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -221,6 +223,12 @@ def test_rounding_at_random_repeats_for_one_seed_whatever_the_tiles() -> None:
         results.append(weight)
     assert torch.equal(results[0], results[1])
     assert not torch.equal(results[0], results[2])
+
+
+def test_rounding_at_random_is_golden(philox_update: Any, joint_digest: Callable[..., str]) -> None:
+    update = philox_update
+    update_low_rank(update.weights, update.lefts, update.rights, update.scale, True, update.seed)
+    assert joint_digest(update.weights) == update.digest
 
 
 def test_updates_without_numbers_change_nothing() -> None:

@@ -1,5 +1,7 @@
 import pytest
+import torch
 
+import rocr
 from rocr import Concept, EditConfig, InputError
 from rocr.key_plan import plan_keys
 from rocr.prompts import Template
@@ -130,3 +132,29 @@ def test_braces_in_a_name_are_plain_text(tokenizer):
     plan = plan_keys(tokenizer, [Concept("Ada {} {0}", "Blaise {name}")], config(keys_per_concept="all"))
     assert texts(tokenizer, plan.keys, 0) == ["Who is Ada {} {0}?"]
     assert texts(tokenizer, plan.targets, 0) == ["Who is Blaise {name}?"]
+
+
+LONG = "Ada Byron of a name that goes on and on and on and on and on"
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("family", ["GPT-2", "Llama"], indirect=True)
+@pytest.mark.parametrize("contexts", ["matched", "official"])
+def test_names_longer_than_the_models_positions_are_refused(family, make_model, tokenizer, texts, weights_of, contexts):
+    positions = {"GPT-2": "n_positions", "Llama": "max_position_embeddings"}[family]
+    model = make_model(family, **{positions: 24})
+    settings = EditConfig(templates=("Who is {}?",), layers=(1,), contexts=contexts)
+    statistics = rocr.collect_statistics(model, tokenizer, texts, [1])
+    before = weights_of(model)
+
+    def unlearn(name, redirect, neighbours=None):
+        concepts = [Concept(name, redirect)]
+        return rocr.unlearn(
+            model, tokenizer, concepts, statistics, settings, guards=rocr.Guards(force=True), neighbours=neighbours
+        )
+
+    for arguments in ((LONG, "Pascal"), ("Ada Byron", LONG), ("Ada Byron", "Pascal", [LONG])):
+        with pytest.raises(InputError, match=rf"'{LONG}' ends at token \d+ of a template, .* has 24 positions"):
+            unlearn(*arguments)
+        assert all(torch.equal(a, b) for a, b in zip(weights_of(model).values(), before.values(), strict=True))
+    unlearn("Ada Byron", "Pascal")

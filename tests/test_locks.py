@@ -138,3 +138,27 @@ def test_of_eight_at_once_never_two_hold_it(tmp_path, stale):
         assert set(codes) <= {0, 1}
         assert 1 in codes
         assert names(tmp_path / str(attempt)) == []
+
+
+@pytest.mark.parametrize("stale", [False, True])
+def test_what_the_disk_does_not_remove_at_once_is_removed_in_the_end(tmp_path, monkeypatch, stale):
+    # Met with faults at every step: the file that became the lock kept its first name beside it.
+    if stale:
+        gone = subprocess.Popen([sys.executable, "-c", ""])
+        gone.wait()
+        (tmp_path / "out.lock").write_text(json.dumps({"pid": gone.pid, "host": socket.gethostname(), "started": 1}))
+    unlink, refused = Path.unlink, []
+
+    def refusing_once(path, missing_ok=False):
+        if path not in refused:
+            refused.append(path)
+            raise OSError(5, "Input/output error")
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refusing_once)
+    with locked(tmp_path / "out"):
+        assert len(names(tmp_path)) == (4 if stale else 2)
+    assert names(tmp_path) == ["out.lock"], "which the next run takes over"
+    assert len(refused) == (4 if stale else 2)
+    with locked(tmp_path / "other"):
+        pass

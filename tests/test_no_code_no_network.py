@@ -73,7 +73,7 @@ def watch(event, arguments):
         raise OSError("no network here")
 sys.addaudithook(watch)
 from rocr.cli import main
-code = main(["stats", "somebody/nothing", "--text", sys.argv[1], "--out", sys.argv[2]])
+code = main(["stats", "somebody/nothing", "--text", sys.argv[1], "--out", *sys.argv[2:]])
 print(code, tried)
 """
 
@@ -87,6 +87,19 @@ def test_the_id_of_a_model_on_a_hub_is_not_looked_up_unless_asked(files, tmp_pat
     )  # fmt: skip
     assert done.stdout.strip().split("\n")[-1] == "2 []", done.stdout + done.stderr
     assert "--download" in done.stderr
+
+
+@pytest.mark.parametrize("said", ["HF_HUB_OFFLINE", None])
+def test_an_environment_that_says_offline_is_obeyed_also_where_the_network_was_asked_for(files, tmp_path, said):
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    environment |= {"HF_HOME": str(tmp_path / "cache")} | ({said: "1"} if said else {})
+    done = subprocess.run(
+        [sys.executable, "-c", HUB, str(files.text), str(tmp_path / "out"), "--download"],
+        capture_output=True, text=True, timeout=120, env=environment, cwd=ROOT,
+    )  # fmt: skip
+    code, tried = done.stdout.strip().split("\n")[-1].split(" ", 1)
+    assert code == "2" and "Traceback" not in done.stderr, done.stdout + done.stderr
+    assert (tried == "[]") == bool(said), "without that word, the same command does try"
 
 
 CODE = """

@@ -173,7 +173,12 @@ def test_same_inputs_give_the_same_bytes(model, tokenizer, statistics, concepts,
 def test_without_statistics_the_model_writes_the_text(model, tokenizer, concepts, capfd):
     state = torch.get_rng_state()
     edit = rocr.unlearn(model, tokenizer, concepts, config=EditConfig(layers=[1]))
-    assert edit.report.statistics == {"text": "written by the model, seed 0", "tokens": 8192}
+    assert edit.report.statistics == {
+        "text": "written by the model, seed 0",
+        "tokens": 8192,
+        "dtype": "float32",
+        "length": 65,
+    }
     assert torch.equal(torch.get_rng_state(), state)
     assert capfd.readouterr().out == "", "nothing is printed"
 
@@ -201,7 +206,8 @@ def test_the_report(model, tokenizer, statistics, concepts):
     report = edit.report
     assert len(report.distance) == len(concepts)
     assert [layer.layer for layer in report.layers] == [1, 2, 3]
-    assert report.statistics == {"text": statistics.text, "tokens": statistics.tokens}
+    expected = {"text": statistics.text, "tokens": statistics.tokens, "dtype": "float32", "length": 128}
+    assert report.statistics == expected
     assert {"keys", "metric", "solve", "apply", "measure"} <= set(report.seconds)
     assert all(seconds >= 0 for seconds in report.seconds.values())
     assert edit.concepts == concepts

@@ -10,7 +10,6 @@ import torch
 
 import rocr
 from rocr import Edit, EditConfig, VerificationError, ops
-from rocr.backend_cpp import SIMD_VARIABLE
 from rocr.fingerprint import tensor_digest
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -141,22 +140,6 @@ def updated(weight, left, right, rounding="nearest", backend="cpp"):
     weight = weight.clone()
     ops.low_rank_update(weight, left, right, scale=0.5, rounding=rounding, seed=2, backend=backend)
     return tensor_digest(weight)
-
-
-@pytest.fixture
-def by_simd(monkeypatch):
-    """by_simd(function, names): its result with each of the instruction sets that run here."""
-    available = pytest.importorskip("rocr._C", reason="the extension was not compiled").simd_names()
-
-    def run(function, names=()):
-        found = {}
-        for name in available:
-            if not names or name in names:
-                monkeypatch.setenv(SIMD_VARIABLE, name)
-                found[name] = function()
-        return found
-
-    return run
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -21,7 +21,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     import torch
 
     from rocr import ops
-    from rocr.report import versions
+    from rocr.versions import versions
 
     devices = {"cpu": platform.processor() or platform.machine()}
     for i in range(torch.cuda.device_count()):

@@ -5,15 +5,14 @@ from __future__ import annotations
 import argparse
 import errno
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from types import FrameType
 
 from rocr import __version__
 from rocr.cli import compare, doctor, edits, evaluate, info, stats, unlearn, verify
 from rocr.cli.console import Console
+from rocr.cli.interruption import Interrupted, signals_raise
 from rocr.errors import RocrError
 
 EXIT_FAILED = 1
@@ -26,20 +25,16 @@ _EPILOGUE = (
 )
 
 
-class Interrupted(BaseException):
-    """SIGINT or SIGTERM came.
-
-    Not a KeyboardInterrupt: Python ends a process by SIGINT, whatever its exit code, once one has passed
-    through code that was compiled at run time, as the import of torch does.
-    """
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     parsed = build_parser().parse_args(arguments)
     os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' own bars; rocr shows one for each stage
     console = Console(json_output=parsed.json)
-    previous = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    with signals_raise():
+        return _run(parsed, console)
+
+
+def _run(parsed: argparse.Namespace, console: Console) -> int:
     try:
         with ExitStack() as parsed.until_the_end:
             console.print_json(parsed.run(parsed, console))
@@ -65,9 +60,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         console.fail(f"Out of memory: {error}", EXIT_FAILED)
         return EXIT_FAILED
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -82,8 +74,3 @@ def build_parser() -> argparse.ArgumentParser:
     for command in COMMANDS:
         command.add_parsers(subparsers, common)
     return parser
-
-
-def _interrupt(_signal: int, _frame: FrameType | None) -> None:
-    """Let an interruption or termination unwind, so that temporary files are removed."""
-    raise Interrupted

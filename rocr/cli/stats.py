@@ -90,6 +90,7 @@ def _run(arguments: argparse.Namespace, console: Console, ranks: Ranks) -> dict[
         "layers": list(statistics.layers),
         "text": statistics.text,
         "fingerprint": statistics.fingerprint.to_json(),
+        "provenance": None if statistics.provenance is None else statistics.provenance.to_json(),
         "processes": ranks.size,
         "seconds": console.seconds,
     }

@@ -1,0 +1,19 @@
+"""Versions of what the results of rocr depend on."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+from rocr import __version__
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the result depends on."""
+    found = {"rocr": __version__, "python": platform.python_version()}
+    for package in ("torch", "transformers", "tokenizers", "safetensors", "numpy", "triton"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
