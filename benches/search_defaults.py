@@ -27,17 +27,21 @@ import rocr
 from rocr import pipeline
 from rocr.evaluation import EvaluateOptions, Evaluation, Probe, compare_evaluations, evaluate, load_probes
 from rocr.evaluation.text_measures import TextSample, perplexity
+from rocr.layers import chosen_layers
 from rocr.models import find_model, load_model
 from rocr.texts import read_texts
 
 FORMS = ("qa", "fb", "mcp")
 KNOWN = 0.5
 LEAST_FACTS = 3
-REDIRECT = "Frédéric Chopin"
-REDIRECTS = (REDIRECT, "Charlie Parker", "Coco Chanel", "Ada Lovelace", "Attila", "Confucius", "Harry Houdini")
+REDIRECT = "Bruce Lee"
+REDIRECTS = (
+    REDIRECT,
+    *("Frédéric Chopin", "Lionel Messi", "Charlie Parker", "Akira Kurosawa", "Confucius", "Harry Houdini"),
+    *("Diego Maradona", "Edmund Hillary", "Maria Callas"),
+)
 """Of people who are unlearned together: one redirect for all would teach the model that everybody is that person."""
-KEPT = 4
-LAYERS = range(1, 9)
+KEPT, KEPT_TOGETHER = 4, 16
 
 
 @dataclass(frozen=True)
@@ -139,19 +143,21 @@ def candidates(text: str | None) -> list[Candidate]:
         "ridge 0.1": replace(default, ridge=0.1),
         "ridge 0.5": replace(default, ridge=0.5),
         "ridge 2": replace(default, ridge=2.0),
-        "gamma 0.1": replace(default, gamma=0.1),
-        "gamma 10": replace(default, gamma=10.0),
+        "gamma 1": replace(default, gamma=1.0),
+        "gamma 30": replace(default, gamma=30.0),
         "strength 1.5": replace(default, strength=1.5),
         "last token only": replace(default, key_tokens="last"),
         "a key per template": replace(default, keys_per_concept="all"),
         "layers 1-3": replace(default, layers=(1, 2, 3)),
         "layers 2-4": replace(default, layers=(2, 3, 4)),
+        "layers 2-4 strength 1.5": replace(default, layers=(2, 3, 4), strength=1.5),
         "layers 4-6": replace(default, layers=(4, 5, 6)),
         "layers 2-6": replace(default, layers=(2, 3, 4, 5, 6)),
         "layers 4-8": replace(default, layers=(4, 5, 6, 7, 8)),
     }
     found = [Candidate(name, config) for name, config in one.items()]
-    found += [Candidate(f"redirect {name}", default, (name,)) for name in ("Donald Trump", "a gardener")]
+    others = ("Frédéric Chopin", "Donald Trump", "Lionel Messi", "Pikachu", "a gardener")
+    found += [Candidate(f"redirect {name}", default, (name,)) for name in others]
     found.append(Candidate("official", rocr.EditConfig.official(), ("Donald Trump",)))
     names = text.split(",") if text else [candidate.name for candidate in found]
     unknown = set(names) - {candidate.name for candidate in found}
@@ -172,7 +178,9 @@ def prepare(arguments: argparse.Namespace) -> Bench:
         statistics = rocr.Statistics.load(place)
     else:
         options = rocr.CollectOptions(tokens=arguments.statistics_tokens)
-        statistics = rocr.collect_statistics(model, tokenizer, texts[:half], LAYERS, options)
+        configs = [candidate.config for candidate in candidates(arguments.candidates)]
+        layers = sorted({layer for config in configs for layer in chosen_layers(config, model)})
+        statistics = rocr.collect_statistics(model, tokenizer, texts[:half], layers, options)
         statistics.save(place)
     probes = [probe for path in arguments.probes for probe in load_probes(path)]
     probes, base = known_facts(model, tokenizer, probes, arguments.facts)
@@ -188,14 +196,14 @@ def main() -> None:
     parser.add_argument("--probes", nargs="+", required=True)
     parser.add_argument("--text", required=True)
     parser.add_argument("--statistics", required=True, help="read from this file, or collected and written there")
-    parser.add_argument("--statistics-tokens", type=int, default=24_000)
+    parser.add_argument("--statistics-tokens", type=int, default=140_000)
     parser.add_argument("--perplexity-tokens", type=int, default=8192)
     parser.add_argument("--facts", type=int, default=5, help="of each person, at most")
     parser.add_argument("--people", type=int, default=8, help="to search on; the others are for the test")
     parser.add_argument("--most", type=int, default=10, help="people to search or test on, at most")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
     parser.add_argument("--together", type=number_list, default=[], help="numbers of people to unlearn at once")
-    parser.add_argument("--names", nargs="+", default=[], help="files with a `subject` a line, for large numbers")
+    parser.add_argument("--names", nargs="+", default=[], help="files with a name or a `subject` a line, for more")
     parser.add_argument("--candidates", help="names, separated by commas (default: all)")
     parser.add_argument("--test", action="store_true", help="one at a time, on people that were not searched on")
     parser.add_argument("--out", required=True, help="rows are added to this file")
@@ -204,7 +212,7 @@ def main() -> None:
     searched, others = bench.people[: arguments.people], bench.people[arguments.people :]
     rows = read_rows(Path(arguments.out))
     people = (others if arguments.test else searched)[: arguments.most]
-    kept = (searched if arguments.test else others)[: max(KEPT, len(searched))]
+    kept = (searched if arguments.test else others)[:KEPT_TOGETHER]
     with metrics_kept(), Path(arguments.out).open("a", encoding="utf-8") as file:
 
         def run(candidate: Candidate, group: list[str], kept: list[str], more: list[str]) -> None:
@@ -232,9 +240,9 @@ def number_list(text: str) -> list[int]:
 
 
 def listed_names(paths: Sequence[str]) -> list[str]:
-    """The subjects of JSON lines, once each."""
-    lines = [line for path in paths for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    return list(dict.fromkeys(json.loads(line)["subject"] for line in lines))
+    """The names, or the subjects of JSON lines, once each."""
+    lines = [(path, line) for path in paths for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    return list(dict.fromkeys(json.loads(line)["subject"] if path.endswith("l") else line for path, line in lines))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

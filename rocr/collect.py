@@ -22,8 +22,8 @@ from rocr.errors import GuardError, InputError, RocrError
 from rocr.fingerprint import dtype_name, fingerprint
 from rocr.less_memory import halving
 from rocr.progress import Progress, ProgressCallback, silent
-from rocr.ranks import Ranks
 from rocr.provenance import Provenance, computed_with, versions_now
+from rocr.ranks import Ranks
 from rocr.sampling import sample_sequences
 from rocr.sharding import is_parallel
 from rocr.statistics import Statistics
