@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 DEMO_OUT ?= demo-output
 COMMA := ,
 
-.PHONY: demo test check sanitize bench gpu clean
+.PHONY: demo test check sanitize bench compare gpu clean
 
 demo: $(VENV)/.installed
 	rm -rf $(DEMO_OUT)
@@ -40,6 +40,12 @@ $(SANITIZED)/%.o: csrc/%.cpp $(wildcard csrc/*.h)
 
 bench: $(VENV)/.tools
 	$(BIN)/python benches/harness.py
+
+# The methods side by side: on the demo's model, or on MODEL=folder.
+compare: $(VENV)/.tools
+	$(BIN)/python benches/compare_methods.py "$(or $(MODEL),$$($(BIN)/python -m rocr.demo))" \
+		--targets "Albert Einstein" "William Shakespeare" "Leonardo da Vinci" --redirect "Bruce Lee" \
+		--forms qa,fb,mcp --known 0.4 --neighbours 10 --steps 20 --overwrite --out benches/results/comparison.json
 
 # With GPU_PYTHON=python3, in an environment that has torch and the test tools already, rather than in .venv.
 gpu: $(if $(GPU_PYTHON),,$(VENV)/.tools)

@@ -1,5 +1,6 @@
 """The methods side by side on a real model: one command for the table of arXiv 2506.07795, Table I.
 
+    make compare
     python benches/compare_methods.py MODEL --redirect "Frédéric Chopin" --targets "Isaac Newton" "Marie Curie" \
         --statistics statistics.safetensors --known 0.5 --out comparison.json
 
@@ -9,13 +10,13 @@ It is `rocr compare` with a Markdown table on stdout, ready for the README, and 
 from __future__ import annotations
 
 import json
-import platform
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from harness import commit, cpu_name
 
 import rocr
 from rocr.cli.main import main as run_command
@@ -28,7 +29,7 @@ def main() -> int:
         document = json.loads(Path(sys.argv[sys.argv.index("--out") + 1]).read_text(encoding="utf-8"))
         print(markdown(document["results"]))
         versions = f"rocr {rocr.__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
-        print(f"\n{versions}, {platform.machine()}, {torch.get_num_threads()} threads")
+        print(f"\n{versions}, {cpu_name()}, {torch.get_num_threads()} threads, commit {commit()}")
     return code
 
 

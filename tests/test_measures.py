@@ -29,7 +29,7 @@ def test_measures_are_their_definitions(family, dtype, make_model, tokenizer, te
         assert measures.surviving == pytest.approx(float((weight != edited).double().mean()))
         assert measures.keys == len(edit.concept_of) == len(update.keys)
         assert measures.layer == update.layer
-        assert measures.metric == "whitened, γ = 1"
+        assert measures.metric == f"whitened, γ = {CONFIG.gamma:g}"
         assert measures.condition > 1 and measures.ridge > 0
         moved = update.keys.double() @ change.T
         for concept, closed in enumerate(measures.closed):
