@@ -228,7 +228,7 @@ def main() -> None:
                 for person in people:
                     run(candidate, [person], kept[:KEPT], [])
             for count in arguments.together:
-                more = [name for name in listed_names(arguments.names) if name not in {*people, *kept}]
+                more = [name for name in listed_names(arguments.names) if name not in {*people, *kept, *REDIRECTS}]
                 spread = replace(candidate, redirects=REDIRECTS)
                 run(spread, people[:count], kept, more[: max(0, count - len(people))])
     print(table(rows))
