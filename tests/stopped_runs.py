@@ -30,6 +30,7 @@ from rocr.cli import main
 
 SIGNALS = {"kill": signal.SIGKILL, "terminate": signal.SIGTERM, "interrupt": signal.SIGINT}
 ERRORS = {"full": errno.ENOSPC, "broken": errno.EIO, "forbidden": errno.EACCES, "read-only": errno.EROFS}
+CAUGHT = (signal.SIGTERM, signal.SIGINT)
 LASTING = ("full",)
 ENOUGH = "size=64m,nr_inodes=1000"
 KNOWN = {}
@@ -51,12 +52,16 @@ class Runs:
 
     def start(self, root, before=lambda: None):
         """The number of a child that runs the command."""
+        # What comes while the child has no handler yet waits; else SIGTERM ended it as -15, and SIGINT was lost.
+        signal.pthread_sigmask(signal.SIG_BLOCK, CAUGHT)
         child = os.fork()
         if child:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, CAUGHT)
             return child
         code = 70
-        for number in (signal.SIGTERM, signal.SIGINT):  # before the command has its own handlers, and after
+        for number in CAUGHT:  # before the command has its own handlers, and after
             signal.signal(number, lambda *_: os._exit(130))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, CAUGHT)
         log = io.StringIO()
         with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
             try:
