@@ -52,9 +52,9 @@ class EditConfig:
             closes about 0.8 of a residual; from 0.1 to 1 one concept is forgotten alike, while of 100 at once a
             small ridge makes others lose more (benches/search_defaults.py).
         relative_ridge: whether `ridge` is free of the model's scale.
-        gamma: γ >= 0, for "whitened": the weight of ordinary keys against the identity. 10 spares other names and
-            ordinary text about twice as well as 1 where 100 concepts are redirected at once, given statistics of
-            over 100,000 tokens; more changes nothing (benches/search_defaults.py).
+        gamma: γ >= 0, for "whitened": the weight of ordinary keys against the identity. Where 100 concepts are
+            redirected at once, ordinary text loses half as much with 10 as with 1 and other names lose less, given
+            statistics of over 100,000 tokens; 30 is no better (benches/search_defaults.py).
         threshold: for "projected": eigenvalues of the second moment below it are free to use. It is in squared
             key units, as in the authors' code, unless `relative_threshold`.
         relative_threshold: whether `threshold` is in units of the mean eigenvalue, which has no scale.
