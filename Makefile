@@ -44,8 +44,8 @@ bench: $(VENV)/.tools
 # The methods side by side: on the demo's model, or on MODEL=folder.
 compare: $(VENV)/.tools
 	$(BIN)/python benches/compare_methods.py "$(or $(MODEL),$$($(BIN)/python -m rocr.demo))" \
-		--targets "Albert Einstein" "William Shakespeare" "Leonardo da Vinci" --redirect "Bruce Lee" \
-		--forms qa,fb,mcp --known 0.4 --neighbours 10 --steps 20 --overwrite --out benches/results/comparison.json
+		--targets "Bill Gates" "Steve Jobs" "Nelson Mandela" --redirect "Bruce Lee" \
+		--forms qa,fb,mcp --known 0.35 --neighbours 10 --steps 20 --overwrite --out benches/results/comparison.json
 
 # With GPU_PYTHON=python3, in an environment that has torch and the test tools already, rather than in .venv.
 gpu: $(if $(GPU_PYTHON),,$(VENV)/.tools)

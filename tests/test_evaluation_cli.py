@@ -81,3 +81,15 @@ def test_methods_are_compared_in_one_table(folder: Path, tmp_path: Path, capsys:
     assert main([*arguments[:-1], str(tmp_path / "more.json"), "--methods", "magic"]) == 2
     assert main(["eval", str(folder), "--attacks", "magic", "--out", str(tmp_path / "report.json")]) == 2
     assert "Unknown attacks: magic; they are all, relearn" in capsys.readouterr().err
+
+
+def test_a_target_without_a_question_is_named_before_anything_is_trained(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["compare", str(folder), "--probes", str(tmp_path / "probes.jsonl"), "--targets", "Ada Byron", "No One"]
+    arguments += ["--redirect", "a gardener", "--forms", "qa", "--tokens", "200"]
+    assert main([*arguments, "--out", str(tmp_path / "results.json")]) == 2
+    errors = " ".join(capsys.readouterr().err.split())
+    assert "No probe that counts is about 'No One'" in errors
+    assert "gradient ascent" not in errors
+    assert not (tmp_path / "results.json").exists()

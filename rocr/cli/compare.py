@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rocr.cli.arguments import add_model, add_text, claim_output, load, positive, source_of
@@ -59,6 +60,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
         probes = keep_nearest(loaded.model, loaded.tokenizer, probes, arguments.targets, arguments.neighbours)
     statistics = _statistics(arguments, loaded, console)
     probes = _known(arguments, loaded, probes, forms, console)
+    _check_targets(arguments.targets, probes)
     contest = Contest(
         loaded.model,
         loaded.tokenizer,
@@ -84,6 +86,18 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     console.table("Retain set: mean scores over targets", *retain_table(results, forms))
     console.say(f"The results are in {arguments.out}.")
     return document
+
+
+def _check_targets(targets: Sequence[str], probes: Sequence[Probe]) -> None:
+    """Before anything is trained: a target without a question could not be scored."""
+    from rocr.evaluation.probes import folded
+
+    asked = {folded(probe.subject) for probe in probes}
+    silent = [target for target in targets if folded(target) not in asked]
+    if silent:
+        raise InputError(
+            f"No probe that counts is about {', '.join(map(repr, silent))}: lower --known, or leave them out."
+        )
 
 
 def _statistics(arguments: argparse.Namespace, loaded: LoadedModel, console: Console) -> Statistics:
