@@ -26,24 +26,31 @@ class Interrupted(BaseException):
 
 @contextmanager
 def signals_raise() -> Iterator[None]:
-    """Let SIGINT and SIGTERM raise Interrupted inside the context, wherever it is just then.
+    """Let SIGINT and SIGTERM raise Interrupted inside the context, wherever it is just then, and end it with that.
 
     What is raised in a callback of the garbage collector, of a weak reference or in `__del__` gets no further than
-    Python's hook for exceptions that cannot be raised. There the signal is sent again, or the run would go on.
+    Python's hook for exceptions that cannot be raised. There the signal is sent again, or the run would go on. What
+    is raised while compiled code calls back may come out of it as an error of another kind, which it then replaces.
     """
+    came: list[int] = []
     hook = sys.unraisablehook
-    previous = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def interrupt(number: int, _frame: FrameType | None) -> None:
+        came.append(number)
+        raise Interrupted
+
+    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     sys.unraisablehook = partial(_send_again, hook)
     try:
         yield
+    except Exception as error:
+        if came:
+            raise Interrupted from error
+        raise
     finally:
         sys.unraisablehook = hook
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _interrupt(_signal: int, _frame: FrameType | None) -> None:
-    raise Interrupted
 
 
 def _send_again(hook: Callable[[Any], object], unraisable: Any) -> None:

@@ -30,13 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = build_parser().parse_args(arguments)
     os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' own bars; rocr shows one for each stage
     console = Console(json_output=parsed.json)
-    with signals_raise():
-        return _run(parsed, console)
-
-
-def _run(parsed: argparse.Namespace, console: Console) -> int:
     try:
-        with ExitStack() as parsed.until_the_end:
+        with signals_raise(), ExitStack() as parsed.until_the_end:
             console.print_json(parsed.run(parsed, console))
         return 0
     except RocrError as error:
