@@ -60,7 +60,8 @@ class EditConfig:
         relative_threshold: whether `threshold` is in units of the mean eigenvalue, which has no scale.
         strength: factor of the residuals; 1 goes to the target, above 1 beyond it.
         templates: contexts in which a concept is read; a plain string is a template without the chat format.
-        key_tokens: which tokens of the name become keys: the "last", or "all".
+        key_tokens: which tokens of the name become keys: the "last", or "all", which forgets far more: a model gathers
+            a name from all of its tokens (benches/search_defaults.py).
         keys_per_concept: "mean" over the templates, or "all" of them.
         contexts: "matched": target and current state are taken in the key's own template; "official": the
             target in the first template and the current state in the bare text "{name}.", as the authors do.
