@@ -12,10 +12,19 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 Compare = Callable[..., None]
 
+SECONDS_OF_SPINNING = 0.1
+"""Threads of a BLAS go on asking for work after a call, for tens of milliseconds with OpenBLAS."""
+
+
+def warm_up(function: Callable[[], object]) -> None:
+    """Call a function when the threads of others sleep, so that its own are awake for the next call."""
+    time.sleep(SECONDS_OF_SPINNING)
+    function()
+
 
 def warm_seconds(function: Callable[[], object]) -> float:
-    """Return the time of a call that follows another: its threads are awake, and nobody else's spin."""
-    function()
+    """Return the time of a call that follows another of the same function."""
+    warm_up(function)
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
@@ -43,7 +52,7 @@ def compare(benchmark: BenchmarkFixture) -> Compare:
         def time_baselines() -> None:
             for name, baseline in baselines.items():
                 times[name].append(warm_seconds(baseline))
-            function()
+            warm_up(function)
 
         benchmark.pedantic(function, setup=time_baselines, rounds=rounds)
         benchmark.extra_info.update(operation=operation, size=size)
