@@ -37,31 +37,6 @@ struct Packed {
   Digit* right(std::int64_t column) const { return left(columns + column); }
 };
 
-// Transposes 16 × 16 words, and stores them as a tile.
-ROCR_AMX inline void store_transposed(const __m512i* rows, Digit* target) {
-  __m512i a[16], b[16];
-  for (int i = 0; i < 16; i += 2) {
-    a[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
-    a[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
-    b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
-    b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
-    b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    a[i] = _mm512_shuffle_i32x4(b[i], b[i + 4], 0x88);
-    a[i + 4] = _mm512_shuffle_i32x4(b[i], b[i + 4], 0xdd);
-    a[i + 8] = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0x88);
-    a[i + 12] = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0xdd);
-  }
-  for (int i = 0; i < 8; ++i) {
-    _mm512_store_si512(target + i * 64, _mm512_shuffle_i32x4(a[i], a[i + 8], 0x88));
-    _mm512_store_si512(target + (i + 8) * 64, _mm512_shuffle_i32x4(a[i], a[i + 8], 0xdd));
-  }
-}
-
 // The digits of a vector of keys, in bytes 2 (the highest) to 0 of its words.
 ROCR_AMX inline __m512i digits_of(const float* source, __mmask16 mask, __m512 factor) {
   const __m512i halves = _mm512_set1_epi32(0x808080);
