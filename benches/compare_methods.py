@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import transformers
-from harness import commit, cpu_name
+from machine import commit, cpu_name
 
 import rocr
 from rocr.cli.main import main as run_command

@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -16,28 +15,13 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from machine import commit, cpu_name
 
 from rocr import ops
 from rocr.backend_cpp import SIMD_VARIABLE, simd_names
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benches" / "results" / "cpu.json"
-
-
-def cpu_name() -> str:
-    """Return the name of the processor as the system gives it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def commit() -> str:
-    """Return the commit that was measured, or "unknown" outside a repository."""
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
 
 
 def machine() -> dict[str, Any]:

@@ -242,7 +242,7 @@ def number_list(text: str) -> list[int]:
 def listed_names(paths: Sequence[str]) -> list[str]:
     """The names, or the subjects of JSON lines, once each."""
     lines = [(path, line) for path in paths for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    return list(dict.fromkeys(json.loads(line)["subject"] if path.endswith("l") else line for path, line in lines))
+    return list(dict.fromkeys(json.loads(line)["subject"] if path.endswith(".jsonl") else line for path, line in lines))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
