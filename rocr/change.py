@@ -21,9 +21,10 @@ from rocr.collisions import find_collisions
 from rocr.concepts import Concept, check_concepts, folded
 from rocr.config import EditConfig
 from rocr.errors import InputError
-from rocr.fingerprint import Fingerprint, model_digest
+from rocr.fingerprint import Fingerprint
 from rocr.measures import EditReport, LayerMeasures, measure_layer, update_norm
 from rocr.progress import ProgressCallback
+from rocr.provenance import different
 from rocr.solve import System, solve_again
 
 if TYPE_CHECKING:
@@ -95,8 +96,10 @@ def check_kept(
     Raises:
         InputError: something differs; names both sides.
     """
-    digest = model_digest(architecture, kept.fingerprint.layer)
-    if (digest, mark.tokenizer) != (kept.fingerprint.model, kept.fingerprint.tokenizer):
+    mismatch = kept.mismatch(architecture.model)
+    if mismatch is not None:
+        raise InputError(mismatch)
+    if mark.tokenizer != kept.fingerprint.tokenizer:
         raise InputError(f"The edit was made for {kept.fingerprint}, but this model is {mark}.")
     if config != kept.config:
         raise InputError("Concepts can only be added with the settings of the edit they are added to.")
@@ -206,6 +209,9 @@ def _check_mergeable(edit: Edit, other: Edit) -> None:
         raise InputError(
             f"The edits were made for two models, or with statistics up to different layers: {marks[0]} and {marks[1]}."
         )
+    one, another = different(edit.computed_with, other.computed_with)
+    if one:
+        raise InputError(f"The edits were made for models of the same weights, one with {one}, one with {another}.")
     if edit.config != other.config or edit.layers != other.layers:
         raise InputError("The edits were made with different settings; make one with the settings of the other.")
     for mine, theirs in zip(edit.updates, other.updates, strict=True):

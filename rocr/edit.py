@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from rocr.errors import InputError
 from rocr.fingerprint import Fingerprint, model_digest, tensor_digest
 from rocr.measures import EditReport
 from rocr.progress import ProgressCallback, silent
+from rocr.provenance import computed_with, different
 
 if TYPE_CHECKING:
     from rocr.lora import AdapterLayer
@@ -35,6 +36,7 @@ class Edit:
         updates: one per edited layer, ascending.
         concept_of: for each key (row of `keys`), the index of its concept.
         report: what was measured while it was made.
+        computed_with: the settings of the model that its keys depend on; empty: not known.
     """
 
     concepts: list[Concept]
@@ -43,6 +45,7 @@ class Edit:
     updates: list[LayerUpdate]
     concept_of: list[int]
     report: EditReport = field(default_factory=EditReport)
+    computed_with: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -211,9 +214,10 @@ class Edit:
     def mismatch(self, model: nn.Module) -> str | None:
         """A sentence that says whose the edit is where that is not this model; None where it is."""
         found = model_digest(find_architecture(model), self.fingerprint.layer)
-        if found == self.fingerprint.model:
-            return None
-        return f"The edit was made for {self.fingerprint}, but this model's fingerprint is {found[:12]}."
+        if found != self.fingerprint.model:
+            return f"The edit was made for {self.fingerprint}, but this model's fingerprint is {found[:12]}."
+        mine, its = different(self.computed_with, computed_with(model))
+        return f"The edit was made for {self.fingerprint} with {mine}, but this model has {its}." if mine else None
 
     def _check_model(self, architecture: Architecture) -> None:
         mismatch = self.mismatch(architecture.model)

@@ -19,6 +19,7 @@ from rocr.files import read_tensors, write_tensors
 from rocr.fingerprint import Fingerprint
 from rocr.json_values import flag_of, list_of, text_of, whole_number_of
 from rocr.measures import EditReport
+from rocr.provenance import config_of
 from rocr.solve import System
 from rocr.system_file import pack_system, unpack_system
 
@@ -58,6 +59,7 @@ def save_edit(edit: Edit, path: str | os.PathLike[str], undo: bool, overwrite: b
         "concepts": [asdict(concept) for concept in edit.concepts],
         "config": edit.config.to_json(),
         "fingerprint": edit.fingerprint.to_json(),
+        "computed_with": dict(edit.computed_with),
         "layers": layers,
         "concept_of": edit.concept_of,
         # The seconds would make the files of two equal edits differ.
@@ -85,6 +87,7 @@ def load_edit(path: str | os.PathLike[str]) -> Edit:
             updates,
             [whole_number_of(concept, "concept_of") for concept in list_of(header["concept_of"], "concept_of")],
             EditReport.from_json(header["report"], len(concepts)),
+            config_of(header.get("computed_with", {}), "computed_with"),
         )
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, zlib.error) as error:
         raise InputError(f"{path} is not a complete edit file: {repr(error)[:200]}.") from None

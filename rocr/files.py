@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,8 @@ def write_tensors(
             f"{path} cannot be written: its header has {len(text):,} bytes; use fewer concepts in one file."
         )
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    places = Counter(tensor.data_ptr() for tensor in plain.values())  # safetensors refuses two names of one memory
+    plain = {name: tensor.clone() if places[tensor.data_ptr()] > 1 else tensor for name, tensor in plain.items()}
     with new_file(path, overwrite=overwrite) as partial:
         check_space(partial, len(text) + sum(tensor.nbytes for tensor in plain.values()))
         try:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from rocr.architectures import Architecture, authors_layers, default_layers, find_architecture
+from rocr.architectures import Architecture, DownProjection, authors_layers, default_layers, find_architecture
 from rocr.config import EditConfig
 from rocr.errors import InputError
 
@@ -15,17 +15,29 @@ def resolve_layers(config: EditConfig, model: nn.Module) -> EditConfig:
     """The settings with the layers that will be edited, each known to be editable.
 
     Raises:
-        InputError: a layer is out of range, has no dense down-projection, or was never loaded.
+        InputError: a layer is out of range, has no dense down-projection or shares it, or was never loaded.
     """
     layers = chosen_layers(config, model)
     for layer in layers:
         projection = find_architecture(model).down_projection(layer)
+        _check_own(model, projection)
         if projection.parameter.device.type == "meta":
             raise InputError(
                 f"{projection.parameter_name} is on the meta device: its values were never loaded, or lie on the CPU "
                 "or disk until its layer runs (offloading by a device_map). Put the edited layers onto a device."
             )
     return replace(config, layers=layers)
+
+
+def _check_own(model: nn.Module, projection: DownProjection) -> None:
+    """Refuse a weight that another module holds too, which an edit of this layer would change there as well."""
+    parameters = model.named_parameters(remove_duplicate=False)
+    names = [name for name, parameter in parameters if parameter is projection.parameter]
+    if len(names) > 1:
+        raise InputError(
+            f"{' and '.join(names[:3])} are one weight: an edit of layer {projection.layer} would change the others "
+            "with it. Leave that layer out (layers, --layers), or give each module its own weight."
+        )
 
 
 def chosen_layers(config: EditConfig, model: nn.Module) -> tuple[int, ...]:

@@ -89,7 +89,8 @@ def unlearn(
         statistics = collect_statistics(model, tokenizer, None, layers, CollectOptions(distributed=False), progress)
     mark = fingerprint(architecture, tokenizer, statistics.fingerprint.layer)
     read_up_to = min(statistics.fingerprint.layer, architecture.depth - 1)
-    statistics.check_model(mark, dtype_name(architecture.down_projection(read_up_to).weight), computed_with(model))
+    settings = computed_with(model)
+    statistics.check_model(mark, dtype_name(architecture.down_projection(read_up_to).weight), settings)
     run = _Run(architecture, concepts, config, plan, progress, guards or Guards(), kept)
     if kept is not None:
         check_kept(kept, config, architecture, mark, statistics)
@@ -116,7 +117,7 @@ def unlearn(
             run.report.neighbours = run.neighbours.report([concept.name for concept in run.all_concepts])
         with run.timed("check"):
             run.check_whole(predictions)
-    return Edit(run.all_concepts, config, mark, run.updates, run.all_concept_of, run.report)
+    return Edit(run.all_concepts, config, mark, run.updates, run.all_concept_of, run.report, settings)
 
 
 @dataclass

@@ -58,8 +58,7 @@ class Provenance:
         whole_number_of(self.skipped, "skipped")
         if self.skipped >= self.length:
             raise ValueError(f"of sequences of {self.length} tokens, {self.skipped} cannot be left out")
-        if not isinstance(self.config, dict) or len(json.dumps(self.config)) > MAX_CONFIG:
-            raise ValueError(f"config must be an object of at most {MAX_CONFIG:,} characters")
+        config_of(self.config, "config")
         whole_number_of(self.documents, "documents", least=1)
         if not isinstance(self.versions, dict) or set(self.versions) != set(READ_BY):
             raise ValueError(f"versions must be those of {', '.join(READ_BY)}, not {repr(self.versions)[:60]}")
@@ -99,6 +98,17 @@ def computed_with(model: nn.Module) -> dict[str, Any]:
         del found["rope_scaling"]
     plain: dict[str, Any] = json.loads(json.dumps({name: value for name, value in found.items() if value is not None}))
     return plain
+
+
+def config_of(value: object, label: str) -> dict[str, Any]:
+    """A value of a file that must be settings as `computed_with` gives them.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if not isinstance(value, dict) or len(json.dumps(value)) > MAX_CONFIG:
+        raise ValueError(f"{label} must be an object of at most {MAX_CONFIG:,} characters")
+    return value
 
 
 def different(mine: Mapping[str, Any], others: Mapping[str, Any]) -> tuple[str, str]:

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+import rocr
 from rocr.architectures import authors_layers, default_layers, find_architecture
 from rocr.errors import InputError
 
@@ -76,6 +77,28 @@ def test_what_is_no_language_model_is_refused(model):
     model.model.layers = nn.ModuleList(list(model.model.layers)[:4])
     with pytest.raises(InputError, match="LlamaForCausalLM has 0 lists of 5 decoder layers"):
         find_architecture(model)
+
+
+@pytest.mark.parametrize("absent, words", [(("down_proj",), "returns 48 features"), ((), "has no dense matrix")])
+def test_an_mlp_without_a_down_projection_is_refused(model, absent, words):
+    mlp = model.model.layers[1].mlp
+    for name in absent or [name for name, child in mlp.named_children() if isinstance(child, nn.Linear)]:
+        setattr(mlp, name, nn.Identity())
+    with pytest.raises(InputError, match=words):
+        find_architecture(model).down_projection(1)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_down_projection_that_two_layers_share_is_refused(model, tokenizer, statistics, concepts, whole, weights_of):
+    first, second = (model.model.layers[layer].mlp for layer in (1, 3))
+    if whole:
+        second.down_proj = first.down_proj
+    else:
+        second.down_proj.weight = first.down_proj.weight
+    before = weights_of(model)
+    with pytest.raises(InputError, match=r"layers\.1\.mlp\.down_proj\.weight and .*layers\.3.* are one weight"):
+        rocr.unlearn(model, tokenizer, concepts, statistics, rocr.EditConfig(layers=[1]))
+    assert all(torch.equal(weight, before[name]) for name, weight in weights_of(model).items())
 
 
 def test_an_mlp_that_does_not_return_to_the_residual_stream_is_refused(model):

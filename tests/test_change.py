@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -155,6 +156,8 @@ def test_edits_that_do_not_fit_together_are_not_merged(make, model, tokenizer, s
         edit.merge(other)
     with pytest.raises(InputError, match="duplicate"):
         edit.merge(edit)
+    with pytest.raises(InputError, match=r"one with rms_norm_eps .*, one with rms_norm_eps 0\.5"):
+        edit.merge(replace(edit, concepts=PEOPLE[1:2], computed_with={"rms_norm_eps": 0.5}))
     for layers, words in (((1, 2, 3), "up to different layers"), (range(5), "different statistics")):
         texts = ["Quite another text about rain and engines."] * 9
         elsewhere = rocr.collect_statistics(copy.deepcopy(model), tokenizer, texts, layers)

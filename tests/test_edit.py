@@ -77,15 +77,17 @@ def test_what_is_on_cannot_come_on_again(edited, weights_of):
     assert same(weights_of(model), before)
 
 
-@pytest.mark.parametrize("difference", ["weights", "depth", "family"])
+@pytest.mark.parametrize("difference", ["weights", "depth", "family", "settings"])
 def test_another_model_is_refused(edited, make_model, difference, weights_of):
     other = {
         "weights": lambda: make_model("Llama", seed=1),
         "depth": lambda: make_model("Llama", num_hidden_layers=2),
         "family": lambda: make_model("GPT-2"),
+        "settings": lambda: make_model("Llama", rms_norm_eps=1e-3),
     }[difference]()
     before = weights_of(other)
-    with pytest.raises(InputError, match=r"The edit was made for LlamaForCausalLM .* fingerprint is"):
+    named = r"rms_norm_eps .* but this model has rms_norm_eps 0.001" if difference == "settings" else "fingerprint is"
+    with pytest.raises(InputError, match=f"The edit was made for LlamaForCausalLM .*{named}"):
         edited[1].apply(other)
     assert same(weights_of(other), before)
 

@@ -29,6 +29,7 @@ def test_everything_comes_back(edit, tmp_path):
     assert loaded.config == edit.config
     assert loaded.fingerprint == edit.fingerprint
     assert loaded.concept_of == edit.concept_of
+    assert loaded.computed_with == edit.computed_with and edit.computed_with["rms_norm_eps"] > 0
     assert edit.report.seconds and loaded.report == replace(edit.report, seconds={})
     assert loaded.layers == edit.layers
     for found, expected in zip(loaded.updates, edit.updates, strict=True):

@@ -83,6 +83,7 @@ def cut(length):
 
 
 NORM = "model.norm.weight"
+DOWN_PROJECTION = "model.layers.1.mlp.down_proj.weight"
 FOLDERS = {
     "generation settings no JSON": content("generation_config.json", "{"),
     "generation settings deep": content("generation_config.json", DEEP),
@@ -111,6 +112,7 @@ FOLDERS = {
     "weights a device": linked("model.safetensors", "/dev/zero"),
     "weights a folder": lambda folder: (removed("model.safetensors")(folder), (folder / "model.safetensors").mkdir()),
     "weights without a tensor": weights(lambda tensors: tensors.pop(NORM)),
+    "weights without a down-projection": weights(lambda tensors: tensors.pop(DOWN_PROJECTION)),
     "weights with a tensor of another shape": weights(lambda tensors: tensors.update({NORM: torch.zeros(7)})),
     "weights with none of the names": weights(lambda tensors: tensors.update({"x": tensors.clear() or torch.zeros(2)})),
     "weights in a bin": pickled("pytorch_model.bin"),

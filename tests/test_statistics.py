@@ -107,6 +107,14 @@ def test_statistics_of_another_model_or_of_other_layers_are_not_merged(model, ma
         statistics.merge(collect(model, tokenizer, texts, (2,)))
 
 
+def test_layers_that_share_a_tensor_are_saved(statistics, tmp_path):
+    moment = statistics.second_moment(1)
+    shared = replace(statistics, moments={1: moment, 2: moment, 3: moment[:]})
+    shared.save(tmp_path / "shared")
+    loaded = rocr.Statistics.load(tmp_path / "shared")
+    assert all(torch.equal(loaded.second_moment(layer), moment) for layer in (1, 2, 3))
+
+
 def test_a_forged_size_is_refused(model, tokenizer, statistics):
     forged = replace(statistics, moments={layer: torch.eye(47) for layer in statistics.layers})
     with pytest.raises(InputError, match="layer 1 are of keys of size 47, but the model's have 48"):
