@@ -16,7 +16,7 @@ from rocr.config import EditConfig
 from rocr.key_plan import KeyPlan
 from rocr.models import ModelSource
 from rocr.originals import original_files
-from rocr.partial import needed_tensors, stored_name
+from rocr.partial import needed_tensors, stays_in_files, stored_name
 from rocr.rewrite import carried_files
 from rocr.shards import WeightFiles, find_weight_files
 
@@ -45,6 +45,7 @@ class Job:
         out: where; None: not known yet.
         last_layer: the last layer that is loaded; None: the whole model.
         dtype: of the loaded weights; None: as they are stored.
+        device: they are loaded to; None: the CPU.
         statistics: the file of statistics; None: they are collected.
         texts: what they are collected from; empty: the model's own text.
         tokens: of it at most.
@@ -62,6 +63,7 @@ class Job:
     out: Path | None = None
     last_layer: int | None = None
     dtype: torch.dtype | None = None
+    device: str | None = None
     statistics: Path | None = None
     texts: Sequence[Path] = ()
     tokens: int | None = None
@@ -106,6 +108,7 @@ class Forecast:
     Attributes:
         read: from the disk.
         held: in memory at the worst moment, on top of what the process holds already.
+        mapped: of weights that stay in the pages of their files, which the system drops where memory is short.
         written: to the disk.
         linked: files of the output that are hard links and take no room.
         worst: the stage at which most is held.
@@ -113,6 +116,7 @@ class Forecast:
 
     read: dict[str, int] = field(default_factory=dict)
     held: dict[str, int] = field(default_factory=dict)
+    mapped: int = 0
     written: dict[str, int] = field(default_factory=dict)
     linked: int = 0
     worst: str = ""
@@ -131,8 +135,18 @@ def forecast(job: Job) -> Forecast:
         read["sha256 of the originals"] = sum(path.stat().st_size for path in original_files(job.source))
     stages = _stages(job)
     worst = max(stages, key=lambda stage: stages[stage])
-    held = {"model": held_bytes(job), "second moments": sum(4 * w.shape[1] ** 2 for w in job.weights)}
-    return Forecast(read, held | {f"while: {worst}": stages[worst]}, written, linked, worst)
+    model, mapped = held_bytes(job), is_mapped(job)
+    held = {"model": 0 if mapped else model, "second moments": sum(4 * w.shape[1] ** 2 for w in job.weights)}
+    held[f"while: {worst}"] = stages[worst]
+    return Forecast(read, held, model if mapped else 0, written, linked, worst)
+
+
+def is_mapped(job: Job) -> bool:
+    """Whether the model's weights stay in the pages of their files."""
+    files = job.files
+    if files is None or job.last_layer is None:
+        return False
+    return stays_in_files(files, job.architecture, job.last_layer, job.device)
 
 
 def loaded_bytes(job: Job) -> int:

@@ -1,7 +1,7 @@
 """Load the embedding and the first decoder layers of a model, and leave the rest on the disk.
 
-Keys and states of layers 0 to L need nothing after layer L, so a model that is larger than the memory can be
-edited as long as this beginning of it fits.
+Keys and states of layers 0 to L need nothing after layer L. Where even this beginning takes much of the memory, its
+weights stay in the pages of their files: a model larger than the memory can be edited whatever its size.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from rocr.models import LoadedModel, ModelSource
 from rocr.shards import StoredTensor, WeightFiles, find_weight_files
 
 MEMORY_SHARE = 0.5
-"""Share of the free memory that a whole model may take before only its beginning is loaded."""
+"""Share of the free memory that a whole model may take before only its beginning is loaded, and that this beginning
+may take before it stays in its files."""
 
 
 def can_load_partially(source: ModelSource) -> bool:
@@ -62,18 +63,23 @@ def free_memory() -> int:
 
 
 def load_partial(
-    source: ModelSource, last_layer: int, device: str | None = None, trust_remote_code: bool = False
+    source: ModelSource,
+    last_layer: int,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    mapped: bool | None = None,
 ) -> LoadedModel:
     """Load a model's embedding and decoder layers 0 to `last_layer`, with dtypes as stored.
 
-    What comes after is on the meta device: it cannot be run. Tensors are read one by one, straight into their
-    own memory.
+    What comes after is on the meta device: it cannot be run.
 
     Args:
         source: a folder with safetensors files.
         last_layer: the last decoder layer to load.
         device: where to put them; None: the CPU.
         trust_remote_code: whether code that comes with the model may run.
+        mapped: whether weights stay in the pages of their files (`StoredTensor.map`), which must not be changed
+            meanwhile, instead of being read into memory of their own; None: where they take too much of it.
 
     Raises:
         InputError: a tensor is missing, or its shape is not the model's.
@@ -84,9 +90,11 @@ def load_partial(
     model = empty_model(source, trust_remote_code)
     architecture = find_architecture(model)
     architecture.down_projection(last_layer)
+    if mapped is None:
+        mapped = stays_in_files(files, architecture, last_layer, device)
     for name in _needed(architecture, last_layer):
         stored = files.find(stored_name(files, architecture, name))
-        _set(model, name, stored, device)
+        _set(model, name, stored, device, mapped)
     model.tie_weights()  # type: ignore[operator]
     if device is not None:
         for module in model.modules():
@@ -125,6 +133,12 @@ def needed_tensors(files: WeightFiles, architecture: Architecture, last_layer: i
     return [files.find(stored_name(files, architecture, name)) for name in names]
 
 
+def stays_in_files(files: WeightFiles, architecture: Architecture, last_layer: int, device: str | None) -> bool:
+    """Whether the beginning of a model takes so much of the free memory that it is left in its files."""
+    size = sum(stored.size for stored in needed_tensors(files, architecture, last_layer))
+    return device in (None, "cpu") and size > MEMORY_SHARE * free_memory()
+
+
 def _needed(architecture: Architecture, last_layer: int) -> list[str]:
     """Parameters of the decoder but for later layers: what stands around the layers is small or needed."""
     decoder = architecture.layers_name.rpartition(".")[0]
@@ -142,13 +156,13 @@ def _needed(architecture: Architecture, last_layer: int) -> list[str]:
     ]
 
 
-def _set(model: nn.Module, name: str, stored: StoredTensor, device: str | None) -> None:
+def _set(model: nn.Module, name: str, stored: StoredTensor, device: str | None, mapped: bool) -> None:
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
     expected = tuple(getattr(module, leaf).shape)
     if stored.shape != expected:
         raise InputError(f"{stored.file}: {stored.name} has the shape {stored.shape}, but the model's is {expected}.")
-    values = stored.read()
+    values = stored.map() if mapped else stored.read()
     module._parameters[leaf] = nn.Parameter(values.to(device) if device else values, requires_grad=False)
 
 

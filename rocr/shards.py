@@ -7,6 +7,8 @@ anything is trusted.
 from __future__ import annotations
 
 import math
+import mmap
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,25 @@ class StoredTensor:
                     raise InputError(f"{self.file} ends within the tensor {self.name}.")
                 done += count
         return values
+
+    def map(self) -> Tensor:
+        """The tensor in the file's own pages: read as they are used, and dropped again where memory is short.
+
+        What is written to it stays in memory and never reaches the file. A tensor that lies across its own
+        alignment is read instead.
+
+        Raises:
+            InputError: the file ends before it.
+        """
+        if not self.size or self.start % self.dtype.itemsize:
+            return self.read()
+        begin = self.start - self.start % mmap.ALLOCATIONGRANULARITY
+        with self.file.open("rb") as file:
+            if os.fstat(file.fileno()).st_size < self.start + self.size:
+                raise InputError(f"{self.file} ends within the tensor {self.name}.")
+            pages = mmap.mmap(file.fileno(), self.start + self.size - begin, access=mmap.ACCESS_COPY, offset=begin)
+        count = self.size // self.dtype.itemsize
+        return torch.frombuffer(pages, dtype=self.dtype, count=count, offset=self.start - begin).reshape(self.shape)
 
 
 @dataclass

@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,10 @@ from rocr.models import find_model, load_model
 from rocr.partial import can_load_partially, empty_model, load_partial, needed_tensors
 from rocr.report import file_digest
 from rocr.rewrite import rewrite_model
-from rocr.shards import find_weight_files
+from rocr.shards import find_weight_files, read_layout
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+DOWN = "model.layers.1.mlp.down_proj.weight"
 
 
 @pytest.fixture
@@ -69,6 +71,49 @@ def test_only_the_beginning_is_read(make_model, tokenizer, save):
     mark = fingerprint(find_architecture(load_model(source(folder)).model), tokenizer, 1)
     part = find_architecture(load_partial(source(folder), 1).model)
     assert fingerprint(part, tokenizer, 1).model == mark.model
+
+
+def test_weights_left_in_their_files_compute_the_same(make_model, tokenizer, concepts, texts, save, weights_of):
+    folder = save(make_model("Llama").bfloat16())
+    files, config = digests(folder), rocr.EditConfig(layers=(1, 2))
+    models = [load_partial(source(folder), 2, mapped=mapped).model for mapped in (False, True)]
+    first = {name: weight.clone() for name, weight in weights_of(models[1]).items() if weight.device.type == "cpu"}
+    assert all(torch.equal(weight, weights_of(models[0])[name]) for name, weight in first.items())
+    statistics = rocr.collect_statistics(models[0], tokenizer, texts[:6], (1, 2))
+    edits = [rocr.unlearn(model, tokenizer, concepts, statistics, config) for model in models]
+    read, mapped = ([update.applied.after for update in edit.updates] for edit in edits)
+    assert read == mapped and not torch.equal(weights_of(models[1])[DOWN], first[DOWN])
+    edits[1].revert(models[1])
+    assert all(torch.equal(weights_of(models[1])[name], weight) for name, weight in first.items())
+    assert digests(folder) == files
+
+
+@pytest.mark.parametrize("shift", [0, 1, 2])
+def test_a_tensor_in_its_file_wherever_it_begins(tmp_path, shift):
+    values = torch.randn(5000).bfloat16()
+    save_file({"few": torch.ones(3, dtype=torch.uint8), "values": values}, tmp_path / "file")
+    data = (tmp_path / "file").read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = data[8:end] + b" " * shift
+    (tmp_path / "file").write_bytes(len(header).to_bytes(8, "little") + header + data[end:])
+    stored = read_layout(tmp_path / "file")["values"]
+    for found in (stored.map(), stored.read()):
+        assert torch.equal(found, values)
+    (tmp_path / "file").write_bytes((tmp_path / "file").read_bytes()[: stored.start + stored.size - 1])
+    for take in (stored.map, stored.read):
+        with pytest.raises(InputError, match="ends within the tensor values"):
+            take()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is counted by Linux")
+def test_weights_left_in_their_files_are_in_no_memory_of_their_own(tmp_path):
+    def own():
+        return 1024 * int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+    save_file({"values": torch.ones(2**24)}, tmp_path / "file")
+    before = own()
+    values = read_layout(tmp_path / "file")["values"].map()
+    assert float(values.sum()) == 2**24 and own() - before < 2**23, "of 64 MiB, all of them used"
 
 
 def test_tied_embeddings_stay_tied(make_model, save):

@@ -87,6 +87,23 @@ def test_nothing_is_made_and_a_small_disk_is_refused(files, concept, command, di
     assert digests(files.model) == before
 
 
+def test_a_beginning_that_takes_much_of_the_memory_stays_in_its_files(files, concept, command, tmp_path, monkeypatch):
+    arguments = ("unlearn", files.model, *concept, "--statistics", files.statistics, "--partial", "--json")
+    found = {}
+    for memory in (2**50, 2**10):
+        monkeypatch.setattr("rocr.partial.free_memory", lambda memory=memory: memory)
+        out = tmp_path / str(memory)
+        plan = command(*arguments, "--out", out, "--dry-run")
+        assert plan.code == 0, plan.errors
+        assert ("in the model's own files" in plan.errors + plan.output) == (memory == 2**10)
+        plan = json.loads(plan.output)
+        assert (plan["mapped"] > 0) == (plan["held"]["model"] == 0) == (memory == 2**10)
+        done = command(*arguments, "--out", out)
+        assert done.code == 0, done.errors
+        found[memory] = (out / "model.safetensors").read_bytes()
+    assert found[2**50] == found[2**10]
+
+
 def test_what_the_run_would_refuse_is_refused(files, concept, command, tmp_path):
     for more in (("--layers", "9"), ("--layers", "1", "--partial")):
         done = command("unlearn", files.model, *concept, *more, "--out", tmp_path / "out", "--dry-run")

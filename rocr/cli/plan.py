@@ -15,7 +15,7 @@ from rocr.errors import InputError
 if TYPE_CHECKING:
     from rocr.architectures import Architecture
     from rocr.config import EditConfig
-    from rocr.forecast import Job
+    from rocr.forecast import Forecast, Job
     from rocr.models import ModelSource
 
 
@@ -56,7 +56,7 @@ def show_plan(
         ("layers", ", ".join(map(str, job.layers))),
         ("edited weights", "\n".join(_edited(job))),
         ("read", f"{_parts(sizes.read)}\nof the model: {loaded}"),
-        ("held at most", f"{_parts(sizes.held)}\nfree now: {_bytes(free['memory'])}"),
+        ("held at most", f"{_parts(sizes.held)}\n{_mapped(sizes)}free now: {_bytes(free['memory'])}"),
         ("written", f"{_parts(sizes.written)}\nhard links: {sizes.linked}\nto {arguments.out or 'no folder yet'}"),
         ("seconds", "\n".join([f"{sum(seconds.values()):,.1f}", *(f"{s}: {v:,.1f}" for s, v in seconds.items())])),
     ]
@@ -73,12 +73,18 @@ def show_plan(
         "keys": job.keys,
         "read": sizes.read,
         "held": sizes.held,
+        "mapped": sizes.mapped,
         "written": sizes.written,
         "linked": sizes.linked,
         "free": free,
         "seconds": seconds,
         "basis": basis,
     }
+
+
+def _mapped(sizes: Forecast) -> str:
+    """A line about weights that stay in the pages of their files."""
+    return f"in the model's own files, in memory as far as it goes: {_bytes(sizes.mapped)}\n" if sizes.mapped else ""
 
 
 def _job(
@@ -115,6 +121,7 @@ def _job(
         Path(arguments.out) if arguments.out else None,
         last_layer,
         TORCH_DTYPES[arguments.dtype] if arguments.dtype else None,
+        arguments.device,
         Path(arguments.statistics) if arguments.statistics else None,
         [Path(text) for text in arguments.text or ()],
         arguments.tokens,
