@@ -4,8 +4,10 @@
 
 The first half of the text gives the statistics, the second half the perplexity. People are taken in the order of
 the probes, with at least three facts that the model knows; those to search on come first, those to test on after
-them (`--test`). Each is unlearned alone, and asked about beside four of the others, who should be kept. With
-`--together 10,50,100` so many people are unlearned at once, with the names of `--names` after the known ones.
+them (`--test`). Each is unlearned alone, and asked about beside some of the others, who should be kept: people
+that are neither searched nor tested on. With `--together 10,50,100` so many people are unlearned at once, with the
+names of `--names` after the known ones. "about NAME, no edit" asks the model as it is the same questions with the
+redirect's name in the place of the person's: what would be left if an edit made the model read exactly that.
 Rows are written as they come, and a run goes on where it stopped.
 """
 
@@ -41,15 +43,15 @@ REDIRECTS = (
     *("Diego Maradona", "Edmund Hillary", "Maria Callas"),
 )
 """Of people who are unlearned together: one redirect for all would teach the model that everybody is that person."""
-KEPT, KEPT_TOGETHER = 4, 16
+KEPT, KEPT_TOGETHER = 8, 16
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Settings to try, and what the people are redirected to."""
+    """Settings to try, and what people are redirected to; without settings, no edit: the redirect is asked about."""
 
     name: str
-    config: rocr.EditConfig
+    config: rocr.EditConfig | None
     redirects: tuple[str, ...] = (REDIRECT,)
 
 
@@ -65,10 +67,25 @@ class Bench:
     people: list[str]
     base: Evaluation
 
+    def ask_about_redirect(self, candidate: Candidate, people: Sequence[str]) -> dict[str, Any]:
+        """Ask the model as it is, with the redirect's name in the place of each person's."""
+        redirect = candidate.redirects[0]
+        named = [p for p in self.probes if p.subject in people and p.subject in p.query]
+        base = restrict(self.base, self.probes, named)
+        clozes = [p.cloze and p.cloze.replace(p.subject, redirect) for p in named]
+        queries = [p.query.replace(p.subject, redirect) for p in named]
+        swapped = [replace(p, query=q, cloze=c) for p, q, c in zip(named, queries, clozes, strict=True)]
+        change = compare_evaluations(base, evaluate(self.model, self.tokenizer, swapped, FORMS))
+        row: dict[str, Any] = {"candidate": candidate.name, "people": list(people), "seconds": 0.0, "together": 0}
+        row |= {f"forget {part.form}": [part.before, part.after, part.chance] for part in change.changes}
+        return row
+
     def run(
         self, candidate: Candidate, people: Sequence[str], retain: Sequence[str], more: Sequence[str] = ()
     ) -> dict[str, Any]:
         """Unlearn people and more names together, ask about the people and about those to keep, and undo it."""
+        if candidate.config is None:
+            return self.ask_about_redirect(candidate, people)
         redirects = candidate.redirects
         concepts = [rocr.Concept(name, redirects[i % len(redirects)]) for i, name in enumerate([*people, *more])]
         asked = [p for p in self.probes if p.subject in {*people, *retain}]
@@ -149,8 +166,13 @@ def candidates(text: str | None) -> list[Candidate]:
         "last token only": replace(default, key_tokens="last"),
         "a key per template": replace(default, keys_per_concept="all"),
         "layers 1-3": replace(default, layers=(1, 2, 3)),
+        "layers 2": replace(default, layers=(2,)),
+        "layers 2,3": replace(default, layers=(2, 3)),
+        "layers 2,5": replace(default, layers=(2, 5)),
+        "layers 3,5": replace(default, layers=(3, 5)),
+        "layers 2,4,6": replace(default, layers=(2, 4, 6)),
+        "layers 3-5": replace(default, layers=(3, 4, 5)),
         "layers 2-4": replace(default, layers=(2, 3, 4)),
-        "layers 2-4 strength 1.5": replace(default, layers=(2, 3, 4), strength=1.5),
         "layers 4-6": replace(default, layers=(4, 5, 6)),
         "layers 2-6": replace(default, layers=(2, 3, 4, 5, 6)),
         "layers 4-8": replace(default, layers=(4, 5, 6, 7, 8)),
@@ -158,8 +180,9 @@ def candidates(text: str | None) -> list[Candidate]:
     found = [Candidate(name, config) for name, config in one.items()]
     others = ("Frédéric Chopin", "Donald Trump", "Lionel Messi", "Pikachu", "a gardener")
     found += [Candidate(f"redirect {name}", default, (name,)) for name in others]
+    found += [Candidate(f"about {name}, no edit", None, (name,)) for name in (REDIRECT, others[0])]
     found.append(Candidate("official", rocr.EditConfig.official(), ("Donald Trump",)))
-    names = text.split(",") if text else [candidate.name for candidate in found]
+    names = text.split(";") if text else [candidate.name for candidate in found]
     unknown = set(names) - {candidate.name for candidate in found}
     if unknown:
         raise SystemExit(f"Unknown candidates: {', '.join(sorted(unknown))}.")
@@ -179,7 +202,7 @@ def prepare(arguments: argparse.Namespace) -> Bench:
     else:
         options = rocr.CollectOptions(tokens=arguments.statistics_tokens)
         configs = [candidate.config for candidate in candidates(arguments.candidates)]
-        layers = sorted({layer for config in configs for layer in chosen_layers(config, model)})
+        layers = sorted({layer for config in configs if config for layer in chosen_layers(config, model)})
         statistics = rocr.collect_statistics(model, tokenizer, texts[:half], layers, options)
         statistics.save(place)
     probes = [probe for path in arguments.probes for probe in load_probes(path)]
@@ -204,7 +227,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
     parser.add_argument("--together", type=number_list, default=[], help="numbers of people to unlearn at once")
     parser.add_argument("--names", nargs="+", default=[], help="files with a name or a `subject` a line, for more")
-    parser.add_argument("--candidates", help="names, separated by commas (default: all)")
+    parser.add_argument("--candidates", help="names, separated by semicolons (default: all)")
     parser.add_argument("--test", action="store_true", help="one at a time, on people that were not searched on")
     parser.add_argument("--out", required=True, help="rows are added to this file")
     arguments = parser.parse_args()
@@ -212,11 +235,11 @@ def main() -> None:
     searched, others = bench.people[: arguments.people], bench.people[arguments.people :]
     rows = read_rows(Path(arguments.out))
     people = (others if arguments.test else searched)[: arguments.most]
-    kept = (searched if arguments.test else others)[:KEPT_TOGETHER]
+    kept = others[arguments.most :][:KEPT_TOGETHER]
     with metrics_kept(), Path(arguments.out).open("a", encoding="utf-8") as file:
 
         def run(candidate: Candidate, group: list[str], kept: list[str], more: list[str]) -> None:
-            together = len(group) + len(more)
+            together = len(group) + len(more) if candidate.config else 0
             done = [(row["candidate"], row["people"], row["together"]) for row in rows]
             if (candidate.name, group, together) not in done:
                 rows.append(bench.run(candidate, group, kept, more))
@@ -258,11 +281,12 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for name, together in dict.fromkeys((row["candidate"], row["together"]) for row in rows):
         mine = [row for row in rows if (row["candidate"], row["together"]) == (name, together)]
         forget = {form: gone([row[f"forget {form}"] for row in mine]) for form in FORMS}
-        retain = {form: gone([row[f"retain {form}"] for row in mine]) for form in FORMS}
-        rise = sum(row["perplexity"][1] / row["perplexity"][0] for row in mine) / len(mine) - 1
-        worst = min(forget[form] for form in FORMS if form != "mcp")
-        cells = [*forget.values(), worst, *retain.values(), rise]
-        lines.append(f"| {name} | {together} | {len(mine)} | " + " | ".join(f"{100 * c:.1f}%" for c in cells) + " |")
+        cells = [*forget.values(), min(forget[form] for form in FORMS if form != "mcp")]
+        if together:
+            cells += [gone([row[f"retain {form}"] for row in mine]) for form in FORMS]
+            cells.append(sum(row["perplexity"][1] / row["perplexity"][0] for row in mine) / len(mine) - 1)
+        shown = [f"{100 * cell:.1f}%" for cell in cells] + [""] * (8 - len(cells))
+        lines.append(f"| {name} | {together} | {len(mine)} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
 

@@ -114,24 +114,22 @@ def find_architecture(model: nn.Module) -> Architecture:
 
 
 def default_layers(depth: int) -> tuple[int, ...]:
-    """The layers to edit where none are given: three consecutive ones from a ninth of the depth, 3 to 5 of 28.
+    """The layers to edit where none are given: two from a fourteenth of the depth, with one between: 2 and 4 of 28.
 
     A name is recognised there already, and few later tokens have read it yet: on Qwen2.5-Coder-1.5B edits there
-    forget more, above all in multiple choice, than the same edits of layers 4 to 6; those of layers 2 to 4 forget
-    a little more still, at the price of what a small model should keep (benches/search_defaults.py). Never layer 0
-    of a model that has others, since it knows no context. Every model keeps at least one layer after the last
-    edited one if it has two.
+    forget more, above all in multiple choice, than those of layers 3 to 5 or 4 to 6, of one person and of a hundred;
+    those of layers 2 to 4 forget as much and cost more (benches/search_defaults.py). Never layer 0 of a model that
+    has others, since it knows no context. Every model keeps at least one layer after the last edited one if it has
+    two.
     """
-    return _three_from(max(1, depth // 9), depth)
+    first = max(1, depth // 14)
+    last = min(first + 2, max(depth - 2, 0))
+    return tuple(sorted({min(first, max(last - 1, 0)), last}))
 
 
 def authors_layers(depth: int) -> tuple[int, ...]:
     """The layers that the authors edit: 4 to 6 of 28 to 32 (Acruxos/ORT, rocr_hparams, Llama-3-8B and Mistral-7B)."""
-    return _three_from(depth // 7, depth)
-
-
-def _three_from(first: int, depth: int) -> tuple[int, ...]:
-    first = max(0, min(first, depth - 4))
+    first = max(0, min(depth // 7, depth - 4))
     return tuple(range(first, min(first + 3, max(depth - 1, 1))))
 
 
