@@ -39,7 +39,7 @@ SHAPES = {
 SHARD_BYTES = 5 * 10**9
 NOISE_NUMBERS = 2**24
 CHILD = """
-import json, sys, time
+import json, sys, threading, time
 from pathlib import Path
 import torch
 from rocr.cli import main
@@ -48,14 +48,26 @@ import rocr.pipeline, rocr.partial, transformers.models.llama.modeling_llama
 def number(file, name):
     return int(Path(file).read_text().split(name)[1].split()[0])
 
+def watch():
+    global own
+    while not done.wait(0.02):
+        own = max(own, number("/proc/self/status", "RssAnon:"))
+
 before, held = number("/proc/self/io", "rchar:"), number("/proc/self/status", "VmRSS:")
+own = first = number("/proc/self/status", "RssAnon:")
+done = threading.Event()
+watcher = threading.Thread(target=watch)
+watcher.start()
 started = time.perf_counter()
 code = main(json.loads(sys.argv[1]))
 seconds = time.perf_counter() - started
+done.set()
+watcher.join()
 found = {
     "code": code,
     "read": number("/proc/self/io", "rchar:") - before,
     "peak": (number("/proc/self/status", "VmHWM:") - held) * 1024,
+    "own": (own - first) * 1024,
     "seconds": seconds,
 }
 Path(sys.argv[2]).write_text(json.dumps(found))
@@ -79,16 +91,13 @@ def main() -> None:
     depth, size_in_all = size
     # Besides what is loaded, the files with edited tensors are read once to be copied, and the copies to be hashed.
     print(
-        "| model, GB | layers | edited | loaded, GB | read in all, GB | peak memory, GB | of it statistics, GB "
-        "| written, GB | seconds |"
+        "| model, GB | layers | edited | beginning, GB | statistics, GB | read by calls, GB | memory of its own, GB "
+        "| with pages of files, GB | written, GB | seconds |"
     )
-    print("|---:|---:|---|---:|---:|---:|---:|---:|---:|")
-    cells = [size_in_all, needed, found["read"], found["peak"], moments, written]
-    total, loaded, read, peak, statistics, new = (f"{cell / 1e9:.2f}" for cell in cells)
-    print(
-        f"| {total} | {depth} | {arguments.layers} | {loaded} | {read} | {peak} | {statistics} | {new} "
-        f"| {found['seconds']:.1f} |"
-    )
+    print("|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|")
+    cells = [needed, moments, found["read"], found["own"], found["peak"], written]
+    shown = " | ".join(f"{cell / 1e9:.2f}" for cell in cells)
+    print(f"| {size_in_all / 1e9:.2f} | {depth} | {arguments.layers} | {shown} | {found['seconds']:.1f} |")
 
 
 def make_model(folder: Path, shape: dict[str, int], size: float, least: int) -> tuple[int, int]:
@@ -179,8 +188,7 @@ def make_statistics(model: Path, layers: Sequence[int], out: Path) -> tuple[int,
     moment.diagonal().add_(1.0)
     moment = moment.tril() + moment.tril(-1).T
     mark = fingerprint(architecture, loaded.tokenizer, max(layers))
-    # Clones: a file of safetensors holds no tensor twice.
-    Statistics({layer: moment.clone() for layer in layers}, 256, "random", mark).save(out)
+    Statistics(dict.fromkeys(layers, moment), 256, "random", mark).save(out)
     files = find_weight_files(model)
     assert files is not None
     needed = sum(stored.size for stored in needed_tensors(files, architecture, max(layers)))

@@ -59,12 +59,13 @@ def save_edit(edit: Edit, path: str | os.PathLike[str], undo: bool, overwrite: b
         "concepts": [asdict(concept) for concept in edit.concepts],
         "config": edit.config.to_json(),
         "fingerprint": edit.fingerprint.to_json(),
-        "computed_with": dict(edit.computed_with),
         "layers": layers,
         "concept_of": edit.concept_of,
         # The seconds would make the files of two equal edits differ.
         "report": {name: value for name, value in edit.report.to_json().items() if name != "seconds"},
     }
+    if edit.computed_with:
+        header["computed_with"] = dict(edit.computed_with)
     write_tensors(path, header, tensors, overwrite=overwrite)
 
 

@@ -117,7 +117,7 @@ def unlearn(
             run.report.neighbours = run.neighbours.report([concept.name for concept in run.all_concepts])
         with run.timed("check"):
             run.check_whole(predictions)
-    return Edit(run.all_concepts, config, mark, run.updates, run.all_concept_of, run.report, settings)
+        return Edit(run.all_concepts, config, mark, run.updates, run.all_concept_of, run.report, settings)
 
 
 @dataclass

@@ -53,7 +53,7 @@ def test_every_family_is_edited(family, make_model, tokenizer, texts, concepts, 
     statistics = rocr.collect_statistics(model, tokenizer, texts)
     edit = rocr.unlearn(model, tokenizer, concepts, statistics, LAST)
 
-    assert edit.layers == (1, 2, 3)
+    assert edit.layers == (1, 3)
     assert max(edit.report.distance) < (0.5 if family in NORMS_BEHIND else 0.05)
     text = "Who is Robert Downey Jr.?"
     target = state(original, tokenizer, "Who is a gardener?", "a gardener", 3)
@@ -76,7 +76,7 @@ def test_every_family_is_edited(family, make_model, tokenizer, texts, concepts, 
 @pytest.mark.parametrize(("family", "count"), [("Llama", 1), *((family, 3) for family in PLAIN)])
 def test_keys_reach_their_targets_as_the_ridge_goes_to_zero(family, make_model, tokenizer, texts, count):
     original = make_model(family)
-    statistics = rocr.collect_statistics(original, tokenizer, texts)
+    statistics = rocr.collect_statistics(original, tokenizer, texts, [2])
     concepts = [Concept("Ada Byron", "Blaise Pascal"), Concept("Robert Downey Jr.", "rain"), Concept("Æsop", "a key")]
     distances = []
     for ridge in (10.0, 0.1, NEARLY_NOTHING):
@@ -205,13 +205,13 @@ def test_the_report(model, tokenizer, statistics, concepts):
     edit = rocr.unlearn(model, tokenizer, concepts, statistics)
     report = edit.report
     assert len(report.distance) == len(concepts)
-    assert [layer.layer for layer in report.layers] == [1, 2, 3]
+    assert [layer.layer for layer in report.layers] == [1, 3]
     expected = {"text": statistics.text, "tokens": statistics.tokens, "dtype": "float32", "length": 128}
     assert report.statistics == expected
     assert {"keys", "metric", "solve", "apply", "measure"} <= set(report.seconds)
     assert all(seconds >= 0 for seconds in report.seconds.values())
     assert edit.concepts == concepts
-    assert edit.config.layers == (1, 2, 3)
+    assert edit.config.layers == (1, 3)
 
 
 def test_progress_names_its_stages(model, tokenizer, statistics, concepts):
@@ -252,8 +252,8 @@ def test_names_without_a_key_are_refused_before_the_model_runs(model, tokenizer)
 
 
 def test_layers_that_were_never_loaded_are_refused(model, tokenizer, statistics, concepts):
-    model.model.layers[2].to("meta")
-    with pytest.raises(InputError, match=r"layers\.2\.mlp\.down_proj\.weight is on the meta device"):
+    model.model.layers[3].to("meta")
+    with pytest.raises(InputError, match=r"layers\.3\.mlp\.down_proj\.weight is on the meta device"):
         rocr.unlearn(model, tokenizer, concepts, statistics)
 
 

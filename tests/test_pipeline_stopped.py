@@ -1,4 +1,5 @@
 import copy
+import inspect
 import signal
 import sys
 from dataclasses import replace
@@ -162,8 +163,13 @@ def test_signals_at_any_time_leave_the_first_bytes(model, tokenizer, statistics,
     class Stop(BaseException):
         pass
 
-    def stop(*_):
-        raise Stop
+    unlearn = inspect.unwrap(rocr.unlearn).__code__
+
+    def stop(_, frame):
+        while frame is not None and frame.f_code is not unlearn:
+            frame = frame.f_back
+        if frame is not None:  # else the edit is made, and nobody has lost it
+            raise Stop
 
     is_unchanged = unchanged(model)
     handler = signal.signal(signal.SIGALRM, stop)
