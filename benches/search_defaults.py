@@ -23,17 +23,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from search_rows import FORMS, read_rows, table
 from torch import nn
 
 import rocr
 from rocr import pipeline
-from rocr.evaluation import EvaluateOptions, Evaluation, Probe, compare_evaluations, evaluate, load_probes
+from rocr.evaluation import (
+    EvaluateOptions,
+    Evaluation,
+    Probe,
+    choose_redirects,
+    compare_evaluations,
+    evaluate,
+    load_probes,
+)
 from rocr.evaluation.text_measures import TextSample, perplexity
 from rocr.layers import chosen_layers
 from rocr.models import find_model, load_model
 from rocr.texts import read_texts
 
-FORMS = ("qa", "fb", "mcp")
 KNOWN = 0.5
 LEAST_FACTS = 3
 REDIRECT = "Bruce Lee"
@@ -53,6 +61,7 @@ class Candidate:
     name: str
     config: rocr.EditConfig | None
     redirects: tuple[str, ...] = (REDIRECT,)
+    chosen: bool = False  # among the redirects, for each person by itself
 
 
 @dataclass
@@ -91,6 +100,9 @@ class Bench:
         asked = [p for p in self.probes if p.subject in {*people, *retain}]
         chosen = [replace(p, split="forget" if p.subject in people else "retain") for p in asked]
         base = restrict(self.base, self.probes, chosen)
+        if candidate.chosen:
+            forget = [p for p in chosen if p.split == "forget"]
+            concepts = [c.concept for c in choose_redirects(self.model, self.tokenizer, forget, redirects)]
         start = time.perf_counter()
         guards = rocr.Guards(force=True)  # the authors' settings pass some
         edit = rocr.unlearn(self.model, self.tokenizer, concepts, self.statistics, candidate.config, guards=guards)
@@ -102,7 +114,7 @@ class Bench:
             edit.revert(self.model)
         change = compare_evaluations(base, after)
         row: dict[str, Any] = {"candidate": candidate.name, "people": list(people), "seconds": seconds}
-        row["together"] = len(concepts)
+        row |= {"together": len(concepts), "redirects": [concept.redirect for concept in concepts[: len(people)]]}
         for part in change.changes:
             row[f"{part.split} {part.form}"] = [part.before, part.after, part.chance]
         row["perplexity"] = [self.base.measures["perplexity"], after.measures["perplexity"]]
@@ -165,8 +177,6 @@ def candidates(text: str | None) -> list[Candidate]:
         "strength 1.5": replace(default, strength=1.5),
         "last token only": replace(default, key_tokens="last"),
         "a key per template": replace(default, keys_per_concept="all"),
-        "layers 1-3": replace(default, layers=(1, 2, 3)),
-        "layers 2": replace(default, layers=(2,)),
         "layers 2,3": replace(default, layers=(2, 3)),
         "layers 2,5": replace(default, layers=(2, 5)),
         "layers 3,5": replace(default, layers=(3, 5)),
@@ -174,13 +184,12 @@ def candidates(text: str | None) -> list[Candidate]:
         "layers 3-5": replace(default, layers=(3, 4, 5)),
         "layers 2-4": replace(default, layers=(2, 3, 4)),
         "layers 4-6": replace(default, layers=(4, 5, 6)),
-        "layers 2-6": replace(default, layers=(2, 3, 4, 5, 6)),
-        "layers 4-8": replace(default, layers=(4, 5, 6, 7, 8)),
     }
     found = [Candidate(name, config) for name, config in one.items()]
     others = ("Frédéric Chopin", "Donald Trump", "Lionel Messi", "Pikachu", "a gardener")
     found += [Candidate(f"redirect {name}", default, (name,)) for name in others]
     found += [Candidate(f"about {name}, no edit", None, (name,)) for name in (REDIRECT, others[0])]
+    found.append(Candidate("redirect chosen", default, REDIRECTS, chosen=True))
     found.append(Candidate("official", rocr.EditConfig.official(), ("Donald Trump",)))
     names = text.split(";") if text else [candidate.name for candidate in found]
     unknown = set(names) - {candidate.name for candidate in found}
@@ -266,34 +275,6 @@ def listed_names(paths: Sequence[str]) -> list[str]:
     """The names, or the subjects of JSON lines, once each."""
     lines = [(path, line) for path in paths for line in Path(path).read_text(encoding="utf-8").splitlines()]
     return list(dict.fromkeys(json.loads(line)["subject"] if path.endswith(".jsonl") else line for path, line in lines))
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of an earlier run."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """A Markdown table: means over the runs of each candidate; what is gone is a share of what exceeds chance."""
-    lines = ["| candidate | together | runs | " + " | ".join(f"{form}, gone" for form in FORMS)]
-    lines[0] += " | worst open form, gone | " + " | ".join(f"{form}, lost" for form in FORMS) + " | perplexity |"
-    lines.append("|---|" + "---:|" * 10)
-    for name, together in dict.fromkeys((row["candidate"], row["together"]) for row in rows):
-        mine = [row for row in rows if (row["candidate"], row["together"]) == (name, together)]
-        forget = {form: gone([row[f"forget {form}"] for row in mine]) for form in FORMS}
-        cells = [*forget.values(), min(forget[form] for form in FORMS if form != "mcp")]
-        if together:
-            cells += [gone([row[f"retain {form}"] for row in mine]) for form in FORMS]
-            cells.append(sum(row["perplexity"][1] / row["perplexity"][0] for row in mine) / len(mine) - 1)
-        shown = [f"{100 * cell:.1f}%" for cell in cells] + [""] * (8 - len(cells))
-        lines.append(f"| {name} | {together} | {len(mine)} | " + " | ".join(shown) + " |")
-    return "\n".join(lines)
-
-
-def gone(scores: Sequence[Sequence[float | None]]) -> float:
-    """Share of what exceeds chance that is gone, from means over runs of (before, after, chance)."""
-    before, after, chance = (sum(score[i] or 0.0 for score in scores) / len(scores) for i in range(3))
-    return (before - after) / (before - chance) if before > chance else 0.0
 
 
 if __name__ == "__main__":

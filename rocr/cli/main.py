@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 from rocr import __version__
-from rocr.cli import compare, doctor, edits, evaluate, info, stats, unlearn, verify
+from rocr.cli import compare, doctor, edits, evaluate, info, redirects, stats, unlearn, verify
 from rocr.cli.console import Console
 from rocr.cli.interruption import Interrupted, signals_raise
 from rocr.errors import RocrError
@@ -18,7 +18,7 @@ from rocr.errors import RocrError
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
-COMMANDS = (unlearn, stats, edits, evaluate, compare, info, verify, doctor)
+COMMANDS = (unlearn, stats, edits, evaluate, redirects, compare, info, verify, doctor)
 
 _EPILOGUE = (
     """exit codes: 0 done, 1 failed, 2 bad input, 3 verification failed, 4 refused by a guard, 130 interrupted"""

@@ -4,6 +4,7 @@ from rocr.evaluation.compare import Comparison, FormChange, compare_evaluations
 from rocr.evaluation.evaluate import EvaluateOptions, evaluate
 from rocr.evaluation.forms import FORMS, ORT_FORMS
 from rocr.evaluation.probes import Probe, Wording, load_probes
+from rocr.evaluation.redirects import RedirectChoice, choose_redirects
 from rocr.evaluation.scores import Evaluation
 
 __all__ = [
@@ -14,7 +15,9 @@ __all__ = [
     "Evaluation",
     "FormChange",
     "Probe",
+    "RedirectChoice",
     "Wording",
+    "choose_redirects",
     "compare_evaluations",
     "evaluate",
     "load_probes",

@@ -1,0 +1,109 @@
+"""Choose redirects by asking the model, before any edit, a subject's questions about each candidate.
+
+An edit lets a model read the redirect in a subject's place. What it still answers right then is nearly what the model
+as it is answers about the redirect: what the question gives away, and what subject and redirect share
+(benches/search_defaults.py, "about NAME, no edit").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from rocr.concepts import Concept, check_concepts, folded
+from rocr.errors import InputError
+from rocr.evaluation.evaluate import evaluate
+from rocr.evaluation.probes import Probe
+from rocr.progress import ProgressCallback, silent
+
+FORMS = ("qa", "fb", "mcp")
+
+
+@dataclass(frozen=True)
+class RedirectChoice:
+    """The redirect of one subject.
+
+    Attributes:
+        concept: the subject and what it is best redirected to.
+        left: for each candidate the score of the subject's answers when the candidate is asked about: mean over its
+            questions, then over forms.
+        questions: how many name the subject and were asked.
+    """
+
+    concept: Concept
+    left: dict[str, float]
+    questions: int
+
+
+def choose_redirects(
+    model: nn.Module,
+    tokenizer: Any,
+    probes: Sequence[Probe],
+    candidates: Sequence[str],
+    forms: Sequence[str] = FORMS,
+    progress: ProgressCallback = silent,
+) -> list[RedirectChoice]:
+    """Give each subject of the probes the candidate about which its questions are answered right the least.
+
+    Args:
+        model: a causal language model of transformers, not edited.
+        tokenizer: its tokenizer.
+        probes: questions about the subjects; those that do not hold the subject's name say nothing and are left out.
+        candidates: names that a subject may be redirected to, two or more.
+        forms: in which the questions are asked.
+        progress: told after every question.
+
+    Raises:
+        InputError: a subject has no question with its name, or a candidate is a subject or stands there twice.
+        RocrError: a score is not a number.
+    """
+    check_candidates(probes, candidates)
+    named = [probe for probe in probes if probe.subject in probe.query]
+    subjects = list(dict.fromkeys(probe.subject for probe in named))
+    scores = {c: _scores(model, tokenizer, [_about(p, c) for p in named], forms, progress) for c in candidates}
+    found = []
+    for subject in subjects:
+        left = {candidate: scores[candidate][subject] for candidate in candidates}
+        best = min(candidates, key=left.__getitem__)
+        found.append(RedirectChoice(Concept(subject, best), left, sum(p.subject == subject for p in named)))
+    return found
+
+
+def check_candidates(probes: Sequence[Probe], candidates: Sequence[str]) -> None:
+    """What `choose_redirects` asks of its probes and candidates, before a model is there.
+
+    Raises:
+        InputError: as there.
+    """
+    if len({folded(candidate) for candidate in candidates}) < max(2, len(candidates)):
+        raise InputError(f"A choice needs two different redirects or more, not {', '.join(map(repr, candidates))}.")
+    subjects = dict.fromkeys(probe.subject for probe in probes)
+    without = subjects.keys() - {probe.subject for probe in probes if probe.subject in probe.query}
+    if without or not subjects:
+        named = ", ".join(map(repr, sorted(without)[:5])) or "any subject"
+        raise InputError(f"No question holds the name of {named}: leave them out (--targets), or write one.")
+    for candidate in candidates:
+        check_concepts([Concept(subject, candidate) for subject in subjects])
+
+
+def _about(probe: Probe, name: str) -> Probe:
+    """The same question about somebody else."""
+    cloze = None if probe.cloze is None else probe.cloze.replace(probe.subject, name)
+    return replace(probe, query=probe.query.replace(probe.subject, name), cloze=cloze, wordings={}, split="forget")
+
+
+def _scores(
+    model: nn.Module, tokenizer: Any, probes: Sequence[Probe], forms: Sequence[str], progress: ProgressCallback
+) -> dict[str, float]:
+    """For each subject the mean score of its answers, over questions and then over forms."""
+    items = evaluate(model, tokenizer, probes, forms, progress=progress).items
+    found: dict[str, float] = {}
+    for subject in dict.fromkeys(probe.subject for probe in probes):
+        mine = [item for item in items if probes[item.probe].subject == subject]
+        by_form = [[item.score for item in mine if item.form == form] for form in forms]
+        means = [sum(scores) / len(scores) for scores in by_form if scores]
+        found[subject] = sum(means) / len(means)
+    return found

@@ -1,0 +1,82 @@
+import json
+
+import pytest
+
+import rocr
+from rocr import InputError, Probe
+from rocr.evaluation import choose_redirects, evaluate
+
+PROBES = [
+    Probe("Ada Byron", "Where was Ada Byron born?", "London", ("Rome", "Oslo"), cloze="Ada Byron was born in ___."),
+    Probe("Ada Byron", "What did Ada Byron write?", "notes", ("songs", "a key")),
+    Probe("Ada Byron", "Who was the first to write for an engine?", "a countess", ("rain", "roses")),
+    Probe("Robert Downey Jr.", "Where was Robert Downey Jr. born?", "Oslo", ("Rome", "London")),
+]
+AMONG = ("Blaise Pascal", "a gardener", "Æsop")
+
+
+def left_by_hand(model, tokenizer, redirect):
+    """The mean score of the first two questions about a redirect, in each form and over forms."""
+    asked = [
+        Probe(
+            "Ada Byron", f"Where was {redirect} born?", "London", ("Rome", "Oslo"), cloze=f"{redirect} was born in ___."
+        ),
+        Probe("Ada Byron", f"What did {redirect} write?", "notes", ("songs", "a key")),
+    ]
+    found = evaluate(model, tokenizer, asked, ("qa", "fb", "mcp"))
+    return sum(found.form_score(form, "forget").score for form in ("qa", "fb", "mcp")) / 3
+
+
+def test_the_redirect_is_the_one_whose_own_answers_are_right_the_least(model, tokenizer, weights_of):
+    before = {name: weight.clone() for name, weight in weights_of(model).items()}
+    ada, robert = choose_redirects(model, tokenizer, PROBES, AMONG)
+    assert (ada.questions, robert.questions) == (2, 1)
+    expected = {name: left_by_hand(model, tokenizer, name) for name in AMONG}
+    assert ada.left == pytest.approx(expected, rel=1e-4)
+    assert ada.concept == rocr.Concept("Ada Byron", min(expected, key=expected.get))
+    assert robert.concept.redirect == min(robert.left, key=robert.left.get)
+    assert all((weight == before[name]).all() for name, weight in weights_of(model).items())
+
+
+@pytest.mark.parametrize(
+    ("probes", "among", "words"),
+    [
+        (PROBES, AMONG[:1], "two different redirects or more, not 'Blaise Pascal'"),
+        (PROBES, ("rain", "Rain"), "two different redirects"),
+        (PROBES, ("rain", "ada  byron"), "is itself a target|the concept itself"),
+        (PROBES, ("rain", "ro\u200bses"), "ZERO WIDTH SPACE"),
+        (PROBES[2:], AMONG, "No question holds the name of 'Ada Byron'"),
+        ([], AMONG, "No question holds the name of any subject"),
+    ],
+    ids=["one", "the same", "a subject", "invisible", "no name", "no probes"],
+)
+def test_what_cannot_be_chosen_from_is_refused(model, tokenizer, probes, among, words):
+    with pytest.raises(InputError, match=words):
+        choose_redirects(model, tokenizer, probes, among)
+
+
+def test_the_command_writes_a_list_for_unlearn(files, command, tmp_path):
+    (tmp_path / "probes.jsonl").write_text(
+        "".join(
+            json.dumps({"subject": p.subject, "query": p.query, "answer": p.answer, "distractors": p.distractors})
+            + "\n"
+            for p in PROBES
+        ),
+        encoding="utf-8",
+    )
+    out = tmp_path / "people.jsonl"
+    arguments = ("redirects", files.model, "--probes", tmp_path / "probes.jsonl", "--among", *AMONG, "--out", out)
+    done = command(*arguments, "--targets", "Ada Byron", "--json")
+    assert done.code == 0, done.errors
+    document = json.loads(done.output)
+    (concept,) = rocr.load_concepts(out)
+    assert document["concepts"] == [
+        {"name": "Ada Byron", "redirect": concept.redirect, "left": document["concepts"][0]["left"], "questions": 2}
+    ]
+    assert concept.redirect == min(AMONG, key=document["concepts"][0]["left"].get)
+    plan = command("unlearn", files.model, out, "--statistics", files.statistics, "--out", tmp_path / "o", "--dry-run")
+    assert plan.code == 0, plan.errors
+    done = command(*arguments)
+    assert done.code == 2 and "exists" in done.errors
+    done = command(*arguments[:-1], tmp_path / "other", "--targets", "Nobody")
+    assert done.code == 2 and not (tmp_path / "other").exists()
