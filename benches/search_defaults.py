@@ -6,8 +6,8 @@ The first half of the text gives the statistics, the second half the perplexity.
 the probes, with at least three facts that the model knows; those to search on come first, those to test on after
 them (`--test`). Each is unlearned alone, and asked about beside some of the others, who should be kept: people
 that are not among those searched or tested on. With `--together 10,50,100` so many people are unlearned at once,
-with the names of `--names` after the known ones. "about NAME, no edit" asks the model as it is the same questions with the
-redirect's name in the place of the person's: what would be left if an edit made the model read exactly that.
+with the names of `--names` after the known ones. "about NAME, no edit" asks the model as it is the same questions
+with the redirect's name in the place of the person's: what would be left if an edit made the model read exactly that.
 Rows are written as they come, and a run goes on where it stopped.
 """
 
