@@ -37,6 +37,7 @@ from rocr.evaluation import (
     evaluate,
     load_probes,
 )
+from rocr.evaluation.redirects import about
 from rocr.evaluation.text_measures import TextSample, perplexity
 from rocr.layers import chosen_layers
 from rocr.models import find_model, load_model
@@ -78,12 +79,9 @@ class Bench:
 
     def ask_about_redirect(self, candidate: Candidate, people: Sequence[str]) -> dict[str, Any]:
         """Ask the model as it is, with the redirect's name in the place of each person's."""
-        redirect = candidate.redirects[0]
         named = [p for p in self.probes if p.subject in people and p.subject in p.query]
         base = restrict(self.base, self.probes, named)
-        clozes = [p.cloze and p.cloze.replace(p.subject, redirect) for p in named]
-        queries = [p.query.replace(p.subject, redirect) for p in named]
-        swapped = [replace(p, query=q, cloze=c) for p, q, c in zip(named, queries, clozes, strict=True)]
+        swapped = [about(probe, candidate.redirects[0]) for probe in named]
         change = compare_evaluations(base, evaluate(self.model, self.tokenizer, swapped, FORMS))
         row: dict[str, Any] = {"candidate": candidate.name, "people": list(people), "seconds": 0.0, "together": 0}
         row |= {f"forget {part.form}": [part.before, part.after, part.chance] for part in change.changes}

@@ -36,7 +36,7 @@ class Guards:
 
     Attributes:
         relative_norm: largest Frobenius norm of a layer's update over that of its weight. Ordinary: 0.03 to 0.5;
-            of an update three times as large as the weight, little is left of the layer.
+            of an update twice as large as the weight, little is left of the layer.
         surviving: smallest share of a weight's entries that an update changes after rounding. Ordinary: above 0.9
             in float32; below a hundredth the saved model is not the one that was solved for.
         condition: largest condition number of the system solved. Ordinary: below 100; at 1e7 the rounding of
@@ -52,7 +52,7 @@ class Guards:
         InputError: a limit is not a number.
     """
 
-    relative_norm: float = 3.0
+    relative_norm: float = 2.0
     surviving: float = 0.01
     condition: float = 1e7
     closed: float = 0.0

@@ -50,7 +50,7 @@ def between(model, tokenizer):
 
 
 LIMITS = {
-    "relative norm": (same, TWO, ("--strength", "100"), "times the norm of the weight, above the limit of 3"),
+    "relative norm": (same, TWO, ("--strength", "100"), "times the norm of the weight, above the limit of 2"),
     "surviving": (
         in_bfloat16,
         TWO,

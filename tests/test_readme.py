@@ -28,7 +28,7 @@ def place(tmp_path_factory, make_model, tokenizer, texts):
     (folder / "people.txt").write_text("\n".join(PEOPLE), encoding="utf-8")
     (folder / "text.txt").write_text("\n".join(texts), encoding="utf-8")
     for seed, name in enumerate(("model", "models/a", "models/b")):
-        make_model("Llama", seed=seed, initializer_range=0.05).save_pretrained(folder / name)
+        make_model("Llama", seed=seed, initializer_range=0.1).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     return folder
 

@@ -63,7 +63,7 @@ def choose_redirects(
     check_candidates(probes, candidates)
     named = [probe for probe in probes if probe.subject in probe.query]
     subjects = list(dict.fromkeys(probe.subject for probe in named))
-    scores = {c: _scores(model, tokenizer, [_about(p, c) for p in named], forms, progress) for c in candidates}
+    scores = {c: _scores(model, tokenizer, [about(p, c) for p in named], forms, progress) for c in candidates}
     found = []
     for subject in subjects:
         left = {candidate: scores[candidate][subject] for candidate in candidates}
@@ -89,8 +89,8 @@ def check_candidates(probes: Sequence[Probe], candidates: Sequence[str]) -> None
         check_concepts([Concept(subject, candidate) for subject in subjects])
 
 
-def _about(probe: Probe, name: str) -> Probe:
-    """The same question about somebody else."""
+def about(probe: Probe, name: str) -> Probe:
+    """A probe's question with another name in the place of its subject's."""
     cloze = None if probe.cloze is None else probe.cloze.replace(probe.subject, name)
     return replace(probe, query=probe.query.replace(probe.subject, name), cloze=cloze, wordings={}, split="forget")
 
