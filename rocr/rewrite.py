@@ -21,7 +21,7 @@ from rocr.model_folder import INDEX_FILE, SINGLE_FILE
 from rocr.shards import StoredTensor, WeightFiles
 from rocr.space import check_space
 
-BLOCK = 8 * 2**20
+BLOCK = 2**20
 _OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".npz")
 _OWN_FILES = ("report.json", "README.md", INDEX_FILE)
 

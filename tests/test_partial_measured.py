@@ -19,7 +19,7 @@ from rocr.shards import find_weight_files
 ROOT = Path(__file__).parents[1]
 LAYERS = (4, 5, 6)
 SCRIPT = """
-import json, sys
+import ctypes, gc, json, sys
 from pathlib import Path
 import torch
 from rocr.cli import main
@@ -36,6 +36,8 @@ def number(file, name):
     return int(Path(file).read_text().split(name)[1].split()[0])
 
 assert main(first) == 0  # a model of 3 layers: all code is loaded by now
+gc.collect()
+ctypes.CDLL(None).malloc_trim(0)  # what that run had freed would hide what this one takes
 sys.addaudithook(hook)
 Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
 before, held = number("/proc/self/io", "rchar:"), number("/proc/self/status", "VmRSS:")
@@ -47,15 +49,15 @@ Path(out).write_text(json.dumps({"code": code, "read": read, "peak": peak * 1024
 
 def save_model(folder, make_model, tokenizer, layers):
     """Write a bfloat16 model of random numbers."""
-    config = make_model("Llama", hidden_size=512, intermediate_size=512, num_hidden_layers=1).config
+    config = make_model("Llama", hidden_size=1024, intermediate_size=512, num_hidden_layers=1).config
     config.num_hidden_layers, config.dtype = layers, torch.bfloat16
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config).bfloat16().to_empty(device="cpu")
-    noise = torch.randn(512 * 512).mul(0.05).bfloat16()  # for every matrix anew would take a minute
+    noise = torch.randn(1024 * 1024).mul(0.05).bfloat16()  # for every matrix anew would take a minute
     for parameter in model.parameters():
         noise = noise.roll(1009)
         parameter.data = noise[: parameter.numel()].view(parameter.shape).clone()
-    model.save_pretrained(folder, max_shard_size="4MB")
+    model.save_pretrained(folder, max_shard_size="12MB")
     tokenizer.save_pretrained(folder)
 
 
