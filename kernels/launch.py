@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -13,11 +14,13 @@ INTERPRETER_PROGRAMS = 3
 """Programs of a launch in Triton's interpreter, which has no multiprocessors."""
 
 
+@functools.cache
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability of a device; the interpreter counts as sm_90."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
+@functools.cache
 def processors(device: torch.device) -> int:
     """Multiprocessors of a device."""
     if device.type != "cuda":

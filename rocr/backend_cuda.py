@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rocr.direct import call_directly
 from rocr.errors import InputError, RocrError
 
 TILE_WIDTH = 256
@@ -49,7 +50,8 @@ def accumulate_second_moments(totals: Sequence[Tensor], keys: Sequence[Tensor]) 
     for indices in alike.values():
         for first in range(0, len(indices), MAXIMUM_LAYERS):
             batch = indices[first : first + MAXIMUM_LAYERS]
-            second_moments_op([totals[index] for index in batch], [keys[index] for index in batch])
+            of_batch = [totals[index] for index in batch], [keys[index] for index in batch]
+            call_directly(second_moments_op, _add_second_moments, *of_batch)
 
 
 def low_rank_update(
@@ -63,14 +65,14 @@ def low_rank_update(
     """Add scale * left @ right to every weight, alike layers in one launch."""
     has_unit_stride = [1 in weight.stride() for weight in weights]
     rows = [weight if fits else weight.contiguous() for weight, fits in zip(weights, has_unit_stride, strict=True)]
-    low_rank_update_op(rows, list(lefts), list(rights), scale, rounding == "stochastic", seed)
+    at_random = rounding == "stochastic"
+    call_directly(low_rank_update_op, _update_low_rank, rows, list(lefts), list(rights), scale, at_random, seed)
     for weight, updated in zip(weights, rows, strict=True):
         if updated is not weight:
             weight.copy_(updated)
 
 
-@torch.library.custom_op("rocr::cuda_second_moments", mutates_args=("totals",))
-def second_moments_op(totals: list[Tensor], keys: list[Tensor]) -> None:
+def _add_second_moments(totals: list[Tensor], keys: list[Tensor]) -> None:
     """Add keysᵀ keys to the lower triangle of each total, at most MAXIMUM_LAYERS of one shape, stride and dtype."""
     from rocr_kernels.schedule import make_schedule
 
@@ -102,8 +104,7 @@ def second_moments_op(totals: list[Tensor], keys: list[Tensor]) -> None:
     _raise_unless_done(code, "second moments")
 
 
-@torch.library.custom_op("rocr::cuda_low_rank_update", mutates_args=("weights",))
-def low_rank_update_op(
+def _update_low_rank(
     weights: list[Tensor], lefts: list[Tensor], rights: list[Tensor], scale: float, at_random: bool, seed: int
 ) -> None:
     """Add scale * left @ right to every weight; a weight has unit stride along its rows or its columns."""
@@ -127,6 +128,10 @@ def low_rank_update_op(
                 stream=torch.cuda.current_stream().cuda_stream,
             )
         _raise_unless_done(code, "low-rank update")
+
+
+second_moments_op = torch.library.custom_op("rocr::cuda_second_moments", _add_second_moments, mutates_args=("totals",))
+low_rank_update_op = torch.library.custom_op("rocr::cuda_low_rank_update", _update_low_rank, mutates_args=("weights",))
 
 
 @second_moments_op.register_fake

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from rocr.direct import call_directly
 
 OLDEST_TRITON = (3, 6)
 """The first version that the kernels are compiled with in the tests."""
@@ -16,12 +19,17 @@ def is_available(device: torch.device) -> bool:
     """Whether a recent Triton is installed, and the device is an NVIDIA GPU of compute capability 8.0 or more."""
     if device.type != "cuda" or torch.version.hip or not torch.cuda.is_available():
         return False
+    return _is_recent() and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@functools.cache
+def _is_recent() -> bool:
+    """Whether a recent Triton is installed; asked once, since reading a package's metadata outlasts a small launch."""
     try:
         version = importlib.metadata.version("triton").split(".")
     except importlib.metadata.PackageNotFoundError:
         return False
-    is_recent = (int(version[0]), int(version[1])) >= OLDEST_TRITON
-    return is_recent and torch.cuda.get_device_capability(device) >= (8, 0)
+    return (int(version[0]), int(version[1])) >= OLDEST_TRITON
 
 
 def accumulate_second_moment(total: Tensor, keys: Tensor) -> None:
@@ -32,7 +40,7 @@ def accumulate_second_moment(total: Tensor, keys: Tensor) -> None:
 def accumulate_second_moments(totals: Sequence[Tensor], keys: Sequence[Tensor]) -> None:
     """Add keysᵀ keys to the lower triangle of each total, alike layers in one launch."""
     rows = [_with_rows(total) for total in totals]
-    second_moments_op(rows, list(keys))
+    call_directly(second_moments_op, _add_second_moments, rows, list(keys))
     for total, updated in zip(totals, rows, strict=True):
         if updated is not total:
             total.copy_(updated)
@@ -48,7 +56,8 @@ def low_rank_update(
 ) -> None:
     """Add scale * left @ right to every weight, alike layers in one launch."""
     rows = [weight if weight.stride(0) == 1 else _with_rows(weight) for weight in weights]
-    low_rank_update_op(rows, list(lefts), list(rights), scale, rounding == "stochastic", seed)
+    at_random = rounding == "stochastic"
+    call_directly(low_rank_update_op, _update_low_rank, rows, list(lefts), list(rights), scale, at_random, seed)
     for weight, updated in zip(weights, rows, strict=True):
         if updated is not weight:
             weight.copy_(updated)
@@ -58,8 +67,7 @@ def _with_rows(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
-@torch.library.custom_op("rocr::triton_second_moments", mutates_args=("totals",))
-def second_moments_op(totals: list[Tensor], keys: list[Tensor]) -> None:
+def _add_second_moments(totals: list[Tensor], keys: list[Tensor]) -> None:
     """Add keysᵀ keys to the lower triangle of each total; totals and keys have unit stride along a row."""
     from rocr_kernels.second_moment import accumulate_second_moments
 
@@ -72,8 +80,7 @@ def second_moments_op(totals: list[Tensor], keys: list[Tensor]) -> None:
             accumulate_second_moments([totals[index] for index in indices], [keys[index] for index in indices])
 
 
-@torch.library.custom_op("rocr::triton_low_rank_update", mutates_args=("weights",))
-def low_rank_update_op(
+def _update_low_rank(
     weights: list[Tensor], lefts: list[Tensor], rights: list[Tensor], scale: float, at_random: bool, seed: int
 ) -> None:
     """Add scale * left @ right to every weight; a weight has unit stride along its rows or its columns."""
@@ -81,6 +88,14 @@ def low_rank_update_op(
 
     with torch.cuda.device(weights[0].get_device()):
         update_low_rank(weights, lefts, rights, scale, at_random, seed)
+
+
+second_moments_op = torch.library.custom_op(
+    "rocr::triton_second_moments", _add_second_moments, mutates_args=("totals",)
+)
+low_rank_update_op = torch.library.custom_op(
+    "rocr::triton_low_rank_update", _update_low_rank, mutates_args=("weights",)
+)
 
 
 @second_moments_op.register_fake

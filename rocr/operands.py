@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from rocr.errors import InputError
 
@@ -14,6 +15,11 @@ NUMBER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def check_second_moment(total: Tensor, keys: Tensor) -> None:
     """Raise InputError unless total (d, d) can take the second moment of keys (t, d)."""
+    _check_layer(total, keys)
+    _check_apart({"total": [total], "keys": [keys]}, written=1)
+
+
+def _check_layer(total: Tensor, keys: Tensor) -> None:
     check_square("total", total)
     if keys.dim() != 2 or keys.shape[1] != total.shape[0]:
         raise InputError(
@@ -21,8 +27,8 @@ def check_second_moment(total: Tensor, keys: Tensor) -> None:
         )
     _check_dtype("keys", keys)
     _check_same_device("total", total, "keys", keys)
-    _check_memory("total", total)
-    _check_apart([("total", total), ("keys", keys)], written=1)
+    if not total.is_contiguous():
+        _check_memory("total", total)
 
 
 def check_second_moments(totals: Sequence[Tensor], keys: Sequence[Tensor]) -> None:
@@ -32,9 +38,7 @@ def check_second_moments(totals: Sequence[Tensor], keys: Sequence[Tensor]) -> No
     for total, each in zip(totals, keys, strict=True):
         check_second_moment(total, each)
         _check_same_device("totals[0]", totals[0], "another total", total)
-    tensors = [(f"totals[{index}]", total) for index, total in enumerate(totals)]
-    tensors += [(f"keys[{index}]", each) for index, each in enumerate(keys)]
-    _check_apart(tensors, written=len(totals))
+    _check_apart({"totals": totals, "keys": keys}, written=len(totals))
 
 
 def check_square(name: str, total: Tensor) -> None:
@@ -52,26 +56,33 @@ def check_low_rank_update(weights: Sequence[Tensor], lefts: Sequence[Tensor], ri
             f"There must be one left and one right for each weight, but there are {len(weights)} weights, "
             f"{len(lefts)} lefts and {len(rights)} rights."
         )
+    one_device = len({tensor.device for tensor in (*weights, *lefts, *rights)}) == 1
     for index, (weight, left, right) in enumerate(zip(weights, lefts, rights, strict=True)):
-        name = f"weights[{index}]"
-        shapes = f"{_shape(weight)}, {_shape(left)} and {_shape(right)}"
-        if not weight.dim() == left.dim() == right.dim() == 2:
-            raise InputError(f"{name}, its left and its right must be matrices, but are {shapes}.")
-        if left.shape[0] != weight.shape[0] or right.shape[1] != weight.shape[1] or left.shape[1] != right.shape[0]:
-            raise InputError(
-                f"{name}, its left and its right must be (d_out, d_in), (d_out, n) and (n, d_in), but are {shapes}."
-            )
-        _check_dtype(name, weight)
-        _check_memory(name, weight)
-        for factor_name, factor in ((f"lefts[{index}]", left), (f"rights[{index}]", right)):
+        _check_shapes_of_update(index, weight, left, right)
+        if weight.dtype not in NUMBER_DTYPES:
+            _check_dtype(f"weights[{index}]", weight)
+        if not weight.is_contiguous():
+            _check_memory(f"weights[{index}]", weight)
+        for name, factor in (("lefts", left), ("rights", right)):
             if not factor.is_floating_point():
-                raise InputError(f"{factor_name} must be of floating point, but is {factor.dtype}.")
-            _check_same_device(name, weight, factor_name, factor)
-        _check_same_device("weights[0]", weights[0], name, weight)
-    tensors = [(f"weights[{index}]", weight) for index, weight in enumerate(weights)]
-    tensors += [(f"lefts[{index}]", left) for index, left in enumerate(lefts)]
-    tensors += [(f"rights[{index}]", right) for index, right in enumerate(rights)]
-    _check_apart(tensors, written=len(weights))
+                raise InputError(f"{name}[{index}] must be of floating point, but is {factor.dtype}.")
+            if not one_device:
+                _check_same_device(f"weights[{index}]", weight, f"{name}[{index}]", factor)
+        if not one_device:
+            _check_same_device("weights[0]", weights[0], f"weights[{index}]", weight)
+    _check_apart({"weights": weights, "lefts": lefts, "rights": rights}, written=len(weights))
+
+
+def _check_shapes_of_update(index: int, weight: Tensor, left: Tensor, right: Tensor) -> None:
+    outer, inner, narrow = weight.shape, right.shape, left.shape
+    if len(outer) == len(narrow) == len(inner) == 2 and (*outer, narrow[1]) == (narrow[0], inner[1], inner[0]):
+        return
+    name, shapes = f"weights[{index}]", f"{_shape(weight)}, {_shape(left)} and {_shape(right)}"
+    if not weight.dim() == left.dim() == right.dim() == 2:
+        raise InputError(f"{name}, its left and its right must be matrices, but are {shapes}.")
+    raise InputError(
+        f"{name}, its left and its right must be (d_out, d_in), (d_out, n) and (n, d_in), but are {shapes}."
+    )
 
 
 def check_solve(keys: Tensor, residuals: Tensor, ridge: float) -> None:
@@ -123,32 +134,58 @@ def _check_memory(name: str, tensor: Tensor) -> None:
         )
 
 
-def _check_apart(tensors: Sequence[tuple[str, Tensor]], written: int) -> None:
-    """Refuse tensors that overlap in memory where the first `written` are to be written, and odd addresses."""
+def _check_apart(groups: Mapping[str, Sequence[Tensor]], written: int) -> None:
+    """Refuse tensors that overlap in memory where the first `written` are to be written, and odd addresses.
+
+    Tensors go by the name of their group, with their place in it where the name is of several.
+    """
+    tensors = [tensor for group in groups.values() for tensor in group]
     spans = []
-    for index, (name, tensor) in enumerate(tensors):
-        if not tensor.numel():
+    for index, tensor in enumerate(tensors):
+        numbers = tensor.numel() if tensor.is_contiguous() else _reach(tensor)
+        if not numbers:
             continue
         start, width = _address(tensor), tensor.element_size()
         if start % width:
             raise InputError(
-                f"{name} begins at an address that is no multiple of the {width} bytes of a number; pass a clone."
+                f"{_name(groups, index)} begins at an address that is no multiple of the {width} bytes of a number; "
+                "pass a clone."
             )
-        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        spans.append((start, start + (last + 1) * width, index))
+        spans.append((start, start + numbers * width, index))
     furthest = furthest_written = (0, 0)  # where the spans so far end, and the tensor that does
     for start, end, index in sorted(spans):
         reached, other = furthest if index < written else furthest_written
         if start < reached:
-            first, second = (tensors[each][0] for each in sorted((index, other)))
+            first, second = (_name(groups, each) for each in sorted((index, other)))
             raise InputError(f"{first} and {second} share memory; pass each piece of memory once in a call.")
         furthest = max(furthest, (end, index))
         if index < written:
             furthest_written = max(furthest_written, (end, index))
 
 
+def _name(groups: Mapping[str, Sequence[Tensor]], index: int) -> str:
+    """What the tensor of that number is called, such as "weights[2]"; "total" and its keys are alone."""
+    is_alone = "total" in groups
+    names = [name if is_alone else f"{name}[{place}]" for name, group in groups.items() for place in range(len(group))]
+    return names[index]
+
+
+def _reach(tensor: Tensor) -> int:
+    """How many numbers lie between the first and the last of a tensor, both counted."""
+    if not tensor.numel():
+        return 0
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is memory at an address and nothing more: neither traced, nor one that says how it looks."""
+    return type(tensor) in (Tensor, Parameter) and not tensor.is_meta
+
+
 def _address(tensor: Tensor) -> int:
     """Where a tensor begins; one without memory, as torch.compile traces with, begins in a place of its storage's."""
+    if is_plain(tensor):
+        return tensor.data_ptr()
     storage = tensor.untyped_storage()
     if storage.device.type == "meta":
         return (int(storage._cdata) << 64) + int(tensor.storage_offset()) * tensor.element_size()

@@ -52,7 +52,9 @@ def test_fake_tensors_pass_through(backend) -> None:
         ([(8192, 576)], torch.bfloat16, "cuda", "torch"),
         ([(8192, 1536)], torch.float16, "cuda", "torch"),
         ([(8192, 1536)] * 5, torch.bfloat16, "cuda", None),
+        ([(8192, 3072)], torch.bfloat16, "cuda", "torch"),
         ([(8192, 4096)], torch.bfloat16, "cuda", None),
+        ([(8192, 576)] * 3, torch.bfloat16, "cuda", None),
         ([(131072, 576)], torch.bfloat16, "cuda", None),
         ([(8192, 576)], torch.float32, "cuda", None),
         ([(8192, 576)], torch.bfloat16, "cpu", None),
@@ -79,6 +81,20 @@ def test_fake_tensors_are_told_apart() -> None:
         operands.check_second_moments([weight, left], [right, right])
         with pytest.raises(InputError, match=r"weights\[0\] and weights\[1\] share memory"):
             operands.check_low_rank_update([weight, weight], [left, left], [right, right])
+
+
+@pytest.mark.parametrize("backend", GPU_BACKENDS, ids=lambda backend: backend.__name__)
+def test_plain_tensors_go_past_the_dispatcher_and_autograd_knows(backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    def add_one(weights, *rest) -> None:
+        weights[0].numpy()[:] += 1  # as a kernel does: unknown to torch
+
+    monkeypatch.setattr(backend, "_update_low_rank", add_one)
+    monkeypatch.setattr(backend, "low_rank_update_op", None)
+    weight, left, right = torch.zeros(8, 8), torch.zeros(8, 1), torch.zeros(1, 8)
+    before = weight._version
+    backend.low_rank_update([weight], [left], [right], 1.0, "nearest", 0)
+    assert weight.eq(1).all()
+    assert weight._version > before
 
 
 def test_several_layers_at_once_are_several_calls() -> None:
