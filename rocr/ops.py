@@ -14,29 +14,29 @@ import torch
 from torch import Tensor
 
 from rocr import operands
-from rocr.errors import GuardError, InputError
+from rocr.backend_torch import MAXIMUM_TOKENS
+from rocr.errors import InputError
 from rocr.rounding import check_rounding
+from rocr.small_system import Metric, apply_metric, factor_gram, require_finite, solve
 
 BACKENDS = ("triton", "cpp", "torch", "cuda", "reference")
-"""Every backend, the one to prefer first; cuda waits behind torch until it has been measured against Triton."""
+"""Every backend, the one to prefer first.
 
-SMALL_PRODUCT = 4e10
-"""Operations of keysᵀ keys, on a GPU, below which starting Triton's kernels takes longer than half a product saves.
-
-An estimate: 70 microseconds of a full product at 600 TFLOP/s. benches/gpu.py second-moment-small measures it.
+cuda comes behind torch: on an H200 Triton is faster in large work of every kind (README, "On a GPU"), and cuda's second
+moment is for compute capability 9.0 and 16-bit keys alone.
 """
 
+SMALL_PRODUCT = 1.6e11
+"""Operations of keysᵀ keys, on a GPU, below which cuBLAS is done before half a product saves what Triton's start costs.
+
+On an H200: 8192 x 1536 0.14 ms against 0.23, 8192 x 3072 0.27 against 0.43, but 8192 x 4096 0.40 against 0.37.
+"""
+
+SMALL_PRODUCTS = 2
+"""Most products, of 8,192 tokens each, that cuBLAS is given one after the other; three take it as long as Triton."""
 
 SYMMETRIZED_ROWS = 1024
 """Rows that are mirrored at once: whole, three more matrices of the same size would be held."""
-
-
-class Metric(Protocol):
-    """A symmetric positive semidefinite matrix M (d_in, d_in) that need not be stored as one."""
-
-    def apply(self, keys: Tensor) -> Tensor:
-        """Return keys @ M for keys (n, d_in)."""
-        ...
 
 
 class Backend(Protocol):
@@ -133,7 +133,8 @@ def second_moment_backend(keys: Sequence[Tensor]) -> str | None:
     if keys[0].device.type != "cuda" or any(each.dtype == torch.float32 for each in keys):
         return None
     operations = sum(2.0 * each.shape[0] * each.shape[1] ** 2 for each in keys)
-    return "torch" if operations < SMALL_PRODUCT else None
+    products = sum(-(-each.shape[0] // MAXIMUM_TOKENS) for each in keys)
+    return "torch" if operations < SMALL_PRODUCT and products <= SMALL_PRODUCTS else None
 
 
 @torch.no_grad()
@@ -208,67 +209,16 @@ def solve_update(
         GuardError: numbers that are not finite, or a system too close to singular.
     """
     operands.check_solve(keys, residuals, ridge)
-    _require_finite("keys", keys)
-    _require_finite("residuals", residuals)
-    weighted_keys = _apply_metric(metric, keys)
-    _require_finite("keys @ metric", weighted_keys)
+    require_finite("keys", keys)
+    require_finite("residuals", residuals)
+    weighted_keys = apply_metric(metric, keys)
+    require_finite("keys @ metric", weighted_keys)
+    weighted_keys = weighted_keys.double()
     dtype = torch.promote_types(keys.dtype, torch.float32)
     # A clone: the transpose of a single row is contiguous already, and would share its memory.
     left = residuals.T.to(dtype).clone(memory_format=torch.contiguous_format)
-    right = torch.cholesky_solve(weighted_keys, _factor_gram(keys.double(), weighted_keys, ridge))
+    right = solve(factor_gram(keys.double(), weighted_keys, ridge), weighted_keys)
     return left, right.to(dtype).contiguous()
-
-
-def _apply_metric(metric: Tensor | Metric | None, keys: Tensor) -> Tensor:
-    """Return keys @ metric (n, d_in) in float64."""
-    if metric is None:
-        return keys.double()
-    if isinstance(metric, Tensor):
-        operands.check_metric(metric, keys)
-        dtype = torch.promote_types(torch.promote_types(keys.dtype, metric.dtype), torch.float32)
-        return (keys.to(dtype) @ metric.to(dtype)).double()
-    weighted_keys = metric.apply(keys)
-    if weighted_keys.shape != keys.shape:
-        raise InputError(f"metric.apply must return {tuple(keys.shape)}, but returned {tuple(weighted_keys.shape)}.")
-    return weighted_keys.double()
-
-
-def _factor_gram(keys: Tensor, weighted_keys: Tensor, ridge: float) -> Tensor:
-    """Return the lower Cholesky factor (n, n) of K M Kᵀ + λ I."""
-    gram = keys @ weighted_keys.T
-    _require_finite("the Gram matrix of the keys", gram)
-    if not gram.numel():
-        return gram
-    largest = gram.abs().max().item()
-    asymmetry = (gram - gram.T).abs().max().item()
-    if asymmetry > 1e-3 * largest:
-        raise InputError(
-            f"metric must be symmetric, but keys @ metric @ keys.T differs from its transpose "
-            f"by {asymmetry:.3g} where its largest element is {largest:.3g}."
-        )
-    system = (gram + gram.T) / 2
-    system.diagonal().add_(ridge)
-    factor: Tensor
-    factor, failed_at = torch.linalg.cholesky_ex(system)
-    pivots = factor.diagonal()
-    # The pivots of an exactly singular system come out as rounding errors of its largest element.
-    smallest = 0.0 if failed_at.item() else (pivots.min() ** 2 / system.diagonal().max()).item()
-    if smallest <= len(system) * torch.finfo(torch.float64).eps:
-        raise GuardError(
-            f"The system of {len(system)} keys is singular (smallest relative pivot {smallest:.3g}, "
-            f"ridge {ridge:.3g}, largest element {largest:.3g}): keys repeat or the metric removes them; "
-            "raise the ridge."
-        )
-    return factor
-
-
-def _require_finite(name: str, tensor: Tensor) -> None:
-    # One number that is not finite makes the sum so; counting them takes six times as long.
-    if tensor.sum(dtype=torch.float64).isfinite():
-        return
-    bad = tensor.numel() - int(tensor.isfinite().sum())
-    if bad:
-        raise GuardError(f"{bad} of {tensor.numel()} numbers of {name} are not finite; nothing was solved.")
 
 
 def _with_rows(keys: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from rocr import ops, reference
+from rocr import ops, reference, small_system
 from rocr.errors import GuardError, InputError
 
 
@@ -144,3 +144,11 @@ def test_shapes_that_do_not_fit():
         ops.solve_update(keys, residuals, torch.randn(40, 40).double(), 1.0)
     with pytest.raises(InputError, match=r"floating point, but are torch\.int64"):
         ops.solve_update(keys.long(), residuals, None, 1.0)
+
+
+@pytest.mark.parametrize("count", [1, 64, 200])
+def test_the_way_of_a_gpu_is_as_exact(count):
+    keys = torch.randn(count, 250, dtype=torch.float64)
+    factor = torch.linalg.cholesky(keys @ keys.T + torch.eye(count))
+    expected = torch.cholesky_solve(keys, factor)
+    torch.testing.assert_close(small_system.solve_by_inverse(factor, keys), expected, rtol=1e-9, atol=1e-12)
