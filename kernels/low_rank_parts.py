@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from rocr_kernels.bits import apart, dot_of_parts, to_bfloat16
-from rocr_kernels.low_rank_tiles import store_rounded, weight_tile
+from rocr_kernels.low_rank_tiles import rounded_tile, weight_tile
 
 
 @triton.jit
@@ -104,4 +104,5 @@ def add_low_rank_parts(
             # A float32 weight keeps what tensor cores would lose of their sums over a long rank.
             product = product + apart(of_step, INTERPRETED) if PARTS == 3 else of_step
         exact = old.to(tl.float32) + scale * product
-        store_rounded(pointers, mask, exact, row, column, columns, seed, number, TYPE, AT_RANDOM, INTERPRETED)
+        new = rounded_tile(exact, row, column, columns, seed, number, TYPE, AT_RANDOM, INTERPRETED)
+        tl.store(pointers, new, mask=mask)

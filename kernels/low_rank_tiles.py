@@ -8,7 +8,7 @@ from rocr_kernels.bits import dot_of_parts, in_parts, random_bits, round_at_rand
 
 
 @triton.jit
-def _factor_tile(factor, first, last, stride, rank, rank_stride, SIZE: tl.constexpr, RANK: tl.constexpr):
+def factor_tile(factor, first, last, stride, rank, rank_stride, SIZE: tl.constexpr, RANK: tl.constexpr):
     """Tile (SIZE, RANK) of a factor, one row for each row or column of the weight; 0 outside."""
     index = first + tl.arange(0, SIZE)[:, None]
     ranks = tl.arange(0, RANK)[None, :]
@@ -27,9 +27,16 @@ def weight_tile(weight, row, column, rows, columns, stride, ROWS: tl.constexpr, 
 
 
 @triton.jit
-def store_rounded(
-    pointers,
-    mask,
+def band_of_item(item, whole, splits, split_rows, rows):
+    """Column of tiles of an item, its first row and where it ends; see schedule.Bands."""
+    beyond = tl.maximum(item - whole, 0)
+    first_row = beyond % splits * split_rows
+    band = tl.where(item < whole, item, whole + beyond // splits)
+    return band, first_row, tl.where(item < whole, rows, tl.minimum(first_row + split_rows, rows))
+
+
+@triton.jit
+def rounded_tile(
     exact,
     row,
     column,
@@ -40,7 +47,7 @@ def store_rounded(
     AT_RANDOM: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Round a tile of float32 to the weight's type, once, and store it."""
+    """Round a tile of float32 to the weight's type, once."""
     ROWS: tl.constexpr = exact.shape[0]
     COLUMNS: tl.constexpr = exact.shape[1]
     if AT_RANDOM:
@@ -48,9 +55,9 @@ def store_rounded(
         first = (row + tl.arange(0, ROWS)[:, None]) * tl.cdiv(columns, 8) + eighths
         exact = round_at_random(exact, random_bits(seed, first, number, ROWS, COLUMNS), TYPE)
     if tl.bfloat16 == TYPE:
-        tl.store(pointers, to_bfloat16(exact, INTERPRETED), mask=mask)
+        return to_bfloat16(exact, INTERPRETED)
     else:
-        tl.store(pointers, exact.to(TYPE), mask=mask)
+        return exact.to(TYPE)
 
 
 @triton.jit
@@ -67,7 +74,9 @@ def add_low_rank(
     right_column_stride,
     scale,
     seed,
-    band_rows,
+    whole,
+    splits,
+    split_rows,
     items,
     TYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -79,14 +88,12 @@ def add_low_rank(
     STAGES: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Persistent kernel: an item is COLUMNS columns of band_rows rows of a layer; for the table see _Launch."""
+    """Persistent kernel: an item is a band of COLUMNS columns; for the table see low_rank_update._Layers."""
     tile_columns = tl.cdiv(columns, COLUMNS)
-    layer_items = tl.cdiv(rows, band_rows) * tile_columns
     for item in tl.range(tl.program_id(0), items, tl.num_programs(0)):
-        layer = item // layer_items
-        first_row = item % layer_items // tile_columns * band_rows
-        last_row = tl.minimum(first_row + band_rows, rows)
-        column = item % tile_columns * COLUMNS
+        band, first_row, last_row = band_of_item(item, whole, splits, split_rows, rows)
+        layer = band // tile_columns
+        column = band % tile_columns * COLUMNS
         weight = tl.load(table + layer).to(tl.pointer_type(TYPE))
         left = tl.load(table + layers + layer).to(tl.pointer_type(tl.float32))
         right = tl.load(table + 2 * layers + layer).to(tl.pointer_type(tl.float32))
@@ -101,16 +108,17 @@ def add_low_rank(
             stride = stride // 8 * 8
             width = width // 8 * 8
 
-        own_right = _factor_tile(right, column, width, right_column_stride, rank, right_rank_stride, COLUMNS, RANK)
+        own_right = factor_tile(right, column, width, right_column_stride, rank, right_rank_stride, COLUMNS, RANK)
         high, middle, low = in_parts(own_right, PARTS, INTERPRETED)
         for row in tl.range(first_row, last_row, ROWS, num_stages=STAGES):
             pointers, mask = weight_tile(weight, row, column, last_row, width, stride, ROWS, COLUMNS)
             old = tl.load(pointers, mask=mask, other=0.0)
-            own_left = _factor_tile(left, row, last_row, left_row_stride, rank, left_rank_stride, ROWS, RANK)
+            own_left = factor_tile(left, row, last_row, left_row_stride, rank, left_rank_stride, ROWS, RANK)
             left_high, left_middle, left_low = in_parts(own_left, PARTS, INTERPRETED)
             product = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
             product = dot_of_parts(
                 left_high, left_middle, left_low, high.T, middle.T, low.T, product, PARTS, INTERPRETED
             )
             exact = old.to(tl.float32) + scale * product
-            store_rounded(pointers, mask, exact, row, column, columns, seed, number, TYPE, AT_RANDOM, INTERPRETED)
+            new = rounded_tile(exact, row, column, columns, seed, number, TYPE, AT_RANDOM, INTERPRETED)
+            tl.store(pointers, new, mask=mask)

@@ -12,69 +12,24 @@ from dataclasses import dataclass
 
 import torch
 import triton.language as tl
-from rocr_kernels.launch import address_table, capability, has_small_memory, processors, registers
+from rocr_kernels.launch import (
+    address_table,
+    capability,
+    processors,
+    registers,
+    run_with_scratch,
+)
+from rocr_kernels.low_rank_bands import add_low_rank_bands
+from rocr_kernels.low_rank_configs import CONFIGS, LowRankConfig, choose_config, resident_programs
 from rocr_kernels.low_rank_parts import add_low_rank_parts, split_factors
 from rocr_kernels.low_rank_tiles import add_low_rank
+from rocr_kernels.schedule import Bands, make_bands
 from torch import Tensor
 
 TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
-MAXIMUM_BAND_TILES = 32
-"""Most tiles of a band that one item walks down."""
-
-ITEMS_PER_PROGRAM = 8
-"""Items that a program gets where there are enough: the last ones then end close together."""
-
 PART_BYTES = 1 << 30
 """Most memory for the parts of the factors of one launch; more layers go in several."""
-
-
-@dataclass(frozen=True)
-class LowRankConfig:
-    """Shape of a launch.
-
-    Attributes:
-        resident: right stays with its program (low_rank_tiles), or both factors are split first (low_rank_parts).
-        parts: bfloat16 parts of a factor.
-        rows, columns: of a tile.
-        rank: the largest rank of a resident launch, or the step of the rank loop.
-        warps, stages: warps of a program, and steps that are loaded ahead.
-    """
-
-    resident: bool
-    parts: int
-    rows: int
-    columns: int
-    rank: int
-    warps: int
-    stages: int
-
-
-CONFIGS = {
-    "resident_16": LowRankConfig(True, 2, 64, 64, rank=16, warps=4, stages=3),
-    "resident_32": LowRankConfig(True, 2, 64, 64, rank=32, warps=4, stages=3),
-    "resident_16_float32": LowRankConfig(True, 3, 64, 64, rank=16, warps=4, stages=3),
-    "resident_32_float32": LowRankConfig(True, 3, 64, 64, rank=32, warps=4, stages=3),
-    "parts": LowRankConfig(False, 2, 128, 128, rank=32, warps=8, stages=3),
-    "parts_float32": LowRankConfig(False, 3, 128, 64, rank=32, warps=8, stages=3),
-}
-"""Every configuration that ships; nothing is tuned at run time, since a trial launch would change the weights."""
-
-
-def choose_config(compute_capability: tuple[int, int], dtype: torch.dtype, rank: int) -> str:
-    """Name the configuration for a chip, the dtype of the weights and the rank."""
-    suffix = "_float32" if dtype == torch.float32 else ""
-    if rank > 32 or (suffix and has_small_memory(compute_capability)):
-        return "parts" + suffix
-    return f"resident_{16 if rank <= 16 else 32}{suffix}"
-
-
-def resident_programs(compute_capability: tuple[int, int], config: LowRankConfig, at_random: bool) -> int:
-    """Programs of a resident launch on one multiprocessor: one waits for its tile while another multiplies.
-
-    As many as the registers are for, and the 100 KiB of shared memory of a consumer chip.
-    """
-    return 2 if at_random or config.parts == 3 or has_small_memory(compute_capability) else 3
 
 
 @dataclass(frozen=True)
@@ -85,12 +40,14 @@ class _Layers:
         weights: with unit stride along a row; a weight that lies transposed comes as its transpose, and its factors
             swapped.
         table: addresses of weights, of lefts and of rights, then the layers' numbers, int64, on the device.
+        aligned: all addresses and every row of a weight lie at multiples of 16 bytes.
     """
 
     weights: list[Tensor]
     lefts: list[Tensor]
     rights: list[Tensor]
     table: Tensor
+    aligned: bool
 
 
 class LowRankPlan:
@@ -122,12 +79,14 @@ class LowRankPlan:
 
     def run(self, scale: float, at_random: bool, seed: int) -> None:
         """Add scale * left @ right to every weight, rounded to nearest even or at random."""
+        launch = {"resident": _launch_resident, "bands": _launch_bands, "parts": _launch_parts}
         for layers in self._launches:
-            weight = layers.weights[0]
-            name = choose_config(capability(weight.device), weight.dtype, layers.lefts[0].shape[1])
-            config = self._config or CONFIGS[name]
-            launch = _launch_resident if config.resident else _launch_parts
-            launch(layers, config, scale, at_random and weight.dtype != torch.float32, seed)
+            weight, rank = layers.weights[0], layers.lefts[0].shape[1]
+            layers_at_random = at_random and weight.dtype != torch.float32
+            rank_stride, column_stride = layers.rights[0].stride()
+            streams = layers.aligned and column_stride == 1 and rank_stride % 4 == 0 and not layers_at_random
+            config = self._config or CONFIGS[choose_config(capability(weight.device), weight.dtype, rank, streams)]
+            launch[config.kind](layers, config, scale, layers_at_random, seed)
 
 
 def update_low_rank(
@@ -167,39 +126,40 @@ def _rows_first(weight: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Te
 
 def _layers(rows_first: Sequence[tuple[Tensor, Tensor, Tensor]], numbers: Sequence[int]) -> _Layers:
     weights, lefts, rights = ([rows_first[number][index] for number in numbers] for index in range(3))
-    return _Layers(weights, lefts, rights, address_table([weights, lefts, rights], numbers))
+    on_16_bytes = all(tensor.data_ptr() % 16 == 0 for tensor in (*weights, *lefts, *rights))
+    aligned = on_16_bytes and weights[0].stride(0) % 8 == 0 and weights[0].shape[1] % 8 == 0
+    return _Layers(weights, lefts, rights, address_table([weights, lefts, rights], numbers), aligned)
 
 
 def _options(layers: _Layers, config: LowRankConfig, at_random: bool) -> dict[str, object]:
-    """Compile-time arguments that both kernels take."""
-    weight = layers.weights[0]
-    step = 16 // weight.element_size()
-    tensors = (*layers.weights, *layers.lefts, *layers.rights)
-    on_16_bytes = all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
+    """Compile-time arguments of the kernels that take any layout."""
+    return _shape(layers, config) | {"ALIGNED": layers.aligned, "AT_RANDOM": at_random, "PARTS": config.parts}
+
+
+def _shape(layers: _Layers, config: LowRankConfig) -> dict[str, object]:
+    """Compile-time arguments that all kernels take."""
     return {
-        "TYPE": TYPES[weight.dtype],
-        "ALIGNED": on_16_bytes and weight.stride(0) % 8 == 0 and weight.shape[1] % max(step, 8) == 0,
-        "AT_RANDOM": at_random,
-        "PARTS": config.parts,
+        "TYPE": TYPES[layers.weights[0].dtype],
         "ROWS": config.rows,
         "COLUMNS": config.columns,
         "RANK": config.rank,
         "STAGES": config.stages,
-        "INTERPRETED": not weight.is_cuda,
+        "INTERPRETED": not layers.weights[0].is_cuda,
         "num_warps": config.warps,
     }
+
+
+def _bands(layers: _Layers, config: LowRankConfig, programs: int) -> Bands:
+    rows, columns = layers.weights[0].shape
+    return make_bands(len(layers.weights) * -(-columns // config.columns), -(-rows // config.rows), programs)
 
 
 def _launch_resident(layers: _Layers, config: LowRankConfig, scale: float, at_random: bool, seed: int) -> None:
     weight, left, right = layers.weights[0], layers.lefts[0], layers.rights[0]
     per_processor = resident_programs(capability(weight.device), config, at_random)
     programs = per_processor * processors(weight.device)
-    bands = len(layers.weights) * -(-weight.shape[1] // config.columns)
-    tiles = -(-weight.shape[0] // config.rows)
-    # Long bands read right less often and keep loads in flight; short ones share the work more evenly.
-    band_tiles = min(MAXIMUM_BAND_TILES, max(1, bands * tiles // (ITEMS_PER_PROGRAM * programs)))
-    items = bands * -(-tiles // band_tiles)
-    add_low_rank[(min(items, programs),)](
+    bands = _bands(layers, config, programs)
+    add_low_rank[(min(bands.items, programs),)](
         layers.table,
         len(layers.weights),
         *weight.shape,
@@ -209,10 +169,38 @@ def _launch_resident(layers: _Layers, config: LowRankConfig, scale: float, at_ra
         *right.stride(),
         scale,
         seed,
-        band_tiles * config.rows,
-        items,
+        bands.whole,
+        bands.splits,
+        bands.split_tiles * config.rows,
+        bands.items,
         maxnreg=registers(per_processor, config.warps),
         **_options(layers, config, at_random),
+    )
+
+
+def _launch_bands(layers: _Layers, config: LowRankConfig, scale: float, at_random: bool, seed: int) -> None:
+    weight, left, right = layers.weights[0], layers.lefts[0], layers.rights[0]
+    count, device = len(layers.weights), weight.device
+    lefts = _in_parts(layers.table[count:], left, count, config)
+    programs = config.programs * processors(device)
+    bands = _bands(layers, config, programs)
+    run_with_scratch(
+        device,
+        lambda: add_low_rank_bands[(min(bands.items, programs),)](
+            layers.table,
+            lefts,
+            count,
+            *weight.shape,
+            left.shape[1],
+            weight.stride(0),
+            right.stride(0),
+            scale,
+            bands.whole,
+            bands.splits,
+            bands.split_tiles * config.rows,
+            bands.items,
+            **_shape(layers, config),
+        ),
     )
 
 

@@ -1,7 +1,8 @@
-"""How the tiles of second moments are shared out among the programs of one launch; plain arithmetic, no GPU."""
+"""How tiles are shared out among the programs of one launch; plain arithmetic, no GPU."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 MAXIMUM_SPLITS = 16
@@ -12,6 +13,9 @@ MINIMUM_SPLIT_TOKENS = 1024
 
 ITEM_TOKENS = 512
 """What starting an item and adding its tile costs, in tokens of computation; an estimate."""
+
+BAND_TILES = 4
+"""What starting a band costs, in tiles of a weight: its addresses and its part of right come first; an estimate."""
 
 
 @dataclass(frozen=True)
@@ -60,3 +64,43 @@ def make_schedule(tiles: int, tokens: int, programs: int, token_step: int) -> Sc
     if not rest or splits == 1:
         return Schedule(tiles, whole=tiles, splits=1, split_tokens=tokens)
     return Schedule(tiles, whole, splits, split_tokens)
+
+
+@dataclass(frozen=True)
+class Bands:
+    """Which items a low-rank update has: an item walks down a column of tiles of a weight, or a part of it.
+
+    Attributes:
+        columns: columns of tiles of all layers together.
+        whole: the first of them, each one item.
+        splits: items that share each column of the rest.
+        split_tiles: tiles of such an item; the last one may have fewer.
+    """
+
+    columns: int
+    whole: int
+    splits: int
+    split_tiles: int
+
+    @property
+    def items(self) -> int:
+        """Items of the launch."""
+        return self.whole + (self.columns - self.whole) * self.splits
+
+
+@functools.cache
+def make_bands(columns: int, tiles: int, programs: int) -> Bands:
+    """Share columns of so many tiles out so that all programs finish at nearly the same time.
+
+    Long bands start seldom; the columns beyond the last full round of programs are cut up to end together.
+    """
+    whole = columns // programs * programs
+    rest = columns - whole
+    if not rest:
+        return Bands(columns, whole, 1, tiles)
+    best = (float("inf"), 1, tiles)
+    for splits in range(1, tiles + 1):
+        split_tiles = -(-tiles // splits)
+        if (splits - 1) * split_tiles < tiles:
+            best = min(best, (-(-rest * splits // programs) * (split_tiles + BAND_TILES), splits, split_tiles))
+    return Bands(columns, whole, best[1], best[2])

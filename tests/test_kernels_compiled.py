@@ -65,6 +65,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, dict[str, Any]]
                 "split_keys",
                 "split_factors",
                 "add_low_rank",
+                "add_low_rank_bands",
                 "add_low_rank_parts",
             ):
                 monkeypatch.setattr(module, name, Recorder(value, found))
@@ -106,7 +107,10 @@ def check(compiled: Any, capability: int, tmp_path: Path) -> str:
     return compiled.asm["ptx"]
 
 
-def multiplies_with(capability: int) -> str:
+def multiplies_with(capability: int, rows: int) -> str:
+    """The products' instruction: those of later chips take 64 rows at least."""
+    if rows < 64:
+        return "mma.sync"
     return {8: "mma.sync", 9: "wgmma.mma_async", 10: "tcgen05.mma"}[capability // 10]
 
 
@@ -142,13 +146,22 @@ UPDATES = {
     "resident_32": (BFLOAT16, 32),
     "resident_16_float32": (FLOAT32, 16),
     "resident_32_float32": (FLOAT32, 32),
+    "bands_64": (BFLOAT16, 64),
+    "bands_128": (BFLOAT16, 128),
     "parts": (BFLOAT16, 128),
     "parts_float32": (FLOAT32, 128),
 }
 """Weights of each configuration: their dtype, and the rank of the update."""
 
 UPDATE_CASES = [
-    *(case(name, *update, False, chip) for name, update in UPDATES.items() for chip in CHIPS),
+    *(
+        case(name, *update, False, chip)
+        for name, update in UPDATES.items()
+        for chip in CHIPS
+        if chip == 90 or low_rank_update.CONFIGS[name].kind != "bands"
+    ),
+    case("bands_64", FLOAT16, 40, False, 90),
+    case("bands_128", BFLOAT16, 100, False, 90),
     case("resident_16", BFLOAT16, 1, False, 90),
     case("resident_16", FLOAT16, 16, True, 90),
     case("resident_32", BFLOAT16, 32, True, 90),
@@ -177,7 +190,7 @@ def test_second_moment_fits(
     kernel, arguments = next(each for each in launches if "second_moments" in each[0].__name__)
     compiled = compile_launch(kernel, arguments, capability)
     ptx = check(compiled, capability, tmp_path)
-    assert multiplies_with(capability) in ptx
+    assert multiplies_with(capability, second_moment.CONFIGS[config].rows) in ptx
     if dtype == FLOAT32:
         assert adds_outside_of_products(compiled)
     if second_moment.CONFIGS[config].tma:
@@ -233,13 +246,17 @@ def test_low_rank_update_fits(
     kernel, arguments = next(each for each in launches if "add_low_rank" in each[0].__name__)
     compiled = compile_launch(kernel, arguments, capability)
     ptx = check(compiled, capability, tmp_path)
-    assert multiplies_with(capability) in ptx
+    shape = low_rank_update.CONFIGS[config]
+    assert multiplies_with(capability, shape.rows) in ptx
     assert ("cvt.rn.bf16" in ptx) or dtype != BFLOAT16
-    assert re.search(r"st\.global\S*\.v4\.b32", ptx), "16 bytes at once"
+    if shape.kind == "bands":
+        assert re.search(r"cp\.async\.bulk\.tensor\.2d\.global\S*\.shared", ptx), "weights go back through TMA"
+    else:
+        assert re.search(r"st\.global\S*\.v4\.b32", ptx), "16 bytes at once"
     if config == "parts_float32":
         assert adds_outside_of_products(compiled)
-    if low_rank_update.CONFIGS[config].resident:
-        programs = low_rank_update.resident_programs(divmod(capability, 10), low_rank_update.CONFIGS[config], at_random)
+    if shape.kind == "resident":
+        programs = low_rank_update.resident_programs(divmod(capability, 10), shape, at_random)
         assert programs * 32 * arguments["num_warps"] * arguments["maxnreg"] <= REGISTERS
 
 

@@ -26,7 +26,8 @@ TRUNCATED_SUM = 2e-5
 """What tensor cores may lose of 8,192 products of one sign by truncating their sums (Khattak, arXiv 2512.07004)."""
 
 SMALL_SHAPES = (
-    "(second_moment_of_odd_shapes and 63-136) or (low_rank_update_of_odd_shapes and 63-123) or triangle_alone"
+    "(second_moment_of_odd_shapes and 63-136) or triangle_alone"
+    " or (low_rank_update_of_odd_shapes and (63-123 or 130-264-100))"
 )
 """What compute-sanitizer runs, which takes many times as long."""
 
@@ -109,7 +110,18 @@ def update_errors(weight: Tensor, left: Tensor, right: Tensor, backend: str) -> 
 @pytest.mark.parametrize("transposed", [False, True], ids=["rows", "transposed"])
 @pytest.mark.parametrize(
     ("rows", "columns", "rank"),
-    [(1, 1, 1), (63, 123, 1), (123, 200, 16), (130, 264, 17), (576, 1536, 32), (264, 520, 130), (100, 136, 4096)],
+    [
+        (1, 1, 1),
+        (63, 123, 1),
+        (123, 200, 16),
+        (130, 264, 17),
+        (576, 1536, 32),
+        (264, 520, 40),
+        (130, 264, 100),
+        (1100, 1032, 128),
+        (264, 520, 130),
+        (100, 136, 4096),
+    ],
 )
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_low_rank_update_of_odd_shapes(
@@ -121,6 +133,27 @@ def test_low_rank_update_of_odd_shapes(
     left, right = torch.randn(rows, rank, device="cuda"), torch.randn(rank, columns, device="cuda") / rank**0.5
     ours, of_torch = update_errors(weight, left, right, backend)
     assert ours <= ERROR_OVER_TORCH * of_torch + 1e-6 * weight.float().norm().item()
+
+
+@pytest.mark.parametrize("rank", [16, 50, 128])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_layers_of_one_call_are_updated_alone_and_the_same_every_time(backend: str, rank: int) -> None:
+    require(backend)
+    lefts = [torch.randn(130, rank, device="cuda") for _ in range(150)]
+    rights = [torch.randn(rank, 264, device="cuda") for _ in lefts]
+    memory = torch.randn(150, 132, 280, device="cuda", dtype=torch.bfloat16)
+    results = []
+    for _ in range(2):
+        written = memory.clone()
+        ops.low_rank_update([each[1:131, 8:272] for each in written], lefts, rights, backend=backend)
+        results.append(written)
+    assert torch.equal(*results)
+    expected = memory.float()
+    for each, left, right in zip(expected, lefts, rights, strict=True):
+        each[1:131, 8:272] += left @ right
+    torch.testing.assert_close(results[0].float(), expected, rtol=2**-7, atol=1e-3)
+    results[0][:, 1:131, 8:272] = memory[:, 1:131, 8:272]
+    assert torch.equal(results[0], memory)
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=str)
