@@ -47,7 +47,7 @@ ROWS: dict[str, Bench] = {
     "update-small": lambda device: low_rank_update(device, 30, (576, 1536), 16, 100, (4, 8), sets=8),
     "solve-1": lambda device: solve(device, 14336, 4096, 1, rounds=5),
     "solve-1000": lambda device: solve(device, 14336, 4096, 1000, rounds=5),
-    "statistics": lambda device: statistics(device, tokens=1_400_000, official_tokens=8192),
+    "statistics": lambda device: statistics(device, tokens=600_000, official_tokens=8192),
     "thousand-concepts": lambda device: thousand_concepts(device, count=1000, official_count=3),
 }
 TINY_ROWS: dict[str, Bench] = {
@@ -83,8 +83,13 @@ def results_file(chip: str) -> Path:
     return ROOT / "benches" / "results" / f"{re.sub('[^a-z0-9]+', '-', chip.lower()).strip('-')}.json"
 
 
-def run(benches: dict[str, Bench], device: torch.device) -> tuple[list[Row], dict[str, str]]:
-    """Run benches; one that fails does not stop the others, and is named with what it said."""
+def run(
+    benches: dict[str, Bench], device: torch.device, keep: Callable[[list[Row], dict[str, str]], None]
+) -> tuple[list[Row], dict[str, str]]:
+    """Run benches; one that fails does not stop the others, and is named with what it said.
+
+    keep: called after each with all rows and failures so far, so that a run that is stopped has lost one row alone.
+    """
     rows: list[Row] = []
     failed: dict[str, str] = {}
     for name, bench in benches.items():
@@ -97,6 +102,7 @@ def run(benches: dict[str, Bench], device: torch.device) -> tuple[list[Row], dic
         if device.type == "cuda":
             torch.cuda.empty_cache()
         said = failed.get(name, "done")
+        keep(rows, failed)
         print(f"{name}: {said.splitlines()[0]} ({time.perf_counter() - start:.1f} s)", file=sys.stderr, flush=True)
     return rows, failed
 
@@ -119,13 +125,18 @@ def main() -> int:
         return 1
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     about = machine(device)
-    rows, failed = run({name: bench for name, bench in known.items() if name in (arguments.rows or known)}, device)
+    path = arguments.out or results_file(about["chip"])
+
+    def keep(rows: list[Row], failed: dict[str, str]) -> None:
+        if not arguments.tiny:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            results = {"machine": about, "rows": [row.as_json() for row in rows], "failed": failed}
+            path.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+
+    chosen = {name: bench for name, bench in known.items() if name in (arguments.rows or known)}
+    rows, failed = run(chosen, device, keep)
     print(table(rows))
     if not arguments.tiny:
-        path = arguments.out or results_file(about["chip"])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        results = {"machine": about, "rows": [row.as_json() for row in rows], "failed": failed}
-        path.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
         print(f"Written to {path}.", file=sys.stderr)
     return 1 if failed else 0
 

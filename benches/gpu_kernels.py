@@ -120,7 +120,7 @@ def small_second_moment(device: torch.device, tokens: int, width: int, rounds: i
         function(0)
         errors[name] = moment_error(totals[name], keys)
     times = interleave(functions, device, rounds)
-    note = "nothing is required of this row: it is for ops.SMALL_PRODUCT, which is an estimate"
+    note = "nothing is required of this row: it is what ops.SMALL_PRODUCT was set by"
     return [
         Row("small second moment", f"{tokens} x {width}, bfloat16", times, "chosen", "addmm", 0, 1, errors, {}, note)
     ]

@@ -27,6 +27,8 @@ LLAMA = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads":
 TINY = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
 TEMPLATES = 6
 OFFICIAL_SEQUENCE = 512
+ROUNDS = 2
+"""Of whole stages, which take seconds each; the check of their errors has warmed them up."""
 
 
 def make_tokenizer() -> Any:
@@ -140,7 +142,7 @@ def statistics(device: torch.device, tokens: int, official_tokens: int, tiny: bo
         "one pass with hooks": lambda _: hooks(batches),
         "official": lambda _: official(official_rows),
     }
-    times = interleave(functions, device, rounds=3, few=("official",))
+    times = interleave(functions, device, rounds=ROUNDS, warm_up=False)
     run = {"rocr": tokens, "one pass with hooks": batches.numel(), "official": official_rows.numel()}
     scaled = {name: _times(each, tokens / run[name]) for name, each in times.items()}
     rate = {f"{name} microseconds a token": each.median / tokens * 1e6 for name, each in scaled.items()}
@@ -186,7 +188,7 @@ def thousand_concepts(device: torch.device, count: int, official_count: int, tin
     exact = residual.T @ key.T / (key.square().sum() + 1)  # the projectors are identities
     error = {"rocr": _edit_error(ours(), known), "official": relative_error(update, exact)}
     functions: dict[str, Callable[[int], object]] = {"rocr": lambda _: ours(), "official": lambda _: official()}
-    times = interleave(functions, device, rounds=3, few=("official",))
+    times = interleave(functions, device, rounds=ROUNDS, warm_up=False)
     scaled = {"rocr": times["rocr"], "official": _times(times["official"], count / official_count)}
     size = f"{count} concepts, layers 4 to 6" + (" (tiny)" if tiny else "")
     note = (

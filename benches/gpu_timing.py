@@ -68,15 +68,19 @@ def fastest(times: dict[str, Times], names: Sequence[str]) -> str:
 
 
 def interleave(
-    functions: dict[str, Callable[[int], object]], device: torch.device, rounds: int, few: Sequence[str] = ()
+    functions: dict[str, Callable[[int], object]],
+    device: torch.device,
+    rounds: int,
+    few: Sequence[str] = (),
+    warm_up: bool = True,
 ) -> dict[str, Times]:
     """Time every function once a round, so that all see the same clocks; those in `few` in two rounds only.
 
     A function gets the number of the round, to take another buffer each time: one that is in the L2 cache from the
-    round before would be too fast.
+    round before would be too fast. Without warm_up, every function has run already.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for function in functions.values():
+    for function in functions.values() if warm_up else ():
         function(0)
     _synchronize(device)
     for number in range(rounds):
