@@ -25,7 +25,7 @@ CONFIGS = {
 }
 
 ERROR_OF_TWO_FORWARD_PASSES = 1e-3
-"""Between the updates of two devices, which round a forward pass in their own ways; not measured on a chip yet."""
+"""Between the updates of two devices, which round a forward pass in their own ways; kept on an H200."""
 
 
 class CopiesToHost(TorchDispatchMode):
