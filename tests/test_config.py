@@ -20,6 +20,7 @@ def test_the_authors_settings():
     assert (config.method, config.threshold, config.ridge) == ("projected", 0.02, 1.0)
     assert not config.relative_ridge and not config.relative_threshold
     assert (config.key_tokens, config.keys_per_concept, config.contexts) == ("last", "mean", "official")
+    assert (config.reach, config.held_weight) == ("whole", 0.0)
     assert len(config.templates) == 6
     assert config.templates[0] == Template(" {}.", chat=True, answer="Answer:")
     assert config.templates[4].text == "Tell me about {}."
@@ -37,6 +38,11 @@ def test_the_authors_settings():
 )
 def test_json_and_back(config):
     assert EditConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+def test_settings_of_an_older_file_are_as_they_were_then():
+    older = {name: value for name, value in EditConfig().to_json().items() if name not in ("reach", "held_weight")}
+    assert EditConfig.from_json(older) == EditConfig(reach="whole", held_weight=0.0)
 
 
 def test_layers_are_sorted_and_templates_may_be_plain_texts():
@@ -57,17 +63,17 @@ def test_templates_that_are_none(templates):
         EditConfig(templates=templates)
 
 
-@pytest.mark.parametrize("name", ["ridge", "threshold", "strength", "gamma"])
+@pytest.mark.parametrize("name", ["ridge", "threshold", "strength", "gamma", "held_weight"])
 @pytest.mark.parametrize("value", [0, -1.0, math.nan, math.inf, "1", None, True])
 def test_numbers_out_of_range(name, value):
-    if (name, value) == ("gamma", 0):
-        assert EditConfig(gamma=0).gamma == 0, "no weight of ordinary keys at all"
+    if name in ("gamma", "held_weight") and value == 0:
+        assert getattr(EditConfig(**{name: 0}), name) == 0, "no weight at all"
         return
     with pytest.raises(InputError, match=f"{name} must be a finite number .* not {value!r}"):
         EditConfig(**{name: value})
 
 
-@pytest.mark.parametrize("name", ["method", "key_tokens", "keys_per_concept", "contexts"])
+@pytest.mark.parametrize("name", ["method", "key_tokens", "keys_per_concept", "contexts", "reach"])
 @pytest.mark.parametrize("value", ["other", None, 3])
 def test_choices_out_of_range(name, value):
     with pytest.raises(InputError, match=f"{name} must be one of .*, not {value!r}"):
