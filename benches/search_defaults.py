@@ -148,11 +148,13 @@ def metrics_kept() -> Iterator[None]:
     """Build the metric of a layer once for all edits with the same settings: minutes for a large layer."""
     build, kept = pipeline.build_metric, {}
 
-    def build_once(second_moment: torch.Tensor, config: rocr.EditConfig) -> Any:
+    def build_once(second_moment: torch.Tensor, config: rocr.EditConfig, held: torch.Tensor | None) -> Any:
         choice = (config.method, config.gamma, config.threshold, config.relative_threshold)
+        if held is not None:
+            choice += (config.held_weight, float(held.double().sum()))
         key = (second_moment.data_ptr(), *choice)
         if key not in kept:
-            kept[key] = build(second_moment, config)
+            kept[key] = build(second_moment, config, held)
         return kept[key]
 
     pipeline.build_metric = build_once
@@ -171,6 +173,9 @@ def candidates(text: str | None) -> list[Candidate]:
         "ridge 0.5": replace(default, ridge=0.5),
         "ridge 2": replace(default, ridge=2.0),
         "gamma 1": replace(default, gamma=1.0),
+        "whole names": replace(default, reach="whole"),
+        "gradual names": replace(default, reach="gradual"),
+        "nothing held": replace(default, held_weight=0.0),
         "gamma 30": replace(default, gamma=30.0),
         "strength 1.5": replace(default, strength=1.5),
         "last token only": replace(default, key_tokens="last"),

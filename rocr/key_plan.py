@@ -106,6 +106,7 @@ def plan_keys(tokenizer: Any, concepts: Sequence[Concept], config: EditConfig) -
     Raises:
         InputError: a name has no token that can be a key in any template.
     """
+    config = config.for_concepts(len(concepts))
     official = config.contexts == "official"
     keys, current, targets = _ReadingBuilder(), _ReadingBuilder(), _ReadingBuilder()
     groups: dict[tuple[int, ...], int] = {}

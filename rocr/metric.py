@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -149,9 +150,11 @@ def _held_rows(second_moment: Tensor, config: EditConfig, held: Tensor | None) -
         return None
     if not all_finite(held):
         raise GuardError(
-            "The keys of the templates' own tokens are not finite: the model overflows there. Load it in float32 or bfloat16."
+            "The keys of the templates' own tokens are not finite: the model overflows there. Load it in float32 or "
+            "bfloat16."
         )
-    return held.to(second_moment) * (config.held_weight / len(held)) ** 0.5
+    rows: Tensor = held.to(second_moment) * math.sqrt(config.held_weight / len(held))
+    return rows
 
 
 def _cholesky(second_moment: Tensor, weight: float, rows: Tensor | None) -> Tensor:

@@ -78,7 +78,8 @@ def unlearn(
     """
     concepts = list(concepts)
     check_concepts([*kept.concepts, *concepts] if kept else concepts)
-    config = resolve_layers(config or (kept.config if kept else EditConfig()), model)
+    config = config or (kept.config if kept else EditConfig())
+    config = resolve_layers(config.for_concepts(len(concepts)), model)
     architecture = find_architecture(model)
     layers = config.layers or ()
     last = max(layers)

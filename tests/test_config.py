@@ -40,6 +40,15 @@ def test_json_and_back(config):
     assert EditConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
 
 
+def test_long_lists_are_sent_gradually():
+    for count in (1, 24):
+        assert EditConfig().for_concepts(count) == EditConfig(reach="whole", held_weight=0.0)
+    for count in (25, 10_000):
+        assert EditConfig().for_concepts(count) == EditConfig(reach="gradual", held_weight=0.03)
+    for config in (EditConfig(reach="whole", held_weight=2.0), EditConfig.official()):
+        assert config.for_concepts(1) == config.for_concepts(1000) == config
+
+
 def test_settings_of_an_older_file_are_as_they_were_then():
     older = {name: value for name, value in EditConfig().to_json().items() if name not in ("reach", "held_weight")}
     assert EditConfig.from_json(older) == EditConfig(reach="whole", held_weight=0.0)
@@ -66,8 +75,8 @@ def test_templates_that_are_none(templates):
 @pytest.mark.parametrize("name", ["ridge", "threshold", "strength", "gamma", "held_weight"])
 @pytest.mark.parametrize("value", [0, -1.0, math.nan, math.inf, "1", None, True])
 def test_numbers_out_of_range(name, value):
-    if name in ("gamma", "held_weight") and value == 0:
-        assert getattr(EditConfig(**{name: 0}), name) == 0, "no weight at all"
+    if (name, value) in (("gamma", 0), ("held_weight", 0), ("held_weight", None)):
+        assert getattr(EditConfig(**{name: value}), name) == value, "no weight at all, or chosen by the list"
         return
     with pytest.raises(InputError, match=f"{name} must be a finite number .* not {value!r}"):
         EditConfig(**{name: value})
@@ -76,6 +85,8 @@ def test_numbers_out_of_range(name, value):
 @pytest.mark.parametrize("name", ["method", "key_tokens", "keys_per_concept", "contexts", "reach"])
 @pytest.mark.parametrize("value", ["other", None, 3])
 def test_choices_out_of_range(name, value):
+    if (name, value) == ("reach", None):
+        return  # chosen by the number of concepts
     with pytest.raises(InputError, match=f"{name} must be one of .*, not {value!r}"):
         EditConfig(**{name: value})
 

@@ -95,7 +95,7 @@ def test_how_far_the_tokens_of_a_name_are_sent(tokenizer):
 def test_the_words_before_a_name_are_held_once(make_tokenizer):
     tokenizer = make_tokenizer(start=True)
     templates = ("Who is {}?", "Who was {}?", "{}?")
-    held = plan_keys(tokenizer, CONCEPTS, EditConfig(templates=templates)).held
+    held = plan_keys(tokenizer, CONCEPTS, EditConfig(templates=templates, held_weight=0.1)).held
     before = [
         tokenizer.decode(held.prompts[prompt].tokens[1 : position + 1])
         for prompt, position in zip(held.prompt_of, held.position_of, strict=True)
@@ -103,7 +103,7 @@ def test_the_words_before_a_name_are_held_once(make_tokenizer):
     assert len(before) == len(set(before)) == held.groups
     assert {"Who", "Who is", "Who was"} <= {text.strip() for text in before}
     assert not any(name.split()[0] in text for concept in CONCEPTS for name in concept.names for text in before)
-    for without in (EditConfig(templates=("{}?",)), EditConfig(templates=templates, held_weight=0.0)):
+    for without in (EditConfig(templates=("{}?",), held_weight=0.1), EditConfig(templates=templates)):
         assert plan_keys(tokenizer, CONCEPTS, without).held is None, "the first token is a sink, and held by nothing"
 
 

@@ -103,7 +103,7 @@ def test_held_keys_weigh_as_the_setting_says(method, rows):
 def test_held_keys_that_are_not_finite_are_refused():
     moment, _ = second_moment(floor=0.01)
     with pytest.raises(GuardError, match="templates' own tokens are not finite"):
-        build_metric(moment, EditConfig(), torch.full((1, SIZE), torch.inf))
+        build_metric(moment, EditConfig(held_weight=0.1), torch.full((1, SIZE), torch.inf))
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])

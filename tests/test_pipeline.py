@@ -115,7 +115,7 @@ def test_protected_directions_keep_their_outputs(model, tokenizer, statistics, c
     changes = {}
     for method in ("whitened", "projected"):
         edited = copy.deepcopy(original)
-        config = EditConfig(layers=[1, 2], method=method, threshold=0.2, relative_threshold=True, held_weight=0.0)
+        config = EditConfig(layers=[1, 2], method=method, threshold=0.2, relative_threshold=True)
         rocr.unlearn(edited, tokenizer, concepts, statistics, config)
         changes[method] = [weight_change(edited, original, layer) for layer in (1, 2)]
     for layer, projected, whitened in zip((1, 2), changes["projected"], changes["whitened"], strict=True):

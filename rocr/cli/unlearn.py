@@ -167,8 +167,8 @@ def _config(arguments: argparse.Namespace) -> EditConfig:
 
     from rocr.config import EditConfig
 
-    names = ("layers", "method", "ridge", "gamma", "threshold", "strength", "held_weight")
-    names += ("key_tokens", "keys_per_concept", "reach", "seed")
+    numbers = ("ridge", "gamma", "threshold", "strength", "held_weight", "seed")
+    names = (*numbers, "layers", "method", "key_tokens", "keys_per_concept", "reach")
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     return dataclasses.replace(EditConfig.official() if arguments.official else EditConfig(), **given)
 
