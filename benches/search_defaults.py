@@ -52,6 +52,11 @@ REDIRECTS = (
     *("Diego Maradona", "Edmund Hillary", "Maria Callas"),
 )
 """Of people who are unlearned together: one redirect for all would teach the model that everybody is that person."""
+CHOICES = (
+    *REDIRECTS,
+    *("Bob Marley", "Jackie Chan", "Mother Teresa", "Attila the Hun", "Sitting Bull", "Louis Armstrong"),
+)
+"""Redirects to choose among for each person; the last six share little with those who were searched on."""
 KEPT, KEPT_TOGETHER = 8, 16
 
 
@@ -191,7 +196,7 @@ def candidates(text: str | None) -> list[Candidate]:
     others = ("Frédéric Chopin", "Donald Trump", "Lionel Messi", "Pikachu", "a gardener")
     found += [Candidate(f"redirect {name}", default, (name,)) for name in others]
     found += [Candidate(f"about {name}, no edit", None, (name,)) for name in (REDIRECT, others[0])]
-    found.append(Candidate("redirect chosen", default, REDIRECTS, chosen=True))
+    found.append(Candidate("redirect chosen", default, CHOICES, chosen=True))
     found.append(Candidate("official", rocr.EditConfig.official(), ("Donald Trump",)))
     names = text.split(";") if text else [candidate.name for candidate in found]
     unknown = set(names) - {candidate.name for candidate in found}
