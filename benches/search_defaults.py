@@ -52,6 +52,11 @@ REDIRECTS = (
     *("Diego Maradona", "Edmund Hillary", "Maria Callas"),
 )
 """Of people who are unlearned together: one redirect for all would teach the model that everybody is that person."""
+CHOICES = (
+    *REDIRECTS,
+    *("Bob Marley", "Jackie Chan", "Mother Teresa", "Attila the Hun", "Sitting Bull", "Louis Armstrong"),
+)
+"""Redirects to choose among for each person; the last six share little with those who were searched on."""
 KEPT, KEPT_TOGETHER = 8, 16
 
 
@@ -148,11 +153,13 @@ def metrics_kept() -> Iterator[None]:
     """Build the metric of a layer once for all edits with the same settings: minutes for a large layer."""
     build, kept = pipeline.build_metric, {}
 
-    def build_once(second_moment: torch.Tensor, config: rocr.EditConfig) -> Any:
+    def build_once(second_moment: torch.Tensor, config: rocr.EditConfig, held: torch.Tensor | None) -> Any:
         choice = (config.method, config.gamma, config.threshold, config.relative_threshold)
+        if held is not None:
+            choice += (config.held_weight, float(held.double().sum()))
         key = (second_moment.data_ptr(), *choice)
         if key not in kept:
-            kept[key] = build(second_moment, config)
+            kept[key] = build(second_moment, config, held)
         return kept[key]
 
     pipeline.build_metric = build_once
@@ -171,6 +178,8 @@ def candidates(text: str | None) -> list[Candidate]:
         "ridge 0.5": replace(default, ridge=0.5),
         "ridge 2": replace(default, ridge=2.0),
         "gamma 1": replace(default, gamma=1.0),
+        "as a short list": replace(default, reach="whole", held_weight=0.0),
+        "as a long list": replace(default, reach="gradual", held_weight=0.03),
         "gamma 30": replace(default, gamma=30.0),
         "strength 1.5": replace(default, strength=1.5),
         "last token only": replace(default, key_tokens="last"),
@@ -187,7 +196,7 @@ def candidates(text: str | None) -> list[Candidate]:
     others = ("Frédéric Chopin", "Donald Trump", "Lionel Messi", "Pikachu", "a gardener")
     found += [Candidate(f"redirect {name}", default, (name,)) for name in others]
     found += [Candidate(f"about {name}, no edit", None, (name,)) for name in (REDIRECT, others[0])]
-    found.append(Candidate("redirect chosen", default, REDIRECTS, chosen=True))
+    found.append(Candidate("redirect chosen", default, CHOICES, chosen=True))
     found.append(Candidate("official", rocr.EditConfig.official(), ("Donald Trump",)))
     names = text.split(";") if text else [candidate.name for candidate in found]
     unknown = set(names) - {candidate.name for candidate in found}

@@ -11,10 +11,14 @@ from rocr.errors import InputError
 from rocr.prompts import Template
 
 MAX_SETTING = 1e30  # larger numbers overflow float32
+HELD_WEIGHT = 0.03
+LONG_LIST = 25
+"""Concepts from which on what they cost others matters more than what is left of each."""
 Method = Literal["whitened", "projected"]
 KeyTokens = Literal["last", "all"]
 KeysPerConcept = Literal["mean", "all"]
 Contexts = Literal["matched", "official"]
+Reach = Literal["gradual", "whole"]
 Measure = Literal["each", "once"]
 
 DEFAULT_TEMPLATES = (
@@ -65,6 +69,12 @@ class EditConfig:
         keys_per_concept: "mean" over the templates, or "all" of them.
         contexts: "matched": target and current state are taken in the key's own template; "official": the
             target in the first template and the current state in the bare text "{name}.", as the authors do.
+        reach: how far the tokens of a name are sent: all of them the "whole" way, or "gradual", token j of m √(j/m) of
+            it, since other names begin alike; None: gradual for long lists (`LONG_LIST`), where others then lose a
+            third as much, while of one concept it would leave more (benches/search_defaults.py).
+        held_weight: s >= 0: what the templates' own tokens before a name, such as a chat's system prompt, weigh
+            against ordinary ones: C + s mean(k kᵀ) takes the place of C. They stand before everything that a chat
+            model reads, and ordinary text has none of them; None: 0.03 for long lists, else 0.
         measure: "each": keys and residuals are measured again after every layer's edit, as the authors do;
             "once": all before the first, with equal shares for the layers, so that concepts can be removed and
             added later exactly (`Edit.remove`), at the price of residuals that are closed less.
@@ -86,6 +96,8 @@ class EditConfig:
     key_tokens: KeyTokens = "all"
     keys_per_concept: KeysPerConcept = "mean"
     contexts: Contexts = "matched"
+    reach: Reach | None = None
+    held_weight: float | None = None
     measure: Measure = "each"
     seed: int = 0
 
@@ -97,9 +109,13 @@ class EditConfig:
         _check_choice("key_tokens", self.key_tokens, get_args(KeyTokens))
         _check_choice("keys_per_concept", self.keys_per_concept, get_args(KeysPerConcept))
         _check_choice("contexts", self.contexts, get_args(Contexts))
+        if self.reach is not None:
+            _check_choice("reach", self.reach, get_args(Reach))
         _check_choice("measure", self.measure, get_args(Measure))
         _check_number("ridge", self.ridge, 0.0, exclusive=True)
         _check_number("gamma", self.gamma, 0.0)
+        if self.held_weight is not None:
+            _check_number("held_weight", self.held_weight, 0.0)
         _check_number("threshold", self.threshold, 0.0, exclusive=True)
         _check_number("strength", self.strength, 0.0, exclusive=True)
         for name in ("relative_ridge", "relative_threshold"):
@@ -121,6 +137,17 @@ class EditConfig:
             key_tokens="last",
             keys_per_concept="mean",
             contexts="official",
+            reach="whole",
+            held_weight=0.0,
+        )
+
+    def for_concepts(self, count: int) -> EditConfig:
+        """The settings with what is chosen by the number of concepts."""
+        long = count >= LONG_LIST
+        return dataclasses.replace(
+            self,
+            reach=self.reach or ("gradual" if long else "whole"),
+            held_weight=self.held_weight if self.held_weight is not None else HELD_WEIGHT * long,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -129,7 +156,7 @@ class EditConfig:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> EditConfig:
-        """The inverse of `to_json`.
+        """The inverse of `to_json`; settings that older files lack are as they were then.
 
         Raises:
             InputError: an unknown setting, or a value out of range.
@@ -139,7 +166,7 @@ class EditConfig:
         unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
         if unknown:
             raise InputError(f"Unknown settings: {_shown(', '.join(unknown))}.")
-        known = dict(values)
+        known: dict[str, Any] = {"reach": "whole", "held_weight": 0.0, **values}
         if isinstance(known.get("templates"), (list, tuple)):
             known["templates"] = tuple(
                 Template.from_json(template) if isinstance(template, Mapping) else template

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,19 +53,23 @@ class Reading:
 
 @dataclass(frozen=True)
 class KeyPlan:
-    """The readings of an edit; each has one group per key.
+    """The readings of an edit; each has one group per key, but for `held`.
 
     Attributes:
         keys: where the keys are read.
         current: where the current states are read; None: where the keys are.
         targets: where the states to reach are read.
         concept_of: for each key, the index of its concept.
+        reach: for each key, the share of the way to its target that it is sent.
+        held: the templates' own tokens before a name, once each, which nothing should happen to; None: none is held.
     """
 
     keys: Reading
     current: Reading | None
     targets: Reading
     concept_of: list[int]
+    reach: list[float]
+    held: Reading | None
 
     def check_positions(self, concepts: Sequence[Concept], config: Any) -> None:
         """Refuse names and redirects that do not fit into a model's positions; see `Reading.check_positions`."""
@@ -102,10 +106,13 @@ def plan_keys(tokenizer: Any, concepts: Sequence[Concept], config: EditConfig) -
     Raises:
         InputError: a name has no token that can be a key in any template.
     """
+    config = config.for_concepts(len(concepts))
     official = config.contexts == "official"
     keys, current, targets = _ReadingBuilder(), _ReadingBuilder(), _ReadingBuilder()
     groups: dict[tuple[int, ...], int] = {}
     concept_of: list[int] = []
+    reach: list[float] = []
+    held: dict[tuple[int, ...], tuple[Prompt, int]] = {}
     named = [(concept, name) for concept, entry in enumerate(concepts) for name in entry.names]
     names = [name for _, name in named]
     redirects = [concepts[concept].redirect for concept, _ in named]
@@ -114,6 +121,8 @@ def plan_keys(tokenizer: Any, concepts: Sequence[Concept], config: EditConfig) -
     first_targets = build_prompts(tokenizer, rendered[0], redirects)
     for t, template in enumerate(rendered):
         prompts = build_prompts(tokenizer, template, names)
+        for position in range(1, prompts[0].shared):
+            held.setdefault(prompts[0].tokens[: position + 1], (prompts[0], position))
         target_prompts = first_targets if official else build_prompts(tokenizer, template, redirects)
         for i, (prompt, target) in enumerate(zip(prompts, target_prompts, strict=True)):
             for from_end, position in enumerate(_key_positions(prompt, config)):
@@ -121,6 +130,7 @@ def plan_keys(tokenizer: Any, concepts: Sequence[Concept], config: EditConfig) -
                 if group_key not in groups:
                     groups[group_key] = len(groups)
                     concept_of.append(named[i][0])
+                    reach.append(_reach(from_end, len(prompt.words), config))
                 group = groups[group_key]
                 keys.read(prompt, position, group)
                 targets.read(target, _last_position(target), group)
@@ -128,7 +138,14 @@ def plan_keys(tokenizer: Any, concepts: Sequence[Concept], config: EditConfig) -
                     current.read(bare[i], _last_position(bare[i]), group)
     _check_every_name_has_a_key(named, {i for i, *_ in groups})
     count = len(groups)
-    return KeyPlan(keys.build(count), current.build(count) if official else None, targets.build(count), concept_of)
+    return KeyPlan(
+        keys.build(count),
+        current.build(count) if official else None,
+        targets.build(count),
+        concept_of,
+        reach,
+        _read_each(held.values()) if held and config.held_weight else None,
+    )
 
 
 def plan_names(tokenizer: Any, names: Sequence[str], config: EditConfig) -> tuple[Reading, list[int]]:
@@ -146,8 +163,21 @@ def plan_names(tokenizer: Any, names: Sequence[str], config: EditConfig) -> tupl
 
 def _key_positions(prompt: Prompt, config: EditConfig) -> tuple[int, ...]:
     """Positions that become keys, the last one first."""
-    positions = prompt.name[::-1]
+    positions = prompt.words[::-1]
     return positions[:1] if config.key_tokens == "last" else positions
+
+
+def _reach(from_end: int, count: int, config: EditConfig) -> float:
+    """How far the token goes that has `from_end` of a name's `count` tokens behind it."""
+    return 1.0 if config.reach == "whole" else ((count - from_end) / count) ** 0.5
+
+
+def _read_each(places: Collection[tuple[Prompt, int]]) -> Reading:
+    """A reading with a group for every prompt and position."""
+    builder = _ReadingBuilder()
+    for group, (prompt, position) in enumerate(places):
+        builder.read(prompt, position, group)
+    return builder.build(len(places))
 
 
 def _last_position(prompt: Prompt) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -117,12 +118,15 @@ class ProjectedMetric:
         return f"projected, {self.free_directions} of {self.basis.shape[0]} directions free"
 
 
-def build_metric(second_moment: Tensor, config: EditConfig) -> WhitenedMetric | ProjectedMetric:
+def build_metric(
+    second_moment: Tensor, config: EditConfig, held: Tensor | None = None
+) -> WhitenedMetric | ProjectedMetric:
     """Build the configured metric from the mean second moment of ordinary keys.
 
     Args:
         second_moment: (d_in, d_in) symmetric, float32 or float64: C = sum(k kᵀ) / tokens.
-        config: method, gamma, threshold.
+        config: method, gamma, threshold, held_weight.
+        held: (h, d_in) keys that are protected besides, as `config.held_weight` says; None: none.
 
     Raises:
         GuardError: C is not finite or zero, γ C is indefinite by its rounding, or no direction lies below the
@@ -131,16 +135,34 @@ def build_metric(second_moment: Tensor, config: EditConfig) -> WhitenedMetric | 
     scale = second_moment.diagonal().mean()
     if not all_finite(second_moment) or scale <= 0:
         raise GuardError("The second moment is not finite or zero: collect the statistics again on ordinary text.")
+    rows = _held_rows(second_moment, config, held)
     if config.method == "whitened":
-        factor = _cholesky(second_moment, config.gamma / float(scale))
+        factor = _cholesky(second_moment, config.gamma / float(scale), rows)
         return WhitenedMetric(factor, config.gamma, _trace_of_product(second_moment, factor))
+    if rows is not None:
+        second_moment = torch.addmm(second_moment, rows.T, rows)
     return _projected(second_moment, config.threshold * float(scale) if config.relative_threshold else config.threshold)
 
 
-def _cholesky(second_moment: Tensor, weight: float) -> Tensor:
-    """Lower factor of weight C + I, in float64 where C's own precision does not do; one matrix of memory."""
+def _held_rows(second_moment: Tensor, config: EditConfig, held: Tensor | None) -> Tensor | None:
+    """The rows H (h, d_in) for which C + HᵀH is what the metric is built from; None: C alone."""
+    if held is None or not len(held) or not config.held_weight:
+        return None
+    if not all_finite(held):
+        raise GuardError(
+            "The keys of the templates' own tokens are not finite: the model overflows there. Load it in float32 or "
+            "bfloat16."
+        )
+    rows: Tensor = held.to(second_moment) * math.sqrt(config.held_weight / len(held))
+    return rows
+
+
+def _cholesky(second_moment: Tensor, weight: float, rows: Tensor | None) -> Tensor:
+    """Lower factor of weight (C + HᵀH) + I, in float64 where C's precision does not do; one matrix of memory."""
     for dtype in (second_moment.dtype, torch.float64):
         matrix = second_moment.to(dtype).mul(weight)
+        if rows is not None:
+            matrix.addmm_(rows.to(dtype).T, rows.to(dtype), alpha=weight)
         matrix.diagonal().add_(1.0)
         # Symmetric, so that its transpose is itself in the order that LAPACK overwrites.
         factor, failed = matrix.T, torch.zeros((), dtype=torch.int32, device=matrix.device)

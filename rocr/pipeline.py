@@ -78,7 +78,8 @@ def unlearn(
     """
     concepts = list(concepts)
     check_concepts([*kept.concepts, *concepts] if kept else concepts)
-    config = resolve_layers(config or (kept.config if kept else EditConfig()), model)
+    config = config or (kept.config if kept else EditConfig())
+    config = resolve_layers(config.for_concepts(len(concepts)), model)
     architecture = find_architecture(model)
     layers = config.layers or ()
     last = max(layers)
@@ -101,6 +102,9 @@ def unlearn(
     with run.timed("targets"):
         targets = read_states(architecture, run.plan.targets, last, progress=progress, stage="targets").hidden
     check_finite("target states", last, targets, run.plan.concept_of, concepts)
+    if plan.held is not None:
+        with run.timed("keys"):
+            run.held = read_layers(architecture, plan.held, last, layers, progress=progress, stage="held keys")
     run.neighbours = read_neighbours(architecture, tokenizer, run.all_concepts, neighbours, config, progress)
     run.report.statistics = statistics.summary()
     with run.timed("check"):
@@ -112,7 +116,7 @@ def unlearn(
             share = 1 / (len(layers) if config.measure == "once" else len(layers) - i)
             run.edit_layer(layer, last, targets, share, moments[layer])
             progress(Progress("edit", i + 1, len(layers), "layers"))
-        run.report.distance = run.distance(targets, last)
+        run.report.distance = run.distance(last)
         if run.neighbours is not None:
             run.report.neighbours = run.neighbours.report([concept.name for concept in run.all_concepts])
         with run.timed("check"):
@@ -131,9 +135,11 @@ class _Run:
     progress: ProgressCallback
     guards: Guards
     kept: Edit | None = None
+    held: dict[int, States] = field(default_factory=dict)
     readings: dict[int, States] = field(default_factory=dict)
     updates: list[LayerUpdate] = field(default_factory=list)
     report: EditReport = field(default_factory=EditReport)
+    goals: Tensor | None = None
     first_distance: Tensor | None = None
     neighbours: Neighbours | None = None
 
@@ -156,7 +162,8 @@ class _Run:
             keys, residuals = self.measure(layer, last, targets, share)
         keys, residuals = self.with_kept(layer, keys, residuals)
         with self.timed("metric"):
-            metric = build_metric(moment.to(keys.device), self.config)
+            held = self.held[layer].keys if self.held else None
+            metric = build_metric(moment.to(keys.device), self.config, held)
         with self.timed("solve"), with_closest(keys, self.all_concept_of, self.all_concepts):
             ridge = self.config.ridge * (metric.ordinary if self.config.relative_ridge else 1.0)
             solution = solve_layer(keys, residuals, metric, ridge)
@@ -203,9 +210,11 @@ class _Run:
         states = (self.readings or self.read([layer], last))[layer]
         assert states.keys is not None
         device = self.architecture.down_projection(layer).weight.device
-        difference = targets - states.hidden
-        if self.first_distance is None:
-            self.first_distance = difference.norm(dim=1)
+        if self.goals is None:
+            reach = torch.tensor(self.plan.reach).to(targets)[:, None]
+            self.goals = states.hidden + reach * (targets - states.hidden)
+            self.first_distance = (self.goals - states.hidden).norm(dim=1)
+        difference = self.goals - states.hidden
         residuals = (difference * (self.config.strength * share)).to(device)
         norm = self.architecture.output_norm(layer)
         if norm is not None and states.outputs is not None:
@@ -244,14 +253,14 @@ class _Run:
         hidden = read_states(self.architecture, plan.current, last, progress=self.progress, stage=stage).hidden
         return {layer: replace(found, hidden=hidden) for layer, found in states.items()}
 
-    def distance(self, targets: Tensor, last: int) -> list[float]:
-        """For each concept the distance to its target after the edit, as a share of that before."""
+    def distance(self, last: int) -> list[float]:
+        """For each concept the distance to where it was sent after the edit, as a share of that before."""
         reading = self.plan.current or self.plan.keys
         with self.timed("measure"):
             hidden = read_states(self.architecture, reading, last, progress=self.progress, stage="check").hidden
         check_finite("states after the edit", last, hidden, self.plan.concept_of, self.concepts)
-        assert self.first_distance is not None
-        shares = (targets - hidden).norm(dim=1) / self.first_distance.clamp(min=1e-12)
+        assert self.goals is not None and self.first_distance is not None
+        shares = (self.goals - hidden).norm(dim=1) / self.first_distance.clamp(min=1e-12)
         found = mean_by_concept(shares, self.plan.concept_of)
         if self.kept is None:
             return found

@@ -6,6 +6,7 @@ A name's tokens are found by the tokenizer's offsets, never by counting: a name 
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -61,11 +62,14 @@ class Prompt:
         tokens: token ids, with the tokenizer's own opening tokens.
         name: positions of the name's tokens among them, ascending; never 0, since the first token of a text is
             an attention sink with keys unlike all others.
+        words: those of them that can become keys: before the last one, none that holds punctuation or space alone, such
+            as the comma of "Harry, Duke of Sussex", which belongs to every text.
         shared: how many leading tokens all prompts of the template have in common, before the first of a name.
     """
 
     tokens: tuple[int, ...]
     name: tuple[int, ...]
+    words: tuple[int, ...] = field(default=(), compare=False)
     shared: int = field(default=0, compare=False)
 
 
@@ -149,10 +153,21 @@ def _prompt(
     name: str, opening: Sequence[int], tokens: Sequence[int], offsets: Sequence[tuple[int, int]], start: int
 ) -> Prompt:
     end = start + len(name)
-    covered = [i + len(opening) for i, (first, last) in enumerate(offsets) if first < end and last > start]
-    if not covered:
+    parts = {
+        i + len(opening): name[max(first - start, 0) : last - start]
+        for i, (first, last) in enumerate(offsets)
+        if first < end and last > start
+    }
+    if not parts:
         raise InputError(f"The tokenizer gives no token to the name {name!r}.")
-    return Prompt((*opening, *tokens), tuple(position for position in covered if position > 0))
+    covered = tuple(position for position in parts if position > 0)
+    words = tuple(position for position in covered if position == max(parts) or _is_of_a_word(parts[position]))
+    return Prompt((*opening, *tokens), covered, words)
+
+
+def _is_of_a_word(text: str) -> bool:
+    """Whether a text holds a letter, a digit or a mark on one, and not punctuation, symbols or space alone."""
+    return any(unicodedata.category(character)[0] in "LNM" for character in text)
 
 
 def _common_prefix(prompts: Sequence[Prompt]) -> int:

@@ -20,6 +20,7 @@ def test_the_authors_settings():
     assert (config.method, config.threshold, config.ridge) == ("projected", 0.02, 1.0)
     assert not config.relative_ridge and not config.relative_threshold
     assert (config.key_tokens, config.keys_per_concept, config.contexts) == ("last", "mean", "official")
+    assert (config.reach, config.held_weight) == ("whole", 0.0)
     assert len(config.templates) == 6
     assert config.templates[0] == Template(" {}.", chat=True, answer="Answer:")
     assert config.templates[4].text == "Tell me about {}."
@@ -37,6 +38,20 @@ def test_the_authors_settings():
 )
 def test_json_and_back(config):
     assert EditConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+def test_long_lists_are_sent_gradually():
+    for count in (1, 24):
+        assert EditConfig().for_concepts(count) == EditConfig(reach="whole", held_weight=0.0)
+    for count in (25, 10_000):
+        assert EditConfig().for_concepts(count) == EditConfig(reach="gradual", held_weight=0.03)
+    for config in (EditConfig(reach="whole", held_weight=2.0), EditConfig.official()):
+        assert config.for_concepts(1) == config.for_concepts(1000) == config
+
+
+def test_settings_of_an_older_file_are_as_they_were_then():
+    older = {name: value for name, value in EditConfig().to_json().items() if name not in ("reach", "held_weight")}
+    assert EditConfig.from_json(older) == EditConfig(reach="whole", held_weight=0.0)
 
 
 def test_layers_are_sorted_and_templates_may_be_plain_texts():
@@ -57,19 +72,21 @@ def test_templates_that_are_none(templates):
         EditConfig(templates=templates)
 
 
-@pytest.mark.parametrize("name", ["ridge", "threshold", "strength", "gamma"])
+@pytest.mark.parametrize("name", ["ridge", "threshold", "strength", "gamma", "held_weight"])
 @pytest.mark.parametrize("value", [0, -1.0, math.nan, math.inf, "1", None, True])
 def test_numbers_out_of_range(name, value):
-    if (name, value) == ("gamma", 0):
-        assert EditConfig(gamma=0).gamma == 0, "no weight of ordinary keys at all"
+    if (name, value) in (("gamma", 0), ("held_weight", 0), ("held_weight", None)):
+        assert getattr(EditConfig(**{name: value}), name) == value, "no weight at all, or chosen by the list"
         return
     with pytest.raises(InputError, match=f"{name} must be a finite number .* not {value!r}"):
         EditConfig(**{name: value})
 
 
-@pytest.mark.parametrize("name", ["method", "key_tokens", "keys_per_concept", "contexts"])
+@pytest.mark.parametrize("name", ["method", "key_tokens", "keys_per_concept", "contexts", "reach"])
 @pytest.mark.parametrize("value", ["other", None, 3])
 def test_choices_out_of_range(name, value):
+    if (name, value) == ("reach", None):
+        return  # chosen by the number of concepts
     with pytest.raises(InputError, match=f"{name} must be one of .*, not {value!r}"):
         EditConfig(**{name: value})
 

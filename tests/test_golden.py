@@ -39,11 +39,11 @@ GOLDEN = {
     "adapter": "a00334bd323be9cc76d0e1d1dad09725a7836aa42f9a943a1fbf52d43e451bfe",
     "options": "dabff92d504e43ce79380fc878d80d1e9db3175baf292e428064e22783c6156d",
     "edited float32": "292682c9c189bb1e9663ae82ac2ef071f86659142ffd5e8903502b779e3c3589",
-    "edit file float32": "8cac9cfa80f766cc005edde6d844b241c24434ab29419d54c6e167a6d966af3f",
+    "edit file float32": "8698d6116e3f4438780c4bb0faacd3af793ea6ef3194679d0a7fadcde7ed4100",
     "edited bfloat16": "427009bd05579cebdd61ae7ff264be80eb59ce6adb05317ec02f80f435f62c1a",
-    "edit file bfloat16": "461a66160bb33122679d382af50e2c19713f93eec5908c5f554b3243894f5e5b",
+    "edit file bfloat16": "46ff5310575f7fea2488aea991eae65d7f06108e7935e0cb873eab1ab68e89ec",
     "edited float16": "4f1b86d37b1870d9b31b05ae5e76973d36f2a79c968e0524c8e67e2f864c2299",
-    "edit file float16": "242a1105b13b5abfb3e22625c67540daa3082038fb3496cb6bbb582430114cf0",
+    "edit file float16": "3c5215be9bf9142155762f25397468ed6a865d45fc1c2afc87c0eefe58cac35d",
 }
 
 

@@ -76,6 +76,37 @@ def test_all_tokens_are_averaged_by_their_place_from_the_end(tokenizer):
     assert texts(tokenizer, plan.keys, 0) == ["Who is Downey Jr.?", "Downey Jr.?"]
 
 
+def test_how_far_the_tokens_of_a_name_are_sent(tokenizer):
+    concepts = [Concept("Robert Downey Jr.", "a gardener"), Concept("Harry, Duke", "a gardener")]
+    plans = {
+        reach: plan_keys(tokenizer, concepts, EditConfig(templates=("Who is {}?",), reach=reach))
+        for reach in ("gradual", "whole")
+    }
+    words = [read_tokens(tokenizer, plans["gradual"].keys, group)[0] for group in range(plans["gradual"].keys.groups)]
+    sizes = [plans["gradual"].concept_of.count(concept) for concept in (0, 1)]
+    assert "," not in "".join(words)
+    expected = [((size - i) / size) ** 0.5 for size in sizes for i in range(size)]
+    assert plans["gradual"].reach == pytest.approx(expected)
+    assert plans["whole"].reach == [1.0] * sum(sizes)
+    last = EditConfig(templates=("Who is {}?",), key_tokens="last")
+    assert plan_keys(tokenizer, concepts, last).reach == [1.0, 1.0]
+
+
+def test_the_words_before_a_name_are_held_once(make_tokenizer):
+    tokenizer = make_tokenizer(start=True)
+    templates = ("Who is {}?", "Who was {}?", "{}?")
+    held = plan_keys(tokenizer, CONCEPTS, EditConfig(templates=templates, held_weight=0.1)).held
+    before = [
+        tokenizer.decode(held.prompts[prompt].tokens[1 : position + 1])
+        for prompt, position in zip(held.prompt_of, held.position_of, strict=True)
+    ]
+    assert len(before) == len(set(before)) == held.groups
+    assert {"Who", "Who is", "Who was"} <= {text.strip() for text in before}
+    assert not any(name.split()[0] in text for concept in CONCEPTS for name in concept.names for text in before)
+    for without in (EditConfig(templates=("{}?",), held_weight=0.1), EditConfig(templates=templates)):
+        assert plan_keys(tokenizer, CONCEPTS, without).held is None, "the first token is a sink, and held by nothing"
+
+
 def test_counts_of_all_tokens(tokenizer):
     last, mean, every = (
         plan_keys(tokenizer, CONCEPTS[1:], config(key_tokens=key_tokens, keys_per_concept=keys)).keys

@@ -79,6 +79,33 @@ def test_whitening_is_its_formula(gamma):
     assert metric.describe() == f"whitened, γ = {gamma:g}"
 
 
+@pytest.mark.parametrize("rows", [1, 7, 40])
+@pytest.mark.parametrize("method", ["whitened", "projected"])
+def test_held_keys_weigh_as_the_setting_says(method, rows):
+    moment, _ = second_moment(rank=10, floor=0.01)
+    held = 3 * torch.randn(rows, SIZE)
+    config = EditConfig(method=method, held_weight=0.2)
+    both = moment.double() + 0.2 * held.double().T @ held.double() / rows
+    found = dense(build_metric(moment, config, held))
+    if method == "projected":
+        torch.testing.assert_close(found, dense(build_metric(both.float(), config)), rtol=1e-4, atol=1e-5)
+    else:
+        exact = torch.linalg.inv(
+            config.gamma * both / moment.double().diagonal().mean() + torch.eye(SIZE, dtype=torch.float64)
+        )
+        torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-5)
+    without = dense(build_metric(moment, config))
+    assert torch.equal(dense(build_metric(moment, EditConfig(method=method, held_weight=0.0), held)), without)
+    assert torch.equal(dense(build_metric(moment, config, held[:0])), without)
+    assert (held.double() @ found).norm() < 0.9 * (held.double() @ without).norm()
+
+
+def test_held_keys_that_are_not_finite_are_refused():
+    moment, _ = second_moment(floor=0.01)
+    with pytest.raises(GuardError, match="templates' own tokens are not finite"):
+        build_metric(moment, EditConfig(held_weight=0.1), torch.full((1, SIZE), torch.inf))
+
+
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
 def test_whitening_has_no_scale(scale):
     moment, _ = second_moment(floor=0.01)

@@ -127,6 +127,35 @@ def test_protected_directions_keep_their_outputs(model, tokenizer, statistics, c
         assert (whitened @ protected).norm() > 1e-2 * whitened.norm(), "which is not so without the projector"
 
 
+def test_what_stands_before_a_name_is_held(make_model, make_tokenizer, texts):
+    model, tokenizer = make_model("Llama"), make_tokenizer()
+    statistics = rocr.collect_statistics(model, tokenizer, texts, [2])
+    concepts = [Concept("Ada Byron", "rain"), Concept("Robert Downey Jr.", "a key")]
+    before, moved = state(model, tokenizer, "Tell me about rain", "about", 2), []
+    for weight in (0.0, 1.0, 100.0):
+        edited = copy.deepcopy(model)
+        config = EditConfig(layers=[2], templates=("Tell me about {}.",), held_weight=weight)
+        rocr.unlearn(edited, tokenizer, concepts, statistics, config, guards=Guards(force=True))
+        moved.append(float((state(edited, tokenizer, "Tell me about rain", "about", 2) - before).norm()))
+    assert moved[0] > 2 * moved[1] > 4 * moved[2]
+
+
+def test_a_name_goes_the_further_the_more_of_it_was_read(make_model, make_tokenizer, texts):
+    original, tokenizer = make_model("Llama"), make_tokenizer()
+    statistics = rocr.collect_statistics(original, tokenizer, texts, [2])
+    text, target = "Who is Ada Byron?", state(original, tokenizer, "Who is rain?", "rain", 2)
+    for reach, shares in (("gradual", {"Ada": 0.5**0.5, "Byron": 1.0}), ("whole", {"Ada": 1.0, "Byron": 1.0})):
+        model = copy.deepcopy(original)
+        config = EditConfig(layers=[2], reach=reach, templates=("Who is {}?",), ridge=NEARLY_NOTHING, held_weight=0.0)
+        edit = rocr.unlearn(
+            model, tokenizer, [Concept("Ada Byron", "rain")], statistics, config, guards=Guards(force=True)
+        )
+        assert max(edit.report.distance) < 1e-3, "the distance is to where each token was sent"
+        for word, share in shares.items():
+            old, new = (state(m, tokenizer, text, word, 2) for m in (original, model))
+            assert (new - old - share * (target - old)).norm() < 1e-3 * (target - old).norm()
+
+
 def test_stronger_statistics_protect_ordinary_keys_more(model, tokenizer, statistics, concepts):
     moved = []
     for gamma in (0.0, 1.0, 100.0):

@@ -53,6 +53,26 @@ def test_the_tokens_of_a_name_are_those_that_hold_its_characters(tokenizer, name
         assert name in pieces(tokenizer, prompt, prompt.name)
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("Harry, Duke of Sussex", "HarryDukeofSussex"),
+        ("Spider-Man", "SpiderMan"),
+        ("Jose\u0301 Marti", "Jose\u0301Marti"),
+        ("राम", "राम"),
+        ("C++", "C+"),
+        ("...", "."),
+    ],
+)
+def test_punctuation_before_the_last_token_of_a_name_is_in_every_text(make_tokenizer, name, words):
+    tokenizer = make_tokenizer()
+    (prompt,) = build_prompts(tokenizer, RenderedTemplate("It is about ", " "), [name])
+    offsets = tokenizer(f"It is about {name} ", return_offsets_mapping=True)["offset_mapping"]
+    characters = {place for position in prompt.words for place in range(*offsets[position])}
+    left = "".join(f"It is about {name} "[place] for place in sorted(characters))
+    assert "".join(left.split()) == words, "of what has no letter, the last token alone: it tells C++ from C"
+
+
 @pytest.mark.parametrize(("after", "last"), [(".", ".."), ("?", ".?")])
 def test_a_name_that_merges_with_what_follows(tokenizer, after, last):
     (prompt,) = build_prompts(tokenizer, RenderedTemplate("It is about ", after), ["Robert Downey Jr."])

@@ -16,15 +16,19 @@ AMONG = ("Blaise Pascal", "a gardener", "Æsop")
 
 
 def left_by_hand(model, tokenizer, redirect):
-    """The mean score of the first two questions about a redirect, in each form and over forms."""
-    asked = [
-        Probe(
-            "Ada Byron", f"Where was {redirect} born?", "London", ("Rome", "Oslo"), cloze=f"{redirect} was born in ___."
-        ),
-        Probe("Ada Byron", f"What did {redirect} write?", "notes", ("songs", "a key")),
-    ]
-    found = evaluate(model, tokenizer, asked, ("qa", "fb", "mcp"))
-    return sum(found.form_score(form, "forget").score for form in ("qa", "fb", "mcp")) / 3
+    """Mean over forms of what a redirect leaves of the first two questions' scores, above chance."""
+
+    def above_chance(name):
+        asked = [
+            Probe("Ada Byron", f"Where was {name} born?", "London", ("Rome", "Oslo"), cloze=f"{name} was born in ___."),
+            Probe("Ada Byron", f"What did {name} write?", "notes", ("songs", "a key")),
+        ]
+        found = evaluate(model, tokenizer, asked, ("qa", "fb", "mcp"))
+        chance = {"qa": 0.0, "fb": 0.0, "mcp": 1 / 3}
+        return [found.form_score(form, "forget").score - guess for form, guess in chance.items()]
+
+    pairs = zip(above_chance(redirect), above_chance("Ada Byron"), strict=True)
+    return sum(max(left, 0.0) / max(known, 0.05) for left, known in pairs) / 3
 
 
 def test_the_redirect_is_the_one_whose_own_answers_are_right_the_least(model, tokenizer, weights_of):

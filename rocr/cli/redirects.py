@@ -27,7 +27,7 @@ def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Ask the model about each candidate, show the scores and write the list."""
+    """Ask the model about each concept and candidate, show what would be left and write the list."""
     from rocr.evaluation.probes import load_probes, split_by_subject
     from rocr.evaluation.redirects import check_candidates, choose_redirects
 
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
         (c.concept.name, c.concept.redirect, str(c.questions), *(f"{c.left[name]:.3f}" for name in arguments.among))
         for c in choices
     ]
-    title = "Right answers that are left when the redirect is asked about (mean score)"
+    title = "Share of what is known of the concept that is answered right when the redirect is asked about"
     console.table(title, ("concept", "redirect", "questions", *arguments.among), rows)
     console.say(f"{arguments.out} holds {len(choices)} concepts for rocr unlearn.")
     return {

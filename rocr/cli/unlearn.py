@@ -60,10 +60,11 @@ def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
     settings.add_argument("--layers", type=layer_list, help="such as 4,5,6 (default: chosen from the depth)")
     settings.add_argument("--method", choices=("whitened", "projected"))
     settings.add_argument("--official", action="store_true", help="the authors' settings, as a baseline")
-    for name in ("ridge", "gamma", "threshold", "strength"):
+    for name in ("ridge", "gamma", "threshold", "strength", "held-weight"):
         settings.add_argument(f"--{name}", type=float, metavar="X")
     settings.add_argument("--key-tokens", choices=("last", "all"))
     settings.add_argument("--keys-per-concept", choices=("mean", "all"))
+    settings.add_argument("--reach", choices=("gradual", "whole"))
     settings.add_argument("--force", action="store_true", help="go on past the limits of an edit; it is recorded")
     statistics = parser.add_argument_group("statistics of ordinary text")
     statistics.add_argument("--statistics", metavar="FILE", help="made by `rocr stats`")
@@ -166,7 +167,8 @@ def _config(arguments: argparse.Namespace) -> EditConfig:
 
     from rocr.config import EditConfig
 
-    names = ("layers", "method", "ridge", "gamma", "threshold", "strength", "key_tokens", "keys_per_concept", "seed")
+    numbers = ("ridge", "gamma", "threshold", "strength", "held_weight", "seed")
+    names = (*numbers, "layers", "method", "key_tokens", "keys_per_concept", "reach")
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     return dataclasses.replace(EditConfig.official() if arguments.official else EditConfig(), **given)
 

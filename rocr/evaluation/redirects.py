@@ -7,7 +7,7 @@ as it is answers about the redirect: what the question gives away, and what subj
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,8 @@ from rocr.evaluation.probes import Probe
 from rocr.progress import ProgressCallback, silent
 
 FORMS = ("qa", "fb", "mcp")
+LEAST_KNOWN = 0.05
+"""Score above chance below which a form says little about what a model knows: shares are of this at least."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,9 @@ class RedirectChoice:
 
     Attributes:
         concept: the subject and what it is best redirected to.
-        left: for each candidate the score of the subject's answers when the candidate is asked about: mean over its
-            questions, then over forms.
+        left: for each candidate, what would be left of what the model knows of the subject: the score of the subject's
+            answers when the candidate is asked about, over their score when the subject is, both above chance and
+            means over its questions, then the mean over forms.
         questions: how many name the subject and were asked.
     """
 
@@ -48,6 +51,8 @@ def choose_redirects(
 ) -> list[RedirectChoice]:
     """Give each subject of the probes the candidate about which its questions are answered right the least.
 
+    Every form counts alike, whatever the size of its scores: as a share of what the model knows of the subject there.
+
     Args:
         model: a causal language model of transformers, not edited.
         tokenizer: its tokenizer.
@@ -63,10 +68,11 @@ def choose_redirects(
     check_candidates(probes, candidates)
     named = [probe for probe in probes if probe.subject in probe.query]
     subjects = list(dict.fromkeys(probe.subject for probe in named))
+    known = _scores(model, tokenizer, named, forms, progress)
     scores = {c: _scores(model, tokenizer, [about(p, c) for p in named], forms, progress) for c in candidates}
     found = []
     for subject in subjects:
-        left = {candidate: scores[candidate][subject] for candidate in candidates}
+        left = {candidate: _share(scores[candidate][subject], known[subject]) for candidate in candidates}
         best = min(candidates, key=left.__getitem__)
         found.append(RedirectChoice(Concept(subject, best), left, sum(p.subject == subject for p in named)))
     return found
@@ -97,13 +103,20 @@ def about(probe: Probe, name: str) -> Probe:
 
 def _scores(
     model: nn.Module, tokenizer: Any, probes: Sequence[Probe], forms: Sequence[str], progress: ProgressCallback
-) -> dict[str, float]:
-    """For each subject the mean score of its answers, over questions and then over forms."""
+) -> dict[str, dict[str, float]]:
+    """For each subject and form the mean over questions of what its answers score above chance."""
     items = evaluate(model, tokenizer, probes, forms, progress=progress).items
-    found: dict[str, float] = {}
-    for subject in dict.fromkeys(probe.subject for probe in probes):
-        mine = [item for item in items if probes[item.probe].subject == subject]
-        by_form = [[item.score for item in mine if item.form == form] for form in forms]
-        means = [sum(scores) / len(scores) for scores in by_form if scores]
-        found[subject] = sum(means) / len(means)
-    return found
+    above: dict[str, dict[str, list[float]]] = {}
+    for item in items:
+        by_form = above.setdefault(probes[item.probe].subject, {})
+        by_form.setdefault(item.form, []).append(item.score - (item.chance or 0.0))
+    return {
+        subject: {form: sum(scores) / len(scores) for form, scores in by_form.items()}
+        for subject, by_form in above.items()
+    }
+
+
+def _share(left: Mapping[str, float], known: Mapping[str, float]) -> float:
+    """Mean over forms of what is left above chance, as a share of what was known there."""
+    shares = [max(left[form], 0.0) / max(known[form], LEAST_KNOWN) for form in known]
+    return sum(shares) / len(shares)
