@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from rocr.fingerprint import tensor_digest
 from rocr.sharding import own, own_part, whole
 from rocr.solve import System
 
+Result = TypeVar("Result")
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -67,7 +68,10 @@ class Applied:
 
 
 def apply_updates(
-    projections: Sequence[DownProjection], lefts: Sequence[Tensor], rights: Sequence[Tensor]
+    projections: Sequence[DownProjection],
+    lefts: Sequence[Tensor],
+    rights: Sequence[Tensor],
+    keep: Callable[[list[Applied]], object] = list,
 ) -> list[Applied]:
     """Add left @ right to each weight in place, with one rounding.
 
@@ -75,6 +79,7 @@ def apply_updates(
         projections: the down-projections to change.
         lefts: one (d_out, n) for each.
         rights: one (n, d_in) for each.
+        keep: gets the records before this function returns: an interruption behind that may lose what is returned.
 
     Raises:
         GuardError: a weight would not be finite. On any exception all are left as they were.
@@ -87,7 +92,9 @@ def apply_updates(
             [left.to(parameter.device) for left, parameter in zip(lefts, parameters, strict=True)],
             [own_part(right, projection.weight) for right, projection in zip(rights, projections, strict=True)],
         )
-        return [_applied(*each) for each in zip(projections, before, strict=True)]
+        applied = [_applied(*each) for each in zip(projections, before, strict=True)]
+        keep(applied)
+        return applied
     except BaseException:
         for parameter, original in zip(parameters, before, strict=True):
             parameter.copy_(original)
@@ -125,21 +132,30 @@ def holds_updates(projections: Sequence[DownProjection], applied: Sequence[Appli
     )
 
 
-@contextmanager
-def updates_off(projections: Sequence[DownProjection], applied: Sequence[Applied | None]) -> Iterator[None]:
-    """Weights without their updates, to put others in their place; an exception inside puts the updates back.
+def take_back(architecture: Architecture, updates: Sequence[LayerUpdate]) -> None:
+    """Undo updates, the newest first, but for those whose weights are as they were before."""
+    for update in reversed(updates):
+        projections = [architecture.down_projection(update.layer)]
+        if holds_updates(projections, [update.applied]):
+            undo_updates(projections, [update.applied])
+
+
+def put_in_place_of(
+    projections: Sequence[DownProjection], applied: Sequence[Applied | None], change: Callable[[], Result]
+) -> Result:
+    """Take updates off, call what changes the weights otherwise, and put them back where it raises.
 
     Raises:
         VerificationError: the weights are neither as the updates left them nor as they were before.
     """
     held = holds_updates(projections, applied)
-    if held:
-        undo_updates(projections, applied)
     try:
-        yield
+        if held:
+            undo_updates(projections, applied)
+        return change()
     except BaseException:
         for projection, record in zip(projections, applied, strict=True):
-            if held and record is not None and record.undo is not None:
+            if held and record is not None and record.undo is not None and not holds_updates([projection], [record]):
                 parameter = projection.parameter.data
                 bits(own(parameter)).bitwise_xor_(own_part(record.undo, parameter))
         raise

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from rocr.apply import LayerUpdate, apply_updates, down_projections, holds_updates, updates_off
+from rocr.apply import LayerUpdate, apply_updates, down_projections, holds_updates, put_in_place_of
 from rocr.architectures import Architecture, find_architecture
 from rocr.collisions import find_collisions
 from rocr.concepts import Concept, check_concepts, folded
@@ -74,8 +74,11 @@ def add_concepts(
     from rocr.pipeline import unlearn
 
     projections = down_projections(find_architecture(model), edit.updates)
-    with updates_off(projections, [update.applied for update in edit.updates]):
-        return unlearn(model, tokenizer, concepts, statistics, edit.config, progress, kept=edit)
+    return put_in_place_of(
+        projections,
+        [update.applied for update in edit.updates],
+        lambda: unlearn(model, tokenizer, concepts, statistics, edit.config, progress, kept=edit),
+    )
 
 
 def layers_with_a_trace(config: EditConfig, layers: Sequence[int]) -> list[int]:
@@ -184,11 +187,12 @@ def _put_in_place(old: Edit, new: Edit, model: nn.Module | None) -> Edit:
     if not holds_updates(projections, [update.applied for update in old.updates]):
         new.apply(model)
         return _with_survival(new)
-    with updates_off(projections, [update.applied for update in old.updates]):
-        applied = apply_updates(
-            projections, [update.left for update in new.updates], [update.right for update in new.updates]
-        )
-    new.updates = [replace(update, applied=record) for update, record in zip(new.updates, applied, strict=True)]
+    lefts, rights = [update.left for update in new.updates], [update.right for update in new.updates]
+    put_in_place_of(
+        projections,
+        [update.applied for update in old.updates],
+        lambda: apply_updates(projections, lefts, rights, new.keep),
+    )
     return _with_survival(new)
 
 

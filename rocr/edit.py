@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from rocr.apply import LayerUpdate, apply_updates, down_projections, undo_updates
+from rocr.apply import Applied, LayerUpdate, apply_updates, down_projections, undo_updates
 from rocr.architectures import Architecture, find_architecture
 from rocr.concepts import Concept
 from rocr.config import EditConfig
@@ -73,9 +73,11 @@ class Edit:
         if not allow_fingerprint_mismatch:
             self._check_model(architecture)
         projections = down_projections(architecture, self.updates)
-        applied = apply_updates(
-            projections, [update.left for update in self.updates], [update.right for update in self.updates]
-        )
+        lefts, rights = [update.left for update in self.updates], [update.right for update in self.updates]
+        apply_updates(projections, lefts, rights, self.keep)
+
+    def keep(self, applied: Sequence[Applied]) -> None:
+        """Take the records of what the updates did to a model's weights."""
         self.updates = [replace(update, applied=record) for update, record in zip(self.updates, applied, strict=True)]
 
     @contextmanager

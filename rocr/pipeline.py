@@ -6,12 +6,13 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rocr.apply import LayerUpdate, apply_updates, undo_updates
+from rocr.apply import Applied, LayerUpdate, apply_updates, take_back
 from rocr.architectures import Architecture, DownProjection, find_architecture, text_config
 from rocr.change import check_kept, layers_with_a_trace
 from rocr.collect import CollectOptions, collect_statistics
@@ -43,7 +44,6 @@ from rocr.solve import Solution, check_finite, solve_layer
 from rocr.statistics import Statistics
 
 
-@torch.no_grad()
 def unlearn(
     model: nn.Module,
     tokenizer: Any,
@@ -76,7 +76,31 @@ def unlearn(
         InputError: concepts, settings, statistics or model that do not fit together.
         GuardError: keys, states or weights that are not finite, or a limit that was passed; names the concepts.
     """
-    concepts = list(concepts)
+    made: list[LayerUpdate] = []
+    try:
+        with torch.no_grad():
+            return _unlearn(
+                model, tokenizer, list(concepts), statistics, config, progress, guards, kept, neighbours, made
+            )
+    except BaseException:
+        # Here and not in a context: an interruption at a context's own exit would miss it.
+        take_back(find_architecture(model), made)
+        raise
+
+
+def _unlearn(
+    model: nn.Module,
+    tokenizer: Any,
+    concepts: list[Concept],
+    statistics: Statistics | None,
+    config: EditConfig | None,
+    progress: ProgressCallback,
+    guards: Guards | None,
+    kept: Edit | None,
+    neighbours: Sequence[str] | None,
+    made: list[LayerUpdate],
+) -> Edit:
+    """The stages of `unlearn`; `made` gets every update that a weight carries."""
     check_concepts([*kept.concepts, *concepts] if kept else concepts)
     config = config or (kept.config if kept else EditConfig())
     config = resolve_layers(config.for_concepts(len(concepts)), model)
@@ -92,7 +116,7 @@ def unlearn(
     read_up_to = min(statistics.fingerprint.layer, architecture.depth - 1)
     settings = computed_with(model)
     statistics.check_model(mark, dtype_name(architecture.down_projection(read_up_to).weight), settings)
-    run = _Run(architecture, concepts, config, plan, progress, guards or Guards(), kept)
+    run = _Run(architecture, concepts, config, plan, progress, guards or Guards(), made, kept)
     if kept is not None:
         check_kept(kept, config, architecture, mark, statistics)
         run.report.inexact = layers_with_a_trace(config, layers)
@@ -109,19 +133,18 @@ def unlearn(
     run.report.statistics = statistics.summary()
     with run.timed("check"):
         predictions = predict(architecture, tokenizer)
-    with run.restoring():
-        if config.measure == "once":
-            run.read_all(layers, last)
-        for i, layer in enumerate(layers):
-            share = 1 / (len(layers) if config.measure == "once" else len(layers) - i)
-            run.edit_layer(layer, last, targets, share, moments[layer])
-            progress(Progress("edit", i + 1, len(layers), "layers"))
-        run.report.distance = run.distance(last)
-        if run.neighbours is not None:
-            run.report.neighbours = run.neighbours.report([concept.name for concept in run.all_concepts])
-        with run.timed("check"):
-            run.check_whole(predictions)
-        return Edit(run.all_concepts, config, mark, run.updates, run.all_concept_of, run.report, settings)
+    if config.measure == "once":
+        run.read_all(layers, last)
+    for i, layer in enumerate(layers):
+        share = 1 / (len(layers) if config.measure == "once" else len(layers) - i)
+        run.edit_layer(layer, last, targets, share, moments[layer])
+        progress(Progress("edit", i + 1, len(layers), "layers"))
+    run.report.distance = run.distance(last)
+    if run.neighbours is not None:
+        run.report.neighbours = run.neighbours.report([concept.name for concept in run.all_concepts])
+    with run.timed("check"):
+        run.check_whole(predictions)
+    return Edit(run.all_concepts, config, mark, run.updates, run.all_concept_of, run.report, settings)
 
 
 @dataclass
@@ -134,10 +157,10 @@ class _Run:
     plan: KeyPlan
     progress: ProgressCallback
     guards: Guards
+    updates: list[LayerUpdate]
     kept: Edit | None = None
     held: dict[int, States] = field(default_factory=dict)
     readings: dict[int, States] = field(default_factory=dict)
-    updates: list[LayerUpdate] = field(default_factory=list)
     report: EditReport = field(default_factory=EditReport)
     goals: Tensor | None = None
     first_distance: Tensor | None = None
@@ -192,11 +215,7 @@ class _Run:
         """Apply an update, measure it and hold it to its limits."""
         weight_norm = float(whole(projection.weight).float().norm())
         with self.timed("apply"), with_culprits(update, self.all_concept_of, self.all_concepts):
-            # In one statement: an interruption must not come between the weight and the record that restores it.
-            self.updates += [
-                replace(update, applied=record, base=record.before)
-                for record in apply_updates([projection], [update.left], [update.right])
-            ]
+            apply_updates([projection], [update.left], [update.right], partial(self.keep, update))
         with self.timed("measure"):
             self.report.layers.append(
                 measure_layer(self.updates[-1], weight_norm, self.all_concept_of, metric, solution)
@@ -204,6 +223,10 @@ class _Run:
         self.report.limits_passed += check_layer(
             self.guards, self.report.layers[-1], self.updates[-1], self.all_concept_of, self.all_concepts
         )
+
+    def keep(self, update: LayerUpdate, applied: Sequence[Applied]) -> None:
+        """Take the record of what an update did to its weight."""
+        self.updates.append(replace(update, applied=applied[0], base=applied[0].before))
 
     def measure(self, layer: int, last: int, targets: Tensor, share: float) -> tuple[Tensor, Tensor]:
         """Keys (n, d_in) and residuals (n, d_out) of the new concepts at a layer, on the device of its weight."""
@@ -265,16 +288,6 @@ class _Run:
         if self.kept is None:
             return found
         return [*self.kept.report.distance, *found] if self.kept.report.distance else []
-
-    @contextmanager
-    def restoring(self) -> Iterator[None]:
-        """On any exception, take off the updates so far."""
-        try:
-            yield
-        except BaseException:
-            for update in reversed(self.updates):
-                undo_updates([self.architecture.down_projection(update.layer)], [update.applied])
-            raise
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:

@@ -126,15 +126,17 @@ def test_an_exception_from_any_progress_report_leaves_the_first_bytes(
 def test_an_interruption_at_any_line_that_applies_leaves_the_first_bytes(
     model, tokenizer, statistics, concepts, unchanged
 ):
-    """A trace function raises where a signal could: before each line of apply.py, one line further every time."""
+    """A trace function raises where a signal could: before each line that applies, one line further every time."""
     is_unchanged = unchanged(model)
-    ends = "apply_updates", "_applied", "tensor_digest", "bits"
+    ends = "apply_updates", "_applied", "tensor_digest", "bits", "keep", "apply", "edit_layer", "_unlearn"
 
     def run(stop_at):
         lines = []
 
         def trace(frame, event, _argument):
-            inside = frame.f_code.co_name in ends and frame.f_code.co_filename.endswith(("apply.py", "fingerprint.py"))
+            inside = frame.f_code.co_name in ends and frame.f_code.co_filename.endswith(
+                ("apply.py", "fingerprint.py", "pipeline.py")
+            )
             if event == "line" and inside:
                 lines.append(frame.f_lineno)
                 if len(lines) == stop_at:
