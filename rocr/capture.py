@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ def input_hook(module: nn.Module, receive: Callable[[Tensor], None]) -> Iterator
     def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
         receive(whole_input(module, inputs[0].detach()))
 
-    with _removing(module.register_forward_pre_hook(hook)):
+    with _hooked(module.register_forward_pre_hook, hook):
         yield
 
 
@@ -37,7 +37,7 @@ def hidden_hook(architecture: Architecture, layer: int, receive: Callable[[Tenso
     def hook(_module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
         receive(whole(_first_tensor(output).detach()))
 
-    with _removing(architecture.layers[layer].register_forward_hook(hook)):
+    with _hooked(architecture.layers[layer].register_forward_hook, hook):
         yield
 
 
@@ -65,9 +65,8 @@ def run_through(
         arguments["past_key_values"] = cache
     if mask is not None:
         arguments["attention_mask"] = mask.to(device)
-    with evaluating(architecture.model), ExitStack() as stack:
-        # The stop must be the layer's last hook, so that recording hooks have run before it.
-        stack.enter_context(_removing(architecture.layers[layer].register_forward_hook(stop)))
+    # The stop must be the layer's last hook, so that recording hooks have run before it.
+    with evaluating(architecture.model), _hooked(architecture.layers[layer].register_forward_hook, stop):
         try:
             architecture.model(**arguments)
         except _StopForward:
@@ -88,11 +87,22 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _removing(handle: RemovableHandle) -> Iterator[None]:
+def _hooked(register: Callable[..., RemovableHandle], hook: Callable[..., None]) -> Iterator[None]:
+    """Within the context a module has a hook. An interruption at its end may leave it there, but never at work."""
+    active = [True]
+
+    def while_active(*arguments: Any) -> None:
+        if active:
+            hook(*arguments)
+
+    handle = None
     try:
+        handle = register(while_active)
         yield
     finally:
-        handle.remove()
+        active.clear()
+        if handle is not None:
+            handle.remove()
 
 
 def _first_tensor(output: Any) -> Tensor:
