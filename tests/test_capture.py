@@ -1,3 +1,6 @@
+import linecache
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -92,3 +95,41 @@ def test_no_graph_is_kept(model):
         run_through(find_architecture(model), 1, TOKENS)
     assert not states[0].requires_grad
     assert not torch.is_inference_mode_enabled() and torch.is_grad_enabled()
+
+
+def test_an_interruption_at_any_line_leaves_the_model_as_it_was(model):
+    """A trace function raises where a signal could: before each line of capture.py, one line further every time."""
+    architecture, tokens = find_architecture(model), torch.tensor([[5, 6, 7]])
+    expected = model(tokens).logits
+
+    def run(stop_at):
+        lines = []
+
+        def trace(frame, event, _argument):
+            inside = frame.f_code.co_filename.endswith("capture.py")
+            # Signals are handled behind calls and jumps: none comes between the context's end and this first call.
+            is_first = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip() == "active.clear()"
+            if event == "line" and inside and not is_first:
+                lines.append(frame.f_lineno)
+                if len(lines) == stop_at:
+                    sys.settrace(None)
+                    raise KeyboardInterrupt
+            return trace if inside else None
+
+        found = []
+        sys.settrace(trace)
+        try:
+            with hidden_hook(architecture, 1, found.append):
+                run_through(architecture, 1, tokens)
+        finally:
+            sys.settrace(None)
+        return len(lines), found
+
+    total, (first,) = run(stop_at=0)
+    assert total > 30
+    for stop_at in range(1, total + 1):
+        with pytest.raises(KeyboardInterrupt):
+            run(stop_at)
+        assert torch.equal(model(tokens).logits, expected), f"line event {stop_at} of {total}"
+        _, (again,) = run(stop_at=0)
+        assert torch.equal(again, first)
