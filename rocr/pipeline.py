@@ -79,19 +79,18 @@ def unlearn(
     made: list[LayerUpdate] = []
     try:
         with torch.no_grad():
-            return _unlearn(
-                model, tokenizer, list(concepts), statistics, config, progress, guards, kept, neighbours, made
-            )
+            return _unlearn(model, tokenizer, concepts, statistics, config, progress, guards, kept, neighbours, made)
     except BaseException:
         # Here and not in a context: an interruption at a context's own exit would miss it.
-        take_back(find_architecture(model), made)
+        if made:
+            take_back(find_architecture(model), made)
         raise
 
 
 def _unlearn(
     model: nn.Module,
     tokenizer: Any,
-    concepts: list[Concept],
+    concepts: Sequence[Concept],
     statistics: Statistics | None,
     config: EditConfig | None,
     progress: ProgressCallback,
@@ -101,6 +100,7 @@ def _unlearn(
     made: list[LayerUpdate],
 ) -> Edit:
     """The stages of `unlearn`; `made` gets every update that a weight carries."""
+    concepts = list(concepts)
     check_concepts([*kept.concepts, *concepts] if kept else concepts)
     config = config or (kept.config if kept else EditConfig())
     config = resolve_layers(config.for_concepts(len(concepts)), model)

@@ -1,7 +1,9 @@
 import copy
 import inspect
+import random
 import signal
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -161,20 +163,45 @@ def test_an_interruption_at_any_line_that_applies_leaves_the_first_bytes(
         assert is_unchanged(), f"line event {stop_at} of {total}"
 
 
-def test_signals_at_any_time_leave_the_first_bytes(model, tokenizer, statistics, concepts, unchanged):
-    class Stop(BaseException):
-        pass
+class Stop(BaseException):
+    """What a signal raises here."""
 
+
+def stop_within_unlearn(_, frame):
     unlearn = inspect.unwrap(rocr.unlearn).__code__
+    while frame is not None and frame.f_code is not unlearn:
+        frame = frame.f_back
+    if frame is not None:  # else the edit is made, and nobody has lost it
+        raise Stop
 
-    def stop(_, frame):
-        while frame is not None and frame.f_code is not unlearn:
-            frame = frame.f_back
-        if frame is not None:  # else the edit is made, and nobody has lost it
-            raise Stop
 
+@pytest.mark.slow
+def test_a_thousand_signals_leave_the_first_bytes_and_a_model_that_runs(
+    model, tokenizer, statistics, concepts, unchanged
+):
+    is_unchanged, draw, stopped = unchanged(model), random.Random(0), 0
+    start = time.perf_counter()
+    rocr.unlearn(model, tokenizer, concepts, statistics, CONFIG).revert(model)
+    duration = time.perf_counter() - start
+    handler = signal.signal(signal.SIGALRM, stop_within_unlearn)
+    try:
+        while stopped < 1000:
+            signal.setitimer(signal.ITIMER_REAL, draw.uniform(0.1, 1.1) * duration)
+            try:
+                edit = rocr.unlearn(model, tokenizer, concepts, statistics, CONFIG)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                edit.revert(model)
+            except Stop:
+                stopped += 1
+            assert is_unchanged(), f"after {stopped} signals"
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+
+
+def test_signals_at_any_time_leave_the_first_bytes(model, tokenizer, statistics, concepts, unchanged):
     is_unchanged = unchanged(model)
-    handler = signal.signal(signal.SIGALRM, stop)
+    handler = signal.signal(signal.SIGALRM, stop_within_unlearn)
     stopped = 0
     try:
         for milliseconds in range(2, 60, 3):
