@@ -1,0 +1,53 @@
+"""The boundary to code of others: whatever a model, a tokenizer or a reader raises becomes a sentence with its cause."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rocr.errors import InputError, RocrError
+
+MAX_REASON = 300
+"""Characters of another library's message that are shown."""
+
+
+@contextmanager
+def calling(what: str, advice: str = "") -> Iterator[None]:
+    """Turn an exception of code that rocr did not write into an InputError that names what was called.
+
+    Errors of rocr itself, a lack of memory and the errors of a disk pass as they are: who called knows more of them.
+
+    Args:
+        what: what is called and for which purpose, as the subject of a sentence, such as "The tokenizer of model".
+        advice: a sentence that says what to do about it; empty: none.
+
+    Raises:
+        InputError: the code raised an exception, which is the cause of this one.
+    """
+    try:
+        yield
+    except (RocrError, MemoryError):
+        raise
+    except Exception as error:
+        if is_out_of_memory(error) or is_of_the_disk(error):
+            raise
+        raise InputError(f"{what} failed: {reason_of(error)}.{' ' if advice else ''}{advice}") from error
+
+
+def reason_of(error: BaseException) -> str:
+    """The first line of an exception's message, with its type where the message alone says little."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    message = (lines[0] if lines else "").rstrip(".")[:MAX_REASON]
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory, of the machine or of a device, ran out."""
+    text = str(error)
+    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+
+
+def is_of_the_disk(error: BaseException) -> bool:
+    """Whether an exception says that a disk is full or fails, rather than that a file is not as expected."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
