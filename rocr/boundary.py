@@ -1,4 +1,4 @@
-"""The boundary to code of others: whatever a model, a tokenizer or a reader raises becomes a sentence with its cause."""
+"""The boundary to code of others: what a model, a tokenizer or a reader raises becomes a sentence with its cause."""
 
 from __future__ import annotations
 
