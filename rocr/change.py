@@ -81,13 +81,23 @@ def add_concepts(
     )
 
 
-def layers_with_a_trace(config: EditConfig, layers: Sequence[int]) -> list[int]:
-    """The layers where a changed edit is not to rounding the one made from the start.
+def inexact_layers(config: EditConfig, by_count: Sequence[str], count: int, layers: Sequence[int]) -> list[int]:
+    """The layers where a changed edit is not to rounding the one made of its concepts from the start.
 
-    With `measure="each"`, keys and residuals of every layer but the first were measured in a model in which other
-    concepts were redirected already. What they would have been without is nowhere stored: it takes a pass through
-    the model, and new keys take the statistics again.
+    These are all layers where the number of concepts would now choose other settings than those of the edit, which
+    stay. Else, with `measure="each"`, they are all but the first: keys and residuals there were measured in a model
+    in which other concepts were redirected already. What they would have been without is nowhere stored: it takes a
+    pass through the model, and new keys take the statistics again.
+
+    Args:
+        config: the edit's settings.
+        by_count: names of those that the number of concepts chose at first.
+        count: the number of concepts after the change.
+        layers: the edited layers, ascending.
     """
+    fresh = replace(config, **dict.fromkeys(by_count)).for_concepts(count)  # type: ignore[arg-type]
+    if fresh != config:
+        return list(layers)
     return list(layers[1:]) if config.measure == "each" else []
 
 
@@ -174,7 +184,8 @@ def _solved(
         distance=distance,
         statistics=edit.report.statistics,
         collisions=find_collisions(concepts, concept_of, updates[0]),
-        inexact=layers_with_a_trace(edit.config, edit.layers),
+        inexact=inexact_layers(edit.config, edit.report.by_count, len(concepts), edit.layers),
+        by_count=edit.report.by_count,
     )
     return dataclasses.replace(edit, concepts=concepts, concept_of=concept_of, updates=updates, report=report)
 

@@ -14,6 +14,8 @@ MAX_SETTING = 1e30  # larger numbers overflow float32
 HELD_WEIGHT = 0.03
 LONG_LIST = 25
 """Concepts from which on what they cost others matters more than what is left of each."""
+BY_COUNT = ("reach", "held_weight")
+"""Settings that are chosen by the number of concepts where they are not given."""
 Method = Literal["whitened", "projected"]
 KeyTokens = Literal["last", "all"]
 KeysPerConcept = Literal["mean", "all"]
@@ -62,7 +64,8 @@ class EditConfig:
         threshold: for "projected": eigenvalues of the second moment below it are free to use. It is in squared
             key units, as in the authors' code, unless `relative_threshold`.
         relative_threshold: whether `threshold` is in units of the mean eigenvalue, which has no scale.
-        strength: factor of the residuals; 1 goes to the target, above 1 beyond it.
+        strength: how far the state at a name is sent, as a share of the way to its target: 1 is the target itself,
+            above 1 lies beyond it.
         templates: contexts in which a concept is read; a plain string is a template without the chat format.
         key_tokens: which tokens of the name become keys: the "last", or "all", which forgets far more: a model gathers
             a name from all of its tokens (benches/search_defaults.py).
@@ -78,7 +81,7 @@ class EditConfig:
         measure: "each": keys and residuals are measured again after every layer's edit, as the authors do;
             "once": all before the first, with equal shares for the layers, so that concepts can be removed and
             added later exactly (`Edit.remove`), at the price of residuals that are closed less.
-        seed: of everything that is drawn at random.
+        seed: of everything that is drawn at random: the text that the model writes where no statistics are given.
 
     Raises:
         InputError: a value is out of its range.
@@ -140,6 +143,10 @@ class EditConfig:
             reach="whole",
             held_weight=0.0,
         )
+
+    def left_to_the_count(self) -> list[str]:
+        """Names of the settings that `for_concepts` chooses."""
+        return [name for name in BY_COUNT if getattr(self, name) is None]
 
     def for_concepts(self, count: int) -> EditConfig:
         """The settings with what is chosen by the number of concepts."""

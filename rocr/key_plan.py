@@ -101,10 +101,12 @@ def plan_keys(tokenizer: Any, concepts: Sequence[Concept], config: EditConfig) -
     """Decide what is read for each concept, by the configuration's templates and choices.
 
     Keys are averaged over templates position by position, counted from the end of the name, since a tokenizer
-    may split the beginning of a name differently from text to text.
+    may split the beginning of a name differently from text to text. A template in which the redirect is a single
+    token at the very start is left out for that concept: its state there is that of an attention sink.
 
     Raises:
-        InputError: a name has no token that can be a key in any template.
+        InputError: a name has no token that can be a key in any template, or its redirect no state in those where it
+            has one.
     """
     config = config.for_concepts(len(concepts))
     official = config.contexts == "official"
@@ -118,13 +120,16 @@ def plan_keys(tokenizer: Any, concepts: Sequence[Concept], config: EditConfig) -
     redirects = [concepts[concept].redirect for concept, _ in named]
     bare = build_prompts(tokenizer, BARE_TEXT, names) if official else []
     rendered = [render_template(tokenizer, template) for template in config.templates]
-    first_targets = build_prompts(tokenizer, rendered[0], redirects)
-    for t, template in enumerate(rendered):
-        prompts = build_prompts(tokenizer, template, names)
+    targets_of = [build_prompts(tokenizer, template, redirects) for template in rendered]
+    first_target = [next((p[i] for p in targets_of if p[i].name), None) for i in range(len(names))]
+    prompts_of = [build_prompts(tokenizer, template, names) for template in rendered]
+    for t, prompts in enumerate(prompts_of):
         for position in range(1, prompts[0].shared):
             held.setdefault(prompts[0].tokens[: position + 1], (prompts[0], position))
-        target_prompts = first_targets if official else build_prompts(tokenizer, template, redirects)
-        for i, (prompt, target) in enumerate(zip(prompts, target_prompts, strict=True)):
+        for i, prompt in enumerate(prompts):
+            target = first_target[i] if official else targets_of[t][i]
+            if target is None or not target.name:
+                continue
             for from_end, position in enumerate(_key_positions(prompt, config)):
                 group_key = (i, from_end) if config.keys_per_concept == "mean" else (i, from_end, t)
                 if group_key not in groups:
@@ -133,10 +138,10 @@ def plan_keys(tokenizer: Any, concepts: Sequence[Concept], config: EditConfig) -
                     reach.append(_reach(from_end, len(prompt.words), config))
                 group = groups[group_key]
                 keys.read(prompt, position, group)
-                targets.read(target, _last_position(target), group)
+                targets.read(target, target.name[-1], group)
                 if official:
                     current.read(bare[i], _last_position(bare[i]), group)
-    _check_every_name_has_a_key(named, {i for i, *_ in groups})
+    _check_every_name_has_a_key(concepts, named, prompts_of, first_target, {i for i, *_ in groups})
     count = len(groups)
     return KeyPlan(
         keys.build(count),
@@ -181,14 +186,28 @@ def _read_each(places: Collection[tuple[Prompt, int]]) -> Reading:
 
 
 def _last_position(prompt: Prompt) -> int:
-    """Position of the name's last token: 0 where no other is left, which can be a state though not a key."""
+    """Position of a bare name's last token: 0 where it is the only one, as the authors read it."""
     return prompt.name[-1] if prompt.name else 0
 
 
-def _check_every_name_has_a_key(named: Sequence[tuple[int, str]], with_key: set[int]) -> None:
-    without = [name for i, (_, name) in enumerate(named) if i not in with_key]
-    if without:
-        raise InputError(
-            f"{', '.join(map(repr, without[:5]))}: the name is a single token at the very start of every template, "
-            "where it is an attention sink and cannot be a key; use a template with text before the name."
-        )
+def _check_every_name_has_a_key(
+    concepts: Sequence[Concept],
+    named: Sequence[tuple[int, str]],
+    prompts_of: Sequence[Sequence[Prompt]],
+    first_target: Sequence[Prompt | None],
+    with_key: set[int],
+) -> None:
+    """Refuse names that are read nowhere, and say whether the name, its redirect or both together are the reason."""
+    without = [i for i in range(len(named)) if i not in with_key]
+    reasons = (
+        ([named[i][1] for i in without if not any(prompts[i].words for prompts in prompts_of)], "name", "be a key"),
+        ([concepts[named[i][0]].redirect for i in without if first_target[i] is None], "redirect", "be a target"),
+        ([named[i][1] for i in without], "name or its redirect", "be read"),
+    )
+    for texts, what, use in reasons:
+        if texts:
+            raise InputError(
+                f"{', '.join(map(repr, list(dict.fromkeys(texts))[:5]))}: the {what} is a single token at the very "
+                f"start of every template, where it is an attention sink and cannot {use}; use a template with text "
+                "before the name."
+            )

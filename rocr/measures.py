@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rocr.apply import LayerUpdate
 from rocr.collisions import Collisions
+from rocr.config import BY_COUNT
 from rocr.harm import NeighbourReport
 from rocr.json_values import list_of, numbers_of, text_of, whole_number_of
 from rocr.solve import CHUNK_ROWS, Solution
@@ -68,8 +69,11 @@ class EditReport:
         limits_passed: a sentence for each limit of `Guards` that the edit passed and that was forced.
         collisions: concepts that get in each other's way; None: not measured.
         neighbours: what became of names that should stay; None: not measured.
-        inexact: layers where this is not, to rounding, the edit made of these concepts from the start, since concepts
-            were added, removed or joined after keys and residuals had been measured there.
+        inexact: layers where this is not, to rounding, the edit made of these concepts from the start: concepts were
+            added, removed or joined after keys and residuals had been measured there, or the number of concepts is
+            now one for which other settings would be chosen.
+        by_count: settings that were chosen by the number of concepts at first (`EditConfig.for_concepts`). They stay
+            as they are recorded when concepts are added, removed or joined.
     """
 
     layers: list[LayerMeasures] = field(default_factory=list)
@@ -81,6 +85,7 @@ class EditReport:
     collisions: Collisions | None = None
     neighbours: NeighbourReport | None = None
     inexact: list[int] = field(default_factory=list)
+    by_count: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """The report as JSON values."""
@@ -104,6 +109,9 @@ class EditReport:
         numbers_of(list(report.seconds.values()), "seconds", len(report.seconds))
         for layer in list_of(report.inexact, "inexact"):
             whole_number_of(layer, "inexact")
+        for name in list_of(report.by_count, "by_count"):
+            if name not in BY_COUNT:
+                raise ValueError(f"by_count names {repr(name)[:60]}")
         for sentence in list_of(report.limits_passed, "limits_passed"):
             text_of(sentence, "limits_passed")
         report.statistics.keys()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rocr.apply import Applied, LayerUpdate, apply_updates, take_back
 from rocr.architectures import Architecture, DownProjection, find_architecture, text_config
-from rocr.change import check_kept, layers_with_a_trace
+from rocr.change import check_kept, inexact_layers
 from rocr.collect import CollectOptions, collect_statistics
 from rocr.collisions import find_collisions
 from rocr.concepts import Concept, check_concepts
@@ -103,6 +103,7 @@ def _unlearn(
     concepts = list(concepts)
     check_concepts([*kept.concepts, *concepts] if kept else concepts)
     config = config or (kept.config if kept else EditConfig())
+    by_count = kept.report.by_count if kept else config.left_to_the_count()
     config = resolve_layers(config.for_concepts(len(concepts)), model)
     architecture = find_architecture(model)
     layers = config.layers or ()
@@ -111,15 +112,18 @@ def _unlearn(
     plan.check_positions(concepts, text_config(model))
     if statistics is None:
         # By each process itself, since only one of a group may be editing.
-        statistics = collect_statistics(model, tokenizer, None, layers, CollectOptions(distributed=False), progress)
+        statistics = collect_statistics(
+            model, tokenizer, None, layers, CollectOptions(seed=config.seed, distributed=False), progress
+        )
     mark = fingerprint(architecture, tokenizer, statistics.fingerprint.layer)
     read_up_to = min(statistics.fingerprint.layer, architecture.depth - 1)
     settings = computed_with(model)
     statistics.check_model(mark, dtype_name(architecture.down_projection(read_up_to).weight), settings)
     run = _Run(architecture, concepts, config, plan, progress, guards or Guards(), made, kept)
+    run.report.by_count = by_count
     if kept is not None:
         check_kept(kept, config, architecture, mark, statistics)
-        run.report.inexact = layers_with_a_trace(config, layers)
+        run.report.inexact = inexact_layers(config, by_count, len(run.all_concepts), layers)
     moments = {layer: statistics.second_moment(layer) for layer in layers}
     check_moments(architecture, moments)
 
@@ -234,11 +238,11 @@ class _Run:
         assert states.keys is not None
         device = self.architecture.down_projection(layer).weight.device
         if self.goals is None:
-            reach = torch.tensor(self.plan.reach).to(targets)[:, None]
-            self.goals = states.hidden + reach * (targets - states.hidden)
+            way = self.config.strength * torch.tensor(self.plan.reach).to(targets)[:, None]
+            self.goals = states.hidden + way * (targets - states.hidden)
             self.first_distance = (self.goals - states.hidden).norm(dim=1)
         difference = self.goals - states.hidden
-        residuals = (difference * (self.config.strength * share)).to(device)
+        residuals = (difference * share).to(device)
         norm = self.architecture.output_norm(layer)
         if norm is not None and states.outputs is not None:
             residuals = before_output_norm(norm, states.outputs, residuals)

@@ -252,3 +252,37 @@ def test_edits_apply_in_any_order_to_rounding_and_revert_in_the_reverse_order(ma
         edit.apply(other_order)
     for name, parameter in other_order.named_parameters():
         torch.testing.assert_close(parameter, one_way[name], atol=1e-6, rtol=1e-5)
+
+
+MANY = [Concept(f"Ada Byron {i}", "Blaise Pascal") for i in range(26)]
+GIVEN = {"reach": "whole", "held_weight": 0.0}
+
+
+@pytest.mark.parametrize("before, after", [(23, 24), (24, 25), (25, 24), (25, 26)])
+@pytest.mark.parametrize("given", [{}, GIVEN], ids=["chosen by the count", "given"])
+def test_a_change_across_the_limit_of_long_lists_is_exact_or_says_that_it_is_not(
+    make, tokenizer, statistics, tmp_path, before, after, given
+):
+    settings = config((2,), "each", **given)
+    edit, model = make(MANY[:before], settings)
+    edit.save(tmp_path / "edit")
+    edit = Edit.load(tmp_path / "edit")
+    removed = edit.remove([concept.name for concept in MANY[after:before]]) if after < before else None
+    changed = removed or edit.add(MANY[before:after], model, tokenizer, statistics)
+    fresh, _ = make(MANY[:after], settings)
+    crosses = (before < 25) != (after < 25)
+    assert changed.report.inexact == ([2] if crosses and not given else [])
+    if changed.report.inexact:
+        assert differences(changed, fresh)[0] > 0.05, "the settings made no difference"
+    else:
+        assert differences(changed, fresh)[0] < ROUNDING
+    assert changed.config == edit.config, "settings that were recorded stay"
+    assert changed.report.by_count == ([] if given else ["reach", "held_weight"])
+
+
+def test_edits_that_become_a_long_list_together_say_so(make):
+    settings = config((2,), "each")
+    first, _ = make(MANY[:13], settings)
+    second, _ = make(MANY[13:25], settings)
+    assert first.merge(second).report.inexact == [2]
+    assert first.merge(second).remove(MANY[0].name).report.inexact == [], "short again"

@@ -144,10 +144,32 @@ def test_official_state_of_a_name_that_is_the_first_token(tokenizer):
     assert read_tokens(tokenizer, plan.current, 0) == ["x"] * 6
 
 
-def test_a_target_at_the_start_of_a_text_is_the_name_itself(tokenizer):
-    config = EditConfig(templates=("{}?",), key_tokens="last")
-    plan = plan_keys(tokenizer, [Concept("Robert Downey Jr.", "x")], config)
-    assert read_tokens(tokenizer, plan.targets, 0) == ["x"]
+def test_a_target_is_never_read_at_the_start_of_a_text(tokenizer, make_tokenizer):
+    both = EditConfig(templates=("{}?", "Who is {}?"), key_tokens="last")
+    concepts = [Concept("Robert Downey Jr.", "x"), Concept("Ada Byron", "Blaise Pascal")]
+    plan = plan_keys(tokenizer, concepts, both)
+    assert min(plan.targets.position_of) > 0
+    sink, other = plan.concept_of.index(0), plan.concept_of.index(1)
+    assert texts(tokenizer, plan.targets, sink) == ["Who is x?"], "the other template is left out for this target"
+    assert texts(tokenizer, plan.keys, sink) == ["Who is Robert Downey Jr.?"]
+    assert len(texts(tokenizer, plan.targets, other)) == 2, "and for no other"
+    alone = EditConfig(templates=("{}?",), key_tokens="last")
+    with pytest.raises(InputError, match="'x': the redirect is a single token at the very start of every template"):
+        plan_keys(tokenizer, concepts, alone)
+    assert plan_keys(make_tokenizer(start=True), concepts, alone).keys.groups == 2, "a BOS is the sink instead"
+
+
+def test_a_name_and_a_redirect_without_a_template_in_common_are_refused(tokenizer):
+    config = EditConfig(templates=("{}?", "{} is"))
+    with pytest.raises(InputError, match="'x': the redirect is a single token"):
+        plan_keys(tokenizer, [Concept("Ada Byron", "x")], config)
+
+
+def test_the_official_target_is_read_in_the_first_template_where_it_is_no_sink(tokenizer):
+    config = EditConfig(**{**vars(EditConfig.official()), "templates": ("{}.", "About {}.", "Who is {}?")})
+    plan = plan_keys(tokenizer, [Concept("Ada Byron", "x")], config)
+    assert set(texts(tokenizer, plan.targets, 0)) == {"About x."}
+    assert len(texts(tokenizer, plan.keys, 0)) == 3
 
 
 def test_names_without_any_key_are_named(tokenizer, make_tokenizer):
