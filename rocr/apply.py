@@ -12,11 +12,14 @@ from torch import Tensor
 from rocr import ops
 from rocr.architectures import Architecture, DownProjection
 from rocr.errors import GuardError, InputError, VerificationError
+from rocr.factors import Factors
 from rocr.fingerprint import tensor_digest
 from rocr.sharding import own, own_part, whole
 from rocr.solve import System
 
 Result = TypeVar("Result")
+BLOCK_ELEMENTS = 1 << 24
+"""Numbers of a weight that are held in float32 at a time (64 MiB)."""
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -27,8 +30,7 @@ class LayerUpdate:
     Attributes:
         layer: the decoder layer.
         parameter: name of its down-projection's weight in the model's state dict.
-        left: (d_out, r) float32; r is n, or min(d_out, d_in) where there are more keys than inputs.
-        right: (r, d_in) float32.
+        factors: left (d_out, n) and right (n, d_in) float32; Δ itself where there are more keys than inputs.
         keys: (n, d_in) float32.
         residuals: (n, d_out) float32.
         transposed: whether the model stores the weight as (d_in, d_out), as GPT-2 does.
@@ -39,14 +41,23 @@ class LayerUpdate:
 
     layer: int
     parameter: str
-    left: Tensor
-    right: Tensor
+    factors: Factors
     keys: Tensor
     residuals: Tensor
     transposed: bool = False
     applied: Applied | None = None
     system: System | None = None
     base: str | None = None
+
+    @property
+    def left(self) -> Tensor:
+        """(d_out, r) float32."""
+        return self.factors.left
+
+    @property
+    def right(self) -> Tensor:
+        """(r, d_in) float32."""
+        return self.factors.right
 
 
 @dataclass(frozen=True)
@@ -69,16 +80,14 @@ class Applied:
 
 def apply_updates(
     projections: Sequence[DownProjection],
-    lefts: Sequence[Tensor],
-    rights: Sequence[Tensor],
+    updates: Sequence[Factors],
     keep: Callable[[list[Applied]], object] = list,
 ) -> list[Applied]:
-    """Add left @ right to each weight in place, with one rounding.
+    """Add an update to each weight in place, with one rounding.
 
     Args:
         projections: the down-projections to change.
-        lefts: one (d_out, n) for each.
-        rights: one (n, d_in) for each.
+        updates: one for each.
         keep: gets the records before this function returns: an interruption behind that may lose what is returned.
 
     Raises:
@@ -87,11 +96,16 @@ def apply_updates(
     parameters = [projection.parameter.data for projection in projections]
     before = [parameter.clone() for parameter in parameters]
     try:
+        pairs = list(zip(projections, updates, strict=True))
+        thin = [(projection, update) for projection, update in pairs if update.matrix is None]
         ops.low_rank_update(
-            [own(projection.weight) for projection in projections],
-            [left.to(parameter.device) for left, parameter in zip(lefts, parameters, strict=True)],
-            [own_part(right, projection.weight) for right, projection in zip(rights, projections, strict=True)],
+            [own(projection.weight) for projection, _ in thin],
+            [update.left.to(projection.weight.device) for projection, update in thin],
+            [own_part(update.right, projection.weight) for projection, update in thin],
         )
+        for projection, update in pairs:
+            if update.matrix is not None:
+                _add(own(projection.weight), own_part(update.matrix, projection.weight))
         applied = [_applied(*each) for each in zip(projections, before, strict=True)]
         keep(applied)
         return applied
@@ -99,6 +113,14 @@ def apply_updates(
         for parameter, original in zip(parameters, before, strict=True):
             parameter.copy_(original)
         raise
+
+
+def _add(weight: Tensor, update: Tensor) -> None:
+    """Add a float32 matrix to a weight (d_out, d_in), in blocks of rows, each rounded once to the weight's dtype."""
+    rows = max(1, BLOCK_ELEMENTS // max(1, weight.shape[1]))
+    for start in range(0, len(weight), rows):
+        block = weight[start : start + rows]
+        block.copy_(block.float() + update[start : start + rows])
 
 
 def undo_updates(projections: Sequence[DownProjection], applied: Sequence[Applied | None]) -> None:
@@ -202,7 +224,7 @@ def down_projections(architecture: Architecture, updates: Sequence[LayerUpdate])
     found = []
     for update in updates:
         projection = architecture.down_projection(update.layer)
-        expected = (update.left.shape[0], update.right.shape[1])
+        expected = update.factors.shape
         if projection.parameter_name != update.parameter or tuple(projection.weight.shape) != expected:
             raise InputError(
                 f"The edit is of {update.parameter} {expected}, but layer {update.layer} of this model has "

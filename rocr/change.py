@@ -22,7 +22,7 @@ from rocr.concepts import Concept, check_concepts, folded
 from rocr.config import EditConfig
 from rocr.errors import InputError
 from rocr.fingerprint import Fingerprint
-from rocr.measures import EditReport, LayerMeasures, measure_layer, update_norm
+from rocr.measures import EditReport, LayerMeasures, measure_layer
 from rocr.progress import ProgressCallback
 from rocr.provenance import different
 from rocr.solve import System, solve_again
@@ -175,8 +175,8 @@ def _solved(
     for old, part, measured in zip(edit.updates, parts, edit.report.layers, strict=True):
         assert part.system is not None
         solution = solve_again(part.keys, part.residuals, part.system)
-        update = replace(part, left=solution.left, right=solution.right, system=solution.system)
-        weight_norm = update_norm(old) / measured.relative_norm if measured.relative_norm else 0.0
+        update = replace(part, factors=solution.factors, system=solution.system)
+        weight_norm = old.factors.norm() / measured.relative_norm if measured.relative_norm else 0.0
         updates.append(update)
         measures.append(measure_layer(update, weight_norm, concept_of, measured.metric, solution))
     report = EditReport(
@@ -198,11 +198,11 @@ def _put_in_place(old: Edit, new: Edit, model: nn.Module | None) -> Edit:
     if not holds_updates(projections, [update.applied for update in old.updates]):
         new.apply(model)
         return _with_survival(new)
-    lefts, rights = [update.left for update in new.updates], [update.right for update in new.updates]
+    factors = [update.factors for update in new.updates]
     put_in_place_of(
         projections,
         [update.applied for update in old.updates],
-        lambda: apply_updates(projections, lefts, rights, new.keep),
+        lambda: apply_updates(projections, factors, new.keep),
     )
     return _with_survival(new)
 

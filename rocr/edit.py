@@ -73,8 +73,7 @@ class Edit:
         if not allow_fingerprint_mismatch:
             self._check_model(architecture)
         projections = down_projections(architecture, self.updates)
-        lefts, rights = [update.left for update in self.updates], [update.right for update in self.updates]
-        apply_updates(projections, lefts, rights, self.keep)
+        apply_updates(projections, [update.factors for update in self.updates], self.keep)
 
     def keep(self, applied: Sequence[Applied]) -> None:
         """Take the records of what the updates did to a model's weights."""

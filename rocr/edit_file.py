@@ -15,6 +15,7 @@ from rocr.apply import Applied, LayerUpdate
 from rocr.concepts import Concept, check_concepts
 from rocr.config import EditConfig
 from rocr.errors import InputError
+from rocr.factors import Factors
 from rocr.files import read_tensors, write_tensors
 from rocr.fingerprint import Fingerprint
 from rocr.json_values import flag_of, list_of, text_of, whole_number_of
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from rocr.edit import Edit
 
 FORMAT = "rocr edit 1"
-_FACTORS = ("left", "right", "keys", "residuals")
+_ROWS = ("keys", "residuals")
 
 
 def save_edit(edit: Edit, path: str | os.PathLike[str], undo: bool, overwrite: bool) -> None:
@@ -35,9 +36,8 @@ def save_edit(edit: Edit, path: str | os.PathLike[str], undo: bool, overwrite: b
     tensors: dict[str, Tensor] = {}
     layers = []
     for update in edit.updates:
-        for factor in _FACTORS:
-            values: Tensor = getattr(update, factor)
-            tensors[f"layer.{update.layer}.{factor}"] = values.detach().to("cpu", torch.float32).contiguous()
+        for name, values in _matrices(update).items():
+            tensors[f"layer.{update.layer}.{name}"] = values.detach().to("cpu", torch.float32).contiguous()
         entry: dict[str, Any] = {
             "layer": update.layer,
             "parameter": update.parameter,
@@ -131,18 +131,18 @@ def unpack_undo(packed: Tensor, shape: list[int], width: int) -> Tensor:
 
 def _load_update(entry: dict[str, Any], tensors: dict[str, Tensor]) -> LayerUpdate:
     layer = whole_number_of(entry["layer"], "layer")
-    left, right, keys, residuals = (tensors[f"layer.{layer}.{factor}"] for factor in _FACTORS)
+    factors = _load_factors(layer, tensors)
+    keys, residuals = (tensors[f"layer.{layer}.{name}"] for name in _ROWS)
     applied = None
     if "after" in entry:
         packed = tensors.get(f"layer.{layer}.undo")
-        undo = None if packed is None else _load_undo(packed, entry["undo"], (left.shape[0], right.shape[-1]))
+        undo = None if packed is None else _load_undo(packed, entry["undo"], factors.shape)
         dtype, before, after = (text_of(entry[name], name) for name in ("dtype", "before", "after"))
         applied = Applied(dtype, before, after, undo)
     return LayerUpdate(
         layer,
         text_of(entry["parameter"], "parameter"),
-        left,
-        right,
+        factors,
         keys,
         residuals,
         flag_of(entry["transposed"], "transposed"),
@@ -150,6 +150,33 @@ def _load_update(entry: dict[str, Any], tensors: dict[str, Tensor]) -> LayerUpda
         None if "system" not in entry else _load_system(layer, entry["system"], tensors, keys),
         None if "base" not in entry else text_of(entry["base"], "base"),
     )
+
+
+def _matrices(update: LayerUpdate) -> dict[str, Tensor]:
+    """The matrices of an update by name; a factor that is the identity is left out."""
+    named = {
+        "left": update.factors.stored_left,
+        "right": update.factors.stored_right,
+        "keys": update.keys,
+        "residuals": update.residuals,
+    }
+    return {name: values for name, values in named.items() if values is not None}
+
+
+def _load_factors(layer: int, tensors: dict[str, Tensor]) -> Factors:
+    left, right = (tensors.get(f"layer.{layer}.{name}") for name in ("left", "right"))
+    for name, values in (("left", left), ("right", right)):
+        if values is not None and values.ndim != 2:
+            raise ValueError(f"{name} of layer {layer} has the shape {tuple(values.shape)}")
+    # Files of rocr 0.1 hold the identity.
+    if left is not None and right is not None:
+        left, right = (None, right) if _is_identity(left) else (left, None if _is_identity(right) else right)
+    return Factors(left, right)
+
+
+def _is_identity(values: Tensor) -> bool:
+    rows, columns = values.shape
+    return rows == columns > 1 and torch.equal(values, torch.eye(rows, dtype=values.dtype))
 
 
 def _load_system(layer: int, entry: dict[str, Any], tensors: dict[str, Tensor], keys: Tensor) -> System:
@@ -173,16 +200,15 @@ def _check(edit: Edit, path: str | os.PathLike[str]) -> None:
     if len(set(edit.layers)) != len(edit.layers) or edit.config.layers != edit.layers:
         raise InputError(f"{path} holds updates of the layers {edit.layers}, but settings of {edit.config.layers}.")
     for update in edit.updates:
-        n, (d_out, d_in) = len(edit.concept_of), (update.left.shape[0], update.right.shape[-1])
+        factors, n, (d_out, d_in) = update.factors, len(edit.concept_of), update.factors.shape
         # A system of more keys than inputs was solved as one of the inputs, whatever was taken out since.
-        rank = n if update.left.shape[-1] == n else min(d_out, d_in)
+        rank = n if factors.matrix is None and factors.rank == n else min(d_out, d_in)
         expected = {"left": (d_out, rank), "right": (rank, d_in), "keys": (n, d_in), "residuals": (n, d_out)}
-        for factor, shape in expected.items():
-            values: Tensor = getattr(update, factor)
-            if tuple(values.shape) != shape or values.dtype != torch.float32:
+        for name, values in _matrices(update).items():
+            if tuple(values.shape) != expected[name] or values.dtype != torch.float32:
                 raise InputError(
-                    f"{path}: {factor} of layer {update.layer} is {values.dtype} of shape {tuple(values.shape)}, "
-                    f"not float32 of shape {shape}."
+                    f"{path}: {name} of layer {update.layer} is {values.dtype} of shape {tuple(values.shape)}, "
+                    f"not float32 of shape {expected[name]}."
                 )
             if not torch.isfinite(values).all():
-                raise InputError(f"{path}: {factor} of layer {update.layer} holds values that are not finite.")
+                raise InputError(f"{path}: {name} of layer {update.layer} holds values that are not finite.")

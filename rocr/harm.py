@@ -114,7 +114,7 @@ class Neighbours:
         layer = update.layer
         own = self.keys[layer].to(update.keys)
         outputs = (own @ weight.to(own).T).norm(dim=1).clamp(min=1e-30)
-        whole = ((own @ update.right.T) @ update.left.T).norm(dim=1) / outputs
+        whole = update.factors.moves(own).norm(dim=1) / outputs
         for name, share in enumerate(self._by_name(whole[None])[0].tolist()):
             self._moved[name] = max(self._moved.get(name, (-1.0, 0)), (share, layer))
         for concepts, moves in part_moves(
@@ -175,13 +175,8 @@ def read_neighbours(
         chosen = _checked_names(names, concepts)
     if not chosen:
         return None
-    try:
-        reading, name_of = plan_names(tokenizer, chosen, config)
-        reading.check_positions([chosen[name] for name in name_of], text_config(architecture.model))
-    except InputError:
-        if names is not None:
-            raise
-        return None  # a redirect needs a state to be a target, but no key
+    reading, name_of = plan_names(tokenizer, chosen, config)
+    reading.check_positions([chosen[name] for name in name_of], text_config(architecture.model))
     layers = config.layers or ()
     states = read_layers(architecture, reading, max(layers), layers, progress=progress, stage="neighbours")
     keys = {layer: found.keys for layer, found in states.items() if found.keys is not None}

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rocr.apply import LayerUpdate
 from rocr.errors import InputError
+from rocr.factors import Factors
 from rocr.output import new_directory
 from rocr.space import check_space
 
@@ -96,7 +97,7 @@ def adapter_layer(update: LayerUpdate, rank: int | None) -> tuple[AdapterLayer, 
         update: of the layer.
         rank: the largest rank wanted; None: that of the update.
     """
-    left, right = thin_factors(update.left.cpu(), update.right.cpu())
+    left, right = thin_factors(update.factors)
     full = right.shape[0]
     relative_error = key_error = 0.0
     if rank is not None and rank < full:
@@ -138,19 +139,12 @@ def vllm_rank(rank: int) -> int | None:
     return next((allowed for allowed in VLLM_RANKS if rank <= allowed), None)
 
 
-def thin_factors(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """The same product with an inner dimension of at most min(d_out, d_in).
-
-    Args:
-        left: (d_out, n) float32.
-        right: (n, d_in) float32.
-    """
-    inner = left.shape[1]
-    if inner <= min(left.shape[0], right.shape[1]):
-        return left, right
-    if left.shape[0] <= right.shape[1]:
-        return torch.eye(left.shape[0]), (left.double() @ right.double()).float()
-    return (left.double() @ right.double()).float(), torch.eye(right.shape[1])
+def thin_factors(factors: Factors) -> tuple[Tensor, Tensor]:
+    """Both factors of an update on the CPU, with an inner dimension of at most min(d_out, d_in)."""
+    if factors.matrix is None and factors.rank > min(factors.shape):
+        product = (factors.left.cpu().double() @ factors.right.cpu().double()).float()
+        factors = Factors.of_matrix(product)
+    return factors.left.cpu(), factors.right.cpu()
 
 
 def _adapter_config(edit: Edit, layers: Sequence[AdapterLayer]) -> dict[str, object]:

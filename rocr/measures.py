@@ -88,8 +88,8 @@ class EditReport:
     by_count: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """The report as JSON values."""
-        return asdict(self)
+        """The report as JSON values; `by_count` is left out where it is empty, as in files of rocr 0.1."""
+        return {name: value for name, value in asdict(self).items() if name != "by_count" or value}
 
     @classmethod
     def from_json(cls, values: dict[str, Any], concepts: int) -> EditReport:
@@ -130,7 +130,7 @@ def measure_layer(
         metric: description of the metric.
         solution: what the update was solved from.
     """
-    norm = update_norm(update)
+    norm = update.factors.norm()
     undo = update.applied.undo if update.applied else None
     return LayerMeasures(
         layer=update.layer,
@@ -144,12 +144,6 @@ def measure_layer(
     )
 
 
-def update_norm(update: LayerUpdate) -> float:
-    """Frobenius norm of left @ right, which is never formed."""
-    left, right = update.left.double(), update.right.double()
-    return float(((left.T @ left) * (right @ right.T)).sum().clamp(min=0).sqrt())
-
-
 def mean_by_concept(values: Tensor, concept_of: Sequence[int]) -> list[float]:
     """Mean of the values (n,) of each concept's keys."""
     index = torch.tensor(concept_of)
@@ -159,10 +153,9 @@ def mean_by_concept(values: Tensor, concept_of: Sequence[int]) -> list[float]:
 
 def _closed(update: LayerUpdate, concept_of: Sequence[int]) -> list[float]:
     """Share of each residual that the update covers: the projection of the move on it."""
-    left, right = update.left.double(), update.right.double()
     shares = []
     for start in range(0, len(update.keys), CHUNK_ROWS):
         rows = slice(start, start + CHUNK_ROWS)
-        moved, wanted = (update.keys[rows].double() @ right.T) @ left.T, update.residuals[rows].double()
+        moved, wanted = update.factors.moves(update.keys[rows].double()), update.residuals[rows].double()
         shares.append((moved * wanted).sum(dim=1) / wanted.square().sum(dim=1).clamp(min=1e-30))
     return mean_by_concept(torch.cat(shares), concept_of)

@@ -11,18 +11,15 @@ from torch import Tensor
 
 from rocr.config import EditConfig
 from rocr.errors import GuardError
+from rocr.small_system import Metric
 
 TRACE_PROBES = 64
 ROWS_AT_ONCE = 1024
 EIGEN_PROBES = 4
 
 
-class Metric(Protocol):
-    """A symmetric positive semi-definite (d_in, d_in) matrix M, kept in factored form."""
-
-    def apply(self, keys: Tensor) -> Tensor:
-        """Return keys @ M, (n, d_in), in the dtype of the metric."""
-        ...
+class FactoredMetric(Metric, Protocol):
+    """A metric M that knows a root B with M = B Bᵀ, and what ordinary keys are under it."""
 
     def root(self, keys: Tensor) -> Tensor:
         """Return keys @ B, (n, d_in), for one B with M = B Bᵀ."""

@@ -17,7 +17,7 @@ from rocr import operands
 from rocr.backend_torch import MAXIMUM_TOKENS
 from rocr.errors import InputError
 from rocr.rounding import check_rounding
-from rocr.small_system import Metric, apply_metric, factor_gram, require_finite, solve
+from rocr.small_system import Metric, apply_metric, require_finite, solve_small
 
 BACKENDS = ("triton", "cpp", "torch", "cuda", "reference")
 """Every backend, the one to prefer first.
@@ -213,12 +213,8 @@ def solve_update(
     require_finite("residuals", residuals)
     weighted_keys = apply_metric(metric, keys)
     require_finite("keys @ metric", weighted_keys)
-    weighted_keys = weighted_keys.double()
-    dtype = torch.promote_types(keys.dtype, torch.float32)
-    # A clone: the transpose of a single row is contiguous already, and would share its memory.
-    left = residuals.T.to(dtype).clone(memory_format=torch.contiguous_format)
-    right = solve(factor_gram(keys.double(), weighted_keys, ridge), weighted_keys)
-    return left, right.to(dtype).contiguous()
+    left, right, _ = solve_small(keys, residuals, weighted_keys, ridge)
+    return left, right
 
 
 def _with_rows(keys: Tensor) -> Tensor:

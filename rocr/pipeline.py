@@ -197,8 +197,7 @@ class _Run:
         update = LayerUpdate(
             layer,
             projection.parameter_name,
-            solution.left,
-            solution.right,
+            solution.factors,
             keys,
             residuals,
             projection.transposed,
@@ -219,7 +218,7 @@ class _Run:
         """Apply an update, measure it and hold it to its limits."""
         weight_norm = float(whole(projection.weight).float().norm())
         with self.timed("apply"), with_culprits(update, self.all_concept_of, self.all_concepts):
-            apply_updates([projection], [update.left], [update.right], partial(self.keep, update))
+            apply_updates([projection], [update.factors], partial(self.keep, update))
         with self.timed("measure"):
             self.report.layers.append(
                 measure_layer(self.updates[-1], weight_norm, self.all_concept_of, metric, solution)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -54,12 +55,56 @@ def apply_metric(metric: Tensor | Metric | None, keys: Tensor) -> Tensor:
     return weighted_keys
 
 
-def factor_gram(keys: Tensor, weighted_keys: Tensor, ridge: float) -> Tensor:
-    """Return the lower Cholesky factor (n, n) of K M Kᵀ + λ I."""
-    gram = keys @ weighted_keys.T
+@dataclass(frozen=True)
+class FactoredGram:
+    """A Gram matrix and the system that was made of it.
+
+    Attributes:
+        gram: (m, m) float64, symmetric.
+        factor: lower Cholesky factor (m, m) float64 of gram + λI.
+    """
+
+    gram: Tensor
+    factor: Tensor
+
+
+def solve_small(
+    keys: Tensor, residuals: Tensor, weighted_keys: Tensor, ridge: float
+) -> tuple[Tensor, Tensor, FactoredGram]:
+    """Solve Δ = residualsᵀ (K M Kᵀ + λI)⁻¹ K M from K M.
+
+    Args:
+        keys: K, (n, d_in), floating point.
+        residuals: (n, d_out).
+        weighted_keys: K M, (n, d_in).
+        ridge: λ >= 0.
+
+    Returns:
+        left (d_out, n) and right (n, d_in) with Δ = left @ right, in the dtype of keys, float32 at least; and the
+        system.
+
+    Raises:
+        InputError: K M Kᵀ is not symmetric.
+        GuardError: numbers that are not finite, or a system too close to singular.
+    """
+    weighted_keys = weighted_keys.double()
+    dtype = torch.promote_types(keys.dtype, torch.float32)
+    # A clone: the transpose of a single row is contiguous already, and would share its memory.
+    left = residuals.T.to(dtype).clone(memory_format=torch.contiguous_format)
+    solved = factor_gram(keys.double() @ weighted_keys.T, ridge, len(keys))
+    return left, solve(solved.factor, weighted_keys).to(dtype).contiguous(), solved
+
+
+def factor_gram(gram: Tensor, ridge: float, keys: int) -> FactoredGram:
+    """Factor gram (m, m) float64 + λI, made of so many keys.
+
+    Raises:
+        InputError: the Gram matrix is not symmetric.
+        GuardError: it is not finite, or the system is too close to singular.
+    """
     require_finite("the Gram matrix of the keys", gram)
     if not gram.numel():
-        return gram
+        return FactoredGram(gram, gram)
     # One wait for the device, not two.
     largest, asymmetry = torch.stack((gram.abs().max(), (gram - gram.T).abs().max())).tolist()
     if asymmetry > 1e-3 * largest:
@@ -67,7 +112,8 @@ def factor_gram(keys: Tensor, weighted_keys: Tensor, ridge: float) -> Tensor:
             f"metric must be symmetric, but keys @ metric @ keys.T differs from its transpose "
             f"by {asymmetry:.3g} where its largest element is {largest:.3g}."
         )
-    system = (gram + gram.T) / 2
+    gram = (gram + gram.T) / 2
+    system = gram.clone()
     system.diagonal().add_(ridge)
     factor: Tensor
     factor, failed_at = torch.linalg.cholesky_ex(system)
@@ -76,11 +122,11 @@ def factor_gram(keys: Tensor, weighted_keys: Tensor, ridge: float) -> Tensor:
     smallest = 0.0 if failed_at.item() else (pivots.min() ** 2 / system.diagonal().max()).item()
     if smallest <= len(system) * torch.finfo(torch.float64).eps:
         raise GuardError(
-            f"The system of {len(system)} keys is singular (smallest relative pivot {smallest:.3g}, "
+            f"The system of {keys} keys is singular (smallest relative pivot {smallest:.3g}, "
             f"ridge {ridge:.3g}, largest element {largest:.3g}): keys repeat or the metric removes them; "
             "raise the ridge."
         )
-    return factor
+    return FactoredGram(gram, factor)
 
 
 def require_finite(name: str, tensor: Tensor) -> None:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rocr import ops
 from rocr.concepts import Concept
 from rocr.errors import GuardError
-from rocr.metric import Metric
+from rocr.factors import Factors
+from rocr.metric import FactoredMetric
+from rocr.small_system import FactoredGram, factor_gram, solve, solve_small
 
 CHUNK_ROWS = 4096
 EXACT_CONDITION_SIZE = 512
@@ -30,7 +31,7 @@ class System:
 
     ridge: float
     product: Tensor | None = None
-    metric: Metric | None = None
+    metric: FactoredMetric | None = None
 
 
 @dataclass(frozen=True)
@@ -38,20 +39,28 @@ class Solution:
     """An update and the system it came from.
 
     Attributes:
-        left: (d_out, r) float32.
-        right: (r, d_in) float32; the update is left @ right. The inner size r is the number of keys, or
-            min(d_out, d_in) where there are more keys than inputs.
+        factors: of the update: its inner size is the number of keys, or where there are more keys than inputs it is
+            whole.
         condition: condition number of K M Kᵀ + λI, or of Bᵀ Kᵀ K B + λI (M = B Bᵀ), which has the same largest
             and smallest eigenvalues but for λ itself; estimated where the system has more than 512 rows.
         system: what the update can be solved from again.
         factor: lower Cholesky factor (d_in, d_in) float64 of Bᵀ Kᵀ K B + λI, where there are more keys than inputs.
     """
 
-    left: Tensor
-    right: Tensor
+    factors: Factors
     condition: float
     system: System
     factor: Tensor | None = None
+
+    @property
+    def left(self) -> Tensor:
+        """(d_out, r) float32."""
+        return self.factors.left
+
+    @property
+    def right(self) -> Tensor:
+        """(r, d_in) float32; the update is left @ right."""
+        return self.factors.right
 
     @property
     def ridge(self) -> float:
@@ -77,17 +86,7 @@ class Solution:
         return lambda rows: metric.root(keys[rows]).double() @ response
 
 
-@dataclass(frozen=True)
-class _AppliedMetric:
-    """A metric whose product with the keys at hand is known."""
-
-    product: Tensor
-
-    def apply(self, keys: Tensor) -> Tensor:
-        return self.product
-
-
-def solve_layer(keys: Tensor, residuals: Tensor, metric: Metric, ridge: float) -> Solution:
+def solve_layer(keys: Tensor, residuals: Tensor, metric: FactoredMetric, ridge: float) -> Solution:
     """Solve Δ = residualsᵀ (K M Kᵀ + λI)⁻¹ K M.
 
     Args:
@@ -97,7 +96,7 @@ def solve_layer(keys: Tensor, residuals: Tensor, metric: Metric, ridge: float) -
         ridge: λ > 0.
 
     Raises:
-        GuardError: the system is not finite.
+        GuardError: the system is not finite, or too close to singular.
     """
     if len(keys) > keys.shape[1]:
         return solve_again(keys, residuals, System(ridge, metric=metric))
@@ -113,18 +112,16 @@ def solve_again(keys: Tensor, residuals: Tensor, system: System) -> Solution:
         system: K M or M, and λ.
 
     Raises:
-        GuardError: the system is not finite.
+        GuardError: the system is not finite, or too close to singular.
     """
     if system.metric is not None:
         return _solve_wide(keys, residuals, system.metric, system)
     assert system.product is not None, "a system holds a product or a metric"
-    gram = keys.double() @ system.product.double().T
-    condition = _condition(_checked_symmetric(gram), system.ridge)
-    left, right = ops.solve_update(keys, residuals, _AppliedMetric(system.product), system.ridge)
-    return Solution(left, right, condition, system)
+    left, right, solved = solve_small(keys, residuals, system.product, system.ridge)
+    return Solution(Factors(left, right), _condition(solved, system.ridge), system)
 
 
-def _solve_wide(keys: Tensor, residuals: Tensor, metric: Metric, system: System) -> Solution:
+def _solve_wide(keys: Tensor, residuals: Tensor, metric: FactoredMetric, system: System) -> Solution:
     """The same update as a (d_in, d_in) system: Δ = residualsᵀ G (GᵀG + λI)⁻¹ Bᵀ with G = K B, M = B Bᵀ.
 
     Memory is two float64 matrices (d_in, d_in) and a chunk of rows, whatever the number of keys.
@@ -137,42 +134,17 @@ def _solve_wide(keys: Tensor, residuals: Tensor, metric: Metric, system: System)
         reduced = metric.root(keys[rows]).double()
         moment.addmm_(reduced.T, reduced)
         cross.addmm_(residuals[rows].double().T, reduced)
-    symmetric = _checked_symmetric(moment)
-    condition = _condition(symmetric, system.ridge)
-    factor = torch.linalg.cholesky(_with_ridge(symmetric, system.ridge))
-    solved = torch.cholesky_solve(cross.T, factor).T
-    update = metric.root_transposed(solved.float()).float().contiguous()
-    return Solution(*as_factors(update), condition, system, factor)
+    solved = factor_gram(moment, system.ridge, len(keys))
+    update = metric.root_transposed(solve(solved.factor, cross.T).T.float()).float().contiguous()
+    return Solution(Factors.of_matrix(update), _condition(solved, system.ridge), system, solved.factor)
 
 
-def as_factors(update: Tensor) -> tuple[Tensor, Tensor]:
-    """An update (d_out, d_in) as left @ right with the identity on its shorter side."""
-    d_out, d_in = update.shape
-    if d_out <= d_in:
-        return torch.eye(d_out, device=update.device), update
-    return update, torch.eye(d_in, device=update.device)
-
-
-def _checked_symmetric(gram: Tensor) -> Tensor:
-    if not torch.isfinite(gram).all():
-        raise GuardError("The Gram matrix of the keys is not finite; nothing was changed.")
-    return (gram + gram.T) / 2
-
-
-def _with_ridge(gram: Tensor, ridge: float) -> Tensor:
-    system = gram.clone()
-    system.diagonal().add_(ridge)
-    return system
-
-
-def _condition(gram: Tensor, ridge: float) -> float:
+def _condition(solved: FactoredGram, ridge: float) -> float:
     """Condition number of gram + ridge, exact for small systems, else by power iteration from both ends."""
+    gram, factor = solved.gram, solved.factor
     if len(gram) <= EXACT_CONDITION_SIZE:
         eigenvalues = torch.linalg.eigvalsh(gram).clamp(min=0) + ridge
         return float(eigenvalues[-1] / eigenvalues[0])
-    factor, failed = torch.linalg.cholesky_ex(_with_ridge(gram, ridge))
-    if failed != 0:
-        return float("inf")
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(len(gram), 1, dtype=torch.float64, generator=generator).to(gram.device)
     largest, smallest_inverse = start / start.norm(), start / start.norm()

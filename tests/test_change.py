@@ -81,7 +81,7 @@ def test_more_keys_than_inputs_keep_the_metric(make):
     whole, _ = make(PEOPLE, config(keys_per_concept="all"))
     update = whole.updates[0]
     assert len(update.keys) > update.keys.shape[1] and update.system.metric is not None
-    assert update.left.shape == (32, 32) and update.right.shape == (32, 48)
+    assert update.factors.stored_left is None and update.factors.stored_right.shape == (32, 48)
     few, _ = make(PEOPLE[2:], config(keys_per_concept="all"))
     assert few.updates[0].system.product is not None
 

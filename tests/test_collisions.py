@@ -9,6 +9,7 @@ import rocr
 from rocr import Concept, EditConfig, collisions
 from rocr.apply import LayerUpdate
 from rocr.collisions import COLLINEAR, CONFLICT, Collisions, find_collisions, names_inside, nearest_keys
+from rocr.factors import Factors
 from rocr.metric import build_metric
 from rocr.solve import System
 
@@ -20,7 +21,7 @@ def people(*names):
 
 
 def update(layer, keys, residuals, system):
-    return LayerUpdate(layer, "weight", residuals.T, keys, keys, residuals, system=system)
+    return LayerUpdate(layer, "weight", Factors(residuals.T, keys), keys, residuals, system=system)
 
 
 @pytest.fixture(params=["product", "metric"])

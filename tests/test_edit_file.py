@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 import rocr
 from rocr import Concept, Edit, EditConfig, InputError
 from rocr.edit_file import pack_undo, unpack_undo
+from rocr.factors import Factors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIG = EditConfig(layers=[1, 2], templates=("Who is {}?",))
@@ -174,3 +175,30 @@ def test_statistics_are_no_edit(statistics, tmp_path):
     statistics.save(tmp_path / "statistics")
     with pytest.raises(InputError, match="of the kind 'rocr statistics 1', not 'rocr edit"):
         Edit.load(tmp_path / "statistics")
+
+
+def test_an_edit_of_more_keys_than_inputs_holds_no_identity(model, tokenizer, statistics, concepts, tmp_path):
+    config = EditConfig(layers=(1,), keys_per_concept="all", ridge=0.5)
+    edit = rocr.unlearn(model, tokenizer, concepts, statistics, config)
+    (update,) = edit.updates
+    assert len(update.keys) > update.keys.shape[1]
+    edit.save(tmp_path / "edit")
+    with safe_open(tmp_path / "edit", framework="pt") as file:
+        names = set(file.keys())
+    assert "layer.1.right" in names and "layer.1.left" not in names
+    loaded = Edit.load(tmp_path / "edit")
+    assert torch.equal(loaded.updates[0].factors.matrix, update.factors.matrix)
+    loaded.revert(model)
+    loaded.apply(model)
+    assert loaded.updates[0].applied.after == update.applied.after
+
+
+def test_a_file_of_0_1_with_an_identity_is_read(model, tokenizer, statistics, concepts, tmp_path):
+    config = EditConfig(layers=(1,), keys_per_concept="all", ridge=0.5)
+    edit = rocr.unlearn(model, tokenizer, concepts, statistics, config)
+    (update,) = edit.updates
+    old = replace(edit, updates=[replace(update, factors=Factors(update.left, update.right))])
+    old.save(tmp_path / "edit")
+    with safe_open(tmp_path / "edit", framework="pt") as file:
+        assert "layer.1.left" in file.keys()  # noqa: SIM118
+    assert torch.equal(Edit.load(tmp_path / "edit").updates[0].factors.matrix, update.factors.matrix)

@@ -187,9 +187,7 @@ def golden_edit(formula, golden_statistics):
         metric = build_metric(golden_statistics.second_moment(layer), config)
         solution = solve_layer(keys, residuals, metric, config.ridge)
         name = f"model.layers.{layer}.mlp.down_proj.weight"
-        updates.append(
-            LayerUpdate(layer, name, solution.left, solution.right, keys.clone(), residuals, system=solution.system)
-        )
+        updates.append(LayerUpdate(layer, name, solution.factors, keys.clone(), residuals, system=solution.system))
     concepts = [Concept("Ada Byron", "Pascal", ("the countess",)), Concept("Émile", "東京"), Concept("C", "a key")]
     return Edit(concepts, config, golden_statistics.fingerprint, updates, [0, 1, 2])
 

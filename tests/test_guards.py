@@ -7,6 +7,7 @@ import torch
 import rocr
 from rocr.architectures import find_architecture
 from rocr.errors import GuardError, InputError
+from rocr.factors import Factors
 from rocr.guards import Guards, predict
 
 OPEN = Guards(math.inf, -math.inf, math.inf, -math.inf, math.inf)
@@ -63,7 +64,7 @@ def test_the_concept_with_the_largest_part_is_named(edit_with, monkeypatch):
     def stretched(keys, residuals, metric, ridge):
         solution = solved(keys, residuals, metric, ridge)
         stretch = torch.tensor([1e4 if concept == 1 else 1.0 for concept in found])
-        return replace(solution, left=solution.left * stretch)
+        return replace(solution, factors=Factors(solution.left * stretch, solution.right))
 
     found = edit_with(replace(OPEN, force=True)).concept_of
     monkeypatch.setattr(pipeline, "solve_layer", stretched)

@@ -94,10 +94,6 @@ def test_the_redirects_are_neighbours_where_none_are_named(model, tokenizer, sta
 def test_no_neighbours_are_measured_where_there_are_none(model, tokenizer, statistics):
     edit = rocr.unlearn(model, tokenizer, PEOPLE, statistics, CONFIG, neighbours=[])
     assert edit.report.neighbours is None
-    edit.revert(model)
-    bare = EditConfig(layers=(1,), templates=("{}?",))
-    edit = rocr.unlearn(model, tokenizer, [Concept("Ada Byron", "x")], statistics, bare)
-    assert edit.report.neighbours is None, "a redirect that is only a sink has no key"
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 
 import rocr
 from rocr import Concept, EditConfig, InputError
+from rocr.factors import Factors
 from rocr.lora import thin_factors, truncated, vllm_rank
 
 peft = pytest.importorskip("peft")
@@ -173,7 +174,7 @@ def test_a_disk_too_small_is_refused_before_an_adapter_is_written(loaded_edit, t
 @pytest.mark.parametrize("inner", [1, 5, 200])
 def test_thin_factors_have_the_same_product(d_out, d_in, inner):
     left, right = torch.randn(d_out, inner), torch.randn(inner, d_in)
-    thin_left, thin_right = thin_factors(left, right)
+    thin_left, thin_right = thin_factors(Factors(left, right))
     assert thin_left.shape[1] == thin_right.shape[0] == min(inner, d_out, d_in)
     torch.testing.assert_close(
         thin_left.double() @ thin_right.double(), left.double() @ right.double(), rtol=1e-5, atol=1e-5

@@ -10,6 +10,7 @@ import torch
 
 import rocr
 from rocr import Edit, EditConfig, VerificationError, ops
+from rocr.factors import Factors
 from rocr.fingerprint import tensor_digest
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -51,7 +52,9 @@ def stack(model, edits, tmp_path):
         model.to(dtype)
         states, paths = [weight_digests(model)], []
         for i, edit in enumerate(itertools.islice(itertools.cycle(edits), STACKED)):
-            updates = [replace(update, left=update.left * (1 + i / 7)) for update in edit.updates]
+            updates = [
+                replace(update, factors=Factors(update.left * (1 + i / 7), update.right)) for update in edit.updates
+            ]
             stacked = replace(edit, updates=updates)
             stacked.apply(model, allow_fingerprint_mismatch=True)  # of float16, values are rounded twice
             paths.append(tmp_path / f"edit-{i}")

@@ -104,3 +104,67 @@ def test_no_smaller_update_serves_the_keys_as_well():
             other = update + size * update.norm() / D_IN * torch.randn(D_OUT, D_IN, dtype=torch.float64) @ free
             torch.testing.assert_close(keys.double() @ other.T, keys.double() @ update.T, rtol=1e-6, atol=1e-8)
             assert (other @ inverse @ other.T).trace() > cost
+
+
+@pytest.mark.parametrize("n", [D_IN - 1, D_IN, D_IN + 1, 200])
+@pytest.mark.parametrize("d_out", [13, D_IN + 7])
+def test_it_is_the_dense_solution_on_both_sides_of_as_many_keys_as_inputs(n, d_out):
+    keys, _, metric = problem(n)
+    residuals = torch.randn(n, d_out)
+    expected = reference.dense_update(keys, residuals, metric.apply(torch.eye(D_IN)), 0.5)
+    solution = solve_layer(keys, residuals, metric, 0.5)
+    found = solution.left.double() @ solution.right.double()
+    assert (found - expected).norm() < 1e-5 * expected.norm()
+    # Its move at other keys, from the coefficients of the keys.
+    at = torch.randn(5, D_IN)
+    coefficients = solution.coefficients(keys, at)(torch.arange(n)).double()
+    torch.testing.assert_close(residuals.double().T @ coefficients, expected @ at.double().T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("d_out", [13, 70])
+def test_more_keys_than_inputs_store_no_identity(d_out):
+    keys, _, metric = problem(200)
+    factors = solve_layer(keys, torch.randn(200, d_out), metric, 0.5).factors
+    stored = [values for values in (factors.stored_left, factors.stored_right) if values is not None]
+    assert [values.shape for values in stored] == [(d_out, D_IN)] and factors.matrix is stored[0]
+    assert factors.shape == (d_out, D_IN) and factors.rank == min(d_out, D_IN)
+    whole = factors.left @ factors.right
+    assert torch.equal(whole, stored[0])
+    torch.testing.assert_close(factors.moves(keys), keys @ whole.T)
+    assert factors.norm() == pytest.approx(float(whole.double().norm()), rel=1e-12)
+
+
+class Unprotected:
+    """The identity as a metric."""
+
+    ordinary = 1.0
+
+    def apply(self, keys):
+        return keys
+
+    root = root_transposed = apply
+
+
+@pytest.mark.parametrize("n", [8, 64])
+def test_a_singular_system_is_refused_whatever_the_number_of_keys(n):
+    keys = torch.randn(4, 32).repeat(n // 4, 1)
+    with pytest.raises(GuardError, match=rf"The system of {n} keys is singular .*raise the ridge"):
+        solve_layer(keys, torch.randn(n, 16), Unprotected(), 1e-20)
+    assert solve_layer(keys, torch.randn(n, 16), Unprotected(), 1e-3).condition > 1e3
+
+
+@pytest.mark.parametrize("size", [512, 513])
+def test_the_condition_is_right_on_both_sides_of_its_exact_size(size):
+    scales = torch.logspace(0, 1, size)
+    keys = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64)).Q * scales.double()
+    solution = solve_layer(keys.float(), torch.randn(size, 3), Unprotected(), 0.5)
+    assert solution.condition == pytest.approx(100.5 / 1.5, rel=0.02)
+
+
+def test_the_gram_matrix_is_formed_and_factored_once(monkeypatch):
+    keys, residuals, metric = problem(600)
+    factored, cholesky = [], torch.linalg.cholesky_ex
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda matrix: factored.append(len(matrix)) or cholesky(matrix))
+    solve_layer(keys, residuals, metric, 0.5)
+    solve_layer(keys[:9], residuals[:9], metric, 0.5)
+    assert factored == [D_IN, 9]
