@@ -185,8 +185,8 @@ def edit_bytes(job: Job, undo: bool = True) -> int:
     size = HEADER_BYTES + HEADER_BYTES_OF_CONCEPT * len(job.concepts)
     for weight in job.weights:
         d_out, d_in = weight.shape
-        rank = n if n <= d_in else min(d_out, d_in)
-        size += 4 * (rank * (d_out + d_in) + n * (d_out + d_in) + min(n, d_in) * d_in)
+        factors = n * (d_out + d_in) if n <= d_in else d_out * d_in
+        size += 4 * (factors + n * (d_out + d_in) + min(n, d_in) * d_in)
         size += int(UNDO_SHARE[dtype] * weight.numel() * dtype.itemsize) if undo else 0
     return size
 

@@ -178,7 +178,7 @@ def test_statistics_are_no_edit(statistics, tmp_path):
 
 
 def test_an_edit_of_more_keys_than_inputs_holds_no_identity(model, tokenizer, statistics, concepts, tmp_path):
-    config = EditConfig(layers=(1,), keys_per_concept="all", ridge=0.5)
+    config = EditConfig(layers=(1,), keys_per_concept="all", ridge=5.0)
     edit = rocr.unlearn(model, tokenizer, concepts, statistics, config)
     (update,) = edit.updates
     assert len(update.keys) > update.keys.shape[1]
@@ -194,7 +194,7 @@ def test_an_edit_of_more_keys_than_inputs_holds_no_identity(model, tokenizer, st
 
 
 def test_a_file_of_0_1_with_an_identity_is_read(model, tokenizer, statistics, concepts, tmp_path):
-    config = EditConfig(layers=(1,), keys_per_concept="all", ridge=0.5)
+    config = EditConfig(layers=(1,), keys_per_concept="all", ridge=5.0)
     edit = rocr.unlearn(model, tokenizer, concepts, statistics, config)
     (update,) = edit.updates
     old = replace(edit, updates=[replace(update, factors=Factors(update.left, update.right))])
