@@ -45,7 +45,12 @@ def reason_of(error: BaseException) -> str:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory, of the machine or of a device, ran out."""
     text = str(error)
-    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "out of memory" in text
+        or "can't allocate memory" in text
+    )
 
 
 def is_of_the_disk(error: BaseException) -> bool:

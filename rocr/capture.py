@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,11 +13,13 @@ from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache
 
 from rocr.architectures import Architecture
+from rocr.boundary import calling
+from rocr.errors import InputError
 from rocr.sharding import whole, whole_input
 
 
-class _StopForward(Exception):
-    """Ends a forward pass once the last wanted layer has run."""
+class _StopForward(BaseException):
+    """Ends a forward pass once the last wanted layer has run. No Exception: a model's own code may catch those."""
 
 
 @contextmanager
@@ -26,7 +29,7 @@ def input_hook(module: nn.Module, receive: Callable[[Tensor], None]) -> Iterator
     def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
         receive(whole_input(module, inputs[0].detach()))
 
-    with _hooked(module.register_forward_pre_hook, hook):
+    with hooked(module.register_forward_pre_hook, hook):
         yield
 
 
@@ -35,9 +38,9 @@ def hidden_hook(architecture: Architecture, layer: int, receive: Callable[[Tenso
     """Within the context, `receive` gets the decoder layer's output, (batch, tokens, d_out)."""
 
     def hook(_module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
-        receive(whole(_first_tensor(output).detach()))
+        receive(whole(first_tensor(output).detach()))
 
-    with _hooked(architecture.layers[layer].register_forward_hook, hook):
+    with hooked(architecture.layers[layer].register_forward_hook, hook):
         yield
 
 
@@ -53,6 +56,9 @@ def run_through(
         tokens: (batch, tokens) int64 token ids, padded on the right.
         mask: (batch, cached and given tokens), 1 for tokens and 0 for padding; None where there is no padding.
         cache: attention keys and values of the tokens before these, which the layers read and write.
+
+    Raises:
+        InputError: the model's code raises an exception, or the layer does not run as a module.
     """
 
     def stop(_module: nn.Module, _inputs: tuple[Any, ...], _output: Any) -> None:
@@ -66,12 +72,69 @@ def run_through(
     if mask is not None:
         arguments["attention_mask"] = mask.to(device)
     # The stop must be the layer's last hook, so that recording hooks have run before it.
-    with evaluating(architecture.model), _hooked(architecture.layers[layer].register_forward_hook, stop):
+    stopping = hooked(architecture.layers[layer].register_forward_hook, stop)
+    with evaluating(architecture.model), as_written(), stopping:
         try:
-            architecture.model(**arguments)
+            with calling(f"The forward pass of {type(architecture.model).__name__}"):
+                architecture.model(**arguments)
         except _StopForward:
             return
-    raise RuntimeError(f"The forward pass ended without running decoder layer {layer}.")
+    raise InputError(_unseen(f"decoder layer {architecture.layers_name}.{layer}"))
+
+
+@contextmanager
+def as_written() -> Iterator[None]:
+    """Compiled modules run as they are written inside, since compiled code does not call hooks that come later."""
+    set_stance = getattr(torch.compiler, "set_stance", None)
+    if set_stance is None or "torch._dynamo" not in sys.modules:
+        yield
+        return
+    with set_stance("force_eager"):
+        yield
+
+
+def check_seen(found: Collection[object], wanted: Mapping[Any, str]) -> None:
+    """Make sure that a pass has shown everything that it was to show.
+
+    Args:
+        found: what was received, by name.
+        wanted: what is to be received: for each name the module in words.
+
+    Raises:
+        InputError: something is missing; names the module.
+    """
+    for name, module in wanted.items():
+        if name not in found:
+            raise InputError(_unseen(module))
+
+
+def _unseen(module: str) -> str:
+    return (
+        f"The forward pass ended without a call of {module}, so that nothing can be read there. Its weight is probably "
+        "used directly, by a fused kernel or by compiled code: load the model without them (use_kernels=False, no "
+        "torch.compile)."
+    )
+
+
+def as_sequence(states: Tensor, shape: torch.Size, what: str) -> Tensor:
+    """States as (batch, tokens, width), which modules that flatten the tokens return as (batch * tokens, width).
+
+    Args:
+        states: the states.
+        shape: (batch, tokens) of the pass.
+        what: what they are, for the message.
+
+    Raises:
+        InputError: they have another shape.
+    """
+    if states.ndim == 2 and states.shape[0] == shape.numel():
+        states = states.view(*shape, -1)
+    if states.ndim != 3 or states.shape[:2] != shape:
+        raise InputError(
+            f"{what} has the shape {tuple(states.shape)} for (batch, tokens) = {tuple(shape)}, not (batch, tokens, "
+            "width): rocr cannot edit models of such layers."
+        )
+    return states
 
 
 @contextmanager
@@ -87,7 +150,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _hooked(register: Callable[..., RemovableHandle], hook: Callable[..., None]) -> Iterator[None]:
+def hooked(register: Callable[..., RemovableHandle], hook: Callable[..., None]) -> Iterator[None]:
     """Within the context a module has a hook. An interruption at its end may leave it there, but never at work."""
     active = [True]
 
@@ -105,8 +168,15 @@ def _hooked(register: Callable[..., RemovableHandle], hook: Callable[..., None])
             handle.remove()
 
 
-def _first_tensor(output: Any) -> Tensor:
-    """The hidden states of a layer's output, which is a tensor or a tuple that starts with one."""
-    while not isinstance(output, Tensor):
-        output = output[0]
-    return output
+def first_tensor(output: Any) -> Tensor:
+    """The hidden states of a layer's output, which is a tensor or a tuple that starts with one.
+
+    Raises:
+        InputError: it is neither.
+    """
+    found = output
+    while isinstance(found, (tuple, list)) and found:
+        found = found[0]
+    if not isinstance(found, Tensor):
+        raise InputError(f"A decoder layer returns {type(output).__name__}, not a tensor or a tuple with one first.")
+    return found

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from rocr import ops
 from rocr.architectures import Architecture, default_layers, find_architecture, text_config
-from rocr.capture import input_hook, run_through
+from rocr.capture import as_sequence, check_seen, input_hook, run_through
 from rocr.checkpoint import Checkpoint
 from rocr.errors import GuardError, InputError, RocrError
 from rocr.fingerprint import dtype_name, fingerprint
@@ -252,20 +252,25 @@ def _accumulate(architecture: Architecture, state: Checkpoint, batch: _Batch) ->
 def _accumulate_pieces(architecture: Architecture, state: Checkpoint, batch: _Batch, size: int) -> None:
     """Run a batch, so many sequences at a time; its keys are added up at once, so that no layer has a part of them."""
     held: dict[int, list[Tensor]] = {layer: [] for layer in state.unfinished()}
+    projections = {layer: architecture.down_projection(layer) for layer in held}
 
     def receive(layer: int, keys: Tensor) -> None:
+        name = projections[layer].name
+        if layer not in held or len(held[layer]) > done:
+            raise InputError(f"{name} runs more than once in a forward pass, so that a token has several keys there.")
+        keys = as_sequence(keys, pieces[done].shape, f"What flows through {name}")
         held[layer].append(keys[:, FIRST_TOKENS:].reshape(-1, keys.shape[-1]))
-        if sum(map(len, held[layer])) == tokens[:, FIRST_TOKENS:].numel():
-            keys = torch.cat(held.pop(layer)) if size < len(tokens) else held.pop(layer)[0]
+        if done == len(pieces) - 1:
+            keys = torch.cat(held.pop(layer)) if len(pieces) > 1 else held.pop(layer)[0]
             _add(state, layer, keys[: batch.count])
 
-    tokens = torch.tensor(batch.sequences)
+    pieces = torch.split(torch.tensor(batch.sequences), size)  # type: ignore[no-untyped-call]
     with ExitStack() as stack:
-        for layer in list(held):
-            module = architecture.down_projection(layer).module
-            stack.enter_context(input_hook(module, partial(receive, layer)))
-        for piece in torch.split(tokens, size):  # type: ignore[no-untyped-call]
+        for layer, projection in projections.items():
+            stack.enter_context(input_hook(projection.module, partial(receive, layer)))
+        for done, piece in enumerate(pieces):  # noqa: B007 (`receive` reads it)
             run_through(architecture, max(state.sums), piece)
+    check_seen(projections.keys() - held.keys(), {layer: projection.name for layer, projection in projections.items()})
 
 
 def _add(state: Checkpoint, layer: int, keys: Tensor) -> None:
@@ -280,6 +285,8 @@ def _finished(total: Tensor, tokens: int, layer: int) -> Tensor:
     ops.symmetrize(total)
     if not torch.isfinite(total.diagonal()).all():
         raise GuardError(f"Some keys of layer {layer} are not finite: the model does not compute on this text.")
+    if not total.diagonal().any():
+        raise GuardError(f"All keys of layer {layer} are zero: the layer's MLP does nothing on this text.")
     return total.div_(tokens)
 
 

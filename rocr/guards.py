@@ -16,6 +16,7 @@ from rocr.architectures import Architecture
 from rocr.capture import evaluating
 from rocr.collisions import nearest_keys
 from rocr.concepts import Concept
+from rocr.config import EditConfig
 from rocr.errors import GuardError, InputError
 from rocr.measures import LayerMeasures
 from rocr.prompts import opening_tokens
@@ -43,6 +44,10 @@ class Guards:
             float32 keys alone decides the result.
         closed: smallest share of a concept's residuals that is closed, mean over the layers. Ordinary: above 0.4;
             below zero the concept moves away from its redirect.
+        distance: largest share that is missing, mean over the concepts, of the way that the updates should move the
+            states according to what they close. Ordinary: below 0.5; near 1 the edit does not arrive at the states that
+            it aims at: something between the edited weights and those states undoes it. Not looked at with the contexts
+            "official", where states are not read at the keys.
         divergence: largest mean Kullback-Leibler divergence on ordinary prose, in nats a token, of the model's
             predictions after the edit from those before. Ordinary: below 0.05; at 1 every other word changes.
         force: whether an edit that passes a limit goes on; what it passed is recorded in its report. Values that
@@ -56,6 +61,7 @@ class Guards:
     surviving: float = 0.01
     condition: float = 1e7
     closed: float = 0.0
+    distance: float = 0.7
     divergence: float = 1.0
     force: bool = False
 
@@ -130,6 +136,46 @@ def check_closed(guards: Guards, layers: Sequence[LayerMeasures], concepts: Sequ
             f"{guards.closed:.2%}; this concerns {names}."
         ],
     )
+
+
+def check_distance(
+    guards: Guards, layers: Sequence[LayerMeasures], distance: Sequence[float], config: EditConfig
+) -> list[str]:
+    """Hold what is left of the way to the redirects to what the updates should leave of it.
+
+    Args:
+        guards: the limits.
+        layers: numbers of the edited layers, in order.
+        distance: for each of the last concepts that `layers` knows, the share of the way that is left.
+        config: the settings of the edit.
+
+    Returns, raises: as `check_layer`.
+    """
+    if not distance or config.contexts == "official":  # then the states are not those at the keys
+        return []
+    missed = 0.0
+    expected = [expected_distance([layer.closed[-i - 1] for layer in layers], config) for i in range(len(distance))]
+    should, does = (sum(1 - share for share in shares) for shares in (expected, distance))
+    if should > 0:
+        missed = 1 - does / should
+    if missed <= guards.distance:
+        return []
+    return _stop(
+        guards,
+        [
+            f"The edit does not arrive: at their keys the updates cover {should / len(distance):.0%} of the way to the "
+            f"redirects, but the states move by {does / len(distance):.0%} of it. {missed:.0%} is missing, above the "
+            f"limit of {guards.distance:.0%}: what lies between the edited weights and the layers' outputs undoes it."
+        ],
+    )
+
+
+def expected_distance(closed: Sequence[float], config: EditConfig) -> float:
+    """Share of the way to a target that updates leave which close these shares of their residuals, layer by layer."""
+    count = len(closed)
+    if config.measure == "once":
+        return 1 - sum(closed) / count
+    return math.prod(1 - share / (count - i) for i, share in enumerate(closed))
 
 
 def predict(architecture: Architecture, tokenizer: Any) -> Predictions | None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rocr.architectures import Architecture
 from rocr.batches import Batch, batches
-from rocr.capture import hidden_hook, input_hook, run_through
+from rocr.capture import as_sequence, check_seen, hidden_hook, input_hook, run_through
+from rocr.errors import InputError
 from rocr.key_plan import Reading
 from rocr.less_memory import halving
+from rocr.passage import LayerCall, measure_gains, recording
 from rocr.prefix import can_share, run_prefix
 from rocr.progress import Progress, ProgressCallback, silent
 
@@ -25,12 +28,13 @@ class States:
     Attributes:
         hidden: (groups, d_out) output of the decoder layer that was asked for.
         keys: (groups, d_in) input of the down-projection, where one was asked for.
-        outputs: (groups, d_out) input of the norm behind that down-projection, where there is one.
+        gains: (groups, d_out) share of a small change of that down-projection's output that arrives at its layer's
+            output, where it was measured; see `rocr.passage`.
     """
 
     hidden: Tensor
     keys: Tensor | None = None
-    outputs: Tensor | None = None
+    gains: Tensor | None = None
 
 
 def read_states(
@@ -72,10 +76,13 @@ def read_layers(
     token_budget: int = 4096,
     progress: ProgressCallback = silent,
     stage: str = "states",
+    measured: Collection[int] = (),
 ) -> dict[int, States]:
-    """The states of several key layers from one pass; see `read_states`."""
+    """The states of several key layers from one pass, with the gains of the `measured` ones; see `read_states`."""
     return halving(
-        lambda budget: _read(architecture, reading, hidden_layer, key_layers, budget, progress, stage, share=True)[1],
+        lambda budget: _read(
+            architecture, reading, hidden_layer, key_layers, budget, progress, stage, True, set(measured)
+        )[1],
         token_budget,
     )
 
@@ -89,12 +96,14 @@ def _read(
     progress: ProgressCallback,
     stage: str,
     share: bool,
+    measured: Collection[int] = (),
 ) -> tuple[Tensor, dict[int, States]]:
     """The hidden states, and for each key layer its states with them."""
-    modules = {f"keys {layer}": architecture.down_projection(layer).module for layer in key_layers}
-    norms = {f"outputs {layer}": architecture.output_norm(layer) for layer in key_layers}
-    modules |= {name: norm for name, norm in norms.items() if norm is not None}
-    means = {name: _GroupMeans(reading) for name in ("hidden", *modules)}
+    projections = {f"keys {layer}": architecture.down_projection(layer) for layer in key_layers}
+    wanted = {"hidden": f"decoder layer {architecture.layers_name}.{hidden_layer}"}
+    wanted |= {name: projection.name for name, projection in projections.items()}
+    calls = {f"gains {layer}": LayerCall.of(architecture, layer) for layer in key_layers if layer in measured}
+    means = {name: _GroupMeans(reading) for name in (*wanted, *calls)}
     done = 0
     prefix: tuple[int, ...] = ()
     cache = None
@@ -103,36 +112,26 @@ def _read(
             prefix = batch.prefix
             cache = run_prefix(architecture, hidden_layer, prefix) if prefix else None
         found: dict[str, Tensor] = {}
+        shape = batch.tokens.shape
         with ExitStack() as stack:
-            stack.enter_context(hidden_hook(architecture, hidden_layer, _into(found, "hidden")))
-            for name, module in modules.items():
-                stack.enter_context(input_hook(module, _into(found, name)))
+            into = {name: partial(_receive, found, name, shape, what) for name, what in wanted.items()}
+            stack.enter_context(hidden_hook(architecture, hidden_layer, into["hidden"]))
+            for name, projection in projections.items():
+                stack.enter_context(input_hook(projection.module, into[name]))
+            for call in calls.values():
+                recording(stack, call)
             run_through(architecture, hidden_layer, batch.tokens, batch.mask, cache)
+        check_seen(found, wanted)
+        for name, call in calls.items():
+            found[name] = measure_gains(architecture.model, call, shape)
+            call.forget()
         for name, mean in means.items():
             mean.add(found.pop(name), batch)
         done += len(batch.prompts)
         progress(Progress(stage, done, len(reading.prompts), "prompts"))
     results = {name: mean.result() for name, mean in means.items()}
     hidden = results["hidden"]
-    return hidden, {n: States(hidden, results[f"keys {n}"], results.get(f"outputs {n}")) for n in key_layers}
-
-
-def before_output_norm(norm: nn.Module, outputs: Tensor, residuals: Tensor) -> Tensor:
-    """What to add to a norm's input so that its output moves by `residuals`, to first order.
-
-    Gemma 2, Gemma 3 and OLMo 2 normalise the MLP's output y before they add it: g * y / rms(y). The change of
-    rms(y) is left out, since a gain has no radial part that could follow it.
-
-    Args:
-        norm: the root-mean-square norm.
-        outputs: (n, d_out) its inputs y.
-        residuals: (n, d_out) wanted changes of its output.
-    """
-    weight = next(norm.parameters())
-    gain = norm(torch.ones(1, outputs.shape[1], dtype=weight.dtype, device=weight.device)).to(outputs)
-    scale = outputs.square().mean(dim=1, keepdim=True).sqrt()
-    floor = gain.abs().mean() * 1e-3
-    return residuals * scale / torch.where(gain.abs() < floor, floor, gain)
+    return hidden, {n: States(hidden, results[f"keys {n}"], results.get(f"gains {n}")) for n in key_layers}
 
 
 class _GroupMeans:
@@ -175,8 +174,7 @@ class _GroupMeans:
         return self._sums
 
 
-def _into(found: dict[str, Tensor], name: str):  # type: ignore[no-untyped-def]
-    def receive(states: Tensor) -> None:
-        found[name] = states
-
-    return receive
+def _receive(found: dict[str, Tensor], name: str, shape: torch.Size, what: str, states: Tensor) -> None:
+    if name in found:
+        raise InputError(f"{what} runs more than once in a forward pass, so that a token has several keys there.")
+    found[name] = as_sequence(states, shape, f"What flows through {what}")

@@ -25,6 +25,7 @@ from rocr.guards import (
     Guards,
     Predictions,
     check_closed,
+    check_distance,
     check_layer,
     check_predictions,
     predict,
@@ -33,10 +34,11 @@ from rocr.guards import (
 )
 from rocr.harm import Neighbours, read_neighbours
 from rocr.key_plan import KeyPlan, plan_keys
-from rocr.keys import States, before_output_norm, read_layers, read_states
+from rocr.keys import States, read_layers, read_states
 from rocr.layers import check_moments, resolve_layers
 from rocr.measures import EditReport, mean_by_concept, measure_layer
 from rocr.metric import build_metric
+from rocr.passage import before_passage, measured_layers
 from rocr.progress import Progress, ProgressCallback, silent
 from rocr.provenance import computed_with
 from rocr.sharding import whole
@@ -128,6 +130,7 @@ def _unlearn(
     check_moments(architecture, moments)
 
     with run.timed("targets"):
+        run.measured = measured_layers(architecture, layers)
         targets = read_states(architecture, run.plan.targets, last, progress=progress, stage="targets").hidden
     check_finite("target states", last, targets, run.plan.concept_of, concepts)
     if plan.held is not None:
@@ -163,6 +166,7 @@ class _Run:
     guards: Guards
     updates: list[LayerUpdate]
     kept: Edit | None = None
+    measured: tuple[int, ...] = ()
     held: dict[int, States] = field(default_factory=dict)
     readings: dict[int, States] = field(default_factory=dict)
     report: EditReport = field(default_factory=EditReport)
@@ -242,9 +246,8 @@ class _Run:
             self.first_distance = (self.goals - states.hidden).norm(dim=1)
         difference = self.goals - states.hidden
         residuals = (difference * share).to(device)
-        norm = self.architecture.output_norm(layer)
-        if norm is not None and states.outputs is not None:
-            residuals = before_output_norm(norm, states.outputs, residuals)
+        if states.gains is not None:
+            residuals = before_passage(states.gains.to(device), residuals)
         for what, values in (("keys", states.keys), ("residuals", residuals)):
             check_finite(what, layer, values, self.plan.concept_of, self.concepts)
         return states.keys, residuals
@@ -264,6 +267,9 @@ class _Run:
     def check_whole(self, before: Predictions | None) -> None:
         """Hold the finished edit to its limits."""
         self.report.limits_passed += check_closed(self.guards, self.report.layers, self.all_concepts)
+        self.report.limits_passed += check_distance(
+            self.guards, self.report.layers, self.report.distance[-len(self.concepts) :], self.config
+        )
         divergence, passed = check_predictions(
             self.guards, before, self.architecture, self.updates, self.all_concept_of, self.all_concepts
         )
@@ -273,7 +279,9 @@ class _Run:
     def read(self, layers: Sequence[int], last: int) -> dict[int, States]:
         """Keys at some layers and the current states at the last edited one, from one pass."""
         plan, stage = self.plan, f"keys of layer {', '.join(map(str, layers))}"
-        states = read_layers(self.architecture, plan.keys, last, layers, progress=self.progress, stage=stage)
+        states = read_layers(
+            self.architecture, plan.keys, last, layers, progress=self.progress, stage=stage, measured=self.measured
+        )
         if plan.current is None:
             return states
         hidden = read_states(self.architecture, plan.current, last, progress=self.progress, stage=stage).hidden

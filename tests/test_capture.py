@@ -7,6 +7,7 @@ from torch import nn
 
 from rocr.architectures import find_architecture
 from rocr.capture import evaluating, hidden_hook, input_hook, run_through
+from rocr.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]])
@@ -79,9 +80,12 @@ def test_nothing_is_left_behind_when_a_pass_fails(model):
     def refuse(_states):
         raise ArithmeticError
 
-    with pytest.raises(ArithmeticError), hidden_hook(architecture, 1, refuse):
+    with (
+        pytest.raises(InputError, match="LlamaForCausalLM failed: ArithmeticError"),
+        hidden_hook(architecture, 1, refuse),
+    ):
         run_through(architecture, 3, TOKENS)
-    with pytest.raises(IndexError), hidden_hook(architecture, 1, refuse):
+    with pytest.raises(InputError, match="LlamaForCausalLM failed: IndexError"), hidden_hook(architecture, 1, refuse):
         run_through(architecture, 3, torch.tensor([[100_000]]))
     with pytest.raises(KeyboardInterrupt), evaluating(model):
         raise KeyboardInterrupt

@@ -1,10 +1,12 @@
 import pytest
 import torch
+from torch import nn
 
-from rocr import Concept, EditConfig
+import rocr
+from rocr import Concept, EditConfig, GuardError, InputError
 from rocr.architectures import find_architecture
 from rocr.key_plan import plan_keys
-from rocr.keys import before_output_norm, read_states
+from rocr.keys import read_layers, read_states
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIG = EditConfig(templates=("Who is {}?", "It is about {}.", "A longer text that tells much about {}."))
@@ -19,10 +21,7 @@ def reference(architecture, reading, hidden_layer, key_layer):
         return lambda _module, inputs, output=None: found.__setitem__(name, inputs[0] if output is None else output)
 
     layer, projection = architecture.layers[hidden_layer], architecture.down_projection(key_layer).module
-    norm = architecture.output_norm(key_layer)
     handles = [layer.register_forward_hook(keep("hidden")), projection.register_forward_pre_hook(keep("keys"))]
-    if norm is not None:
-        handles.append(norm.register_forward_pre_hook(keep("outputs")))
     sums, counts = {}, torch.zeros(reading.groups, dtype=torch.float64)
     for prompt, position, group in zip(reading.prompt_of, reading.position_of, reading.group_of, strict=True):
         with torch.no_grad():
@@ -47,7 +46,7 @@ def test_states_are_the_means_of_each_group(family, make_model, tokenizer, conce
     reading = plan_keys(tokenizer, concepts, CONFIG).keys
     states = read_states(architecture, reading, hidden_layer=3, key_layer=1)
     expected = reference(architecture, reading, 3, 1)
-    assert set(expected) == {"hidden", "keys"} | ({"outputs"} if architecture.output_norm(1) else set())
+    assert set(expected) == {"hidden", "keys"}
     assert_near(states, expected)
     assert states.hidden.dtype == states.keys.dtype == torch.float32
 
@@ -94,28 +93,65 @@ def test_progress_counts_prompts(model, tokenizer, concepts):
 def test_only_what_was_asked_for_is_read(model, tokenizer):
     reading = plan_keys(tokenizer, [Concept("Ada Byron", "Blaise Pascal")], CONFIG).targets
     states = read_states(find_architecture(model), reading, 2)
-    assert states.keys is None and states.outputs is None
+    assert states.keys is None and states.gains is None
 
 
-@pytest.mark.parametrize("family", ["Gemma2", "Gemma3", "OLMo2"], indirect=True)
-def test_residuals_before_a_norm_move_its_output_as_wanted(family, make_model):
-    norm = find_architecture(make_model(family)).output_norm(1)
+def test_a_module_that_never_runs_is_named(model, tokenizer, concepts):
+    """A fused kernel multiplies by the weight itself: no hook on the down-projection is called."""
+    architecture = find_architecture(model)
+    mlp = model.model.layers[1].mlp
+
+    def fused(states):
+        return nn.functional.linear(mlp.act_fn(mlp.gate_proj(states)) * mlp.up_proj(states), mlp.down_proj.weight)
+
+    mlp.forward = fused
+    reading = plan_keys(tokenizer, concepts, CONFIG).keys
+    with pytest.raises(InputError, match=r"without a call of model\.layers\.1\.mlp\.down_proj, .* fused kernel"):
+        read_states(architecture, reading, 2, 1)
+    with pytest.raises(InputError, match=r"without a call of model\.layers\.1\.mlp\.down_proj"):
+        rocr.collect_statistics(model, tokenizer, ["Ada Byron wrote programs."], layers=(1,))
+    assert read_states(architecture, reading, 2, 2).keys.any(), "other layers can be read"
+
+
+def test_a_module_that_runs_twice_has_no_single_key(model, tokenizer, concepts):
+    mlp = model.model.layers[1].mlp
+    once = mlp.forward
+    mlp.forward = lambda states: once(states) + once(states)
+    with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.down_proj runs more than once"):
+        read_states(find_architecture(model), plan_keys(tokenizer, concepts, CONFIG).keys, 2, 1)
+    with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.down_proj runs more than once"):
+        rocr.collect_statistics(model, tokenizer, ["Ada Byron wrote programs."], layers=(1,))
+
+
+def test_tokens_that_a_module_flattens_are_read_in_their_places(model, tokenizer, concepts, texts):
+    reading = plan_keys(tokenizer, concepts, CONFIG).keys
+    expected = read_states(find_architecture(model), reading, 2, 1)
+    moments = rocr.collect_statistics(model, tokenizer, texts, layers=(1,)).second_moment(1)
+    mlp = model.model.layers[1].mlp
+    straight = mlp.forward
+    mlp.forward = lambda states: straight(states.reshape(-1, states.shape[-1])).view(states.shape)
+    found = read_states(find_architecture(model), reading, 2, 1)
+    torch.testing.assert_close(found.keys, expected.keys, rtol=1e-4, atol=1e-5)
+    again = rocr.collect_statistics(model, tokenizer, texts, layers=(1,)).second_moment(1)
+    torch.testing.assert_close(again, moments, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("compile_it", ["in place", "a layer"])
+def test_compiled_models_are_read_as_they_are_written(model, tokenizer, concepts, texts, compile_it):
+    architecture = find_architecture(model)
+    reading = plan_keys(tokenizer, concepts, CONFIG).keys
+    expected = read_layers(architecture, reading, 2, (1, 2))
+    moments = rocr.collect_statistics(model, tokenizer, texts, layers=(1, 2))
+    (model if compile_it == "in place" else model.model.layers[1]).compile(backend="eager")
+    model(torch.tensor([[5, 6, 7]]))
+    for layer, states in read_layers(architecture, reading, 2, (1, 2)).items():
+        assert torch.equal(states.keys, expected[layer].keys)
+    found = rocr.collect_statistics(model, tokenizer, texts, layers=(1, 2))
+    assert torch.equal(found.second_moment(2), moments.second_moment(2))
+
+
+def test_keys_that_are_all_zero_are_no_statistics(model, tokenizer, texts):
     with torch.no_grad():
-        for parameter in norm.parameters():
-            parameter.copy_(torch.rand_like(parameter) + 0.5)
-    outputs = torch.randn(9, 32, dtype=torch.float32) * 3
-    wanted = norm(outputs + 1e-3 * torch.randn_like(outputs)) - norm(outputs)
-    moved = norm(outputs + before_output_norm(norm, outputs, wanted)) - norm(outputs)
-    # The change of the root mean square is left out: about a share 1 / sqrt(32) of a move in a random direction.
-    assert ((moved - wanted).norm() / wanted.norm()) < 0.35
-    along = (moved * wanted).sum(dim=1) / wanted.square().sum(dim=1)
-    torch.testing.assert_close(along, torch.ones(9), rtol=0.1, atol=0.1)
-
-
-def test_a_gain_of_nearly_zero_does_not_blow_a_residual_up(make_model):
-    norm = find_architecture(make_model("OLMo2")).output_norm(1)
-    with torch.no_grad():
-        next(norm.parameters())[3] = 0.0
-    residuals = before_output_norm(norm, torch.randn(4, 32), torch.ones(4, 32))
-    assert residuals.isfinite().all()
-    assert residuals[:, 3].abs().max() < 2e3 * residuals[:, 4].abs().max()
+        model.model.layers[1].mlp.up_proj.weight.zero_()
+    with pytest.raises(GuardError, match="All keys of layer 1 are zero"):
+        rocr.collect_statistics(model, tokenizer, texts, layers=(1,))
