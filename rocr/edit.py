@@ -96,7 +96,8 @@ class Edit:
         weight changed: always in the first edited layer, so in edits of one layer, and in every layer with
         `EditConfig(measure="once")`. With "each", the keys and residuals of later layers were measured in a model
         in which the removed concepts were redirected already, and keep that trace: nothing but measuring them
-        again (`revert`, then `unlearn`) takes it out. `report.inexact` names these layers.
+        again (`revert`, then `unlearn`) takes it out. Settings that the number of concepts chose stay as they were;
+        where it would now choose others, no layer is equal. `report.inexact` names the layers that are not.
 
         Args:
             names: names or aliases of the concepts to remove.
