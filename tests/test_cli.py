@@ -76,7 +76,7 @@ def edited(model_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPat
 def process(*arguments: object) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own."""
     command = [sys.executable, "-m", "rocr", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment())
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=environment())
 
 
 def rocr(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -181,10 +181,8 @@ def test_dry_run_writes_nothing(model_folder: Path, tmp_path: Path) -> None:
 def test_a_bad_list_is_refused_before_the_model_is_touched(tmp_path: Path) -> None:
     names = tmp_path / "names.txt"
     names.write_text("Ada Byron -> Blaise Pascal\n\nADA  byron -> x\nGrace Hopper\n", encoding="utf-8")
-    started = time.monotonic()
-    done = process("unlearn", tmp_path, names, "--out", tmp_path / "out")
+    done = rocr("unlearn", tmp_path, names, "--out", tmp_path / "out")  # of a folder that is no model
     refused(done, 2, "names.txt:1", "names.txt:3", "names.txt:4")
-    assert time.monotonic() - started < 5
     assert [path.name for path in tmp_path.iterdir()] == ["names.txt"]
 
 
@@ -259,9 +257,10 @@ def test_an_interrupted_run_leaves_nothing_half_written(
     child = subprocess.Popen(
         [*command, "--out", str(tmp_path / "s")], stderr=subprocess.PIPE, text=True, env=environment()
     )
-    time.sleep(6)
+    while not (tmp_path / "s.lock").exists() and child.poll() is None:  # by then it has its handlers
+        time.sleep(0.01)
     child.send_signal(signalled)
-    _, errors = child.communicate(timeout=60)
+    _, errors = child.communicate(timeout=600)
     assert child.returncode == 130, errors
     assert "Traceback" not in errors
     # Whether a batch was done by then depends on the machine; only a complete checkpoint may be there.

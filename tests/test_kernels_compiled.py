@@ -32,7 +32,7 @@ PROCESSOR_BYTES = {90: 233_472, 100: 233_472}
 """Shared memory of a multiprocessor; each program takes 1,024 bytes beside its own."""
 
 CHIPS = (80, 90, 100)
-"""Every configuration is compiled for these, or for those of them that it is for."""
+"""Every configuration is compiled for these, or for those of them that it is for; for all but the first by hand."""
 
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
