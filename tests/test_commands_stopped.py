@@ -29,7 +29,7 @@ CODES = {
     "forbidden": (1, 2),
     "read-only": (1, 2),
 }
-STRIDES = {"kill": 13, "full": 29, "broken": 37, "terminate": 37, "interrupt": 41}
+STRIDES = {"kill": 29, "full": 53, "broken": 61, "terminate": 59, "interrupt": 67}
 TIMES = {"kill": 3, "terminate": 1, "interrupt": 1}
 DISKS = {
     "stats": ("size=4k", "size=24k", "nr_inodes=3"),
