@@ -230,8 +230,8 @@ def test_processes_of_their_own_stopped_at_any_time(command, name, files, concep
         assert all(LEFT.fullmatch(path.name) for path in folder.iterdir())
         if not (folder / "out").exists():
             again = start(folder / "out")
-            assert again.communicate()[1] is not None
-            assert again.returncode == 0
+            _, errors = again.communicate()
+            assert again.returncode == 0, errors
         assert whole(folder / "out") == expected
         assert digests(files.model.parent) == inputs
         tally("processes of their own stopped at any time")
