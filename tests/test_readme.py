@@ -1,4 +1,4 @@
-"""README.md: the blocks of its section "In a pipeline", run one after the other on tiny models, its commands and its map."""
+"""README.md: the blocks of its section "In a pipeline", run in turn on tiny models; its commands and its map."""
 
 import json
 import os
