@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 DEMO_OUT ?= demo-output
 COMMA := ,
 
-.PHONY: demo test check sanitize bench compare gpu clean
+.PHONY: demo test numerics check sanitize bench compare gpu clean
 
 demo: $(VENV)/.installed
 	rm -rf $(DEMO_OUT)
@@ -15,6 +15,14 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.tools
 	$(BIN)/python -m pytest -q
+
+# What depends on how a chip multiplies and adds: about a minute, so that .ci/run repeats it as other chips would.
+NUMERICS := apply capture change checkpoint collect csrc edit evaluation_measures evaluation_scoring fingerprint golden \
+	harm kernels_backends keys less_memory lora measures metric operand_memory ops pipeline prefix reference same_bytes \
+	solve statistics
+
+numerics: $(VENV)/.tools
+	$(BIN)/python -m pytest -q $(filter-out %_stopped.py,$(wildcard $(NUMERICS:%=tests/test_%.py) $(NUMERICS:%=tests/test_%_*.py)))
 
 check: $(VENV)/.tools
 	$(BIN)/ruff format --check .

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-SECONDS = 5  # of the processor: the machine may be busy
+SECONDS = 20  # of the processor, on a slow machine that others share; at most 1.5 s were measured on a quiet one
 WAITING_SECONDS = 600  # on the wall, for what waits without computing
 MEMORY = 2**30
 
@@ -22,7 +22,7 @@ class Hangs(BaseException):
 
 @pytest.fixture(scope="session")
 def within_limits() -> Callable[[], AbstractContextManager[None]]:
-    """within_limits(): a context that must take less than 5 s and 1 GiB more memory than there was before."""
+    """within_limits(): a context that must take less than 20 s and 1 GiB more memory than there was before."""
     return _within_limits
 
 

@@ -127,10 +127,10 @@ def digest(path):
     return hashlib.sha256(data).hexdigest()
 
 
-def at_steps(runs, mode, stride, again_every):
+def at_steps(runs, mode, first, stride, again_every):
     """Stopped at every `stride`-th step: each call that changes the file system, and the middle of each write."""
     steps, _ = runs.undisturbed()
-    for stage in range(stride // 2, steps, stride):
+    for stage in range(first, steps, stride):
         root = runs.new()
         code = wait(runs.start(root, lambda root=root, stage=stage: arm(root, stage, mode)))
         runs.note(root, code, again=stage // stride % again_every == 0)

@@ -233,7 +233,7 @@ def test_a_saved_edit_can_be_changed(make, settings, tmp_path):
     edit.save(tmp_path / "edit.safetensors")
     loaded = EditClass.load(tmp_path / "edit.safetensors")
     smaller, expected = loaded.remove("Ada Byron", carrier), edit.remove("Ada Byron")
-    assert all(torch.equal(a, b) for a, b in zip(updates(smaller), updates(expected), strict=True))
+    assert max(differences(smaller, expected)) < ROUNDING
     smaller.save(tmp_path / "smaller.safetensors")
     again = EditClass.load(tmp_path / "smaller.safetensors")
     again.revert(carrier)

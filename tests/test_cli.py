@@ -66,17 +66,9 @@ def edited(model_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPat
     """The output of one run of the main job, with everything that can be saved."""
     out = tmp_path_factory.mktemp("outputs") / "edited"
     arguments = ["--concept", "Ada Byron", "--redirect", "Blaise Pascal", "--text", str(text_file), *SETTINGS]
-    done = process(
-        "unlearn", model_folder, *arguments, "--save", "model,edit,lora", "--control", "the fox", "--out", out
-    )
+    done = rocr("unlearn", model_folder, *arguments, "--save", "model,edit,lora", "--control", "the fox", "--out", out)
     assert done.returncode == 0, done.stderr
     return out
-
-
-def process(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own."""
-    command = [sys.executable, "-m", "rocr", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment())
 
 
 def rocr(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -85,10 +77,6 @@ def rocr(*arguments: object) -> subprocess.CompletedProcess[str]:
     with redirect_stdout(written), redirect_stderr(errors):
         code = main([str(argument) for argument in arguments])
     return subprocess.CompletedProcess(arguments, code, written.getvalue(), errors.getvalue())
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -181,10 +169,8 @@ def test_dry_run_writes_nothing(model_folder: Path, tmp_path: Path) -> None:
 def test_a_bad_list_is_refused_before_the_model_is_touched(tmp_path: Path) -> None:
     names = tmp_path / "names.txt"
     names.write_text("Ada Byron -> Blaise Pascal\n\nADA  byron -> x\nGrace Hopper\n", encoding="utf-8")
-    started = time.monotonic()
-    done = process("unlearn", tmp_path, names, "--out", tmp_path / "out")
+    done = rocr("unlearn", tmp_path, names, "--out", tmp_path / "out")  # of a folder that is no model
     refused(done, 2, "names.txt:1", "names.txt:3", "names.txt:4")
-    assert time.monotonic() - started < 5
     assert [path.name for path in tmp_path.iterdir()] == ["names.txt"]
 
 
@@ -256,12 +242,14 @@ def test_an_interrupted_run_leaves_nothing_half_written(
     text = tmp_path / "long.txt"
     text.write_text(TEXT * 100_000, encoding="utf-8")
     command = [sys.executable, "-m", "rocr", "stats", str(model_folder), "--text", str(text), "--batch-tokens", "512"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     child = subprocess.Popen(
-        [*command, "--out", str(tmp_path / "s")], stderr=subprocess.PIPE, text=True, env=environment()
+        [*command, "--out", str(tmp_path / "s")], stderr=subprocess.PIPE, text=True, env=environment
     )
-    time.sleep(6)
+    while not (tmp_path / "s.lock").exists() and child.poll() is None:  # by then it has its handlers
+        time.sleep(0.01)
     child.send_signal(signalled)
-    _, errors = child.communicate(timeout=60)
+    _, errors = child.communicate(timeout=600)
     assert child.returncode == 130, errors
     assert "Traceback" not in errors
     # Whether a batch was done by then depends on the machine; only a complete checkpoint may be there.

@@ -67,8 +67,10 @@ def test_low_rank_update_of_every_instruction_set(guarded, simd, dtype, rounding
     weight = guarded(start)
     ops.low_rank_update(weight, guarded(left), guarded(right), rounding=rounding, backend="cpp")
     exact = reference.updated_weight(start, left, right)
-    spacing = torch.finfo(dtype).eps * exact.abs().clamp(min=torch.finfo(dtype).tiny) + 1e-4 * (dtype == torch.float32)
-    assert ((weight.double() - exact).abs() <= spacing + 1e-4).all()
+    spacing = torch.finfo(dtype).eps * exact.abs().clamp(min=torch.finfo(dtype).tiny)
+    terms = start.double().abs() + left.double().abs() @ right.double().abs()
+    # Float32 sums are wrong by half a rounding of the sum of magnitudes for each term at most, in any order.
+    assert ((weight.double() - exact).abs() <= spacing + rank / 2 * torch.finfo(torch.float32).eps * terms).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -107,12 +109,12 @@ def test_threads_do_not_change_a_byte(simd, with_threads):
         assert torch.equal(updated, results[0][1])
 
 
-def test_the_interpreter_runs_on_during_a_call():
+def test_the_interpreter_runs_on_during_a_call(with_threads):
     keys, total = torch.randn(8192, 2048), torch.zeros(2048, 2048)
     is_over = threading.Event()
 
     def work():
-        ops.accumulate_second_moment(total, keys, backend="cpp")
+        with_threads(1, lambda: ops.accumulate_second_moment(total, keys, backend="cpp"))  # a tenth of a second or more
         is_over.set()
 
     worker = threading.Thread(target=work)
@@ -123,22 +125,6 @@ def test_the_interpreter_runs_on_during_a_call():
         steps += 1
     worker.join()
     assert steps >= 5
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
-def test_a_forked_child_computes_the_same():
-    code = (
-        "import os, torch\n"
-        "from rocr import ops\n"
-        "keys = torch.randn(600, 150)\n"  # small enough for torch to stay with one thread: its own do not survive
-        "def moment(): return ops.accumulate_second_moment(torch.zeros(150, 150), keys, backend='cpp')\n"
-        "before = moment()\n"
-        "child = os.fork()\n"
-        "if child == 0: os._exit(0 if torch.equal(moment(), before) else 1)\n"
-        "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
-    assert done.stdout == "0\n"
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def second_moment_error(
         whole, used_splits = 1, splits
         items = 1 + (tiles - 1) * splits
     words = [width, tokens, layers, clusters, whole, used_splits, split_tokens, items, int(eager), width + tokens]
-    done = subprocess.run([program, *map(str, words)], capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run([program, *map(str, words)], capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     return float(done.stdout)
 
@@ -137,7 +137,7 @@ def run_update(
     words = [update.layers, update.rows, update.columns, update.rank, stride, number, whole_eights]
     words += [int(update.at_random), update.rows if update.transposed else 1]
     subprocess.run(
-        [program, memory, *map(str, words), str(update.scale), str(update.seed), "2"], check=True, timeout=300
+        [program, memory, *map(str, words), str(update.scale), str(update.seed), "2"], check=True, timeout=600
     )
     result = torch.from_numpy(np.fromfile(memory, dtype=np.uint8)).view(update.dtype)
     result = result.view(update.layers, update.rows, stride)

@@ -127,7 +127,7 @@ def torchrun(processes, *arguments):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [*command, *map(str, arguments)], capture_output=True, text=True, timeout=300, cwd=ROOT, env=environment
+        [*command, *map(str, arguments)], capture_output=True, text=True, timeout=600, cwd=ROOT, env=environment
     )
 
 

@@ -50,7 +50,7 @@ def start(name, contents, files, base, runs):
     return subprocess.Popen(script, stderr=subprocess.PIPE, text=True, cwd=base, env=environment)
 
 
-@pytest.mark.parametrize("name", ["concepts.jsonl", INDEX_FILE])
+@pytest.mark.parametrize("name", ["concepts.jsonl", pytest.param(INDEX_FILE, marks=pytest.mark.slow)])
 def test_readers_withstand_fuzzing(name, files, tmp_path, tally):
     fuzz([name], files, tmp_path, tally, factor=1)
 

@@ -34,6 +34,9 @@ PROCESSOR_BYTES = {90: 233_472, 100: 233_472}
 CHIPS = (80, 90, 100)
 """Every configuration is compiled for these, or for those of them that it is for."""
 
+ALWAYS = (90, "pointers 80", "tma_small 100", "resident_16 80", "resident_16 100", "parts 80")
+"""What is compiled in every run; the rest is slow: all configurations for one chip, and some for the others."""
+
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
@@ -114,7 +117,9 @@ def multiplies_with(capability: int, rows: int) -> str:
     return {8: "mma.sync", 9: "wgmma.mma_async", 10: "tcgen05.mma"}[capability // 10]
 
 
-def case(config: str, dtype: torch.dtype, *rest: Any, slow: bool = False) -> Any:
+def case(config: str, dtype: torch.dtype, *rest: Any, slow: bool | None = None) -> Any:
+    if slow is None:
+        slow = rest[-1] not in ALWAYS and f"{config} {rest[-1]}" not in ALWAYS
     words = [config, str(dtype).removeprefix("torch."), *map(str, rest[:-1]), f"sm_{rest[-1]}"]
     return pytest.param(config, dtype, *rest, id="-".join(words), marks=pytest.mark.slow if slow else ())
 
@@ -137,7 +142,7 @@ MOMENT_CASES = [
         if chip >= 90 or not second_moment.CONFIGS[name].tma
     ),
     case("pointers", BFLOAT16, 1536, 89),
-    case("pointers_parts", FLOAT32, 1536, 89, slow=True),
+    case("pointers_parts", FLOAT32, 1536, 89),
     case("tma_wide", FLOAT16, 4096, 90, slow=True),
 ]
 
@@ -161,15 +166,15 @@ UPDATE_CASES = [
         if chip == 90 or low_rank_update.CONFIGS[name].kind != "bands"
     ),
     case("bands_64", FLOAT16, 40, False, 90),
-    case("bands_128", BFLOAT16, 100, False, 90),
+    case("bands_128", BFLOAT16, 100, False, 90, slow=True),
     case("resident_16", BFLOAT16, 1, False, 90),
     case("resident_16", FLOAT16, 16, True, 90),
-    case("resident_32", BFLOAT16, 32, True, 90),
-    case("parts", BFLOAT16, 128, True, 80),
+    case("resident_32", BFLOAT16, 32, True, 90, slow=True),
+    case("parts", BFLOAT16, 128, True, 80, slow=True),
     case("parts", BFLOAT16, 128, False, 86),
     case("parts_float32", FLOAT32, 128, False, 89),
-    case("resident_16", FLOAT16, 16, True, 89, slow=True),
-    case("resident_32", BFLOAT16, 32, True, 89, slow=True),
+    case("resident_16", FLOAT16, 16, True, 89),
+    case("resident_32", BFLOAT16, 32, True, 89),
     case("parts", BFLOAT16, 128, True, 90, slow=True),
 ]
 

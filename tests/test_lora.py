@@ -137,7 +137,11 @@ def test_what_is_no_rank_is_refused(rank, loaded_edit, tmp_path):
     ("dtype", "exact"), [(torch.float32, True), (torch.bfloat16, True), (torch.float16, True), (torch.bfloat16, False)]
 )
 def test_merging_equals_the_edited_weights(dtype, exact, make_model, tokenizer, texts, concepts, tmp_path):
-    """With the adapter in float32, as peft loads it, to the bit but for halfway cases; in half precision to its own."""
+    """With the adapter in float32, as peft loads it, to one rounding of the weight; in half precision to its own.
+
+    peft rounds a product of r terms in float32 before it adds it, within r / 2 roundings of the sum of its terms'
+    magnitudes, and rocr sums it in an order of its own, within as many.
+    """
     model = make_model("Llama").to(dtype)
     original = copy.deepcopy(model)
     statistics = rocr.collect_statistics(model, tokenizer, texts, CONFIG.layers)
@@ -149,12 +153,13 @@ def test_merging_equals_the_edited_weights(dtype, exact, make_model, tokenizer, 
     for update, first in zip(edit.updates, firsts, strict=True):
         mine, theirs = (each.get_parameter(update.parameter).detach().double() for each in (model, merged))
         difference, step = (mine - theirs).abs(), torch.finfo(dtype).eps * torch.maximum(mine.abs(), first.abs())
+        terms = update.left.double().abs() @ update.right.double().abs()
         if exact:
-            assert (difference <= step + 1e-9).all()
-            assert (difference == 0).double().mean() > 0.999
+            assert (difference <= step + torch.finfo(torch.float32).eps * update.left.shape[1] * terms).all()
+            # In 16 bits a sum in float32 is seldom on the other side of a halfway case.
+            assert dtype == torch.float32 or (difference == 0).double().mean() > 0.99
         else:
-            step += torch.finfo(dtype).eps * (update.left.double().abs() @ update.right.double().abs())
-            assert (difference <= step).all()
+            assert (difference <= step + torch.finfo(dtype).eps * terms).all()
             assert (difference == 0).double().mean() > 0.5
 
 

@@ -30,7 +30,7 @@ def test_measures_are_their_definitions(family, dtype, make_model, tokenizer, te
         assert measures.keys == len(edit.concept_of) == len(update.keys)
         assert measures.layer == update.layer
         assert measures.metric == f"whitened, γ = {CONFIG.gamma:g}"
-        assert measures.condition > 1 and measures.ridge > 0
+        assert measures.condition > 1 and measures.ridge == update.system.ridge
         moved = update.keys.double() @ change.T
         for concept, closed in enumerate(measures.closed):
             rows = [row for row, owner in enumerate(edit.concept_of) if owner == concept]

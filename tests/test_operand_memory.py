@@ -176,7 +176,7 @@ for os.environ["ROCR_SIMD"] in sys.argv[1].split(","):
 """
     names = simds()
     words = [sys.executable, "-c", code, ",".join(names)]
-    done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=600)
     assert done.stdout.split() == ["0"] * 4 * len(names)
 
 

@@ -50,14 +50,17 @@ def test_equals_the_dense_official_solve_in_the_shape_of_a_real_layer():
 def test_the_key_reaches_its_target_when_the_ridge_goes_to_zero():
     keys, residuals = problem()
     metric = projector(40, 30)
-    misses = []
+    gram, misses = keys @ metric @ keys.T, []
     for ridge in (1.0, 1e-3, 1e-6, 0.0):
         left, right = ops.solve_update(keys, residuals, metric, ridge)
-        misses.append((keys @ (left @ right).T - residuals).norm().item() / residuals.norm().item())
+        missed = residuals - keys @ (left @ right).T
+        # What is left of the residuals is λ (K M Kᵀ + λI)⁻¹ of them, along each eigenvector of K M Kᵀ.
+        values, vectors = torch.linalg.eigh(gram)
+        expected = vectors @ ((ridge / (values + ridge))[:, None] * (vectors.T @ residuals))
+        torch.testing.assert_close(missed, expected, rtol=1e-8, atol=1e-12)
+        misses.append(missed.norm().item() / residuals.norm().item())
     assert misses == sorted(misses, reverse=True)
     assert misses[0] > 1e-3 and misses[-1] < 1e-12
-    # Without an update the keys miss by all of the residual.
-    assert (keys @ torch.zeros(13, 40).double().T - residuals).norm() == residuals.norm()
 
 
 def test_protected_directions_are_annihilated_and_the_rank_is_at_most_n():

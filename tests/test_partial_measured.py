@@ -49,15 +49,15 @@ Path(out).write_text(json.dumps({"code": code, "read": read, "peak": peak * 1024
 
 def save_model(folder, make_model, tokenizer, layers):
     """Write a bfloat16 model of random numbers."""
-    config = make_model("Llama", hidden_size=1024, intermediate_size=512, num_hidden_layers=1).config
+    config = make_model("Llama", hidden_size=768, intermediate_size=384, num_hidden_layers=1).config
     config.num_hidden_layers, config.dtype = layers, torch.bfloat16
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config).bfloat16().to_empty(device="cpu")
-    noise = torch.randn(1024 * 1024).mul(0.05).bfloat16()  # for every matrix anew would take a minute
+    noise = torch.randn(768 * 768).mul(0.05).bfloat16()  # for every matrix anew would take a minute
     for parameter in model.parameters():
         noise = noise.roll(1009)
         parameter.data = noise[: parameter.numel()].view(parameter.shape).clone()
-    model.save_pretrained(folder, max_shard_size="12MB")
+    model.save_pretrained(folder, max_shard_size="7MB")
     tokenizer.save_pretrained(folder)
 
 

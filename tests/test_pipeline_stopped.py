@@ -175,45 +175,25 @@ def stop_within_unlearn(_, frame):
         raise Stop
 
 
-@pytest.mark.slow
-def test_a_thousand_signals_leave_the_first_bytes_and_a_model_that_runs(
-    model, tokenizer, statistics, concepts, unchanged
+@pytest.mark.parametrize("signals", [10, pytest.param(1000, marks=pytest.mark.slow)])
+def test_signals_at_any_time_leave_the_first_bytes_and_a_model_that_runs(
+    signals, model, tokenizer, statistics, concepts, unchanged
 ):
     is_unchanged, draw, stopped = unchanged(model), random.Random(0), 0
-    start = time.perf_counter()
+    start = time.process_time()
     rocr.unlearn(model, tokenizer, concepts, statistics, CONFIG).revert(model)
-    duration = time.perf_counter() - start
-    handler = signal.signal(signal.SIGALRM, stop_within_unlearn)
+    duration = time.process_time() - start
+    handler = signal.signal(signal.SIGPROF, stop_within_unlearn)
     try:
-        while stopped < 1000:
-            signal.setitimer(signal.ITIMER_REAL, draw.uniform(0.1, 1.1) * duration)
+        while stopped < signals:  # by the time of the processor that this process takes, whatever else is running
+            signal.setitimer(signal.ITIMER_PROF, draw.uniform(0.05, 1.05) * duration)
             try:
                 edit = rocr.unlearn(model, tokenizer, concepts, statistics, CONFIG)
-                signal.setitimer(signal.ITIMER_REAL, 0)
+                signal.setitimer(signal.ITIMER_PROF, 0)
                 edit.revert(model)
             except Stop:
                 stopped += 1
             assert is_unchanged(), f"after {stopped} signals"
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, handler)
-
-
-def test_signals_at_any_time_leave_the_first_bytes(model, tokenizer, statistics, concepts, unchanged):
-    is_unchanged = unchanged(model)
-    handler = signal.signal(signal.SIGALRM, stop_within_unlearn)
-    stopped = 0
-    try:
-        for milliseconds in range(2, 60, 3):
-            signal.setitimer(signal.ITIMER_REAL, milliseconds / 1000)
-            try:
-                edit = rocr.unlearn(model, tokenizer, concepts, statistics, CONFIG)
-                signal.setitimer(signal.ITIMER_REAL, 0)
-                edit.revert(model)
-            except Stop:
-                stopped += 1
-            assert is_unchanged()
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, handler)
-    assert stopped > 3
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, handler)

@@ -1,18 +1,20 @@
-"""README.md: the blocks of its section "In a pipeline", run one after the other on tiny models, and its map."""
+"""README.md: the blocks of its section "In a pipeline", run in turn on tiny models; its commands and its map."""
 
 import json
 import os
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
+from rocr.cli.main import build_parser
 from rocr.fingerprint import tensor_digest
 
 README = Path(__file__).parents[1] / "README.md"
 SECTION = README.read_text(encoding="utf-8").partition("\n## In a pipeline\n")[2].partition("\n## ")[0]
 TRANSFORMERS, VLLM, HARNESS, MODELS = re.findall(r"```python\n(.*?)```", SECTION, flags=re.DOTALL)
-
+COMMANDS = {"unlearn", "stats", "eval", "compare", "redirects", "apply", "revert", "info", "verify", "doctor"}
 PEOPLE = (
     "Ada Byron | the countess",
     "Blaise Pascal -> Robert Downey Jr.",
@@ -50,9 +52,13 @@ def edited(place):
     return run(TRANSFORMERS, place)
 
 
-def test_each_block_is_about_ten_lines():
-    for block in (TRANSFORMERS, VLLM, HARNESS, MODELS):
-        assert len([line for line in block.splitlines() if line.strip()]) <= 12
+def test_every_command_that_it_shows_has_the_options_that_it_shows():
+    blocks = re.findall(r"^```\n(.*?)^```", README.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    shown = [line for block in blocks for line in re.findall(r"^(?:.* -m )?rocr (.*)$", block, flags=re.MULTILINE)]
+    commands = [shlex.split(line, comments=True) for line in shown]
+    for command in commands:
+        build_parser().parse_args(command)
+    assert {command[0] for command in commands} == COMMANDS
 
 
 def test_a_transformers_script(edited, place):
