@@ -156,7 +156,7 @@ def test_a_hub_id_is_not_downloaded_unless_that_was_said(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     source = find_model("owner/no-such-model")
     assert source == ModelSource("owner/no-such-model", None) and source.inputs == ()
-    with pytest.raises(InputError, match=r"owner/no-such-model cannot be loaded: .* --download allows it"):
+    with pytest.raises(InputError, match=r"owner/no-such-model failed: .* --download allows it"):
         load_model(source)
 
 
