@@ -105,7 +105,7 @@ class Loading:
         """
         with self._calling("tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(self.place, **self.options)
-        tokenizer.name_or_path = self.source.place
+        tokenizer.name_or_path = tokenizer.init_kwargs["name_or_path"] = self.source.place
         return tokenizer
 
     def model(self, config: Any, dtype: torch.dtype | str, device: str | None) -> tuple[nn.Module, dict[str, Any]]:
