@@ -3,12 +3,10 @@
 import ast
 import json
 import shutil
-import socket
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-import transformers
 from huggingface_hub import constants
 
 from rocr import InputError, hub
@@ -32,26 +30,6 @@ ELSEWHERE = {
     },
 }
 """Fields that send transformers to a hub for code."""
-
-
-@pytest.fixture
-def tried(monkeypatch):
-    """Connections that were tried; each is refused. What the environment says of the network is put aside."""
-    attempts = []
-
-    def refuse(*arguments, **_options):
-        attempts.append(arguments)
-        raise RuntimeError("no network here")  # what is no OSError is not tried again and again
-
-    for name in ("getaddrinfo", "gethostbyname"):
-        monkeypatch.setattr(socket, name, refuse)
-    for name in ("connect", "connect_ex"):
-        monkeypatch.setattr(socket.socket, name, refuse)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    if hasattr(transformers.utils.hub, "_is_offline_mode"):
-        monkeypatch.setattr(transformers.utils.hub, "_is_offline_mode", False)
-    monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", "1")
-    return attempts
 
 
 def with_fields(model, target, *names):
