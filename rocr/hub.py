@@ -8,7 +8,7 @@ call stands here or inside `offline`.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -177,6 +177,14 @@ def loading(source: ModelSource, trust_remote_code: bool = False) -> Iterator[Lo
         check_gguf_support()
         with alone(source.folder / source.gguf) as link, quick_reading():
             yield Loading(source, str(link.parent), options | {"gguf_file": str(link)}, advice)
+
+
+def build_skeleton(fields: Mapping[str, Any]) -> nn.Module:
+    """A model of transformers itself on the meta device, from the fields of a config.json; may raise anything."""
+    with offline(), torch.device("meta"):
+        config = AutoConfig.for_model(**fields)
+        model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return model
 
 
 def load_dataset(name: str, configuration: str | None, download: bool) -> Any:

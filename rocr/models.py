@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from rocr.diagnosis import check_memory, naming_the_field, set_settings
 from rocr.errors import InputError, RocrError
 from rocr.hub import loading, offline
 from rocr.model_folder import INDEX_FILE, SINGLE_FILE, check_model_folder
 from rocr.model_source import ModelSource, find_model
+from rocr.shards import find_weight_files
 from rocr.space import check_space
 
 __all__ = ["DTYPES", "LoadedModel", "ModelSource", "find_model", "load_model", "load_tokenizer", "save_model"]
@@ -24,11 +29,19 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model, its tokenizer, and where they come from."""
+    """A model, its tokenizer, and where they come from.
+
+    Attributes:
+        model: the model, in evaluation mode.
+        tokenizer: its tokenizer.
+        source: where they come from.
+        own_settings: fields of the configuration that rocr's passes do not allow, as they are stored.
+    """
 
     model: nn.Module
     tokenizer: Any
     source: ModelSource
+    own_settings: dict[str, Any] = field(default_factory=dict)
 
 
 def load_model(
@@ -51,13 +64,19 @@ def load_model(
     if source.folder is not None and source.gguf is None:
         check_model_folder(source.folder)
     with loading(source, trust_remote_code) as library:
+        with naming_the_field(source, trust_remote_code):
+            config = library.config()
+            own_settings = set_settings(config)
+            check_memory(library, config)
         tokenizer = library.tokenizer()
-        config = library.config()
-        chosen = dtype or (torch.float32 if source.gguf else "auto")
-        model, found = library.model(config, chosen, None if device in (None, "cpu") else device)
+        chosen = dtype or (torch.float32 if source.gguf else _stored_dtype(source)) or "auto"
+        with naming_the_field(source, trust_remote_code):
+            model, found = library.model(config, chosen, None if device in (None, "cpu") else device)
     _check_complete(source, found)
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise InputError(f"{source.name} says is_encoder_decoder true: it is no causal language model.")
     model.eval()
-    return LoadedModel(_without_quantizer(model), tokenizer, source)
+    return LoadedModel(_without_quantizer(model), tokenizer, source, own_settings)
 
 
 def load_tokenizer(source: ModelSource, trust_remote_code: bool = False) -> Any:
@@ -68,6 +87,22 @@ def load_tokenizer(source: ModelSource, trust_remote_code: bool = False) -> Any:
     """
     with loading(source, trust_remote_code) as library:
         return library.tokenizer()
+
+
+def _stored_dtype(source: ModelSource) -> torch.dtype | None:
+    """The dtype of most bytes of the weight files; None where it is none that rocr loads, or source is a hub id.
+
+    The files decide, and not the configuration: a model that is written in another dtype would be rounded.
+    """
+    files = None if source.folder is None else find_weight_files(source.folder)
+    if files is None:
+        return None
+    sizes: Counter[torch.dtype] = Counter()
+    for name in files.file_of:
+        stored = files.find(name)
+        sizes[stored.dtype] += stored.size
+    most = max(sizes, key=lambda dtype: sizes[dtype], default=None)
+    return most if most in DTYPES.values() else None
 
 
 def _check_complete(source: ModelSource, found: dict[str, Any]) -> None:
@@ -88,12 +123,25 @@ def save_model(loaded: LoadedModel, folder: Path) -> None:
     """
     check_space(folder, saved_bytes(loaded.model))
     try:
-        with offline():
+        with offline(), _settings(loaded.model.config, loaded.own_settings):
             loaded.model.save_pretrained(folder)  # type: ignore[operator]
             loaded.tokenizer.save_pretrained(folder)
     except (OSError, ValueError, RuntimeError) as error:
         raise RocrError(f"{folder} cannot be written: {error}.") from error
     _write_index(folder)
+
+
+@contextmanager
+def _settings(config: Any, own: dict[str, Any]) -> Iterator[None]:
+    """Within the context, a configuration has the fields that the model came with."""
+    loaded = {name: getattr(config, name) for name in own}
+    for name, value in own.items():
+        setattr(config, name, value)
+    try:
+        yield
+    finally:
+        for name, value in loaded.items():
+            setattr(config, name, value)
 
 
 def saved_bytes(model: nn.Module) -> int:

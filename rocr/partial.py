@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from rocr.architectures import Architecture, find_architecture, text_config
+from rocr.diagnosis import check_memory, naming_the_field, set_settings
 from rocr.errors import InputError
 from rocr.hub import loading
 from rocr.models import LoadedModel, ModelSource, load_tokenizer
@@ -108,8 +109,10 @@ def empty_model(source: ModelSource, trust_remote_code: bool = False) -> nn.Modu
     Raises:
         InputError: the configuration is not one of a causal language model.
     """
-    with loading(source, trust_remote_code) as library:
+    with naming_the_field(source, trust_remote_code), loading(source, trust_remote_code) as library:
         config = library.config()
+        set_settings(config)
+        check_memory(library, config)
         with parameters_on_meta():
             model = library.structure(config)
     model.config.name_or_path = source.place  # type: ignore[union-attr]
