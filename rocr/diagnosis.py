@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -84,23 +85,28 @@ def naming_the_field(source: ModelSource, trust_remote_code: bool) -> Iterator[N
     except InputError as error:
         if source.folder is None or source.gguf is not None or trust_remote_code:
             raise
-        reason = _reason(source, str(error))
-        if not reason:
+        sentence = _sentence(source, source.folder, str(error))
+        if not sentence:
             raise
-        raise InputError(f"{error} {reason}") from error.__cause__
+        raise InputError(sentence) from error.__cause__
 
 
-def _reason(source: ModelSource, message: str) -> str:
-    assert source.folder is not None
-    config = parse_json((source.folder / "config.json").read_bytes())
+def _sentence(source: ModelSource, folder: Path, message: str) -> str:
+    """A better message for a failure; empty: there is none."""
+    try:
+        config = parse_json((folder / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return ""
     model = _built(config)
     if model is not None:
-        return _mismatch(source, model)
+        mismatch = _mismatch(folder, model)
+        return f"{source.name} cannot be loaded: {mismatch}" if mismatch else ""
     name, value = _suspect(config)
     if not name or f"{name!r}" in message:
         return ""
     shown = json.dumps(value)
-    return f"Without the field {name} ({shown[:60]}{'…' if len(shown) > 60 else ''}) of config.json it can be built."
+    shown = shown if len(shown) <= 60 else f"{shown[:60]}…"
+    return f"{message} Without the field {name} ({shown}) of config.json it can be built."
 
 
 def _built(fields: Mapping[str, Any]) -> torch.nn.Module | None:
@@ -128,10 +134,9 @@ def _suspect(config: Mapping[str, Any]) -> tuple[str, Any]:
     return "", None
 
 
-def _mismatch(source: ModelSource, model: torch.nn.Module) -> str:
+def _mismatch(folder: Path, model: torch.nn.Module) -> str:
     """The first tensor that is stored in another shape than the configuration makes it."""
-    assert source.folder is not None
-    files = find_weight_files(source.folder)
+    files = find_weight_files(folder)
     for name, tensor in model.state_dict().items():
         if files is not None and name in files.file_of and files.find(name).shape != tuple(tensor.shape):
             stored = files.find(name).shape
