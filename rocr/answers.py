@@ -50,7 +50,7 @@ def ask(model: nn.Module, tokenizer: Any, questions: Sequence[str], max_tokens: 
 def _end_tokens(model: nn.Module) -> list[int]:
     """The tokens that end an answer, by the model's generation settings; empty where these name none."""
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    found = ends if isinstance(ends, list) else [ends]
+    found: list[Any] = ends if isinstance(ends, list) else [ends]
     return found if all(isinstance(token, int) and not isinstance(token, bool) for token in found) else []
 
 
