@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,17 +33,36 @@ def ask(model: nn.Module, tokenizer: Any, questions: Sequence[str], max_tokens: 
     tokens = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     device = model.get_input_embeddings().weight.device  # type: ignore[operator, union-attr]
-    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None) or tokenizer.eos_token_id
+    ends = _end_tokens(model) or tokenizer.eos_token_id
     # Finished rows are filled up with the end token, which decoding leaves out.
     filler = ends[0] if isinstance(ends, list) else ends
     settings = GenerationConfig(
         max_new_tokens=max_tokens, do_sample=False, eos_token_id=ends, pad_token_id=0 if filler is None else filler
     )
-    written = model.generate(  # type: ignore[operator]
-        tokens.to(device), attention_mask=mask.to(device), generation_config=settings
-    )
+    with _no_settings_of_its_own(model):
+        written = model.generate(  # type: ignore[operator]
+            tokens.to(device), attention_mask=mask.to(device), generation_config=settings
+        )
     answers: list[str] = tokenizer.batch_decode(written[:, longest:], skip_special_tokens=True)
     return [" ".join(answer.split()) for answer in answers]
+
+
+def _end_tokens(model: nn.Module) -> list[int]:
+    """The tokens that end an answer, by the model's generation settings; empty where these name none."""
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    found: list[Any] = ends if isinstance(ends, list) else [ends]
+    return found if all(isinstance(token, int) and not isinstance(token, bool) for token in found) else []
+
+
+@contextmanager
+def _no_settings_of_its_own(model: nn.Module) -> Iterator[None]:
+    """Within the context, generation takes nothing from the model's own settings, such as beams, penalties or texts."""
+    own = getattr(model, "generation_config", None)
+    model.generation_config = GenerationConfig()  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        model.generation_config = own  # type: ignore[assignment]
 
 
 def fill_question(question: str, names: Sequence[str]) -> list[str]:

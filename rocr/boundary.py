@@ -36,9 +36,10 @@ def calling(what: str, advice: str = "") -> Iterator[None]:
 
 
 def reason_of(error: BaseException) -> str:
-    """The first line of an exception's message, with its type where the message alone says little."""
+    """The first line of an exception's message, and the next where it ends in a colon, after the exception's type."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    message = (lines[0] if lines else "").rstrip(".")[:MAX_REASON]
+    shown = lines[:2] if lines and lines[0].endswith(":") else lines[:1]
+    message = " ".join(shown).rstrip(".")[:MAX_REASON]
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 

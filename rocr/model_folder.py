@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from safetensors import SafetensorError, safe_open
+from typing import TYPE_CHECKING, Any
 
 from rocr.errors import InputError
 from rocr.files import MAX_HEADER_BYTES
 from rocr.json_values import parse_json
+from rocr.model_config import Weights, check_config
+
+if TYPE_CHECKING:
+    from rocr.shards import StoredTensor
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 TOKENIZER_BYTES = 128 * 2**20  # one of 256,000 tokens has some 30 MB
 SETTINGS_BYTES = 16 * 2**20
-DEPTHS = ("num_hidden_layers", "n_layer", "num_layers")
-WIDTHS = ("hidden_size", "n_embd", "vocab_size")
-Shapes = dict[str, tuple[int, ...]]
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 
 
@@ -42,13 +39,18 @@ def check_model_folder(folder: Path, whole: bool = True) -> None:
         if (folder / name).exists():
             _read_object(folder / name, SETTINGS_BYTES)
     _check_size(folder / "tokenizer.json", TOKENIZER_BYTES)
+    check_config(folder / "config.json", config, _weights(folder, whole))
+
+
+def _weights(folder: Path, whole: bool) -> Weights:
+    """What the weight files hold, as far as `check_model_folder` looks at them."""
     if not whole and (folder / INDEX_FILE).exists():
-        tensors = [tensor for names in _read_index(folder).values() for tensor in names]
-        _check_sizes(folder, config, DEPTHS, len(tensors))
-    else:
-        shapes = _check_weights(folder)
-        _check_sizes(folder, config, DEPTHS, len(shapes))
-        _check_sizes(folder, config, WIDTHS, max((size for shape in shapes.values() for size in shape), default=0))
+        return Weights(sum(map(len, _read_index(folder).values())), None, frozenset())
+    found = _check_weights(folder)
+    longest = max((size for tensor in found.values() for size in tensor.shape), default=0)
+    return Weights(
+        len(found), longest, frozenset(str(tensor.dtype).removeprefix("torch.") for tensor in found.values())
+    )
 
 
 def _check_inside(folder: Path, path: Path) -> None:
@@ -85,12 +87,12 @@ def _check_size(path: Path, limit: int) -> None:
         raise InputError(f"{path} has {size:,} bytes; the limit is {limit:,}.")
 
 
-def _check_weights(folder: Path) -> Shapes:
-    """Look over the weight files; returns the shapes of their tensors."""
+def _check_weights(folder: Path) -> dict[str, StoredTensor]:
+    """Look over the weight files; returns their tensors."""
     if (folder / INDEX_FILE).exists():
         return _check_index(folder)
     if (folder / SINGLE_FILE).is_file():
-        return tensor_shapes(folder / SINGLE_FILE)
+        return _read_header(folder / SINGLE_FILE)
     pickled = sorted(path.name for pattern in PICKLED for path in folder.glob(pattern))
     if pickled:
         raise InputError(
@@ -100,18 +102,18 @@ def _check_weights(folder: Path) -> Shapes:
     raise InputError(f"{folder} holds no {SINGLE_FILE} and no {INDEX_FILE}.")
 
 
-def _check_index(folder: Path) -> Shapes:
-    shapes: Shapes = {}
+def _check_index(folder: Path) -> dict[str, StoredTensor]:
+    tensors_found: dict[str, StoredTensor] = {}
     for name, tensors in _read_index(folder).items():
-        found = tensor_shapes(folder / name)
+        found = _read_header(folder / name)
         missing = tensors - set(found)
         if missing:
             raise InputError(f"{folder / name} lacks {min(missing)[:100]!r}, which {INDEX_FILE} puts there.")
-        twice = set(found) & set(shapes)
+        twice = set(found) & set(tensors_found)
         if twice:
             raise InputError(f"{folder / name} holds {min(twice)[:100]!r}, which another weight file holds too.")
-        shapes |= found
-    return shapes
+        tensors_found |= found
+    return tensors_found
 
 
 def _read_index(folder: Path) -> dict[str, set[str]]:
@@ -130,22 +132,15 @@ def _read_index(folder: Path) -> dict[str, set[str]]:
     return shards
 
 
-def tensor_shapes(path: Path) -> Shapes:
-    """Names and shapes of the tensors of a safetensors file.
+def _read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a weight file, from its header: nothing is mapped, whatever size the file claims."""
+    from rocr.shards import read_layout  # which looks a folder over itself
 
-    Raises:
-        InputError: it is missing or damaged.
-    """
+    _require_file(path)
     try:
-        _require_file(path)
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-        if size > MAX_HEADER_BYTES:
-            raise InputError(f"{path} says that its header has {size:,} bytes; the limit is {MAX_HEADER_BYTES:,}.")
-        with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as safetensors: {str(error)[:200]}.") from None
+        return read_layout(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}.") from None
 
 
 def _require_file(path: Path) -> None:
@@ -155,14 +150,3 @@ def _require_file(path: Path) -> None:
         there = False
     if not there:
         raise InputError(f"{path} is not there, or not a file.")
-
-
-def _check_sizes(folder: Path, config: dict[str, Any], names: Sequence[str], most: int) -> None:
-    """Refuse sizes that the weights cannot have: memory would be taken for them before that is found out."""
-    text = config.get("text_config")
-    for part in (config, text if isinstance(text, dict) else {}):
-        for name in names:
-            size = part.get(name)
-            if size is not None and (not isinstance(size, int) or not 0 < size <= most):
-                shown = json.dumps(size)[:60]
-                raise InputError(f"{folder / 'config.json'} says {name} {shown}, but the weights have at most {most}.")

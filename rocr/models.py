@@ -4,83 +4,44 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rocr.diagnosis import check_memory, naming_the_field, set_settings
 from rocr.errors import InputError, RocrError
+from rocr.hub import loading, offline
 from rocr.model_folder import INDEX_FILE, SINGLE_FILE, check_model_folder
+from rocr.model_source import ModelSource, find_model
+from rocr.shards import find_weight_files
 from rocr.space import check_space
+
+__all__ = ["DTYPES", "LoadedModel", "ModelSource", "find_model", "load_model", "load_tokenizer", "save_model"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
-class ModelSource:
-    """Where a model comes from.
+class LoadedModel:
+    """A model, its tokenizer, and where they come from.
 
     Attributes:
-        name: what the user called it.
-        folder: the folder it lies in; None for a hub id.
-        gguf: name of the GGUF file in that folder, where it is one.
-        download: whether the network may be used.
+        model: the model, in evaluation mode.
+        tokenizer: its tokenizer.
+        source: where they come from.
+        own_settings: fields of the configuration that rocr's passes do not allow, as they are stored.
     """
-
-    name: str
-    folder: Path | None
-    gguf: str | None = None
-    download: bool = False
-
-    @property
-    def inputs(self) -> tuple[Path, ...]:
-        """Paths that must never be written to."""
-        if self.folder is None:
-            return ()
-        return (self.folder / self.gguf,) if self.gguf else (self.folder,)
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A model, its tokenizer, and where they come from."""
 
     model: nn.Module
     tokenizer: Any
     source: ModelSource
-
-
-def find_model(name: str, download: bool = False) -> ModelSource:
-    """Decide what a MODEL argument means, without loading anything.
-
-    Raises:
-        InputError: it is a path that holds no model, or not there.
-    """
-    path = Path(name)
-    try:
-        path.exists()
-    except (OSError, ValueError) as error:
-        raise InputError(f"{name[:100]!r} cannot be examined: {getattr(error, 'strerror', None) or error}.") from None
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise InputError(f"{name} is not there, or not a file.")
-        with path.open("rb") as file:
-            if file.read(4) != b"GGUF":
-                raise InputError(f"{name} does not begin like a GGUF file.")
-        return ModelSource(name, path.parent, path.name)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise InputError(f"{name} is a folder without config.json, so it holds no Hugging Face model.")
-        return ModelSource(name, path)
-    if path.exists():
-        raise InputError(f"{name} is a file, but neither a .gguf file nor a folder with a Hugging Face model.")
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise InputError(f"{name} is not there, and is not the id of a model on a hub (owner/name) either.")
-    return ModelSource(name, None, download=download)
+    own_settings: dict[str, Any] = field(default_factory=dict)
 
 
 def load_model(
@@ -100,35 +61,22 @@ def load_model(
     Raises:
         InputError: the files are not those of a causal language model that transformers can load.
     """
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    if source.gguf is not None:
-        _check_gguf_support()
-        options["gguf_file"] = source.gguf
-        dtype = dtype or torch.float32
-    if source.folder is None:
-        options["local_files_only"] = not source.download
-    elif source.gguf is None:
+    if source.folder is not None and source.gguf is None:
         check_model_folder(source.folder)
-    place = source.name if source.folder is None else str(source.folder)
-    try:
-        with offline(unless=source.download):
-            tokenizer = AutoTokenizer.from_pretrained(place, **options)
-            if source.gguf is None:
-                options["use_safetensors"] = True  # never a pickle
-            model, found = AutoModelForCausalLM.from_pretrained(
-                place,
-                dtype=dtype or "auto",
-                device_map=None if device in (None, "cpu") else device,
-                output_loading_info=True,
-                **options,
-            )
-    except Exception as error:  # tokenizers and configurations of others raise whatever they like
-        reason = str(error).strip().split("\n")[0][:300] or type(error).__name__
-        hint = "" if source.folder or source.download else " Nothing was downloaded; --download allows it."
-        raise InputError(f"{source.name} cannot be loaded: {reason}{hint}") from error
+    with loading(source, trust_remote_code) as library:
+        with naming_the_field(source, trust_remote_code):
+            config = library.config()
+            own_settings = set_settings(config)
+            check_memory(library, config)
+        tokenizer = library.tokenizer()
+        chosen = dtype or (torch.float32 if source.gguf else _stored_dtype(source)) or "auto"
+        with naming_the_field(source, trust_remote_code):
+            model, found = library.model(config, chosen, None if device in (None, "cpu") else device)
     _check_complete(source, found)
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise InputError(f"{source.name} says is_encoder_decoder true: it is no causal language model.")
     model.eval()
-    return LoadedModel(_without_quantizer(model), tokenizer, source)
+    return LoadedModel(_without_quantizer(model), tokenizer, source, own_settings)
 
 
 def load_tokenizer(source: ModelSource, trust_remote_code: bool = False) -> Any:
@@ -137,18 +85,24 @@ def load_tokenizer(source: ModelSource, trust_remote_code: bool = False) -> Any:
     Raises:
         InputError: there is none that transformers can load.
     """
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    if source.gguf is not None:
-        _check_gguf_support()
-        options["gguf_file"] = source.gguf
-    if source.folder is None:
-        options["local_files_only"] = not source.download
-    try:
-        with offline(unless=source.download):
-            return AutoTokenizer.from_pretrained(source.folder or source.name, **options)
-    except Exception as error:  # tokenizers of others raise whatever they like
-        reason = str(error).strip().split("\n")[0][:300] or type(error).__name__
-        raise InputError(f"The tokenizer of {source.name} cannot be loaded: {reason}") from error
+    with loading(source, trust_remote_code) as library:
+        return library.tokenizer()
+
+
+def _stored_dtype(source: ModelSource) -> torch.dtype | None:
+    """The dtype of most bytes of the weight files; None where it is none that rocr loads, or source is a hub id.
+
+    The files decide, and not the configuration: a model that is written in another dtype would be rounded.
+    """
+    files = None if source.folder is None else find_weight_files(source.folder)
+    if files is None:
+        return None
+    sizes: Counter[torch.dtype] = Counter()
+    for name in files.file_of:
+        stored = files.find(name)
+        sizes[stored.dtype] += stored.size
+    most = max(sizes, key=lambda dtype: sizes[dtype], default=None)
+    return most if most in DTYPES.values() else None
 
 
 def _check_complete(source: ModelSource, found: dict[str, Any]) -> None:
@@ -160,19 +114,6 @@ def _check_complete(source: ModelSource, found: dict[str, Any]) -> None:
         raise InputError(f"{source.name} holds tensors of other shapes than its config.json says.")
 
 
-@contextmanager
-def offline(unless: bool = False) -> Iterator[None]:
-    """No connections to a hub inside: `local_files_only` alone still looks the hub's address up."""
-    from huggingface_hub import constants
-
-    before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = before or not unless
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
-
-
 def save_model(loaded: LoadedModel, folder: Path) -> None:
     """Write model and tokenizer into a folder that exists, as files that transformers, vLLM and others load.
 
@@ -182,11 +123,25 @@ def save_model(loaded: LoadedModel, folder: Path) -> None:
     """
     check_space(folder, saved_bytes(loaded.model))
     try:
-        loaded.model.save_pretrained(folder)  # type: ignore[operator]
-        loaded.tokenizer.save_pretrained(folder)
+        with offline(), _settings(loaded.model.config, loaded.own_settings):
+            loaded.model.save_pretrained(folder)  # type: ignore[operator]
+            loaded.tokenizer.save_pretrained(folder)
     except (OSError, ValueError, RuntimeError) as error:
         raise RocrError(f"{folder} cannot be written: {error}.") from error
     _write_index(folder)
+
+
+@contextmanager
+def _settings(config: Any, own: dict[str, Any]) -> Iterator[None]:
+    """Within the context, a configuration has the fields that the model came with."""
+    loaded = {name: getattr(config, name) for name in own}
+    for name, value in own.items():
+        setattr(config, name, value)
+    try:
+        yield
+    finally:
+        for name, value in loaded.items():
+            setattr(config, name, value)
 
 
 def saved_bytes(model: nn.Module) -> int:
@@ -216,11 +171,3 @@ def _without_quantizer(model: nn.Module) -> nn.Module:
         if hasattr(config, "quantization_config"):
             del config.quantization_config
     return model
-
-
-def _check_gguf_support() -> None:
-    from importlib.util import find_spec
-
-    missing = [name for name in ("gguf", "accelerate") if find_spec(name) is None]
-    if missing:
-        raise InputError(f"Reading a .gguf file needs {' and '.join(missing)}: pip install 'rocr[gguf]'.")

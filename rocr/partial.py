@@ -9,15 +9,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from rocr.architectures import Architecture, find_architecture, text_config
+from rocr.diagnosis import check_memory, naming_the_field, set_settings
 from rocr.errors import InputError
-from rocr.models import LoadedModel, ModelSource
+from rocr.hub import loading
+from rocr.models import LoadedModel, ModelSource, load_tokenizer
 from rocr.shards import StoredTensor, WeightFiles, find_weight_files
 
 MEMORY_SHARE = 0.5
@@ -100,8 +100,7 @@ def load_partial(
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(device))
-    tokenizer = _tokenizer(source, trust_remote_code)
-    return LoadedModel(model.eval(), tokenizer, source)
+    return LoadedModel(model.eval(), load_tokenizer(source, trust_remote_code), source)
 
 
 def empty_model(source: ModelSource, trust_remote_code: bool = False) -> nn.Module:
@@ -110,13 +109,13 @@ def empty_model(source: ModelSource, trust_remote_code: bool = False) -> nn.Modu
     Raises:
         InputError: the configuration is not one of a causal language model.
     """
-    try:
-        config = AutoConfig.from_pretrained(str(source.folder), trust_remote_code=trust_remote_code)
+    with naming_the_field(source, trust_remote_code), loading(source, trust_remote_code) as library:
+        config = library.config()
+        set_settings(config)
+        check_memory(library, config)
         with parameters_on_meta():
-            model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
-        raise InputError(f"{source.name} cannot be loaded: {(str(error).splitlines() or [''])[0]}") from error
-    model.config.name_or_path = str(source.folder)  # type: ignore[union-attr]
+            model = library.structure(config)
+    model.config.name_or_path = source.place  # type: ignore[union-attr]
     return model
 
 
@@ -164,15 +163,6 @@ def _set(model: nn.Module, name: str, stored: StoredTensor, device: str | None, 
         raise InputError(f"{stored.file}: {stored.name} has the shape {stored.shape}, but the model's is {expected}.")
     values = stored.map() if mapped else stored.read()
     module._parameters[leaf] = nn.Parameter(values.to(device) if device else values, requires_grad=False)
-
-
-def _tokenizer(source: ModelSource, trust_remote_code: bool) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(str(source.folder), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
-        raise InputError(
-            f"The tokenizer of {source.name} cannot be loaded: {(str(error).splitlines() or [''])[0]}"
-        ) from error
 
 
 @contextmanager

@@ -133,7 +133,7 @@ def _digest_check(subject: str, values: torch.Tensor, update: LayerUpdate, is_re
 def _fingerprint_checks(output: Output, edit: Edit | None) -> Iterator[Check]:
     """Whether the rest of the model, as far as it is sampled, and the tokenizer are those of the edit."""
     from rocr.architectures import find_architecture
-    from rocr.models import find_model, offline
+    from rocr.models import find_model
     from rocr.partial import can_load_partially, load_partial
 
     mark, reason = _recorded_fingerprint(output, edit)
@@ -142,11 +142,10 @@ def _fingerprint_checks(output: Output, edit: Edit | None) -> Iterator[Check]:
             yield Check("model", "fingerprint", UNCHECKED, reason)
             return
         source = find_model(str(output.folder))
-        with offline():
-            if not can_load_partially(source):
-                yield Check("model", "fingerprint", UNCHECKED, "the model cannot be loaded in part")
-                return
-            loaded = load_partial(source, mark.layer)
+        if not can_load_partially(source):
+            yield Check("model", "fingerprint", UNCHECKED, "the model cannot be loaded in part")
+            return
+        loaded = load_partial(source, mark.layer)
         found = model_digest(find_architecture(loaded.model), mark.layer)
         tokenizer = tokenizer_digest(loaded.tokenizer)
     except Exception as error:  # tokenizers and configurations of others raise whatever they like

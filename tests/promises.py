@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import socket
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, redirect_stderr, redirect_stdout
@@ -12,6 +13,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import transformers
+from huggingface_hub import constants
 from torch import nn
 
 import rocr
@@ -149,3 +152,22 @@ def on_statistics(
 def on_edit(attack: Callable[..., None], files: SimpleNamespace) -> Callable[[object], None]:
     """on_edit(path): an edit file at a path must be refused."""
     return lambda path: attack("edit files", "apply", files.model, path)
+
+
+@pytest.fixture
+def tried(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
+    """Connections that were tried; each is refused. What the environment says of the network is put aside."""
+    attempts: list[tuple[object, ...]] = []
+
+    def refuse(*arguments: object, **_options: object) -> None:
+        attempts.append(arguments)
+        raise RuntimeError("no network here")  # what is no OSError is not tried again and again
+
+    for name in ("getaddrinfo", "gethostbyname"):
+        monkeypatch.setattr(socket, name, refuse)
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    if hasattr(transformers.utils.hub, "_is_offline_mode"):
+        monkeypatch.setattr(transformers.utils.hub, "_is_offline_mode", False)
+    return attempts

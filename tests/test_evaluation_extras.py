@@ -89,7 +89,7 @@ def test_a_dataset_gives_probes_and_its_rows_have_numbers(tmp_path: Path, monkey
 
 def test_a_dataset_that_is_not_here_is_a_sentence() -> None:
     pytest.importorskip("datasets")
-    with pytest.raises(rocr.InputError, match=r"cannot be read: .* Without --download"):
+    with pytest.raises(rocr.InputError, match=r"failed: .* Without --download"):
         load_probes("hf:nobody/no-such-dataset-here")
 
 

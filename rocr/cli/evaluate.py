@@ -162,6 +162,7 @@ def _add_suites(arguments: argparse.Namespace, loaded: LoadedModel, evaluation: 
                 arguments.suites,
                 folder=arguments.suite_folder,
                 limit=arguments.suite_limit,
+                download=arguments.download,
             )
         evaluation.measures.update(scores)
 

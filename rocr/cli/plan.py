@@ -10,10 +10,8 @@ from typing import TYPE_CHECKING, Any
 from rocr.cli.arguments import DTYPES
 from rocr.cli.console import Console
 from rocr.concepts import Concept
-from rocr.errors import InputError
 
 if TYPE_CHECKING:
-    from rocr.architectures import Architecture
     from rocr.config import EditConfig
     from rocr.forecast import Forecast, Job
     from rocr.models import ModelSource
@@ -100,15 +98,20 @@ def _job(
 
     import transformers
 
+    from rocr.architectures import find_architecture
     from rocr.forecast import Job
     from rocr.key_plan import plan_keys
     from rocr.layers import chosen_layers
+    from rocr.model_folder import check_model_folder
     from rocr.models import DTYPES as TORCH_DTYPES
     from rocr.models import load_tokenizer
+    from rocr.partial import empty_model
 
     assert tuple(TORCH_DTYPES) == DTYPES
     transformers.utils.logging.disable_progress_bar()
-    architecture = _empty_model(source, arguments.trust_remote_code)
+    if source.folder is not None and source.gguf is None:
+        check_model_folder(source.folder)
+    architecture = find_architecture(empty_model(source, arguments.trust_remote_code))
     config = dataclasses.replace(config, layers=chosen_layers(config, architecture.model))
     tokenizer = load_tokenizer(source, arguments.trust_remote_code)
     return Job(
@@ -129,33 +132,6 @@ def _job(
         arguments.answer_tokens,
         arguments.lora_rank,
     )
-
-
-def _empty_model(source: ModelSource, trust_remote_code: bool) -> Architecture:
-    """The model's structure without its weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from rocr.architectures import find_architecture
-    from rocr.model_folder import check_model_folder
-    from rocr.models import offline
-    from rocr.partial import parameters_on_meta
-
-    place = source.name if source.folder is None else str(source.folder)
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    if source.gguf:
-        options["gguf_file"] = source.gguf
-    if source.folder is None:
-        options["local_files_only"] = not source.download
-    elif source.gguf is None:
-        check_model_folder(source.folder)
-    try:
-        with offline(unless=source.download), parameters_on_meta():
-            config = AutoConfig.from_pretrained(place, **options)
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except Exception as error:  # configurations of others raise whatever they like
-        reason = str(error).strip().split("\n")[0][:300] or type(error).__name__
-        raise InputError(f"{source.name} cannot be read: {reason}") from error
-    return find_architecture(model)
 
 
 def _edited(job: Job) -> list[str]:

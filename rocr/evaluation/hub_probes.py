@@ -9,6 +9,7 @@ from typing import Any
 from rocr.errors import InputError
 from rocr.evaluation.probe_files import FIELDS, FOLDER_FILE, FORM_OF_LEVEL, SPLIT_OF_FILE, read_probe
 from rocr.evaluation.probes import Probe, Problems, check_all
+from rocr.hub import load_dataset
 
 PREFIX = "hf:"
 
@@ -62,20 +63,7 @@ def parse_hub_name(text: str) -> tuple[str, str | None, str | None]:
 
 
 def _rows(name: str, configuration: str | None, split: str | None, download: bool) -> Iterable[Mapping[str, Any]]:
-    try:
-        import datasets
-    except ImportError:
-        raise InputError("Hugging Face datasets need the package datasets: pip install 'rocr[datasets]'.") from None
-    offline = datasets.config.HF_HUB_OFFLINE
-    datasets.config.HF_HUB_OFFLINE = offline or not download
-    try:
-        found = datasets.load_dataset(name, configuration)
-    except Exception as error:
-        # The library raises errors of many kinds, its own and those of the connection.
-        hint = "" if download else " Without --download only what was downloaded before is looked at."
-        raise InputError(f"The dataset {name} cannot be read: {str(error)[:500]}.{hint}") from error
-    finally:
-        datasets.config.HF_HUB_OFFLINE = offline
+    found = load_dataset(name, configuration, download)
     chosen = split or (next(iter(found)) if len(found) == 1 else "test")
     if chosen not in found:
         raise InputError(f"The dataset {name} has no split {chosen!r}; it has {', '.join(found)}.")

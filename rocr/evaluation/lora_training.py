@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rocr.errors import InputError, RocrError
+from rocr.hub import offline
 from rocr.progress import Progress, ProgressCallback, silent
 
 Loss = Literal["learn", "ascent", "npo", "dpo"]
@@ -88,7 +89,7 @@ def trained(
             r=training.rank, lora_alpha=2 * training.rank, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
         )
         try:
-            with warnings.catch_warnings():
+            with offline(), warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # of peft's use of transformers
                 adapted = get_peft_model(model, config)
         except ValueError as error:

@@ -9,7 +9,9 @@ from typing import Any
 
 from torch import nn
 
+from rocr.boundary import calling
 from rocr.errors import InputError, RocrError
+from rocr.hub import offline
 
 
 def suite_scores(
@@ -20,6 +22,7 @@ def suite_scores(
     folder: str | os.PathLike[str] | None = None,
     limit: int | None = None,
     batch: int = 8,
+    download: bool = False,
 ) -> dict[str, dict[str, float]]:
     """The scores of lm-evaluation-harness for a model that is loaded already.
 
@@ -30,6 +33,7 @@ def suite_scores(
         folder: further tasks, as YAML files of the harness.
         limit: of each task ask the first questions only, so many.
         batch: questions that run together.
+        download: allow the network; without it, questions that were downloaded before are used.
 
     Returns:
         For each task and group its numbers by metric, without their standard errors.
@@ -44,20 +48,21 @@ def suite_scores(
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise InputError(f"Suites need lm-evaluation-harness ({error}): pip install 'rocr[harness]'.") from None
-    manager = TaskManager(include_path=str(folder) if folder is not None else None)
+    with offline(unless=download):
+        manager = TaskManager(include_path=str(folder) if folder is not None else None)
     unknown = [name for name in names if not manager.match_tasks([name])]
     if unknown or not names:
         raise InputError(
             f"lm-evaluation-harness knows no task {', '.join(unknown) or 'without a name'}; "
             "`lm-eval ls tasks` lists those it knows."
         )
+    advice = "" if download else "Without --download only questions that were downloaded before are used."
     training = model.training
     model.eval()
     try:
-        harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
-        found = simple_evaluate(harness, tasks=list(names), task_manager=manager, limit=limit, log_samples=False)
-    except (OSError, ConnectionError, ValueError) as error:
-        raise InputError(f"The suites {', '.join(names)} cannot be asked: {str(error)[:500]}") from error
+        with calling(f"Asking the suites {', '.join(names)}", advice), offline(unless=download):
+            harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
+            found = simple_evaluate(harness, tasks=list(names), task_manager=manager, limit=limit, log_samples=False)
     finally:
         model.train(training)
     return {task: _numbers(task, values) for task, values in {**found["results"], **found.get("groups", {})}.items()}
