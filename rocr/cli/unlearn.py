@@ -7,16 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rocr.cli.arguments import (
+    COUNT,
     add_model,
     add_partial,
     add_text,
     check_save,
+    check_text,
     claim_output,
     layer_list,
     load,
     loads_partially,
-    positive,
     source_of,
+    whole_number,
 )
 from rocr.cli.console import Console
 from rocr.cli.outputs import show_adapter, write_output
@@ -24,7 +26,7 @@ from rocr.cli.tables import show_report
 from rocr.concepts import Concept, check_concepts, folded, load_concepts
 from rocr.errors import InputError
 from rocr.output import check_output
-from rocr.texts import check_texts, read_texts, text_digest
+from rocr.texts import read_texts, text_digest
 
 if TYPE_CHECKING:
     from rocr.config import EditConfig
@@ -52,7 +54,7 @@ def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
         help="of model, lora, edit, originals: the first bytes, for `rocr revert` (default: model,edit)",
     )
     parser.add_argument(
-        "--lora-rank", type=positive, metavar="N", help="cut the adapter to this rank, such as vLLM's limit of 16"
+        "--lora-rank", type=COUNT, metavar="N", help="cut the adapter to this rank, such as vLLM's limit of 16"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the output folder if it exists")
     parser.add_argument("--dry-run", action="store_true", help="check everything, say what would be done, and stop")
@@ -78,7 +80,7 @@ def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="ask about these too, and measure what the edit does to them: they should not change",
     )
-    shown.add_argument("--answer-tokens", type=positive, default=32, metavar="N")
+    shown.add_argument("--answer-tokens", type=whole_number(1, 65_536), default=32, metavar="N")
     shown.add_argument("--no-answers", action="store_true", help="ask nothing")
     parser.set_defaults(run=run)
 
@@ -92,8 +94,8 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     _check_parts(arguments, source, save)
     if arguments.statistics and arguments.text:
         raise InputError("Give --statistics or --text, not both.")
-    if arguments.text:
-        check_texts(arguments.text)
+    if not arguments.statistics:
+        check_text(arguments)
 
     from rocr.answers import fill_question
 

@@ -74,7 +74,7 @@ def relearning_curve(
         training: how it is trained; its `epochs` is not used.
         epochs: the lengths of training to try, each from the start.
         forms: in which the others are asked.
-        progress: told after every step.
+        progress: told after every step of training, and every question.
 
     Returns:
         For each length of training the evaluation; for 0 that of the model without any.
@@ -85,12 +85,12 @@ def relearning_curve(
     both = {(p.subject, p.query) for p in taught} & {(p.subject, p.query) for p in asked}
     if both:
         raise InputError(f"{len(both)} questions are both taught and asked, such as {min(both)[1]!r}.")
-    curve = {0: evaluate(model, tokenizer, asked, forms)}
+    curve = {0: evaluate(model, tokenizer, asked, forms, progress=progress)}
     examples = question_examples(tokenizer, taught, style=PromptStyle.of(model))
     for count in epochs:
         settings = Training(**{**vars(training), "epochs": count})
         with trained(model, examples, settings, progress) as adapted:
-            curve[count] = evaluate(adapted, tokenizer, asked, forms)
+            curve[count] = evaluate(adapted, tokenizer, asked, forms, progress=progress)
     return curve
 
 

@@ -119,7 +119,9 @@ def compare_methods(
             with _unlearned(contest, method, target, probes, progress) as model:
                 seconds, peak = time.perf_counter() - start, memory.bytes()
                 options = EvaluateOptions(style=style)
-                evaluation = evaluate(model, contest.tokenizer, probes, contest.forms, options=options)
+                evaluation = evaluate(
+                    model, contest.tokenizer, probes, contest.forms, options=options, progress=progress
+                )
             yield Result(method, target, evaluation, seconds, peak)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from rocr.boundary import calling
 from rocr.errors import InputError, RocrError
 
 
@@ -44,8 +45,9 @@ def suite_scores(
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise InputError(f"Suites need lm-evaluation-harness ({error}): pip install 'rocr[harness]'.") from None
-    manager = TaskManager(include_path=str(folder) if folder is not None else None)
-    unknown = [name for name in names if not manager.match_tasks([name])]
+    with calling("lm-evaluation-harness, looking for its tasks,"):
+        manager = TaskManager(include_path=str(folder) if folder is not None else None)
+        unknown = [name for name in names if not manager.match_tasks([name])]
     if unknown or not names:
         raise InputError(
             f"lm-evaluation-harness knows no task {', '.join(unknown) or 'without a name'}; "
@@ -54,10 +56,9 @@ def suite_scores(
     training = model.training
     model.eval()
     try:
-        harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
-        found = simple_evaluate(harness, tasks=list(names), task_manager=manager, limit=limit, log_samples=False)
-    except (OSError, ConnectionError, ValueError) as error:
-        raise InputError(f"The suites {', '.join(names)} cannot be asked: {str(error)[:500]}") from error
+        with calling(f"lm-evaluation-harness, asking {', '.join(names)},"):
+            harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
+            found = simple_evaluate(harness, tasks=list(names), task_manager=manager, limit=limit, log_samples=False)
     finally:
         model.train(training)
     return {task: _numbers(task, values) for task, values in {**found["results"], **found.get("groups", {})}.items()}
