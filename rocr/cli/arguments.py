@@ -82,9 +82,13 @@ def check_text(arguments: argparse.Namespace) -> None:
     """Hold the text of statistics to its rules before a model is loaded.
 
     Raises:
-        InputError: a file cannot be read, or without files the model would have to write too much.
+        InputError: a file cannot be read, or without files the model would have to write too much; or statistics are
+            given, so that no text is read.
     """
-    if arguments.text is not None:
+    if getattr(arguments, "statistics", None) is not None:
+        if arguments.text is not None or arguments.tokens is not None:
+            raise InputError("--statistics takes the place of text: leave out --text and --tokens.")
+    elif arguments.text is not None:
         check_texts(arguments.text)
     else:
         from rocr.collect import check_sampled

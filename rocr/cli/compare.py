@@ -58,8 +58,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     forms = form_names(arguments.forms)
     for target in arguments.targets:
         check_concepts([Concept(target, arguments.redirect)])
-    if not arguments.statistics:
-        check_text(arguments)
+    check_text(arguments)
     probes = split_by_subject(load_probes(arguments.probes, arguments.download), arguments.targets)
     with console.stage("load"):
         loaded = load(arguments, source)
