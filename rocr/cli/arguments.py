@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rocr.boundary import calling
 from rocr.errors import InputError
 from rocr.locks import locked
 from rocr.output import check_output
@@ -179,12 +180,26 @@ def load(arguments: argparse.Namespace, source: ModelSource, last_layer: int | N
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+    _check_device(arguments.device)
     if last_layer is not None:
         from rocr.partial import load_partial
 
         return load_partial(source, last_layer, arguments.device, arguments.trust_remote_code)
     dtype = TORCH_DTYPES[arguments.dtype] if arguments.dtype else None
     return load_model(source, dtype, arguments.device, arguments.trust_remote_code)
+
+
+def _check_device(device: str | None) -> None:
+    """Refuse a device that is not here, or holds no numbers, before weights are read."""
+    if device in (None, "auto"):
+        return
+    import torch
+
+    advice = 'Give one such as "cuda:0", or leave --device out.'
+    with calling(f"The device {_short(device)}", advice):
+        torch.empty(1, device=device)
+    if torch.device(device).type == "meta":
+        raise InputError(f"The device 'meta' holds no weights. {advice}")
 
 
 def check_save(text: str) -> tuple[str, ...]:
