@@ -212,11 +212,12 @@ def overwrites_page(command, run):
 
 def loads_as(command, run):
     """The weights that are written, or the numbers, are those of another dtype."""
-    if command in ("apply", "revert"):
+    if command == "apply":
         done = run(command, "--dtype", "bfloat16")
-        assert done.code != 0 or {t.dtype for t in load_file(done.out / "model.safetensors").values()} == {
-            torch.bfloat16
-        }
+        assert {tensor.dtype for tensor in load_file(done.out / WEIGHTS).values()} == {torch.bfloat16}
+        assert {tensor.dtype for tensor in load_file(run(command).out / WEIGHTS).values()} == {torch.float32}
+    elif command == "revert":  # the rounded weights are not those that the edit left
+        assert (run(command, "--dtype", "bfloat16").code, run(command).code) == (3, 0)
     else:
         changes("--dtype", "bfloat16")(command, run)
 
@@ -284,6 +285,12 @@ def names_neighbours(command, run):
     found = run(command, "--control", "the engines").json["neighbours"]
     assert found["given"]
     assert not run(command).json["neighbours"]["given"]
+
+
+def shuffles_options_of_methods(command, run):
+    choices = ("--forms", "mcp", "--methods", "original")
+    runs = [run(command, *choices, "--seed", seed, without=("--forms", "--methods")) for seed in range(4)]
+    assert len({str(measured(command, done)) for done in runs}) > 1
 
 
 def writes_its_own_text(command, run):
@@ -484,7 +491,7 @@ EFFECTS = {
         **OUT,
         "--text": replaces("--text", "@text"),
         "--tokens": replaces("--tokens", 100),
-        "--seed": writes_its_own_text,
+        "--seed": shuffles_options_of_methods,
         "--probes": replaces("--probes", "@fewer"),
         "--targets": replaces("--targets", "Blaise Pascal"),
         "--redirect": replaces("--redirect", "the rain"),

@@ -75,6 +75,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
         arguments.redirect,
         forms=forms,
         least_steps=arguments.steps,
+        seed=arguments.seed,
     )
     results = []
     with console.stage("methods") as progress:
@@ -85,6 +86,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
         "format": "rocr comparison 1",
         "known": arguments.known,
         "steps": arguments.steps,
+        "seed": arguments.seed,
         "results": results_json(results),
     }
     write_json(document, arguments.out, arguments.overwrite)
@@ -125,7 +127,7 @@ def _statistics(arguments: argparse.Namespace, loaded: LoadedModel, console: Con
 def _known(
     arguments: argparse.Namespace, loaded: LoadedModel, probes: list[Probe], forms: list[str], console: Console
 ) -> list[Probe]:
-    from rocr.evaluation import evaluate
+    from rocr.evaluation import EvaluateOptions, evaluate
 
     if arguments.known is None:
         return probes
@@ -137,6 +139,7 @@ def _known(
             forms,
             targets=arguments.targets,
             known=arguments.known,
+            options=EvaluateOptions(seed=arguments.seed),
             progress=progress,
         )
     kept = {item.probe for item in base.items}
