@@ -126,7 +126,7 @@ def test_the_causes_of_an_error_are_in_the_traceback(commands, command, monkeypa
 
 def test_terminal_escapes_of_a_traceback_are_shown_as_codes(commands, command, monkeypatch):
     def raise_it(*_, **__):
-        raise KeyError("\x1b[2J")
+        raise RuntimeError("\x1b[2J")
 
     monkeypatch.setattr(transformers.LlamaModel, "forward", raise_it)
     errors = command(*commands["eval"], "--debug").errors
@@ -210,7 +210,7 @@ def test_the_limit_that_a_command_allows_is_that_of_the_edit(files, command, con
 
 @pytest.fixture
 def odd_folder(tmp_path):
-    folder = os.fsencode(tmp_path) + b"/odd\xff"
+    folder = os.fsencode(tmp_path) + b"/odd\xc3\xa9\xff"
     try:
         os.mkdir(folder)
     except OSError:
