@@ -15,13 +15,16 @@ SIMD_VARIABLE = "ROCR_SIMD"
 
 def is_available(device: torch.device) -> bool:
     """Whether rocr._C was compiled, and the device is the CPU."""
-    if device.type != "cpu":
-        return False
+    return device.type == "cpu" and import_error() is None and bool(simd_names())
+
+
+def import_error() -> str | None:
+    """What the import of rocr._C says where it fails; None where it does not."""
     try:
-        import rocr._C as kernels
-    except ImportError:
-        return False
-    return bool(kernels.simd_names())
+        import rocr._C  # noqa: F401
+    except ImportError as error:
+        return str(error) or type(error).__name__
+    return None
 
 
 def simd_names() -> list[str]:

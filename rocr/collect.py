@@ -30,6 +30,8 @@ from rocr.statistics import Statistics
 from rocr.texts import pack_tokens, token_batches
 
 DEFAULT_SAMPLED_TOKENS = 8_192
+MAX_SAMPLED_TOKENS = 2**20
+"""The model writes all of its sequences at once, so that memory grows with them."""
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
 FIRST_TOKENS = 1
 """Tokens at the beginning of a sequence whose keys are left out."""
@@ -96,11 +98,14 @@ def collect_statistics(
         progress: told after every batch.
 
     Raises:
-        InputError: the layers do not exist, the text is empty, or a checkpoint is of another collection.
+        InputError: the layers do not exist, the text is empty, more tokens are wanted than the model writes, or a
+            checkpoint is of another collection.
         GuardError: a key is not finite.
         RocrError: another process failed or was lost; the checkpoints stay.
     """
     options = options or CollectOptions()
+    if texts is None:
+        check_sampled(options.tokens)
     # Processes that hold one model between them run every batch together.
     ranks = Ranks.of_group() if options.distributed and not is_parallel(model) else Ranks()
     source = _Source(texts, options, ranks)
@@ -126,11 +131,14 @@ def collect_statistics(
         state = Checkpoint.open(ranks.checkpoint(options.checkpoint), identity | ranks.share(), sums)
     saved_at = time.monotonic()
     try:
+        resumed, finished = 0, state.batches
         for number, batch in enumerate(source.batches(model, tokenizer, progress)):
-            if ranks.owns(number) and number // ranks.size >= state.batches:
+            done = batch.before + batch.count
+            if number // ranks.size < finished:
+                resumed = done
+            elif ranks.owns(number):
                 state.finish_batch(_accumulate(architecture, state, batch))
-                done = batch.before + batch.count
-                progress(Progress("statistics", done, source.estimate(done), "tokens"))
+                progress(Progress("statistics", done, source.estimate(done), "tokens", resumed))
                 if time.monotonic() - saved_at > SECONDS_BETWEEN_CHECKPOINTS:
                     state.save()
                     saved_at = time.monotonic()
@@ -153,6 +161,19 @@ def collect_statistics(
         raise
     moments = {layer: _finished(total, tokens, layer) for layer, total in sums.items()}
     return Statistics(moments, tokens, source.name(), mark, source.provenance(dtype_name(weight), computed_with(model)))
+
+
+def check_sampled(tokens: int | None) -> None:
+    """Refuse to let a model write more than it can at once.
+
+    Raises:
+        InputError: it is more than 1,048,576 tokens.
+    """
+    if tokens is not None and tokens > MAX_SAMPLED_TOKENS:
+        raise InputError(
+            f"Without text the model writes its own, at most {MAX_SAMPLED_TOKENS:,} tokens, not {tokens:,}: "
+            "give text files (--text), or ask for fewer tokens (--tokens)."
+        )
 
 
 @dataclass(frozen=True)

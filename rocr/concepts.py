@@ -15,6 +15,8 @@ from rocr.errors import InputError
 MAX_NAME_LENGTH = 200  # characters
 MAX_SHOWN_ERRORS = 50
 MAX_NAMES = 200_000  # with aliases, in one list; checking them takes some seconds
+MAX_CONCEPTS = 10_000
+"""Concepts of one edit unless more are allowed: the longest list whose time and memory were measured (README)."""
 
 _REFUSED_CATEGORIES = {
     "Cc": "a control character",
@@ -87,6 +89,20 @@ def check_concepts(concepts: Iterable[Concept]) -> None:
     problems.raise_any()
     if not numbered:
         raise InputError("The list of concepts is empty.")
+
+
+def check_length(count: int, most: int = MAX_CONCEPTS) -> None:
+    """Refuse an edit of more concepts than are allowed; time and memory grow faster than their number.
+
+    Raises:
+        InputError: there are more.
+    """
+    if count > most:
+        raise InputError(
+            f"The list has {count:,} concepts, above the limit of {most:,} for one edit. Make lists of fewer, or allow "
+            "it by --allow-long-list (Guards(concepts=...)); add --dry-run to see first how long it takes and how much "
+            "memory it needs."
+        )
 
 
 @dataclass

@@ -15,7 +15,7 @@ from rocr.apply import LayerUpdate
 from rocr.architectures import Architecture
 from rocr.capture import evaluating
 from rocr.collisions import nearest_keys
-from rocr.concepts import Concept
+from rocr.concepts import MAX_CONCEPTS, Concept
 from rocr.config import EditConfig
 from rocr.errors import GuardError, InputError
 from rocr.measures import LayerMeasures
@@ -50,6 +50,8 @@ class Guards:
             "official", where states are not read at the keys.
         divergence: largest mean Kullback-Leibler divergence on ordinary prose, in nats a token, of the model's
             predictions after the edit from those before. Ordinary: below 0.05; at 1 every other word changes.
+        concepts: most concepts of one edit, with those that it keeps; `force` does not pass it. It bounds time and
+            memory, which were measured up to this number (README).
         force: whether an edit that passes a limit goes on; what it passed is recorded in its report. Values that
             are not finite stop it all the same.
 
@@ -63,6 +65,7 @@ class Guards:
     closed: float = 0.0
     distance: float = 0.7
     divergence: float = 1.0
+    concepts: int = MAX_CONCEPTS
     force: bool = False
 
     def __post_init__(self) -> None:

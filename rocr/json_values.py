@@ -1,4 +1,7 @@
-"""JSON that comes from outside: no field twice, no depth that breaks the parser, and values of the kinds expected."""
+"""JSON that comes from outside: no field twice, no depth that breaks the parser, and values of the kinds expected.
+
+And JSON that goes outside, whatever characters it holds.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,16 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text, object_pairs_hook=_unique_fields)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def json_text(value: Any, indent: int, encoding: str = "utf-8") -> str:
+    """A value as JSON in an encoding; in ASCII where that lacks a character, as of a file name that is not UTF-8."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return json.dumps(value, indent=indent)
+    return text
 
 
 def text_of(value: object, what: str) -> str:

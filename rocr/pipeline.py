@@ -17,7 +17,7 @@ from rocr.architectures import Architecture, DownProjection, find_architecture, 
 from rocr.change import check_kept, inexact_layers
 from rocr.collect import CollectOptions, collect_statistics
 from rocr.collisions import find_collisions
-from rocr.concepts import Concept, check_concepts
+from rocr.concepts import Concept, check_concepts, check_length
 from rocr.config import EditConfig
 from rocr.edit import Edit
 from rocr.fingerprint import dtype_name, fingerprint
@@ -103,7 +103,9 @@ def _unlearn(
 ) -> Edit:
     """The stages of `unlearn`; `made` gets every update that a weight carries."""
     concepts = list(concepts)
-    check_concepts([*kept.concepts, *concepts] if kept else concepts)
+    everything = [*kept.concepts, *concepts] if kept else concepts
+    check_length(len(everything), (guards or Guards()).concepts)
+    check_concepts(everything)
     config = config or (kept.config if kept else EditConfig())
     by_count = kept.report.by_count if kept else config.left_to_the_count()
     config = resolve_layers(config.for_concepts(len(concepts)), model)

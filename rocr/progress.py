@@ -15,12 +15,14 @@ class Progress:
         done: how much of it is done, in `unit`.
         total: how much there is; None where that is not known.
         unit: what is counted.
+        resumed: how much of `done` an earlier run had done, which says nothing about the speed of this one.
     """
 
     stage: str
     done: int
     total: int | None
     unit: str
+    resumed: int = 0
 
 
 ProgressCallback = Callable[[Progress], None]

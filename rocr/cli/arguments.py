@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rocr.boundary import calling
 from rocr.errors import InputError
 from rocr.locks import locked
 from rocr.output import check_output
+from rocr.texts import check_texts
 
 if TYPE_CHECKING:
     from rocr.models import LoadedModel, ModelSource
 
 DTYPES = ("float32", "bfloat16", "float16")
 SAVED = ("model", "lora", "edit", "originals")
+MAX_LAYER = 9_999
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -71,19 +75,57 @@ def add_text(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text", nargs="+", metavar="FILE", help=".txt, .jsonl or .parquet; without: text by the model itself"
     )
-    parser.add_argument("--tokens", type=positive, metavar="N", help="read at most N tokens of text")
-    parser.add_argument("--seed", type=int, default=0, help="of all that is drawn at random (default: 0)")
+    parser.add_argument("--tokens", type=TOKENS, metavar="N", help="read at most N tokens of text")
+    parser.add_argument("--seed", type=SEED, default=0, metavar="N", help="of all that is drawn at random (default: 0)")
 
 
-def positive(text: str) -> int:
-    """A whole number of at least 1."""
+def check_text(arguments: argparse.Namespace) -> None:
+    """Hold the text of statistics to its rules before a model is loaded.
+
+    Raises:
+        InputError: a file cannot be read, or without files the model would have to write too much; or statistics are
+            given, so that no text is read.
+    """
+    if getattr(arguments, "statistics", None) is not None:
+        if arguments.text is not None or arguments.tokens is not None:
+            raise InputError("--statistics takes the place of text: leave out --text and --tokens.")
+    elif arguments.text is not None:
+        check_texts(arguments.text)
+    else:
+        from rocr.collect import check_sampled
+
+        check_sampled(arguments.tokens)
+
+
+def whole_number(least: int, most: int) -> Callable[[str], int]:
+    """A type of argument: a whole number from `least` to `most`."""
+
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if not least <= number <= most:
+            raise argparse.ArgumentTypeError(f"{_short(text)} is not a whole number from {least:,} to {most:,}")
+        return number
+
+    return parse
+
+
+def share(text: str) -> float:
+    """A type of argument: a number from 0 to 1."""
     try:
-        number = int(text)
+        number = float(text)
     except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+        number = math.nan
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"{_short(text)} is not a number from 0 to 1")
     return number
+
+
+COUNT = whole_number(1, 1_000_000)
+TOKENS = whole_number(1, 10**12)
+SEED = whole_number(0, 2**63 - 1)
 
 
 def layer_list(text: str) -> tuple[int, ...]:
@@ -92,11 +134,21 @@ def layer_list(text: str) -> tuple[int, ...]:
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a list of layers such as 4,5,6 or 4-6")
-        layers += range(int(first), int(last or first) + 1)
-    if not layers:
-        raise argparse.ArgumentTypeError(f"{text!r} names no layer")
+            raise argparse.ArgumentTypeError(f"{_short(text)} is not a list of layers such as 4,5,6 or 4-6")
+        last = last or first
+        if max(len(first), len(last)) > len(str(MAX_LAYER)) or int(first) > int(last):
+            raise argparse.ArgumentTypeError(
+                f"{_short(text)} is not a list of layers from 0 to {MAX_LAYER:,}, each range in ascending order"
+            )
+        layers += range(int(first), int(last) + 1)
+        if len(set(layers)) < len(layers):
+            raise argparse.ArgumentTypeError(f"{_short(text)} names a layer twice")
     return tuple(layers)
+
+
+def _short(text: str) -> str:
+    """What was given, as far as a message needs it."""
+    return repr(text if len(text) <= 60 else f"{text[:57]}...")
 
 
 def source_of(arguments: argparse.Namespace) -> ModelSource:
@@ -128,12 +180,26 @@ def load(arguments: argparse.Namespace, source: ModelSource, last_layer: int | N
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+    _check_device(arguments.device)
     if last_layer is not None:
         from rocr.partial import load_partial
 
         return load_partial(source, last_layer, arguments.device, arguments.trust_remote_code)
     dtype = TORCH_DTYPES[arguments.dtype] if arguments.dtype else None
     return load_model(source, dtype, arguments.device, arguments.trust_remote_code)
+
+
+def _check_device(device: str | None) -> None:
+    """Refuse a device that is not here, or holds no numbers, before weights are read."""
+    if device in (None, "auto"):
+        return
+    import torch
+
+    advice = 'Give one such as "cuda:0", or leave --device out.'
+    with calling(f"The device {_short(device)}", advice):
+        torch.empty(1, device=device)
+    if torch.device(device).type == "meta":
+        raise InputError(f"The device 'meta' holds no weights. {advice}")
 
 
 def check_save(text: str) -> tuple[str, ...]:

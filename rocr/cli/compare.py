@@ -6,9 +6,10 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rocr.cli.arguments import add_model, add_text, claim_output, load, positive, source_of
+from rocr.cli.arguments import COUNT, add_model, add_text, check_text, claim_output, load, share, source_of
 from rocr.cli.console import Console
-from rocr.cli.evaluate import DEFAULT_PROBES, NEIGHBOURS
+from rocr.cli.evaluate import DEFAULT_PROBES, NEIGHBOURS, check_package, form_names
+from rocr.concepts import Concept, check_concepts
 from rocr.errors import InputError
 
 if TYPE_CHECKING:
@@ -28,10 +29,10 @@ def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--statistics", metavar="FILE", help="key statistics (default: collected now)")
     parser.add_argument("--methods", metavar="LIST", help="names, separated by commas (default: all)")
     parser.add_argument("--forms", default="qa,fb,mcp,subtoken", help="such as qa,mcp (default: %(default)s)")
-    parser.add_argument("--known", type=float, metavar="P", help="count only probes that the model knows, such as 0.5")
-    parser.add_argument("--neighbours", type=positive, metavar="N", help=NEIGHBOURS)
+    parser.add_argument("--known", type=share, metavar="P", help="count only probes that the model knows, such as 0.5")
+    parser.add_argument("--neighbours", type=COUNT, metavar="N", help=NEIGHBOURS)
     parser.add_argument(
-        "--steps", type=positive, default=0, metavar="N", help="train for N steps at least (default: 5 epochs)"
+        "--steps", type=COUNT, default=0, metavar="N", help="train for N steps at least (default: 5 epochs)"
     )
     parser.add_argument("--out", required=True, metavar="FILE", help="the results, JSON; it must not exist")
     parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
@@ -41,7 +42,7 @@ def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Compare and show one table."""
     from rocr.evaluation.contest_table import forget_table, results_json, retain_table
-    from rocr.evaluation.methods import METHODS, Contest, compare_methods
+    from rocr.evaluation.methods import METHODS, TRAININGS, Contest, compare_methods
     from rocr.evaluation.neighbours import keep_nearest
     from rocr.evaluation.probes import load_probes, split_by_subject
     from rocr.evaluation.report import write_json
@@ -52,7 +53,12 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     unknown = [name for name in methods if name not in METHODS]
     if unknown:
         raise InputError(f"Unknown methods: {', '.join(unknown)}; they are {', '.join(METHODS)}.")
-    forms = [form.strip() for form in arguments.forms.split(",")]
+    if set(methods) & TRAININGS.keys():
+        check_package("peft", "lora", "A method that trains")
+    forms = form_names(arguments.forms)
+    for target in arguments.targets:
+        check_concepts([Concept(target, arguments.redirect)])
+    check_text(arguments)
     probes = split_by_subject(load_probes(arguments.probes, arguments.download), arguments.targets)
     with console.stage("load"):
         loaded = load(arguments, source)
@@ -69,6 +75,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
         arguments.redirect,
         forms=forms,
         least_steps=arguments.steps,
+        seed=arguments.seed,
     )
     results = []
     with console.stage("methods") as progress:
@@ -79,6 +86,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
         "format": "rocr comparison 1",
         "known": arguments.known,
         "steps": arguments.steps,
+        "seed": arguments.seed,
         "results": results_json(results),
     }
     write_json(document, arguments.out, arguments.overwrite)
@@ -119,7 +127,7 @@ def _statistics(arguments: argparse.Namespace, loaded: LoadedModel, console: Con
 def _known(
     arguments: argparse.Namespace, loaded: LoadedModel, probes: list[Probe], forms: list[str], console: Console
 ) -> list[Probe]:
-    from rocr.evaluation import evaluate
+    from rocr.evaluation import EvaluateOptions, evaluate
 
     if arguments.known is None:
         return probes
@@ -131,6 +139,7 @@ def _known(
             forms,
             targets=arguments.targets,
             known=arguments.known,
+            options=EvaluateOptions(seed=arguments.seed),
             progress=progress,
         )
     kept = {item.probe for item in base.items}

@@ -2,35 +2,43 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
+import traceback
 import unicodedata
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import rich.console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from rocr.progress import Progress as Step
-from rocr.progress import ProgressCallback
+from rocr.cli.stages import bars, plain_lines
+from rocr.json_values import json_text
+from rocr.progress import ProgressCallback, silent
 
 MAX_SHOWN = 20_000
 """Characters of one text: fifty errors with names of the allowed length are fewer."""
+SECONDS_BETWEEN_LINES = 30.0
 
 
 class Console:
     """The terminal of one command.
 
+    Args:
+        json_output: whether stdout gets one JSON document, and nothing else.
+        debug: whether an error is shown with its traceback.
+        seconds_between_lines: where stderr is no terminal, how often a line says how far a stage is.
+
     Attributes:
         seconds: duration of each stage that `stage` timed.
     """
 
-    def __init__(self, json_output: bool = False) -> None:
-        self._json = json_output
+    def __init__(
+        self, json_output: bool = False, debug: bool = False, seconds_between_lines: float = SECONDS_BETWEEN_LINES
+    ) -> None:
+        self._json, self._debug, self._interval = json_output, debug, seconds_between_lines
         self._errors = rich.console.Console(stderr=True, highlight=False)
         self._output = self._errors if json_output else rich.console.Console(highlight=False)
         self.seconds: dict[str, float] = {}
@@ -46,25 +54,20 @@ class Console:
     def stage(self, name: str) -> Iterator[ProgressCallback]:
         """Time a stage and show how far it is."""
         start = time.perf_counter()
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[counted]}"),
-            _SpeedColumn(),
-            TimeRemainingColumn(elapsed_when_finished=True),
-        )
-        with Progress(*columns, console=self._errors) as display:
-            tasks = {name: display.add_task(name, total=None, counted="", unit="")}
-
-            def show(step: Step) -> None:
-                task = self._task(display, tasks, step, name)
-                counted = f"{step.done:,}" + (f" of {step.total:,}" if step.total else "") + f" {step.unit}"
-                display.update(task, total=step.total, completed=step.done, counted=counted, unit=step.unit)
-
+        with self._shown(name) as show:
             yield show
-            for task in display.tasks:
-                display.update(task.id, total=task.completed or 1, completed=task.completed or 1)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def _shown(self, name: str) -> AbstractContextManager[ProgressCallback]:
+        if self._errors.quiet:
+            return nullcontext(silent)
+        # A setting that asks for colours makes no file a terminal.
+        if self._errors.is_interactive and sys.stderr.isatty():
+            return bars(name, self._errors)
+        return plain_lines(name, self._line, self._interval)
+
+    def _line(self, text: str) -> None:
+        self._errors.print(visible(text), markup=False, soft_wrap=True)
 
     def say(self, sentence: str) -> None:
         """Print a line of the result."""
@@ -86,33 +89,24 @@ class Console:
             table.add_row(*(Text(visible(cell)) for cell in row))
         self._output.print(table)
 
-    def fail(self, sentence: str, exit_code: int, details: dict[str, Any] | None = None) -> None:
-        """Print an error; details go to the JSON document only."""
-        if self._rank:
-            sys.stderr.write(f"rocr, process {self._rank}: {visible(sentence)}\n")
-        self._errors.print(Text.assemble(("rocr: ", "bold red"), visible(sentence)), soft_wrap=True)
-        self.print_json({"error": sentence, "exit_code": exit_code, **(details or {})})
+    def fail(
+        self, sentence: str, exit_code: int, details: dict[str, Any] | None = None, error: Exception | None = None
+    ) -> None:
+        """Print an error, with --debug its traceback too; details go to the JSON document only."""
+        trace = "".join(traceback.format_exception(error)) if self._debug and error is not None else ""
+        document = {"error": sentence, "exit_code": exit_code, **(details or {})}
+        speaker = f"rocr, process {self._rank}: " if self._rank else "rocr: "
+        self._errors.quiet = False
+        self._errors.print(Text.assemble((speaker, "bold red"), visible(sentence)), soft_wrap=True)
+        for line in trace.splitlines():
+            self._line(line)
+        self.print_json(document | ({"traceback": trace} if trace else {}))
 
     def print_json(self, document: Any) -> None:
         """Put the JSON document on stdout, where one is asked for."""
-        if self._json and document is not None:
-            sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
-
-    def _task(self, display: Progress, tasks: dict[str, TaskID], step: Step, first: str) -> TaskID:
-        if step.stage not in tasks:
-            # The stage's own line was a placeholder until its first step.
-            if first in tasks and not display.tasks[0].completed:
-                display.update(tasks[first], visible=False)
-            tasks[step.stage] = display.add_task(step.stage, total=step.total, counted="", unit=step.unit)
-        return tasks[step.stage]
-
-
-class _SpeedColumn(ProgressColumn):
-    """Units a second."""
-
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text(f"{speed:,.0f} {task.fields['unit']}/s" if speed else "")
+        if not self._json or document is None:
+            return
+        sys.stdout.write(json_text(document, 2, sys.stdout.encoding or "utf-8") + "\n")
 
 
 def visible(text: str) -> str:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import platform
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from rocr.boundary import calling
 from rocr.cli.console import Console
+
+if TYPE_CHECKING:
+    from rocr.installation import Installation
 
 
 def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
@@ -21,21 +25,31 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     import torch
 
     from rocr import ops
+    from rocr.installation import find_installation
     from rocr.versions import versions
 
     devices = {"cpu": platform.processor() or platform.machine()}
-    for i in range(torch.cuda.device_count()):
-        devices[f"cuda:{i}"] = torch.cuda.get_device_name(i)
+    with calling("The driver of the GPUs"):
+        devices |= {f"cuda:{i}": torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
     backends = {device: ops.available_backends(device) for device in devices}
     extras = {name: importlib.util.find_spec(name) is not None for name in ("gguf", "pyarrow", "peft", "triton")}
+    found = find_installation()
+    console.say(f"rocr {found.version} in {found.folder}" + (", a source tree" if found.source_tree else ""))
     rows = [(device, name, ", ".join(backends[device])) for device, name in devices.items()]
     console.table("Devices", ("device", "name", "backends, the fastest first"), rows)
     console.table("Versions", ("package", "version"), list(versions().items()))
     console.table("Optional packages", ("package", "there"), [(n, "yes" if e else "no") for n, e in extras.items()])
-    notes = _notes(backends, torch.get_num_threads())
+    notes = _notes(found, torch.get_num_threads())
     for note in notes:
         console.say(note)
     return {
+        "rocr": {
+            "version": found.version,
+            "folder": str(found.folder),
+            "source_tree": found.source_tree,
+            "hides": None if found.hidden is None else str(found.hidden),
+            "kernels_flaw": found.kernels_flaw,
+        },
         "devices": devices,
         "backends": backends,
         "optional": extras,
@@ -45,11 +59,16 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     }
 
 
-def _notes(backends: dict[str, list[str]], threads: int) -> list[str]:
+def _notes(found: Installation, threads: int) -> list[str]:
     notes = [f"torch uses {threads} threads, and so do the compiled kernels."]
-    if "cpp" not in backends["cpu"]:
+    if found.hidden is not None:
         notes.append(
-            "The compiled CPU kernels (rocr._C) are not there: no C++ compiler was found when rocr was installed. "
-            "rocr runs on torch, more slowly; install a C++17 compiler and reinstall rocr."
+            f"Another rocr is installed in {found.hidden}; this one hides it: Python looks into the current folder "
+            "or PYTHONPATH first."
+        )
+    if found.kernels_flaw is not None:
+        notes.append(
+            f"The compiled CPU kernels (rocr._C) are not used. {found.kernels_flaw} Without them rocr runs on torch, "
+            "more slowly."
         )
     return notes

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rocr.cli.arguments import add_model, claim_output, files_read, load, positive, source_of
+from rocr.cli.arguments import COUNT, SEED, add_model, claim_output, files_read, load, share, source_of
 from rocr.cli.console import Console
 from rocr.errors import InputError
 from rocr.output import check_output
+from rocr.texts import check_texts
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from torch import nn
 
@@ -41,10 +43,10 @@ def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--edit", metavar="FILE", help="an edit file: evaluate without and with it")
     parser.add_argument("--forms", default="qa,fb,mcp,subtoken", help="such as qa,mcp (default: %(default)s)")
     parser.add_argument("--targets", nargs="+", metavar="NAME", help="subjects to forget (default: those of the edit)")
-    parser.add_argument("--neighbours", type=positive, metavar="N", help=NEIGHBOURS)
-    parser.add_argument("--known", type=float, metavar="P", help="count only probes that the model knows, such as 0.5")
-    parser.add_argument("--orders", type=positive, default=1, metavar="N", help="orders of multiple-choice options")
-    parser.add_argument("--seed", type=int, default=0, help="of the order of options (default: 0)")
+    parser.add_argument("--neighbours", type=COUNT, metavar="N", help=NEIGHBOURS)
+    parser.add_argument("--known", type=share, metavar="P", help="count only probes that the model knows, such as 0.5")
+    parser.add_argument("--orders", type=COUNT, default=1, metavar="N", help="orders of multiple-choice options")
+    parser.add_argument("--seed", type=SEED, default=0, metavar="N", help="of the order of options (default: 0)")
     parser.add_argument("--generate", action="store_true", help="let the model answer in free text too")
     parser.add_argument("--text", nargs="+", metavar="FILE", help="ordinary text: perplexity, and divergence by --edit")
     parser.add_argument(
@@ -52,7 +54,7 @@ def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--suites", nargs="+", metavar="NAME", help="tasks of lm-evaluation-harness, such as mmlu")
     parser.add_argument("--suite-folder", metavar="DIR", help="further tasks, as YAML files of the harness")
-    parser.add_argument("--suite-limit", type=positive, metavar="N", help="ask the first N questions of each task")
+    parser.add_argument("--suite-limit", type=COUNT, metavar="N", help="ask the first N questions of each task")
     parser.add_argument(
         "--attacks", nargs="+", metavar="NAME", help="of relearn, 4-bit, 8-bit, prefixes, examples; or all"
     )
@@ -68,6 +70,10 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     from rocr.evaluation.report import report_json, write_html, write_json
 
     attacks = _attack_names(arguments.attacks)
+    forms = form_names(arguments.forms)
+    _check_packages(arguments, attacks)
+    if arguments.text:
+        check_texts(arguments.text)
     source = source_of(arguments)
     if arguments.html:
         check_output(arguments.html, inputs=(*source.inputs, *files_read(arguments)), overwrite=arguments.overwrite)
@@ -81,7 +87,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
         loaded = load(arguments, source)
     if arguments.neighbours:
         probes = _keep_nearest(arguments, loaded, probes)
-    before, after = _evaluate(arguments, loaded, probes, edit, console)
+    before, after = _evaluate(arguments, loaded, probes, forms, edit, console)
     found = _attack(arguments, loaded, probes, after, edit, attacks, console)
     document = report_json(after, before, found)
     write_json(document, arguments.out, arguments.overwrite)
@@ -96,13 +102,17 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 def _evaluate(
-    arguments: argparse.Namespace, loaded: LoadedModel, probes: list[Probe], edit: Edit | None, console: Console
+    arguments: argparse.Namespace,
+    loaded: LoadedModel,
+    probes: list[Probe],
+    forms: list[str],
+    edit: Edit | None,
+    console: Console,
 ) -> tuple[Evaluation | None, Evaluation]:
     """The scores without the edit, where there is one, and with it."""
     from rocr.evaluation import evaluate
     from rocr.evaluation.text_measures import divergence
 
-    forms = [form.strip() for form in arguments.forms.split(",")]
     options = _options(arguments, loaded)
     first_journal, second_journal = _journals(arguments)
     with console.stage("questions") as progress:
@@ -172,6 +182,30 @@ def _keep_nearest(arguments: argparse.Namespace, loaded: LoadedModel, probes: li
 
     targets = list(dict.fromkeys(probe.subject for probe in probes if probe.split == "forget"))
     return keep_nearest(loaded.model, loaded.tokenizer, probes, targets, arguments.neighbours)
+
+
+def form_names(text: str) -> list[str]:
+    """The forms such as "qa,mcp"; refused before anything is loaded where there is no such one."""
+    from rocr.evaluation.forms import check_forms
+
+    forms = [form.strip() for form in text.split(",")]
+    check_forms(forms)
+    return forms
+
+
+def check_package(module: str, extra: str, what: str) -> None:
+    """Refuse what needs a package that is not installed, before anything is loaded."""
+    if importlib.util.find_spec(module) is None:
+        raise InputError(f"{what} needs the package {module}: pip install 'rocr[{extra}]'.")
+
+
+def _check_packages(arguments: argparse.Namespace, attacks: Sequence[str]) -> None:
+    if arguments.html:
+        check_package("matplotlib", "report", "--html")
+    if arguments.suites:
+        check_package("lm_eval", "harness", "--suites")
+    if "relearn" in attacks:
+        check_package("peft", "lora", "The attack relearn")
 
 
 def _attack_names(names: list[str] | None) -> tuple[str, ...]:

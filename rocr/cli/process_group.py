@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from rocr.boundary import calling
 from rocr.errors import InputError, RocrError
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ def process_group(device: str | None) -> Iterator[Ranks]:
     _number("RANK", None)
     on_gpu = device is not None and device.startswith("cuda") and torch.cuda.is_available()
     if on_gpu:
-        torch.cuda.set_device(device)
+        with calling(f"The device {device}"):
+            torch.cuda.set_device(device)
     try:
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:

@@ -10,17 +10,18 @@ from rocr.cli.arguments import (
     add_model,
     add_partial,
     add_text,
+    check_text,
     claim_output,
     layer_list,
     load,
     loads_partially,
-    positive,
     source_of,
+    whole_number,
 )
 from rocr.cli.console import Console
 from rocr.cli.process_group import own_device, process_group
 from rocr.errors import InputError, RocrError
-from rocr.texts import check_texts, read_texts, text_digest
+from rocr.texts import read_texts, text_digest
 
 if TYPE_CHECKING:
     from rocr.collect import CollectOptions
@@ -35,9 +36,19 @@ def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
     add_partial(parser)
     add_text(parser)
     parser.add_argument("--layers", type=layer_list, help="such as 4,5,6 (default: chosen from the depth)")
-    parser.add_argument("--length", type=positive, default=512, metavar="N", help="tokens of a sequence (default: 512)")
     parser.add_argument(
-        "--batch-tokens", type=positive, default=8192, metavar="N", help="tokens run at once (default: 8192)"
+        "--length",
+        type=whole_number(2, 2**20),
+        default=512,
+        metavar="N",
+        help="tokens of a sequence of --text (default: 512)",
+    )
+    parser.add_argument(
+        "--batch-tokens",
+        type=whole_number(1, 2**24),
+        default=8192,
+        metavar="N",
+        help="tokens run at once (default: 8192)",
     )
     parser.add_argument("--out", required=True, metavar="FILE", help="file to write; it must not exist")
     parser.add_argument("--overwrite", action="store_true", help="replace the output file if it exists")
@@ -68,7 +79,7 @@ def _run(arguments: argparse.Namespace, console: Console, ranks: Ranks) -> dict[
         source = source_of(arguments)
         if ranks.rank == 0:
             claim_output(arguments, source.inputs)
-        check_texts(texts)
+        check_text(arguments)
         options, checkpoint = _options(arguments, texts, ranks)
     with ranks.together(), console.stage("load"):
         loaded = load(arguments, source, _last_layer(arguments, source))

@@ -7,24 +7,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rocr.cli.arguments import (
+    COUNT,
     add_model,
     add_partial,
     add_text,
     check_save,
+    check_text,
     claim_output,
     layer_list,
     load,
     loads_partially,
-    positive,
     source_of,
+    whole_number,
 )
 from rocr.cli.console import Console
 from rocr.cli.outputs import show_adapter, write_output
 from rocr.cli.tables import show_report
-from rocr.concepts import Concept, check_concepts, folded, load_concepts
+from rocr.concepts import MAX_CONCEPTS, Concept, check_concepts, check_length, folded, load_concepts
 from rocr.errors import InputError
 from rocr.output import check_output
-from rocr.texts import check_texts, read_texts, text_digest
+from rocr.texts import read_texts, text_digest
 
 if TYPE_CHECKING:
     from rocr.config import EditConfig
@@ -43,6 +45,9 @@ def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
     add_partial(parser)
     parser.add_argument("concepts", metavar="CONCEPTS", nargs="?", help="a .txt, .csv or .jsonl list of concepts")
     parser.add_argument("--concept", action="append", metavar="NAME", help="in place of a list; may be repeated")
+    parser.add_argument(
+        "--allow-long-list", action="store_true", help=f"allow more than {MAX_CONCEPTS:,} concepts: see --dry-run first"
+    )
     parser.add_argument("--redirect", metavar="NAME", help="what concepts without a redirect of their own become")
     parser.add_argument("--out", metavar="DIR", help="folder to write; it must not exist")
     parser.add_argument(
@@ -52,7 +57,7 @@ def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
         help="of model, lora, edit, originals: the first bytes, for `rocr revert` (default: model,edit)",
     )
     parser.add_argument(
-        "--lora-rank", type=positive, metavar="N", help="cut the adapter to this rank, such as vLLM's limit of 16"
+        "--lora-rank", type=COUNT, metavar="N", help="cut the adapter to this rank, such as vLLM's limit of 16"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the output folder if it exists")
     parser.add_argument("--dry-run", action="store_true", help="check everything, say what would be done, and stop")
@@ -78,7 +83,7 @@ def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="ask about these too, and measure what the edit does to them: they should not change",
     )
-    shown.add_argument("--answer-tokens", type=positive, default=32, metavar="N")
+    shown.add_argument("--answer-tokens", type=whole_number(1, 65_536), default=32, metavar="N")
     shown.add_argument("--no-answers", action="store_true", help="ask nothing")
     parser.set_defaults(run=run)
 
@@ -86,14 +91,12 @@ def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Check everything that can be checked, then load, edit, save and report."""
     concepts = _concepts(arguments)
+    check_length(len(concepts), _most(arguments, concepts))
     save = check_save(arguments.save)
     source = source_of(arguments)
     _check_output(arguments, source)
     _check_parts(arguments, source, save)
-    if arguments.statistics and arguments.text:
-        raise InputError("Give --statistics or --text, not both.")
-    if arguments.text:
-        check_texts(arguments.text)
+    check_text(arguments)
 
     from rocr.answers import fill_question
 
@@ -107,7 +110,8 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     if arguments.dry_run:
         from rocr.cli.plan import show_plan
 
-        return show_plan(arguments, concepts, source, config, save, len(questions), last_layer, console)
+        with console.stage("dry run"):
+            return show_plan(arguments, concepts, source, config, save, len(questions), last_layer, console)
     with console.stage("load"):
         loaded = load(arguments, source, last_layer)
     config = _with_layers(config, loaded)
@@ -135,6 +139,11 @@ def _concepts(arguments: argparse.Namespace) -> list[Concept]:
     concepts = [Concept(name, arguments.redirect) for name in arguments.concept]
     check_concepts(concepts)
     return concepts
+
+
+def _most(arguments: argparse.Namespace, concepts: list[Concept]) -> int:
+    """How many concepts are allowed."""
+    return max(MAX_CONCEPTS, len(concepts)) if arguments.allow_long_list else MAX_CONCEPTS
 
 
 def _check_output(arguments: argparse.Namespace, source: ModelSource) -> None:
@@ -238,7 +247,7 @@ def _edit(
     from rocr.guards import Guards
     from rocr.pipeline import unlearn
 
-    guards = Guards(force=arguments.force)
+    guards = Guards(force=arguments.force, concepts=_most(arguments, concepts))
     neighbours = _neighbours(arguments, concepts)
     with console.stage("edit") as progress:
         edit = unlearn(

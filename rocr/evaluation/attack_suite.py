@@ -87,8 +87,8 @@ def attack(
     forget = [probe for probe in probes if probe.split == "forget"]
     if not forget:
         raise InputError("There are no probes to forget, which attacks could bring back.")
-    settings = replace(options.evaluate, generate=False, text=None, utility=(), journal=None)
-    style = settings.style or PromptStyle.of(model)
+    style = options.evaluate.style or PromptStyle.of(model)
+    settings = replace(options.evaluate, generate=False, text=None, utility=(), journal=None, style=style)
 
     def ask(prefix: Callable[[Probe], str]) -> Evaluation:
         asked = replace(settings, style=replace(style, prefix=prefix))
@@ -101,7 +101,7 @@ def attack(
         elif name == "examples":
             found[name] = ask(solved_examples(forget, options.examples))
         elif name == "relearn":
-            found.update(_relearn(model, tokenizer, forget, forms, options, progress))
+            found.update(_relearn(model, tokenizer, forget, forms, replace(options, evaluate=settings), progress))
         else:
             rounded_layers = range(find_architecture(model).depth) if layers is None else layers
             with rounded(model, rounded_layers, int(name.partition("-")[0])):
@@ -166,5 +166,7 @@ def _relearn(
     progress: ProgressCallback,
 ) -> Mapping[str, Evaluation]:
     taught, asked = split_taught(probes, options.taught)
-    curve = relearning_curve(model, tokenizer, taught, asked, options.training, options.epochs, forms, progress)
+    curve = relearning_curve(
+        model, tokenizer, taught, asked, options.training, options.epochs, forms, progress, options.evaluate
+    )
     return {f"relearn {count} epochs": evaluation for count, evaluation in curve.items()}

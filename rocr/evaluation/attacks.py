@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rocr.architectures import find_architecture
 from rocr.errors import InputError
-from rocr.evaluation.evaluate import evaluate
+from rocr.evaluation.evaluate import EvaluateOptions, evaluate
 from rocr.evaluation.forms import ORT_FORMS, PromptStyle, build_items
 from rocr.evaluation.lora_training import Example, Training, trained
 from rocr.evaluation.probes import Probe
@@ -63,6 +63,7 @@ def relearning_curve(
     epochs: Sequence[int] = (1, 3, 10),
     forms: Sequence[str] = ORT_FORMS,
     progress: ProgressCallback = silent,
+    options: EvaluateOptions | None = None,
 ) -> dict[int, Evaluation]:
     """Teach some facts of a target again, and ask about others: what comes back was hidden, not gone.
 
@@ -74,7 +75,8 @@ def relearning_curve(
         training: how it is trained; its `epochs` is not used.
         epochs: the lengths of training to try, each from the start.
         forms: in which the others are asked.
-        progress: told after every step.
+        progress: told after every step of training, and every question.
+        options: how the others are asked; its style is that of what is taught, too.
 
     Returns:
         For each length of training the evaluation; for 0 that of the model without any.
@@ -85,12 +87,13 @@ def relearning_curve(
     both = {(p.subject, p.query) for p in taught} & {(p.subject, p.query) for p in asked}
     if both:
         raise InputError(f"{len(both)} questions are both taught and asked, such as {min(both)[1]!r}.")
-    curve = {0: evaluate(model, tokenizer, asked, forms)}
-    examples = question_examples(tokenizer, taught, style=PromptStyle.of(model))
+    options = options or EvaluateOptions()
+    curve = {0: evaluate(model, tokenizer, asked, forms, options=options, progress=progress)}
+    examples = question_examples(tokenizer, taught, style=options.style or PromptStyle.of(model))
     for count in epochs:
         settings = Training(**{**vars(training), "epochs": count})
         with trained(model, examples, settings, progress) as adapted:
-            curve[count] = evaluate(adapted, tokenizer, asked, forms)
+            curve[count] = evaluate(adapted, tokenizer, asked, forms, options=options, progress=progress)
     return curve
 
 

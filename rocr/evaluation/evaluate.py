@@ -113,6 +113,7 @@ def _scores(
     scores: dict[int, list[AnswerScore]] = {}
     identity = _identity(model, tokenizer, items) if options.journal is not None else {}
     with Journal(options.journal, identity) if options.journal is not None else nullcontext() as journal:
+        resumed = len(journal.done) if journal is not None else 0
         if journal is not None:
             scores = {i: [AnswerScore(*values) for values in found] for i, found in journal.done.items()}
         left = [i for i in range(len(items)) if i not in scores]
@@ -121,7 +122,7 @@ def _scores(
             scores[left[index]] = found
             if journal is not None:
                 journal.add(left[index], [[s.nll, s.accuracy, s.extraction] for s in found])
-            progress(Progress("questions", len(scores), len(items), "questions"))
+            progress(Progress("questions", len(scores), len(items), "questions", resumed))
 
         score_answers(model, [questions[i] for i in left], receive, options.token_budget)
     return scores

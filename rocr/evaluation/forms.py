@@ -115,9 +115,7 @@ def build_items(
         InputError: an unknown form, or no probe has any of the forms.
     """
     forms = tuple(dict.fromkeys(forms))
-    unknown = [form for form in forms if form not in FORMS]
-    if unknown or not forms:
-        raise InputError(f"Unknown forms: {', '.join(unknown) or 'none given'}; the forms are {', '.join(FORMS)}.")
+    check_forms(forms)
     if orders < 1:
         raise InputError(f"orders must be at least 1, not {orders}.")
     style = style or PromptStyle()
@@ -130,6 +128,17 @@ def build_items(
     if not items:
         raise InputError(f"None of the {len(probes)} probes can be asked in the forms {', '.join(forms)}.")
     return items
+
+
+def check_forms(forms: Sequence[str]) -> None:
+    """What `build_items` asks of its forms, before a model is there.
+
+    Raises:
+        InputError: an unknown form, or none.
+    """
+    unknown = [form for form in forms if form not in FORMS]
+    if unknown or not forms:
+        raise InputError(f"Unknown forms: {', '.join(unknown) or 'none given'}; the forms are {', '.join(FORMS)}.")
 
 
 def _items(index: int, probe: Probe, form: str, style: PromptStyle, seed: int, orders: int) -> Iterator[Item]:

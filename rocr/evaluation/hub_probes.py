@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from rocr.boundary import calling
 from rocr.errors import InputError
 from rocr.evaluation.probe_files import FIELDS, FOLDER_FILE, FORM_OF_LEVEL, SPLIT_OF_FILE, read_probe
 from rocr.evaluation.probes import Probe, Problems, check_all
@@ -37,11 +38,12 @@ def load_hub_probes(
         defaults = {"form": FORM_OF_LEVEL[match[2]], "split": SPLIT_OF_FILE[match[1]]}
     shown = PREFIX + name + (f"/{configuration}" if configuration else "")
     problems, probes = Problems(), []
-    for number, row in enumerate(rows, start=1):
-        fields = {key: value for key, value in row.items() if key in FIELDS and value is not None}
-        probe = read_probe({**defaults, **fields}, f"{shown}, row {number}", problems)
-        if probe is not None:
-            probes.append(probe)
+    with calling(f"The reader of the dataset {shown}"):
+        for number, row in enumerate(rows, start=1):
+            fields = {key: value for key, value in row.items() if key in FIELDS and value is not None}
+            probe = read_probe({**defaults, **fields}, f"{shown}, row {number}", problems)
+            if probe is not None:
+                probes.append(probe)
     check_all(probes, problems, shown)
     return probes
 

@@ -16,7 +16,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from rocr.boundary import calling
 from rocr.errors import InputError, RocrError
+from rocr.evaluation.scoring import logits_of
 from rocr.hub import offline
 from rocr.progress import Progress, ProgressCallback, silent
 
@@ -88,12 +90,9 @@ def trained(
         config = LoraConfig(
             r=training.rank, lora_alpha=2 * training.rank, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
         )
-        try:
-            with offline(), warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # of peft's use of transformers
-                adapted = get_peft_model(model, config)
-        except ValueError as error:
-            raise InputError(f"No adapter fits this model: {error}") from error
+        with offline(), calling("The attempt to put an adapter on this model"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of peft's use of transformers
+            adapted = get_peft_model(model, config)
         try:
             with torch.enable_grad():
                 _train(adapted, examples, training, progress)
@@ -125,7 +124,8 @@ def _train(model: Any, examples: Sequence[Example], training: Training, progress
                 loss = _loss(model, examples[index], training, reference.get(index)) / len(group)
                 if not torch.isfinite(loss):
                     raise RocrError("The training loss is not a number; lower the learning rate.")
-                loss.backward()  # type: ignore[no-untyped-call]
+                with calling("The model's backward pass"):
+                    loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             schedule.step()
@@ -174,5 +174,5 @@ def _answer_nll(model: nn.Module, prompt: Sequence[int], answer: Sequence[int]) 
     """Sum of the negative log-likelihoods of an answer's tokens, in nats."""
     device = next(model.parameters()).device
     tokens = torch.tensor([[*prompt, *answer]], device=device)
-    logits = model(input_ids=tokens, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+    logits = logits_of(model, input_ids=tokens, use_cache=False)[0, len(prompt) - 1 : -1].float()
     return nn.functional.cross_entropy(logits, tokens[0, len(prompt) :], reduction="sum")

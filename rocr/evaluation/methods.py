@@ -84,6 +84,7 @@ class Contest:
         forms: in which all are asked.
         least_steps: optimiser steps of the trained methods, at least. The authors' corpora hold hundreds of texts
             about a target; the few questions here are repeated until there are as many steps.
+        seed: of the order of options; what the trained methods draw is of the authors' seed plus this.
     """
 
     model: nn.Module
@@ -95,6 +96,7 @@ class Contest:
     config: EditConfig | None = None
     forms: Sequence[str] = ORT_FORMS
     least_steps: int = 0
+    seed: int = 0
 
 
 def compare_methods(
@@ -118,8 +120,10 @@ def compare_methods(
             start = time.perf_counter()
             with _unlearned(contest, method, target, probes, progress) as model:
                 seconds, peak = time.perf_counter() - start, memory.bytes()
-                options = EvaluateOptions(style=style)
-                evaluation = evaluate(model, contest.tokenizer, probes, contest.forms, options=options)
+                options = EvaluateOptions(style=style, seed=contest.seed)
+                evaluation = evaluate(
+                    model, contest.tokenizer, probes, contest.forms, options=options, progress=progress
+                )
             yield Result(method, target, evaluation, seconds, peak)
 
 
@@ -134,7 +138,9 @@ def _unlearned(
 ) -> Iterator[nn.Module]:
     """The model after a method, inside the context."""
     if method in TRAININGS:
-        training = replace(TRAININGS[method], least_steps=contest.least_steps)
+        training = TRAININGS[method]
+        seed = (training.seed + contest.seed) % 2**63
+        training = replace(training, least_steps=contest.least_steps, seed=seed)
         examples = _examples(contest, [p for p in probes if p.split == "forget"], method)
         with trained(contest.model, examples, training, progress) as model:
             yield model

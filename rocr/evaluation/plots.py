@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rocr.boundary import calling
 from rocr.errors import InputError
 from rocr.evaluation.scores import Evaluation, mean
 
@@ -31,23 +32,31 @@ def draw_plots(
         InputError: matplotlib is not installed.
     """
     try:
+        from matplotlib import rc_context
         from matplotlib.figure import Figure  # not pyplot: no window, no global state
     except ImportError:
         raise InputError("Plots need the package matplotlib: pip install 'rocr[report]'.") from None
-    attacks = attacks or {}
+    # A name may hold dollar signs, which are no formula.
+    with calling("matplotlib"), rc_context({"text.parse_math": False}):
+        return [(caption, _png(figure)) for caption, figure in _figures(Figure, evaluation, before, attacks or {})]
+
+
+def _figures(
+    figure_class: Any, evaluation: Evaluation, before: Evaluation | None, attacks: Mapping[str, Evaluation]
+) -> list[tuple[str, Figure]]:
     splits = [split for split in _SPLITS if any(item.split == split for item in evaluation.items)]
-    plots = [("Scores by form", _forms(Figure, splits, evaluation, before))]
+    plots = [("Scores by form", _forms(figure_class, splits, evaluation, before))]
     if "forget" in splits:
-        plots.append(_targets(Figure, evaluation, before))
+        plots.append(_targets(figure_class, evaluation, before))
     if len(splits) == 2:
-        plots.append(("Forget set against retain set, by form", _against(Figure, evaluation, before)))
+        plots.append(("Forget set against retain set, by form", _against(figure_class, evaluation, before)))
     plain = {name: scores for name, scores in attacks.items() if not _CURVE.fullmatch(name)}
     curve = {int(match[1]): scores for name, scores in attacks.items() if (match := _CURVE.fullmatch(name))}
     if plain:
-        plots.append(("The forget set under attack", _attacks(Figure, evaluation, before, plain)))
+        plots.append(("The forget set under attack", _attacks(figure_class, evaluation, before, plain)))
     if curve:
-        plots.append(("Recovery by relearning, asked about other facts", _curve(Figure, curve)))
-    return [(caption, _png(figure)) for caption, figure in plots]
+        plots.append(("Recovery by relearning, asked about other facts", _curve(figure_class, curve)))
+    return plots
 
 
 def _forms(figure_class: Any, splits: Sequence[str], evaluation: Evaluation, before: Evaluation | None) -> Figure:

@@ -11,6 +11,7 @@ from typing import Any
 
 from rocr.evaluation.compare import compare_evaluations, relative_fall
 from rocr.evaluation.scores import Evaluation
+from rocr.json_values import json_text
 from rocr.output import new_file
 
 COLUMNS = ("split", "form", "before", "after", "gone", "chance", "questions", "targets")
@@ -45,7 +46,7 @@ def write_json(document: dict[str, Any], path: str | os.PathLike[str], overwrite
         RocrError: it cannot be written.
     """
     with new_file(path, overwrite=overwrite) as partial:
-        partial.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        partial.write_text(json_text(document, indent=1) + "\n", encoding="utf-8")
 
 
 def table_rows(evaluation: Evaluation, before: Evaluation | None = None) -> list[tuple[str, ...]]:
@@ -177,7 +178,7 @@ def write_html(
         f"<style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
     )
     with new_file(path, overwrite=overwrite) as partial:
-        partial.write_text(page, encoding="utf-8")
+        partial.write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
 def _filter_sentence(evaluation: Evaluation) -> str:

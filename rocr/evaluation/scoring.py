@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from rocr.boundary import calling
 from rocr.errors import InputError, RocrError
 from rocr.prompts import opening_tokens
 
 TOKEN_BUDGET = 2048
+FORWARD = "The model's forward pass"
 MIN_SHARED_TOKENS = 8
 """A shorter common beginning is not worth a forward pass of its own."""
 
@@ -57,17 +59,20 @@ def tokenize_questions(tokenizer: Any, texts: Sequence[str], answers: Sequence[S
     """Tokenise prompts with the tokenizer's own opening, never doubled, and answers without it.
 
     Raises:
-        InputError: an answer has no tokens.
+        InputError: an answer has no tokens, or the tokenizer fails.
     """
     if not texts:
         return []
-    opening = opening_tokens(tokenizer, texts[0])
-    prompts = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     flat = [answer for group in answers for answer in group]
-    tokens = iter(tokenizer(flat, add_special_tokens=False)["input_ids"])
-    questions = []
+    with calling("The tokenizer, given questions and answers,"):
+        opening = opening_tokens(tokenizer, texts[0])
+        prompts = [tuple(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+        tokens = [tuple(ids) for ids in tokenizer(flat, add_special_tokens=False)["input_ids"]]
+    if (len(prompts), len(tokens)) != (len(texts), len(flat)):
+        raise InputError(f"The tokenizer gives {len(prompts) + len(tokens)} texts for {len(texts) + len(flat)}.")
+    questions, rest = [], iter(tokens)
     for prompt, group in zip(prompts, answers, strict=True):
-        found = tuple(tuple(next(tokens)) for _ in group)
+        found = tuple(next(rest) for _ in group)
         if not all(found):
             raise InputError(f"The tokenizer gives no token to an answer among {list(group)}.")
         questions.append(Question((*opening, *prompt), found))
@@ -90,6 +95,7 @@ def score_answers(
         token_budget: tokens of a batch, padding included.
 
     Raises:
+        InputError: the model fails on a question.
         RocrError: a score is not a number.
     """
     training = model.training
@@ -161,7 +167,7 @@ def _answer_logits(model: nn.Module, batch: Sequence[_Row]) -> Iterator[Tensor]:
     cut = _accepts(model, "logits_to_keep")
     if cut:
         arguments["logits_to_keep"] = width
-    logits = model(input_ids=tokens[:, shared:].to(device), **arguments).logits
+    logits = logits_of(model, input_ids=tokens[:, shared:].to(device), **arguments)
     if logits.shape[1] != width:
         logits = logits[:, -width:]
     for i, row in enumerate(batch):
@@ -171,10 +177,28 @@ def _answer_logits(model: nn.Module, batch: Sequence[_Row]) -> Iterator[Tensor]:
 
 def _run_prefix(model: nn.Module, tokens: Tensor, rows: int) -> DynamicCache:
     """Keys and values of a beginning that all rows share."""
-    cache = DynamicCache(config=model.config)
-    model(input_ids=tokens, past_key_values=cache, use_cache=True)
-    cache.batch_repeat_interleave(rows)
+    with calling(FORWARD):
+        cache = DynamicCache(config=model.config)
+        model(input_ids=tokens, past_key_values=cache, use_cache=True)
+        cache.batch_repeat_interleave(rows)
     return cache
+
+
+def logits_of(model: nn.Module, **inputs: Any) -> Tensor:
+    """The logits (rows, tokens, vocabulary) of a forward pass.
+
+    Raises:
+        InputError: the model fails, or returns none.
+    """
+    with calling(FORWARD):
+        logits: Tensor = model(**inputs).logits
+    if not isinstance(logits, Tensor) or logits.dim() != 3:
+        raise InputError(f"The model's forward pass gives no logits (rows, tokens, vocabulary), but {_kind(logits)}.")
+    return logits
+
+
+def _kind(value: object) -> str:
+    return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _score(answer: Sequence[int], logits: Tensor) -> AnswerScore:

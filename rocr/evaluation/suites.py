@@ -48,9 +48,9 @@ def suite_scores(
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise InputError(f"Suites need lm-evaluation-harness ({error}): pip install 'rocr[harness]'.") from None
-    with offline(unless=download):
+    with calling("lm-evaluation-harness, looking for its tasks,"), offline(unless=download):
         manager = TaskManager(include_path=str(folder) if folder is not None else None)
-    unknown = [name for name in names if not manager.match_tasks([name])]
+        unknown = [name for name in names if not manager.match_tasks([name])]
     if unknown or not names:
         raise InputError(
             f"lm-evaluation-harness knows no task {', '.join(unknown) or 'without a name'}; "

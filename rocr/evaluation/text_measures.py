@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rocr.errors import InputError, RocrError
+from rocr.evaluation.scoring import logits_of
 from rocr.texts import pack_tokens
 
 NGRAM_WEIGHTS = {2: 2 / 3, 3: 4 / 3}
@@ -51,7 +52,7 @@ def perplexity(model: nn.Module, sample: TextSample, batch: int = 4) -> float:
     total, count = 0.0, 0
     for tokens in torch.split(sample.tokens, batch):
         tokens = tokens.to(device)
-        logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
+        logits = logits_of(model, input_ids=tokens, use_cache=False)[:, :-1].float()
         total += float(nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum"))
         count += tokens[:, 1:].numel()
     if not math.isfinite(total):
@@ -85,9 +86,9 @@ def _divergences(
 ) -> Iterable[float]:
     device = _device(model)
     for tokens in torch.split(sample.tokens, batch):
-        now = model(input_ids=tokens.to(device), use_cache=False).logits.float().log_softmax(dim=-1)
+        now = logits_of(model, input_ids=tokens.to(device), use_cache=False).float().log_softmax(dim=-1)
         with before():
-            then = model(input_ids=tokens.to(device), use_cache=False).logits.float().log_softmax(dim=-1)
+            then = logits_of(model, input_ids=tokens.to(device), use_cache=False).float().log_softmax(dim=-1)
         yield float(nn.functional.kl_div(now, then, reduction="sum", log_target=True))
 
 

@@ -1,0 +1,221 @@
+"""How far the stages of a command are: bars on a terminal, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+import rich.console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.text import Text
+
+from rocr.progress import Progress as Step
+from rocr.progress import ProgressCallback
+
+SECONDS_OF_A_LAST_LINE = 1.0
+"""How long the end of a stage waits for a line that is being written."""
+
+
+@dataclass
+class Count:
+    """How far one part of a stage is, from its steps alone.
+
+    A part may run several times, as an evaluation does that asks every question about each candidate: units and
+    seconds of the earlier rounds count towards the rate.
+
+    Attributes:
+        begun: when the round began, in seconds of a clock.
+        told: when its last step was.
+        done: units that are done of the round.
+        total: units of the round; None: not known.
+        unit: what is counted.
+        resumed: units that an earlier run of the command had done.
+        earlier_units: of the rounds before.
+        earlier_seconds: of the rounds before.
+    """
+
+    begun: float
+    told: float
+    done: int = 0
+    total: int | None = None
+    unit: str = ""
+    resumed: int = 0
+    earlier_units: int = 0
+    earlier_seconds: float = 0.0
+
+    def take(self, step: Step, previous: float, now: float) -> None:
+        """Note a step; what comes after a step of the same part that was further is a new round."""
+        if step.done < self.done or (step.done == self.done == self.total):
+            self.earlier_units, self.earlier_seconds = self.units, self.seconds
+            self.begun = previous
+        self.told = now
+        self.done, self.total, self.unit, self.resumed = step.done, step.total, step.unit, step.resumed
+
+    @property
+    def units(self) -> int:
+        """Units that this run of the command has done."""
+        return self.earlier_units + self.done - self.resumed
+
+    @property
+    def seconds(self) -> float:
+        """How long they took."""
+        return self.earlier_seconds + self.told - self.begun
+
+    @property
+    def rate(self) -> float | None:
+        """Units a second, up to the last step.
+
+        Steps come in bursts, one for each question of a batch: the time between two steps says nothing.
+        """
+        return self.units / self.seconds if self.units > 0 and self.seconds > 0 else None
+
+    @property
+    def left(self) -> float | None:
+        """Seconds to the end of the round, counted from the last step."""
+        return (self.total - self.done) / self.rate if self.total is not None and self.rate else None
+
+    def counted(self) -> str:
+        """Such as "1,024 of 8,192 tokens"."""
+        return f"{self.done:,}" + (f" of {self.total:,}" if self.total else "") + f" {self.unit}"
+
+    def speed(self) -> str:
+        """Such as "0.42 tokens/s"; empty where it is not known."""
+        rate = self.rate
+        if rate is None:
+            return ""
+        return f"{rate:,.0f} {self.unit}/s" if rate >= 9.5 else f"{rate:.2g} {self.unit}/s"
+
+
+class Stage:
+    """One stage and its parts.
+
+    Attributes:
+        name: of the stage.
+        begun: when it began.
+        parts: how far each part is, by name, in the order in which they began.
+        current: the name of the part of the last step; None: there was no step.
+    """
+
+    def __init__(self, name: str, now: float) -> None:
+        self.name = name
+        self.begun = self._told = now
+        self.parts: dict[str, Count] = {}
+        self.current: str | None = None
+
+    def take(self, step: Step, now: float) -> Count:
+        """Note a step; a part begins where the step before it ended."""
+        count = self.parts.get(step.stage)
+        if count is None:
+            count = self.parts[step.stage] = Count(self._told, self._told)
+        count.take(step, self._told, now)
+        self._told, self.current = now, step.stage
+        return count
+
+    def line(self, now: float) -> str:
+        """Where the stage is: part, units done and in all, rate, time left; without steps, that it still runs."""
+        if self.current is None:
+            return f"{self.name}: running for {duration(now - self.begun)}"
+        count = self.parts[self.current]
+        left = f"{duration(max(0.0, count.left - (now - count.told)))} left" if count.left is not None else ""
+        return f"{self._named(self.current)}: " + ", ".join(filter(None, (count.counted(), count.speed(), left)))
+
+    def last_lines(self, now: float) -> list[str]:
+        """What each part of a finished stage did, and how long it took."""
+        if not self.parts:
+            return [f"{self.name}: {duration(now - self.begun)}"]
+        return [
+            f"{self._named(part)}: {count.units:,} {count.unit} in {duration(count.seconds)}"
+            + (f", {count.speed()}" if count.speed() else "")
+            for part, count in self.parts.items()
+        ]
+
+    def _named(self, part: str) -> str:
+        return part if part == self.name else f"{self.name}, {part}"
+
+
+@contextmanager
+def plain_lines(name: str, write: Callable[[str], None], interval: float) -> Iterator[ProgressCallback]:
+    """Show a stage where there is no terminal: a line every `interval` seconds, and lines at its end."""
+    stage = Stage(name, time.monotonic())
+    ticker = _Ticker(lambda: write(stage.line(time.monotonic())), interval)
+    try:
+        with suppress(RuntimeError):  # no more threads can be started: the work goes on without lines
+            ticker.start()
+        yield lambda step: _ignored(stage.take(step, time.monotonic()))
+    finally:
+        ticker.end()
+    for line in stage.last_lines(time.monotonic()):
+        write(line)
+
+
+@contextmanager
+def bars(name: str, console: rich.console.Console) -> Iterator[ProgressCallback]:
+    """Show a stage on a terminal: a bar for each part."""
+    stage = Stage(name, time.monotonic())
+    columns = (TextColumn("{task.description}"), BarColumn(), _CountColumn())
+    with Progress(*columns, console=console) as display:
+        tasks = {name: display.add_task(name, total=None, count=None)}
+
+        def show(step: Step) -> None:
+            count = stage.take(step, time.monotonic())
+            if step.stage not in tasks:
+                # The stage's own line was a placeholder until its first step.
+                display.update(tasks[name], visible=name in stage.parts)
+                tasks[step.stage] = display.add_task(step.stage, total=step.total, count=count)
+            display.update(tasks[step.stage], total=step.total, completed=step.done, count=count)
+
+        yield show
+        for task in display.tasks:
+            display.update(task.id, total=task.completed or 1, completed=task.completed or 1)
+
+
+class _CountColumn(ProgressColumn):
+    """Units done, rate, and the time left, or taken where a part is finished."""
+
+    def render(self, task: Task) -> Text:
+        count: Count | None = task.fields["count"]
+        known = [count.counted(), count.speed()] if count is not None else []
+        left = None if count is None else count.left
+        if task.finished or left is None:
+            seconds = duration(task.elapsed or 0.0)
+        else:
+            seconds = f"{duration(max(0.0, left - (time.monotonic() - (count.told if count else 0.0))))} left"
+        return Text("  ".join(filter(None, [*known, seconds])))
+
+
+class _Ticker(threading.Thread):
+    """Calls a function at an interval until it is ended; a signal to the process is raised elsewhere, as ever."""
+
+    def __init__(self, call: Callable[[], None], interval: float) -> None:
+        super().__init__(daemon=True, name="rocr-progress")
+        self._call, self._interval = call, interval
+        self._ended = threading.Event()
+
+    def run(self) -> None:
+        while not self._ended.wait(self._interval):
+            with suppress(OSError, ValueError):  # a stream that was closed
+                self._call()
+
+    def end(self) -> None:
+        """Stop calling; returns when nothing is being called any more."""
+        self._ended.set()
+        if self.is_alive():
+            self.join(SECONDS_OF_A_LAST_LINE)
+
+
+def duration(seconds: float) -> str:
+    """Such as "0.4 s", "12 s", "3 min 20 s" or "2 h 05 min"."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def _ignored(_: object) -> None:
+    """Nothing: a callback returns nothing."""
