@@ -35,6 +35,8 @@ class LayerUpdate:
         applied: what it did to a weight; None before it is applied.
         system: what it can be solved from again with other keys; None where that was not kept.
         base: sha256 of the weight that keys and residuals were measured with; None where that was not kept.
+        own: name of the weight in the class that the checkpoint's config.json names, where the model was loaded as
+            another class, as the language model of a vision-language checkpoint is; None: the same name.
     """
 
     layer: int
@@ -47,6 +49,7 @@ class LayerUpdate:
     applied: Applied | None = None
     system: System | None = None
     base: str | None = None
+    own: str | None = None
 
 
 @dataclass(frozen=True)

@@ -43,8 +43,7 @@ def save_edit(edit: Edit, path: str | os.PathLike[str], undo: bool, overwrite: b
             "parameter": update.parameter,
             "transposed": update.transposed,
         }
-        if update.base is not None:
-            entry["base"] = update.base
+        entry |= {name: getattr(update, name) for name in ("base", "own") if getattr(update, name) is not None}
         if update.applied is not None:
             entry |= {name: getattr(update.applied, name) for name in ("dtype", "before", "after")}
             if undo and update.applied.undo is not None:
@@ -148,7 +147,7 @@ def _load_update(entry: dict[str, Any], tensors: dict[str, Tensor]) -> LayerUpda
         flag_of(entry["transposed"], "transposed"),
         applied,
         None if "system" not in entry else _load_system(layer, entry["system"], tensors, keys),
-        None if "base" not in entry else text_of(entry["base"], "base"),
+        *(None if name not in entry else text_of(entry[name], name) for name in ("base", "own")),
     )
 
 

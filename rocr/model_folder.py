@@ -34,7 +34,7 @@ def check_model_folder(folder: Path, whole: bool = True) -> None:
         InputError: a file is damaged, missing, too large or outside the folder, or the weights are pickled.
     """
     for path in sorted(folder.iterdir()):
-        _check_inside(folder, path)
+        check_inside(folder, path)
     if (folder / "adapter_config.json").exists():
         raise InputError(f"{folder} is an adapter (it holds adapter_config.json); merge it into its model first.")
     config = _read_object(folder / "config.json", SETTINGS_BYTES)
@@ -42,7 +42,7 @@ def check_model_folder(folder: Path, whole: bool = True) -> None:
         if (folder / name).exists():
             _read_object(folder / name, SETTINGS_BYTES)
     _check_size(folder / "tokenizer.json", TOKENIZER_BYTES)
-    if not whole and (folder / INDEX_FILE).exists():
+    if not whole and (folder / INDEX_FILE).exists() and not (folder / SINGLE_FILE).is_file():
         tensors = [tensor for names in _read_index(folder).values() for tensor in names]
         _check_sizes(folder, config, DEPTHS, len(tensors))
     else:
@@ -51,7 +51,7 @@ def check_model_folder(folder: Path, whole: bool = True) -> None:
         _check_sizes(folder, config, WIDTHS, max((size for shape in shapes.values() for size in shape), default=0))
 
 
-def _check_inside(folder: Path, path: Path) -> None:
+def check_inside(folder: Path, path: Path) -> None:
     """A link may lead within the folder, or to the blobs of a hub's cache, and nowhere else."""
     if not path.is_symlink():
         return
@@ -86,11 +86,12 @@ def _check_size(path: Path, limit: int) -> None:
 
 
 def _check_weights(folder: Path) -> Shapes:
-    """Look over the weight files; returns the shapes of their tensors."""
-    if (folder / INDEX_FILE).exists():
-        return _check_index(folder)
-    if (folder / SINGLE_FILE).is_file():
+    """Look over the weight files; returns the shapes of their tensors, of the one file where both are there."""
+    indexed = _check_index(folder) if (folder / INDEX_FILE).exists() else None
+    if (folder / SINGLE_FILE).is_file():  # transformers loads it, whatever an index names
         return tensor_shapes(folder / SINGLE_FILE)
+    if indexed is not None:
+        return indexed
     pickled = sorted(path.name for pattern in PICKLED for path in folder.glob(pattern))
     if pickled:
         raise InputError(

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rocr.errors import InputError, RocrError
 from rocr.model_folder import INDEX_FILE, SINGLE_FILE, check_model_folder
+from rocr.shards import find_weight_files, stored_dtype
 from rocr.space import check_space
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -93,7 +94,8 @@ def load_model(
 
     Args:
         source: from `find_model`.
-        dtype: of the weights; None: as they are stored, float32 for a GGUF file.
+        dtype: of the weights; None: the one that most values of the files' matrices are stored in, whatever
+            config.json says, and float32 for a GGUF file.
         device: such as "cpu", "cuda:0", or "auto" to spread the layers over all devices; None: the CPU.
         trust_remote_code: whether code that comes with the model may run.
 
@@ -109,6 +111,8 @@ def load_model(
         options["local_files_only"] = not source.download
     elif source.gguf is None:
         check_model_folder(source.folder)
+        files = find_weight_files(source.folder)
+        dtype = dtype or (None if files is None else stored_dtype(files))
     place = source.name if source.folder is None else str(source.folder)
     try:
         with offline(unless=source.download):
