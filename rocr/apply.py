@@ -175,18 +175,29 @@ def _applied(projection: DownProjection, original: Tensor) -> Applied:
 
 
 def _checked_undo(projection: DownProjection, applied: Applied | None) -> Tensor:
-    name = projection.parameter_name
+    """The bits that undo an update, which is known to be on the weight.
+
+    Raises:
+        VerificationError: the weight is not as the update left it.
+        InputError: the bits were not kept, or are not those of such a weight.
+    """
+    name, parameter = projection.parameter_name, projection.parameter.data
     if applied is None:
         raise InputError(f"The update of {name} was never applied, so there is nothing to undo.")
     if applied.undo is None:
         raise InputError(
             f"The edit was saved without what undoes it at {name}; use a copy of the model it was made from."
         )
-    found = tensor_digest(projection.parameter.data)
+    found = tensor_digest(parameter)
     if found != applied.after:
         raise VerificationError(
             f"{name} is not as the edit left it: its sha256 is {found[:12]}, recorded was {applied.after[:12]}. "
             "Take later edits off first, or use the model that this edit was applied to."
+        )
+    if applied.undo.shape != parameter.shape or applied.undo.dtype != _BITS[parameter.element_size()]:
+        raise InputError(
+            f"What undoes the edit at {name} is {applied.undo.dtype} of shape {tuple(applied.undo.shape)}, which does "
+            f"not fit the weight, {parameter.dtype} of shape {tuple(parameter.shape)}."
         )
     return applied.undo
 

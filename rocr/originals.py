@@ -83,7 +83,7 @@ def save_originals(source: ModelSource, out: Path) -> dict[str, str]:
             link_or_copy(file, store / name)
         entries[name] = Original(digest, file.stat().st_size, kept)
     listed = {"format": FORMAT, "files": {name: asdict(entry) for name, entry in entries.items()}}
-    (store / LIST).write_text(json.dumps(listed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (store / LIST).write_text(json.dumps(listed, indent=2, ensure_ascii=False) + "\n", "utf-8", "backslashreplace")
     stored = {f"{FOLDER}/{name}": entry.sha256 for name, entry in entries.items() if not entry.kept}
     return stored | {f"{FOLDER}/{LIST}": file_digest(store / LIST)}
 
@@ -110,7 +110,7 @@ def restore_originals(folder: Path, out: Path) -> dict[str, str]:
     entries = read_list(folder)
     places = {name: (folder if entry.kept else folder / FOLDER) / name for name, entry in entries.items()}
     for name, place in places.items():
-        if place.is_symlink() or not place.is_file():
+        if place.is_symlink() or not place.is_file() or not place.resolve().is_relative_to(folder.resolve()):
             raise VerificationError(f"{place} is missing, so {name} cannot be given back.")
     check_space(out, bytes_to_copy(list(places.values()), out))
     for name, place in places.items():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,9 +16,7 @@ from rich.text import Text
 
 from rocr.progress import Progress as Step
 from rocr.progress import ProgressCallback
-
-MAX_SHOWN = 20_000
-"""Characters of one text: fifty errors with names of the allowed length are fewer."""
+from rocr.visible import visible
 
 
 class Console:
@@ -113,16 +110,6 @@ class _SpeedColumn(ProgressColumn):
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
         return Text(f"{speed:,.0f} {task.fields['unit']}/s" if speed else "")
-
-
-def visible(text: str) -> str:
-    """The text with characters that would steer the terminal, or hide in it, written as their codes."""
-    if len(text) > MAX_SHOWN:
-        text = text[:MAX_SHOWN] + "…"
-    return "".join(
-        character if character in "\n\t" or unicodedata.category(character)[0] != "C" else f"\\u{ord(character):04x}"
-        for character in text
-    )
 
 
 def _is_number(cell: str) -> bool:
