@@ -70,8 +70,9 @@ def load_partial(
     device: str | None = None,
     trust_remote_code: bool = False,
     mapped: bool | None = None,
+    dtype: torch.dtype | None = None,
 ) -> LoadedModel:
-    """Load a model's embedding and decoder layers 0 to `last_layer`, in the dtype that most of them are stored in.
+    """Load a model's embedding and decoder layers 0 to `last_layer`.
 
     What comes after is on the meta device: it cannot be run. Tensors of another dtype, such as norms in float32, are
     cast as `load_model` casts them, since modules compute in one dtype.
@@ -83,6 +84,7 @@ def load_partial(
         trust_remote_code: whether code that comes with the model may run.
         mapped: whether weights stay in the pages of their files (`StoredTensor.map`), which must not be changed
             meanwhile, instead of being read into memory of their own; None: where they take too much of it.
+        dtype: of the weights; None: the one that most of them are stored in.
 
     Raises:
         InputError: a tensor is missing, or its shape is not the model's.
@@ -96,7 +98,7 @@ def load_partial(
     if mapped is None:
         mapped = stays_in_files(files, architecture, last_layer, device)
     names, needed = stored_names(files, model), _needed(architecture, last_layer)
-    dtype = stored_dtype(files, [names.of(name) for name in needed])
+    dtype = dtype or stored_dtype(files, [names.of(name) for name in needed])
     for name in needed:
         _set(model, name, files.find(names.of(name)), dtype, device, mapped)
     model.tie_weights()  # type: ignore[operator]

@@ -139,10 +139,11 @@ def save_edited(loaded: LoadedModel, edit: Edit, folder: Path, reverted: bool = 
     beside = files_beside(files, _shapes(projections))
     rewritten = rewrite_model(files, changes, folder, beside)
     kept = [name for name in [*files.files, *beside] if name not in rewritten]
-    whole = files.index is None or all(p.device.type != "meta" for p in loaded.model.parameters())
+    if all(parameter.device.type != "meta" for parameter in loaded.model.parameters()):
+        files.read_headers()
     report = {
         "weights": [asdict(weight) for weight in weights],
-        "tensors": layout(files, whole),
+        "tensors": layout(files),
         "beside": beside,
         "left_out": other_weights(files.folder, [*files.files, *beside]),
     }

@@ -121,6 +121,11 @@ class WeightFiles:
         """Bytes of all files."""
         return sum((self.folder / name).stat().st_size for name in self.files)
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether all headers were read, so that every tensor is known with its dtype and shape."""
+        return set(self._headers) >= set(self.file_of.values())
+
     def find(self, name: str) -> StoredTensor:
         """Where a tensor lies; reads its file's header once.
 

@@ -130,20 +130,17 @@ def same_values(loaded: Tensor, stored: Tensor) -> bool:
     return bool(((mine == theirs) | (mine.isnan() & theirs.isnan())).all())
 
 
-def layout(files: WeightFiles, whole: bool = True) -> dict[str, Any]:
+def layout(files: WeightFiles) -> dict[str, Any]:
     """What tensors the files of a model hold, for a report: how many, and a digest.
 
-    Args:
-        files: the model's files.
-        whole: whether all headers are read, and the digest is of names, dtypes and shapes; else it is of the names in
-            the index.
+    It is of names, dtypes and shapes where all headers were read, and else of the names in the index.
     """
-    if whole:
+    if files.is_complete:
         said: Any = sorted((name, stored.kind, stored.shape) for name, stored in files.read_headers().items())
     else:
         said = sorted(files.file_of)
     digest = hashlib.sha256(json.dumps(said).encode()).hexdigest()
-    return {"of": "names, dtypes and shapes" if whole else "names", "count": len(said), "sha256": digest}
+    return {"of": "names, dtypes and shapes" if files.is_complete else "names", "count": len(said), "sha256": digest}
 
 
 def _differs(name: str, place: StoredTensor) -> InputError:
