@@ -38,7 +38,7 @@ class WrittenWeight:
         parameter: its name in the loaded model.
         stored: its names in the files.
         dtype: that it is stored in.
-        loaded: the dtype that it was loaded in.
+        loaded: the dtype that it was loaded in; None where it was not, since an edit was taken off.
         surviving: share of its entries that the update changes after rounding to the stored dtype; None where an
             edit was taken off.
     """
@@ -47,7 +47,7 @@ class WrittenWeight:
     parameter: str
     stored: list[str]
     dtype: str
-    loaded: str
+    loaded: str | None
     surviving: float | None
 
 
@@ -204,7 +204,7 @@ def _written(
         update.parameter,
         [place.name for place in places],
         str(places[0].dtype).removeprefix("torch."),
-        dtype_name(projection.parameter),
+        None if projection.parameter.device.type == "meta" else dtype_name(projection.parameter),
         None if undo is None else float((undo != 0).to(torch.float64).mean()),
     )
 

@@ -70,7 +70,7 @@ def write_output(
 
 def _say_what_differs(report: dict[str, Any], console: Console) -> None:
     """Say where files and loaded model are not the same."""
-    other = [weight for weight in report.get("weights", ()) if weight["dtype"] != weight["loaded"]]
+    other = [weight for weight in report.get("weights", ()) if weight["loaded"] not in (weight["dtype"], None)]
     if other:
         console.warn(
             f"The files hold {other[0]['parameter']} as {other[0]['dtype']}, loaded as {other[0]['loaded']}: the "
