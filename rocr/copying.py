@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 from rocr.errors import InputError
 from rocr.model_folder import INDEX_FILE, check_inside
+from rocr.models import ModelSource
 
 BLOCK = 2**20
 MAX_CARRIED_BYTES = 2 * 2**30
@@ -39,6 +40,12 @@ def carried_files(folder: Path) -> list[Path]:
         check_inside(folder, path)
         check_size(path, MAX_CARRIED_BYTES)
     return carried
+
+
+def check_carried(source: ModelSource) -> None:
+    """Refuse a model's folder that cannot be carried along, before anything of it is loaded; see `carried_files`."""
+    if source.folder is not None and source.gguf is None:
+        carried_files(source.folder)
 
 
 def check_size(path: Path, limit: int) -> None:

@@ -100,8 +100,10 @@ def _edit_and_source(arguments: argparse.Namespace, place: str | Path) -> tuple[
         raise InputError(f"There is no edit file at {place}.")
     claim_output(arguments, (*source.inputs, place))
 
+    from rocr.copying import check_carried
     from rocr.edit import Edit
 
+    check_carried(source)
     return Edit.load(place), source
 
 

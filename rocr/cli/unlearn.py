@@ -153,6 +153,10 @@ def _check_output(arguments: argparse.Namespace, source: ModelSource) -> None:
 def _check_parts(arguments: argparse.Namespace, source: ModelSource, save: tuple[str, ...]) -> None:
     if arguments.lora_rank and "lora" not in save:
         raise InputError("--lora-rank is of the adapter, which --save does not name: add lora to it.")
+    if "model" in save:
+        from rocr.copying import check_carried
+
+        check_carried(source)
     if "originals" in save:
         from rocr.originals import original_files
 
