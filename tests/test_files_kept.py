@@ -277,15 +277,8 @@ def vision_language(vocabulary):
         "layer_types": ["linear_attention", "full_attention"] * 3,
         "rope_parameters": ROPE,
     }
-    vision = {
-        "depth": 2,
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_heads": 2,
-        "out_hidden_size": 32,
-        "patch_size": 4,
-        "num_position_embeddings": 16,
-    }
+    vision = {"depth": 2, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+    vision |= {"patch_size": 4, "num_position_embeddings": 16}
     config = transformers.Qwen3_5Config(text_config=text, vision_config=vision)
     return transformers.Qwen3_5ForConditionalGeneration(config)
 
