@@ -37,6 +37,8 @@ class LayerUpdate:
         applied: what it did to a weight; None before it is applied.
         system: what it can be solved from again with other keys; None where that was not kept.
         base: sha256 of the weight that keys and residuals were measured with; None where that was not kept.
+        own: name of the weight in the class that the checkpoint's config.json names, where the model was loaded as
+            another class, as the language model of a vision-language checkpoint is; None: the same name.
     """
 
     layer: int
@@ -48,6 +50,7 @@ class LayerUpdate:
     applied: Applied | None = None
     system: System | None = None
     base: str | None = None
+    own: str | None = None
 
     @property
     def left(self) -> Tensor:
@@ -194,18 +197,29 @@ def _applied(projection: DownProjection, original: Tensor) -> Applied:
 
 
 def _checked_undo(projection: DownProjection, applied: Applied | None) -> Tensor:
-    name = projection.parameter_name
+    """The bits that undo an update, which is known to be on the weight.
+
+    Raises:
+        VerificationError: the weight is not as the update left it.
+        InputError: the bits were not kept, or are not those of such a weight.
+    """
+    name, parameter = projection.parameter_name, projection.parameter.data
     if applied is None:
         raise InputError(f"The update of {name} was never applied, so there is nothing to undo.")
     if applied.undo is None:
         raise InputError(
             f"The edit was saved without what undoes it at {name}; use a copy of the model it was made from."
         )
-    found = tensor_digest(projection.parameter.data)
+    found = tensor_digest(parameter)
     if found != applied.after:
         raise VerificationError(
             f"{name} is not as the edit left it: its sha256 is {found[:12]}, recorded was {applied.after[:12]}. "
             "Take later edits off first, or use the model that this edit was applied to."
+        )
+    if applied.undo.shape != parameter.shape or applied.undo.dtype != _BITS[parameter.element_size()]:
+        raise InputError(
+            f"What undoes the edit at {name} is {applied.undo.dtype} of shape {tuple(applied.undo.shape)}, which does "
+            f"not fit the weight, {parameter.dtype} of shape {tuple(parameter.shape)}."
         )
     return applied.undo
 

@@ -221,6 +221,15 @@ class Edit:
         mine, its = different(self.computed_with, computed_with(model))
         return f"The edit was made for {self.fingerprint} with {mine}, but this model has {its}." if mine else None
 
+    def with_own_names(self, names: Mapping[str, str]) -> Edit:
+        """The edit with names of its weights in the checkpoint's own class; see `rocr.own_names`.
+
+        Args:
+            names: by the parameters' names in the model; what is not named stays as it is.
+        """
+        updates = [replace(update, own=names.get(update.parameter, update.own)) for update in self.updates]
+        return replace(self, updates=updates)
+
     def _check_model(self, architecture: Architecture) -> None:
         mismatch = self.mismatch(architecture.model)
         if mismatch is not None:

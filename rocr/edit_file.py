@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 FORMAT = "rocr edit 1"
 _ROWS = ("keys", "residuals")
+_WIDTHS = {"torch.float32": 4, "torch.bfloat16": 2, "torch.float16": 2}
 
 
 def save_edit(edit: Edit, path: str | os.PathLike[str], undo: bool, overwrite: bool) -> None:
@@ -43,8 +44,7 @@ def save_edit(edit: Edit, path: str | os.PathLike[str], undo: bool, overwrite: b
             "parameter": update.parameter,
             "transposed": update.transposed,
         }
-        if update.base is not None:
-            entry["base"] = update.base
+        entry |= {name: getattr(update, name) for name in ("base", "own") if getattr(update, name) is not None}
         if update.applied is not None:
             entry |= {name: getattr(update.applied, name) for name in ("dtype", "before", "after")}
             if undo and update.applied.undo is not None:
@@ -136,8 +136,11 @@ def _load_update(entry: dict[str, Any], tensors: dict[str, Tensor]) -> LayerUpda
     applied = None
     if "after" in entry:
         packed = tensors.get(f"layer.{layer}.undo")
-        undo = None if packed is None else _load_undo(packed, entry["undo"], factors.shape)
         dtype, before, after = (text_of(entry[name], name) for name in ("dtype", "before", "after"))
+        shape = factors.shape
+        if flag_of(entry["transposed"], "transposed"):
+            shape = shape[::-1]
+        undo = None if packed is None else _load_undo(packed, entry["undo"], shape, dtype)
         applied = Applied(dtype, before, after, undo)
     return LayerUpdate(
         layer,
@@ -148,7 +151,7 @@ def _load_update(entry: dict[str, Any], tensors: dict[str, Tensor]) -> LayerUpda
         flag_of(entry["transposed"], "transposed"),
         applied,
         None if "system" not in entry else _load_system(layer, entry["system"], tensors, keys),
-        None if "base" not in entry else text_of(entry["base"], "base"),
+        *(None if name not in entry else text_of(entry[name], name) for name in ("base", "own")),
     )
 
 
@@ -185,11 +188,24 @@ def _load_system(layer: int, entry: dict[str, Any], tensors: dict[str, Tensor], 
     return unpack_system(entry, own, *keys.shape)
 
 
-def _load_undo(packed: Tensor, described: dict[str, Any], shape: tuple[int, int]) -> Tensor:
-    """Unpack what restores a weight, once its size is known to be that of the weight: a few bytes can say many."""
-    if packed.dtype != torch.uint8 or sorted(described["shape"]) != sorted(shape):
-        raise ValueError(f"the undo data is {packed.dtype} for a shape {str(described['shape'])[:60]}, not {shape}")
-    return unpack_undo(packed, described["shape"], whole_number_of(described["width"], "width"))
+def _load_undo(packed: Tensor, described: dict[str, Any], shape: tuple[int, int], dtype: str) -> Tensor:
+    """Unpack what restores a weight, once its size is known to be that of the weight: a few bytes can say many.
+
+    Args:
+        packed: the bytes.
+        described: their shape and width, from the file.
+        shape: of the parameter as the model stores it.
+        dtype: of the parameter, such as "torch.bfloat16".
+    """
+    if dtype not in _WIDTHS:
+        raise ValueError(f"the weight was {dtype[:60]!r}, not one of {', '.join(_WIDTHS)}")
+    width = whole_number_of(described["width"], "width")
+    if packed.dtype != torch.uint8 or described["shape"] != list(shape) or width != _WIDTHS[dtype]:
+        raise ValueError(
+            f"the undo data is {packed.dtype} for a shape {str(described['shape'])[:60]} of {width} bytes a value, not "
+            f"for the weight's {shape} of {_WIDTHS[dtype]}"
+        )
+    return unpack_undo(packed, described["shape"], width)
 
 
 def _check(edit: Edit, path: str | os.PathLike[str]) -> None:
@@ -199,6 +215,9 @@ def _check(edit: Edit, path: str | os.PathLike[str]) -> None:
         raise InputError(f"{path} names concepts that it does not hold.")
     if len(set(edit.layers)) != len(edit.layers) or edit.config.layers != edit.layers:
         raise InputError(f"{path} holds updates of the layers {edit.layers}, but settings of {edit.config.layers}.")
+    measured = [layer.layer for layer in edit.report.layers]
+    if measured and measured != list(edit.layers):
+        raise InputError(f"{path} holds updates of the layers {edit.layers}, but measures of {measured[:20]}.")
     for update in edit.updates:
         factors, n, (d_out, d_in) = update.factors, len(edit.concept_of), update.factors.shape
         # A system of more keys than inputs was solved as one of the inputs, whatever was taken out since.

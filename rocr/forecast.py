@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from rocr.architectures import Architecture
+from rocr.architectures import Architecture, DownProjection
 from rocr.concepts import Concept
 from rocr.config import EditConfig
+from rocr.copying import may_link
 from rocr.key_plan import KeyPlan
 from rocr.models import ModelSource
 from rocr.originals import original_files
-from rocr.partial import needed_tensors, stays_in_files, stored_name
-from rocr.rewrite import carried_files
-from rocr.shards import WeightFiles, find_weight_files
+from rocr.partial import needed_tensors, stays_in_files
+from rocr.saving import carried_bytes, weights_copied
+from rocr.shards import WeightFiles, stored_dtype
+from rocr.stored import StoredNames, find_stored, find_weights, stored_names
 
 UNDO_SHARE = {torch.float32: 0.77, torch.bfloat16: 0.55, torch.float16: 0.73}
 """Bytes that undo an edit, compressed, over those of the weight: of updates of 2 to 35% of SmolLM2's weights 0.73 to
@@ -80,18 +82,27 @@ class Job:
     @property
     def weights(self) -> list[Tensor]:
         """The weights that are edited, (d_out, d_in)."""
-        return [self.architecture.down_projection(layer).weight for layer in self.layers]
+        return [projection.weight for projection in self.projections]
 
     @property
     def keys(self) -> int:
         """Rows of keys at each layer."""
         return len(self.plan.concept_of)
 
-    @property
+    @cached_property
     def files(self) -> WeightFiles | None:
         """The model's safetensors files; None where it has none."""
-        source = self.source
-        return None if source.folder is None or source.gguf else find_weight_files(source.folder)
+        return find_weights(self.source)
+
+    @cached_property
+    def names(self) -> StoredNames:
+        """How the model's parameters are called in its files."""
+        return StoredNames() if self.files is None else stored_names(self.files, self.architecture.model)
+
+    @property
+    def projections(self) -> list[DownProjection]:
+        """The down-projections that are edited."""
+        return [self.architecture.down_projection(layer) for layer in self.layers]
 
     def text_tokens(self) -> int:
         """Tokens that the statistics are collected on."""
@@ -175,13 +186,22 @@ def weight_dtype(job: Job) -> torch.dtype:
     files = job.files
     if job.dtype is not None or files is None:
         return job.dtype or torch.float32
-    name = job.architecture.down_projection(job.layers[0]).parameter_name
-    return files.find(stored_name(files, job.architecture, name)).dtype
+    if job.last_layer is None:
+        return stored_dtype(files) or job.weights[0].dtype
+    needed = needed_tensors(files, job.architecture, job.last_layer)
+    return stored_dtype(files, [stored.name for stored in needed]) or job.weights[0].dtype
+
+
+def written_dtype(job: Job) -> torch.dtype:
+    """Of the edited weights, as they are written and undone."""
+    if job.files is None or "model" not in job.parts:
+        return weight_dtype(job)
+    return find_stored(job.files, job.names, job.projections[0])[0].dtype
 
 
 def edit_bytes(job: Job, undo: bool = True) -> int:
     """Bytes of the edit file, whose undo record is estimated; see `UNDO_SHARE`."""
-    n, dtype = job.keys, weight_dtype(job)
+    n, dtype = job.keys, written_dtype(job)
     size = HEADER_BYTES + HEADER_BYTES_OF_CONCEPT * len(job.concepts)
     for weight in job.weights:
         d_out, d_in = weight.shape
@@ -196,20 +216,16 @@ def _written(job: Job) -> tuple[dict[str, int], int, int]:
     written: dict[str, int] = {}
     linked = copied = 0
     if "model" in job.parts:
-        rewritten = rewritten_files(job)
-        if rewritten is None:
+        files = job.files
+        if files is None:
             written["model"] = held_bytes(job)
             written["configuration and tokenizer"] = TOKENIZER_FILES
         else:
-            files = job.files
-            assert files is not None and job.source.folder is not None
-            others = [name for name in files.files if name not in rewritten]
-            linked = len(others) if can_be_linked(files.folder, job.out) else 0
-            anew = rewritten if linked or not others else files.files
+            anew = weights_copied(files, job.names, job.projections, job.out)
+            linked = len([name for name in files.files if name not in anew])
             copied = written["model"] = sum((files.folder / name).stat().st_size for name in anew)
             index = sum(len(name) + 60 for name in files.file_of)
-            carried = sum(path.stat().st_size for path in carried_files(job.source.folder))
-            written["configuration and tokenizer"] = carried + index
+            written["configuration and tokenizer"] = carried_bytes(files.folder) + index
     if "edit" in job.parts:
         written["edit"] = edit_bytes(job)
     if "lora" in job.parts:
@@ -217,30 +233,10 @@ def _written(job: Job) -> tuple[dict[str, int], int, int]:
         written["adapter"] = sum(4 * r * sum(w.shape) for r, w in zip(ranks, job.weights, strict=True))
     if "originals" in job.parts:
         paths = original_files(job.source)
-        links = job.source.folder is not None and can_be_linked(job.source.folder, job.out)
+        links = job.source.folder is not None and may_link(job.source.folder, job.out)
         written["originals"] = 0 if links else sum(path.stat().st_size for path in paths)
     written["report and model card"] = HEADER_BYTES // 3 + HEADER_BYTES_OF_CONCEPT * len(job.concepts)
     return written, linked, copied
-
-
-def rewritten_files(job: Job) -> list[str] | None:
-    """Names of the weight files that are written anew; None where the model is saved as a whole."""
-    files = job.files
-    if files is None:
-        return None
-    names = [
-        stored_name(files, job.architecture, job.architecture.down_projection(layer).parameter_name)
-        for layer in job.layers
-    ]
-    if any(name not in files.file_of or files.find(name).dtype != weight_dtype(job) for name in names):
-        return None
-    return sorted({files.file_of[name] for name in names})
-
-
-def can_be_linked(folder: Path, out: Path | None) -> bool:
-    """Whether hard links from a folder to an output are to be expected: both are on one file system."""
-    parent = Path(os.path.abspath(out or ".")).parent
-    return parent.is_dir() and os.stat(folder).st_dev == os.stat(parent).st_dev
 
 
 def _text_bytes(job: Job) -> dict[str, int]:
@@ -267,7 +263,7 @@ def _stages(job: Job) -> dict[str, int]:
         found["statistics"] = _batch(job, min(BATCH_TOKENS["statistics"], job.text_tokens()))
     if job.questions:
         found["answers"] = _batch(job, 64 * job.questions) + _logits(job, job.questions)
-    if "model" in job.parts and rewritten_files(job) is None:
+    if "model" in job.parts and job.files is None:
         found["save"] += held_bytes(job)
     return found
 

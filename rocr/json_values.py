@@ -56,10 +56,16 @@ def list_of(value: object, what: str) -> list[Any]:
     return found
 
 
+def object_of(value: object, what: str) -> dict[str, Any]:
+    """An object, or TypeError."""
+    found: dict[str, Any] = _of_kind(value, what, "an object", lambda value: isinstance(value, dict))
+    return found
+
+
 def numbers_of(value: object, what: str, length: int) -> list[float]:
     """A list of so many numbers, or TypeError."""
     values = list_of(value, what)
-    if len(values) != length or not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
+    if len(values) != length or not all(isinstance(v, float) or _is_whole(v, -MAX_NUMBER) for v in values):
         raise TypeError(f"{what} must be a list of {length} numbers")
     return values
 

@@ -35,6 +35,8 @@ class AdapterLayer:
     Attributes:
         layer: the decoder layer.
         module: name of its down-projection.
+        own: its name in the class that the checkpoint's config.json names, where that is another; the adapter then
+            holds the layer under both names, so that it loads onto either class.
         rank: of the adapter there.
         full_rank: of the edit there: the number of keys, or the size of the weight where that is smaller.
         relative_error: ‖Δ - BA‖ / ‖Δ‖ in the Frobenius norm; 0 where nothing was left out.
@@ -47,6 +49,12 @@ class AdapterLayer:
     full_rank: int
     relative_error: float
     key_error: float
+    own: str | None = None
+
+    @property
+    def modules(self) -> list[str]:
+        """Names of the module that the adapter holds."""
+        return [self.module] if self.own is None else [self.module, self.own]
 
 
 def export_lora(
@@ -74,8 +82,11 @@ def adapter_tensors(
     layers = []
     for update in edit.updates:
         layer, left, right = adapter_layer(update, rank)
-        tensors[f"base_model.model.{layer.module}.lora_A.weight"] = right.contiguous()
-        tensors[f"base_model.model.{layer.module}.lora_B.weight"] = left.contiguous()
+        for module in layer.modules:
+            for factor, values in (("A", right), ("B", left)):
+                # safetensors refuses two names of one memory.
+                own = values.contiguous() if module == layer.module else values.clone().contiguous()
+                tensors[f"base_model.model.{module}.lora_{factor}.weight"] = own
         layers.append(layer)
     return tensors, _adapter_config(edit, layers), layers
 
@@ -102,8 +113,8 @@ def adapter_layer(update: LayerUpdate, rank: int | None) -> tuple[AdapterLayer, 
     relative_error = key_error = 0.0
     if rank is not None and rank < full:
         left, right, relative_error, key_error = truncated(left, right, update.keys.cpu(), rank)
-    module = update.parameter.removesuffix(".weight")
-    return AdapterLayer(update.layer, module, right.shape[0], full, relative_error, key_error), left, right
+    module, own = update.parameter.removesuffix(".weight"), update.own and update.own.removesuffix(".weight")
+    return AdapterLayer(update.layer, module, right.shape[0], full, relative_error, key_error, own), left, right
 
 
 def truncated(left: Tensor, right: Tensor, keys: Tensor, rank: int) -> tuple[Tensor, Tensor, float, float]:
@@ -148,7 +159,7 @@ def thin_factors(factors: Factors) -> tuple[Tensor, Tensor]:
 
 
 def _adapter_config(edit: Edit, layers: Sequence[AdapterLayer]) -> dict[str, object]:
-    ranks = {layer.module: layer.rank for layer in layers}
+    ranks = {module: layer.rank for layer in layers for module in layer.modules}
     largest = max(ranks.values())
     return {
         "peft_type": "LORA",

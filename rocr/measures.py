@@ -13,7 +13,7 @@ from rocr.apply import LayerUpdate
 from rocr.collisions import Collisions
 from rocr.config import BY_COUNT
 from rocr.harm import NeighbourReport
-from rocr.json_values import list_of, numbers_of, text_of, whole_number_of
+from rocr.json_values import list_of, numbers_of, object_of, text_of, whole_number_of
 from rocr.solve import CHUNK_ROWS, Solution
 
 
@@ -106,7 +106,9 @@ class EditReport:
             report.neighbours = NeighbourReport.from_json(values["neighbours"])
         if report.distance:
             numbers_of(report.distance, "distance", concepts)
-        numbers_of(list(report.seconds.values()), "seconds", len(report.seconds))
+        if report.divergence is not None:
+            numbers_of([report.divergence], "divergence", 1)
+        numbers_of(list(object_of(report.seconds, "seconds").values()), "seconds", len(report.seconds))
         for layer in list_of(report.inexact, "inexact"):
             whole_number_of(layer, "inexact")
         for name in list_of(report.by_count, "by_count"):
@@ -114,8 +116,18 @@ class EditReport:
                 raise ValueError(f"by_count names {repr(name)[:60]}")
         for sentence in list_of(report.limits_passed, "limits_passed"):
             text_of(sentence, "limits_passed")
-        report.statistics.keys()
+        _check_statistics(object_of(report.statistics, "statistics"))
         return report
+
+
+def _check_statistics(summary: dict[str, Any]) -> None:
+    """Raise TypeError unless a value is what `Statistics.summary` gives, as far as its fields are there."""
+    for name in ("tokens", "length"):
+        if name in summary:
+            whole_number_of(summary[name], name)
+    for name in ("text", "dtype"):
+        if name in summary:
+            text_of(summary[name], name)
 
 
 def measure_layer(

@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from rocr.models import ModelSource
+from rocr.visible import visible
 
 CARD_FILE = "README.md"
 SHOWN_CONCEPTS = 20
@@ -209,8 +210,8 @@ def _percent(share: float | None) -> str:
 
 
 def _text(text: str) -> str:
-    """A text of others as one line that Markdown and HTML show as it is."""
-    return _MARKUP.sub(r"\\\1", " ".join(text.split())).replace("\\<", "&lt;").replace("\\>", "&gt;")
+    """A text of others as one line that Markdown, HTML and a terminal show as it is."""
+    return _MARKUP.sub(r"\\\1", visible(" ".join(text.split()))).replace("\\<", "&lt;").replace("\\>", "&gt;")
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -31,7 +31,7 @@ def check_model_folder(folder: Path, whole: bool = True) -> None:
         InputError: a file is damaged, missing, too large or outside the folder, or the weights are pickled.
     """
     for path in sorted(folder.iterdir()):
-        _check_inside(folder, path)
+        check_inside(folder, path)
     if (folder / "adapter_config.json").exists():
         raise InputError(f"{folder} is an adapter (it holds adapter_config.json); merge it into its model first.")
     config = _read_object(folder / "config.json", SETTINGS_BYTES)
@@ -44,7 +44,7 @@ def check_model_folder(folder: Path, whole: bool = True) -> None:
 
 def _weights(folder: Path, whole: bool) -> Weights:
     """What the weight files hold, as far as `check_model_folder` looks at them."""
-    if not whole and (folder / INDEX_FILE).exists():
+    if not whole and (folder / INDEX_FILE).exists() and not (folder / SINGLE_FILE).is_file():
         return Weights(sum(map(len, _read_index(folder).values())), None, frozenset())
     found = _check_weights(folder)
     longest = max((size for tensor in found.values() for size in tensor.shape), default=0)
@@ -53,7 +53,7 @@ def _weights(folder: Path, whole: bool) -> Weights:
     )
 
 
-def _check_inside(folder: Path, path: Path) -> None:
+def check_inside(folder: Path, path: Path) -> None:
     """A link may lead within the folder, or to the blobs of a hub's cache, and nowhere else."""
     if not path.is_symlink():
         return
@@ -88,11 +88,12 @@ def _check_size(path: Path, limit: int) -> None:
 
 
 def _check_weights(folder: Path) -> dict[str, StoredTensor]:
-    """Look over the weight files; returns their tensors."""
-    if (folder / INDEX_FILE).exists():
-        return _check_index(folder)
-    if (folder / SINGLE_FILE).is_file():
+    """Look over the weight files; returns their tensors, of the one file where there is an index too."""
+    indexed = _check_index(folder) if (folder / INDEX_FILE).exists() else None
+    if (folder / SINGLE_FILE).is_file():  # transformers loads it, whatever an index names
         return _read_header(folder / SINGLE_FILE)
+    if indexed is not None:
+        return indexed
     pickled = sorted(path.name for pattern in PICKLED for path in folder.glob(pattern))
     if pickled:
         raise InputError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from rocr.errors import InputError, RocrError
 from rocr.hub import loading, offline
 from rocr.model_folder import INDEX_FILE, SINGLE_FILE, check_model_folder
 from rocr.model_source import ModelSource, find_model
-from rocr.shards import find_weight_files
+from rocr.shards import find_weight_files, stored_dtype
 from rocr.space import check_space
 
 __all__ = ["DTYPES", "LoadedModel", "ModelSource", "find_model", "load_model", "load_tokenizer", "save_model"]
@@ -54,7 +53,8 @@ def load_model(
 
     Args:
         source: from `find_model`.
-        dtype: of the weights; None: as they are stored, float32 for a GGUF file.
+        dtype: of the weights; None: the one that most values of the files' matrices are stored in, whatever
+            config.json says, and float32 for a GGUF file.
         device: such as "cpu", "cuda:0", or "auto" to spread the layers over all devices; None: the CPU.
         trust_remote_code: whether code that comes with the model may run.
 
@@ -90,19 +90,9 @@ def load_tokenizer(source: ModelSource, trust_remote_code: bool = False) -> Any:
 
 
 def _stored_dtype(source: ModelSource) -> torch.dtype | None:
-    """The dtype of most bytes of the weight files; None where it is none that rocr loads, or source is a hub id.
-
-    The files decide, and not the configuration: a model that is written in another dtype would be rounded.
-    """
+    """The dtype that a model's files store it in; None where there are no such files."""
     files = None if source.folder is None else find_weight_files(source.folder)
-    if files is None:
-        return None
-    sizes: Counter[torch.dtype] = Counter()
-    for name in files.file_of:
-        stored = files.find(name)
-        sizes[stored.dtype] += stored.size
-    most = max(sizes, key=lambda dtype: sizes[dtype], default=None)
-    return most if most in DTYPES.values() else None
+    return None if files is None else stored_dtype(files)
 
 
 def _check_complete(source: ModelSource, found: dict[str, Any]) -> None:

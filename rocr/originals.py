@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from rocr.copying import MAX_CARRIED_BYTES, bytes_to_copy, carried_files, check_size, link_or_copy
 from rocr.errors import InputError, VerificationError
 from rocr.files import MAX_HEADER_BYTES
 from rocr.json_values import flag_of, parse_json, text_of, whole_number_of
 from rocr.model_folder import INDEX_FILE
 from rocr.models import ModelSource
 from rocr.report import file_digest
-from rocr.rewrite import bytes_to_copy, carried_files, link_or_copy
 from rocr.shards import find_weight_files
 from rocr.space import check_space
 
@@ -46,7 +46,7 @@ def original_files(source: ModelSource) -> list[Path]:
     """The files a model consists of: weights, configuration and tokenizer, or the one GGUF file.
 
     Raises:
-        InputError: it lies in no folder of its own.
+        InputError: it lies in no folder of its own, or a file is larger than any such file can be.
     """
     if source.folder is None:
         raise InputError(
@@ -56,8 +56,10 @@ def original_files(source: ModelSource) -> list[Path]:
         return [source.folder / source.gguf]
     files = find_weight_files(source.folder)
     weights = [] if files is None else [source.folder / name for name in files.files]
-    others = [source.folder / name for name in (INDEX_FILE, *OWN_FILES)]
-    return [*weights, *carried_files(source.folder), *(path for path in others if path.is_file())]
+    others = [path for path in (source.folder / name for name in (INDEX_FILE, *OWN_FILES)) if path.is_file()]
+    for path in others:
+        check_size(path, MAX_CARRIED_BYTES + sum(weight.stat().st_size for weight in weights))
+    return [*weights, *carried_files(source.folder), *others]
 
 
 def save_originals(source: ModelSource, out: Path) -> dict[str, str]:
@@ -75,13 +77,13 @@ def save_originals(source: ModelSource, out: Path) -> dict[str, str]:
     check_space(out, bytes_to_copy(files, store))
     entries: dict[str, Original] = {}
     for file in files:
-        digest = file_digest(file)
-        kept = file.name not in OWN_FILES and _is_same(file, digest, out / file.name)
+        digest, name = file_digest(file), _name(source, file)
+        kept = name not in OWN_FILES and _is_same(file, digest, out / name)
         if not kept:
-            link_or_copy(file, store / file.name)
-        entries[file.name] = Original(digest, file.stat().st_size, kept)
+            link_or_copy(file, store / name)
+        entries[name] = Original(digest, file.stat().st_size, kept)
     listed = {"format": FORMAT, "files": {name: asdict(entry) for name, entry in entries.items()}}
-    (store / LIST).write_text(json.dumps(listed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (store / LIST).write_text(json.dumps(listed, indent=2, ensure_ascii=False) + "\n", "utf-8", "backslashreplace")
     stored = {f"{FOLDER}/{name}": entry.sha256 for name, entry in entries.items() if not entry.kept}
     return stored | {f"{FOLDER}/{LIST}": file_digest(store / LIST)}
 
@@ -108,7 +110,7 @@ def restore_originals(folder: Path, out: Path) -> dict[str, str]:
     entries = read_list(folder)
     places = {name: (folder if entry.kept else folder / FOLDER) / name for name, entry in entries.items()}
     for name, place in places.items():
-        if place.is_symlink() or not place.is_file():
+        if place.is_symlink() or not place.is_file() or not place.resolve().is_relative_to(folder.resolve()):
             raise VerificationError(f"{place} is missing, so {name} cannot be given back.")
     check_space(out, bytes_to_copy(list(places.values()), out))
     for name, place in places.items():
@@ -148,8 +150,14 @@ def _original(entry: dict[str, object]) -> Original:
     )
 
 
+def _name(source: ModelSource, file: Path) -> str:
+    assert source.folder is not None, "originals are those of a folder"
+    return file.relative_to(source.folder).as_posix()
+
+
 def _plain(name: str) -> str:
-    if Path(name).name != name or name in ("", ".", "..") or "\\" in name or "\0" in name:
+    """A path below a folder, in its shortest spelling."""
+    if any(part in ("", ".", "..") for part in name.split("/")) or "\\" in name or "\0" in name:
         raise ValueError(f"{name[:60]!r} is no name of a file")
     return name
 

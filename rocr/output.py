@@ -6,6 +6,7 @@ import errno
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -62,6 +63,7 @@ def new_directory(path: AnyPath, inputs: Iterable[AnyPath] = (), overwrite: bool
     with _unfinished(final) as partial:
         partial.mkdir()
         yield partial
+        _give_ordinary_modes(partial)
         _sync_tree(partial)
         if overwrite:
             _replace_directory(partial, final)
@@ -92,6 +94,7 @@ def new_file(path: AnyPath, overwrite: bool = False) -> Iterator[Path]:
         yield partial
         if not partial.is_file():
             raise RocrError(f"Nothing was written for the output {path}.")
+        _give_ordinary_modes(folder)
         _sync(partial)
         if overwrite:
             os.replace(partial, final)
@@ -216,6 +219,20 @@ def _link_file(partial: Path, final: Path) -> None:
             raise
         _refuse_taken(final)
         os.rename(partial, final)
+
+
+def _give_ordinary_modes(folder: Path) -> None:
+    """Give new files the permissions that the umask gives: safetensors makes them readable to their owner alone.
+
+    The folder was made by `mkdir`, so that its own permissions tell the umask. A file with several names is a hard
+    link to an input, and stays as it is.
+    """
+    mode = folder.stat().st_mode & 0o666
+    for parent, _, names in os.walk(folder, onerror=_raise):
+        for path in (Path(parent, name) for name in names):
+            status = path.lstat()
+            if stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and status.st_mode & 0o777 != mode:
+                path.chmod(mode)
 
 
 def _sync_tree(folder: Path) -> None:

@@ -7,6 +7,7 @@ weights stay in the pages of their files: a model larger than the memory can be 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,15 +19,16 @@ from rocr.diagnosis import check_memory, naming_the_field, set_settings
 from rocr.errors import InputError
 from rocr.hub import loading
 from rocr.models import LoadedModel, ModelSource, load_tokenizer
-from rocr.shards import StoredTensor, WeightFiles, find_weight_files
+from rocr.shards import StoredTensor, WeightFiles, find_weight_files, stored_dtype
+from rocr.stored import stored_names
 
 MEMORY_SHARE = 0.5
 """Share of the free memory that a whole model may take before only its beginning is loaded, and that this beginning
 may take before it stays in its files."""
 
 
-def can_load_partially(source: ModelSource) -> bool:
-    """Whether a model lies in safetensors files whose tensors bear the names of the model's parameters.
+def can_load_partially(source: ModelSource, last_layer: int = 0) -> bool:
+    """Whether a model lies in safetensors files that hold each parameter up to a layer as a tensor of its own.
 
     Raises:
         InputError: the files are damaged.
@@ -40,8 +42,8 @@ def can_load_partially(source: ModelSource) -> bool:
         return False
     if getattr(text_config(architecture.model), "quantization_config", None) is not None:
         return False
-    names = _needed(architecture, 0)
-    return all(stored_name(files, architecture, name) in files.file_of for name in names)
+    names = stored_names(files, architecture.model)
+    return all(name in names.plain for name in _needed(architecture, last_layer))
 
 
 def is_large(source: ModelSource) -> bool:
@@ -68,10 +70,12 @@ def load_partial(
     device: str | None = None,
     trust_remote_code: bool = False,
     mapped: bool | None = None,
+    dtype: torch.dtype | None = None,
 ) -> LoadedModel:
-    """Load a model's embedding and decoder layers 0 to `last_layer`, with dtypes as stored.
+    """Load a model's embedding and decoder layers 0 to `last_layer`.
 
-    What comes after is on the meta device: it cannot be run.
+    What comes after is on the meta device: it cannot be run. Tensors of another dtype, such as norms in float32, are
+    cast as `load_model` casts them, since modules compute in one dtype.
 
     Args:
         source: a folder with safetensors files.
@@ -80,6 +84,7 @@ def load_partial(
         trust_remote_code: whether code that comes with the model may run.
         mapped: whether weights stay in the pages of their files (`StoredTensor.map`), which must not be changed
             meanwhile, instead of being read into memory of their own; None: where they take too much of it.
+        dtype: of the weights; None: the one that most of them are stored in.
 
     Raises:
         InputError: a tensor is missing, or its shape is not the model's.
@@ -92,9 +97,10 @@ def load_partial(
     architecture.down_projection(last_layer)
     if mapped is None:
         mapped = stays_in_files(files, architecture, last_layer, device)
-    for name in _needed(architecture, last_layer):
-        stored = files.find(stored_name(files, architecture, name))
-        _set(model, name, stored, device, mapped)
+    names, needed = stored_names(files, model), _needed(architecture, last_layer)
+    dtype = dtype or stored_dtype(files, [names.of(name) for name in needed])
+    for name in needed:
+        _set(model, name, files.find(names.of(name)), dtype, device, mapped)
     model.tie_weights()  # type: ignore[operator]
     if device is not None:
         for module in model.modules():
@@ -119,17 +125,10 @@ def empty_model(source: ModelSource, trust_remote_code: bool = False) -> nn.Modu
     return model
 
 
-def stored_name(files: WeightFiles, architecture: Architecture, name: str) -> str:
-    """How a parameter is called in the files: a checkpoint of the base model leaves out its first name."""
-    base = f"{getattr(architecture.model, 'base_model_prefix', '')}."
-    short = name.removeprefix(base)
-    return short if name not in files.file_of and short in files.file_of else name
-
-
 def needed_tensors(files: WeightFiles, architecture: Architecture, last_layer: int) -> list[StoredTensor]:
     """What `load_partial` reads."""
-    names = _needed(architecture, last_layer)
-    return [files.find(stored_name(files, architecture, name)) for name in names]
+    names = stored_names(files, architecture.model)
+    return [files.find(names.of(name)) for name in _needed(architecture, last_layer)]
 
 
 def stays_in_files(files: WeightFiles, architecture: Architecture, last_layer: int, device: str | None) -> bool:
@@ -155,14 +154,29 @@ def _needed(architecture: Architecture, last_layer: int) -> list[str]:
     ]
 
 
-def _set(model: nn.Module, name: str, stored: StoredTensor, device: str | None, mapped: bool) -> None:
+def _set(
+    model: nn.Module, name: str, stored: StoredTensor, dtype: torch.dtype | None, device: str | None, mapped: bool
+) -> None:
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
-    expected = tuple(getattr(module, leaf).shape)
+    parameter = getattr(module, leaf)
+    expected = tuple(parameter.shape)
     if stored.shape != expected:
         raise InputError(f"{stored.file}: {stored.name} has the shape {stored.shape}, but the model's is {expected}.")
     values = stored.map() if mapped else stored.read()
+    if dtype is not None and values.is_floating_point():
+        values = values.to(_loaded_dtype(model, name, parameter, dtype))
     module._parameters[leaf] = nn.Parameter(values.to(device) if device else values, requires_grad=False)
+
+
+def _loaded_dtype(model: nn.Module, name: str, parameter: nn.Parameter, dtype: torch.dtype) -> torch.dtype:
+    """The dtype that transformers loads a parameter in: the model's, but for those that the class itself keeps."""
+    plan: dict[str, torch.dtype] = getattr(model, "_get_dtype_plan", lambda _: {})(dtype)
+    for pattern, kept in plan.items():
+        if re.search(pattern.replace("*", ".*"), name):
+            return kept
+    made_in = getattr(model.config, "dtype", None) or torch.get_default_dtype()
+    return dtype if parameter.dtype == made_in else parameter.dtype
 
 
 @contextmanager

@@ -85,7 +85,8 @@ def write_report(report: dict[str, Any], folder: Path) -> None:
     """Write a report as report.json; it gets a field `sha256`, the digest of its other fields."""
     report["sha256"] = report_digest(report)
     text = json.dumps(report, indent=2, ensure_ascii=False)
-    (folder / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
+    # A name of a file that is no UTF-8 becomes the JSON escape of its bytes.
+    (folder / REPORT_FILE).write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 def report_digest(report: Mapping[str, Any]) -> str:

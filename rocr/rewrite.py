@@ -8,31 +8,42 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rocr.copying import (
+    bytes_to_copy,
+    carried_files,
+    copy_file,
+    copy_range,
+    end_at,
+    link_or_copy,
+    other_weights,
+)
 from rocr.errors import InputError, RocrError
-from rocr.model_folder import INDEX_FILE, SINGLE_FILE
-from rocr.shards import StoredTensor, WeightFiles
+from rocr.files import read_header
+from rocr.json_values import parse_json
+from rocr.model_folder import INDEX_FILE
+from rocr.shards import StoredTensor, WeightFiles, read_layout
 from rocr.space import check_space
 
-BLOCK = 2**20
-_OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".npz")
-_OWN_FILES = ("report.json", "README.md", INDEX_FILE)
+ADAPTER_FILE = "adapter_model.safetensors"
 
 
-def rewrite_model(files: WeightFiles, changes: Mapping[str, Tensor], out: Path) -> list[str]:
+def rewrite_model(
+    files: WeightFiles, changes: Mapping[str, Tensor], out: Path, beside: Sequence[str] = ()
+) -> list[str]:
     """Write a folder's model with some tensors changed into a folder that exists.
 
     Args:
         files: the first folder's weights.
         changes: new values of tensors by their names in the files; dtype and shape as stored.
         out: the folder to write to.
+        beside: weight files of the folder that are no part of the model and are written too; see `files_beside`.
 
     Returns:
         Names of the weight files that were written anew; the others are links or copies.
@@ -50,95 +61,89 @@ def rewrite_model(files: WeightFiles, changes: Mapping[str, Tensor], out: Path) 
                 f"{tuple(values.shape)}."
             )
     rewritten = sorted({files.file_of[name] for name in changes})
+    linked = [name for name in [*files.files, *beside] if name not in rewritten]
+    carried = carried_files(files.folder)
     try:
-        check_space(out, bytes_written(files, rewritten, out))
-        for file in files.files:
-            if file in rewritten:
-                inside = [(place, changes[name]) for name, place in places.items() if files.file_of[name] == file]
-                _stream(files.folder / file, inside, out / file)
-            else:
-                link_or_copy(files.folder / file, out / file)
-        _copy_others(files.folder, out)
+        copied = bytes_to_copy([files.folder / name for name in linked], out)
+        check_space(out, copied + sum((files.folder / name).stat().st_size for name in rewritten) + _size(carried))
+        for file in rewritten:
+            inside = [(place, changes[name]) for name, place in places.items() if files.file_of[name] == file]
+            _stream(files.folder / file, inside, out / file)
+        for file in linked:
+            link_or_copy(files.folder / file, out / file)
+        for path in carried:
+            copy_file(path, out / path.relative_to(files.folder))
         _write_index(files, out)
     except OSError as error:
         raise RocrError(f"{out} cannot be written: {error.strerror or error}.") from error
     return rewritten
 
 
-def bytes_written(files: WeightFiles, rewritten: list[str], out: Path) -> int:
-    """Bytes that `rewrite_model` puts onto the disk."""
-    linked = can_link(files.folder / files.files[0], out)
-    names = rewritten if linked else files.files
-    return sum((files.folder / name).stat().st_size for name in names)
+def files_beside(files: WeightFiles, edited: Collection[tuple[int, ...]]) -> list[str]:
+    """Safetensors files beside the model's that an edited copy has too, such as a projector or a head.
+
+    Their tensors have other names than the model's, and none has the shape of an edited weight, stored as it is or
+    transposed: such a file could be another copy of what was unlearned. It stays out, as everything does that is
+    larger than the model itself or cannot be read.
+
+    Args:
+        files: the model's own.
+        edited: shapes of the edited weights.
+    """
+    shapes = {tuple(sorted(shape)) for shape in edited}
+    found = []
+    for name in other_weights(files.folder, files.files):
+        path = files.folder / name
+        if path.parent != files.folder or path.suffix != ".safetensors" or path.name == ADAPTER_FILE:
+            continue
+        if path.stat().st_size <= files.size and not _is_of_rocr(path) and _is_apart(path, files, shapes):
+            found.append(name)
+    return found
 
 
-def can_link(file: Path, out: Path) -> bool:
-    """Whether a hard link to a file can be made in a folder."""
-    probe = out / f".link-{os.getpid()}"
+def _is_of_rocr(path: Path) -> bool:
     try:
-        os.link(os.path.realpath(file), probe)
-    except OSError:
+        read_header(path)
+    except InputError:
         return False
-    probe.unlink()
     return True
 
 
-def bytes_to_copy(files: Sequence[Path], out: Path) -> int:
-    """Bytes that `link_or_copy` puts onto the disk for files of one folder."""
-    return sum(file.stat().st_size for file in files) if files and not can_link(files[0], out) else 0
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """A hard link to a file, or a copy where the file system has none."""
-    real = os.path.realpath(source)
+def _is_apart(path: Path, files: WeightFiles, shapes: Collection[tuple[int, ...]]) -> bool:
     try:
-        os.link(real, target)
-    except OSError:
-        shutil.copyfile(real, target)
+        layout = read_layout(path)
+    except InputError:
+        return False
+    return not any(name in files.file_of or tuple(sorted(place.shape)) in shapes for name, place in layout.items())
+
+
+def _size(paths: Sequence[Path]) -> int:
+    return sum(path.stat().st_size for path in paths)
 
 
 def _stream(source: Path, changed: list[tuple[StoredTensor, Tensor]], target: Path) -> None:
     """Copy a file, with the bytes of some tensors replaced on the way."""
-    with source.open("rb") as old, target.open("xb") as new:
+    with source.open("rb", buffering=0) as old, target.open("xb") as new:
+        size, done = os.fstat(old.fileno()).st_size, 0
         for place, values in sorted(changed, key=lambda pair: pair[0].start):
-            _copy(old, new, place.start - old.tell())
+            copy_range(old, new, done, place.start)
             flat = values.detach().cpu().contiguous().reshape(-1)
             buffer: Any = flat.view(torch.uint8).numpy()
+            new.seek(place.start)
             new.write(memoryview(buffer))
-            old.seek(place.size, os.SEEK_CUR)
-        _copy(old, new, os.fstat(old.fileno()).st_size - old.tell())
-
-
-def _copy(old: Any, new: Any, count: int) -> None:
-    while count > 0:
-        block = old.read(min(count, BLOCK))
-        if not block:
-            raise OSError("the file became shorter while it was read")
-        new.write(block)
-        count -= len(block)
-
-
-def _copy_others(folder: Path, out: Path) -> None:
-    """Copy configuration and tokenizer; no other weights, which would hold what was unlearned."""
-    for path in carried_files(folder):
-        shutil.copyfile(path, out / path.name)
-
-
-def carried_files(folder: Path) -> list[Path]:
-    """Files of a model's folder that an edited copy of it has too, besides weights and their index."""
-    return [
-        path
-        for path in sorted(folder.iterdir())
-        if path.is_file() and not path.name.endswith(_OTHER_WEIGHTS) and path.name not in _OWN_FILES
-    ]
+            done = place.start + place.size
+        copy_range(old, new, done, size)
+        end_at(old, new, size)
 
 
 def _write_index(files: WeightFiles, out: Path) -> None:
     """Name the weight files in an index, also a single one: loaders that glob would take the edit for weights."""
-    index = files.folder / INDEX_FILE
-    if index.exists():
-        shutil.copyfile(index, out / INDEX_FILE)
-    else:
-        size = (files.folder / SINGLE_FILE).stat().st_size
-        text = json.dumps({"metadata": {"total_size": size}, "weight_map": files.file_of}, indent=2)
-        (out / INDEX_FILE).write_text(text + "\n", encoding="utf-8")
+    if files.index is not None:
+        copy_file(files.folder / files.index, out / INDEX_FILE)
+        return
+    place = files.folder / INDEX_FILE
+    if place.exists() and set(parse_json(place.read_bytes())["weight_map"].values()) == set(files.files):
+        copy_file(place, out / INDEX_FILE)
+        return
+    index = {"metadata": {"total_size": files.size}, "weight_map": files.file_of}
+    (out / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

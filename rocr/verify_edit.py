@@ -16,6 +16,7 @@ from rocr.fingerprint import Fingerprint, model_digest, tensor_digest, tokenizer
 from rocr.lora import adapter_tensors
 from rocr.model_folder import INDEX_FILE, SINGLE_FILE, check_model_folder
 from rocr.shards import WeightFiles, find_weight_files, read_layout
+from rocr.stored import layout
 from rocr.verify_files import ADAPTER_SETTINGS, EDIT_FILE, FAILED, PASSED, UNCHECKED, Check, Output, shown
 
 if TYPE_CHECKING:
@@ -89,30 +90,59 @@ def _model_checks(output: Output, edit: Edit | None) -> Iterator[Check]:
         yield Check("model", "readable", FAILED, shown(str(error)))
         return
     yield Check("model", "readable", PASSED, f"config.json and {len(files.files)} weight files")
+    yield _layout_check(files, output.report)
     if edit is None:
         yield Check("edited tensors", "sha256", UNCHECKED, NO_EDIT)
     else:
         for update in edit.updates:
-            yield from _tensor_checks(files, update, output.is_reverted)
+            yield from _tensor_checks(files, update, _recorded_names(output.report, update), output.is_reverted)
     yield from _fingerprint_checks(output, edit)
 
 
-def _tensor_checks(files: WeightFiles, update: LayerUpdate, is_reverted: bool) -> Iterator[Check]:
-    """Whether a weight has the bytes that the edit recorded, and is finite."""
-    # A checkpoint of the base model leaves out the first part of a name.
-    names = [name for name in (update.parameter, update.parameter.partition(".")[2]) if name in files.file_of]
-    subject = shown(update.parameter)
-    if not names:
-        yield Check(subject, "sha256", UNCHECKED, "the files hold no tensor of this name")
-        return
+def _layout_check(files: WeightFiles, report: dict[str, Any] | None) -> Check:
+    """Whether the files hold the tensors that were written, all of them and no others."""
+    recorded = (report or {}).get("tensors")
+    if not isinstance(recorded, dict) or not isinstance(recorded.get("of"), str):
+        return Check("tensors", "complete", UNCHECKED, "the report does not say which there are")
     try:
-        values = files.find(names[0]).read()
+        if recorded["of"] != "names":
+            files.read_headers()
+        found = layout(files)
     except (InputError, OSError) as error:
-        yield Check(subject, "readable", FAILED, shown(str(error)))
-        return
-    yield _digest_check(subject, values, update, is_reverted)
-    finite = bool(torch.isfinite(values).all())
-    yield Check(subject, "finite", PASSED if finite else FAILED, "" if finite else "it holds numbers that are not")
+        return Check("tensors", "complete", FAILED, shown(str(error)))
+    if found == recorded:
+        return Check("tensors", "complete", PASSED, f"{found['count']} by their {found['of']}")
+    counts = f"{found['count']} are there, recorded were {shown(str(recorded.get('count')))}"
+    return Check("tensors", "complete", FAILED, f"they differ in their {found['of']}: {counts}")
+
+
+def _recorded_names(report: dict[str, Any] | None, update: LayerUpdate) -> list[str]:
+    """What an edited weight is called in the files, as the report says; without a record, its name in the model."""
+    weights = (report or {}).get("weights")
+    for weight in weights if isinstance(weights, list) else []:
+        if isinstance(weight, dict) and weight.get("parameter") == update.parameter:
+            stored = weight.get("stored")
+            if isinstance(stored, list) and stored and all(isinstance(name, str) for name in stored):
+                return stored
+    # A checkpoint of the base model leaves out the first part of a name.
+    return [update.parameter, update.parameter.partition(".")[2]]
+
+
+def _tensor_checks(files: WeightFiles, update: LayerUpdate, recorded: list[str], is_reverted: bool) -> Iterator[Check]:
+    """Whether a weight has the bytes that the edit recorded, and is finite."""
+    names = [name for name in recorded if name in files.file_of]
+    if not names:
+        yield Check(shown(update.parameter), "sha256", UNCHECKED, "the files hold no tensor of this name")
+    for name in names:
+        subject = shown(name)
+        try:
+            values = files.find(name).read()
+        except (InputError, OSError) as error:
+            yield Check(subject, "readable", FAILED, shown(str(error)))
+            continue
+        yield _digest_check(subject, values, update, is_reverted)
+        finite = bool(torch.isfinite(values).all())
+        yield Check(subject, "finite", PASSED if finite else FAILED, "" if finite else "it holds numbers that are not")
 
 
 def _digest_check(subject: str, values: torch.Tensor, update: LayerUpdate, is_reverted: bool) -> Check:
@@ -142,11 +172,15 @@ def _fingerprint_checks(output: Output, edit: Edit | None) -> Iterator[Check]:
             yield Check("model", "fingerprint", UNCHECKED, reason)
             return
         source = find_model(str(output.folder))
-        if not can_load_partially(source):
+        if not can_load_partially(source, mark.layer):
             yield Check("model", "fingerprint", UNCHECKED, "the model cannot be loaded in part")
             return
-        loaded = load_partial(source, mark.layer)
-        found = model_digest(find_architecture(loaded.model), mark.layer)
+        # Of an edit made with --dtype float16 the fingerprint is that of values rounded twice.
+        for dtype in (None, torch.float16):
+            loaded = load_partial(source, mark.layer, dtype=dtype)
+            found = model_digest(find_architecture(loaded.model), mark.layer)
+            if found == mark.model:
+                break
         tokenizer = tokenizer_digest(loaded.tokenizer)
     except Exception as error:  # tokenizers and configurations of others raise whatever they like
         yield Check("model", "fingerprint", FAILED, shown(f"it cannot be loaded: {error}"))
@@ -191,17 +225,18 @@ def _adapter_flaw(edit: Edit, found: dict[str, torch.Tensor], settings: Any) -> 
         return f"{ADAPTER_SETTINGS} is not that of the edit"
     if set(found) != set(wanted):
         return f"it holds {len(found)} tensors, and not the {len(wanted)} of the edit"
-    for layer in layers:
-        names = [f"base_model.model.{layer.module}.lora_{factor}.weight" for factor in "BA"]
+    modules = [(module, layer) for layer in layers for module in layer.modules]
+    for module, layer in modules:
+        names = [f"base_model.model.{module}.lora_{factor}.weight" for factor in "BA"]
         mine, theirs = ([tensors[name] for name in names] for tensors in (wanted, found))
         if any(a.shape != b.shape for a, b in zip(mine, theirs, strict=True)):
-            return f"{layer.module} has factors of other shapes than the edit"
+            return f"{module} has factors of other shapes than the edit"
         if layer.rank == layer.full_rank:
             different = [n for n, a, b in zip(names, mine, theirs, strict=True) if not torch.equal(a, b)]
             if different:
                 return f"{different[0]} is not that of the edit"
         elif _distance(mine, theirs) > CUT_TOLERANCE:
-            return f"{layer.module} is not the edit's, cut to rank {layer.rank}"
+            return f"{module} is not the edit's, cut to rank {layer.rank}"
     return ""
 
 

@@ -202,3 +202,79 @@ def test_a_file_of_0_1_with_an_identity_is_read(model, tokenizer, statistics, co
     with safe_open(tmp_path / "edit", framework="pt") as file:
         assert "layer.1.left" in file.keys()  # noqa: SIM118
     assert torch.equal(Edit.load(tmp_path / "edit").updates[0].factors.matrix, update.factors.matrix)
+
+
+def described(header, **changes):
+    for layer in header["layers"]:
+        layer["undo"] |= changes
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda header: described(header, shape=[48, 32]),
+        lambda header: described(header, shape=[32 * 48]),
+        lambda header: described(header, shape=[1, 32, 48]),
+        lambda header: described(header, width=2),
+        lambda header: [layer.update(dtype="torch.bfloat16") for layer in header["layers"]],
+        lambda header: [layer.update(dtype="torch.float64") for layer in header["layers"]],
+        lambda header: [layer.update(transposed=True) for layer in header["layers"]],
+    ],
+    ids=["transposed", "flat", "deeper", "narrow", "another dtype", "unknown dtype", "transposed weight"],
+)
+def test_what_undoes_an_edit_has_the_shape_and_the_width_of_the_weight(rewrite, spoil):
+    with pytest.raises(InputError, match=r"undo data|the weight was"):
+        Edit.load(rewrite(header=spoil))
+
+
+def test_nothing_is_undone_where_one_layer_cannot_be(edit, model, weights_of):
+    before = weights_of(model)
+    update = edit.updates[-1]
+    edit.updates[-1] = replace(update, applied=replace(update.applied, undo=update.applied.undo.T.contiguous()))
+    with pytest.raises(InputError, match=f"{update.parameter} is torch.int32 of shape .48, 32."):
+        edit.revert(model)
+    assert all(torch.equal(weight, before[name]) for name, weight in weights_of(model).items())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("divergence", "0.1"),
+        ("divergence", [0.1]),
+        ("divergence", True),
+        ("divergence", 10**400),
+        ("statistics", []),
+        ("statistics", {"tokens": "many"}),
+        ("statistics", {"tokens": 1.5}),
+        ("statistics", {"tokens": 10**30}),
+        ("statistics", {"text": 5}),
+        ("statistics", {"dtype": None}),
+        ("statistics", {"length": "x"}),
+        ("seconds", []),
+        ("seconds", {"solve": "long"}),
+        ("distance", ["near", "far"]),
+        ("limits_passed", [5]),
+        ("inexact", ["1"]),
+        ("collisions", 5),
+        ("collisions", {"layer": 1}),
+        ("neighbours", "none"),
+        ("layers", []),
+        ("layers", None),
+    ],
+)
+def test_a_report_whose_values_are_of_other_types_is_refused(rewrite, field, value):
+    def spoil(header):
+        if field == "layers" and value == []:
+            header["report"]["layers"] = header["report"]["layers"][1:]
+        else:
+            header["report"][field] = value
+
+    with pytest.raises(InputError):
+        Edit.load(rewrite(header=spoil))
+
+
+def test_numbers_of_a_layer_must_be_numbers(rewrite):
+    for name in ("relative_norm", "closed", "surviving", "condition", "ridge", "keys"):
+        path = rewrite(header=lambda header, name=name: header["report"]["layers"][0].update({name: "much"}))
+        with pytest.raises(InputError, match=r"much|numbers"):
+            Edit.load(path)

@@ -162,10 +162,11 @@ def test_the_report_is_one_page_with_its_plots_inside(model: nn.Module, tokenize
         before, items=[replace(item, score=item.score / 2) for item in before.items], measures={"perplexity": 12.0}
     )
     page = tmp_path / "report.html"
-    write_html("<Ada>", after, page, before)
+    write_html("<Ada>\x1b[2J\u202e", after, page, before)
     text = page.read_text(encoding="utf-8")
     assert text.count('src="data:image/png;base64,') == 3
     assert "<Ada>" not in text and "http" not in text and "50.0%" in text
+    assert "\x1b" not in text and "\u202e" not in text and "&lt;Ada&gt;\\u001b[2J" in text
     with pytest.raises(rocr.InputError, match="exists"):
         write_html("again", after, page, before)
     write_json(report_json(after, before), tmp_path / "report.json")

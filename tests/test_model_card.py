@@ -1,4 +1,5 @@
 import json
+import unicodedata
 
 import pytest
 from huggingface_hub import ModelCard
@@ -76,3 +77,23 @@ def test_many_concepts_are_counted(files, report):
     text = card(report, files)
     assert "1000 concepts" in text and "and 980 more" in text
     assert len(text) < 10_000
+
+
+STEERING = "\x1b]0;title\x07\x1b[2J\u202ename\u200b\x9b\ud800"
+
+
+def test_no_text_of_others_steers_a_terminal(files, report, tmp_path):
+    hostile = {
+        **report,
+        "model": STEERING,
+        "fingerprint_mismatch": f"The edit was made for {STEERING}",
+        "statistics": {"tokens": 5, "text": STEERING},
+        "limits_passed": [STEERING],
+        "concepts": [{**report["concepts"][0], "name": STEERING, "redirect": STEERING}],
+    }
+    (tmp_path / STEERING[:-1]).mkdir()
+    (tmp_path / STEERING[:-1] / "config.json").write_text("{}")
+    text = card(hostile, files, source=find_model(str(tmp_path / STEERING[:-1])))
+    assert not {character for character in text if unicodedata.category(character)[0] == "C"} - {"\n"}
+    assert text.count("\\u001b") >= 2 * 6
+    text.encode("utf-8")

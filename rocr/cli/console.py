@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 import traceback
-import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -17,9 +16,8 @@ from rich.text import Text
 from rocr.cli.stages import bars, plain_lines
 from rocr.json_values import json_text
 from rocr.progress import ProgressCallback, silent
+from rocr.visible import visible
 
-MAX_SHOWN = 20_000
-"""Characters of one text: fifty errors with names of the allowed length are fewer."""
 SECONDS_BETWEEN_LINES = 30.0
 
 
@@ -107,16 +105,6 @@ class Console:
         if not self._json or document is None:
             return
         sys.stdout.write(json_text(document, 2, sys.stdout.encoding or "utf-8") + "\n")
-
-
-def visible(text: str) -> str:
-    """The text with characters that would steer the terminal, or hide in it, written as their codes."""
-    if len(text) > MAX_SHOWN:
-        text = text[:MAX_SHOWN] + "…"
-    return "".join(
-        character if character in "\n\t" or unicodedata.category(character)[0] != "C" else f"\\u{ord(character):04x}"
-        for character in text
-    )
 
 
 def _is_number(cell: str) -> bool:

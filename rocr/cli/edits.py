@@ -34,7 +34,15 @@ def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
 
 def run_apply(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Write a model with the edit."""
-    edit, loaded = _load(arguments, arguments.edit, console)
+    from rocr.saving import check_output_possible, holds_already
+
+    edit, source = _edit_and_source(arguments, arguments.edit)
+    with console.stage("load"):
+        loaded = load(arguments, source, _last_layer(arguments, source, edit))
+    held = holds_already(loaded, edit)
+    if held is not None:
+        raise InputError(f"{held} holds this edit already.")
+    check_output_possible(loaded, edit.layers, Path(arguments.out))
     with console.stage("apply"):
         mismatch = edit.mismatch(loaded.model)
         edit.apply(loaded.model, arguments.allow_fingerprint_mismatch)
@@ -50,14 +58,18 @@ def run_apply(arguments: argparse.Namespace, console: Console) -> dict[str, Any]
 def run_revert(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Write the model as it was before the edit: from its originals where the folder keeps them."""
     from rocr.originals import has_originals
+    from rocr.stored import find_weights
 
     if arguments.edit is None and has_originals(Path(arguments.model)):
         return _restore(arguments, console)
     place = arguments.edit or Path(arguments.model) / EDIT_FILE
-    edit, loaded = _load(arguments, place, console)
-    with console.stage("revert"):
-        edit.revert(loaded.model)
-    report = write_output(arguments, loaded, edit, ("model",), console, applied=False)
+    edit, source = _edit_and_source(arguments, place)
+    with console.stage("load"):
+        loaded = _structure(arguments, source)
+    if find_weights(source) is None:
+        with console.stage("revert"):
+            edit.revert(loaded.model)
+    report = write_output(arguments, loaded, edit, ("model",), console, reverted=True, applied=False)
     _say(arguments, edit, console, "without")
     return report
 
@@ -82,26 +94,37 @@ def _add_out(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace the output folder if it exists")
 
 
-def _load(arguments: argparse.Namespace, place: str | Path, console: Console) -> tuple[Edit, LoadedModel]:
+def _edit_and_source(arguments: argparse.Namespace, place: str | Path) -> tuple[Edit, ModelSource]:
     source = source_of(arguments)
     if not Path(place).is_file():
         raise InputError(f"There is no edit file at {place}.")
     claim_output(arguments, (*source.inputs, place))
 
+    from rocr.copying import check_carried
     from rocr.edit import Edit
 
-    edit = Edit.load(place)
-    with console.stage("load"):
-        return edit, load(arguments, source, _last_layer(arguments, source, edit))
+    check_carried(source)
+    return Edit.load(place), source
+
+
+def _structure(arguments: argparse.Namespace, source: ModelSource) -> LoadedModel:
+    """The model to take an edit off: without its weights where these lie in files, which are changed by themselves."""
+    if source.folder is None or source.gguf:
+        return load(arguments, source)
+
+    from rocr.models import LoadedModel
+    from rocr.partial import empty_model
+
+    return LoadedModel(empty_model(source, arguments.trust_remote_code), None, source)
 
 
 def _last_layer(arguments: argparse.Namespace, source: ModelSource, edit: Edit) -> int | None:
     """The last layer to load, since what comes after is not changed; None: the whole model."""
     from rocr.partial import can_load_partially
 
-    if arguments.dtype or arguments.device == "auto" or not can_load_partially(source):
-        return None
-    return max(*edit.layers, edit.fingerprint.layer)
+    last = max(*edit.layers, edit.fingerprint.layer)
+    whole = arguments.dtype or arguments.device == "auto" or not can_load_partially(source, last)
+    return None if whole else last
 
 
 def _say(arguments: argparse.Namespace, edit: Edit, console: Console, done: str) -> None:

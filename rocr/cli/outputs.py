@@ -25,40 +25,61 @@ def write_output(
     parts: Sequence[str],
     console: Console,
     answers: Sequence[Answer] = (),
+    reverted: bool = False,
     **more: Any,
 ) -> dict[str, Any]:
     """Write --out, complete or not at all, and return its report.
 
     Args:
         arguments: of the command.
-        loaded: the model as it is to be written.
+        loaded: the model; see `rocr.saving.save_edited`.
         edit: what was done to it, or undone.
         parts: of model, lora, edit, originals.
         console: what timed the stages before.
         answers: before and after.
+        reverted: whether the edit is taken off.
         more: further fields of the report.
     """
     from rocr.model_card import write_card
     from rocr.originals import save_originals
+    from rocr.own_names import own_names
     from rocr.report import build_report, file_digests, write_report
-    from rocr.saving import save_edited
+    from rocr.saving import Saved, save_edited
 
     with (
         console.stage("save"),
         new_directory(arguments.out, inputs=loaded.source.inputs, overwrite=arguments.overwrite) as partial,
     ):
-        linked = save_edited(loaded, edit, partial) if "model" in parts else []
+        if "edit" in parts or "lora" in parts:
+            edit = edit.with_own_names(own_names(loaded, [update.parameter for update in edit.updates]))
+        saved = save_edited(loaded, edit, partial, reverted) if "model" in parts else Saved(edit, [], {})
+        edit, linked = saved.edit, saved.linked
         if "edit" in parts:
             edit.save(partial / EDIT_FILE)
         adapter = edit.export_lora(partial / "lora", arguments.lora_rank) if "lora" in parts else []
         stored = save_originals(loaded.source, partial) if "originals" in parts else {}
-        report = build_report(edit, arguments.model, console.seconds, answers, {}, linked) | more
+        report = build_report(edit, arguments.model, console.seconds, answers, {}, linked) | saved.report | more
         if adapter:
             report["lora"] = [asdict(layer) for layer in adapter]
         write_card(report, loaded.source, parts, partial)
         report["files"] = file_digests(partial, [*linked, *stored]) | stored
         write_report(report, partial)
+    _say_what_differs(report, console)
     return report
+
+
+def _say_what_differs(report: dict[str, Any], console: Console) -> None:
+    """Say where files and loaded model are not the same."""
+    other = [weight for weight in report.get("weights", ()) if weight["loaded"] not in (weight["dtype"], None)]
+    if other:
+        console.warn(
+            f"The files hold {other[0]['parameter']} as {other[0]['dtype']}, loaded as {other[0]['loaded']}: the "
+            f"output keeps {other[0]['dtype']}."
+        )
+    left_out = report.get("left_out")
+    if left_out:
+        shown = ", ".join(left_out[:5]) + (f" and {len(left_out) - 5} more" if len(left_out) > 5 else "")
+        console.warn(f"Weights that are not loaded with the model are not in the output: {shown}.")
 
 
 def show_adapter(report: dict[str, Any], console: Console) -> None:

@@ -116,7 +116,9 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
         loaded = load(arguments, source, last_layer)
     config = _with_layers(config, loaded)
     if "model" in save:
-        _check_room(loaded, config, arguments.out)
+        from rocr.saving import check_output_possible
+
+        check_output_possible(loaded, config.layers or (), Path(arguments.out))
     before = _ask(loaded, questions, arguments, console, "answers before")
     if statistics is None:
         statistics = _collect(loaded, config, arguments, console)
@@ -160,6 +162,10 @@ def _check_output(arguments: argparse.Namespace, source: ModelSource) -> None:
 def _check_parts(arguments: argparse.Namespace, source: ModelSource, save: tuple[str, ...]) -> None:
     if arguments.lora_rank and "lora" not in save:
         raise InputError("--lora-rank is of the adapter, which --save does not name: add lora to it.")
+    if "model" in save:
+        from rocr.copying import check_carried
+
+        check_carried(source)
     if "originals" in save:
         from rocr.originals import original_files
 
@@ -212,12 +218,6 @@ def _with_layers(config: EditConfig, loaded: LoadedModel) -> EditConfig:
     from rocr.layers import resolve_layers
 
     return resolve_layers(config, loaded.model)
-
-
-def _check_room(loaded: LoadedModel, config: EditConfig, out: str) -> None:
-    from rocr.saving import check_room
-
-    check_room(loaded, config.layers or (), Path(out))
 
 
 def _collect(loaded: LoadedModel, config: EditConfig, arguments: argparse.Namespace, console: Console) -> Statistics:

@@ -13,6 +13,7 @@ from rocr.evaluation.compare import compare_evaluations, relative_fall
 from rocr.evaluation.scores import Evaluation
 from rocr.json_values import json_text
 from rocr.output import new_file
+from rocr.visible import visible
 
 COLUMNS = ("split", "form", "before", "after", "gone", "chance", "questions", "targets")
 
@@ -157,7 +158,7 @@ def write_html(
     from rocr.evaluation.plots import draw_plots
 
     pictures = draw_plots(evaluation, before, attacks or {})
-    parts = [f"<h1>{html.escape(title)}</h1>", _filter_sentence(evaluation)]
+    parts = [f"<h1>{_escaped(title)}</h1>", _filter_sentence(evaluation)]
     parts.append(_table(*score_table(evaluation, before)))
     if evaluation.measures:
         parts.append(_table(*measure_table(evaluation, before)))
@@ -166,15 +167,15 @@ def write_html(
         parts.append(_table(attack_columns(evaluation), attack_rows(evaluation, before, attacks)))
     for caption, png in pictures:
         data = base64.b64encode(png).decode()
-        text = html.escape(caption)
+        text = _escaped(caption)
         parts.append(f'<h2>{text}</h2><img alt="{text}" src="data:image/png;base64,{data}">')
     worst = [(subject, form, f"{score:.3f}") for subject, (form, score) in evaluation.worst().items()]
     if worst:
         parts.append("<h2>The form that remembers most, by target</h2>")
         parts.append(_table(("target", "form", "score"), worst))
-    parts.append(f"<p>Settings: {html.escape(json.dumps(evaluation.settings))}</p>")
+    parts.append(f"<p>Settings: {_escaped(json.dumps(evaluation.settings))}</p>")
     page = (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{_escaped(title)}</title>'
         f"<style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
     )
     with new_file(path, overwrite=overwrite) as partial:
@@ -193,15 +194,20 @@ def _filter_sentence(evaluation: Evaluation) -> str:
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     numeric = [bool(rows) and all(_is_number(row[i]) or not row[i] for row in rows) for i in range(len(columns))]
     head = "".join(
-        f"<th{' class=number' if number else ''}>{html.escape(column)}</th>"
+        f"<th{' class=number' if number else ''}>{_escaped(column)}</th>"
         for column, number in zip(columns, numeric, strict=True)
     )
     body = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
+def _escaped(text: str) -> str:
+    """A text of others as HTML, with characters that hide or steer a terminal written as their codes."""
+    return html.escape(visible(text))
+
+
 def _cell(text: str) -> str:
-    return f"<td{' class=number' if _is_number(text) else ''}>{html.escape(text)}</td>"
+    return f"<td{' class=number' if _is_number(text) else ''}>{_escaped(text)}</td>"
 
 
 def _is_number(text: str) -> bool:
