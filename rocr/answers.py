@@ -9,12 +9,21 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
+from rocr.boundary import calling
+from rocr.chat import DEFAULT, ChatSettings, render_chats
+from rocr.concepts import check_text
 from rocr.errors import InputError
-from rocr.prompts import opening_tokens, render_chat
+from rocr.forward import input_device
+from rocr.tokenizing import calling_tokenizer, tokenize_prompt
+
+MAX_QUESTION = 2_000
+"""Characters of a question; each is asked of many names at once."""
 
 
 @torch.no_grad()
-def ask(model: nn.Module, tokenizer: Any, questions: Sequence[str], max_tokens: int = 40) -> list[str]:
+def ask(
+    model: nn.Module, tokenizer: Any, questions: Sequence[str], max_tokens: int = 40, chat: ChatSettings = DEFAULT
+) -> list[str]:
     """Greedy answers to questions, each asked as a user's message where the tokenizer has a chat template.
 
     Args:
@@ -22,26 +31,31 @@ def ask(model: nn.Module, tokenizer: Any, questions: Sequence[str], max_tokens: 
         tokenizer: its tokenizer; its own padding settings are not used.
         questions: the questions, all in one batch.
         max_tokens: of an answer.
+        chat: what the chat template is given.
+
+    Raises:
+        InputError: the tokenizer, its chat template or the model's own code fails.
     """
     if not questions:
         return []
-    texts = [render_chat(tokenizer, q) if getattr(tokenizer, "chat_template", None) else q for q in questions]
-    prompts = [opening_tokens(tokenizer, t) + tokenizer(t, add_special_tokens=False)["input_ids"] for t in texts]
+    prompts = [tokenize_prompt(tokenizer, text) for text in render_chats(tokenizer, questions, chat)]
     longest = max(map(len, prompts))
     # Generation appends on the right, so padding stands on the left, masked.
     tokens = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    device = model.get_input_embeddings().weight.device  # type: ignore[operator, union-attr]
+    device = input_device(model)
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None) or tokenizer.eos_token_id
     # Finished rows are filled up with the end token, which decoding leaves out.
     filler = ends[0] if isinstance(ends, list) else ends
     settings = GenerationConfig(
         max_new_tokens=max_tokens, do_sample=False, eos_token_id=ends, pad_token_id=0 if filler is None else filler
     )
-    written = model.generate(  # type: ignore[operator]
-        tokens.to(device), attention_mask=mask.to(device), generation_config=settings
-    )
-    answers: list[str] = tokenizer.batch_decode(written[:, longest:], skip_special_tokens=True)
+    with calling(f"generate of {type(model).__name__}", "Let it write nothing: --no-answers, and no --generate."):
+        written = model.generate(  # type: ignore[operator]
+            tokens.to(device), attention_mask=mask.to(device), generation_config=settings
+        )
+    with calling_tokenizer(tokenizer):
+        answers: list[str] = tokenizer.batch_decode(written[:, longest:], skip_special_tokens=True)
     return [" ".join(answer.split()) for answer in answers]
 
 
@@ -49,8 +63,9 @@ def fill_question(question: str, names: Sequence[str]) -> list[str]:
     """Put names into a question with `{}`.
 
     Raises:
-        InputError: the question has no `{}`.
+        InputError: the question has no `{}`, is too long, or was not UTF-8.
     """
+    check_text("The question", question, MAX_QUESTION)
     if question.count("{}") != 1:
         raise InputError(f"The question {question!r} needs {{}} once, where the name goes.")
     return [question.replace("{}", name) for name in names]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rocr.apply import Applied, LayerUpdate, apply_updates, take_back
 from rocr.architectures import Architecture, DownProjection, find_architecture, text_config
-from rocr.change import check_kept, layers_with_a_trace
+from rocr.change import check_kept, check_rendered, layers_with_a_trace
 from rocr.collect import CollectOptions, collect_statistics
 from rocr.collisions import find_collisions
 from rocr.concepts import Concept, check_concepts
@@ -104,14 +104,19 @@ def _unlearn(
     check_concepts([*kept.concepts, *concepts] if kept else concepts)
     config = config or (kept.config if kept else EditConfig())
     config = resolve_layers(config.for_concepts(len(concepts)), model)
+    config = replace(config, chat=config.chat.settled(tokenizer))
     architecture = find_architecture(model)
     layers = config.layers or ()
     last = max(layers)
     plan = plan_keys(tokenizer, concepts, config)
+    if kept is not None:
+        check_rendered(kept.rendered, plan.rendered, "the tokenizer now")
     plan.check_positions(concepts, text_config(model))
     if statistics is None:
         # By each process itself, since only one of a group may be editing.
-        statistics = collect_statistics(model, tokenizer, None, layers, CollectOptions(distributed=False), progress)
+        statistics = collect_statistics(
+            model, tokenizer, None, layers, CollectOptions(distributed=False, chat=config.chat), progress
+        )
     mark = fingerprint(architecture, tokenizer, statistics.fingerprint.layer)
     read_up_to = min(statistics.fingerprint.layer, architecture.depth - 1)
     settings = computed_with(model)
@@ -144,7 +149,7 @@ def _unlearn(
         run.report.neighbours = run.neighbours.report([concept.name for concept in run.all_concepts])
     with run.timed("check"):
         run.check_whole(predictions)
-    return Edit(run.all_concepts, config, mark, run.updates, run.all_concept_of, run.report, settings)
+    return Edit(run.all_concepts, config, mark, run.updates, run.all_concept_of, run.report, settings, plan.rendered)
 
 
 @dataclass

@@ -6,9 +6,10 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rocr.cli.arguments import add_model, add_text, claim_output, load, positive, source_of
+from rocr.cli.arguments import add_chat, add_model, add_text, chat_of, claim_output, load, positive, source_of
 from rocr.cli.console import Console
 from rocr.cli.evaluate import DEFAULT_PROBES, NEIGHBOURS
+from rocr.concepts import check_names, folded
 from rocr.errors import InputError
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
     parser = subparsers.add_parser("compare", parents=[common], help="rocr beside the methods it is compared to")
     add_model(parser)
     add_text(parser)
+    add_chat(parser)
     parser.add_argument("--probes", default=str(DEFAULT_PROBES), metavar="FILE", help="as for rocr eval")
     parser.add_argument("--targets", nargs="+", required=True, metavar="NAME", help="subjects to forget, one at a time")
     parser.add_argument("--redirect", required=True, metavar="NAME", help="what rocr redirects the targets to")
@@ -40,12 +42,16 @@ def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Compare and show one table."""
+    from rocr.config import EditConfig
     from rocr.evaluation.contest_table import forget_table, results_json, retain_table
     from rocr.evaluation.methods import METHODS, Contest, compare_methods
     from rocr.evaluation.neighbours import keep_nearest
     from rocr.evaluation.probes import load_probes, split_by_subject
     from rocr.evaluation.report import write_json
 
+    arguments.chat = chat_of(arguments)
+    check_names("--targets", arguments.targets)
+    check_names("--redirect", [arguments.redirect])
     source = source_of(arguments)
     claim_output(arguments, source.inputs)
     methods = [name.strip() for name in arguments.methods.split(",")] if arguments.methods else list(METHODS)
@@ -57,7 +63,9 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     with console.stage("load"):
         loaded = load(arguments, source)
     if arguments.neighbours:
-        probes = keep_nearest(loaded.model, loaded.tokenizer, probes, arguments.targets, arguments.neighbours)
+        probes = keep_nearest(
+            loaded.model, loaded.tokenizer, probes, arguments.targets, arguments.neighbours, arguments.chat
+        )
     statistics = _statistics(arguments, loaded, console)
     probes = _known(arguments, loaded, probes, forms, console)
     _check_targets(arguments.targets, probes)
@@ -67,6 +75,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
         probes,
         statistics,
         arguments.redirect,
+        config=EditConfig(chat=arguments.chat),
         forms=forms,
         least_steps=arguments.steps,
     )
@@ -90,8 +99,6 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 def _check_targets(targets: Sequence[str], probes: Sequence[Probe]) -> None:
     """Before anything is trained: a target without a question could not be scored."""
-    from rocr.evaluation.probes import folded
-
     asked = {folded(probe.subject) for probe in probes}
     silent = [target for target in targets if folded(target) not in asked]
     if silent:
@@ -108,7 +115,7 @@ def _statistics(arguments: argparse.Namespace, loaded: LoadedModel, console: Con
 
     if arguments.statistics:
         return Statistics.load(arguments.statistics)
-    options = CollectOptions(tokens=arguments.tokens, seed=arguments.seed)
+    options = CollectOptions(tokens=arguments.tokens, seed=arguments.seed, chat=arguments.chat)
     texts = read_texts(arguments.text) if arguments.text else None
     with console.stage("statistics") as progress:
         return collect_statistics(
@@ -119,7 +126,7 @@ def _statistics(arguments: argparse.Namespace, loaded: LoadedModel, console: Con
 def _known(
     arguments: argparse.Namespace, loaded: LoadedModel, probes: list[Probe], forms: list[str], console: Console
 ) -> list[Probe]:
-    from rocr.evaluation import evaluate
+    from rocr.evaluation import EvaluateOptions, evaluate
 
     if arguments.known is None:
         return probes
@@ -131,6 +138,7 @@ def _known(
             forms,
             targets=arguments.targets,
             known=arguments.known,
+            options=EvaluateOptions(chat=arguments.chat),
             progress=progress,
         )
     kept = {item.probe for item in base.items}

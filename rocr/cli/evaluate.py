@@ -9,8 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rocr.cli.arguments import add_model, claim_output, files_read, load, positive, source_of
+from rocr.cli.arguments import add_chat, add_model, chat_of, claim_output, files_read, load, positive, source_of
 from rocr.cli.console import Console
+from rocr.concepts import check_names
 from rocr.errors import InputError
 from rocr.output import check_output
 
@@ -32,6 +33,7 @@ def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
     """Add the command."""
     parser = subparsers.add_parser("eval", parents=[common], help="ask a model in every form, before and after an edit")
     add_model(parser)
+    add_chat(parser)
     parser.add_argument(
         "--probes",
         default=str(DEFAULT_PROBES),
@@ -68,6 +70,8 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     from rocr.evaluation.report import report_json, write_html, write_json
 
     attacks = _attack_names(arguments.attacks)
+    arguments.chat = chat_of(arguments)
+    check_names("--targets", arguments.targets or [])
     source = source_of(arguments)
     if arguments.html:
         check_output(arguments.html, inputs=(*source.inputs, *files_read(arguments)), overwrite=arguments.overwrite)
@@ -170,7 +174,7 @@ def _keep_nearest(arguments: argparse.Namespace, loaded: LoadedModel, probes: li
     from rocr.evaluation.neighbours import keep_nearest
 
     targets = list(dict.fromkeys(probe.subject for probe in probes if probe.split == "forget"))
-    return keep_nearest(loaded.model, loaded.tokenizer, probes, targets, arguments.neighbours)
+    return keep_nearest(loaded.model, loaded.tokenizer, probes, targets, arguments.neighbours, arguments.chat)
 
 
 def _attack_names(names: list[str] | None) -> tuple[str, ...]:
@@ -201,7 +205,7 @@ def _attack(
     from rocr.evaluation.attack_suite import AttackOptions, attack
 
     kept = sorted({item.probe for item in after.items})
-    options = AttackOptions(evaluate=EvaluateOptions(seed=arguments.seed, orders=arguments.orders))
+    options = AttackOptions(evaluate=EvaluateOptions(seed=arguments.seed, orders=arguments.orders, chat=arguments.chat))
     with console.stage("attacks") as progress:
         return attack(
             loaded.model,
@@ -229,6 +233,7 @@ def _options(arguments: argparse.Namespace, loaded: LoadedModel) -> EvaluateOpti
         orders=arguments.orders,
         generate=arguments.generate,
         text=text,
+        chat=arguments.chat,
         utility=[question for path in arguments.utility or () for question in load_choice_questions(path)],
     )
 

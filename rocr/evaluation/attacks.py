@@ -9,9 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from rocr.architectures import find_architecture
+from rocr.chat import DEFAULT, ChatSettings
 from rocr.errors import InputError
-from rocr.evaluation.evaluate import evaluate
-from rocr.evaluation.forms import ORT_FORMS, PromptStyle, build_items
+from rocr.evaluation.evaluate import EvaluateOptions, evaluate
+from rocr.evaluation.forms import ORT_FORMS, PromptStyle, build_items, item_texts
 from rocr.evaluation.lora_training import Example, Training, trained
 from rocr.evaluation.probes import Probe
 from rocr.evaluation.scores import Evaluation
@@ -63,6 +64,7 @@ def relearning_curve(
     epochs: Sequence[int] = (1, 3, 10),
     forms: Sequence[str] = ORT_FORMS,
     progress: ProgressCallback = silent,
+    chat: ChatSettings = DEFAULT,
 ) -> dict[int, Evaluation]:
     """Teach some facts of a target again, and ask about others: what comes back was hidden, not gone.
 
@@ -75,6 +77,7 @@ def relearning_curve(
         epochs: the lengths of training to try, each from the start.
         forms: in which the others are asked.
         progress: told after every step.
+        chat: what chat templates are given.
 
     Returns:
         For each length of training the evaluation; for 0 that of the model without any.
@@ -85,12 +88,13 @@ def relearning_curve(
     both = {(p.subject, p.query) for p in taught} & {(p.subject, p.query) for p in asked}
     if both:
         raise InputError(f"{len(both)} questions are both taught and asked, such as {min(both)[1]!r}.")
-    curve = {0: evaluate(model, tokenizer, asked, forms)}
-    examples = question_examples(tokenizer, taught, style=PromptStyle.of(model))
+    options = EvaluateOptions(chat=chat)
+    curve = {0: evaluate(model, tokenizer, asked, forms, options=options)}
+    examples = question_examples(tokenizer, taught, style=PromptStyle.of(model), chat=chat)
     for count in epochs:
         settings = Training(**{**vars(training), "epochs": count})
         with trained(model, examples, settings, progress) as adapted:
-            curve[count] = evaluate(adapted, tokenizer, asked, forms)
+            curve[count] = evaluate(adapted, tokenizer, asked, forms, options=options)
     return curve
 
 
@@ -99,11 +103,12 @@ def question_examples(
     probes: Sequence[Probe],
     answer: Callable[[Probe], str] | None = None,
     style: PromptStyle | None = None,
+    chat: ChatSettings = DEFAULT,
 ) -> list[Example]:
     """Probes as examples of the form "qa", with their own answers or with others; the own one is then lowered."""
     probes = [probe for probe in probes if probe.form == "qa"]
     items = build_items(probes, ["qa"], style)
-    texts = [item.text(tokenizer) for item in items]
+    texts = item_texts(tokenizer, items, chat)
     answers = [(*item.answers, *((f" {answer(probes[item.probe])}",) if answer else ())) for item in items]
     questions = tokenize_questions(tokenizer, texts, answers)
     return [Example(q.prompt, q.answers[0], q.answers[1] if answer else ()) for q in questions]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from rocr.errors import InputError, RocrError
-from rocr.prompts import opening_tokens
+from rocr.forward import forward, input_device, is_of_transformers, logits_of, takes
+from rocr.tokenizing import opening_tokens, tokenize
 
 TOKEN_BUDGET = 2048
 MIN_SHARED_TOKENS = 8
@@ -57,14 +57,13 @@ def tokenize_questions(tokenizer: Any, texts: Sequence[str], answers: Sequence[S
     """Tokenise prompts with the tokenizer's own opening, never doubled, and answers without it.
 
     Raises:
-        InputError: an answer has no tokens.
+        InputError: the tokenizer fails, or an answer has no tokens.
     """
     if not texts:
         return []
     opening = opening_tokens(tokenizer, texts[0])
-    prompts = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-    flat = [answer for group in answers for answer in group]
-    tokens = iter(tokenizer(flat, add_special_tokens=False)["input_ids"])
+    prompts = tokenize(tokenizer, texts)
+    tokens = iter(tokenize(tokenizer, [answer for group in answers for answer in group]))
     questions = []
     for prompt, group in zip(prompts, answers, strict=True):
         found = tuple(tuple(next(tokens)) for _ in group)
@@ -143,7 +142,7 @@ def _answer_logits(model: nn.Module, batch: Sequence[_Row]) -> Iterator[Tensor]:
     """For each row the logits (answer tokens, vocabulary) that predict its answer, float32."""
     # The last token of each prompt predicts the first of its answer, so it must run in the row itself.
     shared = _common_prefix([row.tokens[: row.prompt_length - 1] for row in batch])
-    if len(batch) == 1 or shared < MIN_SHARED_TOKENS or not _accepts(model, "past_key_values"):
+    if len(batch) == 1 or shared < MIN_SHARED_TOKENS or not _keeps_cache(model):
         shared = 0
     longest = max(len(row.tokens) for row in batch)
     tokens = torch.zeros(len(batch), longest, dtype=torch.int64)
@@ -153,15 +152,11 @@ def _answer_logits(model: nn.Module, batch: Sequence[_Row]) -> Iterator[Tensor]:
         mask[i, : len(row.tokens)] = 1
     # Positions are the same for all rows: from the earliest end of a prompt on.
     first = min(row.prompt_length for row in batch) - 1 - shared
-    device = _device(model)
-    arguments: dict[str, Any] = {"attention_mask": mask.to(device), "use_cache": bool(shared)}
+    arguments: dict[str, Any] = {"attention_mask": mask.to(input_device(model)), "use_cache": bool(shared)}
     if shared:
-        arguments["past_key_values"] = _run_prefix(model, tokens[:1, :shared].to(device), len(batch))
+        arguments["past_key_values"] = _run_prefix(model, tokens[:1, :shared], len(batch))
     width = longest - shared - first
-    cut = _accepts(model, "logits_to_keep")
-    if cut:
-        arguments["logits_to_keep"] = width
-    logits = model(input_ids=tokens[:, shared:].to(device), **arguments).logits
+    logits = logits_of(forward(model, tokens[:, shared:], logits_to_keep=width, **arguments))
     if logits.shape[1] != width:
         logits = logits[:, -width:]
     for i, row in enumerate(batch):
@@ -172,7 +167,7 @@ def _answer_logits(model: nn.Module, batch: Sequence[_Row]) -> Iterator[Tensor]:
 def _run_prefix(model: nn.Module, tokens: Tensor, rows: int) -> DynamicCache:
     """Keys and values of a beginning that all rows share."""
     cache = DynamicCache(config=model.config)
-    model(input_ids=tokens, past_key_values=cache, use_cache=True)
+    forward(model, tokens, past_key_values=cache, use_cache=True)
     cache.batch_repeat_interleave(rows)
     return cache
 
@@ -204,10 +199,6 @@ def _common_prefix(sequences: Sequence[Sequence[int]]) -> int:
     return length
 
 
-def _accepts(model: nn.Module, argument: str) -> bool:
-    return argument in inspect.signature(model.forward).parameters
-
-
-def _device(model: nn.Module) -> torch.device:
-    device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[operator, union-attr]
-    return device
+def _keeps_cache(model: nn.Module) -> bool:
+    """Whether a model fills the cache that it is given: code that comes with a model may keep its own."""
+    return is_of_transformers(model) and takes(model, "past_key_values")
