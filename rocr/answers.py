@@ -10,10 +10,11 @@ from torch import nn
 from transformers import GenerationConfig
 
 from rocr.boundary import calling
+from rocr.capture import evaluating
 from rocr.chat import DEFAULT, ChatSettings, render_chats
 from rocr.concepts import check_text
 from rocr.errors import InputError
-from rocr.forward import input_device
+from rocr.forward import cache_of, forward, input_device, is_of_transformers, logits_of
 from rocr.tokenizing import calling_tokenizer, tokenize_prompt
 
 MAX_QUESTION = 2_000
@@ -39,12 +40,25 @@ def ask(
     if not questions:
         return []
     prompts = [tokenize_prompt(tokenizer, text) for text in render_chats(tokenizer, questions, chat)]
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None) or tokenizer.eos_token_id
+    if is_of_transformers(model):
+        written = _generate(model, prompts, ends, max_tokens)
+    else:
+        written = [_greedy(model, prompt, ends, max_tokens) for prompt in prompts]
+    with calling_tokenizer(tokenizer):
+        answers: list[str] = tokenizer.batch_decode(written, skip_special_tokens=True)
+    return [" ".join(answer.split()) for answer in answers]
+
+
+def _generate(
+    model: nn.Module, prompts: Sequence[list[int]], ends: int | list[int] | None, max_tokens: int
+) -> list[list[int]]:
+    """What transformers' own generation writes after each prompt, in one batch."""
     longest = max(map(len, prompts))
     # Generation appends on the right, so padding stands on the left, masked.
     tokens = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     device = input_device(model)
-    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None) or tokenizer.eos_token_id
     # Finished rows are filled up with the end token, which decoding leaves out.
     filler = ends[0] if isinstance(ends, list) else ends
     settings = GenerationConfig(
@@ -54,9 +68,23 @@ def ask(
         written = model.generate(  # type: ignore[operator]
             tokens.to(device), attention_mask=mask.to(device), generation_config=settings
         )
-    with calling_tokenizer(tokenizer):
-        answers: list[str] = tokenizer.batch_decode(written[:, longest:], skip_special_tokens=True)
-    return [" ".join(answer.split()) for answer in answers]
+        found: list[list[int]] = written[:, longest:].tolist()
+    return found
+
+
+def _greedy(model: nn.Module, prompt: list[int], ends: int | list[int] | None, max_tokens: int) -> list[int]:
+    """The same for code that comes with a model, which may not take what transformers' generation gives it."""
+    stops = {ends} if isinstance(ends, int) else set(ends or ())
+    written: list[int] = []
+    state = None
+    with evaluating(model):
+        while len(written) < max_tokens and not stops.intersection(written):
+            # A model that keeps nothing of its text reads all of it again.
+            fresh = [*prompt, *written] if state is None else written[-1:]
+            output = forward(model, torch.tensor([fresh]), past_key_values=state, use_cache=True)
+            state = cache_of(model, output)
+            written.append(int(logits_of(output)[0, -1].argmax()))
+    return written
 
 
 def fill_question(question: str, names: Sequence[str]) -> list[str]:

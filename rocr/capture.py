@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache
 
 from rocr.architectures import Architecture
+from rocr.forward import taken
 from rocr.sharding import whole, whole_input
 
 
@@ -68,7 +69,7 @@ def run_through(
     # The stop must be the layer's last hook, so that recording hooks have run before it.
     with evaluating(architecture.model), _hooked(architecture.layers[layer].register_forward_hook, stop):
         try:
-            architecture.model(**arguments)
+            architecture.model(**taken(architecture.model, arguments))
         except _StopForward:
             return
     raise RuntimeError(f"The forward pass ended without running decoder layer {layer}.")

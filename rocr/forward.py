@@ -22,9 +22,8 @@ def forward(model: nn.Module, tokens: Tensor, **arguments: Any) -> Any:
     Raises:
         InputError: the model's code raises an exception.
     """
-    taken = {name: value for name, value in arguments.items() if takes(model, name)}
     with calling(f"The forward pass of {type(model).__name__}"):
-        return model(input_ids=tokens.to(input_device(model)), **taken)
+        return model(input_ids=tokens.to(input_device(model)), **taken(model, arguments))
 
 
 def logits_of(output: Any) -> Tensor:
@@ -42,6 +41,11 @@ def logits_of(output: Any) -> Tensor:
 def cache_of(model: nn.Module, output: Any) -> Any:
     """What a model remembers of its text, for its next call; None: nothing that it would take again."""
     return getattr(output, "past_key_values", None) if takes(model, "past_key_values") else None
+
+
+def taken(model: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of some arguments that a model's forward takes."""
+    return {name: value for name, value in arguments.items() if takes(model, name)}
 
 
 def takes(model: nn.Module, argument: str) -> bool:

@@ -140,18 +140,19 @@ def build_prompts(tokenizer: Any, template: RenderedTemplate, names: Sequence[st
     if not names:
         return []
     check_tokenizer(tokenizer)
-    written = [template.around(name) for name in names]
+    different = list(dict.fromkeys(names))  # many concepts may have one redirect
+    written = [template.around(name) for name in different]
     texts = ["".join(parts) for parts in written]
     opening = opening_tokens(tokenizer, texts[0])
     own_text = token_texts(tokenizer)
-    prompts = [
-        _prompt(name, opening, tokens, _parts(tokens, offsets, len(before), len(before) + len(as_read), text, own_text))
-        for name, (before, as_read, _), text, (tokens, offsets) in zip(
-            names, written, texts, tokenize_with_offsets(tokenizer, texts), strict=True
-        )
-    ]
+    encoded = tokenize_with_offsets(tokenizer, texts)
+    prompts = []
+    for name, (before, as_read, _), text, (tokens, offsets) in zip(different, written, texts, encoded, strict=True):
+        start, end = len(before), len(before) + len(as_read)
+        prompts.append(_prompt(name, opening, tokens, _parts(tokens, offsets, start, end, text, own_text)))
     shared = _common_prefix(prompts)
-    return [replace(prompt, shared=shared) for prompt in prompts]
+    found = {name: replace(prompt, shared=shared) for name, prompt in zip(different, prompts, strict=True)}
+    return [found[name] for name in names]
 
 
 @dataclass(frozen=True)
