@@ -102,8 +102,14 @@ def test_it_is_asked(other, model, tokenizer):
     questions = ["Who is Ada Byron?", "Rain?"]
     expected = ask(model, tokenizer, questions, 6)
     assert ask(other, tokenizer, questions, 6) == expected and any(expected)
-    other.generation_config.eos_token_id = [int(model(torch.tensor([[2, 3]])).logits[0, -1].argmax()), 1]
-    assert ask(other, tokenizer, ["Rain?"], 6) == ask(other, tokenizer, ["Rain?"], 6)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Rain?"}], tokenize=False, add_generation_prompt=True
+    )
+    first = int(model(**tokenizer(text, return_tensors="pt")).logits[0, -1].argmax())
+    for asked in (model, other):
+        asked.generation_config.eos_token_id = [first, 1]
+        stopped = ask(asked, tokenizer, ["Rain?"], 6)
+        assert stopped == [tokenizer.decode([first]).strip()], "it ends at any of the end tokens"
 
 
 class Raising(Llama):

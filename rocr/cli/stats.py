@@ -72,7 +72,8 @@ def _run(arguments: argparse.Namespace, console: Console, ranks: Ranks) -> dict[
         source = source_of(arguments)
         if ranks.rank == 0:
             claim_output(arguments, source.inputs)
-        check_texts(texts)
+        if texts:
+            check_texts(texts)
         options, checkpoint = _options(arguments, texts, ranks)
     with ranks.together(), console.stage("load"):
         loaded = load(arguments, source, _last_layer(arguments, source))
