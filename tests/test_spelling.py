@@ -3,16 +3,20 @@
 # ruff: noqa: RUF001
 import json
 import unicodedata
+from dataclasses import replace
 
 import pytest
 
+from rocr.cli.console import visible
 from rocr.concepts import Concept, check_concepts, check_names, folded, holds_name, load_concepts, with_name
 from rocr.errors import InputError
+from rocr.evaluation import EvaluateOptions, evaluate
 from rocr.evaluation.generation import contains
+from rocr.evaluation.neighbours import keep_nearest
 from rocr.evaluation.probes import Probe, check_probes, split_by_subject
+from rocr.evaluation.redirects import about, check_candidates
 from rocr.spelling import hidden, is_of_a_word, is_seen
 
-NON_JOINER, JOINER = "\u200c", "\u200d"
 SPELLED = [
     "علی\u200cرضا",  # Persian
     "می\u200cخواهم",
@@ -131,6 +135,31 @@ def test_a_probe_is_found_in_either_unicode_form(asked, wanted):
     assert [probe.split for probe in split_by_subject(probes, [wanted])] == ["forget", "retain"]
     assert holds_name(f"Who is {asked}?", wanted) and not holds_name("Who is Fr\u00e9d\u00e9?", wanted)
     assert with_name(f"Who is {asked}?", wanted, "Bach") == "Who is Bach?"
+
+
+def test_evaluation_counts_one_subject_in_two_forms_once(model, tokenizer):
+    probes = [
+        Probe(COMPOSED, f"Where was {DECOMPOSED} born?", "Warsaw", ("Paris", "Rome")),
+        Probe(DECOMPOSED, f"What did {COMPOSED} write?", "a nocturne", ("laws", "poems")),
+        Probe("Blaise Pascal", "What did Blaise Pascal weigh?", "the air", ("salt", "gold"), split="retain"),
+    ]
+    found = evaluate(model, tokenizer, probes, ["qa", "misspelt"], options=EvaluateOptions(generate=True))
+    assert found.by_target() == {COMPOSED: found.by_target()[COMPOSED]}
+    assert found.form_score("qa", "forget").targets == 1
+    assert found.form_score("misspelt", "forget").items == 2, "the name is found in the question, and misspelt there"
+    asked = [about(probe, "Bach") for probe in probes[:2]]
+    assert [probe.query for probe in asked] == ["Where was Bach born?", "What did Bach write?"]
+    check_candidates(probes[:1], ["Bach", "Telemann"])
+    kept = keep_nearest(model, tokenizer, [*probes, replace(probes[2], subject="Bach")], [DECOMPOSED])
+    assert [probe.split for probe in kept] == ["forget", "forget", "retain", "retain"]
+
+
+def test_the_terminal_shows_joiners_that_belong_to_a_spelling():
+    for name in SPELLED:
+        assert visible(name) == name
+    for name, place in HIDDEN:
+        assert f"\\u{ord(name[place]):04x}" in visible(name)
+    assert visible("a\tb\nc\x1b\ue000\u0378") == "a\tb\nc\\u001b\\ue000\\u0378"
 
 
 @pytest.mark.parametrize(
