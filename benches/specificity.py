@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 import rocr
 from rocr.answers import ask
+from rocr.chat import render_chat
 from rocr.demo import CONCEPTS, demo_model
 from rocr.models import find_model, load_model
-from rocr.prompts import render_chat
 
 OTHERS = (
     "Isaac Newton",

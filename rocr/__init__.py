@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rocr import ops
+    from rocr.chat import ChatSettings
     from rocr.collect import CollectOptions, collect_statistics
     from rocr.concepts import Concept, load_concepts
     from rocr.config import EditConfig
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from rocr.statistics import Statistics
 
 _HOMES = {
+    "ChatSettings": "chat",
     "CollectOptions": "collect",
     "Concept": "concepts",
     "Edit": "edit",
@@ -44,6 +46,7 @@ _HOMES = {
 
 __version__ = "0.1.0"
 __all__ = [
+    "ChatSettings",
     "CollectOptions",
     "Concept",
     "Edit",

@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 from rocr.architectures import Architecture
 from rocr.boundary import calling
 from rocr.errors import InputError
+from rocr.forward import taken
 from rocr.sharding import whole, whole_input
 
 
@@ -76,7 +77,7 @@ def run_through(
     with evaluating(architecture.model), as_written(), stopping:
         try:
             with calling(f"The forward pass of {type(architecture.model).__name__}"):
-                architecture.model(**arguments)
+                architecture.model(**taken(architecture.model, arguments))
         except _StopForward:
             return
     raise InputError(_unseen(f"decoder layer {architecture.layers_name}.{layer}"))

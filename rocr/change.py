@@ -24,6 +24,7 @@ from rocr.errors import InputError
 from rocr.fingerprint import Fingerprint
 from rocr.measures import EditReport, LayerMeasures, measure_layer
 from rocr.progress import ProgressCallback
+from rocr.prompts import RenderedTemplate
 from rocr.provenance import different
 from rocr.solve import System, solve_again
 
@@ -73,6 +74,8 @@ def add_concepts(
     """Put concepts into an edit; see `Edit.add`."""
     from rocr.pipeline import unlearn
 
+    # Of a file that says no date, templates are told the usual one.
+    edit = replace(edit, config=replace(edit.config, chat=edit.config.chat.settled(tokenizer)))
     projections = down_projections(find_architecture(model), edit.updates)
     return put_in_place_of(
         projections,
@@ -121,6 +124,26 @@ def check_kept(
         raise InputError(
             f"The edit was made with statistics of {_listed(recorded)}, but these are of {_listed(given)}."
         )
+
+
+def check_rendered(kept: Sequence[RenderedTemplate], rendered: Sequence[RenderedTemplate], whose: str) -> None:
+    """Make sure that templates are read as those of an edit were; where it does not say how, nothing can be told.
+
+    Args:
+        kept: the templates as the edit's model read them.
+        rendered: the same templates now.
+        whose: what renders them now, for the message.
+
+    Raises:
+        InputError: they differ; names both.
+    """
+    for old, new in zip(kept, rendered, strict=False):
+        if old != new:
+            raise InputError(
+                f"The edit was made with a template that reads {repr(old.before)[-200:]} before a name and "
+                f"{repr(old.after)[:200]} behind it, but {whose} gives {repr(new.before)[-200:]} and "
+                f"{repr(new.after)[:200]}. Use the chat template and the chat settings that the edit was made with."
+            )
 
 
 def _listed(summary: Mapping[str, Any]) -> str:
@@ -227,6 +250,7 @@ def _check_mergeable(edit: Edit, other: Edit) -> None:
     one, another = different(edit.computed_with, other.computed_with)
     if one:
         raise InputError(f"The edits were made for models of the same weights, one with {one}, one with {another}.")
+    check_rendered(edit.rendered, other.rendered, "the other edit's tokenizer")
     if edit.config != other.config or edit.layers != other.layers:
         raise InputError("The edits were made with different settings; make one with the settings of the other.")
     for mine, theirs in zip(edit.updates, other.updates, strict=True):

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from rocr import ops
 from rocr.architectures import Architecture, default_layers, find_architecture, text_config
 from rocr.capture import as_sequence, check_seen, input_hook, run_through
+from rocr.chat import DEFAULT, ChatSettings
 from rocr.checkpoint import Checkpoint
 from rocr.errors import GuardError, InputError, RocrError
 from rocr.fingerprint import dtype_name, fingerprint
@@ -53,6 +54,7 @@ class CollectOptions:
             processes each has its own, `<checkpoint>.<rank>-of-<number>`.
         distributed: whether the processes of an initialised torch.distributed group share the work. All of them
             must then call with the same model, text and options, and all get the result.
+        chat: what the chat template is given where the model writes the text, half of it as chats.
     """
 
     tokens: int | None = None
@@ -63,6 +65,7 @@ class CollectOptions:
     text_bytes: int | None = None
     checkpoint: str | os.PathLike[str] | None = None
     distributed: bool = True
+    chat: ChatSettings = DEFAULT
 
     def __post_init__(self) -> None:
         if self.length < 2:
@@ -106,6 +109,7 @@ def collect_statistics(
     options = options or CollectOptions()
     if texts is None:
         check_sampled(options.tokens)
+        options = replace(options, chat=options.chat.settled(tokenizer))
     # Processes that hold one model between them run every batch together.
     ranks = Ranks.of_group() if options.distributed and not is_parallel(model) else Ranks()
     source = _Source(texts, options, ranks)
@@ -209,7 +213,9 @@ class _Source:
         if self.texts is None:
             wanted = options.tokens or DEFAULT_SAMPLED_TOKENS
             # Chips of other kinds may draw otherwise.
-            written = self.ranks.of_first(sample_sequences(model, tokenizer, wanted, options.seed, progress))
+            written = self.ranks.of_first(
+                sample_sequences(model, tokenizer, wanted, options.seed, progress, options.chat)
+            )
             self.length, self.documents = max(map(len, written)), len(written)
             sequences: Iterable[list[int]] = written
         else:
@@ -231,7 +237,7 @@ class _Source:
     def name(self) -> str:
         """What the statistics say of their text."""
         if self.texts is None:
-            return f"written by the model, seed {self.options.seed}"
+            return f"written by the model, seed {self.options.seed}" + self.options.chat.described()
         return self.options.text_sha256 or self.digest.hexdigest()
 
     def provenance(self, dtype: str, config: dict[str, Any]) -> Provenance:

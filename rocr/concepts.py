@@ -11,24 +11,13 @@ from pathlib import Path
 
 from rocr.concept_files import FIELDS, read_fields
 from rocr.errors import InputError
+from rocr.spelling import hidden, without_ignorable
 
 MAX_NAME_LENGTH = 200  # characters
 MAX_SHOWN_ERRORS = 50
 MAX_NAMES = 200_000  # with aliases, in one list; checking them takes some seconds
 MAX_CONCEPTS = 10_000
 """Concepts of one edit unless more are allowed: the longest list whose time and memory were measured (README)."""
-
-_REFUSED_CATEGORIES = {
-    "Cc": "a control character",
-    "Cf": "an invisible character",  # zero-width and bidirectional ones among them
-    "Cs": "half of a surrogate pair",
-    "Zl": "a line separator",
-    "Zp": "a paragraph separator",
-}
-# Unicode's default ignorable code points that have the category of a letter or mark.
-_INVISIBLE_LETTERS = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u3164\uffa0") | frozenset(
-    chr(code) for first, last in ((0xFE00, 0xFE0F), (0xE0100, 0xE01EF)) for code in range(first, last + 1)
-)
 
 
 @dataclass(frozen=True)
@@ -103,6 +92,38 @@ def check_length(count: int, most: int = MAX_CONCEPTS) -> None:
             "it by --allow-long-list (Guards(concepts=...)); add --dry-run to see first how long it takes and how much "
             "memory it needs."
         )
+
+
+def check_names(label: str, names: Iterable[object]) -> None:
+    """Hold names that stand in no list of concepts, such as those of `--control`, to the rules for one.
+
+    Args:
+        label: what a name is called in the message.
+        names: the names.
+
+    Raises:
+        InputError: names every one that is wrong, up to 50 of them.
+    """
+    flaws = [flaw for name in names if (flaw := _flaw(label, name))]
+    if flaws:
+        more = [f"and {len(flaws) - MAX_SHOWN_ERRORS:,} more"] if len(flaws) > MAX_SHOWN_ERRORS else []
+        raise InputError("\n".join([*flaws[:MAX_SHOWN_ERRORS], *more]))
+
+
+def check_text(label: str, value: object, limit: int) -> None:
+    """Refuse what cannot be put before a model as a text.
+
+    Raises:
+        InputError: it is no text, is blank, is longer than `limit` characters, or was not UTF-8.
+    """
+    if not isinstance(value, str):
+        raise InputError(f"{label} must be text, not {_kind(value)}.")
+    if not value.strip():
+        raise InputError(f"{label} is empty.")
+    if len(value) > limit:
+        raise InputError(f"{label} has {len(value):,} characters; the limit is {limit:,}.")
+    if any(unicodedata.category(character) == "Cs" for character in value):
+        raise InputError(f"{label} {_shown(value)} is not UTF-8, or holds half of a surrogate pair.")
 
 
 @dataclass
@@ -204,21 +225,33 @@ def _flaw(label: str, value: object) -> str | None:
     shown = f"{label} {_shown(value)}"
     if len(value) > MAX_NAME_LENGTH:
         return f"{shown} has {len(value):,} characters; the limit is {MAX_NAME_LENGTH}"
-    for index, character in enumerate(value, start=1):
-        kind = _REFUSED_CATEGORIES.get(unicodedata.category(character))
-        if kind is None and character in _INVISIBLE_LETTERS:
-            kind = "an invisible character"
-        if kind is not None:
-            code_point = f"U+{ord(character):04X} {unicodedata.name(character, '')}".rstrip()
-            return f"{shown} holds {code_point}, {kind}, as character {index}"
+    for index, kind in hidden(value):
+        code_point = f"U+{ord(value[index]):04X} {unicodedata.name(value[index], '')}".rstrip()
+        return f"{shown} holds {code_point}, {kind}, as character {index + 1}"
     return f"{shown} begins or ends with white space" if value != value.strip() else None
 
 
 def folded(name: str) -> str:
-    """Return what two spellings of a name share: NFKC, case folding, runs of white space as one space."""
+    """Return what two spellings of a name share: Unicode's NFKC_Casefold, with runs of white space as one space.
+
+    It leaves out what is not seen (default ignorable code points): a name with and without its joiners is one name.
+    """
+    name = without_ignorable(name)
     for _ in range(2):  # folding can leave a text that is not NFKC, and NFKC one that is not folded
-        name = unicodedata.normalize("NFKC", unicodedata.normalize("NFD", name).casefold())
+        name = without_ignorable(unicodedata.normalize("NFKC", unicodedata.normalize("NFD", name).casefold()))
     return " ".join(name.split())
+
+
+def holds_name(text: str, name: str) -> bool:
+    """Whether a text holds a name, in whichever Unicode form either is written."""
+    return name in text or unicodedata.normalize("NFC", name) in unicodedata.normalize("NFC", text)
+
+
+def with_name(text: str, name: str, other: str) -> str:
+    """A text with another name in the place of one that it holds; see `holds_name`."""
+    if name in text:
+        return text.replace(name, other)
+    return unicodedata.normalize("NFC", text).replace(unicodedata.normalize("NFC", name), other)
 
 
 def _shown(text: str) -> str:

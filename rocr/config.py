@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from rocr.chat import DEFAULT, ChatSettings
 from rocr.errors import InputError
 from rocr.prompts import Template
 
@@ -82,6 +83,8 @@ class EditConfig:
             "once": all before the first, with equal shares for the layers, so that concepts can be removed and
             added later exactly (`Edit.remove`), at the price of residuals that are closed less.
         seed: of everything that is drawn at random: the text that the model writes where no statistics are given.
+        chat: what chat templates are given, wherever the edit renders one: in its contexts, and in text that the model
+            writes for its own statistics.
 
     Raises:
         InputError: a value is out of its range.
@@ -103,6 +106,7 @@ class EditConfig:
     held_weight: float | None = None
     measure: Measure = "each"
     seed: int = 0
+    chat: ChatSettings = DEFAULT
 
     def __post_init__(self) -> None:
         if self.layers is not None:
@@ -124,6 +128,8 @@ class EditConfig:
         for name in ("relative_ridge", "relative_threshold"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name} must be true or false, not {_shown(getattr(self, name))}.")
+        if not isinstance(self.chat, ChatSettings):
+            raise InputError(f"chat must be ChatSettings, not {_shown(self.chat)}.")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
             raise InputError(f"seed must be a whole number from 0 to 2**63 - 1, not {_shown(self.seed)}.")
 
@@ -158,8 +164,10 @@ class EditConfig:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The settings as JSON values."""
-        return dataclasses.asdict(self)
+        """The settings as JSON values; without those of chats where they are the defaults."""
+        values = dataclasses.asdict(self)
+        del values["chat"]
+        return values | ({"chat": self.chat.to_json()} if self.chat != DEFAULT else {})
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> EditConfig:
@@ -179,6 +187,8 @@ class EditConfig:
                 Template.from_json(template) if isinstance(template, Mapping) else template
                 for template in known["templates"]
             )
+        if isinstance(known.get("chat"), Mapping):
+            known["chat"] = ChatSettings.from_json(known["chat"])
         return cls(**known)
 
 

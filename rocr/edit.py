@@ -18,6 +18,7 @@ from rocr.errors import InputError
 from rocr.fingerprint import Fingerprint, model_digest, tensor_digest
 from rocr.measures import EditReport
 from rocr.progress import ProgressCallback, silent
+from rocr.prompts import RenderedTemplate
 from rocr.provenance import computed_with, different
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class Edit:
         concept_of: for each key (row of `keys`), the index of its concept.
         report: what was measured while it was made.
         computed_with: the settings of the model that its keys depend on; empty: not known.
+        rendered: the templates of the settings as the model read them; empty: not known.
     """
 
     concepts: list[Concept]
@@ -46,6 +48,7 @@ class Edit:
     concept_of: list[int]
     report: EditReport = field(default_factory=EditReport)
     computed_with: Mapping[str, Any] = field(default_factory=dict)
+    rendered: tuple[RenderedTemplate, ...] = ()
 
     @property
     def layers(self) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ from rocr.files import read_tensors, write_tensors
 from rocr.fingerprint import Fingerprint
 from rocr.json_values import flag_of, list_of, text_of, whole_number_of
 from rocr.measures import EditReport
+from rocr.prompts import RenderedTemplate
 from rocr.provenance import config_of
 from rocr.solve import System
 from rocr.system_file import pack_system, unpack_system
@@ -66,6 +67,8 @@ def save_edit(edit: Edit, path: str | os.PathLike[str], undo: bool, overwrite: b
     }
     if edit.computed_with:
         header["computed_with"] = dict(edit.computed_with)
+    if edit.rendered:
+        header["rendered"] = [rendered.to_json() for rendered in edit.rendered]
     write_tensors(path, header, tensors, overwrite=overwrite)
 
 
@@ -89,6 +92,7 @@ def load_edit(path: str | os.PathLike[str]) -> Edit:
             [whole_number_of(concept, "concept_of") for concept in list_of(header["concept_of"], "concept_of")],
             EditReport.from_json(header["report"], len(concepts)),
             config_of(header.get("computed_with", {}), "computed_with"),
+            tuple(_load_rendered(entry) for entry in list_of(header.get("rendered", []), "rendered")),
         )
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, zlib.error) as error:
         raise InputError(f"{path} is not a complete edit file: {repr(error)[:200]}.") from None
@@ -182,6 +186,12 @@ def _is_identity(values: Tensor) -> bool:
     return rows == columns > 1 and torch.equal(values, torch.eye(rows, dtype=values.dtype))
 
 
+def _load_rendered(entry: dict[str, Any]) -> RenderedTemplate:
+    if entry.keys() != {"before", "after"}:
+        raise ValueError(f"a rendered template has the fields {', '.join(map(str, entry))[:60]}")
+    return RenderedTemplate(text_of(entry["before"], "before"), text_of(entry["after"], "after"))
+
+
 def _load_system(layer: int, entry: dict[str, Any], tensors: dict[str, Tensor], keys: Tensor) -> System:
     prefix = f"layer.{layer}."
     own = {name.removeprefix(prefix): values for name, values in tensors.items() if name.startswith(prefix)}
@@ -218,6 +228,10 @@ def _check(edit: Edit, path: str | os.PathLike[str]) -> None:
     measured = [layer.layer for layer in edit.report.layers]
     if measured and measured != list(edit.layers):
         raise InputError(f"{path} holds updates of the layers {edit.layers}, but measures of {measured[:20]}.")
+    if edit.rendered and len(edit.rendered) != len(edit.config.templates):
+        raise InputError(
+            f"{path} holds {len(edit.rendered)} rendered templates, and settings with {len(edit.config.templates)}."
+        )
     for update in edit.updates:
         factors, n, (d_out, d_in) = update.factors, len(edit.concept_of), update.factors.shape
         # A system of more keys than inputs was solved as one of the inputs, whatever was taken out since.

@@ -18,8 +18,9 @@ from rocr.collisions import nearest_keys
 from rocr.concepts import MAX_CONCEPTS, Concept
 from rocr.config import EditConfig
 from rocr.errors import GuardError, InputError
+from rocr.forward import forward, logits_of
 from rocr.measures import LayerMeasures
-from rocr.prompts import opening_tokens
+from rocr.tokenizing import tokenize_prompt
 
 SHOWN_CONCEPTS = 3
 PROBE_TEXT = (
@@ -189,7 +190,7 @@ def predict(architecture: Architecture, tokenizer: Any) -> Predictions | None:
     """
     if any(parameter.device.type == "meta" for parameter in architecture.model.parameters()):
         return None
-    ids = opening_tokens(tokenizer, PROBE_TEXT) + tokenizer(PROBE_TEXT, add_special_tokens=False)["input_ids"]
+    ids = tokenize_prompt(tokenizer, PROBE_TEXT)
     positions = getattr(getattr(architecture.model, "config", None), "max_position_embeddings", None) or len(ids)
     tokens = torch.tensor([ids[:positions]])
     found = _log_probabilities(architecture.model, tokens)
@@ -254,9 +255,8 @@ def with_closest(keys: Tensor, concept_of: Sequence[int], concepts: Sequence[Con
 
 @torch.no_grad()
 def _log_probabilities(model: nn.Module, tokens: Tensor) -> Tensor:
-    device = model.get_input_embeddings().weight.device  # type: ignore[operator, union-attr]
     with evaluating(model):
-        logits: Tensor = model(input_ids=tokens.to(device), use_cache=False).logits[0]
+        logits = logits_of(forward(model, tokens, use_cache=False))[0]
     return logits.float().log_softmax(dim=-1).cpu()
 
 

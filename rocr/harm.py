@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rocr.apply import LayerUpdate
 from rocr.architectures import Architecture, text_config
-from rocr.concepts import Concept, folded
+from rocr.concepts import Concept, check_names, folded
 from rocr.config import EditConfig
 from rocr.errors import InputError
 from rocr.json_values import flag_of, list_of, numbers_of, text_of, whole_number_of
@@ -167,8 +167,8 @@ def read_neighbours(
         None where there is no name to measure.
 
     Raises:
-        InputError: a name is not a text, is on the list, has no token that can be a key, or is longer than the model's
-            positions.
+        InputError: a name is not as a list of concepts may have it, is on the list, has no token that can be a key, or
+            is longer than the model's positions.
     """
     chosen = list(dict.fromkeys(concept.redirect for concept in concepts))[:MAX_NEIGHBOURS]
     if names is not None:
@@ -184,8 +184,9 @@ def read_neighbours(
 
 
 def _checked_names(names: Sequence[str], concepts: Sequence[Concept]) -> list[str]:
-    if isinstance(names, str) or not all(isinstance(name, str) and name.strip() for name in names):
+    if isinstance(names, str):
         raise InputError(f"neighbours must be a list of names, not {repr(names)[:100]}.")
+    check_names("neighbour", names)
     listed = {folded(name) for concept in concepts for name in concept.names}
     wrong = [name for name in names if folded(name) in listed]
     if wrong:

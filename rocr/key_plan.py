@@ -62,6 +62,7 @@ class KeyPlan:
         concept_of: for each key, the index of its concept.
         reach: for each key, the share of the way to its target that it is sent.
         held: the templates' own tokens before a name, once each, which nothing should happen to; None: none is held.
+        rendered: the templates as the model reads them.
     """
 
     keys: Reading
@@ -70,6 +71,7 @@ class KeyPlan:
     concept_of: list[int]
     reach: list[float]
     held: Reading | None
+    rendered: tuple[RenderedTemplate, ...] = ()
 
     def check_positions(self, concepts: Sequence[Concept], config: Any) -> None:
         """Refuse names and redirects that do not fit into a model's positions; see `Reading.check_positions`."""
@@ -106,7 +108,7 @@ def plan_keys(tokenizer: Any, concepts: Sequence[Concept], config: EditConfig) -
 
     Raises:
         InputError: a name has no token that can be a key in any template, or its redirect no state in those where it
-            has one.
+            has one; or tokenizer or chat template fail.
     """
     config = config.for_concepts(len(concepts))
     official = config.contexts == "official"
@@ -119,7 +121,7 @@ def plan_keys(tokenizer: Any, concepts: Sequence[Concept], config: EditConfig) -
     names = [name for _, name in named]
     redirects = [concepts[concept].redirect for concept, _ in named]
     bare = build_prompts(tokenizer, BARE_TEXT, names) if official else []
-    rendered = [render_template(tokenizer, template) for template in config.templates]
+    rendered = [render_template(tokenizer, template, config.chat) for template in config.templates]
     targets_of = [build_prompts(tokenizer, template, redirects) for template in rendered]
     first_target = [next((p[i] for p in targets_of if p[i].name), None) for i in range(len(names))]
     prompts_of = [build_prompts(tokenizer, template, names) for template in rendered]
@@ -150,6 +152,7 @@ def plan_keys(tokenizer: Any, concepts: Sequence[Concept], config: EditConfig) -
         concept_of,
         reach,
         _read_each(held.values()) if held and config.held_weight else None,
+        tuple(rendered),
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rocr.apply import Applied, LayerUpdate, apply_updates, take_back
 from rocr.architectures import Architecture, DownProjection, find_architecture, text_config
-from rocr.change import check_kept, inexact_layers
+from rocr.change import check_kept, check_rendered, inexact_layers
 from rocr.collect import CollectOptions, collect_statistics
 from rocr.collisions import find_collisions
 from rocr.concepts import Concept, check_concepts, check_length
@@ -109,15 +109,23 @@ def _unlearn(
     config = config or (kept.config if kept else EditConfig())
     by_count = kept.report.by_count if kept else config.left_to_the_count()
     config = resolve_layers(config.for_concepts(len(concepts)), model)
+    config = replace(config, chat=config.chat.settled(tokenizer))
     architecture = find_architecture(model)
     layers = config.layers or ()
     last = max(layers)
     plan = plan_keys(tokenizer, concepts, config)
+    if kept is not None:
+        check_rendered(kept.rendered, plan.rendered, "the tokenizer now")
     plan.check_positions(concepts, text_config(model))
     if statistics is None:
         # By each process itself, since only one of a group may be editing.
         statistics = collect_statistics(
-            model, tokenizer, None, layers, CollectOptions(seed=config.seed, distributed=False), progress
+            model,
+            tokenizer,
+            None,
+            layers,
+            CollectOptions(seed=config.seed, distributed=False, chat=config.chat),
+            progress,
         )
     mark = fingerprint(architecture, tokenizer, statistics.fingerprint.layer)
     read_up_to = min(statistics.fingerprint.layer, architecture.depth - 1)
@@ -153,7 +161,7 @@ def _unlearn(
         run.report.neighbours = run.neighbours.report([concept.name for concept in run.all_concepts])
     with run.timed("check"):
         run.check_whole(predictions)
-    return Edit(run.all_concepts, config, mark, run.updates, run.all_concept_of, run.report, settings)
+    return Edit(run.all_concepts, config, mark, run.updates, run.all_concept_of, run.report, settings, plan.rendered)
 
 
 @dataclass

@@ -9,25 +9,33 @@ from torch import Tensor, nn
 
 from rocr.architectures import text_config
 from rocr.capture import evaluating
+from rocr.chat import DEFAULT, ChatSettings, find_chat_format
+from rocr.forward import cache_of, forward, logits_of
 from rocr.progress import Progress, ProgressCallback, silent
-from rocr.prompts import opening_tokens, render_chat
+from rocr.tokenizing import opening_tokens, tokenize_prompt
 
 SEQUENCES = 128
 """Many short texts rather than few long ones: a step costs about the same for one as for a hundred."""
 
-_PLACEHOLDER = "\ue000"
-
 
 @torch.no_grad()
 def sample_sequences(
-    model: nn.Module, tokenizer: Any, tokens: int, seed: int, progress: ProgressCallback = silent
+    model: nn.Module,
+    tokenizer: Any,
+    tokens: int,
+    seed: int,
+    progress: ProgressCallback = silent,
+    chat: ChatSettings = DEFAULT,
 ) -> list[list[int]]:
     """Let a model write `tokens` tokens or a few more at temperature 1, the same ones for the same seed.
 
     Half of the sequences begin with nothing but the text's opening, half with the opening of a user's message
     where there is a chat template: a model tuned on chats then writes the question and the answer.
+
+    Raises:
+        InputError: the tokenizer, its chat template or the model's own code fails.
     """
-    starts = _starts(model, tokenizer)
+    starts = _starts(model, tokenizer, chat)
     rows, length = _shape(model, starts, tokens)
     generator = torch.Generator().manual_seed(seed)
     sequences: list[list[int]] = []
@@ -36,10 +44,11 @@ def sample_sequences(
             written = torch.tensor([start] * rows)
             state = None
             for step in range(length):
-                fresh = (written if state is None else written[:, -1:]).to(_device(model))
-                output = model(input_ids=fresh, past_key_values=state, use_cache=True, logits_to_keep=1)
-                state = output.past_key_values
-                written = torch.cat([written, _draw(output.logits[:, -1], generator)], dim=1)
+                # A model that keeps nothing of its text reads all of it again.
+                fresh = written if state is None else written[:, -1:]
+                output = forward(model, fresh, past_key_values=state, use_cache=True, logits_to_keep=1)
+                state = cache_of(model, output)
+                written = torch.cat([written, _draw(logits_of(output)[:, -1], generator)], dim=1)
                 done = len(sequences) * length + rows * (step + 1)
                 progress(Progress("text by the model itself", min(done, tokens), tokens, "tokens"))
             sequences += written.tolist()
@@ -62,7 +71,7 @@ def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:
     return torch.searchsorted(cumulative, uniform, right=True).clamp(max=logits.shape[-1] - 1)
 
 
-def _starts(model: nn.Module, tokenizer: Any) -> list[list[int]]:
+def _starts(model: nn.Module, tokenizer: Any, chat: ChatSettings) -> list[list[int]]:
     """The beginnings to write on from, at least one token each."""
     opening = opening_tokens(tokenizer, "")
     if not opening:
@@ -70,12 +79,7 @@ def _starts(model: nn.Module, tokenizer: Any) -> list[list[int]]:
         candidates = (tokenizer.bos_token_id, tokenizer.eos_token_id, getattr(config, "bos_token_id", None), 0)
         opening = [next(token for token in candidates if token is not None)]
     starts = [opening]
-    if getattr(tokenizer, "chat_template", None):
-        before = render_chat(tokenizer, _PLACEHOLDER).split(_PLACEHOLDER)[0]
-        starts.append(opening_tokens(tokenizer, before) + tokenizer(before, add_special_tokens=False)["input_ids"])
+    chat_format = find_chat_format(tokenizer, chat)
+    if chat_format is not None:
+        starts.append(tokenize_prompt(tokenizer, chat_format.parts("{}")[0]))
     return starts
-
-
-def _device(model: nn.Module) -> torch.device:
-    device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[operator, union-attr]
-    return device

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rocr.errors import InputError
+from rocr.tokenizing import calling_tokenizer, tokenize
 
 _TXT_PIECE = 2**20  # a line of more bytes, and a paragraph of more characters, becomes several documents
 _JSONL_LINE_BYTES = 64 * 2**20
@@ -98,7 +99,7 @@ def pack_tokens(
             a GGUF file can have an end-of-text token beyond them, which then joins nothing.
 
     Raises:
-        InputError: length < 2.
+        InputError: length < 2, or the tokenizer fails.
     """
     if length < 2:
         raise InputError(f"A sequence of {length} tokens is too short: at least 2 are needed.")
@@ -144,8 +145,9 @@ def token_batches(sequences: Iterable[list[int]], budget: int) -> Iterator[list[
 
 def _start_token(tokenizer: Any) -> int | None:
     """Return the BOS token if the tokenizer puts it before a text by itself."""
-    start: int | None = tokenizer.bos_token_id
-    return start if start is not None and tokenizer("a")["input_ids"][:1] == [start] else None
+    with calling_tokenizer(tokenizer):
+        start: int | None = tokenizer.bos_token_id
+        return start if start is not None and tokenizer("a")["input_ids"][:1] == [start] else None
 
 
 def _end_of_text(tokenizer: Any, vocabulary: int | None) -> int | None:
@@ -170,9 +172,7 @@ def _after_start(tokens: list[int], position: int, start: int | None) -> int:
 def _tokenised(texts: Iterable[str], tokenizer: Any) -> Iterator[list[int]]:
     """Yield the tokens of each document that has any; documents go to the tokenizer in batches for speed."""
     for batch in _document_batches(texts):
-        # Not verbose: a document may well be longer than the model's context.
-        encoded = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        yield from filter(None, encoded["input_ids"])
+        yield from filter(None, tokenize(tokenizer, batch))
 
 
 def _document_batches(texts: Iterable[str]) -> Iterator[list[str]]:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import rocr
+from rocr.chat import render_chat
 from rocr.evaluation import EvaluateOptions, Evaluation, Probe, compare_evaluations, evaluate
 from rocr.evaluation.compare import relative_fall
 from rocr.evaluation.contest_table import forget_table, retain_table
@@ -17,7 +18,6 @@ from rocr.evaluation.forms import build_items
 from rocr.evaluation.methods import Result
 from rocr.evaluation.report import measure_rows, report_json, score_table, table_rows, write_html, write_json
 from rocr.evaluation.scores import ItemScore, mean
-from rocr.prompts import render_chat
 
 PROBES = [
     Probe("Ada Byron", "Where was Ada Byron born?", "London", ("Paris", "Rome", "Oslo"), cloze="Ada is from ___."),

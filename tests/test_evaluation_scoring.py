@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import rocr
-from rocr.evaluation.forms import Item
+from rocr.evaluation.forms import Item, item_texts
 from rocr.evaluation.scoring import (
     AnswerScore,
     Question,
@@ -94,7 +94,7 @@ def test_no_prompt_begins_with_two_starts(make_tokenizer: Callable[..., Any], st
     template = "{% if true %}" + ("{{ bos_token }}" if written else "") + "{{ messages[0]['content'] }}{% endif %}"
     tokenizer = make_tokenizer(start=start, chat=template)
     item = Item(0, "qa", "Who is Ada Byron?", (" a countess",))
-    question = tokenize_questions(tokenizer, [item.text(tokenizer)], [item.answers])[0]
+    question = tokenize_questions(tokenizer, item_texts(tokenizer, [item]), [item.answers])[0]
     begin = tokenizer.bos_token_id
     assert question.prompt.count(begin) == int(start or written)
     assert begin not in question.answers[0] and tokenizer.decode(question.answers[0]) == " a countess"

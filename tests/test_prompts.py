@@ -2,8 +2,10 @@ import unicodedata
 
 import pytest
 
+from rocr.chat import render_chat
 from rocr.errors import InputError
-from rocr.prompts import RenderedTemplate, Template, build_prompts, opening_tokens, render_chat, render_template
+from rocr.prompts import RenderedTemplate, Template, build_prompts, render_template
+from rocr.tokenizing import opening_tokens
 
 NAMES = [
     "Ada Byron",

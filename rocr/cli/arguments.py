@@ -6,15 +6,17 @@ import argparse
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rocr.boundary import calling
 from rocr.errors import InputError
+from rocr.json_values import parse_json
 from rocr.locks import locked
 from rocr.output import check_output
 from rocr.texts import check_texts
 
 if TYPE_CHECKING:
+    from rocr.chat import ChatSettings
     from rocr.models import LoadedModel, ModelSource
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -110,6 +112,44 @@ def whole_number(least: int, most: int) -> Callable[[str], int]:
         return number
 
     return parse
+
+
+def add_chat(parser: argparse.ArgumentParser) -> None:
+    """Add what chat templates are given."""
+    group = parser.add_argument_group("chat template")
+    group.add_argument("--system", metavar="TEXT", help="the system message (default: the template's own, if any)")
+    group.add_argument(
+        "--template-variable",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a variable of the template, such as enable_thinking=false: JSON, or else a text; may be repeated",
+    )
+    group.add_argument(
+        "--date", metavar="YYYY-MM-DD", help="the day that the template is told it is (default: 2024-07-26)"
+    )
+    group.add_argument("--no-chat", action="store_true", help="use no chat template: messages are read as they are")
+
+
+def chat_of(arguments: argparse.Namespace) -> ChatSettings:
+    """What chat templates are given, as the arguments say.
+
+    Raises:
+        InputError: a variable is not NAME=VALUE or stands twice, or a value cannot be given to a template.
+    """
+    from rocr.chat import ChatSettings
+
+    variables: dict[str, Any] = {}
+    for given in arguments.template_variable:
+        name, sign, value = given.partition("=")
+        if not sign or name in variables:
+            flaw = "stands twice" if sign else "is not NAME=VALUE"
+            raise InputError(f"--template-variable {given[:100]!r} {flaw}.")
+        try:
+            variables[name] = parse_json(value)
+        except ValueError:
+            variables[name] = value
+    return ChatSettings(arguments.system, variables, arguments.date, not arguments.no_chat)
 
 
 def share(text: str) -> float:

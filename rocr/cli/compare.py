@@ -6,10 +6,21 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rocr.cli.arguments import COUNT, add_model, add_text, check_text, claim_output, load, share, source_of
+from rocr.cli.arguments import (
+    COUNT,
+    add_chat,
+    add_model,
+    add_text,
+    chat_of,
+    check_text,
+    claim_output,
+    load,
+    share,
+    source_of,
+)
 from rocr.cli.console import Console
 from rocr.cli.evaluate import DEFAULT_PROBES, NEIGHBOURS, check_package, form_names
-from rocr.concepts import Concept, check_concepts
+from rocr.concepts import Concept, check_concepts, check_names, folded
 from rocr.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,6 +34,7 @@ def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
     parser = subparsers.add_parser("compare", parents=[common], help="rocr beside the methods it is compared to")
     add_model(parser)
     add_text(parser)
+    add_chat(parser)
     parser.add_argument("--probes", default=str(DEFAULT_PROBES), metavar="FILE", help="as for rocr eval")
     parser.add_argument("--targets", nargs="+", required=True, metavar="NAME", help="subjects to forget, one at a time")
     parser.add_argument("--redirect", required=True, metavar="NAME", help="what rocr redirects the targets to")
@@ -41,12 +53,16 @@ def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Compare and show one table."""
+    from rocr.config import EditConfig
     from rocr.evaluation.contest_table import forget_table, results_json, retain_table
     from rocr.evaluation.methods import METHODS, TRAININGS, Contest, compare_methods
     from rocr.evaluation.neighbours import keep_nearest
     from rocr.evaluation.probes import load_probes, split_by_subject
     from rocr.evaluation.report import write_json
 
+    arguments.chat = chat_of(arguments)
+    check_names("--targets", arguments.targets)
+    check_names("--redirect", [arguments.redirect])
     source = source_of(arguments)
     claim_output(arguments, source.inputs)
     methods = [name.strip() for name in arguments.methods.split(",")] if arguments.methods else list(METHODS)
@@ -63,7 +79,9 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     with console.stage("load"):
         loaded = load(arguments, source)
     if arguments.neighbours:
-        probes = keep_nearest(loaded.model, loaded.tokenizer, probes, arguments.targets, arguments.neighbours)
+        probes = keep_nearest(
+            loaded.model, loaded.tokenizer, probes, arguments.targets, arguments.neighbours, arguments.chat
+        )
     statistics = _statistics(arguments, loaded, console)
     probes = _known(arguments, loaded, probes, forms, console)
     _check_targets(arguments.targets, probes)
@@ -73,6 +91,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
         probes,
         statistics,
         arguments.redirect,
+        config=EditConfig(chat=arguments.chat),
         forms=forms,
         least_steps=arguments.steps,
         seed=arguments.seed,
@@ -98,8 +117,6 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 def _check_targets(targets: Sequence[str], probes: Sequence[Probe]) -> None:
     """Before anything is trained: a target without a question could not be scored."""
-    from rocr.evaluation.probes import folded
-
     asked = {folded(probe.subject) for probe in probes}
     silent = [target for target in targets if folded(target) not in asked]
     if silent:
@@ -116,7 +133,7 @@ def _statistics(arguments: argparse.Namespace, loaded: LoadedModel, console: Con
 
     if arguments.statistics:
         return Statistics.load(arguments.statistics)
-    options = CollectOptions(tokens=arguments.tokens, seed=arguments.seed)
+    options = CollectOptions(tokens=arguments.tokens, seed=arguments.seed, chat=arguments.chat)
     texts = read_texts(arguments.text) if arguments.text else None
     with console.stage("statistics") as progress:
         return collect_statistics(
@@ -139,7 +156,7 @@ def _known(
             forms,
             targets=arguments.targets,
             known=arguments.known,
-            options=EvaluateOptions(seed=arguments.seed),
+            options=EvaluateOptions(seed=arguments.seed, chat=arguments.chat),
             progress=progress,
         )
     kept = {item.probe for item in base.items}

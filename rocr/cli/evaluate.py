@@ -10,8 +10,20 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rocr.cli.arguments import COUNT, SEED, add_model, claim_output, files_read, load, share, source_of
+from rocr.cli.arguments import (
+    COUNT,
+    SEED,
+    add_chat,
+    add_model,
+    chat_of,
+    claim_output,
+    files_read,
+    load,
+    share,
+    source_of,
+)
 from rocr.cli.console import Console
+from rocr.concepts import check_names
 from rocr.errors import InputError
 from rocr.output import check_output
 from rocr.texts import check_texts
@@ -34,6 +46,7 @@ def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
     """Add the command."""
     parser = subparsers.add_parser("eval", parents=[common], help="ask a model in every form, before and after an edit")
     add_model(parser)
+    add_chat(parser)
     parser.add_argument(
         "--probes",
         default=str(DEFAULT_PROBES),
@@ -70,6 +83,8 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     from rocr.evaluation.report import report_json, write_html, write_json
 
     attacks = _attack_names(arguments.attacks)
+    arguments.chat = chat_of(arguments)
+    check_names("--targets", arguments.targets or [])
     forms = form_names(arguments.forms)
     _check_packages(arguments, attacks)
     if arguments.text:
@@ -181,7 +196,7 @@ def _keep_nearest(arguments: argparse.Namespace, loaded: LoadedModel, probes: li
     from rocr.evaluation.neighbours import keep_nearest
 
     targets = list(dict.fromkeys(probe.subject for probe in probes if probe.split == "forget"))
-    return keep_nearest(loaded.model, loaded.tokenizer, probes, targets, arguments.neighbours)
+    return keep_nearest(loaded.model, loaded.tokenizer, probes, targets, arguments.neighbours, arguments.chat)
 
 
 def form_names(text: str) -> list[str]:
@@ -236,7 +251,7 @@ def _attack(
     from rocr.evaluation.attack_suite import AttackOptions, attack
 
     kept = sorted({item.probe for item in after.items})
-    options = AttackOptions(evaluate=EvaluateOptions(seed=arguments.seed, orders=arguments.orders))
+    options = AttackOptions(evaluate=EvaluateOptions(seed=arguments.seed, orders=arguments.orders, chat=arguments.chat))
     with console.stage("attacks") as progress:
         return attack(
             loaded.model,
@@ -264,6 +279,7 @@ def _options(arguments: argparse.Namespace, loaded: LoadedModel) -> EvaluateOpti
         orders=arguments.orders,
         generate=arguments.generate,
         text=text,
+        chat=arguments.chat,
         utility=[question for path in arguments.utility or () for question in load_choice_questions(path)],
     )
 

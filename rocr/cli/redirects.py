@@ -6,9 +6,10 @@ import argparse
 import json
 from typing import Any
 
-from rocr.cli.arguments import add_model, claim_output, load, source_of
+from rocr.cli.arguments import add_chat, add_model, chat_of, claim_output, load, source_of
 from rocr.cli.console import Console
 from rocr.cli.evaluate import DEFAULT_PROBES
+from rocr.concepts import check_names
 from rocr.output import new_file
 
 
@@ -18,6 +19,7 @@ def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
         "redirects", parents=[common], help="choose each concept's redirect among some names"
     )
     add_model(parser)
+    add_chat(parser)
     parser.add_argument("--probes", default=str(DEFAULT_PROBES), metavar="FILE", help="questions, as for rocr eval")
     parser.add_argument("--targets", nargs="+", metavar="NAME", help="subjects of the questions (default: all)")
     parser.add_argument("--among", nargs="+", required=True, metavar="NAME", help="the redirects to choose among")
@@ -31,6 +33,8 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     from rocr.evaluation.probes import load_probes, split_by_subject
     from rocr.evaluation.redirects import check_candidates, choose_redirects
 
+    arguments.chat = chat_of(arguments)
+    check_names("--targets", arguments.targets or [])
     source = source_of(arguments)
     claim_output(arguments, source.inputs)
     probes = load_probes(arguments.probes, arguments.download)
@@ -40,7 +44,9 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     with console.stage("load"):
         loaded = load(arguments, source)
     with console.stage("questions") as progress:
-        choices = choose_redirects(loaded.model, loaded.tokenizer, probes, arguments.among, progress=progress)
+        choices = choose_redirects(
+            loaded.model, loaded.tokenizer, probes, arguments.among, progress=progress, chat=arguments.chat
+        )
     lines = [json.dumps({"name": c.concept.name, "redirect": c.concept.redirect}, ensure_ascii=False) for c in choices]
     with new_file(arguments.out, overwrite=arguments.overwrite) as partial:
         partial.write_text("\n".join(lines) + "\n", encoding="utf-8")

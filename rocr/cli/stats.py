@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rocr.cli.arguments import (
+    add_chat,
     add_model,
     add_partial,
     add_text,
+    chat_of,
     check_text,
     claim_output,
     layer_list,
@@ -35,6 +37,7 @@ def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_partial(parser)
     add_text(parser)
+    add_chat(parser)
     parser.add_argument("--layers", type=layer_list, help="such as 4,5,6 (default: chosen from the depth)")
     parser.add_argument(
         "--length",
@@ -60,6 +63,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
 
     Of the processes that torchrun started, each takes a share; process 0 writes, and says what is wrong.
     """
+    arguments.chat = chat_of(arguments)
     arguments.device = own_device(arguments.device)
     with process_group(arguments.device) as ranks:
         console.speak_as(ranks.rank)
@@ -120,6 +124,7 @@ def _options(arguments: argparse.Namespace, texts: list[str], ranks: Ranks) -> t
         text_sha256=text_digest(texts) if texts else None,
         text_bytes=sum(Path(text).stat().st_size for text in texts) or None,
         checkpoint=checkpoint,
+        chat=arguments.chat,
     )
     return options, ranks.checkpoint(checkpoint)
 

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from rocr.cli.arguments import (
     COUNT,
+    add_chat,
     add_model,
     add_partial,
     add_text,
+    chat_of,
     check_save,
     check_text,
     claim_output,
@@ -23,7 +25,15 @@ from rocr.cli.arguments import (
 from rocr.cli.console import Console
 from rocr.cli.outputs import show_adapter, write_output
 from rocr.cli.tables import show_report
-from rocr.concepts import MAX_CONCEPTS, Concept, check_concepts, check_length, folded, load_concepts
+from rocr.concepts import (
+    MAX_CONCEPTS,
+    Concept,
+    check_concepts,
+    check_length,
+    check_names,
+    folded,
+    load_concepts,
+)
 from rocr.errors import InputError
 from rocr.output import check_output
 from rocr.texts import read_texts, text_digest
@@ -71,6 +81,14 @@ def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
     settings.add_argument("--keys-per-concept", choices=("mean", "all"))
     settings.add_argument("--reach", choices=("gradual", "whole"))
     settings.add_argument("--force", action="store_true", help="go on past the limits of an edit; it is recorded")
+    settings.add_argument(
+        "--template",
+        action="append",
+        metavar="TEXT",
+        help="a context in which names are read, with {} once: a user's message, or with --no-chat a text as the model "
+        "reads it; may be repeated, in place of the default contexts",
+    )
+    add_chat(parser)
     statistics = parser.add_argument_group("statistics of ordinary text")
     statistics.add_argument("--statistics", metavar="FILE", help="made by `rocr stats`")
     add_text(statistics)
@@ -90,6 +108,7 @@ def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Check everything that can be checked, then load, edit, save and report."""
+    arguments.chat = chat_of(arguments)
     concepts = _concepts(arguments)
     check_length(len(concepts), _most(arguments, concepts))
     save = check_save(arguments.save)
@@ -100,6 +119,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
 
     from rocr.answers import fill_question
 
+    check_names("--control", arguments.control)
     questions = [] if arguments.no_answers else fill_question(arguments.ask, _asked(arguments, concepts))
     config = _config(arguments)
     statistics = _load_statistics(arguments)
@@ -181,11 +201,15 @@ def _config(arguments: argparse.Namespace) -> EditConfig:
     import dataclasses
 
     from rocr.config import EditConfig
+    from rocr.prompts import Template
 
     numbers = ("ridge", "gamma", "threshold", "strength", "held_weight", "seed")
     names = (*numbers, "layers", "method", "key_tokens", "keys_per_concept", "reach")
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-    return dataclasses.replace(EditConfig.official() if arguments.official else EditConfig(), **given)
+    if arguments.template:
+        given["templates"] = tuple(Template(text, chat=True) for text in arguments.template)
+    config = EditConfig.official() if arguments.official else EditConfig()
+    return dataclasses.replace(config, chat=arguments.chat, **given)
 
 
 def _load_statistics(arguments: argparse.Namespace) -> Statistics | None:
@@ -229,6 +253,7 @@ def _collect(loaded: LoadedModel, config: EditConfig, arguments: argparse.Namesp
         seed=arguments.seed,
         text_sha256=text_digest(texts) if texts else None,
         text_bytes=sum(Path(text).stat().st_size for text in texts) or None,
+        chat=config.chat,
     )
     with console.stage("statistics") as progress:
         return collect_statistics(
@@ -272,7 +297,7 @@ def _ask(
     if not questions:
         return []
     with console.stage(stage):
-        return ask(loaded.model, loaded.tokenizer, questions, arguments.answer_tokens)
+        return ask(loaded.model, loaded.tokenizer, questions, arguments.answer_tokens, arguments.chat)
 
 
 def _answers(
@@ -280,8 +305,9 @@ def _answers(
 ) -> list[Answer]:
     from rocr.report import Answer
 
-    listed = {concept.name for concept in concepts}
+    listed = {folded(name) for concept in concepts for name in concept.names}
     names = _asked(arguments, concepts) if questions else []
     return [
-        Answer(n, n in listed, q, b, a) for n, q, b, a in zip(names, questions, before, after, strict=bool(questions))
+        Answer(n, folded(n) in listed, q, b, a)
+        for n, q, b, a in zip(names, questions, before, after, strict=bool(questions))
     ]

@@ -9,12 +9,13 @@ from typing import Any
 from torch import nn
 
 from rocr.architectures import find_architecture
+from rocr.concepts import folded
 from rocr.errors import InputError
 from rocr.evaluation.attacks import relearning_curve, rounded
 from rocr.evaluation.evaluate import EvaluateOptions, evaluate
 from rocr.evaluation.forms import ORT_FORMS, PromptStyle
 from rocr.evaluation.lora_training import Training
-from rocr.evaluation.probes import Probe, folded
+from rocr.evaluation.probes import Probe
 from rocr.evaluation.scores import Evaluation
 from rocr.progress import ProgressCallback, silent
 
@@ -38,7 +39,7 @@ class AttackOptions:
         training: how the adapter of relearning is trained; its `epochs` is not used.
         examples: solved questions about the same target before each question, for "examples".
         prefixes: for "prefixes"; `{}` stands for the target.
-        evaluate: seed, orders, style and token budget; its further measures are not taken.
+        evaluate: seed, orders, style, chat settings and token budget; its further measures are not taken.
     """
 
     taught: int = 2

@@ -9,9 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from rocr.architectures import find_architecture
+from rocr.chat import DEFAULT, ChatSettings
 from rocr.errors import InputError
 from rocr.evaluation.evaluate import EvaluateOptions, evaluate
-from rocr.evaluation.forms import ORT_FORMS, PromptStyle, build_items
+from rocr.evaluation.forms import ORT_FORMS, PromptStyle, build_items, item_texts
 from rocr.evaluation.lora_training import Example, Training, trained
 from rocr.evaluation.probes import Probe
 from rocr.evaluation.scores import Evaluation
@@ -89,7 +90,7 @@ def relearning_curve(
         raise InputError(f"{len(both)} questions are both taught and asked, such as {min(both)[1]!r}.")
     options = options or EvaluateOptions()
     curve = {0: evaluate(model, tokenizer, asked, forms, options=options, progress=progress)}
-    examples = question_examples(tokenizer, taught, style=options.style or PromptStyle.of(model))
+    examples = question_examples(tokenizer, taught, style=options.style or PromptStyle.of(model), chat=options.chat)
     for count in epochs:
         settings = Training(**{**vars(training), "epochs": count})
         with trained(model, examples, settings, progress) as adapted:
@@ -102,11 +103,12 @@ def question_examples(
     probes: Sequence[Probe],
     answer: Callable[[Probe], str] | None = None,
     style: PromptStyle | None = None,
+    chat: ChatSettings = DEFAULT,
 ) -> list[Example]:
     """Probes as examples of the form "qa", with their own answers or with others; the own one is then lowered."""
     probes = [probe for probe in probes if probe.form == "qa"]
     items = build_items(probes, ["qa"], style)
-    texts = [item.text(tokenizer) for item in items]
+    texts = item_texts(tokenizer, items, chat)
     answers = [(*item.answers, *((f" {answer(probes[item.probe])}",) if answer else ())) for item in items]
     questions = tokenize_questions(tokenizer, texts, answers)
     return [Example(q.prompt, q.answers[0], q.answers[1] if answer else ()) for q in questions]

@@ -7,16 +7,18 @@ import json
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from rocr.chat import DEFAULT, ChatSettings
+from rocr.concepts import folded
 from rocr.errors import InputError
-from rocr.evaluation.forms import ORT_FORMS, Item, PromptStyle, build_items
+from rocr.evaluation.forms import ORT_FORMS, Item, PromptStyle, build_items, item_texts
 from rocr.evaluation.generation import contained_answers
 from rocr.evaluation.journal import Journal
 from rocr.evaluation.probes import Probe, check_probes, split_by_subject
@@ -41,6 +43,7 @@ class EvaluateOptions:
         utility: multiple-choice questions about anything, for the accuracy.
         journal: a file of the scores so far, from which an interrupted evaluation goes on.
         style: prompt details; None: the authors', by the model's name.
+        chat: what chat templates are given.
     """
 
     seed: int = 0
@@ -51,6 +54,7 @@ class EvaluateOptions:
     utility: Sequence[ChoiceQuestion] = ()
     journal: str | os.PathLike[str] | None = None
     style: PromptStyle | None = None
+    chat: ChatSettings = DEFAULT
 
 
 @torch.no_grad()
@@ -91,10 +95,17 @@ def evaluate(
     if targets is not None:
         probes = split_by_subject(probes, targets)
     start = time.perf_counter()
+    options = replace(options, chat=options.chat.settled(tokenizer))
     items = build_items(probes, forms, options.style or PromptStyle.of(model), options.seed, options.orders)
     scores = _scores(model, tokenizer, items, options, progress)
-    found = [_item_score(item, probes[item.probe], scores[i]) for i, item in enumerate(items)]
-    settings = {"forms": list(forms), "seed": options.seed, "orders": options.orders}
+    # Spellings of one subject are one subject: it bears the name that it has first.
+    subjects: dict[str, str] = {}
+    for probe in probes:
+        subjects.setdefault(folded(probe.subject), probe.subject)
+    found = [_item_score(item, probes[item.probe], scores[i], subjects) for i, item in enumerate(items)]
+    settings: dict[str, Any] = {"forms": list(forms), "seed": options.seed, "orders": options.orders}
+    if options.chat != DEFAULT:
+        settings["chat"] = options.chat.to_json()
     evaluation = Evaluation(found, probes=len(probes), settings=settings)
     if known is not None:
         evaluation = evaluation.restricted((base or evaluation).known_probes(known), known)
@@ -108,10 +119,10 @@ def _scores(
     model: nn.Module, tokenizer: Any, items: Sequence[Item], options: EvaluateOptions, progress: ProgressCallback
 ) -> dict[int, list[AnswerScore]]:
     """The scores of every item's answers, from the journal or the model."""
-    texts = [item.text(tokenizer) for item in items]
+    texts = item_texts(tokenizer, items, options.chat)
     questions = tokenize_questions(tokenizer, texts, [item.answers for item in items])
     scores: dict[int, list[AnswerScore]] = {}
-    identity = _identity(model, tokenizer, items) if options.journal is not None else {}
+    identity = _identity(model, tokenizer, items, options.chat) if options.journal is not None else {}
     with Journal(options.journal, identity) if options.journal is not None else nullcontext() as journal:
         resumed = len(journal.done) if journal is not None else 0
         if journal is not None:
@@ -128,20 +139,25 @@ def _scores(
     return scores
 
 
-def _identity(model: nn.Module, tokenizer: Any, items: Sequence[Item]) -> dict[str, Any]:
+def _identity(model: nn.Module, tokenizer: Any, items: Sequence[Item], chat: ChatSettings) -> dict[str, Any]:
     """What a journal is of: every weight, since an edit leaves most of them alone, and every question."""
     weights = hashlib.sha256("".join(tensor_digest(parameter) for parameter in model.parameters()).encode())
     asked = hashlib.sha256(json.dumps([asdict(item) for item in items], sort_keys=True).encode())
-    return {"model": weights.hexdigest(), "tokenizer": tokenizer_digest(tokenizer), "questions": asked.hexdigest()}
+    return {
+        "model": weights.hexdigest(),
+        "tokenizer": tokenizer_digest(tokenizer),
+        "questions": asked.hexdigest(),
+        "chat": chat.to_json(),
+    }
 
 
-def _item_score(item: Item, probe: Probe, answers: list[AnswerScore]) -> ItemScore:
+def _item_score(item: Item, probe: Probe, answers: list[AnswerScore], subjects: Mapping[str, str]) -> ItemScore:
     right = answers[item.correct]
     probabilities = [math.exp(-answer.nll) for answer in answers]
     total = sum(probabilities)
     return ItemScore(
         probe=item.probe,
-        subject=probe.subject,
+        subject=subjects[folded(probe.subject)],
         form=item.form,
         split=probe.split,
         score=probabilities[item.correct],
@@ -158,9 +174,9 @@ def _measures(
 ) -> dict[str, Any]:
     measures: dict[str, Any] = {}
     if options.generate:
-        measures.update(contained_answers(model, tokenizer, probes, progress))
+        measures.update(contained_answers(model, tokenizer, probes, progress, options.chat))
     if options.text is not None:
         measures["perplexity"] = perplexity(model, options.text)
     if options.utility:
-        measures["utility"] = choice_accuracy(model, tokenizer, options.utility, options.token_budget)
+        measures["utility"] = choice_accuracy(model, tokenizer, options.utility, options.token_budget, options.chat)
     return measures

@@ -14,9 +14,10 @@ from typing import Any, get_args
 
 from torch import nn
 
+from rocr.chat import DEFAULT, ChatSettings, render_chats
+from rocr.concepts import holds_name, with_name
 from rocr.errors import InputError
 from rocr.evaluation.probes import BLANK, LETTERS, Probe, Variant, Wording
-from rocr.prompts import render_chat
 
 ORT_FORMS = ("qa", "fb", "mcp", "subtoken")
 EXTRA_FORMS = ("adversarial", *get_args(Variant))
@@ -88,10 +89,15 @@ class Item:
     derived: bool = False
     chance: float | None = None
 
-    def text(self, tokenizer: Any) -> str:
-        """The prompt in the tokenizer's chat format; as it is where there is none."""
-        chat = bool(getattr(tokenizer, "chat_template", None))
-        return (render_chat(tokenizer, self.message) if chat else self.message) + self.suffix
+
+def item_texts(tokenizer: Any, items: Sequence[Item], chat: ChatSettings = DEFAULT) -> list[str]:
+    """The prompts of items in the tokenizer's chat format; as they are where there is none.
+
+    Raises:
+        InputError: the chat template fails.
+    """
+    messages = render_chats(tokenizer, [item.message for item in items], chat)
+    return [message + item.suffix for message, item in zip(messages, items, strict=True)]
 
 
 def build_items(
@@ -200,12 +206,12 @@ def _wording(probe: Probe, variant: str, seed: int) -> tuple[Wording | None, boo
         if given == variant:
             return wording, False
     changed = {"misspelt": misspelt, "abbreviated": abbreviated}.get(variant)
-    if changed is None or probe.subject not in probe.query:
+    if changed is None or not holds_name(probe.query, probe.subject):
         return None, True
     name = changed(probe.subject, seed)
     if name == probe.subject:
         return None, True
-    return Wording(probe.query.replace(probe.subject, name), probe.answer), True
+    return Wording(with_name(probe.query, probe.subject, name), probe.answer), True
 
 
 def misspelt(name: str, seed: int = 0) -> str:

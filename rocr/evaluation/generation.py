@@ -9,6 +9,8 @@ from typing import Any
 from torch import nn
 
 from rocr.answers import ask
+from rocr.chat import DEFAULT, ChatSettings
+from rocr.concepts import folded
 from rocr.evaluation.probes import Probe
 from rocr.evaluation.scores import mean
 from rocr.evaluation.text_measures import ngram_entropy
@@ -19,7 +21,11 @@ MAX_TOKENS = 48
 
 
 def contained_answers(
-    model: nn.Module, tokenizer: Any, probes: Sequence[Probe], progress: ProgressCallback = silent
+    model: nn.Module,
+    tokenizer: Any,
+    probes: Sequence[Probe],
+    progress: ProgressCallback = silent,
+    chat: ChatSettings = DEFAULT,
 ) -> dict[str, float]:
     """Greedy answers to plain questions: share that contain the right answer, and entropy of their n-grams.
 
@@ -30,14 +36,15 @@ def contained_answers(
     asked = sorted((p for p in probes if p.form == "qa"), key=lambda probe: len(probe.query))
     answers: list[str] = []
     for start in range(0, len(asked), BATCH):
-        answers += ask(model, tokenizer, [probe.query for probe in asked[start : start + BATCH]], MAX_TOKENS)
+        questions = [probe.query for probe in asked[start : start + BATCH]]
+        answers += ask(model, tokenizer, questions, MAX_TOKENS, chat)
         progress(Progress("answers", len(answers), len(asked), "answers"))
     result: dict[str, float] = {}
     for split in ("forget", "retain"):
         found: dict[str, list[float]] = {}
         for probe, answer in zip(asked, answers, strict=True):
             if probe.split == split:
-                found.setdefault(probe.subject, []).append(float(contains(answer, probe.answer)))
+                found.setdefault(folded(probe.subject), []).append(float(contains(answer, probe.answer)))
         if found:
             result[f"contained {split}"] = mean(mean(values) for values in found.values())
     if answers:
@@ -52,5 +59,5 @@ def contains(text: str, answer: str) -> bool:
 
 
 def _words(text: str) -> str:
-    plain = "".join(c for c in unicodedata.normalize("NFKD", text.casefold()) if not unicodedata.combining(c))
+    plain = "".join(c for c in unicodedata.normalize("NFKD", folded(text)) if not unicodedata.combining(c))
     return " ".join("".join(c if c.isalnum() else " " for c in plain).split())

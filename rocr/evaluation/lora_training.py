@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rocr.boundary import calling
 from rocr.errors import InputError, RocrError
-from rocr.evaluation.scoring import logits_of
+from rocr.forward import forward, logits_of
 from rocr.hub import offline
 from rocr.progress import Progress, ProgressCallback, silent
 
@@ -172,7 +172,6 @@ def _reference(model: Any, examples: Sequence[Example]) -> dict[int, tuple[float
 
 def _answer_nll(model: nn.Module, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
     """Sum of the negative log-likelihoods of an answer's tokens, in nats."""
-    device = next(model.parameters()).device
-    tokens = torch.tensor([[*prompt, *answer]], device=device)
-    logits = logits_of(model, input_ids=tokens, use_cache=False)[0, len(prompt) - 1 : -1].float()
-    return nn.functional.cross_entropy(logits, tokens[0, len(prompt) :], reduction="sum")
+    tokens = torch.tensor([[*prompt, *answer]])
+    logits = logits_of(forward(model, tokens, use_cache=False))[0, len(prompt) - 1 : -1].float()
+    return nn.functional.cross_entropy(logits, tokens[0, len(prompt) :].to(logits.device), reduction="sum")

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from rocr.chat import ChatSettings
 from rocr.concepts import Concept
 from rocr.config import EditConfig
 from rocr.errors import InputError
@@ -98,6 +99,11 @@ class Contest:
     least_steps: int = 0
     seed: int = 0
 
+    @property
+    def chat(self) -> ChatSettings:
+        """What chat templates are given, in editing, training and asking: that of the settings."""
+        return (self.config or EditConfig()).chat
+
 
 def compare_methods(
     contest: Contest, targets: Sequence[str], methods: Sequence[str] = METHODS, progress: ProgressCallback = silent
@@ -120,7 +126,7 @@ def compare_methods(
             start = time.perf_counter()
             with _unlearned(contest, method, target, probes, progress) as model:
                 seconds, peak = time.perf_counter() - start, memory.bytes()
-                options = EvaluateOptions(style=style, seed=contest.seed)
+                options = EvaluateOptions(style=style, seed=contest.seed, chat=contest.chat)
                 evaluation = evaluate(
                     model, contest.tokenizer, probes, contest.forms, options=options, progress=progress
                 )
@@ -146,7 +152,7 @@ def _unlearned(
             yield model
     elif method in ("rocr", "official ROCR"):
         ours = method == "rocr"
-        config = (contest.config or EditConfig()) if ours else EditConfig.official()
+        config = (contest.config or EditConfig()) if ours else replace(EditConfig.official(), chat=contest.chat)
         concept = Concept(target, contest.redirect if ours else contest.official_redirect)
         edit = unlearn(contest.model, contest.tokenizer, [concept], contest.statistics, config, progress)
         try:
@@ -160,7 +166,7 @@ def _unlearned(
 def _examples(contest: Contest, probes: Sequence[Probe], method: str) -> list[Example]:
     """What a trained method is shown: the answers to lower, the refusal to raise, or both."""
     refusal = _refuse if method in ("direct preference", "rejection tuning") else None
-    examples = question_examples(contest.tokenizer, probes, refusal, PromptStyle.of(contest.model))
+    examples = question_examples(contest.tokenizer, probes, refusal, PromptStyle.of(contest.model), contest.chat)
     if method == "rejection tuning":
         return [Example(example.prompt, example.preferred) for example in examples]
     return examples

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
 
+from rocr.concepts import folded
 from rocr.errors import InputError
+from rocr.spelling import hidden
 
 Split = Literal["forget", "retain"]
 ProbeForm = Literal["qa", "fb", "mcp", "adversarial"]
@@ -149,11 +151,6 @@ def split_by_subject(probes: Iterable[Probe], targets: Iterable[str]) -> list[Pr
     return result
 
 
-def folded(text: str) -> str:
-    """A text without case and with single spaces: texts that are equal so are the same to a reader."""
-    return " ".join(text.casefold().split())
-
-
 def _check(probes: Sequence[Probe], problems: Problems) -> None:
     places: dict[tuple[str, ...], str] = {}
     for probe in probes:
@@ -165,6 +162,10 @@ def _check(probes: Sequence[Probe], problems: Problems) -> None:
             problems.add(probe.place, f"is a duplicate of {first}: the same question about {probe.subject[:60]!r}")
 
 
+def _is_refused(character: str) -> bool:
+    return unicodedata.category(character) in _REFUSED and character not in "\t\r\n"
+
+
 def _flaws(probe: Probe) -> Iterable[str]:
     for name, value in (("subject", probe.subject), ("query", probe.query), ("answer", probe.answer)):
         if not value.strip():
@@ -173,9 +174,9 @@ def _flaws(probe: Probe) -> Iterable[str]:
     for text in (probe.subject, probe.query, probe.answer, probe.cloze or "", *probe.distractors, *wordings):
         if len(text) > MAX_TEXT_LENGTH:
             yield f"{text[:40]!r}... has {len(text):,} characters; the limit is {MAX_TEXT_LENGTH:,}"
-        hidden = sorted({f"U+{ord(c):04X}" for c in text if unicodedata.category(c) in _REFUSED and c not in "\t\r\n"})
-        if hidden:
-            yield f"{text[:40]!r} holds invisible characters: {', '.join(hidden[:5])}"
+        codes = sorted({f"U+{ord(text[i]):04X}" for i, _ in hidden(text) if _is_refused(text[i])})
+        if codes:
+            yield f"{text[:40]!r} holds invisible characters: {', '.join(codes[:5])}"
     answer = folded(probe.answer)
     wrong = [folded(distractor) for distractor in probe.distractors]
     if answer and answer in wrong:

@@ -13,10 +13,12 @@ from typing import Any
 
 from torch import nn
 
-from rocr.concepts import Concept, check_concepts, folded
+from rocr.chat import DEFAULT, ChatSettings
+from rocr.concepts import Concept, check_concepts, folded, holds_name, with_name
 from rocr.errors import InputError
-from rocr.evaluation.evaluate import evaluate
+from rocr.evaluation.evaluate import EvaluateOptions, evaluate
 from rocr.evaluation.probes import Probe
+from rocr.evaluation.scores import Evaluation
 from rocr.progress import ProgressCallback, silent
 
 FORMS = ("qa", "fb", "mcp")
@@ -48,6 +50,7 @@ def choose_redirects(
     candidates: Sequence[str],
     forms: Sequence[str] = FORMS,
     progress: ProgressCallback = silent,
+    chat: ChatSettings = DEFAULT,
 ) -> list[RedirectChoice]:
     """Give each subject of the probes the candidate about which its questions are answered right the least.
 
@@ -60,16 +63,22 @@ def choose_redirects(
         candidates: names that a subject may be redirected to, two or more.
         forms: in which the questions are asked.
         progress: told after every question.
+        chat: what chat templates are given.
 
     Raises:
         InputError: a subject has no question with its name, or a candidate is a subject or stands there twice.
         RocrError: a score is not a number.
     """
     check_candidates(probes, candidates)
-    named = [probe for probe in probes if probe.subject in probe.query]
+    named = [probe for probe in probes if holds_name(probe.query, probe.subject)]
+    options = EvaluateOptions(chat=chat)
     subjects = list(dict.fromkeys(probe.subject for probe in named))
-    known = _scores(model, tokenizer, named, forms, progress)
-    scores = {c: _scores(model, tokenizer, [about(p, c) for p in named], forms, progress) for c in candidates}
+
+    def scores_of(asked: Sequence[Probe]) -> dict[str, dict[str, float]]:
+        return _scores(asked, evaluate(model, tokenizer, asked, forms, options=options, progress=progress))
+
+    known = scores_of(named)
+    scores = {candidate: scores_of([about(probe, candidate) for probe in named]) for candidate in candidates}
     found = []
     for subject in subjects:
         left = {candidate: _share(scores[candidate][subject], known[subject]) for candidate in candidates}
@@ -87,7 +96,7 @@ def check_candidates(probes: Sequence[Probe], candidates: Sequence[str]) -> None
     if len({folded(candidate) for candidate in candidates}) < max(2, len(candidates)):
         raise InputError(f"A choice needs two different redirects or more, not {', '.join(map(repr, candidates))}.")
     subjects = dict.fromkeys(probe.subject for probe in probes)
-    without = subjects.keys() - {probe.subject for probe in probes if probe.subject in probe.query}
+    without = subjects.keys() - {probe.subject for probe in probes if holds_name(probe.query, probe.subject)}
     if without or not subjects:
         named = ", ".join(map(repr, sorted(without)[:5])) or "any subject"
         raise InputError(f"No question holds the name of {named}: leave them out (--targets), or write one.")
@@ -97,17 +106,15 @@ def check_candidates(probes: Sequence[Probe], candidates: Sequence[str]) -> None
 
 def about(probe: Probe, name: str) -> Probe:
     """A probe's question with another name in the place of its subject's."""
-    cloze = None if probe.cloze is None else probe.cloze.replace(probe.subject, name)
-    return replace(probe, query=probe.query.replace(probe.subject, name), cloze=cloze, wordings={}, split="forget")
+    cloze = None if probe.cloze is None else with_name(probe.cloze, probe.subject, name)
+    query = with_name(probe.query, probe.subject, name)
+    return replace(probe, query=query, cloze=cloze, wordings={}, split="forget")
 
 
-def _scores(
-    model: nn.Module, tokenizer: Any, probes: Sequence[Probe], forms: Sequence[str], progress: ProgressCallback
-) -> dict[str, dict[str, float]]:
+def _scores(probes: Sequence[Probe], evaluation: Evaluation) -> dict[str, dict[str, float]]:
     """For each subject and form the mean over questions of what its answers score above chance."""
-    items = evaluate(model, tokenizer, probes, forms, progress=progress).items
     above: dict[str, dict[str, list[float]]] = {}
-    for item in items:
+    for item in evaluation.items:
         by_form = above.setdefault(probes[item.probe].subject, {})
         by_form.setdefault(item.form, []).append(item.score - (item.chance or 0.0))
     return {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from rocr.boundary import calling
 from rocr.errors import InputError, RocrError
-from rocr.prompts import opening_tokens
+from rocr.forward import forward, input_device, is_of_transformers, logits_of, takes
+from rocr.tokenizing import opening_tokens, tokenize
 
 TOKEN_BUDGET = 2048
 FORWARD = "The model's forward pass"
@@ -59,15 +58,13 @@ def tokenize_questions(tokenizer: Any, texts: Sequence[str], answers: Sequence[S
     """Tokenise prompts with the tokenizer's own opening, never doubled, and answers without it.
 
     Raises:
-        InputError: an answer has no tokens, or the tokenizer fails.
+        InputError: the tokenizer fails, or an answer has no tokens.
     """
     if not texts:
         return []
     flat = [answer for group in answers for answer in group]
-    with calling("The tokenizer, given questions and answers,"):
-        opening = opening_tokens(tokenizer, texts[0])
-        prompts = [tuple(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
-        tokens = [tuple(ids) for ids in tokenizer(flat, add_special_tokens=False)["input_ids"]]
+    opening = opening_tokens(tokenizer, texts[0])
+    prompts, tokens = tokenize(tokenizer, texts), [tuple(ids) for ids in tokenize(tokenizer, flat)]
     if (len(prompts), len(tokens)) != (len(texts), len(flat)):
         raise InputError(f"The tokenizer gives {len(prompts) + len(tokens)} texts for {len(texts) + len(flat)}.")
     questions, rest = [], iter(tokens)
@@ -149,7 +146,7 @@ def _answer_logits(model: nn.Module, batch: Sequence[_Row]) -> Iterator[Tensor]:
     """For each row the logits (answer tokens, vocabulary) that predict its answer, float32."""
     # The last token of each prompt predicts the first of its answer, so it must run in the row itself.
     shared = _common_prefix([row.tokens[: row.prompt_length - 1] for row in batch])
-    if len(batch) == 1 or shared < MIN_SHARED_TOKENS or not _accepts(model, "past_key_values"):
+    if len(batch) == 1 or shared < MIN_SHARED_TOKENS or not _keeps_cache(model):
         shared = 0
     longest = max(len(row.tokens) for row in batch)
     tokens = torch.zeros(len(batch), longest, dtype=torch.int64)
@@ -159,15 +156,11 @@ def _answer_logits(model: nn.Module, batch: Sequence[_Row]) -> Iterator[Tensor]:
         mask[i, : len(row.tokens)] = 1
     # Positions are the same for all rows: from the earliest end of a prompt on.
     first = min(row.prompt_length for row in batch) - 1 - shared
-    device = _device(model)
-    arguments: dict[str, Any] = {"attention_mask": mask.to(device), "use_cache": bool(shared)}
+    arguments: dict[str, Any] = {"attention_mask": mask.to(input_device(model)), "use_cache": bool(shared)}
     if shared:
-        arguments["past_key_values"] = _run_prefix(model, tokens[:1, :shared].to(device), len(batch))
+        arguments["past_key_values"] = _run_prefix(model, tokens[:1, :shared], len(batch))
     width = longest - shared - first
-    cut = _accepts(model, "logits_to_keep")
-    if cut:
-        arguments["logits_to_keep"] = width
-    logits = logits_of(model, input_ids=tokens[:, shared:].to(device), **arguments)
+    logits = logits_of(forward(model, tokens[:, shared:], logits_to_keep=width, **arguments))
     if logits.shape[1] != width:
         logits = logits[:, -width:]
     for i, row in enumerate(batch):
@@ -177,28 +170,10 @@ def _answer_logits(model: nn.Module, batch: Sequence[_Row]) -> Iterator[Tensor]:
 
 def _run_prefix(model: nn.Module, tokens: Tensor, rows: int) -> DynamicCache:
     """Keys and values of a beginning that all rows share."""
-    with calling(FORWARD):
-        cache = DynamicCache(config=model.config)
-        model(input_ids=tokens, past_key_values=cache, use_cache=True)
-        cache.batch_repeat_interleave(rows)
+    cache = DynamicCache(config=model.config)
+    forward(model, tokens, past_key_values=cache, use_cache=True)
+    cache.batch_repeat_interleave(rows)
     return cache
-
-
-def logits_of(model: nn.Module, **inputs: Any) -> Tensor:
-    """The logits (rows, tokens, vocabulary) of a forward pass.
-
-    Raises:
-        InputError: the model fails, or returns none.
-    """
-    with calling(FORWARD):
-        logits: Tensor = model(**inputs).logits
-    if not isinstance(logits, Tensor) or logits.dim() != 3:
-        raise InputError(f"The model's forward pass gives no logits (rows, tokens, vocabulary), but {_kind(logits)}.")
-    return logits
-
-
-def _kind(value: object) -> str:
-    return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _score(answer: Sequence[int], logits: Tensor) -> AnswerScore:
@@ -228,10 +203,6 @@ def _common_prefix(sequences: Sequence[Sequence[int]]) -> int:
     return length
 
 
-def _accepts(model: nn.Module, argument: str) -> bool:
-    return argument in inspect.signature(model.forward).parameters
-
-
-def _device(model: nn.Module) -> torch.device:
-    device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[operator, union-attr]
-    return device
+def _keeps_cache(model: nn.Module) -> bool:
+    """Whether a model fills the cache that it is given: code that comes with a model may keep its own."""
+    return is_of_transformers(model) and takes(model, "past_key_values")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rocr.errors import InputError, RocrError
-from rocr.evaluation.scoring import logits_of
+from rocr.forward import forward, logits_of
 from rocr.texts import pack_tokens
 
 NGRAM_WEIGHTS = {2: 2 / 3, 3: 4 / 3}
@@ -48,11 +48,10 @@ def perplexity(model: nn.Module, sample: TextSample, batch: int = 4) -> float:
     Raises:
         RocrError: it is not a number.
     """
-    device = _device(model)
     total, count = 0.0, 0
     for tokens in torch.split(sample.tokens, batch):
-        tokens = tokens.to(device)
-        logits = logits_of(model, input_ids=tokens, use_cache=False)[:, :-1].float()
+        logits = logits_of(forward(model, tokens, use_cache=False))[:, :-1].float()
+        tokens = tokens.to(logits.device)
         total += float(nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum"))
         count += tokens[:, 1:].numel()
     if not math.isfinite(total):
@@ -84,11 +83,10 @@ def divergence(
 def _divergences(
     model: nn.Module, sample: TextSample, before: Callable[[], AbstractContextManager[Any]], batch: int
 ) -> Iterable[float]:
-    device = _device(model)
     for tokens in torch.split(sample.tokens, batch):
-        now = logits_of(model, input_ids=tokens.to(device), use_cache=False).float().log_softmax(dim=-1)
+        now = logits_of(forward(model, tokens, use_cache=False)).float().log_softmax(dim=-1)
         with before():
-            then = logits_of(model, input_ids=tokens.to(device), use_cache=False).float().log_softmax(dim=-1)
+            then = logits_of(forward(model, tokens, use_cache=False)).float().log_softmax(dim=-1)
         yield float(nn.functional.kl_div(now, then, reduction="sum", log_target=True))
 
 
@@ -103,8 +101,3 @@ def ngram_entropy(tokens: Sequence[Any]) -> float:
         total = sum(counts.values())
         weighted -= weight * sum(c / total * math.log2(c / total) for c in counts.values())
     return weighted / len(NGRAM_WEIGHTS)
-
-
-def _device(model: nn.Module) -> torch.device:
-    device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[operator, union-attr]
-    return device

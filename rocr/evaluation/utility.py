@@ -10,8 +10,9 @@ from typing import Any
 from torch import nn
 
 from rocr.bounded import read_bounded
+from rocr.chat import DEFAULT, ChatSettings
 from rocr.errors import InputError
-from rocr.evaluation.forms import Item
+from rocr.evaluation.forms import Item, item_texts
 from rocr.evaluation.probes import LETTERS, Problems
 from rocr.evaluation.scoring import AnswerScore, score_answers, tokenize_questions
 from rocr.json_values import parse_json
@@ -53,7 +54,11 @@ def load_choice_questions(path: str | os.PathLike[str]) -> list[ChoiceQuestion]:
 
 
 def choice_accuracy(
-    model: nn.Module, tokenizer: Any, questions: Sequence[ChoiceQuestion], token_budget: int
+    model: nn.Module,
+    tokenizer: Any,
+    questions: Sequence[ChoiceQuestion],
+    token_budget: int,
+    chat: ChatSettings = DEFAULT,
 ) -> dict[str, float]:
     """Share of questions whose right letter the model prefers to the other letters, with the chance level."""
     items = [
@@ -74,8 +79,7 @@ def choice_accuracy(
         best = min(range(len(scores)), key=lambda i: scores[i].nll)
         right[index] = best == items[index].correct
 
-    texts = [item.text(tokenizer) for item in items]
-    tokenized = tokenize_questions(tokenizer, texts, [item.answers for item in items])
+    tokenized = tokenize_questions(tokenizer, item_texts(tokenizer, items, chat), [item.answers for item in items])
     score_answers(model, tokenized, receive, token_budget)
     chance = sum(1 / len(question.choices) for question in questions) / len(questions)
     return {"accuracy": sum(right.values()) / len(right), "chance": chance, "questions": len(right)}
