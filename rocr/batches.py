@@ -22,7 +22,7 @@ class Batch:
     Attributes:
         prompts: their indices in the reading.
         tokens: (prompts, t) int64, each without the prefix and padded on the right, where causal attention never
-            looks back at padding.
+            looks back at padding; other attention is kept from it by `mask`.
         mask: (prompts, prefix and t), 1 for tokens and 0 for padding; None where there is no padding.
         prefix: the tokens before all of them; empty where they are whole.
     """
@@ -33,7 +33,7 @@ class Batch:
     prefix: tuple[int, ...] = ()
 
 
-def batches(reading: Reading, token_budget: int, share: bool = True) -> Iterator[Batch]:
+def batches(reading: Reading, token_budget: int, share: bool = True, to_the_end: bool = False) -> Iterator[Batch]:
     """Batches of a reading, those of one prefix one after the other.
 
     A prompt ends at the last position that is read: causal attention makes all that follows it immaterial.
@@ -42,8 +42,11 @@ def batches(reading: Reading, token_budget: int, share: bool = True) -> Iterator
         reading: what is read where.
         token_budget: tokens of a batch, padding included and prefix not; a longer prompt is a batch of its own.
         share: whether prefixes may be left out.
+        to_the_end: whether prompts are run to their ends, as where attention looks ahead.
     """
     first, end = _read_range(reading)
+    if to_the_end:
+        end = [len(prompt.tokens) for prompt in reading.prompts]
     groups: dict[tuple[int, ...], list[int]] = {}
     for i, prompt in enumerate(reading.prompts):
         prefix = prompt.tokens[: prompt.shared] if share and prompt.shared <= first[i] else ()

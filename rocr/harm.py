@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rocr.apply import LayerUpdate
-from rocr.architectures import Architecture, text_config
+from rocr.architectures import Architecture, positions_of
 from rocr.concepts import Concept, folded
 from rocr.config import EditConfig
 from rocr.errors import InputError
@@ -177,7 +177,7 @@ def read_neighbours(
         return None
     try:
         reading, name_of = plan_names(tokenizer, chosen, config)
-        reading.check_positions([chosen[name] for name in name_of], text_config(architecture.model))
+        reading.check_positions([chosen[name] for name in name_of], positions_of(architecture.model))
     except InputError:
         if names is not None:
             raise

@@ -25,8 +25,12 @@ MEMORY_SHARE = 0.5
 may take before it stays in its files."""
 
 
-def can_load_partially(source: ModelSource) -> bool:
+def can_load_partially(source: ModelSource, last_layer: int = 0) -> bool:
     """Whether a model lies in safetensors files whose tensors bear the names of the model's parameters.
+
+    Args:
+        source: of the model.
+        last_layer: the last decoder layer to load. In a mixture of experts, layers may be stored in different ways.
 
     Raises:
         InputError: the files are damaged.
@@ -40,7 +44,7 @@ def can_load_partially(source: ModelSource) -> bool:
         return False
     if getattr(text_config(architecture.model), "quantization_config", None) is not None:
         return False
-    names = _needed(architecture, 0)
+    names = _needed(architecture, last_layer)
     return all(stored_name(files, architecture, name) in files.file_of for name in names)
 
 

@@ -143,11 +143,11 @@ def _fingerprint_checks(output: Output, edit: Edit | None) -> Iterator[Check]:
             return
         source = find_model(str(output.folder))
         with offline():
-            if not can_load_partially(source):
+            if not can_load_partially(source, mark.layer):
                 yield Check("model", "fingerprint", UNCHECKED, "the model cannot be loaded in part")
                 return
             loaded = load_partial(source, mark.layer)
-        found = model_digest(find_architecture(loaded.model), mark.layer)
+        found = model_digest(find_architecture(loaded.model), mark.layer, mark.model)
         tokenizer = tokenizer_digest(loaded.tokenizer)
     except Exception as error:  # tokenizers and configurations of others raise whatever they like
         yield Check("model", "fingerprint", FAILED, shown(f"it cannot be loaded: {error}"))

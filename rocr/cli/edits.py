@@ -99,9 +99,10 @@ def _last_layer(arguments: argparse.Namespace, source: ModelSource, edit: Edit) 
     """The last layer to load, since what comes after is not changed; None: the whole model."""
     from rocr.partial import can_load_partially
 
-    if arguments.dtype or arguments.device == "auto" or not can_load_partially(source):
+    last = max(*edit.layers, edit.fingerprint.layer)
+    if arguments.dtype or arguments.device == "auto" or not can_load_partially(source, last):
         return None
-    return max(*edit.layers, edit.fingerprint.layer)
+    return last
 
 
 def _say(arguments: argparse.Namespace, edit: Edit, console: Console, done: str) -> None:
