@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rocr.boundary import calling
 from rocr.errors import InputError
 from rocr.projections import check_matrix, find_matrix
-from rocr.wrappers import base_of, own_modules, unwrapped
+from rocr.wrappers import base_of, own_modules, own_parameters, unwrapped
 
 MLP_NAMES = ("mlp", "feed_forward", "ffn")
 CROSS_ATTENTION_NAMES = ("cross_attn", "cross_attention")
@@ -159,16 +159,21 @@ def positions_of(model: nn.Module) -> int | None:
 
 
 def find_architecture(model: nn.Module) -> Architecture:
-    """Find the decoder layers: the module list whose length is the number of hidden layers.
+    """Find the decoder layers: the language model's module list whose length is the number of hidden layers.
 
     Args:
         model: a causal language model of transformers, also inside `torch.compile`, data parallelism or peft.
 
     Raises:
-        InputError: there is no such list, or several of which none is known to be the language model's.
+        InputError: there is no such list, or more than one, or the model is an encoder-decoder.
     """
     depth = getattr(text_config(model), "num_hidden_layers", None)
     base = base_of(model)
+    if getattr(base.config, "is_encoder_decoder", False):
+        raise InputError(
+            f"{type(base).__name__} has an encoder that reads the text and a decoder that writes another: rocr edits "
+            "models that read and write in one decoder."
+        )
     modules = {name: module for name, module, _ in own_modules(base)}
     found = [
         name
@@ -177,10 +182,11 @@ def find_architecture(model: nn.Module) -> Architecture:
     ]
     chosen = _of_the_language_model(base, modules, found)
     if len(chosen) != 1:
-        which = f" ({', '.join(found)})" if found else ""
+        which = f": {', '.join(found)}" if found else ""
         raise InputError(
             f"{type(base).__name__} has {len(found)} lists of {depth} decoder layers with an MLP "
-            f"(a child named {', '.join(MLP_NAMES)}){which}; rocr needs exactly one to know where to edit."
+            f"(a child named {', '.join(MLP_NAMES)}){which}; rocr needs exactly one that belongs to the language model "
+            "to know where to edit."
         )
     layers = modules[chosen[0]]
     assert isinstance(layers, nn.ModuleList)
@@ -188,17 +194,16 @@ def find_architecture(model: nn.Module) -> Architecture:
 
 
 def _of_the_language_model(base: nn.Module, modules: Mapping[str, nn.Module], lists: list[str]) -> list[str]:
-    """Of several lists of layers, those whose model has the text's configuration, or else those of the decoder."""
-    if len(lists) < 2 or getattr(base.config, "is_encoder_decoder", False):
-        return lists
+    """Of some lists of layers, those that belong to the model with the text's configuration, not to a vision tower."""
     kind = type(text_config(base))
     of_text = [name for name in lists if type(_owner(modules, name).config) is kind]
-    if len(of_text) == 1:
+    if len(lists) == 1:
         return of_text
     with calling(f"{type(base).__name__}.get_decoder"):
         decoder: nn.Module = base.get_decoder() if hasattr(base, "get_decoder") else base  # type: ignore[operator]
     inside = {id(module) for module in decoder.modules()}
-    return [name for name in lists if id(modules[name]) in inside]
+    in_decoder = [name for name in lists if id(modules[name]) in inside]
+    return [name for name in of_text if name in in_decoder or not in_decoder]
 
 
 def _owner(modules: Mapping[str, nn.Module], name: str) -> nn.Module:
@@ -234,4 +239,4 @@ def _has_mlp(layer: nn.Module) -> bool:
 
 def _is_mixture(mlp: nn.Module) -> bool:
     names = {name for name, _ in mlp.named_children()} | {name for name, _ in mlp.named_parameters(recurse=False)}
-    return "experts" in names or "router" in names or any(p.ndim > 2 for p in mlp.parameters())
+    return "experts" in names or "router" in names or any(p.ndim > 2 for _, p in own_parameters(mlp))

@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 
 from rocr.architectures import Architecture
 from rocr.sharding import whole, whole_input
+from rocr.wrappers import uncompiled
 
 
 class _StopForward(Exception):
@@ -66,7 +67,11 @@ def run_through(
     if mask is not None:
         arguments["attention_mask"] = mask.to(device)
     # The stop must be the layer's last hook, so that recording hooks have run before it.
-    with evaluating(architecture.model), _hooked(architecture.layers[layer].register_forward_hook, stop):
+    with (
+        uncompiled(architecture.model),
+        evaluating(architecture.model),
+        _hooked(architecture.layers[layer].register_forward_hook, stop),
+    ):
         try:
             architecture.model(**arguments)
         except _StopForward:

@@ -51,11 +51,44 @@ class Matrix:
     @property
     def features(self) -> int | None:
         """Size of its output; None where the module does not say."""
+        weight: Any = getattr(self.module, "weight", None)
+        is_plain = isinstance(weight, Tensor) and weight.ndim == 2 and weight.dtype in DTYPES
+        if is_plain and isinstance(self.module, (nn.Linear, Conv1D)):
+            return int(weight.shape[1 if self.is_transposed else 0])
         for name in ("out_features", "nf"):
             size = getattr(self.module, name, None)
             if isinstance(size, int):
                 return size
         return None
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What an MLP did with some states.
+
+    Attributes:
+        states: (tokens, hidden size) its input.
+        output: (tokens, hidden size).
+        calls: for each matrix that was called, by its place in a list, what went through it, in the order of calls.
+    """
+
+    states: Tensor
+    output: Tensor
+    calls: dict[int, _Call]
+
+    def ends_in(self, place: int) -> bool:
+        """Whether the output is a matrix's, up to a factor and an offset for each feature.
+
+        Some MLPs, as CPM-Ant's, add the states themselves.
+        """
+        last = self.calls[place].outer
+        if last is None or last.shape != self.output.shape:
+            return False
+        states, output, last = (values.cpu().double() for values in (self.states, self.output, last))
+        if not (output.isfinite().all() and last.isfinite().all()):
+            return True
+        allowed = _tolerance(self.output) * output.norm()
+        return any(_is_multiple(rest, last, allowed) for rest in (output, output - states))
 
 
 @dataclass
@@ -107,7 +140,8 @@ def find_matrix(name: str, mlp: nn.Module, hidden_size: int) -> Matrix:
 def check_matrix(name: str, mlp: nn.Module, matrix: Matrix, hidden_size: int) -> None:
     """Make sure that the MLP's output is its down-projection's, and that this is its input times its weight.
 
-    An MLP that cannot be run alone, or whose values are not finite, passes: reading the model then tells.
+    Values that are not finite pass: reading the model then tells. Of an MLP that cannot be run alone, the product is
+    checked and not the output.
 
     Raises:
         InputError: the MLP does something else; says what.
@@ -115,27 +149,21 @@ def check_matrix(name: str, mlp: nn.Module, matrix: Matrix, hidden_size: int) ->
     if not _can_run(mlp):
         return
     try:
-        output, calls = _run(name, mlp, [matrix], hidden_size)
+        run = _run(name, mlp, [matrix], hidden_size)
     except InputError:
+        _check_product(matrix, _alone(matrix))
         return
-    if not calls:
+    if not run.calls:
         raise InputError(
             f"{name} computes its output without calling {matrix.name}, as a fused kernel does, so that the keys "
             "cannot be read. Load the model with MLPs that call their modules."
         )
-    call = calls[0]
-    if not _is_output(call, output):
+    if not run.ends_in(0):
         raise InputError(
             f"The output of {name} is not that of its last matrix {matrix.name}, also not up to a factor: an edit of "
             "that weight alone would not move it as it is meant to. rocr edits MLPs that end in one matrix."
         )
-    error = _product_error(matrix, call)
-    if error > _tolerance(call.output):
-        raise InputError(
-            f"The output of {matrix.name}, a {type(matrix.module).__name__}, is not its input times its weight, but "
-            f"{error:.2g} of its norm away: the weight is packed, scaled or computed from others. Only plain dense "
-            "weights can be edited; load the model with such weights."
-        )
+    _check_product(matrix, run.calls[0])
 
 
 def _is_matrix(module: nn.Module) -> bool:
@@ -183,8 +211,8 @@ def _of_output(name: str, mlp: nn.Module, matrices: Sequence[Matrix], hidden_siz
     Raises:
         InputError: there is none, or the MLP cannot be run.
     """
-    output, calls = _run(name, mlp, matrices, hidden_size)
-    fitting = [matrices[i] for i, call in calls.items() if _is_output(call, output)]
+    run = _run(name, mlp, matrices, hidden_size)
+    fitting = [matrices[i] for i in run.calls if run.ends_in(i)]
     if not fitting:
         names = ", ".join(matrix.name.removeprefix(f"{name}.") for matrix in matrices)
         raise InputError(
@@ -196,12 +224,8 @@ def _of_output(name: str, mlp: nn.Module, matrices: Sequence[Matrix], hidden_siz
 
 
 @torch.no_grad()
-def _run(name: str, mlp: nn.Module, matrices: Sequence[Matrix], hidden_size: int) -> tuple[Tensor, dict[int, _Call]]:
+def _run(name: str, mlp: nn.Module, matrices: Sequence[Matrix], hidden_size: int) -> _Run:
     """Run random states through an MLP alone.
-
-    Returns:
-        The MLP's output (tokens, features), and what went through each matrix that was called, by its place among
-        `matrices`, in the order of the calls.
 
     Raises:
         InputError: the MLP raised an exception.
@@ -218,7 +242,7 @@ def _run(name: str, mlp: nn.Module, matrices: Sequence[Matrix], hidden_size: int
             stack.enter_context(_recorded(matrix, i, calls))
         # Not by calling the module: a call would go to a compiled copy, which runs no hooks.
         output = mlp.forward(states, *[torch.zeros_like(states)] * _other_inputs(mlp.forward))
-        return _rows(output), calls
+        return _Run(_rows(states), _rows(output), calls)
 
 
 def _other_inputs(forward: Callable[..., Any]) -> int:
@@ -274,16 +298,39 @@ def _rows(output: Any) -> Tensor:
     return values.reshape(-1, values.shape[-1])
 
 
-def _is_output(call: _Call, output: Tensor) -> bool:
-    """Whether the MLP's output is a matrix's, up to a factor and an offset for each feature."""
-    if call.outer is None or call.outer.shape != output.shape:
-        return False
-    mine, its = (values.cpu().double() for values in (call.outer, output))
-    if not (mine.isfinite().all() and its.isfinite().all()):
-        return True
-    mine, its = mine - mine.mean(dim=0), its - its.mean(dim=0)
-    factor = (mine * its).sum(dim=0) / mine.square().sum(dim=0).clamp(min=1e-300)
-    return bool((its - factor * mine).norm() <= _tolerance(output) * its.norm())
+def _is_multiple(values: Tensor, of: Tensor, allowed: Tensor) -> bool:
+    """Whether values (tokens, features) are others times a factor, and an offset, for each feature.
+
+    Args:
+        values: float64.
+        of: float64.
+        allowed: norm of what may be left over by rounding; it is never most of the values.
+    """
+    values, of = values - values.mean(dim=0), of - of.mean(dim=0)
+    factor = (values * of).sum(dim=0) / of.square().sum(dim=0).clamp(min=1e-300)
+    return bool((values - factor * of).norm() <= torch.minimum(allowed, values.norm() / 3))
+
+
+@torch.no_grad()
+def _alone(matrix: Matrix) -> _Call:
+    """What goes through a matrix that is called on random keys."""
+    weight = matrix.module.weight
+    assert isinstance(weight, Tensor)
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(PROBE_TOKENS, weight.shape[0 if matrix.is_transposed else 1], generator=generator)
+    keys = keys.to(weight.device, weight.dtype)
+    with calling(f"{matrix.name}, run alone on random keys,"), torch.autocast(weight.device.type, enabled=False):
+        return _Call(keys, _rows(matrix.module(keys)))
+
+
+def _check_product(matrix: Matrix, call: _Call) -> None:
+    error = _product_error(matrix, call)
+    if error > _tolerance(call.output):
+        raise InputError(
+            f"The output of {matrix.name}, a {type(matrix.module).__name__}, is not its input times its weight, but "
+            f"{error:.2g} of its norm away: the weight is packed, scaled or computed from others. Only plain dense "
+            "weights can be edited; load the model with such weights."
+        )
 
 
 def _product_error(matrix: Matrix, call: _Call) -> float:

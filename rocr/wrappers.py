@@ -7,7 +7,9 @@ names. Classes are told by name, so that no library has to be imported.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
+import torch
 from torch import nn
 
 from rocr.errors import InputError
@@ -87,6 +89,21 @@ def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, fl
                 scale = scaling.get(adapter, 1.0) if isinstance(scaling, dict) else 1.0
                 kept = [part for part in name.split(".") if part != adapter]
                 yield f"{path}.{'.'.join(kept)}", parameter, float(scale)
+
+
+@contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """Within the context, compiled modules of a model run as they were written, so that their hooks run.
+
+    Before torch 2.6, which cannot do this, they run compiled.
+    """
+    is_compiled = any(
+        "OptimizedModule" in kinds(module) or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )
+    set_stance = getattr(torch.compiler, "set_stance", None)
+    with set_stance("force_eager") if is_compiled and set_stance else nullcontext():
+        yield
 
 
 def kinds(module: nn.Module) -> set[str]:
