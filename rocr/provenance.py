@@ -75,6 +75,8 @@ class Provenance:
         for name, version in self.versions.items():
             if len(text_of(version, f"the version of {name}")) > MAX_VERSION:
                 raise ValueError(f"the version of {name} has {len(version):,} characters")
+        if not isinstance(self.down_projections, (list, tuple)):
+            raise ValueError(f"down_projections must be a list, not {repr(self.down_projections)[:60]}")
         for digest in self.down_projections:
             text_of(digest, "a digest of a down-projection")
         object.__setattr__(self, "down_projections", tuple(self.down_projections))

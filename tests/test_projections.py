@@ -12,6 +12,15 @@ from rocr.architectures import find_architecture
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HIDDEN, INNER = 32, 48
+
+
+@pytest.fixture(autouse=True)
+def eager():
+    """BitNet's layers are compiled when they run, which takes longer than all tests."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
