@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +16,7 @@ from rocr.boundary import calling
 from rocr.errors import InputError
 from rocr.forward import taken
 from rocr.sharding import whole, whole_input
+from rocr.wrappers import uncompiled
 
 
 class _StopForward(BaseException):
@@ -74,24 +74,13 @@ def run_through(
         arguments["attention_mask"] = mask.to(device)
     # The stop must be the layer's last hook, so that recording hooks have run before it.
     stopping = hooked(architecture.layers[layer].register_forward_hook, stop)
-    with evaluating(architecture.model), as_written(), stopping:
+    with uncompiled(), evaluating(architecture.model), stopping:
         try:
             with calling(f"The forward pass of {type(architecture.model).__name__}"):
                 architecture.model(**taken(architecture.model, arguments))
         except _StopForward:
             return
     raise InputError(_unseen(f"decoder layer {architecture.layers_name}.{layer}"))
-
-
-@contextmanager
-def as_written() -> Iterator[None]:
-    """Compiled modules run as they are written inside, since compiled code does not call hooks that come later."""
-    set_stance = getattr(torch.compiler, "set_stance", None)
-    if set_stance is None or "torch._dynamo" not in sys.modules:
-        yield
-        return
-    with set_stance("force_eager"):
-        yield
 
 
 def check_seen(found: Collection[object], wanted: Mapping[Any, str]) -> None:

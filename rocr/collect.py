@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from rocr import ops
-from rocr.architectures import Architecture, default_layers, find_architecture, text_config
+from rocr.architectures import Architecture, default_layers, find_architecture, positions_of
 from rocr.capture import as_sequence, check_seen, input_hook, run_through
 from rocr.chat import DEFAULT, ChatSettings
 from rocr.checkpoint import Checkpoint
 from rocr.errors import GuardError, InputError, RocrError
-from rocr.fingerprint import dtype_name, fingerprint
+from rocr.fingerprint import down_projection_digests, dtype_name, fingerprint
 from rocr.less_memory import halving
 from rocr.progress import Progress, ProgressCallback, silent
 from rocr.provenance import Provenance, computed_with, versions_now
@@ -118,12 +118,15 @@ def collect_statistics(
         chosen = tuple(sorted(layers)) if layers is not None else default_layers(architecture.depth)
         if not chosen:
             raise InputError("layers is empty: name the decoder layers whose keys are to be collected.")
+        for layer in chosen:
+            architecture.check_down_projection(layer)
         sums = {layer: _zeros(architecture, layer) for layer in chosen}
         mark = fingerprint(architecture, tokenizer, max(chosen))
         weight = architecture.down_projection(max(chosen)).weight
+        before = down_projection_digests(architecture, max(chosen))
     identity = {
         # Without the name: the same model may lie elsewhere by now.
-        "model": [mark.model, mark.layer, mark.tokenizer],
+        "model": [mark.model, mark.layer, mark.tokenizer, list(before)],
         "text": source.name(),
         "layers": list(chosen),
         "cut": [options.tokens, options.length, options.batch_tokens],
@@ -136,7 +139,7 @@ def collect_statistics(
     saved_at = time.monotonic()
     try:
         resumed, finished = 0, state.batches
-        for number, batch in enumerate(source.batches(model, tokenizer, progress)):
+        for number, batch in enumerate(source.batches(architecture.model, tokenizer, progress)):
             done = batch.before + batch.count
             if number // ranks.size < finished:
                 resumed = done
@@ -164,7 +167,8 @@ def collect_statistics(
         ranks.tell(error)
         raise
     moments = {layer: _finished(total, tokens, layer) for layer, total in sums.items()}
-    return Statistics(moments, tokens, source.name(), mark, source.provenance(dtype_name(weight), computed_with(model)))
+    read = replace(source.provenance(dtype_name(weight), computed_with(model)), down_projections=before)
+    return Statistics(moments, tokens, source.name(), mark, read)
 
 
 def check_sampled(tokens: int | None) -> None:
@@ -219,8 +223,7 @@ class _Source:
             self.length, self.documents = max(map(len, written)), len(written)
             sequences: Iterable[list[int]] = written
         else:
-            positions = getattr(text_config(model), "max_position_embeddings", None)
-            self.length = min(options.length, positions or options.length)
+            self.length = min(options.length, positions_of(model) or options.length)
             vocabulary = len(find_architecture(model).embedding.weight)  # type: ignore[arg-type]
             sequences = pack_tokens(self._counted(self.texts), tokenizer, self.length, vocabulary)
         before = 0

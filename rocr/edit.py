@@ -218,7 +218,7 @@ class Edit:
 
     def mismatch(self, model: nn.Module) -> str | None:
         """A sentence that says whose the edit is where that is not this model; None where it is."""
-        found = model_digest(find_architecture(model), self.fingerprint.layer)
+        found = model_digest(find_architecture(model), self.fingerprint.layer, self.fingerprint.model)
         if found != self.fingerprint.model:
             return f"The edit was made for {self.fingerprint}, but this model's fingerprint is {found[:12]}."
         mine, its = different(self.computed_with, computed_with(model))

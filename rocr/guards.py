@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rocr.apply import LayerUpdate
-from rocr.architectures import Architecture
+from rocr.architectures import Architecture, positions_of
 from rocr.capture import evaluating
 from rocr.collisions import nearest_keys
 from rocr.concepts import MAX_CONCEPTS, Concept
@@ -191,7 +191,7 @@ def predict(architecture: Architecture, tokenizer: Any) -> Predictions | None:
     if any(parameter.device.type == "meta" for parameter in architecture.model.parameters()):
         return None
     ids = tokenize_prompt(tokenizer, PROBE_TEXT)
-    positions = getattr(getattr(architecture.model, "config", None), "max_position_embeddings", None) or len(ids)
+    positions = positions_of(architecture.model) or len(ids)
     tokens = torch.tensor([ids[:positions]])
     found = _log_probabilities(architecture.model, tokens)
     if not torch.isfinite(found).all():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rocr.apply import LayerUpdate
-from rocr.architectures import Architecture, text_config
+from rocr.architectures import Architecture, positions_of
 from rocr.concepts import Concept, check_names, folded
 from rocr.config import EditConfig
 from rocr.errors import InputError
@@ -176,7 +176,7 @@ def read_neighbours(
     if not chosen:
         return None
     reading, name_of = plan_names(tokenizer, chosen, config)
-    reading.check_positions([chosen[name] for name in name_of], text_config(architecture.model))
+    reading.check_positions([chosen[name] for name in name_of], positions_of(architecture.model))
     layers = config.layers or ()
     states = read_layers(architecture, reading, max(layers), layers, progress=progress, stage="neighbours")
     keys = {layer: found.keys for layer, found in states.items() if found.keys is not None}

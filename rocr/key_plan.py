@@ -32,17 +32,17 @@ class Reading:
     group_of: list[int]
     groups: int
 
-    def check_positions(self, names: Sequence[str], config: Any) -> None:
+    def check_positions(self, names: Sequence[str], positions: int | None) -> None:
         """Refuse prompts that are longer, up to the last token that is read, than a model has positions for.
 
         Args:
             names: for each group, the name it belongs to.
-            config: the model's, of transformers.
+            positions: how many the model has (`rocr.architectures.positions_of`); None: no such limit.
 
         Raises:
             InputError: a name does not fit.
         """
-        positions, last = getattr(config, "max_position_embeddings", None), max(self.position_of, default=0)
+        last = max(self.position_of, default=0)
         if positions is not None and last >= positions:
             name = names[self.group_of[self.position_of.index(last)]]
             raise InputError(
@@ -73,12 +73,12 @@ class KeyPlan:
     held: Reading | None
     rendered: tuple[RenderedTemplate, ...] = ()
 
-    def check_positions(self, concepts: Sequence[Concept], config: Any) -> None:
+    def check_positions(self, concepts: Sequence[Concept], positions: int | None) -> None:
         """Refuse names and redirects that do not fit into a model's positions; see `Reading.check_positions`."""
         names = [concepts[concept].name for concept in self.concept_of]
         for reading in filter(None, (self.keys, self.current)):
-            reading.check_positions(names, config)
-        self.targets.check_positions([concepts[concept].redirect for concept in self.concept_of], config)
+            reading.check_positions(names, positions)
+        self.targets.check_positions([concepts[concept].redirect for concept in self.concept_of], positions)
 
 
 class _ReadingBuilder:

@@ -15,17 +15,20 @@ def resolve_layers(config: EditConfig, model: nn.Module) -> EditConfig:
     """The settings with the layers that will be edited, each known to be editable.
 
     Raises:
-        InputError: a layer is out of range, has no dense down-projection or shares it, or was never loaded.
+        InputError: a layer is out of range, was never loaded, has no dense down-projection that alone gives its MLP
+            its output, or shares it.
     """
     layers = chosen_layers(config, model)
+    architecture = find_architecture(model)
     for layer in layers:
-        projection = find_architecture(model).down_projection(layer)
-        _check_own(model, projection)
+        projection = architecture.down_projection(layer)
+        _check_own(architecture.model, projection)
         if projection.parameter.device.type == "meta":
             raise InputError(
                 f"{projection.parameter_name} is on the meta device: its values were never loaded, or lie on the CPU "
                 "or disk until its layer runs (offloading by a device_map). Put the edited layers onto a device."
             )
+        architecture.check_down_projection(layer)
     return replace(config, layers=layers)
 
 

@@ -17,6 +17,7 @@ from rocr.apply import LayerUpdate
 from rocr.errors import InputError
 from rocr.factors import Factors
 from rocr.output import new_directory
+from rocr.provenance import EXPERTS
 from rocr.space import check_space
 
 if TYPE_CHECKING:
@@ -88,7 +89,19 @@ def adapter_tensors(
                 own = values.contiguous() if module == layer.module else values.clone().contiguous()
                 tensors[f"base_model.model.{module}.lora_{factor}.weight"] = own
         layers.append(layer)
+    if _is_mixture(edit):
+        largest = max(layer.rank for layer in layers)
+        for layer in layers:
+            _pad(tensors, layer, largest)
     return tensors, _adapter_config(edit, layers), layers
+
+
+def _pad(tensors: dict[str, Tensor], layer: AdapterLayer, rank: int) -> None:
+    """Give one layer's factors a larger inner size, filled with zeros."""
+    missing = rank - layer.rank
+    for name, padding in ("lora_A", (0, 0, 0, missing)), ("lora_B", (0, missing)):
+        key = f"base_model.model.{layer.module}.{name}.weight"
+        tensors[key] = torch.nn.functional.pad(tensors[key], padding).contiguous()
 
 
 def check_rank(rank: int | None) -> None:
@@ -158,20 +171,30 @@ def thin_factors(factors: Factors) -> tuple[Tensor, Tensor]:
     return factors.left.cpu(), factors.right.cpu()
 
 
+def _is_mixture(edit: Edit) -> bool:
+    """Whether an edit is of dense layers of a mixture of experts, whose weights an adapter must name as parameters.
+
+    Of such models (Qwen3-MoE, DeepSeek-V3 and others) peft 0.21 takes every module named down_proj for the experts', so
+    that an adapter of a dense layer would do nothing. It knows no ranks by layer for parameters.
+    """
+    return any(name in edit.computed_with for name in EXPERTS)
+
+
 def _adapter_config(edit: Edit, layers: Sequence[AdapterLayer]) -> dict[str, object]:
     ranks = {module: layer.rank for layer in layers for module in layer.modules}
     largest = max(ranks.values())
+    targets: dict[str, object] = {"target_modules": sorted(ranks), "rank_pattern": ranks, "alpha_pattern": ranks}
+    if _is_mixture(edit):
+        targets = {"target_modules": [], "target_parameters": [f"{module}.weight" for module in sorted(ranks)]}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": edit.fingerprint.name,
-        "target_modules": sorted(ranks),
+        **targets,
         "r": largest,
         # alpha equal to the rank makes the scale alpha / r one, in peft by module, in vLLM also where it knows no
         # patterns.
         "lora_alpha": largest,
-        "rank_pattern": ranks,
-        "alpha_pattern": ranks,
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": any(update.transposed for update in edit.updates),

@@ -30,6 +30,10 @@ may take before it stays in its files."""
 def can_load_partially(source: ModelSource, last_layer: int = 0) -> bool:
     """Whether a model lies in safetensors files that hold each parameter up to a layer as a tensor of its own.
 
+    Args:
+        source: of the model.
+        last_layer: the last decoder layer to load. In a mixture of experts, layers may be stored in different ways.
+
     Raises:
         InputError: the files are damaged.
     """

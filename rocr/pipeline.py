@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from rocr.apply import Applied, LayerUpdate, apply_updates, take_back
-from rocr.architectures import Architecture, DownProjection, find_architecture, text_config
+from rocr.architectures import Architecture, DownProjection, find_architecture, positions_of
 from rocr.change import check_kept, check_rendered, inexact_layers
 from rocr.collect import CollectOptions, collect_statistics
 from rocr.collisions import find_collisions
 from rocr.concepts import Concept, check_concepts, check_length
 from rocr.config import EditConfig
 from rocr.edit import Edit
-from rocr.fingerprint import dtype_name, fingerprint
+from rocr.fingerprint import down_projection_digests, dtype_name, fingerprint
 from rocr.guards import (
     Guards,
     Predictions,
@@ -39,6 +39,7 @@ from rocr.layers import check_moments, resolve_layers
 from rocr.measures import EditReport, mean_by_concept, measure_layer
 from rocr.metric import build_metric
 from rocr.passage import before_passage, measured_layers
+from rocr.prefix import with_direction
 from rocr.progress import Progress, ProgressCallback, silent
 from rocr.provenance import computed_with
 from rocr.sharding import whole
@@ -110,13 +111,13 @@ def _unlearn(
     by_count = kept.report.by_count if kept else config.left_to_the_count()
     config = resolve_layers(config.for_concepts(len(concepts)), model)
     config = replace(config, chat=config.chat.settled(tokenizer))
-    architecture = find_architecture(model)
     layers = config.layers or ()
     last = max(layers)
+    architecture = find_architecture(model)
     plan = plan_keys(tokenizer, concepts, config)
     if kept is not None:
         check_rendered(kept.rendered, plan.rendered, "the tokenizer now")
-    plan.check_positions(concepts, text_config(model))
+    plan.check_positions(concepts, positions_of(model))
     if statistics is None:
         # By each process itself, since only one of a group may be editing.
         statistics = collect_statistics(
@@ -127,10 +128,12 @@ def _unlearn(
             CollectOptions(seed=config.seed, distributed=False, chat=config.chat),
             progress,
         )
-    mark = fingerprint(architecture, tokenizer, statistics.fingerprint.layer)
+    mark = fingerprint(architecture, tokenizer, statistics.fingerprint.layer, like=statistics.fingerprint)
     read_up_to = min(statistics.fingerprint.layer, architecture.depth - 1)
     settings = computed_with(model)
-    statistics.check_model(mark, dtype_name(architecture.down_projection(read_up_to).weight), settings)
+    dtype = dtype_name(architecture.down_projection(read_up_to).weight)
+    statistics.check_model(mark, dtype, settings, down_projection_digests(architecture, last))
+    architecture = with_direction(architecture, last)
     run = _Run(architecture, concepts, config, plan, progress, guards or Guards(), made, kept)
     run.report.by_count = by_count
     if kept is not None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rocr.architectures import text_config
+from rocr.architectures import positions_of
 from rocr.capture import evaluating
 from rocr.chat import DEFAULT, ChatSettings, find_chat_format
 from rocr.forward import cache_of, forward, logits_of
@@ -58,7 +58,7 @@ def sample_sequences(
 def _shape(model: nn.Module, starts: list[list[int]], tokens: int) -> tuple[int, int]:
     """How many sequences to write from each start, and how many tokens of each: no more than there are positions."""
     share = -(-tokens // len(starts))
-    positions = getattr(text_config(model), "max_position_embeddings", None) or share
+    positions = positions_of(model) or share
     longest = max(1, positions - max(map(len, starts)))
     length = min(longest, -(-share // max(1, min(SEQUENCES, tokens) // len(starts))))
     return -(-share // length), length

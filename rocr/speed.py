@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from rocr.architectures import Architecture, find_architecture, text_config
+from rocr.architectures import Architecture, find_architecture, positions_of
 from rocr.capture import run_through
 from rocr.forecast import CHECKED_TOKENS, SAMPLED_TOKENS, Forecast, Job
 from rocr.sampling import SEQUENCES
@@ -55,7 +55,7 @@ def measure_speed(architecture: Architecture, dtype: torch.dtype) -> Speed:
     probe = _with_first_layer(architecture, dtype)
     parameters = sum(parameter.numel() for parameter in probe.layers[0].parameters())
     tokens = max(8, min(PROBE_TOKENS, PROBE_OPERATIONS // (2 * parameters)))
-    positions = getattr(text_config(probe.model), "max_position_embeddings", None) or tokens
+    positions = positions_of(probe.model) or tokens
     length = min(tokens, positions)
     size = min(probe.down_projection(0).weight.shape[1], PROBE_WIDTH)
     generator = torch.Generator().manual_seed(0)

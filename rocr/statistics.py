@@ -15,7 +15,7 @@ from rocr.errors import InputError
 from rocr.files import read_tensors, write_tensors
 from rocr.fingerprint import Fingerprint
 from rocr.json_values import MAX_NUMBER, text_of
-from rocr.provenance import Provenance, different
+from rocr.provenance import Provenance, changed_layers, different
 
 FORMAT = "rocr statistics 1"
 
@@ -62,19 +62,30 @@ class Statistics:
         return self.moments[layer]
 
     def check_model(
-        self, other: Fingerprint, dtype: str | None = None, config: Mapping[str, Any] | None = None
+        self,
+        other: Fingerprint,
+        dtype: str | None = None,
+        config: Mapping[str, Any] | None = None,
+        down_projections: Sequence[str] = (),
     ) -> None:
         """Refuse a model that the statistics were not collected on.
 
         Args:
-            other: fingerprint of that model, up to the layer `self.fingerprint.layer`.
+            other: fingerprint of that model, up to the layer `self.fingerprint.layer`, made like that.
             dtype: of that model, such as "bfloat16"; None: not to be compared.
             config: its settings (`rocr.provenance.computed_with`); None: not to be compared.
+            down_projections: digests of those before the last layer that statistics are used of
+                (`rocr.fingerprint.down_projection_digests`); empty: not to be compared.
 
         Raises:
-            InputError: model, tokenizer, dtype or settings differ; names both sides.
+            InputError: model, tokenizer, dtype, settings or down-projections differ; names both sides.
         """
         mine = self.fingerprint
+        if mine.is_old != other.is_old:
+            raise InputError(
+                f"Of {mine} and {other}, one is a fingerprint of rocr 0.1, which took other values: the two cannot be "
+                "compared. Collect the older statistics again: rocr stats."
+            )
         if (mine.model, mine.tokenizer) != (other.model, other.tokenizer):
             raise InputError(
                 f"These statistics were collected on {mine}, but the model to edit is {other}. "
@@ -88,6 +99,14 @@ class Statistics:
             raise InputError(
                 f"These statistics were collected on {mine} with {collected}, but the model to edit has {found}, so "
                 "that its keys are others. Load it as it was (--dtype), or collect statistics on it: rocr stats."
+            )
+        changed = changed_layers(self.provenance.down_projections, down_projections)
+        if changed:
+            raise InputError(
+                f"These statistics were collected on {mine} with other down-projections than those of the model to "
+                f"edit at layer {', '.join(map(str, changed))}: one of both carries an edit, so that the keys of later "
+                "layers are others. Take the edit off (revert), add the concepts to it (Edit.add), or collect "
+                "statistics on this model: rocr stats."
             )
 
     def merge(self, other: Statistics) -> Statistics:

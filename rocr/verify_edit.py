@@ -178,7 +178,7 @@ def _fingerprint_checks(output: Output, edit: Edit | None) -> Iterator[Check]:
         # Of an edit made with --dtype float16 the fingerprint is that of values rounded twice.
         for dtype in (None, torch.float16):
             loaded = load_partial(source, mark.layer, dtype=dtype)
-            found = model_digest(find_architecture(loaded.model), mark.layer)
+            found = model_digest(find_architecture(loaded.model), mark.layer, mark.model)
             if found == mark.model:
                 break
         tokenizer = tokenizer_digest(loaded.tokenizer)

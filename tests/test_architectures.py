@@ -1,9 +1,10 @@
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import rocr
-from rocr.architectures import authors_layers, default_layers, find_architecture
+from rocr.architectures import authors_layers, default_layers, find_architecture, positions_of
 from rocr.errors import InputError
 
 NAMES = {
@@ -12,7 +13,6 @@ NAMES = {
     "GPT-NeoX": ("gpt_neox.layers", "mlp.dense_4h_to_h"),
 }
 LLAMA_LIKE = ("model.layers", "mlp.down_proj")
-NORMS_BEHIND = {"Gemma2", "Gemma3", "OLMo2"}
 
 
 def test_every_family_is_found_by_its_structure(family, make_model):
@@ -26,7 +26,6 @@ def test_every_family_is_found_by_its_structure(family, make_model):
     stored = model.state_dict()[found.parameter_name]
     assert found.weight.data_ptr() == stored.data_ptr(), "the weight is a view, not a copy"
     assert torch.equal(found.weight.T if found.transposed else found.weight, stored)
-    assert (architecture.output_norm(2) is not None) == (family in NORMS_BEHIND)
 
 
 def test_a_down_projection_multiplies_keys_by_its_weight(family, make_model):
@@ -126,3 +125,101 @@ def test_default_layers_of_known_depths(depth, layers):
 @pytest.mark.parametrize(("depth", "layers"), [(28, (4, 5, 6)), (32, (4, 5, 6)), (5, (0, 1, 2)), (80, (11, 12, 13))])
 def test_the_authors_layers_of_known_depths(depth, layers):
     assert authors_layers(depth) == layers
+
+
+TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+TEXT = TOWER | {"num_key_value_heads": 2, "vocab_size": 99}
+
+
+def of_two_towers(kind):
+    if kind == "Llava":
+        config = transformers.LlavaConfig(
+            text_config=TEXT | {"model_type": "llama"},
+            vision_config=TOWER | {"model_type": "clip_vision_model", "image_size": 28, "patch_size": 14},
+            image_token_index=98,
+        )
+        return transformers.LlavaForConditionalGeneration(config)
+    config = transformers.Gemma3Config(
+        text_config=TEXT | {"head_dim": 8},
+        vision_config=TOWER | {"image_size": 28, "patch_size": 14},
+        image_token_index=98,
+        mm_tokens_per_image=4,
+    )
+    return transformers.Gemma3ForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("kind", ["Llava", "Gemma 3"])
+def test_of_towers_of_one_depth_the_language_model_is_found(kind):
+    model = of_two_towers(kind)
+    architecture = find_architecture(model)
+    assert architecture.layers_name == "model.language_model.layers"
+    architecture.check_down_projection(1)
+    architecture.model.model.language_model.layers = nn.ModuleList(list(architecture.layers)[:3])
+    with pytest.raises(
+        InputError, match=r"has 1 lists of 4 decoder layers .*vision_.*that belongs to the language model"
+    ):
+        find_architecture(model)
+
+
+def test_an_encoder_decoder_is_refused():
+    module = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+    }
+    for decoder_layers in (3, 4):
+        config = transformers.T5GemmaConfig(
+            encoder=module | {"num_hidden_layers": 3},
+            decoder=module | {"num_hidden_layers": decoder_layers},
+            vocab_size=99,
+        )
+        with pytest.raises(InputError, match="has an encoder that reads the text and a decoder that writes another"):
+            find_architecture(transformers.T5GemmaForConditionalGeneration(config))
+
+
+def test_layers_that_attend_to_images_alone_are_refused(make_model, tokenizer, texts, concepts):
+    config = transformers.models.mllama.MllamaTextConfig(
+        **TEXT | {"vocab_size": len(tokenizer), "initializer_range": 0.2}, cross_attention_layers=[2], pad_token_id=1,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    )  # fmt: skip
+    model = transformers.MllamaForCausalLM(config).eval()
+    with pytest.raises(InputError, match=r"layers\.2 attends to images alone and is left out where there is only text"):
+        rocr.collect_statistics(model, tokenizer, texts, [1, 2])
+    rocr.unlearn(
+        model, tokenizer, concepts, rocr.collect_statistics(model, tokenizer, texts, [1]), rocr.EditConfig(layers=[1])
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "positions"),
+    [(128, 128), (128.0, 128), (99.9, 99), ("256", 256), (None, None), ([128], None), ("many", None),
+     (float("inf"), None), (float("nan"), None), (0, 1)],
+)  # fmt: skip
+def test_positions_of_a_model(model, tokenizer, texts, concepts, value, positions):
+    model.config.__dict__["max_position_embeddings"] = value
+    assert positions_of(model) == positions
+    if positions is None or positions > 90:
+        statistics = rocr.collect_statistics(model, tokenizer, texts, [1])
+        edit = rocr.unlearn(model, tokenizer, concepts, statistics, rocr.EditConfig(layers=[1]))
+        assert edit.report.divergence is not None
+    if positions == 99:
+        assert statistics.provenance.length == 99
+        with pytest.raises(InputError, match="the model has 99 positions"):
+            rocr.unlearn(
+                model, tokenizer, concepts, statistics, rocr.EditConfig(layers=[1], templates=("rain " * 99 + "{}",))
+            )
+
+
+def test_settings_that_raise_are_left_out(model):
+    from rocr.provenance import computed_with
+
+    class PerLayer(type(model.config)):
+        @property
+        def rope_theta(self):
+            raise ValueError("it is another one in each layer")
+
+    before = computed_with(model)
+    model.config.__class__ = PerLayer
+    assert computed_with(model) == before | {}

@@ -137,7 +137,9 @@ def test_an_addition_that_fails_leaves_the_model_with_the_edit(make, tokenizer, 
     for concepts in (PEOPLE[:1], [Concept("Blaise Pascal", "rain")]):
         with pytest.raises(InputError):
             edit.add(concepts, carrier, tokenizer, statistics)
-    other = rocr.collect_statistics(copy.deepcopy(carrier), tokenizer, ["Another text, and not a long one."], (1, 2, 3))
+    original = copy.deepcopy(carrier)
+    edit.revert(original)
+    other = rocr.collect_statistics(original, tokenizer, ["Another text, and not a long one."], (1, 2, 3))
     with pytest.raises(InputError, match="but these are of"):
         edit.add(PEOPLE[1:], carrier, tokenizer, other)
     assert same_bits(weights_of(carrier), before)
@@ -170,9 +172,11 @@ def test_edits_that_do_not_fit_together_are_not_merged(make, model, tokenizer, s
             edit.merge(foreign)
 
 
-def test_an_edit_made_on_top_of_another_is_not_merged_as_if_it_stood_alone(make, tokenizer, statistics, tmp_path):
+def test_an_edit_made_on_top_of_another_is_not_merged_as_if_it_stood_alone(make, tokenizer, texts, tmp_path):
     first, carrier = make(PEOPLE[:2], config())
-    second = rocr.unlearn(carrier, tokenizer, PEOPLE[2:], statistics, config())
+    second = rocr.unlearn(
+        carrier, tokenizer, PEOPLE[2:], rocr.collect_statistics(carrier, tokenizer, texts, range(5)), config()
+    )
     second.save(tmp_path / "edit.safetensors")
     for edit in (second, EditClass.load(tmp_path / "edit.safetensors")):
         for pair in ((first, edit), (edit, first)):
@@ -210,9 +214,11 @@ def test_names_that_are_not_there_are_named(make):
         edit.remove([])
 
 
-def test_a_model_with_a_later_edit_is_refused(make, tokenizer, statistics, weights_of):
+def test_a_model_with_a_later_edit_is_refused(make, tokenizer, texts, weights_of):
     edit, carrier = make(PEOPLE[:2], config())
-    rocr.unlearn(carrier, tokenizer, PEOPLE[2:], statistics, config())
+    rocr.unlearn(
+        carrier, tokenizer, PEOPLE[2:], rocr.collect_statistics(carrier, tokenizer, texts, (1, 2, 3)), config()
+    )
     before = weights_of(carrier)
     with pytest.raises(VerificationError, match="take later edits off first"):
         edit.remove("Ada Byron", carrier)

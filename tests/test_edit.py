@@ -47,10 +47,11 @@ def test_undo_and_redo_to_the_last_bit(family, dtype, make_model, tokenizer, tex
     assert same(weights_of(model), before) and same(weights_of(other), before)
 
 
-def test_stacked_edits_come_off_in_reverse_order_only(model, tokenizer, statistics, weights_of):
+def test_stacked_edits_come_off_in_reverse_order_only(model, tokenizer, texts, weights_of):
     names = ["Ada Byron", "Robert Downey Jr.", "Æsop"]
     states, edits = [weights_of(model)], []
     for name in names:
+        statistics = rocr.collect_statistics(model, tokenizer, texts, CONFIG.layers)
         edits.append(rocr.unlearn(model, tokenizer, [Concept(name, "a gardener")], statistics, CONFIG))
         states.append(weights_of(model))
     with pytest.raises(VerificationError, match="Take later edits off first"):

@@ -7,7 +7,15 @@ import torch
 import rocr
 from rocr import Concept, EditConfig
 from rocr.architectures import find_architecture
-from rocr.fingerprint import Fingerprint, fingerprint, model_digest, tensor_digest, tokenizer_digest
+from rocr.fingerprint import (
+    SAMPLED_VALUES,
+    Fingerprint,
+    down_projection_digests,
+    fingerprint,
+    model_digest,
+    tensor_digest,
+    tokenizer_digest,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -106,3 +114,80 @@ def test_what_is_no_fingerprint(field):
 def test_it_reads_well():
     mark = Fingerprint("0123456789abcdef", 6, "fedcba9876543210", "tiny")
     assert str(mark) == "tiny (model 0123456789ab to layer 6, tokenizer fedcba987654)"
+
+
+@pytest.mark.parametrize("sizes", [(512, 64), (256, 512), (64, 4096), (96, 80)], ids=str)
+@pytest.mark.parametrize("part", ["columns", "rows"])
+def test_it_sees_other_rows_and_columns_than_the_first(make_model, sizes, part):
+    """Of 512 evenly spaced values, many shapes show those of one column alone."""
+    hidden, inner = sizes
+    model = make_model("Llama", hidden_size=hidden, intermediate_size=inner, num_hidden_layers=2)
+    for module in (model.model.layers[1].self_attn.q_proj, model.model.layers[1].mlp.up_proj):
+        first = digest(model)
+        with torch.no_grad():
+            values = module.weight if part == "rows" else module.weight.T
+            values[len(values) // 2 :] += 1
+        assert digest(model) != first
+
+
+@pytest.mark.parametrize("shape", [(4096, 4096), (4096, 14336), (2048, 2048), (1, 10_000), (10_000, 1), (33, 77)])
+def test_sampled_places_lie_in_all_parts_of_a_tensor(shape):
+    from rocr.fingerprint import _sampled
+
+    rows, columns = shape
+    places = _sampled(torch.arange(rows * columns), SAMPLED_VALUES)
+    assert len(places) == SAMPLED_VALUES and torch.equal(places, places.sort().values)
+    for size, found in ((rows, places // columns), (columns, places % columns)):
+        parts = min(size, 16)
+        counts = torch.bincount(found * parts // size, minlength=parts)
+        assert (counts > SAMPLED_VALUES / parts / 3).all(), "no sixteenth of the rows or columns is all but left out"
+
+
+def test_places_are_the_same_on_every_machine():
+    from rocr.fingerprint import _sampled
+
+    places = _sampled(torch.arange(4096 * 14336), 4)
+    assert places.tolist() == [16106664, 38691736, 45349043, 49749307]
+
+
+def test_an_old_fingerprint_is_computed_as_it_was(model):
+    """By the files of rocr 0.1: 512 values at even steps, without down-projections."""
+    parts = hashlib.sha256()
+    modules = [("embedding", model.model.embed_tokens)] + [(f"layer {i}", model.model.layers[i]) for i in range(3)]
+    for title, module in modules:
+        for name, values in module.named_parameters():
+            if not name.startswith("mlp.down_proj"):
+                flat = values.detach().reshape(-1)
+                taken = flat[:: max(1, flat.numel() // 512)][:512].bfloat16().view(torch.int16).numpy()
+                parts.update(f"{title} {name} {tuple(values.shape)}\n".encode() + taken.tobytes())
+    assert model_digest(find_architecture(model), 2, like=parts.hexdigest()) == parts.hexdigest()
+    assert digest(model) == digest(model, 2) != parts.hexdigest()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("relative_norm", [0.3, 0.03, 0.003])
+def test_digests_of_down_projections_see_an_edit_of_rank_one(make_model, dtype, relative_norm):
+    """Ordinary edits have 0.03 to 0.5 of the norm of the weight."""
+    model = make_model("Llama", hidden_size=128, intermediate_size=256).to(dtype)
+    before = down_projection_digests(find_architecture(model), 4)
+    assert before == down_projection_digests(find_architecture(copy.deepcopy(model)), 4) and len(set(before)) == 4
+    weight = model.model.layers[2].mlp.down_proj.weight.data
+    generator = torch.Generator().manual_seed(5)
+    update = torch.randn(128, 1, generator=generator) @ torch.randn(1, 256, generator=generator)
+    weight += (update * relative_norm * weight.float().norm() / update.norm()).to(dtype)
+    after = down_projection_digests(find_architecture(model), 4)
+    assert [i for i in range(4) if before[i] != after[i]] == [2]
+    assert down_projection_digests(find_architecture(model), 2) == before[:2]
+
+
+def test_digests_of_down_projections_in_float32_and_bfloat16_alike(family, make_model):
+    model = make_model(family).bfloat16()
+    assert down_projection_digests(find_architecture(model), 3) == down_projection_digests(
+        find_architecture(copy.deepcopy(model).float()), 3
+    )
+
+
+def test_layers_without_a_dense_down_projection_have_no_digest_of_it(make_model):
+    model = make_model("Qwen3Moe", mlp_only_layers=[0, 2], num_experts_per_tok=2)
+    digests = down_projection_digests(find_architecture(model), 9)
+    assert [bool(each) for each in digests] == [True, False, True, False, False]

@@ -56,7 +56,7 @@ def test_a_limit_passed_restores_the_model_and_names_a_concept(limit, words, edi
     assert all(torch.equal(weight, before[name]) for name, weight in weights_of(model).items())
 
 
-def test_the_concept_with_the_largest_part_is_named(edit_with, monkeypatch):
+def test_the_concept_with_the_largest_part_is_named(edit_with, model, monkeypatch):
     from rocr import pipeline
 
     solved = pipeline.solve_layer
@@ -66,7 +66,9 @@ def test_the_concept_with_the_largest_part_is_named(edit_with, monkeypatch):
         stretch = torch.tensor([1e4 if concept == 1 else 1.0 for concept in found])
         return replace(solution, factors=Factors(solution.left * stretch, solution.right))
 
-    found = edit_with(replace(OPEN, force=True)).concept_of
+    edit = edit_with(replace(OPEN, force=True))
+    found = edit.concept_of
+    edit.revert(model)
     monkeypatch.setattr(pipeline, "solve_layer", stretched)
     with pytest.raises(GuardError, match=r"most of it is from 'Robert Downey Jr\.'"):
         edit_with(replace(OPEN, relative_norm=1e3))

@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -194,3 +195,39 @@ def test_an_output_that_exists_is_kept(model, tokenizer, statistics, concepts, t
     assert not list((tmp_path / "adapter").iterdir())
     edit.export_lora(tmp_path / "adapter", overwrite=True)
     assert len(list((tmp_path / "adapter").iterdir())) == 2
+
+
+@pytest.mark.filterwarnings("error:.*adapter keys:UserWarning", "error:.*pattern keys:UserWarning")
+@pytest.mark.parametrize("rank", [None, 3])
+@pytest.mark.parametrize("changes", [{"keys_per_concept": "all"}, {}], ids=["all keys", "mean keys"])
+def test_an_adapter_of_dense_layers_of_a_mixture(make_model, tokenizer, texts, concepts, tmp_path, changes, rank):
+    """peft takes modules named down_proj for the experts', and would put the adapter nowhere."""
+    model = make_model("Qwen3Moe", mlp_only_layers=[0, 1, 2], num_experts_per_tok=2)
+    original = copy.deepcopy(model)
+    config = EditConfig(layers=[1, 2], templates=CONFIG.templates, **changes)
+    statistics = rocr.collect_statistics(model, tokenizer, texts, [1, 2])
+    edit = rocr.unlearn(model, tokenizer, concepts, statistics, config)
+    layers = edit.export_lora(tmp_path / "adapter", rank=rank)
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert settings["target_parameters"] == [f"model.layers.{layer}.mlp.down_proj.weight" for layer in (1, 2)]
+    before, after = logits(original), logits(model)
+    adapted = peft.PeftModel.from_pretrained(copy.deepcopy(original), tmp_path / "adapter")
+    if rank is None:
+        assert (logits(adapted) - after).norm() < ROUNDING * (after - before).norm()
+        assert (logits(adapted.merge_and_unload()) - after).norm() < ROUNDING * (after - before).norm()
+    else:
+        assert all(0 < layer.key_error < 1 for layer in layers)
+        assert (logits(adapted) - after).norm() < (after - before).norm()
+
+
+def test_ranks_that_differ_by_layer_are_filled_up_in_a_mixture(loaded_edit):
+    from rocr.lora import adapter_tensors
+
+    first, second = loaded_edit.updates
+    uneven = dataclasses.replace(second, left=second.left[:, :1], right=second.right[:1])
+    edit = dataclasses.replace(loaded_edit, updates=[first, uneven], computed_with={"num_experts_per_tok": 2})
+    tensors, settings, _ = adapter_tensors(edit, None)
+    assert {t.shape[0] for n, t in tensors.items() if "lora_A" in n} == {settings["r"]} == {first.right.shape[0]}
+    name = f"base_model.model.{second.parameter.removesuffix('.weight')}"
+    product = tensors[f"{name}.lora_B.weight"] @ tensors[f"{name}.lora_A.weight"]
+    assert torch.equal(product, uneven.left @ uneven.right)

@@ -227,3 +227,13 @@ def test_damaged_layouts_are_refused(damage, make_model, save):
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"model\.safetensors"):
         load_partial(source(folder), 1)
+
+
+def test_layers_that_are_stored_in_different_ways_are_looked_at_each(make_model, save):
+    """Of a mixture of experts, files name each expert's matrices, which the model holds in one."""
+    model = make_model("Qwen3Moe", mlp_only_layers=[0, 1, 4], num_experts_per_tok=2)
+    folder = save(model)
+    assert can_load_partially(source(folder), 1)
+    load_partial(source(folder), 1)
+    for last in (2, 4):
+        assert not can_load_partially(source(folder), last)

@@ -9,6 +9,8 @@ from safetensors.torch import load_file, save_file
 
 import rocr
 from rocr import CollectOptions, InputError, Statistics
+from rocr.architectures import find_architecture
+from rocr.fingerprint import down_projection_digests
 from rocr.provenance import Provenance, computed_with, versions_now
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -29,7 +31,11 @@ def header_of(path):
 def test_a_file_says_how_its_text_was_read(model, tokenizer, texts, dtype, tmp_path):
     statistics = collect(model.to(dtype), tokenizer, texts)
     versions = {"rocr": rocr.__version__, "torch": torch.__version__, "transformers": versions_now()["transformers"]}
-    assert statistics.provenance == Provenance(str(dtype)[6:], 32, 1, computed_with(model), len(texts), versions)
+    before = down_projection_digests(find_architecture(model), max(statistics.layers))
+    assert len(before) == max(statistics.layers)
+    assert statistics.provenance == Provenance(
+        str(dtype)[6:], 32, 1, computed_with(model), len(texts), versions, down_projections=before
+    )
     assert statistics.provenance.config["rope_parameters"]["rope_theta"] == 10_000
     assert "rope_scaling" not in statistics.provenance.config
     statistics.save(tmp_path / "statistics")

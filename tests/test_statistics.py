@@ -5,11 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import rocr
 from rocr import CollectOptions, Concept, EditConfig, InputError, Statistics
-from rocr.fingerprint import Fingerprint
+from rocr.architectures import find_architecture
+from rocr.files import write_tensors
+from rocr.fingerprint import Fingerprint, fingerprint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROUNDING = 1e-6  # merged against one run, relative to the largest entry; at most 2e-7 was measured
@@ -176,3 +178,78 @@ def test_a_file_without_moments(tmp_path):
     Statistics({}, 5, "t", mark).save(tmp_path / "empty")
     with pytest.raises(InputError, match="0 second moments of 5 tokens"):
         Statistics.load(tmp_path / "empty")
+
+
+@pytest.fixture
+def edited(model, tokenizer, statistics):
+    """A copy of the model that carries an edit of layer 1."""
+    other = copy.deepcopy(model)
+    rocr.unlearn(other, tokenizer, CONCEPTS, statistics, EditConfig(layers=[1]))
+    return other
+
+
+def test_statistics_of_an_edited_model_are_not_those_of_the_original(
+    model, edited, tokenizer, texts, statistics, tmp_path
+):
+    of_the_edited = rocr.collect_statistics(edited, tokenizer, texts, [1, 3])
+    of_the_edited.save(tmp_path / "statistics")
+    config = EditConfig(layers=[3])
+    for given, each in (
+        (of_the_edited, model),
+        (Statistics.load(tmp_path / "statistics"), model),
+        (statistics, edited),
+    ):
+        with pytest.raises(InputError, match=r"other down-projections than .* at layer 1: .*\(revert\).*\(Edit\.add\)"):
+            rocr.unlearn(copy.deepcopy(each), tokenizer, CONCEPTS, given, config)
+    with pytest.raises(InputError, match=r"have other down-projections at layer 1: one of them carried an edit"):
+        rocr.collect_statistics(model, tokenizer, texts, [1, 3]).merge(of_the_edited)
+    # The keys of a layer do not depend on its own down-projection, nor on later ones.
+    rocr.unlearn(copy.deepcopy(model), tokenizer, CONCEPTS, of_the_edited, EditConfig(layers=[1]))
+    rocr.unlearn(copy.deepcopy(edited), tokenizer, CONCEPTS, statistics, EditConfig(layers=[1]))
+    rocr.unlearn(edited, tokenizer, CONCEPTS, of_the_edited, config)
+
+
+def test_an_edit_is_changed_with_the_statistics_of_the_original(model, tokenizer, statistics):
+    config = EditConfig(layers=[1, 3])
+    edit = rocr.unlearn(model, tokenizer, CONCEPTS, statistics, config)
+    added = edit.add([rocr.Concept("Æsop", "a gardener")], model, tokenizer, statistics)
+    assert len(added.concepts) == len(CONCEPTS) + 1
+    added.remove("Æsop", model).revert(model)
+    rocr.unlearn(model, tokenizer, CONCEPTS, statistics, config)
+
+
+def test_statistics_of_rocr_0_1_stay_usable(model, tokenizer, statistics, concepts, tmp_path):
+    """Their fingerprint took other values, and they do not say which down-projections there were."""
+    old = fingerprint(find_architecture(model), tokenizer, 4, like=replace(statistics.fingerprint, model="0" * 64))
+    assert old.is_old and not statistics.fingerprint.is_old
+    provenance = replace(statistics.provenance, down_projections=())
+    replace(statistics, fingerprint=old, provenance=provenance).save(tmp_path / "old")
+    loaded = Statistics.load(tmp_path / "old")
+    assert "down_projections" not in loaded.provenance.to_json() and loaded.fingerprint == old
+    other = copy.deepcopy(model)
+    edit = rocr.unlearn(other, tokenizer, concepts, loaded)
+    assert edit.fingerprint == old
+    edit.save(tmp_path / "edit")
+    again = rocr.Edit.load(tmp_path / "edit")
+    again.add([rocr.Concept("Æsop", "a gardener")], other, tokenizer, loaded).revert(other)
+    again.apply(model)
+    again.revert(model)
+    with pytest.raises(InputError, match=r"one is a fingerprint of rocr 0\.1"):
+        loaded.merge(statistics)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight += 1
+    with pytest.raises(InputError, match=r"collected on .* but the model to edit is"):
+        rocr.unlearn(model, tokenizer, concepts, loaded)
+    with pytest.raises(InputError, match=r"was made for .* but this model's fingerprint is"):
+        again.apply(model)
+
+
+@pytest.mark.parametrize("value", [3, [3], [None], {"1": "x"}, "abc"])
+def test_digests_that_are_none_are_refused(statistics, tmp_path, value):
+    statistics.save(tmp_path / "statistics")
+    with safe_open(tmp_path / "statistics", framework="pt") as file:
+        header = json.loads(file.metadata()["rocr"])
+    header["provenance"]["down_projections"] = value
+    write_tensors(tmp_path / "forged", header, load_file(tmp_path / "statistics"))
+    with pytest.raises(InputError, match="not a complete statistics file"):
+        Statistics.load(tmp_path / "forged")

@@ -49,8 +49,8 @@ def add_partial(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--whole", action="store_true", help="load the whole model")
 
 
-def loads_partially(arguments: argparse.Namespace, source: ModelSource) -> bool:
-    """Whether only the beginning of MODEL is loaded.
+def loads_partially(arguments: argparse.Namespace, source: ModelSource, last_layer: int = 0) -> bool:
+    """Whether only the beginning of MODEL, up to a decoder layer, is loaded.
 
     Raises:
         InputError: that was asked for, but cannot be done.
@@ -63,7 +63,7 @@ def loads_partially(arguments: argparse.Namespace, source: ModelSource) -> bool:
         return False
     if arguments.dtype or arguments.device == "auto":
         raise InputError("--partial keeps the weights as they are stored: leave out --dtype, and --device auto.")
-    possible = can_load_partially(source)
+    possible = can_load_partially(source, last_layer)
     if arguments.partial and not possible:
         raise InputError(
             f"{source.name} cannot be loaded in part: that needs a folder of safetensors files whose tensors bear the "

@@ -142,4 +142,5 @@ def _last_layer(arguments: argparse.Namespace, source: ModelSource) -> int | Non
     from rocr.layers import chosen_layers
     from rocr.partial import empty_model
 
-    return max(chosen_layers(EditConfig(layers=arguments.layers), empty_model(source, arguments.trust_remote_code)))
+    last = max(chosen_layers(EditConfig(layers=arguments.layers), empty_model(source, arguments.trust_remote_code)))
+    return last if loads_partially(arguments, source, last) else None

@@ -235,7 +235,8 @@ def _last_layer(
     from rocr.partial import empty_model
 
     layers = chosen_layers(config, empty_model(source, arguments.trust_remote_code))
-    return max(layers) if statistics is None else max(*layers, statistics.fingerprint.layer)
+    last = max(layers) if statistics is None else max(*layers, statistics.fingerprint.layer)
+    return last if loads_partially(arguments, source, last) else None
 
 
 def _with_layers(config: EditConfig, loaded: LoadedModel) -> EditConfig:

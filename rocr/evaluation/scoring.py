@@ -15,7 +15,6 @@ from rocr.forward import forward, input_device, is_of_transformers, logits_of, t
 from rocr.tokenizing import opening_tokens, tokenize
 
 TOKEN_BUDGET = 2048
-FORWARD = "The model's forward pass"
 MIN_SHARED_TOKENS = 8
 """A shorter common beginning is not worth a forward pass of its own."""
 
