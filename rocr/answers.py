@@ -9,11 +9,12 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
+from rocr.arithmetic import plain_arithmetic
 from rocr.errors import InputError
 from rocr.prompts import opening_tokens, render_chat
 
 
-@torch.no_grad()
+@plain_arithmetic()
 def ask(model: nn.Module, tokenizer: Any, questions: Sequence[str], max_tokens: int = 40) -> list[str]:
     """Greedy answers to questions, each asked as a user's message where the tokenizer has a chat template.
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rocr.architectures import text_config
+from rocr.arithmetic import plain_arithmetic
 from rocr.capture import evaluating
 from rocr.progress import Progress, ProgressCallback, silent
 from rocr.prompts import opening_tokens, render_chat
@@ -18,7 +19,7 @@ SEQUENCES = 128
 _PLACEHOLDER = "\ue000"
 
 
-@torch.no_grad()
+@plain_arithmetic()
 def sample_sequences(
     model: nn.Module, tokenizer: Any, tokens: int, seed: int, progress: ProgressCallback = silent
 ) -> list[list[int]]:

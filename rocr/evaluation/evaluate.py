@@ -12,9 +12,9 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
+from rocr.arithmetic import plain_arithmetic
 from rocr.errors import InputError
 from rocr.evaluation.forms import ORT_FORMS, Item, PromptStyle, build_items
 from rocr.evaluation.generation import contained_answers
@@ -53,7 +53,7 @@ class EvaluateOptions:
     style: PromptStyle | None = None
 
 
-@torch.no_grad()
+@plain_arithmetic()
 def evaluate(
     model: nn.Module,
     tokenizer: Any,

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from rocr.arithmetic import plain_arithmetic
 from rocr.concepts import Concept, check_concepts, folded
 from rocr.errors import InputError
 from rocr.evaluation.evaluate import evaluate
@@ -41,6 +42,7 @@ class RedirectChoice:
     questions: int
 
 
+@plain_arithmetic()
 def choose_redirects(
     model: nn.Module,
     tokenizer: Any,

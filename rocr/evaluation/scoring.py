@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from rocr.arithmetic import plain_arithmetic
 from rocr.errors import InputError, RocrError
 from rocr.prompts import opening_tokens
 
@@ -74,7 +75,7 @@ def tokenize_questions(tokenizer: Any, texts: Sequence[str], answers: Sequence[S
     return questions
 
 
-@torch.no_grad()
+@plain_arithmetic()
 def score_answers(
     model: nn.Module,
     questions: Sequence[Question],
