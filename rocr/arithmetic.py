@@ -108,14 +108,15 @@ class plain_arithmetic:
 
     def _restore(self) -> None:
         try:
-            while self._undo:
-                self._undo.pop()()
+            self._put_back()
         finally:
-            try:
-                _FLAGS.release(self)
-            finally:
-                # Again: an interruption may have ended the first.
-                _FLAGS.release(self)
+            # What an interruption has left of it; else there is nothing to do.
+            self._put_back()
+
+    def _put_back(self) -> None:
+        while self._undo:
+            self._undo.pop()()
+        _FLAGS.release(self)
 
 
 def writing(*tensors: Tensor) -> AbstractContextManager[object]:
