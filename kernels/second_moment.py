@@ -14,7 +14,14 @@ import torch
 import triton
 import triton.language as tl
 from rocr_kernels.bits import to_bfloat16
-from rocr_kernels.launch import address_table, capability, processors, registers, run_with_scratch
+from rocr_kernels.launch import (
+    address_table,
+    capability,
+    offset_type,
+    processors,
+    registers,
+    run_with_scratch,
+)
 from rocr_kernels.schedule import Schedule, make_schedule
 from rocr_kernels.second_moment_pointers import add_second_moments_pointers
 from rocr_kernels.second_moment_tma import add_second_moments_tma
@@ -245,6 +252,7 @@ def _launch(totals: Sequence[Tensor], keys: Sequence[Tensor], products: int, con
             COLUMNS=config.columns,
             STEP=config.step,
             GROUP=config.group,
+            OFFSETS=offset_type(config.step * keys[0].stride(0), config.rows * totals[0].stride(0)),
             INTERPRETED=device.type != "cuda",
             num_warps=config.warps,
             num_stages=config.stages,

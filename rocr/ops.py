@@ -211,10 +211,14 @@ def solve_update(
         left (d_out, n) and right (n, d_in) with Δ = left @ right, in the dtype of keys, float32 at least.
 
     Raises:
-        InputError: shapes, dtypes or ridge that do not fit, or a metric that is not symmetric.
+        InputError: shapes, dtypes or ridge that do not fit, a metric that is not symmetric, or a CUDA graph's capture.
         GuardError: numbers that are not finite, or a system too close to singular.
     """
     operands.check_solve(keys, residuals, ridge)
+    if keys.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise InputError(
+            "solve_update cannot be captured in a CUDA graph: it waits for the device to check its numbers."
+        )
     require_finite("keys", keys)
     require_finite("residuals", residuals)
     weighted_keys = apply_metric(metric, keys)

@@ -72,19 +72,23 @@ def test_second_moments_without_alignment(tokens: int, width: int, dtype: torch.
     assert ours <= ERROR_OVER_TORCH * of_torch + PARTS_OF_ONE_TOKEN
 
 
-@pytest.mark.parametrize("config", ["tma_wide", "pointers"])
-def test_second_moment_leaves_what_lies_around_and_above(config: str) -> None:
-    memory = torch.full((140, 160), torch.nan)
+@pytest.mark.parametrize("config", [name for name in second_moment.CONFIGS if not name.endswith("_parts")])
+@pytest.mark.parametrize("tokens", [70, 2500])
+def test_second_moment_keeps_every_bit_around_and_above(
+    config: str, tokens: int, left_alone: Callable[[Tensor], Tensor]
+) -> None:
+    memory = left_alone(torch.empty(140, 160))
     total = memory[2:138, 8:144]
-    start = torch.randn(136, 136)
-    total.copy_(torch.where(torch.ones(136, 136).tril() > 0, start, torch.nan))
-    keys = torch.full((70, 160), torch.nan, dtype=torch.bfloat16)
-    keys[:, 8:144] = torch.randn(70, 136)
+    lower = torch.ones(136, 136, dtype=torch.bool).tril()
+    total[lower] = torch.randn(lower.sum())
+    keys = torch.full((tokens, 160), torch.nan, dtype=torch.bfloat16)
+    keys[:, 8:144] = torch.randn(tokens, 136)
+    before, bits = memory.clone(), memory.view(torch.int32)
     accumulate_second_moments([total], [keys[:, 8:144]], second_moment.CONFIGS[config])
     written = torch.zeros(140, 160, dtype=torch.bool)
-    written[2:138, 8:144] = torch.ones(136, 136).tril() > 0
+    written[2:138, 8:144] = lower
     assert memory[written].isfinite().all()
-    assert memory[~written].isnan().all()
+    assert torch.equal(bits[~written], before.view(torch.int32)[~written])
 
 
 @pytest.mark.parametrize("config", ["tma_wide", "pointers"])
