@@ -128,7 +128,7 @@ def capturing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_triton_refuses_the_capture_of_a_graph_in_a_sentence(capturing) -> None:
     pytest.importorskip("triton")
     with FakeTensorMode():
-        total, keys = torch.empty(64, 64, device="cuda"), torch.empty(9, 64, device="cuda")
+        total, keys = torch.empty(64, 64, device="cuda"), torch.empty(9, 64, device="cuda", dtype=torch.bfloat16)
         left, right = torch.empty(64, 2, device="cuda"), torch.empty(2, 64, device="cuda")
         with pytest.raises(
             InputError, match=r"cannot be captured in a CUDA graph.*or use the backend 'torch' or 'cuda'"
