@@ -180,6 +180,41 @@ def test_every_configuration_updates_a_weight_as_it_lies(config: str) -> None:
     assert ours <= ERROR_OVER_TORCH * of_torch
 
 
+FAR = 2**30 + 8
+"""A stride with which the third row begins beyond 2**31 numbers."""
+
+
+def far_rows(matrix: Tensor) -> Tensor:
+    """A copy of three rows that lie far apart, in memory of which a few pages exist."""
+    try:
+        memory = torch.empty(2 * FAR + matrix.shape[1], dtype=matrix.dtype)
+    except RuntimeError:
+        pytest.skip("the system gives no memory that is not used")
+    return memory.as_strided(matrix.shape, (FAR, 1)).copy_(matrix)
+
+
+@pytest.mark.parametrize("config", [name for name in low_rank_update.CONFIGS if not name.startswith("bands")])
+@pytest.mark.parametrize("of", ["weight", "left", "right"])
+def test_rows_of_an_update_may_lie_far_apart(config: str, of: str) -> None:
+    dtype = torch.float32 if low_rank_update.CONFIGS[config].parts == 3 else torch.bfloat16
+    operands = dict(zip(("weight", "left", "right"), random_update(3, 24, 3, dtype), strict=True))
+    near = {name: operand.clone() for name, operand in operands.items()}
+    operands[of] = far_rows(operands[of])
+    for each in (operands, near):
+        LowRankPlan(*([operand] for operand in each.values()), low_rank_update.CONFIGS[config]).run(1.0, False, 0)
+    assert torch.equal(operands["weight"], near["weight"])
+
+
+@pytest.mark.parametrize("of", ["total", "keys"])
+def test_rows_of_a_second_moment_may_lie_far_apart(of: str) -> None:
+    operands = {"total": torch.randn(3, 3), "keys": torch.randn(3, 3).to(torch.bfloat16)}
+    near = {name: operand.clone() for name, operand in operands.items()}
+    operands[of] = far_rows(operands[of])
+    for each in (operands, near):
+        accumulate_second_moments([each["total"]], [each["keys"]], second_moment.CONFIGS["pointers"])
+    assert torch.equal(operands["total"].tril(), near["total"].tril())
+
+
 def test_layers_of_several_shapes_and_dtypes_in_one_call() -> None:
     layers = [random_update(40, 64, 3, torch.bfloat16), random_update(9, 17, 3, torch.float16)]
     layers += [random_update(40, 64, 3, torch.bfloat16), random_update(40, 64, 2, torch.float32)]
