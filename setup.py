@@ -33,13 +33,36 @@ def find_nvcc() -> str | None:
     return in_home or shutil.which("nvcc")
 
 
+def known_code(nvcc: str, source: str) -> list[str]:
+    """Return the options for the chips that this nvcc can compile a source for; older ones do not know the newest.
+
+    Raises:
+        RuntimeError: there is no such chip.
+    """
+    known, refusals = [], []
+    for option in CUDA_CODE[source]:
+        # It checks the names and compiles nothing; --list-gpu-code leaves sm_90a out.
+        words = [nvcc, "--dryrun", option, "-x", "cu", "-c", os.devnull, "-o", os.devnull]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            known.append(option)
+        else:
+            refusals.append(" ".join(done.stderr.split()))
+    if not known:
+        raise RuntimeError(f"{nvcc} cannot compile {source}, which needs CUDA 12 or later: {refusals[0]}")
+    for refusal in refusals:
+        logging.warning("rocr: %s is compiled without a chip that this nvcc does not know (%s).", source, refusal)
+    return known
+
+
 def compile_cuda(nvcc: str, folder: Path) -> list[str]:
-    """Compile the CUDA kernels, and return the object files."""
+    """Compile the CUDA kernels for the chips that nvcc knows, and return the object files."""
     folder.mkdir(parents=True, exist_ok=True)
     flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC", "-Xfatbin", "-compress-all", "--threads=0"]
     objects = []
-    for source, code in CUDA_CODE.items():
+    for source in CUDA_CODE:
         target = str(folder / f"{source}.o")
+        code = known_code(nvcc, source)
         subprocess.run([nvcc, *flags, *code, "-c", str(Path("csrc") / source), "-o", target], check=True)
         objects.append(target)
     return objects
@@ -94,7 +117,7 @@ class OptionalBuild(build_ext):
         try:
             objects = compile_cuda(nvcc, Path(self.build_temp) / "csrc")
             libraries = cuda_link_arguments(nvcc)
-        except (OSError, subprocess.CalledProcessError) as error:
+        except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
             logging.warning("rocr: the CUDA kernels were not built (%s).", error)
             return
         extension.extra_objects += objects

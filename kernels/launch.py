@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 INTERPRETER_PROGRAMS = 3
@@ -38,13 +39,29 @@ def registers(programs: int, warps: int) -> int:
     return min(255, 65536 // (programs * warps * 32) // 8 * 8)
 
 
+def offset_type(*distances: int) -> tl.dtype:
+    """Type of the distances, in numbers, within a tile: 64 bits cost registers, and few strides need them."""
+    return tl.int64 if max(distances) >= 1 << 31 else tl.int32
+
+
+class CaptureError(RuntimeError):
+    """A table of addresses was to be made while a CUDA graph is captured."""
+
+
 def address_table(tensors: Sequence[Sequence[Tensor]], numbers: Sequence[int] = ()) -> Tensor:
     """Addresses of all tensors, one list after the other, then numbers, as int64 on the tensors' device.
 
-    The copy from pinned memory does not wait for the device. Inside a CUDA graph it would be repeated from memory
-    that is no longer ours: make tables before a capture.
+    The copy from pinned memory does not wait for the device.
+
+    Raises:
+        CaptureError: a CUDA graph is captured, which would read that memory again when it is used otherwise.
     """
     device = tensors[0][0].device
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise CaptureError(
+            "The Triton kernels cannot be captured in a CUDA graph: they copy a table of addresses from memory that is "
+            "used otherwise when the graph runs. Call them outside the capture, or use the backend 'torch' or 'cuda'."
+        )
     entries = [tensor.data_ptr() for group in tensors for tensor in group] + list(numbers)
     table = torch.tensor(entries, dtype=torch.int64, pin_memory=device.type == "cuda")
     return table.to(device, non_blocking=True)

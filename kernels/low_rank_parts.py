@@ -24,8 +24,9 @@ def split_factors(
 ):
     """Write each layer's factor, one row for each row or column of the weight, as (size, PARTS * part_rank)."""
     layer = tl.program_id(2).to(tl.int64)
-    index = (tl.program_id(0) * SIZE + tl.arange(0, SIZE))[:, None]
-    ranks = (tl.program_id(1) * RANK + tl.arange(0, RANK))[None, :]
+    # 64 bits: a factor may have more than 2**31 numbers.
+    index = (tl.program_id(0) * SIZE + tl.arange(0, SIZE)).to(tl.int64)[:, None]
+    ranks = (tl.program_id(1) * RANK + tl.arange(0, RANK)).to(tl.int64)[None, :]
     factor = tl.load(table + layer).to(tl.pointer_type(tl.float32))
     value = tl.load(factor + (index * stride + ranks * rank_stride), mask=(index < size) & (ranks < rank), other=0.0)
     target = parts + (layer * size + index) * (PARTS * part_rank) + ranks
@@ -36,12 +37,23 @@ def split_factors(
 
 
 @triton.jit
-def _parts_tiles(factor, first, last, rank, part_rank, PARTS: tl.constexpr, SIZE: tl.constexpr, RANK: tl.constexpr):
+def _parts_tiles(
+    factor,
+    first,
+    last,
+    rank,
+    part_rank,
+    PARTS: tl.constexpr,
+    SIZE: tl.constexpr,
+    RANK: tl.constexpr,
+    OFFSETS: tl.constexpr,
+):
     """Tiles (SIZE, RANK) of the high, middle and low part of a factor, 0 from row last on; two parts: no low one."""
     index = tl.arange(0, SIZE)[:, None]
     inside = index < last - first
     stride = PARTS * part_rank
-    high = factor + tl.cast(first, tl.int64) * stride + rank + (index * stride + tl.arange(0, RANK)[None, :])
+    offsets = index * tl.cast(stride, OFFSETS) + tl.arange(0, RANK)[None, :]
+    high = factor + tl.cast(first, tl.int64) * stride + rank + offsets
     middle = high + part_rank
     high_tile = tl.load(high, mask=inside, other=0.0)
     middle_tile = tl.load(middle, mask=inside, other=0.0)
@@ -72,6 +84,7 @@ def add_low_rank_parts(
     COLUMNS: tl.constexpr,
     RANK: tl.constexpr,
     STAGES: tl.constexpr,
+    OFFSETS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """Persistent kernel: an item is a tile of a layer; lefts and rights are what split_factors wrote."""
@@ -93,12 +106,14 @@ def add_low_rank_parts(
             width = width // 8 * 8
         left = lefts + layer.to(tl.int64) * rows * stride
         right = rights + layer.to(tl.int64) * columns * stride
-        pointers, mask = weight_tile(weight, row, column, rows, width, weight_row_stride, ROWS, COLUMNS)
+        pointers, mask = weight_tile(weight, row, column, rows, width, weight_row_stride, ROWS, COLUMNS, OFFSETS)
         old = tl.load(pointers, mask=mask, other=0.0)
         product = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
         for step in tl.range(0, part_rank, RANK, num_stages=STAGES):
-            left_high, left_middle, left_low = _parts_tiles(left, row, rows, step, part_rank, PARTS, ROWS, RANK)
-            high, middle, low = _parts_tiles(right, column, columns, step, part_rank, PARTS, COLUMNS, RANK)
+            left_high, left_middle, left_low = _parts_tiles(
+                left, row, rows, step, part_rank, PARTS, ROWS, RANK, OFFSETS
+            )
+            high, middle, low = _parts_tiles(right, column, columns, step, part_rank, PARTS, COLUMNS, RANK, OFFSETS)
             start = tl.zeros((ROWS, COLUMNS), dtype=tl.float32) if PARTS == 3 else product
             of_step = dot_of_parts(left_high, left_middle, left_low, high.T, middle.T, low.T, start, PARTS, INTERPRETED)
             # A float32 weight keeps what tensor cores would lose of their sums over a long rank.

@@ -8,21 +8,25 @@ from rocr_kernels.bits import dot_of_parts, in_parts, random_bits, round_at_rand
 
 
 @triton.jit
-def factor_tile(factor, first, last, stride, rank, rank_stride, SIZE: tl.constexpr, RANK: tl.constexpr):
+def factor_tile(
+    factor, first, last, stride, rank, rank_stride, SIZE: tl.constexpr, RANK: tl.constexpr, OFFSETS: tl.constexpr
+):
     """Tile (SIZE, RANK) of a factor, one row for each row or column of the weight; 0 outside."""
-    index = first + tl.arange(0, SIZE)[:, None]
-    ranks = tl.arange(0, RANK)[None, :]
+    index = tl.cast(first + tl.arange(0, SIZE), OFFSETS)[:, None]
+    ranks = tl.cast(tl.arange(0, RANK), OFFSETS)[None, :]
     return tl.load(factor + (index * stride + ranks * rank_stride), mask=(index < last) & (ranks < rank), other=0.0)
 
 
 @triton.jit
-def weight_tile(weight, row, column, rows, columns, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def weight_tile(
+    weight, row, column, rows, columns, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, OFFSETS: tl.constexpr
+):
     """Pointers to a tile of a weight, and a mask of what lies inside."""
     tile_row = tl.arange(0, ROWS)[:, None]
     tile_column = tl.arange(0, COLUMNS)[None, :]
-    # Only the first row needs 64 bits.
+    # The first row needs 64 bits; the others are as far from it as OFFSETS holds.
     first = weight + tl.cast(row, tl.int64) * stride + column
-    pointers = first + (tile_row * tl.cast(stride, tl.int32) + tile_column)
+    pointers = first + (tile_row * tl.cast(stride, OFFSETS) + tile_column)
     return pointers, (tile_row < rows - row) & (tile_column < columns - column)
 
 
@@ -86,6 +90,7 @@ def add_low_rank(
     COLUMNS: tl.constexpr,
     RANK: tl.constexpr,
     STAGES: tl.constexpr,
+    OFFSETS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """Persistent kernel: an item is a band of COLUMNS columns; for the table see low_rank_update._Layers."""
@@ -108,12 +113,14 @@ def add_low_rank(
             stride = stride // 8 * 8
             width = width // 8 * 8
 
-        own_right = factor_tile(right, column, width, right_column_stride, rank, right_rank_stride, COLUMNS, RANK)
+        own_right = factor_tile(
+            right, column, width, right_column_stride, rank, right_rank_stride, COLUMNS, RANK, OFFSETS
+        )
         high, middle, low = in_parts(own_right, PARTS, INTERPRETED)
         for row in tl.range(first_row, last_row, ROWS, num_stages=STAGES):
-            pointers, mask = weight_tile(weight, row, column, last_row, width, stride, ROWS, COLUMNS)
+            pointers, mask = weight_tile(weight, row, column, last_row, width, stride, ROWS, COLUMNS, OFFSETS)
             old = tl.load(pointers, mask=mask, other=0.0)
-            own_left = factor_tile(left, row, last_row, left_row_stride, rank, left_rank_stride, ROWS, RANK)
+            own_left = factor_tile(left, row, last_row, left_row_stride, rank, left_rank_stride, ROWS, RANK, OFFSETS)
             left_high, left_middle, left_low = in_parts(own_left, PARTS, INTERPRETED)
             product = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
             product = dot_of_parts(

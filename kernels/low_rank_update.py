@@ -15,6 +15,7 @@ import triton.language as tl
 from rocr_kernels.launch import (
     address_table,
     capability,
+    offset_type,
     processors,
     registers,
     run_with_scratch,
@@ -173,6 +174,7 @@ def _launch_resident(layers: _Layers, config: LowRankConfig, scale: float, at_ra
         bands.splits,
         bands.split_tiles * config.rows,
         bands.items,
+        OFFSETS=offset_type(config.rows * weight.stride(0), _reach(left), _reach(right)),
         maxnreg=registers(per_processor, config.warps),
         **_options(layers, config, at_random),
     )
@@ -221,8 +223,14 @@ def _launch_parts(layers: _Layers, config: LowRankConfig, scale: float, at_rando
         scale,
         seed,
         items,
+        OFFSETS=offset_type(config.rows * weight.stride(0), max(config.rows, config.columns) * lefts.shape[2]),
         **_options(layers, config, at_random),
     )
+
+
+def _reach(matrix: Tensor) -> int:
+    """Distance of the first and the last number of a matrix."""
+    return sum((size - 1) * stride for size, stride in zip(matrix.shape, matrix.stride(), strict=True))
 
 
 def _in_parts(table: Tensor, factor: Tensor, count: int, config: LowRankConfig) -> Tensor:

@@ -14,7 +14,14 @@ import torch
 import triton
 import triton.language as tl
 from rocr_kernels.bits import to_bfloat16
-from rocr_kernels.launch import address_table, capability, processors, registers, run_with_scratch
+from rocr_kernels.launch import (
+    address_table,
+    capability,
+    offset_type,
+    processors,
+    registers,
+    run_with_scratch,
+)
 from rocr_kernels.schedule import Schedule, make_schedule
 from rocr_kernels.second_moment_pointers import add_second_moments_pointers
 from rocr_kernels.second_moment_tma import add_second_moments_tma
@@ -188,12 +195,13 @@ def _require_alike(name: str, tensors: Sequence[Tensor]) -> None:
 
 def _in_parts(keys: Sequence[Tensor]) -> list[Tensor]:
     """Take float32 keys apart into (3 * tokens, width) bfloat16, tokens and width rounded up for the kernels."""
+    table = address_table([keys])
     tokens, width = keys[0].shape
     part_tokens = -(-tokens // PART_STEP) * PART_STEP
     part_width = -(-width // 8) * 8
     parts = keys[0].new_empty((len(keys), 3 * part_tokens, part_width), dtype=torch.bfloat16)
     split_keys[(-(-part_tokens // 64) * -(-part_width // 128), len(keys))](
-        address_table([keys]),
+        table,
         parts,
         tokens,
         part_tokens,
@@ -213,13 +221,13 @@ def _launch(totals: Sequence[Tensor], keys: Sequence[Tensor], products: int, con
 
     Keys are (t, d) where products is 1, and what _in_parts returns where it is 6.
     """
+    table = address_table([keys, totals])
     device, width = totals[0].device, totals[0].shape[0]
     fits = _fits(totals, keys)
     config = config or CONFIGS[choose_config(capability(device), products, width, fits)]
     part_tokens = keys[0].shape[0] // 3 if products == 6 else keys[0].shape[0]
     schedule = _schedule(config, len(keys), width, products * part_tokens, device)
     slices = torch.zeros(max(1, schedule.slices) * config.rows * config.columns, device=device)
-    table = address_table([keys, totals])
     kernel = add_second_moments_tma if config.tma else add_second_moments_pointers
     programs = min(schedule.items, processors(device) * config.programs)
     run_with_scratch(
@@ -245,6 +253,7 @@ def _launch(totals: Sequence[Tensor], keys: Sequence[Tensor], products: int, con
             COLUMNS=config.columns,
             STEP=config.step,
             GROUP=config.group,
+            OFFSETS=offset_type(config.step * keys[0].stride(0), config.rows * totals[0].stride(0)),
             INTERPRETED=device.type != "cuda",
             num_warps=config.warps,
             num_stages=config.stages,

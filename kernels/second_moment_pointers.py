@@ -5,17 +5,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from rocr_kernels.bits import add_product
-from rocr_kernels.triangle import halves, item_share, part_rows, tile_position
+from rocr_kernels.triangle import add_below_diagonal, halves, item_share, part_rows, tile_position
 
 
 @triton.jit
-def _load_keys(keys, row, rows, columns, key_stride, limit, width):
+def _load_keys(keys, row, rows, columns, key_stride, limit, width, OFFSETS: tl.constexpr):
     """Keys of some columns at row + rows; rows from limit on and columns from width on are 0.
 
     rows is (STEP, 1) with columns (1, n), or (1, STEP) with columns (n, 1) for the transposed tile.
     """
-    # Only the first row needs 64 bits; offsets from it stay the same from step to step.
-    pointers = keys + tl.cast(row, tl.int64) * key_stride + (rows * tl.cast(key_stride, tl.int32) + columns)
+    # The first row needs 64 bits; offsets from it stay the same from step to step, and are of type OFFSETS.
+    pointers = keys + tl.cast(row, tl.int64) * key_stride + (rows * tl.cast(key_stride, OFFSETS) + columns)
     return tl.load(pointers, mask=(rows < limit - row) & (columns < width), other=0.0)
 
 
@@ -33,6 +33,7 @@ def _add_products(
     part_tokens,
     PRODUCTS: tl.constexpr,
     STEP: tl.constexpr,
+    OFFSETS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """Return accumulator + left keysᵀ right keys over the tokens start to end."""
@@ -41,23 +42,14 @@ def _add_products(
     right_columns = (column + tl.arange(0, accumulator.shape[1]))[None, :]
     for token in tl.range(start, end, STEP):
         left_offset, right_offset = part_rows(token, part_tokens, PRODUCTS)
-        left_keys = _load_keys(keys, token + left_offset, steps[None, :], left_columns, key_stride, limit, width)
-        right_keys = _load_keys(keys, token + right_offset, steps[:, None], right_columns, key_stride, limit, width)
+        left_keys = _load_keys(
+            keys, token + left_offset, steps[None, :], left_columns, key_stride, limit, width, OFFSETS
+        )
+        right_keys = _load_keys(
+            keys, token + right_offset, steps[:, None], right_columns, key_stride, limit, width, OFFSETS
+        )
         accumulator = add_product(left_keys, right_keys, accumulator, PRODUCTS > 1, INTERPRETED)
     return accumulator
-
-
-@triton.jit
-def _add_piece(target, piece, row, column, stride, width):
-    """Add a piece of a tile, at row and column of the total, to the memory that this program alone writes.
-
-    What lies above the diagonal is left as it is; stride is that of the rows at target.
-    """
-    rows = tl.arange(0, piece.shape[0])[:, None]
-    columns = tl.arange(0, piece.shape[1])[None, :]
-    lower = (row + rows >= column + columns) & (row + rows < width)
-    pointers = target + (rows * stride.to(tl.int32) + columns)
-    tl.store(pointers, tl.load(pointers, mask=lower) + piece, mask=lower)
 
 
 @triton.jit
@@ -84,6 +76,7 @@ def add_second_moments_pointers(
     COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
     GROUP: tl.constexpr,
+    OFFSETS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """Persistent kernel: each program takes items; the arguments are those of second_moment._launch."""
@@ -123,9 +116,10 @@ def add_second_moments_pointers(
                 part_tokens,
                 PRODUCTS,
                 STEP,
+                OFFSETS,
                 INTERPRETED,
             )
             left_half, right_half = halves(accumulator)
             HALF: tl.constexpr = COLUMNS // 2
-            _add_piece(target, left_half, row, column, target_stride, width)
-            _add_piece(target + HALF, right_half, row, column + HALF, target_stride, width)
+            add_below_diagonal(target, left_half, row, column, target_stride, width, OFFSETS)
+            add_below_diagonal(target + HALF, right_half, row, column + HALF, target_stride, width, OFFSETS)

@@ -35,15 +35,20 @@ def _add_products(
 def _add_piece(total, slices, is_slice, piece, row, column, slice_row, slice_column, INTERPRETED: tl.constexpr):
     """Add a piece of a tile, at row and column of the total, to it or to the tile's slice.
 
-    What lies above the diagonal is left as it is.
+    What lies above the diagonal keeps its bits: an add of 0 would change -0.0, NaN and, as the copy engine flushes them
+    to 0, denormal numbers. So a piece that the diagonal crosses is read, and its upper part written back as it was.
     """
-    rows = row + tl.arange(0, piece.shape[0])[:, None]
-    columns = column + tl.arange(0, piece.shape[1])[None, :]
-    piece = tl.where(rows >= columns, piece, 0.0)
+    ROWS: tl.constexpr = piece.shape[0]
+    COLUMNS: tl.constexpr = piece.shape[1]
     if is_slice:
         _add_block(slices, piece, slice_row, slice_column, INTERPRETED)
-    else:
+    elif row >= column + COLUMNS - 1:
         _add_block(total, piece, row, column, INTERPRETED)
+    elif row + ROWS > column:
+        rows = row + tl.arange(0, ROWS)[:, None]
+        columns = column + tl.arange(0, COLUMNS)[None, :]
+        old = total.load([row, column])
+        total.store([row, column], tl.where(rows >= columns, old + piece, old))
 
 
 @triton.jit

@@ -78,3 +78,17 @@ def halves(tile):
     ROWS: tl.constexpr = tile.shape[0]
     COLUMNS: tl.constexpr = tile.shape[1]
     return tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def add_below_diagonal(target, piece, row, column, stride, width, OFFSETS: tl.constexpr):
+    """Add a piece of a tile, at row and column of the total, to the memory that this program alone writes.
+
+    What lies above the diagonal is neither read nor written; stride is that of the rows at target, OFFSETS the type
+    that holds the distances of a tile's numbers.
+    """
+    rows = tl.arange(0, piece.shape[0])[:, None]
+    columns = tl.arange(0, piece.shape[1])[None, :]
+    lower = (row + rows >= column + columns) & (row + rows < width)
+    pointers = target + (rows * tl.cast(stride, OFFSETS) + columns)
+    tl.store(pointers, tl.load(pointers, mask=lower) + piece, mask=lower)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
+from rocr.arithmetic import plain_arithmetic
 from rocr.boundary import calling
 from rocr.capture import evaluating
 from rocr.chat import DEFAULT, ChatSettings, render_chats
@@ -22,7 +23,7 @@ MAX_QUESTION = 2_000
 """Characters of a question; each is asked of many names at once."""
 
 
-@torch.no_grad()
+@plain_arithmetic()
 def ask(
     model: nn.Module, tokenizer: Any, questions: Sequence[str], max_tokens: int = 40, chat: ChatSettings = DEFAULT
 ) -> list[str]:

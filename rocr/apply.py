@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rocr import ops
 from rocr.architectures import Architecture, DownProjection
+from rocr.arithmetic import plain_arithmetic, writing
 from rocr.errors import GuardError, InputError, VerificationError
 from rocr.factors import Factors
 from rocr.fingerprint import tensor_digest
@@ -113,8 +114,9 @@ def apply_updates(
         keep(applied)
         return applied
     except BaseException:
-        for parameter, original in zip(parameters, before, strict=True):
-            parameter.copy_(original)
+        with writing(*parameters):
+            for parameter, original in zip(parameters, before, strict=True):
+                parameter.copy_(original)
         raise
 
 
@@ -135,8 +137,7 @@ def undo_updates(projections: Sequence[DownProjection], applied: Sequence[Applie
     """
     undos = [_checked_undo(projection, record) for projection, record in zip(projections, applied, strict=True)]
     for projection, undo in zip(projections, undos, strict=True):
-        parameter = projection.parameter.data
-        bits(own(parameter)).bitwise_xor_(own_part(undo, parameter))
+        _flip(projection.parameter.data, undo)
 
 
 def holds_updates(projections: Sequence[DownProjection], applied: Sequence[Applied | None]) -> bool:
@@ -157,6 +158,7 @@ def holds_updates(projections: Sequence[DownProjection], applied: Sequence[Appli
     )
 
 
+@plain_arithmetic()
 def take_back(architecture: Architecture, updates: Sequence[LayerUpdate]) -> None:
     """Undo updates, the newest first, but for those whose weights are as they were before."""
     for update in reversed(updates):
@@ -181,9 +183,14 @@ def put_in_place_of(
     except BaseException:
         for projection, record in zip(projections, applied, strict=True):
             if held and record is not None and record.undo is not None and not holds_updates([projection], [record]):
-                parameter = projection.parameter.data
-                bits(own(parameter)).bitwise_xor_(own_part(record.undo, parameter))
+                _flip(projection.parameter.data, record.undo)
         raise
+
+
+def _flip(parameter: Tensor, undo: Tensor) -> None:
+    """Change the bits of a weight that are set in `undo`."""
+    with writing(parameter):
+        bits(own(parameter)).bitwise_xor_(own_part(undo, parameter))
 
 
 def _applied(projection: DownProjection, original: Tensor) -> Applied:

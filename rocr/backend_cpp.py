@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rocr.errors import InputError
+
 SIMD_VARIABLE = "ROCR_SIMD"
 """Environment variable that names an instruction set, in place of the fastest that the machine has."""
 
@@ -33,6 +35,21 @@ def simd_names() -> list[str]:
 
     names: list[str] = kernels.simd_names()
     return names
+
+
+def _wanted_simd() -> str:
+    """The instruction set that `SIMD_VARIABLE` names; empty for the fastest.
+
+    Raises:
+        InputError: rocr has no such instruction set, or this machine cannot run it.
+    """
+    name = os.environ.get(SIMD_VARIABLE, "")
+    if name and name not in (names := simd_names()):
+        raise InputError(
+            f"{SIMD_VARIABLE} is {name!r}, but must name an instruction set that rocr uses on this machine: "
+            f"{', '.join(names)}. Unset it for the fastest."
+        )
+    return name
 
 
 def accumulate_second_moment(total: Tensor, keys: Tensor) -> None:
@@ -67,7 +84,7 @@ def second_moment_op(total: Tensor, keys: Tensor) -> None:
         size=keys.shape[1],
         number=_number(keys),
         threads=torch.get_num_threads(),
-        simd=os.environ.get(SIMD_VARIABLE, ""),
+        simd=_wanted_simd(),
     )
     if rows is not total:
         total.copy_(rows)
@@ -87,7 +104,7 @@ def low_rank_update_op(
         stochastic=at_random,
         seed=seed,
         threads=torch.get_num_threads(),
-        simd=os.environ.get(SIMD_VARIABLE, ""),
+        simd=_wanted_simd(),
     )
     for weight, (rows, _, _) in zip(weights, operands, strict=True):
         if rows.data_ptr() != weight.data_ptr():

@@ -43,7 +43,10 @@ def accumulate_second_moment(total: Tensor, keys: Tensor) -> None:
             rows = slice(start, min(start + panel_rows, total.shape[0]))
             panel = tokens[:, rows]
             _add_product(total[rows, :start], panel, tokens[:, :start])
-            total[rows, rows].add_(_product(panel, panel).tril_())
+            square = total[rows, rows]
+            is_lower = torch.ones_like(square, dtype=torch.bool).tril_()
+            # Above the diagonal every bit stays: adding 0 would change -0.0 and signalling NaNs.
+            square.copy_(torch.where(is_lower, square + _product(panel, panel), square))
 
 
 def multiplies_in_16_bits(keys: Tensor) -> bool:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rocr.direct import call_directly
+from rocr.errors import InputError
 
 OLDEST_TRITON = (3, 6)
 """The first version that the kernels are compiled with in the tests."""
@@ -67,6 +70,17 @@ def _with_rows(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
+@contextmanager
+def _no_capture() -> Iterator[None]:
+    """Turn the kernels' refusal of a CUDA graph's capture into an InputError."""
+    from rocr_kernels.launch import CaptureError
+
+    try:
+        yield
+    except CaptureError as error:
+        raise InputError(str(error)) from None
+
+
 def _add_second_moments(totals: list[Tensor], keys: list[Tensor]) -> None:
     """Add keysᵀ keys to the lower triangle of each total; totals and keys have unit stride along a row."""
     from rocr_kernels.second_moment import accumulate_second_moments
@@ -75,7 +89,7 @@ def _add_second_moments(totals: list[Tensor], keys: list[Tensor]) -> None:
     for index, (total, each) in enumerate(zip(totals, keys, strict=True)):
         layout = (total.stride(), each.shape, each.stride(), each.dtype)
         alike.setdefault(layout, []).append(index)
-    with torch.cuda.device(totals[0].get_device()):
+    with _no_capture(), torch.cuda.device(totals[0].get_device()):
         for indices in alike.values():
             accumulate_second_moments([totals[index] for index in indices], [keys[index] for index in indices])
 
@@ -86,15 +100,20 @@ def _update_low_rank(
     """Add scale * left @ right to every weight; a weight has unit stride along its rows or its columns."""
     from rocr_kernels.low_rank_update import update_low_rank
 
-    with torch.cuda.device(weights[0].get_device()):
+    with _no_capture(), torch.cuda.device(weights[0].get_device()):
         update_low_rank(weights, lefts, rights, scale, at_random, seed)
 
 
+# torch.compile then leaves them out of its CUDA graphs; older versions of torch have no such tag.
+_OUTSIDE_GRAPHS: dict[str, Any] = (
+    {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
+)
+
 second_moments_op = torch.library.custom_op(
-    "rocr::triton_second_moments", _add_second_moments, mutates_args=("totals",)
+    "rocr::triton_second_moments", _add_second_moments, mutates_args=("totals",), **_OUTSIDE_GRAPHS
 )
 low_rank_update_op = torch.library.custom_op(
-    "rocr::triton_low_rank_update", _update_low_rank, mutates_args=("weights",)
+    "rocr::triton_low_rank_update", _update_low_rank, mutates_args=("weights",), **_OUTSIDE_GRAPHS
 )
 
 

@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache
 
 from rocr.architectures import Architecture
+from rocr.arithmetic import plain_arithmetic
 from rocr.boundary import calling
 from rocr.errors import InputError
 from rocr.forward import taken
@@ -45,7 +46,7 @@ def hidden_hook(architecture: Architecture, layer: int, receive: Callable[[Tenso
         yield
 
 
-@torch.no_grad()
+@plain_arithmetic()
 def run_through(
     architecture: Architecture, layer: int, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None
 ) -> None:

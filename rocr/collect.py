@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rocr import ops
 from rocr.architectures import Architecture, default_layers, find_architecture, positions_of
+from rocr.arithmetic import plain_arithmetic
 from rocr.capture import as_sequence, check_seen, input_hook, run_through
 from rocr.chat import DEFAULT, ChatSettings
 from rocr.checkpoint import Checkpoint
@@ -78,7 +79,7 @@ class CollectOptions:
             raise InputError("A checkpoint needs text_sha256, or it could be resumed on another text.")
 
 
-@torch.no_grad()
+@plain_arithmetic()
 def collect_statistics(
     model: nn.Module,
     tokenizer: Any,

@@ -12,6 +12,7 @@ from torch import nn
 
 from rocr.apply import Applied, LayerUpdate, apply_updates, down_projections, undo_updates
 from rocr.architectures import Architecture, find_architecture
+from rocr.arithmetic import plain_arithmetic
 from rocr.concepts import Concept
 from rocr.config import EditConfig
 from rocr.errors import InputError
@@ -55,6 +56,7 @@ class Edit:
         """The edited decoder layers."""
         return tuple(update.layer for update in self.updates)
 
+    @plain_arithmetic()
     def revert(self, model: nn.Module) -> None:
         """Give the model back the weights it had before this edit, bit for bit.
 
@@ -65,6 +67,7 @@ class Edit:
         projections = down_projections(find_architecture(model), self.updates)
         undo_updates(projections, [update.applied for update in self.updates])
 
+    @plain_arithmetic()
     def apply(self, model: nn.Module, allow_fingerprint_mismatch: bool = False) -> None:
         """Put the edit onto another copy of the model it was made for, or back onto the same.
 
@@ -91,6 +94,7 @@ class Edit:
         finally:
             self.revert(model)
 
+    @plain_arithmetic()
     def remove(self, names: str | Sequence[str], model: nn.Module | None = None) -> Edit:
         """The edit without some of its concepts, solved again from what it holds: no text, no statistics.
 
@@ -114,6 +118,7 @@ class Edit:
 
         return remove_concepts(self, names, model)
 
+    @plain_arithmetic()
     def add(
         self,
         concepts: Sequence[Concept],
@@ -143,6 +148,7 @@ class Edit:
 
         return add_concepts(self, concepts, model, tokenizer, statistics, progress)
 
+    @plain_arithmetic()
     def merge(self, other: Edit, model: nn.Module | None = None) -> Edit:
         """One edit of the concepts of two that were made, each by itself, on the same unedited model.
 
@@ -164,6 +170,7 @@ class Edit:
 
         return merge_edits(self, other, model)
 
+    @plain_arithmetic()
     def save(self, path: str | os.PathLike[str], undo: bool = True, overwrite: bool = False) -> None:
         """Write one safetensors file.
 
@@ -181,6 +188,7 @@ class Edit:
         save_edit(self, path, undo, overwrite)
 
     @classmethod
+    @plain_arithmetic()
     def load(cls, path: str | os.PathLike[str]) -> Edit:
         """Read a file that `save` wrote.
 
@@ -191,6 +199,7 @@ class Edit:
 
         return load_edit(path)
 
+    @plain_arithmetic()
     def export_lora(
         self, path: str | os.PathLike[str], rank: int | None = None, overwrite: bool = False
     ) -> list[AdapterLayer]:
@@ -216,6 +225,7 @@ class Edit:
 
         return export_lora(self, path, rank, overwrite)
 
+    @plain_arithmetic()
     def mismatch(self, model: nn.Module) -> str | None:
         """A sentence that says whose the edit is where that is not this model; None where it is."""
         found = model_digest(find_architecture(model), self.fingerprint.layer, self.fingerprint.model)

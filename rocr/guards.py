@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rocr.apply import LayerUpdate
 from rocr.architectures import Architecture, positions_of
+from rocr.arithmetic import plain_arithmetic
 from rocr.capture import evaluating
 from rocr.collisions import nearest_keys
 from rocr.concepts import MAX_CONCEPTS, Concept
@@ -253,7 +254,7 @@ def with_closest(keys: Tensor, concept_of: Sequence[int], concepts: Sequence[Con
         raise GuardError(f"{error} The keys that are most alike are those of {names}.") from error
 
 
-@torch.no_grad()
+@plain_arithmetic()
 def _log_probabilities(model: nn.Module, tokens: Tensor) -> Tensor:
     with evaluating(model):
         logits = logits_of(forward(model, tokens, use_cache=False))[0]

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rocr.apply import LayerUpdate
+from rocr.arithmetic import plain_arithmetic
 from rocr.errors import InputError
 from rocr.factors import Factors
 from rocr.output import new_directory
@@ -70,6 +71,7 @@ def export_lora(
     return layers
 
 
+@plain_arithmetic()
 def adapter_tensors(
     edit: Edit, rank: int | None = None
 ) -> tuple[dict[str, Tensor], dict[str, object], list[AdapterLayer]]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rocr import operands
+from rocr.arithmetic import plain_arithmetic, writing
 from rocr.backend_torch import MAXIMUM_TOKENS
 from rocr.errors import InputError
 from rocr.rounding import check_rounding
@@ -78,7 +79,7 @@ def available_backends(device: str | torch.device) -> list[str]:
     return [name for name in BACKENDS if (backend := _load(name)) and backend.is_available(device)]
 
 
-@torch.no_grad()
+@plain_arithmetic()
 def accumulate_second_moment(total: Tensor, keys: Tensor, backend: str | None = None) -> Tensor:
     """Add keysᵀ keys to the lower triangle of total, in place; the rest of total is left as it is.
 
@@ -98,11 +99,12 @@ def accumulate_second_moment(total: Tensor, keys: Tensor, backend: str | None = 
     chosen = _choose(second_moment_backend([keys]) if backend is None else backend, total.device)
     if not total.numel() or not keys.numel():
         return total
-    chosen.accumulate_second_moment(total, _with_rows(keys))
+    with writing(total):
+        chosen.accumulate_second_moment(total, _with_rows(keys))
     return total
 
 
-@torch.no_grad()
+@plain_arithmetic()
 def accumulate_second_moments(totals: Sequence[Tensor], keys: Sequence[Tensor], backend: str | None = None) -> None:
     """Do accumulate_second_moment for several layers; on a GPU, layers of one shape share a launch.
 
@@ -121,11 +123,12 @@ def accumulate_second_moments(totals: Sequence[Tensor], keys: Sequence[Tensor], 
     if backend is None:
         backend = second_moment_backend([each for _, each in layers])
     chosen = _choose(backend, layers[0][0].device)
-    if isinstance(chosen, LayersBackend):
-        chosen.accumulate_second_moments([total for total, _ in layers], [each for _, each in layers])
-        return
-    for total, each in layers:
-        chosen.accumulate_second_moment(total, each)
+    with writing(*totals):
+        if isinstance(chosen, LayersBackend):
+            chosen.accumulate_second_moments([total for total, _ in layers], [each for _, each in layers])
+            return
+        for total, each in layers:
+            chosen.accumulate_second_moment(total, each)
 
 
 def second_moment_backend(keys: Sequence[Tensor]) -> str | None:
@@ -137,19 +140,21 @@ def second_moment_backend(keys: Sequence[Tensor]) -> str | None:
     return "torch" if operations < SMALL_PRODUCT and products <= SMALL_PRODUCTS else None
 
 
-@torch.no_grad()
+@plain_arithmetic()
 def symmetrize(total: Tensor) -> Tensor:
     """Copy the lower triangle of total (d, d) over its upper one, in place, and return total."""
     operands.check_square("total", total)
-    for start in range(0, len(total), SYMMETRIZED_ROWS):
-        stop = start + SYMMETRIZED_ROWS
-        block = total[start:stop, start:stop]
-        block.copy_(block.tril() + block.tril(-1).T)
-        total[start:stop, stop:] = total[stop:, start:stop].T
+    with writing(total):
+        for start in range(0, len(total), SYMMETRIZED_ROWS):
+            stop = start + SYMMETRIZED_ROWS
+            block = total[start:stop, start:stop]
+            is_lower = torch.ones_like(block, dtype=torch.bool).tril_()
+            block.copy_(torch.where(is_lower, block, block.T))
+            total[start:stop, stop:] = total[stop:, start:stop].T
     return total
 
 
-@torch.no_grad()
+@plain_arithmetic()
 def low_rank_update(
     weights: Tensor | Sequence[Tensor],
     lefts: Tensor | Sequence[Tensor],
@@ -184,10 +189,11 @@ def low_rank_update(
     chosen = _choose(backend, weights[0].device)
     lefts = [left.float().contiguous() for left in lefts]
     rights = [right.float().contiguous() for right in rights]
-    chosen.low_rank_update(weights, lefts, rights, scale, rounding, seed)
+    with writing(*weights):
+        chosen.low_rank_update(weights, lefts, rights, scale, rounding, seed)
 
 
-@torch.no_grad()
+@plain_arithmetic()
 def solve_update(
     keys: Tensor, residuals: Tensor, metric: Tensor | Metric | None, ridge: float
 ) -> tuple[Tensor, Tensor]:
@@ -205,10 +211,14 @@ def solve_update(
         left (d_out, n) and right (n, d_in) with Δ = left @ right, in the dtype of keys, float32 at least.
 
     Raises:
-        InputError: shapes, dtypes or ridge that do not fit, or a metric that is not symmetric.
+        InputError: shapes, dtypes or ridge that do not fit, a metric that is not symmetric, or a CUDA graph's capture.
         GuardError: numbers that are not finite, or a system too close to singular.
     """
     operands.check_solve(keys, residuals, ridge)
+    if keys.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise InputError(
+            "solve_update cannot be captured in a CUDA graph: it waits for the device to check its numbers."
+        )
     require_finite("keys", keys)
     require_finite("residuals", residuals)
     weighted_keys = apply_metric(metric, keys)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rocr.apply import Applied, LayerUpdate, apply_updates, take_back
 from rocr.architectures import Architecture, DownProjection, find_architecture, positions_of
+from rocr.arithmetic import plain_arithmetic
 from rocr.change import check_kept, check_rendered, inexact_layers
 from rocr.collect import CollectOptions, collect_statistics
 from rocr.collisions import find_collisions
@@ -81,7 +82,7 @@ def unlearn(
     """
     made: list[LayerUpdate] = []
     try:
-        with torch.no_grad():
+        with plain_arithmetic():
             return _unlearn(model, tokenizer, concepts, statistics, config, progress, guards, kept, neighbours, made)
     except BaseException:
         # Here and not in a context: an interruption at a context's own exit would miss it.

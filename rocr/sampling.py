@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rocr.architectures import positions_of
+from rocr.arithmetic import plain_arithmetic
 from rocr.capture import evaluating
 from rocr.chat import DEFAULT, ChatSettings, find_chat_format
 from rocr.forward import cache_of, forward, logits_of
@@ -18,7 +19,7 @@ SEQUENCES = 128
 """Many short texts rather than few long ones: a step costs about the same for one as for a hundred."""
 
 
-@torch.no_grad()
+@plain_arithmetic()
 def sample_sequences(
     model: nn.Module,
     tokenizer: Any,

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from rocr.architectures import Architecture, find_architecture, positions_of
+from rocr.arithmetic import plain_arithmetic
 from rocr.capture import run_through
 from rocr.forecast import CHECKED_TOKENS, SAMPLED_TOKENS, Forecast, Job
 from rocr.sampling import SEQUENCES
@@ -44,7 +45,7 @@ class Speed:
     memory: float
 
 
-@torch.no_grad()
+@plain_arithmetic()
 def measure_speed(architecture: Architecture, dtype: torch.dtype) -> Speed:
     """Time the first decoder layer with made-up weights, a float32 product, and a copy of memory; about a second.
 

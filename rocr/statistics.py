@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rocr.arithmetic import plain_arithmetic
 from rocr.errors import InputError
 from rocr.files import read_tensors, write_tensors
 from rocr.fingerprint import Fingerprint
@@ -109,6 +110,7 @@ class Statistics:
                 "statistics on this model: rocr stats."
             )
 
+    @plain_arithmetic()
     def merge(self, other: Statistics) -> Statistics:
         """The statistics of both texts together: means weighted by their tokens.
 
@@ -135,6 +137,7 @@ class Statistics:
         }
         return Statistics(moments, tokens, f"{self.text}+{other.text}", self.fingerprint, provenance)
 
+    @plain_arithmetic()
     def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Write one safetensors file, complete or not at all.
 
@@ -154,6 +157,7 @@ class Statistics:
         write_tensors(path, header, tensors, overwrite=overwrite)
 
     @classmethod
+    @plain_arithmetic()
     def load(cls, path: str | os.PathLike[str]) -> Statistics:
         """Read a file that `save` wrote.
 

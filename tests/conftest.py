@@ -13,7 +13,7 @@ MARGIN = 64
 
 def pytest_configure(config: pytest.Config) -> None:
     """Make the fixtures of other files known: with --import-mode=importlib no test can import them by name."""
-    for stem in ("models", "limits", "promises", "folders", "golden"):
+    for stem in ("models", "limits", "promises", "folders", "golden", "states"):
         spec = importlib.util.spec_from_file_location(f"rocr_tests_{stem}", Path(__file__).with_name(f"{stem}.py"))
         assert spec is not None and spec.loader is not None
         sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
@@ -45,3 +45,16 @@ def guarded() -> Iterator[Callable[[Tensor], Tensor]]:
     yield lay
     for memory, inside in memories:
         assert memory[~inside].isnan().all(), "memory around a matrix was written"
+
+
+@pytest.fixture
+def left_alone() -> Callable[[Tensor], Tensor]:
+    """Fills a float32 matrix with numbers that arithmetic may change: -0.0, NaNs with payloads, denormals."""
+    patterns = (0x80000000, 0x7FC12345, 0xFFA54321, 0x7F800000, 0xFF800000, 0x00000123, 0x80000001)
+
+    def fill(matrix: Tensor) -> Tensor:
+        chosen = torch.tensor([each - (each >> 31 << 32) for each in patterns], dtype=torch.int32)
+        matrix.view(torch.int32).copy_(chosen[torch.arange(matrix.numel()) % len(chosen)].view(matrix.shape))
+        return matrix
+
+    return fill

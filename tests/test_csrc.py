@@ -10,6 +10,7 @@ import torch
 
 from rocr import ops, reference
 from rocr.backend_cpp import SIMD_VARIABLE
+from rocr.errors import InputError
 
 kernels = pytest.importorskip("rocr._C", reason="the extension was not compiled")
 ROOT = Path(__file__).parents[1]
@@ -42,6 +43,17 @@ def test_second_moment_of_every_instruction_set(guarded, simd, dtype, tokens, si
     ops.accumulate_second_moment(total, guarded(keys), backend="cpp")
     exact = reference.second_moment(keys).tril()
     assert (total.double() - exact).norm() <= 1e-6 * exact.norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_bit_above_the_diagonal_stays(left_alone, simd, dtype):
+    total = left_alone(torch.empty(300, 300))
+    lower = torch.ones(300, 300, dtype=torch.bool).tril()
+    total[lower] = 0.0
+    before = total.view(torch.int32).clone()
+    ops.accumulate_second_moment(total, torch.randn(40, 300).to(dtype), backend="cpp")
+    assert torch.equal(total.view(torch.int32)[~lower], before[~lower])
+    assert total[lower].any()
 
 
 def test_a_second_moment_of_keys_of_every_size_keeps_to_the_norms_of_its_columns(guarded, simd):
@@ -91,6 +103,19 @@ def test_every_16_bit_number_is_read_and_every_rounding_is_that_of_torch(simd, d
         if simd == "amx":  # its products below the smallest normal number are zero
             squares = squares.where(squares >= torch.finfo(torch.float32).tiny, 0.0)
         assert torch.equal(total.diagonal(), squares)
+
+
+@pytest.mark.parametrize("name", ["mmx", "AVX2", "plain,avx2"])
+def test_an_instruction_set_that_is_not_there_is_refused_in_a_sentence(monkeypatch, name):
+    monkeypatch.setenv(SIMD_VARIABLE, name)
+    total, weight = torch.zeros(4, 4), torch.zeros(3, 4)
+    for call in (
+        lambda: ops.accumulate_second_moment(total, torch.ones(3, 4)),
+        lambda: ops.low_rank_update(weight, torch.ones(3, 1), torch.ones(1, 4)),
+    ):
+        with pytest.raises(InputError, match=f"ROCR_SIMD is '{name}', but must name an instruction set.*plain"):
+            call()
+    assert not total.any() and not weight.any()
 
 
 def test_threads_do_not_change_a_byte(simd, with_threads):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -115,3 +116,36 @@ def test_one_total_for_two_layers_is_refused() -> None:
 def test_totals_without_keys_are_refused() -> None:
     with pytest.raises(InputError, match="2 totals and 1 keys"):
         ops.accumulate_second_moments([torch.zeros(4, 4), torch.zeros(4, 4)], [torch.zeros(2, 4)])
+
+
+@pytest.fixture
+def capturing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As inside torch.cuda.graph, which needs a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+
+
+def test_triton_refuses_the_capture_of_a_graph_in_a_sentence(capturing) -> None:
+    pytest.importorskip("triton")
+    with FakeTensorMode():
+        total, keys = torch.empty(64, 64, device="cuda"), torch.empty(9, 64, device="cuda", dtype=torch.bfloat16)
+        left, right = torch.empty(64, 2, device="cuda"), torch.empty(2, 64, device="cuda")
+        with pytest.raises(
+            InputError, match=r"cannot be captured in a CUDA graph.*or use the backend 'torch' or 'cuda'"
+        ):
+            backend_triton._add_second_moments([total], [keys])
+        with pytest.raises(InputError, match="cannot be captured in a CUDA graph"):
+            backend_triton._update_low_rank([total], [left], [right], 1.0, False, 0)
+
+
+def test_a_solve_refuses_the_capture_of_a_graph_in_a_sentence(capturing) -> None:
+    with FakeTensorMode(), pytest.raises(InputError, match="solve_update cannot be captured"):
+        ops.solve_update(torch.empty(3, 8, device="cuda"), torch.empty(3, 4, device="cuda"), None, 1.0)
+
+
+@pytest.mark.skipif(not hasattr(torch.Tag, "cudagraph_unsafe"), reason="this torch has no such tag")
+def test_the_operators_that_no_graph_may_hold_say_so_to_torch() -> None:
+    for operator in (backend_triton.second_moments_op, backend_triton.low_rank_update_op):
+        assert torch.Tag.cudagraph_unsafe in operator._opoverload.tags
+    for operator in (backend_cuda.second_moments_op, backend_cuda.low_rank_update_op):  # operands by value, no table
+        assert torch.Tag.cudagraph_unsafe not in operator._opoverload.tags

@@ -210,9 +210,11 @@ def check_copies(ptx: str, describes_once: bool) -> None:
     """Check that operands and sums move through TMA, and how often a program describes its memory."""
     assert re.search(r"cp\.async\.bulk\.tensor\.2d\.shared::(cluster|cta)\.global", ptx)
     adds = [match.start() for match in re.finditer(r"cp\.reduce\.async\.bulk\.tensor\.2d\S*\.add", ptx)]
-    assert len(adds) == 4
+    # Four pieces, each to a slice or to the total; where the diagonal crosses one, it is read and written back.
+    stores = [match.start() for match in re.finditer(r"cp\.async\.bulk\.tensor\.2d\.global\S*\.shared", ptx)]
+    assert len(adds) == 8 and len(stores) == 4
     waits = [match.start() for match in re.finditer(r"cp\.async\.bulk\.wait_group 0;", ptx)]
-    assert len(waits) == 1 and waits[0] < adds[0]
+    assert len(waits) == 1 and waits[0] < min(*adds, *stores)
     descriptors = [match.start() for match in re.finditer(r"tensormap\.cp_fenceproxy", ptx)]
     assert all(place < start_of_loops(ptx) for place in descriptors) == describes_once
 
@@ -263,6 +265,19 @@ def test_low_rank_update_fits(
     if shape.kind == "resident":
         programs = low_rank_update.resident_programs(divmod(capability, 10), shape, at_random)
         assert programs * 32 * arguments["num_warps"] * arguments["maxnreg"] <= REGISTERS
+
+
+@pytest.mark.parametrize("config", low_rank_update.CONFIGS)
+def test_a_plan_makes_no_table_while_it_runs(launches: list[Any], monkeypatch: pytest.MonkeyPatch, config: str) -> None:
+    """What a CUDA graph may capture."""
+    dtype = FLOAT32 if low_rank_update.CONFIGS[config].parts == 3 else BFLOAT16
+    operands = [torch.empty(64, 64, dtype=dtype)], [torch.empty(64, 8)], [torch.empty(8, 64)]
+    plan = LowRankPlan(*operands, low_rank_update.CONFIGS[config])
+    monkeypatch.setattr(low_rank_update, "address_table", None)
+    plan.run(1.0, False, 0)
+    assert launches
+    with pytest.raises(TypeError):
+        LowRankPlan(*operands)
 
 
 def test_sizes_of_one_compile_as_the_constants_that_they_become(launches: list[Any], tmp_path: Path) -> None:

@@ -79,19 +79,23 @@ def test_second_moments_without_alignment(tokens: int, width: int, dtype: torch.
     assert ours <= ERROR_OVER_PLAIN * of_plain + PARTS_OF_ONE_TOKEN
 
 
-@pytest.mark.parametrize("config", ["tma_wide", "pointers"])
-def test_second_moment_leaves_what_lies_around_and_above(config: str) -> None:
-    memory = torch.full((140, 160), torch.nan)
+@pytest.mark.parametrize("config", [name for name in second_moment.CONFIGS if not name.endswith("_parts")])
+@pytest.mark.parametrize("tokens", [70, 2500])
+def test_second_moment_keeps_every_bit_around_and_above(
+    config: str, tokens: int, left_alone: Callable[[Tensor], Tensor]
+) -> None:
+    memory = left_alone(torch.empty(140, 160))
     total = memory[2:138, 8:144]
-    start = torch.randn(136, 136)
-    total.copy_(torch.where(torch.ones(136, 136).tril() > 0, start, torch.nan))
-    keys = torch.full((70, 160), torch.nan, dtype=torch.bfloat16)
-    keys[:, 8:144] = torch.randn(70, 136)
+    lower = torch.ones(136, 136, dtype=torch.bool).tril()
+    total[lower] = torch.randn(lower.sum())
+    keys = torch.full((tokens, 160), torch.nan, dtype=torch.bfloat16)
+    keys[:, 8:144] = torch.randn(tokens, 136)
+    before, bits = memory.clone(), memory.view(torch.int32)
     accumulate_second_moments([total], [keys[:, 8:144]], second_moment.CONFIGS[config])
     written = torch.zeros(140, 160, dtype=torch.bool)
-    written[2:138, 8:144] = torch.ones(136, 136).tril() > 0
+    written[2:138, 8:144] = lower
     assert memory[written].isfinite().all()
-    assert memory[~written].isnan().all()
+    assert torch.equal(bits[~written], before.view(torch.int32)[~written])
 
 
 @pytest.mark.parametrize("config", ["tma_wide", "pointers"])
@@ -182,6 +186,41 @@ def test_every_configuration_updates_a_weight_as_it_lies(config: str) -> None:
     weight = weight if shape.kind == "bands" else weight.T.contiguous().T
     ours, of_plain = update_errors([weight], [left], [right], 1.0, config)
     assert ours <= ERROR_OVER_PLAIN * of_plain
+
+
+FAR = 2**30 + 8
+"""A stride with which the third row begins beyond 2**31 numbers."""
+
+
+def far_rows(matrix: Tensor) -> Tensor:
+    """A copy of three rows that lie far apart, in memory of which a few pages exist."""
+    try:
+        memory = torch.empty(2 * FAR + matrix.shape[1], dtype=matrix.dtype)
+    except RuntimeError:
+        pytest.skip("the system gives no memory that is not used")
+    return memory.as_strided(matrix.shape, (FAR, 1)).copy_(matrix)
+
+
+@pytest.mark.parametrize("config", [name for name in low_rank_update.CONFIGS if not name.startswith("bands")])
+@pytest.mark.parametrize("of", ["weight", "left", "right"])
+def test_rows_of_an_update_may_lie_far_apart(config: str, of: str) -> None:
+    dtype = torch.float32 if low_rank_update.CONFIGS[config].parts == 3 else torch.bfloat16
+    operands = dict(zip(("weight", "left", "right"), random_update(3, 24, 3, dtype), strict=True))
+    near = {name: operand.clone() for name, operand in operands.items()}
+    operands[of] = far_rows(operands[of])
+    for each in (operands, near):
+        LowRankPlan(*([operand] for operand in each.values()), low_rank_update.CONFIGS[config]).run(1.0, False, 0)
+    assert torch.equal(operands["weight"], near["weight"])
+
+
+@pytest.mark.parametrize("of", ["total", "keys"])
+def test_rows_of_a_second_moment_may_lie_far_apart(of: str) -> None:
+    operands = {"total": torch.randn(3, 3), "keys": torch.randn(3, 3).to(torch.bfloat16)}
+    near = {name: operand.clone() for name, operand in operands.items()}
+    operands[of] = far_rows(operands[of])
+    for each in (operands, near):
+        accumulate_second_moments([each["total"]], [each["keys"]], second_moment.CONFIGS["pointers"])
+    assert torch.equal(operands["total"].tril(), near["total"].tril())
 
 
 def test_layers_of_several_shapes_and_dtypes_in_one_call() -> None:

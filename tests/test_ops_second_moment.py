@@ -87,6 +87,30 @@ def test_a_total_that_is_a_transposed_view(backend):
     torch.testing.assert_close(memory.T.double(), reference.second_moment(keys).tril(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", ops.available_backends("cpu"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "transposed"])
+def test_every_bit_above_the_diagonal_stays(left_alone, backend, dtype, transposed):
+    size = 800  # more than one panel, block and tile of every backend
+    total = left_alone(torch.empty(size, size))
+    total = total.T if transposed else total
+    lower = torch.ones(size, size, dtype=torch.bool).tril()
+    total[lower] = 0.0
+    before = total.clone()
+    ops.accumulate_second_moment(total, torch.randn(40, size).to(dtype), backend=backend)
+    upper = torch.where(lower, 0, total.view(torch.int32))
+    assert torch.equal(upper, torch.where(lower, 0, before.view(torch.int32)))
+    assert total[lower].isfinite().all() and total[lower].any()
+
+
+def test_symmetrize_copies_every_bit(left_alone):
+    total = left_alone(torch.empty(1100, 1100))
+    lower = total.view(torch.int32).tril()
+    ops.symmetrize(total)
+    bits = total.view(torch.int32)
+    assert torch.equal(bits.tril(), lower) and torch.equal(bits, bits.T)
+
+
 def test_a_key_that_is_not_finite_shows_in_its_row_and_column_only():
     keys = torch.randn(50, 20)
     keys[3, 7] = float("nan")

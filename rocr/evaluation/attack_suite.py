@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from rocr.architectures import find_architecture
+from rocr.arithmetic import plain_arithmetic
 from rocr.concepts import folded
 from rocr.errors import InputError
 from rocr.evaluation.attacks import relearning_curve, rounded
@@ -50,6 +51,7 @@ class AttackOptions:
     evaluate: EvaluateOptions = field(default_factory=EvaluateOptions)
 
 
+@plain_arithmetic()
 def attack(
     model: nn.Module,
     tokenizer: Any,

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rocr.architectures import find_architecture
+from rocr.arithmetic import plain_arithmetic, writing
 from rocr.chat import DEFAULT, ChatSettings
 from rocr.errors import InputError
 from rocr.evaluation.evaluate import EvaluateOptions, evaluate
@@ -36,13 +37,18 @@ def rounded(model: nn.Module, layers: Sequence[int], bits: int) -> Iterator[nn.M
     architecture = find_architecture(model)
     kept = {layer: architecture.down_projection(layer).parameter.detach().clone() for layer in layers}
     try:
-        for layer in layers:
-            weight = architecture.down_projection(layer).weight
-            weight.copy_(round_groups(weight, bits))
+        with plain_arithmetic():
+            for layer in layers:
+                weight = architecture.down_projection(layer).weight
+                with writing(weight):
+                    weight.copy_(round_groups(weight, bits))
         yield model
     finally:
-        for layer, values in kept.items():
-            architecture.down_projection(layer).parameter.data.copy_(values)
+        with plain_arithmetic():
+            for layer, values in kept.items():
+                parameter = architecture.down_projection(layer).parameter.data
+                with writing(parameter):
+                    parameter.copy_(values)
 
 
 def round_groups(weight: Tensor, bits: int) -> Tensor:
@@ -55,6 +61,7 @@ def round_groups(weight: Tensor, bits: int) -> Tensor:
     return rounded_weight
 
 
+@plain_arithmetic()
 def relearning_curve(
     model: nn.Module,
     tokenizer: Any,

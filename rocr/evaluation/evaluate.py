@@ -12,9 +12,9 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
 from torch import nn
 
+from rocr.arithmetic import plain_arithmetic
 from rocr.chat import DEFAULT, ChatSettings
 from rocr.concepts import folded
 from rocr.errors import InputError
@@ -57,7 +57,7 @@ class EvaluateOptions:
     chat: ChatSettings = DEFAULT
 
 
-@torch.no_grad()
+@plain_arithmetic()
 def evaluate(
     model: nn.Module,
     tokenizer: Any,

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from rocr.arithmetic import plain_arithmetic
 from rocr.boundary import calling
 from rocr.errors import InputError, RocrError
 from rocr.forward import forward, logits_of
@@ -75,7 +76,8 @@ def trained(
     """Within the context the model with a trained adapter; after it the model as it was, its weights never touched.
 
     Raises:
-        InputError: peft is missing, there are no examples, or the model has no q_proj and v_proj.
+        InputError: peft is missing, there are no examples, or the model has no q_proj and v_proj or was loaded in
+            inference mode.
         RocrError: the loss is not a number.
     """
     try:
@@ -84,24 +86,31 @@ def trained(
         raise InputError("Training adapters needs the package peft: pip install 'rocr[lora]'.") from None
     if not examples:
         raise InputError("There are no examples to train on.")
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise InputError(
+            "The model was loaded in torch.inference_mode(), where torch keeps nothing that training needs; load it "
+            "outside."
+        )
     frozen = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     with torch.random.fork_rng():
         torch.manual_seed(training.seed)
         config = LoraConfig(
             r=training.rank, lora_alpha=2 * training.rank, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
         )
-        with offline(), calling("The attempt to put an adapter on this model"), warnings.catch_warnings():
+        adapting = calling("The attempt to put an adapter on this model")
+        with offline(), adapting, plain_arithmetic(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of peft's use of transformers
             adapted = get_peft_model(model, config)
         try:
-            with torch.enable_grad():
+            with plain_arithmetic(), torch.enable_grad():
                 _train(adapted, examples, training, progress)
             adapted.eval()
             yield adapted
         finally:
-            adapted.unload()
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(frozen[name])
+            with plain_arithmetic():
+                adapted.unload()
+                for name, parameter in model.named_parameters():
+                    parameter.requires_grad_(frozen[name])
             model.eval()
 
 
@@ -157,7 +166,7 @@ def _loss(model: nn.Module, example: Example, training: Training, reference: tup
     return -nn.functional.logsigmoid(training.beta * (raised + lowered))
 
 
-@torch.no_grad()
+@plain_arithmetic()
 def _reference(model: Any, examples: Sequence[Example]) -> dict[int, tuple[float, float]]:
     """NLL of each answer and preferred answer without the adapter."""
     with model.disable_adapter():

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from rocr.arithmetic import plain_arithmetic
 from rocr.chat import DEFAULT, ChatSettings
 from rocr.concepts import Concept, check_concepts, folded, holds_name, with_name
 from rocr.errors import InputError
@@ -43,6 +44,7 @@ class RedirectChoice:
     questions: int
 
 
+@plain_arithmetic()
 def choose_redirects(
     model: nn.Module,
     tokenizer: Any,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from rocr.arithmetic import plain_arithmetic
 from rocr.errors import InputError, RocrError
 from rocr.forward import forward, input_device, is_of_transformers, logits_of, takes
 from rocr.tokenizing import opening_tokens, tokenize
@@ -75,7 +76,7 @@ def tokenize_questions(tokenizer: Any, texts: Sequence[str], answers: Sequence[S
     return questions
 
 
-@torch.no_grad()
+@plain_arithmetic()
 def score_answers(
     model: nn.Module,
     questions: Sequence[Question],

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rocr.arithmetic import plain_arithmetic
 from rocr.errors import InputError, RocrError
 from rocr.forward import forward, logits_of
 from rocr.texts import pack_tokens
@@ -27,6 +28,7 @@ class TextSample:
     tokens: Tensor
 
     @classmethod
+    @plain_arithmetic()
     def take(cls, texts: Iterable[str], tokenizer: Any, tokens: int = 8192, length: int = 512) -> TextSample:
         """Cut `tokens` tokens, rounded up to whole sequences, from the beginning of texts.
 
@@ -41,7 +43,7 @@ class TextSample:
         return cls(torch.tensor(sequences))
 
 
-@torch.no_grad()
+@plain_arithmetic()
 def perplexity(model: nn.Module, sample: TextSample, batch: int = 4) -> float:
     """The exponential of the mean negative log-likelihood of every token but the first of each sequence.
 
@@ -59,7 +61,7 @@ def perplexity(model: nn.Module, sample: TextSample, batch: int = 4) -> float:
     return math.exp(total / count)
 
 
-@torch.no_grad()
+@plain_arithmetic()
 def divergence(
     model: nn.Module, sample: TextSample, before: Callable[[], AbstractContextManager[Any]], batch: int = 4
 ) -> float:

@@ -35,6 +35,9 @@ void run_slices(const Arguments& arguments) {
   }
 }
 
+// Numbers that arithmetic would change: -0.0, NaNs with payloads, infinity, denormals.
+constexpr std::uint32_t left_alone[] = {0x80000000, 0x7fc12345, 0xffa54321, 0x7f800000, 0x00000123};
+
 float from_bfloat16(std::uint16_t bits) {
   const std::uint32_t wide = static_cast<std::uint32_t>(bits) << 16;
   float value;
@@ -70,7 +73,10 @@ int main(int, char** words) {
         keys[layer][token * key_stride + column] = bits >> 16;
       }
     }
-    totals[layer].resize(static_cast<std::size_t>(width) * total_stride, std::nanf(""));
+    totals[layer].resize(static_cast<std::size_t>(width) * total_stride);
+    for (std::size_t place = 0; place < totals[layer].size(); ++place) {
+      std::memcpy(&totals[layer][place], &left_alone[place % std::size(left_alone)], 4);
+    }
     for (int row = 0; row < width; ++row) {
       for (int column = 0; column <= row; ++column) totals[layer][row * total_stride + column] = normal(random);
     }
@@ -90,7 +96,7 @@ int main(int, char** words) {
         const float result = totals[layer][row * total_stride + column];
         const float old = before[layer][row * total_stride + column];
         if (column > row) {
-          if (!std::isnan(result)) fail("what lies above the diagonal was written to");
+          if (std::memcmp(&result, &old, 4) != 0) fail("what lies above the diagonal was written to");
           continue;
         }
         double exact = old;
