@@ -11,6 +11,7 @@ from pathlib import Path
 
 import transformers
 from torch import nn
+from transformers import PreTrainedModel
 
 from rocr.boundary import calling
 from rocr.errors import InputError
@@ -46,8 +47,8 @@ def _own_class(folder: Path, model: nn.Module) -> nn.Module | None:
             config = transformers.AutoConfig.from_pretrained(str(folder))
             name = (getattr(config, "architectures", None) or [""])[0]
             kind = getattr(transformers, str(name), None)
-            if kind is None or name == type(model).__name__:
-                return None
+            if name == type(model).__name__ or not isinstance(kind, type) or not issubclass(kind, PreTrainedModel):
+                return None  # config.json may name anything
             with parameters_on_meta():
                 own: nn.Module = kind(config)
             return own

@@ -1,5 +1,6 @@
 import copy
 import json
+import shutil
 
 import pytest
 import torch
@@ -188,3 +189,17 @@ def test_an_output_that_exists_is_kept(model, tokenizer, statistics, concepts, t
     assert not list((tmp_path / "adapter").iterdir())
     edit.export_lora(tmp_path / "adapter", overwrite=True)
     assert len(list((tmp_path / "adapter").iterdir())) == 2
+
+
+@pytest.mark.parametrize("named", ["a_function", "nonesuch", "", 5, {}, None])
+def test_what_is_no_class_of_a_model_is_never_called(named, files, concept, command, tmp_path, monkeypatch):
+    called = []
+    monkeypatch.setattr("transformers.a_function", called.append, raising=False)
+    shutil.copytree(files.model, tmp_path / "model")
+    place = tmp_path / "model" / "config.json"
+    place.write_text(json.dumps(json.loads(place.read_text()) | {"architectures": [named]}))
+    given = ("--statistics", files.statistics, "--save", "lora", "--out", tmp_path / "out")
+    done = command("unlearn", tmp_path / "model", *concept, *given, "--json")
+    assert "Traceback" not in done.errors and done.code in (0, 2) and not called
+    if done.code == 0:
+        assert all(layer["own"] is None for layer in json.loads(done.output)["lora"])
