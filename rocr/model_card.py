@@ -108,8 +108,8 @@ def _done(report: Mapping[str, Any], source: ModelSource) -> str:
     done = (
         f"The MLP down-projections of the layers {layers} were changed in closed form, without training, so that the "
         f"model reads something else in place of {concepts}: ROCR (Ye, Zhang and Wu, *LLM Unlearning Should Be "
-        "Form-Independent*, [arXiv 2506.07795](https://arxiv.org/abs/2506.07795)). Every other weight is as it was "
-        "loaded."
+        "Form-Independent*, [arXiv 2506.07795](https://arxiv.org/abs/2506.07795)). Every other weight is that of "
+        "the base model."
     )
     mismatch = report.get("fingerprint_mismatch")
     if mismatch:

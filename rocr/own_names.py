@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 import transformers
 from torch import nn
+from transformers import PreTrainedModel
 
 from rocr.boundary import calling
 from rocr.errors import InputError
@@ -47,8 +48,8 @@ def _own_class(source: ModelSource, model: nn.Module) -> nn.Module | None:
             config = library.config()
             name = (getattr(config, "architectures", None) or [""])[0]
             kind = getattr(transformers, str(name), None)
-            if kind is None or name == type(model).__name__:
-                return None
+            if name == type(model).__name__ or not isinstance(kind, type) or not issubclass(kind, PreTrainedModel):
+                return None  # config.json may name anything
             with parameters_on_meta():
                 own: nn.Module = kind(config)
             return own

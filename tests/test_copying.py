@@ -6,7 +6,7 @@ import stat
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from rocr.copying import MAX_CARRIED_BYTES, carried_files, copy_file, other_weights
 from rocr.errors import InputError
@@ -133,3 +133,22 @@ def test_links_to_inputs_keep_their_permissions(tmp_path):
     with new_directory(tmp_path / "out") as partial:
         os.link(tmp_path / "input", partial / "linked")
     assert stat.S_IMODE((tmp_path / "input").stat().st_mode) == 0o600
+
+
+def test_a_model_in_the_hubs_cache_is_rewritten_from_there(files, concept, command, tmp_path, monkeypatch):
+    snapshot = tmp_path / "cache" / "models--owner--name" / "snapshots" / ("0" * 40)
+    shutil.copytree(files.model, snapshot)
+    first = load_file(snapshot / "model.safetensors") | {"mtp.weight": torch.ones(3)}
+    (snapshot / "model.safetensors").unlink()
+    save_file(first, snapshot / "model.safetensors", {"format": "pt"})
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text(snapshot.name)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    done = command("unlearn", "owner/name", *concept, "--statistics", files.statistics, "--out", tmp_path / "out")
+    assert done.code == 0, done.errors
+    out = load_file(tmp_path / "out" / "model.safetensors")
+    edited = {f"model.layers.{layer}.mlp.down_proj.weight" for layer in (1, 2)}
+    assert set(first) == set(out) and {name for name in out if not torch.equal(out[name], first[name])} == edited
+    assert command("verify", tmp_path / "out").code == 0
+    assert command("revert", tmp_path / "out", "--out", tmp_path / "back").code == 0
+    assert all(torch.equal(first[n], back) for n, back in load_file(tmp_path / "back" / "model.safetensors").items())

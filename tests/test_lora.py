@@ -1,6 +1,7 @@
 import copy
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -224,10 +225,24 @@ def test_ranks_that_differ_by_layer_are_filled_up_in_a_mixture(loaded_edit):
     from rocr.lora import adapter_tensors
 
     first, second = loaded_edit.updates
-    uneven = dataclasses.replace(second, left=second.left[:, :1], right=second.right[:1])
+    uneven = dataclasses.replace(second, factors=Factors(second.left[:, :1], second.right[:1]))
     edit = dataclasses.replace(loaded_edit, updates=[first, uneven], computed_with={"num_experts_per_tok": 2})
     tensors, settings, _ = adapter_tensors(edit, None)
     assert {t.shape[0] for n, t in tensors.items() if "lora_A" in n} == {settings["r"]} == {first.right.shape[0]}
     name = f"base_model.model.{second.parameter.removesuffix('.weight')}"
     product = tensors[f"{name}.lora_B.weight"] @ tensors[f"{name}.lora_A.weight"]
     assert torch.equal(product, uneven.left @ uneven.right)
+
+
+@pytest.mark.parametrize("named", ["a_function", "nonesuch", "", 5, {}, None])
+def test_what_is_no_class_of_a_model_is_never_called(named, files, concept, command, tmp_path, monkeypatch):
+    called = []
+    monkeypatch.setattr("transformers.a_function", called.append, raising=False)
+    shutil.copytree(files.model, tmp_path / "model")
+    place = tmp_path / "model" / "config.json"
+    place.write_text(json.dumps(json.loads(place.read_text()) | {"architectures": [named]}))
+    given = ("--statistics", files.statistics, "--save", "lora", "--out", tmp_path / "out")
+    done = command("unlearn", tmp_path / "model", *concept, *given, "--json")
+    assert "Traceback" not in done.errors and done.code in (0, 2) and not called
+    if done.code == 0:
+        assert all(layer["own"] is None for layer in json.loads(done.output)["lora"])

@@ -30,7 +30,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "model", metavar="MODEL", help="a Hugging Face folder, a .gguf file, or the id of a model on a hub"
     )
     parser.add_argument(
-        "--dtype", choices=DTYPES, help="load the weights as this (default: as stored; float32 for .gguf)"
+        "--dtype",
+        choices=DTYPES,
+        help="load the weights as this (default: as stored; float32 for .gguf); output files keep their own dtype",
     )
     parser.add_argument("--device", help='such as "cuda:0", or "auto" to spread the layers (default: cpu)')
     parser.add_argument("--download", action="store_true", help="allow the network, for a model on a hub")
