@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rocr.boundary import calling
 from rocr.errors import InputError, RocrError
-from rocr.evaluation.scoring import logits_of
+from rocr.evaluation.scoring import check_vocabulary, logits_of
 from rocr.progress import Progress, ProgressCallback, silent
 
 Loss = Literal["learn", "ascent", "npo", "dpo"]
@@ -174,4 +174,5 @@ def _answer_nll(model: nn.Module, prompt: Sequence[int], answer: Sequence[int]) 
     device = next(model.parameters()).device
     tokens = torch.tensor([[*prompt, *answer]], device=device)
     logits = logits_of(model, input_ids=tokens, use_cache=False)[0, len(prompt) - 1 : -1].float()
+    check_vocabulary(answer, logits)
     return nn.functional.cross_entropy(logits, tokens[0, len(prompt) :], reduction="sum")
