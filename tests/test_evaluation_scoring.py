@@ -111,3 +111,20 @@ def test_an_answer_without_tokens_is_refused(tokenizer: Any) -> None:
 )
 def test_extraction_strength_is_the_share_that_follows_by_itself(right: list[int], strength: float) -> None:
     assert extraction_strength([bool(ok) for ok in right]) == strength
+
+
+@pytest.mark.parametrize("answer", [(9_999,), (5, 9_999), (9_999, 5)])
+def test_a_token_that_the_model_does_not_know_is_a_sentence(model: nn.Module, answer: tuple[int, ...]) -> None:
+    with pytest.raises(rocr.InputError, match=r"9,999, but the model knows|forward pass failed: IndexError"):
+        score_answers(model, [Question((3, 4), (answer,))], lambda _, __: None)
+
+
+def test_a_model_without_logits_is_a_sentence(model: nn.Module) -> None:
+    class Bare(nn.Module):
+        def forward(self, **inputs: Any) -> tuple[torch.Tensor]:
+            return (torch.zeros(1, 1),)
+
+    bare = Bare()
+    bare.get_input_embeddings = model.get_input_embeddings  # type: ignore[operator]
+    with pytest.raises(rocr.InputError, match="forward pass failed: AttributeError"):
+        score_answers(bare, [Question((3, 4), ((5,),))], lambda _, __: None)

@@ -41,7 +41,7 @@ def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=layer_list, help="such as 4,5,6 (default: chosen from the depth)")
     parser.add_argument(
         "--length",
-        type=whole_number(2, 2**20),
+        type=whole_number(1, 2**20),
         default=512,
         metavar="N",
         help="tokens of a sequence of --text (default: 512)",

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from rocr.arithmetic import plain_arithmetic
 from rocr.boundary import calling
 from rocr.errors import InputError, RocrError
+from rocr.evaluation.scoring import check_vocabulary
 from rocr.forward import forward, logits_of
 from rocr.hub import offline
 from rocr.progress import Progress, ProgressCallback, silent
@@ -183,4 +184,5 @@ def _answer_nll(model: nn.Module, prompt: Sequence[int], answer: Sequence[int]) 
     """Sum of the negative log-likelihoods of an answer's tokens, in nats."""
     tokens = torch.tensor([[*prompt, *answer]])
     logits = logits_of(forward(model, tokens, use_cache=False))[0, len(prompt) - 1 : -1].float()
+    check_vocabulary(answer, logits)
     return nn.functional.cross_entropy(logits, tokens[0, len(prompt) :].to(logits.device), reduction="sum")

@@ -176,8 +176,22 @@ def _run_prefix(model: nn.Module, tokens: Tensor, rows: int) -> DynamicCache:
     return cache
 
 
+def check_vocabulary(answer: Sequence[int], logits: Tensor) -> None:
+    """Refuse an answer that the model cannot give: its last token is never an input, where the model would fail itself.
+
+    Raises:
+        InputError: a token has no logit.
+    """
+    if max(answer) >= logits.shape[-1]:
+        raise InputError(
+            f"The tokenizer gives token {max(answer):,}, but the model knows {logits.shape[-1]:,} tokens: they do not "
+            "belong together."
+        )
+
+
 def _score(answer: Sequence[int], logits: Tensor) -> AnswerScore:
     """Score an answer from the logits (at least its length, vocabulary) before each of its tokens."""
+    check_vocabulary(answer, logits)
     wanted = torch.tensor(answer, device=logits.device)
     logits = logits[: len(answer)]
     nll = float(nn.functional.cross_entropy(logits.double(), wanted))
