@@ -22,6 +22,7 @@ SCRIPT = """
 import ctypes, gc, json, sys
 from pathlib import Path
 import torch
+from own_memory import OwnMemory
 from rocr.cli import main
 
 torch.set_num_threads(1)
@@ -39,11 +40,11 @@ assert main(first) == 0  # a model of 3 layers: all code is loaded by now
 gc.collect()
 ctypes.CDLL(None).malloc_trim(0)  # what that run had freed would hide what this one takes
 sys.addaudithook(hook)
-Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-before, held = number("/proc/self/io", "rchar:"), number("/proc/self/status", "VmRSS:")
-code = main(second)
-read, peak = number("/proc/self/io", "rchar:") - before, number("/proc/self/status", "VmHWM:") - held
-Path(out).write_text(json.dumps({"code": code, "read": read, "peak": peak * 1024, "files": sorted(read_files)}))
+before = number("/proc/self/io", "rchar:")
+with OwnMemory() as memory:
+    code = main(second)
+read = number("/proc/self/io", "rchar:") - before - memory.read
+Path(out).write_text(json.dumps({"code": code, "read": read, "peak": memory.peak, "files": sorted(read_files)}))
 """
 
 
@@ -111,6 +112,7 @@ def test_of_eighty_layers_a_tenth_is_read_and_the_rest_is_linked(
         str(tmp_path / "found"),
     ]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     child = [sys.executable, "-c", SCRIPT, json.dumps(commands)]
     done = subprocess.run(child, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr
