@@ -77,7 +77,9 @@ def low_rank_update(
     seed: int,
 ) -> None:
     """Add scale * left @ right to every weight in float32, rounded once, in blocks of rows."""
-    generator = torch.Generator(weights[0].device).manual_seed(seed) if weights else None
+    # Only where it is used: no seed can be set while a CUDA graph is captured.
+    draws = rounding == "stochastic" and len(weights) > 0
+    generator = torch.Generator(weights[0].device).manual_seed(seed) if draws else None
     for weight, left, right in zip(weights, lefts, rights, strict=True):
         block_rows = max(1, BLOCK_ELEMENTS // max(1, weight.shape[1]))
         for start in range(0, weight.shape[0], block_rows):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rocr import ops, reference
+from rocr.errors import InputError
 
 pytestmark = [
     pytest.mark.gpu,
@@ -193,6 +194,29 @@ def test_a_compiled_function_updates_in_place(backend: str) -> None:
     other = weight.clone()
     torch.testing.assert_close(torch.compile(edit, fullgraph=True)(other), edit(weight))
     assert torch.equal(other, weight)
+
+
+@pytest.mark.parametrize("backend", ["cuda", "torch"])
+def test_a_graph_repeats_what_copies_no_table(backend: str) -> None:
+    require(backend)
+    start, left, right = (torch.randn(size, device="cuda") for size in ((64, 72), (64, 3), (3, 72)))
+    expected, weight = start.clone(), start.clone()
+    ops.low_rank_update(expected, left, right, backend=backend)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ops.low_rank_update(weight, left, right, backend=backend)
+    assert torch.equal(weight, start)
+    graph.replay()
+    assert torch.equal(weight, expected)
+
+
+def test_triton_refuses_to_be_captured() -> None:
+    require("triton")
+    weight, left, right = (torch.randn(size, device="cuda") for size in ((64, 72), (64, 3), (3, 72)))
+    before = weight.clone()
+    with torch.cuda.graph(torch.cuda.CUDAGraph()), pytest.raises(InputError, match="cannot be captured"):
+        ops.low_rank_update(weight, left, right, backend="triton")
+    assert torch.equal(weight, before)
 
 
 def find_sanitizer() -> str | None:
