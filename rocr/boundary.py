@@ -29,8 +29,10 @@ def calling(what: str, advice: str = "") -> Iterator[None]:
         yield
     except (RocrError, MemoryError):
         raise
-    except Exception as error:
-        if is_out_of_memory(error) or is_of_the_disk(error):
+    except BaseException as error:
+        # A panic of a library written in Rust is no Exception.
+        is_of_code = isinstance(error, Exception) or type(error).__name__ == "PanicException"
+        if not is_of_code or is_out_of_memory(error) or is_of_the_disk(error):
             raise
         raise InputError(f"{what} failed: {reason_of(error)}.{' ' if advice else ''}{advice}") from error
 

@@ -22,6 +22,7 @@ from rocr.boundary import calling
 from rocr.errors import InputError
 from rocr.gguf_reading import alone, check_gguf_support, quick_reading
 from rocr.model_source import ModelSource
+from rocr.tokenizer_check import check_tokenizer_file
 
 SWITCHES = (
     ("huggingface_hub.constants", "HF_HUB_OFFLINE"),
@@ -103,6 +104,8 @@ class Loading:
         Raises:
             InputError: there is none that transformers can load.
         """
+        if self.source.folder is not None and self.source.gguf is None:
+            check_tokenizer_file(self.source.folder / "tokenizer.json")
         with self._calling("tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(self.place, **self.options)
         tokenizer.name_or_path = tokenizer.init_kwargs["name_or_path"] = self.source.place

@@ -20,6 +20,7 @@ from rocr.model_folder import INDEX_FILE, SINGLE_FILE, check_model_folder
 from rocr.model_source import ModelSource, find_model
 from rocr.shards import find_weight_files, stored_dtype
 from rocr.space import check_space
+from rocr.tokenizer_check import check_token_ids
 
 __all__ = ["DTYPES", "LoadedModel", "ModelSource", "find_model", "load_model", "load_tokenizer", "save_model"]
 
@@ -75,6 +76,7 @@ def load_model(
     _check_complete(source, found)
     if getattr(model.config, "is_encoder_decoder", False):
         raise InputError(f"{source.name} says is_encoder_decoder true: it is no causal language model.")
+    check_token_ids(tokenizer, embedding_rows(model), source.name)
     model.eval()
     return LoadedModel(_without_quantizer(model), tokenizer, source, own_settings)
 
@@ -87,6 +89,11 @@ def load_tokenizer(source: ModelSource, trust_remote_code: bool = False) -> Any:
     """
     with loading(source, trust_remote_code) as library:
         return library.tokenizer()
+
+
+def embedding_rows(model: nn.Module) -> int:
+    """How many tokens a model's embedding has rows for."""
+    return int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator, union-attr]
 
 
 def _stored_dtype(source: ModelSource) -> torch.dtype | None:

@@ -18,9 +18,10 @@ from rocr.architectures import Architecture, find_architecture, text_config
 from rocr.diagnosis import check_memory, naming_the_field, set_settings
 from rocr.errors import InputError
 from rocr.hub import loading
-from rocr.models import LoadedModel, ModelSource, load_tokenizer
+from rocr.models import LoadedModel, ModelSource, embedding_rows, load_tokenizer
 from rocr.shards import StoredTensor, WeightFiles, find_weight_files, stored_dtype
 from rocr.stored import stored_names
+from rocr.tokenizer_check import check_token_ids
 
 MEMORY_SHARE = 0.5
 """Share of the free memory that a whole model may take before only its beginning is loaded, and that this beginning
@@ -110,7 +111,9 @@ def load_partial(
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(device))
-    return LoadedModel(model.eval(), load_tokenizer(source, trust_remote_code), source)
+    tokenizer = load_tokenizer(source, trust_remote_code)
+    check_token_ids(tokenizer, embedding_rows(model), source.name)
+    return LoadedModel(model.eval(), tokenizer, source)
 
 
 def empty_model(source: ModelSource, trust_remote_code: bool = False) -> nn.Module:
