@@ -15,7 +15,7 @@ from rocr.concepts import check_text
 from rocr.errors import InputError
 
 CLOCK_DATE = "2024-07-26"
-"""The day that a chat template is told it is: the one that Llama 3.1's own writes where nobody gives it another."""
+"""The day that a chat template is told it is: the one that Llama 3.1's own writes where it is given no other."""
 MAX_CONTEXT = 10_000
 """Characters of a system message, or of a context in which names are read."""
 MAX_RENDERED = 2**20

@@ -163,6 +163,14 @@ USES = {
             options=AttackOptions(evaluate=EvaluateOptions(chat=chat)),
         ).items()
     },
+    "relearning": lambda m, t, chat: [
+        item.score
+        for found in attack_edit(
+            m, t, PROBES, ["relearn"], ["qa"],
+            options=AttackOptions(taught=1, epochs=(1,), evaluate=EvaluateOptions(chat=chat)),
+        ).values()
+        for item in found.items
+    ],
     "training": lambda m, t, chat: question_examples(t, PROBES, chat=chat)[0].prompt,
     "redirects": lambda m, t, chat: choose_redirects(m, t, PROBES, ["the roses", "a key"], chat=chat)[0].left,
     "neighbours": lambda m, t, chat: name_states(m, t, ["Ada Byron"], chat).sum(),
@@ -171,6 +179,8 @@ USES = {
 
 @pytest.mark.parametrize("use", USES)
 def test_settings_reach_every_place_that_renders_a_chat(model, make_tokenizer, use):
+    if use == "relearning":
+        pytest.importorskip("peft")
     tokenizer = make_tokenizer(chat=NEEDS_SYSTEM)
     with pytest.raises(InputError, match=r"A system message!.*--system TEXT"):
         USES[use](model, tokenizer, ChatSettings())
@@ -273,7 +283,8 @@ BAD = [
 
 
 @pytest.mark.parametrize("given", BAD, ids=lambda given: " ".join(given)[:30].encode("ascii", "replace").decode())
-def test_what_the_command_line_cannot_mean_is_refused_before_the_model_is_loaded(files, attack, given):
+def test_what_the_command_line_cannot_mean_is_refused_before_the_model_is_loaded(files, attack, given, monkeypatch):
+    monkeypatch.setattr("rocr.models.load_model", None)
     concept = ("--concept", "Ada Byron", "--redirect", "Blaise Pascal", "--layers", "1,2")
     attack("texts on the command line", "unlearn", files.model, *concept, "--statistics", files.statistics, *given)
 
@@ -284,16 +295,17 @@ def test_what_the_command_line_cannot_mean_is_refused_before_the_model_is_loaded
         ("eval", ("--targets", LONG)),
         ("redirects", ("--among", "the roses", LONG)),
         ("redirects", ("--targets", "\udce9", "--among", "the roses", "a key")),
-        ("compare", ("--targets", "Ada Byron", "--redirect", LONG)),
+        ("compare", ("--targets", "Stephen King", "--redirect", LONG)),
         ("compare", ("--targets", LONG, "--redirect", "the roses")),
     ],
 )
-def test_names_given_to_other_commands_keep_the_rules_of_a_list(files, attack, command_name, given):
+def test_names_given_to_other_commands_keep_the_rules_of_a_list(files, attack, command_name, given, monkeypatch):
+    monkeypatch.setattr("rocr.models.load_model", None)
     attack("names on the command line", command_name, files.model, *given)
 
 
 def test_neighbours_keep_the_rules_of_a_list(model, tokenizer, statistics):
-    for names in ([LONG], ["\udce9"], ["Ada\u200b"], [3], "Ada"):
+    for names in (["\udce9"], ["Ada\u200b"], [3], "Ada", [LONG]):
         with pytest.raises(InputError, match="neighbour"):
             rocr.unlearn(model, tokenizer, PASCAL, statistics, CONFIG, neighbours=names)
 
