@@ -54,7 +54,10 @@ REFUSED = {
     "plain weights said to be quantised": ({"quantization_config": FP8}, "quantization_config .*plain float32"),
     "plain text weights": ({"text_config": {"quantization_config": FP8}}, "text_config.quantization_config"),
     "a quantisation that is none": ({"quantization_config": [1]}, "quantization_config"),
-    "a quantisation without a name": ({"quantization_config": {"quant_method": 5}}, "quantization_config .*quant_method"),
+    "a quantisation without a name": (
+        {"quantization_config": {"quant_method": 5}},
+        "quantization_config .*quant_method",
+    ),
     "attention from a repository": ({"attn_implementation": "owner/repo"}, "attn_implementation"),
 }
 
