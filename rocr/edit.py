@@ -140,7 +140,7 @@ class Edit:
             progress: told how far each stage is.
 
         Raises:
-            InputError: a concept is there already, or model or statistics are not those of the edit.
+            InputError: a concept is there already, or model, statistics or rendered templates differ from the edit's.
             VerificationError: the model carries another edit.
             GuardError: as `unlearn`. On any exception the model is as it was.
         """

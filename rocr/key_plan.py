@@ -152,7 +152,7 @@ def plan_keys(tokenizer: Any, concepts: Sequence[Concept], config: EditConfig) -
         concept_of,
         reach,
         _read_each(held.values()) if held and config.held_weight else None,
-        tuple(rendered),
+        tuple(RenderedTemplate(template.before, template.after) for template in rendered),
     )
 
 

@@ -167,7 +167,7 @@ def _adapter(report: Mapping[str, Any]) -> str:
 
 
 def _settings(report: Mapping[str, Any]) -> str:
-    config = {name: value for name, value in report["config"].items() if name not in ("layers", "templates")}
+    config = {name: value for name, value in report["config"].items() if name not in ("layers", "templates", "chat")}
     settings = ", ".join(f"{name} {value}" for name, value in config.items())
     text = report["statistics"]
     lines = [

@@ -18,6 +18,7 @@ _IGNORABLE = re.compile(
     "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f"
     "\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
 )
+_UNUSUAL = re.compile("[^ -~]")
 _NON_JOINER, _JOINER = "\u200c", "\u200d"
 # Scripts that write with joiners, as the names of their characters begin: those that join letters or stack them.
 _JOINING_SCRIPTS = tuple(
@@ -49,9 +50,8 @@ def hidden(text: str) -> Iterator[tuple[int, str]]:
     Yields:
         The index of each such character, and what it is, in words.
     """
-    if text.isascii() and text.isprintable():
-        return
-    for index, character in enumerate(text):
+    for found in _UNUSUAL.finditer(text):
+        index, character = found.start(), found[0]
         kind = _REFUSED_CATEGORIES.get(unicodedata.category(character))
         if kind is None and _IGNORABLE.match(character):
             kind = "an invisible character"  # of the category of a letter or mark

@@ -152,13 +152,14 @@ def _start_token(tokenizer: Any) -> int | None:
 
 def _end_of_text(tokenizer: Any, vocabulary: int | None) -> int | None:
     """Return the token that ends a document; a chat model's EOS token ends a turn, so it comes second."""
-    for text in _END_OF_TEXT:
-        token: int | None = tokenizer.convert_tokens_to_ids(text)
-        if token is None or tokenizer.convert_ids_to_tokens(token) != text:
-            continue
-        if vocabulary is None or token < vocabulary:
-            return token
-    end: int | None = tokenizer.eos_token_id
+    with calling_tokenizer(tokenizer):
+        for text in _END_OF_TEXT:
+            token: int | None = tokenizer.convert_tokens_to_ids(text)
+            if token is None or tokenizer.convert_ids_to_tokens(token) != text:
+                continue
+            if vocabulary is None or token < vocabulary:
+                return token
+        end: int | None = tokenizer.eos_token_id
     return end
 
 
