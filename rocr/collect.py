@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from rocr import ops
 from rocr.architectures import Architecture, default_layers, find_architecture, positions_of
 from rocr.capture import input_hook, run_through
+from rocr.causality import check_causal
 from rocr.checkpoint import Checkpoint
 from rocr.errors import GuardError, InputError, RocrError
 from rocr.fingerprint import down_projection_digests, dtype_name, fingerprint
@@ -115,6 +116,7 @@ def collect_statistics(
         mark = fingerprint(architecture, tokenizer, max(chosen))
         weight = architecture.down_projection(max(chosen)).weight
         before = down_projection_digests(architecture, max(chosen))
+        check_causal(architecture, max(chosen))
     identity = {
         # Without the name: the same model may lie elsewhere by now.
         "model": [mark.model, mark.layer, mark.tokenizer, list(before)],
