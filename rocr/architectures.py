@@ -65,13 +65,11 @@ class Architecture:
             in it, and never through a compiled copy, which runs no hooks.
         layers_name: of the list of layers in the model's state dict.
         layers: the list.
-        looks_ahead: whether states depend on later tokens; None: not measured yet, see `rocr.prefix.looks_ahead`.
     """
 
     model: nn.Module
     layers_name: str
     layers: nn.ModuleList
-    looks_ahead: bool | None = None
 
     @property
     def depth(self) -> int:

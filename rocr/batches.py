@@ -33,7 +33,7 @@ class Batch:
     prefix: tuple[int, ...] = ()
 
 
-def batches(reading: Reading, token_budget: int, share: bool = True, to_the_end: bool = False) -> Iterator[Batch]:
+def batches(reading: Reading, token_budget: int, share: bool = True) -> Iterator[Batch]:
     """Batches of a reading, those of one prefix one after the other.
 
     A prompt ends at the last position that is read: causal attention makes all that follows it immaterial.
@@ -42,13 +42,8 @@ def batches(reading: Reading, token_budget: int, share: bool = True, to_the_end:
         reading: what is read where.
         token_budget: tokens of a batch, padding included and prefix not; a longer prompt is a batch of its own.
         share: whether prefixes may be left out.
-        to_the_end: whether prompts are run to their ends and never padded, as where attention looks ahead: padding, and
-            the mask that hides it, may then change what a token sees.
     """
     first, end = _read_range(reading)
-    if to_the_end:
-        end = [len(prompt.tokens) for prompt in reading.prompts]
-        share = False
     groups: dict[tuple[int, ...], list[int]] = {}
     for i, prompt in enumerate(reading.prompts):
         prefix = prompt.tokens[: prompt.shared] if share and prompt.shared <= first[i] else ()
@@ -59,11 +54,7 @@ def batches(reading: Reading, token_budget: int, share: bool = True, to_the_end:
             whole += members
         else:
             yield from _cut(reading.prompts, members, end, prefix, token_budget)
-    if not to_the_end:
-        yield from _cut(reading.prompts, whole, end, (), token_budget)
-        return
-    for length in sorted(set(end)):
-        yield from _cut(reading.prompts, [i for i in whole if end[i] == length], end, (), token_budget)
+    yield from _cut(reading.prompts, whole, end, (), token_budget)
 
 
 def _read_range(reading: Reading) -> tuple[list[int], list[int]]:

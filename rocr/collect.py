@@ -18,6 +18,7 @@ from rocr import ops
 from rocr.architectures import Architecture, default_layers, find_architecture, positions_of
 from rocr.arithmetic import plain_arithmetic
 from rocr.capture import as_sequence, check_seen, input_hook, run_through
+from rocr.causality import check_causal
 from rocr.chat import DEFAULT, ChatSettings
 from rocr.checkpoint import Checkpoint
 from rocr.errors import GuardError, InputError, RocrError
@@ -125,6 +126,7 @@ def collect_statistics(
         mark = fingerprint(architecture, tokenizer, max(chosen))
         weight = architecture.down_projection(max(chosen)).weight
         before = down_projection_digests(architecture, max(chosen))
+        check_causal(architecture, max(chosen))
     identity = {
         # Without the name: the same model may lie elsewhere by now.
         "model": [mark.model, mark.layer, mark.tokenizer, list(before)],

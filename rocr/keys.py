@@ -17,7 +17,7 @@ from rocr.errors import InputError
 from rocr.key_plan import Reading
 from rocr.less_memory import halving
 from rocr.passage import LayerCall, measure_gains, recording
-from rocr.prefix import can_share, run_prefix, with_direction
+from rocr.prefix import can_share, run_prefix
 from rocr.progress import Progress, ProgressCallback, silent
 
 
@@ -107,9 +107,7 @@ def _read(
     done = 0
     prefix: tuple[int, ...] = ()
     cache = None
-    architecture = with_direction(architecture, hidden_layer)
-    to_the_end = bool(architecture.looks_ahead)
-    for batch in batches(reading, token_budget, share and can_share(architecture), to_the_end):
+    for batch in batches(reading, token_budget, share and can_share(architecture)):
         if batch.prefix != prefix:
             prefix = batch.prefix
             cache = run_prefix(architecture, hidden_layer, prefix) if prefix else None

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from rocr.apply import Applied, LayerUpdate, apply_updates, take_back
 from rocr.architectures import Architecture, DownProjection, find_architecture, positions_of
 from rocr.arithmetic import plain_arithmetic
+from rocr.causality import check_causal
 from rocr.change import check_kept, check_rendered, inexact_layers
 from rocr.collect import CollectOptions, collect_statistics
 from rocr.collisions import find_collisions
@@ -40,7 +41,6 @@ from rocr.layers import check_moments, resolve_layers
 from rocr.measures import EditReport, mean_by_concept, measure_layer
 from rocr.metric import build_metric
 from rocr.passage import before_passage, measured_layers
-from rocr.prefix import with_direction
 from rocr.progress import Progress, ProgressCallback, silent
 from rocr.provenance import computed_with
 from rocr.sharding import whole
@@ -134,7 +134,7 @@ def _unlearn(
     settings = computed_with(model)
     dtype = dtype_name(architecture.down_projection(read_up_to).weight)
     statistics.check_model(mark, dtype, settings, down_projection_digests(architecture, last))
-    architecture = with_direction(architecture, last)
+    check_causal(architecture, last)
     run = _Run(architecture, concepts, config, plan, progress, guards or Guards(), made, kept)
     run.report.by_count = by_count
     if kept is not None:

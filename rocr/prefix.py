@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from rocr.architectures import Architecture, positions_of, text_config
-from rocr.capture import hidden_hook, run_through
+from rocr.architectures import Architecture, text_config
+from rocr.capture import run_through
 
-PROBE_TOKENS = 8
-CAUSAL_TOLERANCE = 1e-4
-"""Relative difference of states that rounding in float32 stays far below."""
 ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
@@ -43,43 +39,12 @@ def _joined(prefix: Tensor, own: Tensor) -> Tensor:
 def can_share(architecture: Architecture) -> bool:
     """Whether a model's layers remember a text by attention keys and values alone, kept in a cache of transformers.
 
-    State-space and linear attention layers do not, and code that comes with a model may keep them in its own way. Where
-    attention looks ahead, the states of a prefix are not the same before every end.
+    State-space and linear attention layers do not, and code that comes with a model may keep them in its own way.
     """
     model = architecture.model
-    if architecture.looks_ahead:
-        return False
     kinds = getattr(text_config(model), "layer_types", None) or ()
     is_known = type(model).__module__.startswith("transformers.models.")
     return is_known and not getattr(model, "_is_stateful", False) and set(kinds) <= ATTENTION_KINDS
-
-
-def with_direction(architecture: Architecture, layer: int) -> Architecture:
-    """The architecture with what `looks_ahead` says up to a layer, so that it is measured once."""
-    return replace(architecture, looks_ahead=looks_ahead(architecture, layer))
-
-
-def looks_ahead(architecture: Architecture, layer: int) -> bool:
-    """Whether the output of a decoder layer depends on later tokens, as with attention over a whole prompt.
-
-    Two texts of one beginning are run, if it is not known yet. Where attention is causal, states of the beginning are
-    the same but for the rounding of sums whose order may depend on other rows, as in a mixture of experts.
-    """
-    if architecture.looks_ahead is not None:
-        return architecture.looks_ahead
-    count = min(PROBE_TOKENS, positions_of(architecture.model) or PROBE_TOKENS)
-    begun, vocabulary = count // 2, len(architecture.embedding.weight)  # type: ignore[arg-type]
-    # Not from the first tokens, nor the last: special ones may mean images or padding to a model.
-    first, second = (torch.arange(count) + vocabulary // part for part in (2, 4))
-    tokens = torch.stack([first, torch.cat([first[:begun], second[begun:]])]) % vocabulary
-    found: list[Tensor] = []
-    with hidden_hook(architecture, layer, found.append):
-        run_through(architecture, layer, tokens)
-    if found[0].shape[:2] != tokens.shape:
-        return False  # a layout that reading refuses
-    one, other = found[0][:, :begun].double()
-    apart = (one - other).norm(dim=-1) / one.norm(dim=-1)
-    return bool((apart > max(CAUSAL_TOLERANCE, 2 * torch.finfo(found[0].dtype).eps)).any())
 
 
 def run_prefix(architecture: Architecture, layer: int, tokens: tuple[int, ...]) -> Cache:

@@ -69,6 +69,7 @@ def test_no_later_layer_runs_and_every_batch_runs_once(model, tokenizer, texts):
     for module in (model.model.layers[3], model.model.layers[4], model.model.norm, model.lm_head):
         module.register_forward_pre_hook(refuse)
     statistics = rocr.collect_statistics(model, tokenizer, texts, [0, 1, 2], CUT)
+    assert read.pop(0) == 2, "two texts that tell whether attention looks ahead"
     assert sum(read) == len(sequences), "one pass for all layers"
     assert statistics.layers == (0, 1, 2)
     with pytest.raises(AssertionError, match="must not run"):

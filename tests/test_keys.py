@@ -9,7 +9,6 @@ from rocr import Concept, EditConfig, GuardError, InputError
 from rocr.architectures import find_architecture
 from rocr.key_plan import plan_keys
 from rocr.keys import read_layers, read_states
-from rocr.prefix import with_direction
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIG = EditConfig(templates=("Who is {}?", "It is about {}.", "A longer text that tells much about {}."))
@@ -88,7 +87,7 @@ def test_states_of_every_choice(model, tokenizer, concepts, key_tokens, keys_per
 
 @pytest.mark.parametrize("token_budget", [1, 13, 40, 100_000])
 def test_the_token_budget_changes_nothing(model, tokenizer, concepts, token_budget):
-    architecture = with_direction(find_architecture(model), 2)
+    architecture = find_architecture(model)
     reading = plan_keys(tokenizer, concepts, CONFIG).keys
     batches, expected = [], reference(architecture, reading, 2, 1)
     hook = model.model.embed_tokens.register_forward_hook(lambda _m, inputs, _o: batches.append(inputs[0].shape))
