@@ -37,7 +37,7 @@ def partly(source):
 
 REFUSED = {
     "labels": ({"num_labels": 10**9}, "num_labels 1000000000"),
-    "names of labels": ({"id2label": {str(i): "x" for i in range(200_000)}}, "id2label"),
+    "names of labels": ({"id2label": {str(i): "x" for i in range(100_001)}}, "id2label"),
     "numbers of labels": ({"label2id": ["x"]}, r'label2id \["x"\]'),
     "heads": ({"num_attention_heads": 10**9}, "num_attention_heads 1000000000, .* at most 420"),
     "experts": ({"num_experts": 10**9}, "num_experts"),
@@ -54,7 +54,10 @@ REFUSED = {
     "plain weights said to be quantised": ({"quantization_config": FP8}, "quantization_config .*plain float32"),
     "plain text weights": ({"text_config": {"quantization_config": FP8}}, "text_config.quantization_config"),
     "a quantisation that is none": ({"quantization_config": [1]}, "quantization_config"),
-    "a quantisation without a name": ({"quantization_config": {"quant_method": 5}}, "quantization_config .*quant_method"),
+    "a quantisation without a name": (
+        {"quantization_config": {"quant_method": 5}},
+        "quantization_config .*quant_method",
+    ),
     "attention from a repository": ({"attn_implementation": "owner/repo"}, "attn_implementation"),
 }
 
