@@ -37,7 +37,7 @@ def partly(source):
 
 REFUSED = {
     "labels": ({"num_labels": 10**9}, "num_labels 1000000000"),
-    "names of labels": ({"id2label": {str(i): "x" for i in range(200_000)}}, "id2label"),
+    "names of labels": ({"id2label": {str(i): "x" for i in range(100_001)}}, "id2label"),
     "numbers of labels": ({"label2id": ["x"]}, r'label2id \["x"\]'),
     "heads": ({"num_attention_heads": 10**9}, "num_attention_heads 1000000000, .* at most 420"),
     "experts": ({"num_experts": 10**9}, "num_experts"),
