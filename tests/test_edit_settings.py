@@ -29,6 +29,7 @@ CASES = {  # setting: what the base has besides, and another value
     "held_weight": ({"held_weight": 0.0}, 1.0),
     "measure": ({}, "once"),
     "seed": ({}, 7),
+    "chat": ({"templates": (rocr.Template("Who is {}?", chat=True),)}, rocr.ChatSettings(system="Answer in verse.")),
 }
 
 
