@@ -184,7 +184,7 @@ def read_neighbours(
 
 
 def _checked_names(names: Sequence[str], concepts: Sequence[Concept]) -> list[str]:
-    if isinstance(names, str):
+    if isinstance(names, str) or not all(isinstance(name, str) and name.strip() for name in names):
         raise InputError(f"neighbours must be a list of names, not {repr(names)[:100]}.")
     check_names("neighbour", names)
     listed = {folded(name) for concept in concepts for name in concept.names}
