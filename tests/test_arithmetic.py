@@ -161,9 +161,19 @@ CASES: dict[str, Callable[[Bench], Any]] = {
 MORE = {"measures and answers": measured, "attacks": attacked}
 
 WITHOUT_ARITHMETIC = {
-    *("CollectOptions", "Concept", "EditConfig", "Evaluation", "Guards", "Probe", "Progress", "Template"),
+    *(
+        "ChatSettings",
+        "CollectOptions",
+        "Concept",
+        "EditConfig",
+        "Evaluation",
+        "Guards",
+        "Probe",
+        "Progress",
+        "Template",
+    ),
     *("GuardError", "InputError", "RocrError", "VerificationError", "load_concepts", "load_probes"),
-    *("Edit.keep", "Statistics.check_model", "Statistics.second_moment", "Statistics.summary"),
+    *("Edit.keep", "Edit.with_own_names", "Statistics.check_model", "Statistics.second_moment", "Statistics.summary"),
     *("ops.available_backends", "ops.second_moment_backend"),
 }
 
