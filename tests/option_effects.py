@@ -202,13 +202,22 @@ def overwrites_page(command, run):
 def loads_as(command, run):
     """The weights that are written, or the numbers, are those of another dtype."""
     if command == "apply":
-        done = run(command, "--dtype", "bfloat16")
-        assert {tensor.dtype for tensor in load_file(done.out / WEIGHTS).values()} == {torch.bfloat16}
-        assert {tensor.dtype for tensor in load_file(run(command).out / WEIGHTS).values()} == {torch.float32}
-    elif command == "revert":  # the rounded weights are not those that the edit left
-        assert (run(command, "--dtype", "bfloat16").code, run(command).code) == (3, 0)
+        loaded = [run(command, *more).json["weights"][0]["loaded"] for more in (("--dtype", "bfloat16"), ())]
+        assert loaded == ["bfloat16", "float32"]
     else:
         changes("--dtype", "bfloat16")(command, run)
+
+
+def says_that_nothing_is_loaded(*more):
+    """The option concerns loading, and the command works on the files: it says so, and writes the same."""
+
+    def check(command, run):
+        done = run(command, *more)
+        assert done.code == 0 and "--dtype and --device have no effect" in " ".join(done.errors.split())
+        assert "no effect" not in run(command).errors
+        assert (done.out / WEIGHTS).read_bytes() == (run(command).out / WEIGHTS).read_bytes()
+
+    return check
 
 
 def loads_whole(command, run):

@@ -32,6 +32,7 @@ from rocr_tests_option_effects import (
     replaces,
     reverts_by_another_file,
     runs_so_many_tokens,
+    says_that_nothing_is_loaded,
     shows_another_file,
     shuffles_options,
     shuffles_options_of_methods,
@@ -58,6 +59,8 @@ MODEL = {
     "--download": f"{OFFLINE}::test_an_environment_that_says_offline_is_obeyed_also_where_the_network_was_asked_for",
     "--trust-remote-code": f"{OFFLINE}::test_code_beside_a_model_is_run_only_where_that_is_asked_for",
 }
+RENDERED = "test_rendered.py::test_every_command_that_renders_a_chat_takes_the_settings"
+CHAT = dict.fromkeys(("--system", "--template-variable", "--date", "--no-chat"), RENDERED)
 PARTIAL = {
     "--partial": "test_cli_partial.py::test_a_model_loaded_in_part_is_edited_to_the_same_bytes",
     "--whole": loads_whole,
@@ -69,6 +72,7 @@ EFFECTS = {
         **MODEL,
         **PARTIAL,
         **OUT,
+        **CHAT,
         "concepts": "test_cli_bulk.py::test_collisions_and_harm_are_shown_in_short_and_written_down",
         "--concept": replaces("--concept", "Robert Downey"),
         "--allow-long-list": "test_cli_errors.py::test_the_limit_that_a_command_allows_is_that_of_the_edit",
@@ -78,6 +82,7 @@ EFFECTS = {
         "--dry-run": plans,
         "--layers": replaces("--layers", "1,3"),
         "--method": changes(*PROJECTED),
+        "--template": changes("--template", "It is about {}."),
         "--official": changes("--official", "--threshold", 0.1),
         "--ridge": changes("--ridge", 5),
         "--gamma": changes("--gamma", 2),
@@ -101,6 +106,7 @@ EFFECTS = {
         **MODEL,
         **PARTIAL,
         **OUT,
+        **CHAT,
         "--layers": replaces("--layers", "1,3"),
         "--text": replaces("--text", "@text"),
         "--tokens": replaces("--tokens", 300),
@@ -111,6 +117,7 @@ EFFECTS = {
     "eval": {
         **MODEL,
         **OUT,
+        **CHAT,
         "--probes": replaces("--probes", "@fewer"),
         "--edit": adds_what_was_before,
         "--forms": replaces("--forms", "fb"),
@@ -131,6 +138,7 @@ EFFECTS = {
     "redirects": {
         **MODEL,
         **OUT,
+        **CHAT,
         "--probes": replaces("--probes", "@fewer"),
         "--targets": changes("--targets", "Ada Byron"),
         "--among": replaces("--among", "a gardener", "rain"),
@@ -138,6 +146,7 @@ EFFECTS = {
     "compare": {
         **MODEL,
         **OUT,
+        **CHAT,
         "--text": replaces("--text", "@text"),
         "--tokens": replaces("--tokens", 100),
         "--seed": shuffles_options_of_methods,
@@ -157,7 +166,13 @@ EFFECTS = {
         "edit": "test_cli.py::test_damaged_edit_file",
         "--allow-fingerprint-mismatch": takes_relatives,
     },
-    "revert": {**MODEL, **OUT, "--edit": reverts_by_another_file},
+    "revert": {
+        **MODEL,
+        **OUT,
+        "--dtype": says_that_nothing_is_loaded("--dtype", "bfloat16"),
+        "--device": says_that_nothing_is_loaded("--device", "nonsense"),
+        "--edit": reverts_by_another_file,
+    },
     "info": {"file": shows_another_file},
     "verify": {
         "folder": "test_verify.py::test_a_file_that_is_not_as_it_was_is_named",

@@ -64,9 +64,14 @@ def run_revert(arguments: argparse.Namespace, console: Console) -> dict[str, Any
         return _restore(arguments, console)
     place = arguments.edit or Path(arguments.model) / EDIT_FILE
     edit, source = _edit_and_source(arguments, place)
+    in_files = find_weights(source) is not None
+    if in_files and (arguments.dtype or arguments.device):
+        console.warn(
+            "--dtype and --device have no effect: an edit is undone in the files' bytes, and no weight is loaded."
+        )
     with console.stage("load"):
         loaded = _structure(arguments, source)
-    if find_weights(source) is None:
+    if not in_files:
         with console.stage("revert"):
             edit.revert(loaded.model)
     report = write_output(arguments, loaded, edit, ("model",), console, reverted=True, applied=False)
