@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rocr.architectures import default_layers, find_architecture
+from rocr.architectures import default_layers, find_architecture, positions_of
 from rocr.chat import DEFAULT, ChatSettings
 from rocr.concepts import check_names, folded
 from rocr.config import EditConfig
