@@ -80,8 +80,11 @@ def run_through(
             with calling(f"The forward pass of {type(architecture.model).__name__}"):
                 architecture.model(**taken(architecture.model, arguments))
         except _StopForward:
-            return
-    raise InputError(_unseen(f"decoder layer {architecture.layers_name}.{layer}"))
+            is_stopped = True
+        else:
+            is_stopped = False
+    if not is_stopped:
+        raise InputError(_unseen(f"decoder layer {architecture.layers_name}.{layer}"))
 
 
 def check_seen(found: Collection[object], wanted: Mapping[Any, str]) -> None:

@@ -58,9 +58,9 @@ def commands(files, probes, tmp_path):
     }
 
 
-def assert_told(command, arguments, raised, tmp_path):
+def assert_told(command, arguments, raised, tmp_path, code=2):
     done = command(*arguments, "--json")
-    assert done.code in (1, 2), done.errors
+    assert done.code == code, done.errors
     assert "Traceback" not in done.errors
     assert done.errors.splitlines()[-1].startswith("rocr: "), done.errors
     document = json.loads(done.output)
@@ -87,7 +87,7 @@ def test_a_model_whose_forward_raises(name, raised, commands, command, tmp_path,
     monkeypatch.setattr(transformers.LlamaModel, "forward", raise_it)
     done = assert_told(command, commands[name], raised, tmp_path)
     if name in ("eval", "redirects"):
-        assert f"The model's forward pass failed: {type(raised).__name__}" in done.errors
+        assert f"The forward pass of LlamaForCausalLM failed: {type(raised).__name__}" in done.errors
         assert done.code == 2
 
 
@@ -108,7 +108,7 @@ def test_a_bug_of_rocr_says_that_it_is_one(commands, command, tmp_path, monkeypa
         raise ZeroDivisionError("a bug\nof two lines")
 
     monkeypatch.setattr("rocr.evaluation.report.report_json", raise_it)
-    done = assert_told(command, commands["eval"], ZeroDivisionError(), tmp_path)
+    done = assert_told(command, commands["eval"], ZeroDivisionError(), tmp_path, code=1)
     assert done.code == 1
     assert "ZeroDivisionError: a bug: this is a bug of rocr. Run the command again with --debug" in done.errors
 
@@ -121,7 +121,7 @@ def test_the_causes_of_an_error_are_in_the_traceback(commands, command, monkeypa
     done = command(*commands["eval"], "--debug")
     assert "KeyError: 'the first cause'" in done.errors
     assert "direct cause of the following exception" in done.errors
-    assert "InputError: The model's forward pass failed" in done.errors
+    assert "InputError: The forward pass of LlamaForCausalLM failed" in done.errors
 
 
 def test_terminal_escapes_of_a_traceback_are_shown_as_codes(commands, command, monkeypatch):

@@ -14,6 +14,13 @@ import rocr
 from rocr.installation import kernels_flaw
 
 ROOT = Path(__file__).resolve().parents[1]
+START = """
+import sys
+# Of an editable installation, which would lend its compiled part to any source tree.
+sys.meta_path = [finder for finder in sys.meta_path if getattr(finder, "__name__", "") != "_EditableFinder"]
+from rocr.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
 MODULE = f"_C{importlib.machinery.EXTENSION_SUFFIXES[0]}"
 
 
@@ -42,7 +49,7 @@ def installed(tmp_path):
 def doctor(folder, *path):
     """`rocr doctor` in a process of its own, started inside a folder."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), "COLUMNS": "120"}
-    command = [sys.executable, "-m", "rocr", "doctor", "--json"]
+    command = [sys.executable, "-c", START, "doctor", "--json"]
     done = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False
     )
