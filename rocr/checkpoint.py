@@ -32,7 +32,7 @@ class Checkpoint:
         batches: number of batches that are in every sum.
         tokens: number of tokens in these batches.
         added: for each layer the batches in its sum: one more than `batches` where a batch is half done.
-        torn: whether a sum holds a part of a batch, so that it is good for nothing.
+        torn: whether a sum holds a part of a batch, so that it cannot be used.
     """
 
     path: Path | None

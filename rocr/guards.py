@@ -1,4 +1,4 @@
-"""Limits beyond which an edit would harm the model: it is stopped, taken back, and told whose fault it is."""
+"""Limits beyond which an edit would harm the model: it is stopped and undone, and the concepts that pass them are named."""
 
 from __future__ import annotations
 

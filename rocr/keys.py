@@ -55,7 +55,7 @@ def read_states(
         hidden_layer: the decoder layer whose output is read; the last to run.
         key_layer: the layer whose keys are read as well; at most `hidden_layer`.
         token_budget: tokens of a batch, padding included; a prefix that prompts share does not count. Half as many
-            as often as the memory of a GPU does not do.
+            each time the memory of a GPU runs out.
         progress: told after every batch.
         stage: what to call this in progress reports.
         share: whether a prefix that prompts share may be run once for all of them, where the model can; the states

@@ -1,4 +1,4 @@
-"""Go on in smaller pieces where the memory of a device does not do for a large one."""
+"""Retry with smaller batches after a device runs out of memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def halving(run: Callable[[int], T], size: int, least: int = 1) -> T:
-    """Return run(size), or that of half the size as often as memory runs out.
+    """Return run(size); each time memory runs out, retry with half the size.
 
     Raises:
         torch.OutOfMemoryError: it does not even do for `least`.

@@ -38,7 +38,7 @@ class Owner:
         return cls(os.getpid(), socket.gethostname(), _start_time(os.getpid()))
 
     def is_gone(self) -> bool:
-        """Whether the process has surely ended; of another machine's, nobody here knows."""
+        """Whether the process has surely ended; of another machine's, this cannot be known."""
         if self.host != socket.gethostname():
             return False
         try:
@@ -69,7 +69,7 @@ def locked(output: str | os.PathLike[str]) -> Iterator[None]:
         yield
     finally:
         with postponed_signals():
-            # While this process lives nobody takes its lock over; one that cannot be removed is taken over later.
+            # While this process lives its lock is not taken over; one that cannot be removed is taken over later.
             for path in (*left, *([lock] if held else [])):
                 _remove(path, [])
 

@@ -143,7 +143,7 @@ def _within(path: Path, folder: Path) -> bool:
 
 @contextmanager
 def _unfinished(final: Path) -> Iterator[Path]:
-    """Yield an unused name beside `final`; on an exception remove what bears it, and put it in a sentence."""
+    """Yield an unused name beside `final`; on an exception remove what has that name, and say so in a sentence."""
     partial = _sibling(final, "partial")
     try:
         yield partial

@@ -142,7 +142,7 @@ class Ranks:
         Sums of float32 are all but exact in float64, so that the order of the processes leaves no trace.
 
         Args:
-            total: (d, d) float32; its upper triangle is good for nothing afterwards.
+            total: (d, d) float32; its upper triangle is undefined afterwards.
         """
         if self.size == 1:
             return

@@ -157,7 +157,7 @@ def _concepts(arguments: argparse.Namespace) -> list[Concept]:
     if arguments.concepts is not None:
         return load_concepts(arguments.concepts, default_redirect=arguments.redirect)
     if not arguments.redirect:
-        raise InputError("--concept needs --redirect: nobody guesses what a concept is turned into.")
+        raise InputError("--concept needs --redirect NAME: what the concept is turned into.")
     concepts = [Concept(name, arguments.redirect) for name in arguments.concept]
     check_concepts(concepts)
     return concepts

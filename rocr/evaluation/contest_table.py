@@ -40,7 +40,7 @@ def _by_method(results: Sequence[Result]) -> dict[str, list[Result]]:
 
 
 def _scores(results: Sequence[Result], forms: Sequence[str], split: str) -> list[str]:
-    """The mean over targets for each form; empty where nobody was asked in it."""
+    """The mean over targets for each form; empty where no question was asked in it."""
     cells = []
     for form in forms:
         scores = [result.evaluation.form_score(form, split) for result in results]
