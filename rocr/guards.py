@@ -1,4 +1,4 @@
-"""Limits beyond which an edit would harm the model: it is stopped and undone, and the concepts that pass them are named."""
+"""Limits beyond which an edit would harm the model: it is stopped and undone, and the concepts at fault are named."""
 
 from __future__ import annotations
 
