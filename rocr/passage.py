@@ -19,8 +19,9 @@ from torch.autograd import forward_ad
 
 from rocr.architectures import Architecture
 from rocr.boundary import calling
-from rocr.capture import as_sequence, evaluating, first_tensor, hooked, run_through
+from rocr.capture import as_sequence, evaluating, first_tensor, hooked, run_through, unseen
 from rocr.errors import InputError
+from rocr.wrappers import uncompiled
 
 PROBES = 4
 """Directions of change. One is enough where every channel is changed by itself; more average what others add."""
@@ -60,28 +61,51 @@ class LayerCall:
 
     def record(self, _layer: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         """Take the arguments of a call: a forward pre-hook with options."""
-        self.arguments, self.options = arguments, options
+        # Copies: a layer may add to its input in place, in this pass and whenever it is run again.
+        self.arguments, self.options = _copied(arguments), _copied(options)
 
     def forget(self) -> None:
         """Let go of the arguments and their memory."""
         self.arguments, self.options = (), {}
 
     def run(self, change: Callable[[Tensor], Tensor]) -> Tensor:
-        """The layer's output where the down-projection's output is changed first."""
+        """The layer's output, hooks included, where the down-projection's output is changed first.
+
+        Raises:
+            InputError: the layer does not call its down-projection.
+        """
+        changed: list[Tensor] = []
 
         def replace(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-            return change(output)
+            changed.append(change(output))
+            return changed[-1]
 
         handle = self.projection.register_forward_hook(replace)
         try:
-            return first_tensor(self.layer.forward(*self.arguments, **self.options))
+            with uncompiled():
+                output = self.layer(*_copied(self.arguments), **_copied(self.options))
         finally:
             handle.remove()
+        if not changed:
+            raise InputError(unseen(f"the down-projection of {self.name}"))
+        return first_tensor(output)
+
+
+def _copied(values: Any) -> Any:
+    """Arguments with copies of the tensors among them."""
+    if isinstance(values, Tensor):
+        return values.clone()
+    if isinstance(values, tuple):
+        return tuple(map(_copied, values))
+    if isinstance(values, dict):
+        return {name: _copied(value) for name, value in values.items()}
+    return values
 
 
 def recording(stack: ExitStack, call: LayerCall) -> None:
     """Record the arguments of a layer's call until the stack is closed."""
-    register = partial(call.layer.register_forward_pre_hook, with_kwargs=True)
+    # Before other hooks, which change the arguments again when the layer is run again.
+    register = partial(call.layer.register_forward_pre_hook, with_kwargs=True, prepend=True)
     stack.enter_context(hooked(register, call.record))
 
 
@@ -172,8 +196,10 @@ def _arrived(call: LayerCall, shape: torch.Size, probe: int) -> tuple[Tensor, Te
         try:
             change, arrived = _by_dual_numbers(call, probe)
         except (RuntimeError, NotImplementedError):  # an operation without a forward derivative
+            arrived = None
+        if arrived is None or not arrived.any():  # also code that detaches its tensors
             change, arrived = _by_differences(call, probe)
-    if arrived is None or not arrived.any():
+    if not arrived.any():
         raise InputError(
             f"What the down-projection of {call.name} returns does not arrive at the layer's output, so that an edit "
             "there changes nothing. rocr cannot edit this layer."
