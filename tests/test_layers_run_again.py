@@ -1,6 +1,7 @@
 """A layer that is run again to be measured: in the state of the pass, with its hooks, never as a compiled copy."""
 
 import copy
+from contextlib import ExitStack
 from functools import partial
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 import rocr
 from rocr import EditConfig, InputError
 from rocr.architectures import find_architecture
-from rocr.passage import LayerCall, measured_layers
+from rocr.capture import run_through
+from rocr.passage import LayerCall, measure_gains, measured_layers, recording
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LAYERS = (1, 3)
@@ -112,3 +114,46 @@ def test_keys_of_a_module_that_gets_its_input_by_name(model, tokenizer, texts, c
 def test_a_model_without_values_is_named(model, tokenizer, texts):
     with pytest.raises(InputError, match="is on the meta device"):
         rocr.collect_statistics(model.to("meta"), tokenizer, texts, layers=LAYERS)
+
+
+@pytest.mark.parametrize("mix", [lambda states: states.flip(-1), lambda states: states @ torch.randn(32, 32)])
+def test_layers_that_mix_channels_are_refused(model, tokenizer, texts, concepts, mix):
+    """As where another matrix comes behind the MLP."""
+    torch.manual_seed(0)
+    for layer in model.model.layers:
+        plain = layer.forward
+        layer.forward = lambda states, plain=plain, **options: states + mix(plain(states, **options) - states)
+    statistics = rocr.collect_statistics(model, tokenizer, texts, layers=LAYERS)
+    with pytest.raises(InputError, match=r"down-projection of model\.layers\.1 returns arrives .* in other channels"):
+        rocr.unlearn(model, tokenizer, concepts, statistics, EditConfig(layers=LAYERS))
+
+
+class WithoutDerivative(torch.autograd.Function):
+    """A fused operation that offers no forward derivative."""
+
+    @staticmethod
+    def forward(_context, states):
+        return states * 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_differences_are_large_enough_beside_a_long_residual_stream(model, dtype):
+    """The stream is some thirty times as long as what the MLP adds to it."""
+    architecture = find_architecture(model.to(dtype))
+    with torch.no_grad():
+        architecture.embedding.weight.mul_(100)
+    for layer in architecture.layers:
+        plain = layer.mlp.forward
+        layer.mlp.forward = lambda states, plain=plain: WithoutDerivative.apply(plain(states))
+    call = LayerCall.of(architecture, 1)
+    tokens = torch.tensor([[5, 6, 7, 8, 9]])
+    with ExitStack() as stack:
+        recording(stack, call)
+        run_through(architecture, 1, tokens)
+    stream, added = call.arguments[0].float(), []
+    handle = call.projection.register_forward_hook(lambda _module, _inputs, output: added.append(output.float()))
+    gains = measure_gains(model, call, tokens.shape)
+    handle.remove()
+    eps = torch.finfo(dtype).eps
+    noise = eps ** (2 / 3) * float(stream.norm() / added[0].norm())  # of a rounding, over the step
+    assert float((gains - 0.5).square().mean().sqrt()) < max(noise, 4 * eps)
