@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,10 +29,10 @@ class _StopForward(BaseException):
 def input_hook(module: nn.Module, receive: Callable[[Tensor], None]) -> Iterator[None]:
     """Within the context, `receive` gets the module's input, (batch, tokens, features)."""
 
-    def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-        receive(whole_input(module, inputs[0].detach()))
+    def hook(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        receive(whole_input(module, input_of(inputs, named).detach()))
 
-    with hooked(module.register_forward_pre_hook, hook):
+    with hooked(partial(module.register_forward_pre_hook, with_kwargs=True), hook):
         yield
 
 
@@ -84,7 +85,7 @@ def run_through(
         else:
             is_stopped = False
     if not is_stopped:
-        raise InputError(_unseen(f"decoder layer {architecture.layers_name}.{layer}"))
+        raise InputError(unseen(f"decoder layer {architecture.layers_name}.{layer}"))
 
 
 def check_seen(found: Collection[object], wanted: Mapping[Any, str]) -> None:
@@ -99,10 +100,11 @@ def check_seen(found: Collection[object], wanted: Mapping[Any, str]) -> None:
     """
     for name, module in wanted.items():
         if name not in found:
-            raise InputError(_unseen(module))
+            raise InputError(unseen(module))
 
 
-def _unseen(module: str) -> str:
+def unseen(module: str) -> str:
+    """Say that a pass did not call a module."""
     return (
         f"The forward pass ended without a call of {module}, so that nothing can be read there. Its weight is probably "
         "used directly, by a fused kernel or by compiled code: load the model without them (use_kernels=False, no "
@@ -160,6 +162,12 @@ def hooked(register: Callable[..., RemovableHandle], hook: Callable[..., None]) 
         active.clear()
         if handle is not None:
             handle.remove()
+
+
+def input_of(inputs: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
+    """The first argument of a module's call, which may be named, as in `linear(input=states)`."""
+    found: Tensor = (*inputs, *named.values())[0]
+    return found
 
 
 def first_tensor(output: Any) -> Tensor:

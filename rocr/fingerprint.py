@@ -169,6 +169,11 @@ def _add_module(
 
 
 def _add(digest: Any, title: str, parameter: nn.Parameter, values: Callable[[Tensor, int], Tensor]) -> None:
+    if parameter.device.type == "meta":
+        raise InputError(
+            f"{title} is on the meta device: its values were never loaded, or lie on the CPU or disk until its layer "
+            "runs (offloading by a device_map). Put the model up to the last edited layer onto a device."
+        )
     data = whole(parameter).detach()
     digest.update(f"{title} {tuple(data.shape)}\n".encode())
     digest.update(_as_bfloat16(values(data.reshape(-1), SAMPLED_VALUES)))

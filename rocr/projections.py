@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from rocr.boundary import calling
 from rocr.errors import InputError
 from rocr.sharding import flaw_of, is_sharded, whole, whole_input
-from rocr.wrappers import own_modules
+from rocr.wrappers import own_modules, uncompiled
 
 PROBE_TOKENS = 8
 PROBE_ROWS = 64
@@ -238,6 +238,7 @@ def _run(name: str, mlp: nn.Module, matrices: Sequence[Matrix], hidden_size: int
         stack.enter_context(calling(f"{name}, run alone on random states,"))
         stack.enter_context(torch.autocast(parameter.device.type, enabled=False))
         stack.enter_context(_evaluating(mlp))
+        stack.enter_context(uncompiled())
         for i, matrix in enumerate(matrices):
             stack.enter_context(_recorded(matrix, i, calls))
         # Not by calling the module: a call would go to a compiled copy, which runs no hooks.
@@ -272,9 +273,9 @@ def _evaluating(mlp: nn.Module) -> Iterator[None]:
 def _recorded(matrix: Matrix, place: int, calls: dict[int, _Call]) -> Iterator[None]:
     """Within the context, what goes through a matrix is recorded."""
 
-    def keep(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    def keep(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
         calls.pop(place, None)
-        calls[place] = _Call(_rows(whole_input(module, inputs[0])), _rows(output))
+        calls[place] = _Call(_rows(whole_input(module, (*inputs, *named.values())[0])), _rows(output))
 
     def keep_outer(_module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
         if place in calls:
@@ -282,7 +283,7 @@ def _recorded(matrix: Matrix, place: int, calls: dict[int, _Call]) -> Iterator[N
 
     handles: list[RemovableHandle] = []
     try:
-        handles.append(matrix.module.register_forward_hook(keep))
+        handles.append(matrix.module.register_forward_hook(keep, with_kwargs=True))
         handles.append(matrix.outer.register_forward_hook(keep_outer))
         yield
     finally:

@@ -127,8 +127,11 @@ def test_what_its_code_raises_becomes_a_sentence(model, tokenizer):
     ):
         with pytest.raises(InputError, match="The forward pass of Raising failed: AttributeError: 'DynamicCache'"):
             call()
-    model.generation_config.stop_strings = ["."]
-    with pytest.raises(InputError, match=r"generate of LlamaForCausalLM failed: ValueError: .*--no-answers"):
+
+
+def test_what_generation_raises_becomes_a_sentence(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(type(model), "generate", lambda *_, **__: [][0])
+    with pytest.raises(InputError, match=r"generate of LlamaForCausalLM failed: IndexError: .*--no-answers"):
         ask(model, tokenizer, ["Who?"])
 
 

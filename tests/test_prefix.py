@@ -38,7 +38,7 @@ def tokens_run(architecture, read):
 
 
 def assert_same(states, others):
-    for name in ("hidden", "keys", "outputs"):
+    for name in ("hidden", "keys", "gains"):
         mine, theirs = getattr(states, name), getattr(others, name)
         assert (mine is None) == (theirs is None)
         if mine is not None:

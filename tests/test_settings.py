@@ -120,6 +120,14 @@ def works_alone_in_a_group(collect, **_):
         dist.destroy_process_group()
 
 
+def opens_chats_otherwise(model, tokenizer, **_):
+    moments = [
+        collect_statistics(model, tokenizer, None, [1], CollectOptions(tokens=50, chat=chat)).second_moment(1)
+        for chat in (rocr.ChatSettings(), rocr.ChatSettings(system="Answer in verse."))
+    ]
+    assert not torch.equal(*moments)
+
+
 COLLECT = {
     "tokens": collects_fewer,
     "length": cuts_shorter,
@@ -129,6 +137,7 @@ COLLECT = {
     "text_bytes": estimates_the_end,
     "checkpoint": goes_on_from_a_file,
     "distributed": works_alone_in_a_group,
+    "chat": opens_chats_otherwise,
 }
 
 
@@ -185,6 +194,10 @@ def asks_in_another_style(asked, **_):
     assert scores(asked(style=PromptStyle(direct=True))) != scores(asked())
 
 
+def asks_with_a_system_message(asked, **_):
+    assert scores(asked()) != scores(asked(chat=rocr.ChatSettings(system="Answer in verse.")))
+
+
 EVALUATE = {
     "seed": shuffles_options,
     "orders": asks_in_more_orders,
@@ -194,6 +207,7 @@ EVALUATE = {
     "utility": asks_choices,
     "journal": keeps_a_journal,
     "style": asks_in_another_style,
+    "chat": asks_with_a_system_message,
 }
 
 
