@@ -5,8 +5,10 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -134,7 +136,7 @@ class ChatFormat:
         """
         turns = [("system", self.system), ("user", message)]
         chat = [{"role": role, "content": self._content(text)} for role, text in turns if text is not None]
-        with calling("The tokenizer's chat template", WAY_ROUND):
+        with calling("The tokenizer's chat template", WAY_ROUND), _pinned_random():
             text = self.tokenizer.apply_chat_template(
                 chat, tokenize=False, add_generation_prompt=True, **self.arguments
             )
@@ -209,6 +211,17 @@ def render_chats(tokenizer: Any, messages: Sequence[str], settings: ChatSettings
 def times_written(times: int) -> str:
     """The sentence about a chat template that does not write the user's message once."""
     return f"The tokenizer's chat template writes the user's message {times} times instead of once. {WAY_ROUND}"
+
+
+@contextmanager
+def _pinned_random() -> Iterator[None]:
+    """Within the context, what a template draws at random (`random`, `lipsum`) is the same in every run."""
+    state = random.getstate()
+    random.seed(0)
+    try:
+        yield
+    finally:
+        random.setstate(state)
 
 
 def _arguments(template: str, settings: ChatSettings) -> dict[str, Any]:

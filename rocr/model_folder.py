@@ -16,6 +16,19 @@ if TYPE_CHECKING:
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 TOKENIZER_BYTES = 128 * 2**20  # one of 256,000 tokens has some 30 MB
+TOKENIZER_FILES = (
+    *(
+        "tokenizer.json",
+        "tokenizer.model",
+        "added_tokens.json",
+        "vocab.json",
+        "vocab.txt",
+        "merges.txt",
+        "spiece.model",
+    ),
+    *("sentencepiece.bpe.model", "tekken.json"),
+)
+MORE_TEMPLATES = "additional_chat_templates/*.jinja"
 SETTINGS_BYTES = 16 * 2**20
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 
@@ -38,7 +51,11 @@ def check_model_folder(folder: Path, whole: bool = True) -> None:
     for name in ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json"):
         if (folder / name).exists():
             _read_object(folder / name, SETTINGS_BYTES)
-    _check_size(folder / "tokenizer.json", TOKENIZER_BYTES)
+    for name in TOKENIZER_FILES:
+        _check_size(folder / name, TOKENIZER_BYTES)
+    for path in (folder / "chat_template.jinja", folder / "chat_template.json", *folder.glob(MORE_TEMPLATES)):
+        check_inside(folder, path)
+        _check_size(path, SETTINGS_BYTES)
     check_config(folder / "config.json", config, _weights(folder, whole))
 
 

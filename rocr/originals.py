@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rocr.copying import MAX_CARRIED_BYTES, bytes_to_copy, carried_files, check_size, link_or_copy
+from rocr.copying import MAX_CARRIED_BYTES, bytes_to_copy, carried_files, check_size, link_or_copy, other_weights
 from rocr.errors import InputError, VerificationError
 from rocr.files import MAX_HEADER_BYTES
 from rocr.json_values import flag_of, parse_json, text_of, whole_number_of
@@ -45,6 +45,8 @@ class Original:
 def original_files(source: ModelSource) -> list[Path]:
     """The files a model consists of: weights, configuration and tokenizer, or the one GGUF file.
 
+    Safetensors files beside the weights count too, unless they are larger than all of these.
+
     Raises:
         InputError: it lies in no folder of its own, or a file is larger than any such file can be.
     """
@@ -56,10 +58,14 @@ def original_files(source: ModelSource) -> list[Path]:
         return [source.folder / source.gguf]
     files = find_weight_files(source.folder)
     weights = [] if files is None else [source.folder / name for name in files.files]
+    size = sum(weight.stat().st_size for weight in weights)
     others = [path for path in (source.folder / name for name in (INDEX_FILE, *OWN_FILES)) if path.is_file()]
     for path in others:
-        check_size(path, MAX_CARRIED_BYTES + sum(weight.stat().st_size for weight in weights))
-    return [*weights, *carried_files(source.folder), *others]
+        check_size(path, MAX_CARRIED_BYTES + size)
+    beside = [source.folder / name for name in other_weights(source.folder, [path.name for path in weights])]
+    small = [path for path in beside if path.suffix == ".safetensors" and path.stat().st_size <= size]
+    found = [*weights, *carried_files(source.folder), *others, *small]
+    return list(dict.fromkeys(found))
 
 
 def save_originals(source: ModelSource, out: Path) -> dict[str, str]:
@@ -110,6 +116,12 @@ def restore_originals(folder: Path, out: Path) -> dict[str, str]:
     entries = read_list(folder)
     places = {name: (folder if entry.kept else folder / FOLDER) / name for name, entry in entries.items()}
     for name, place in places.items():
+        # Looked at first: the digest of a file that claims to be huge would take hours.
+        if place.is_file() and place.stat().st_size != entries[name].bytes:
+            raise VerificationError(
+                f"{place} is not the first file: it has {place.stat().st_size:,} bytes, recorded were "
+                f"{entries[name].bytes:,}."
+            )
         if place.is_symlink() or not place.is_file() or not place.resolve().is_relative_to(folder.resolve()):
             raise VerificationError(f"{place} is missing, so {name} cannot be given back.")
     check_space(out, bytes_to_copy(list(places.values()), out))

@@ -171,7 +171,7 @@ def _set(
     if stored.shape != expected:
         raise InputError(f"{stored.file}: {stored.name} has the shape {stored.shape}, but the model's is {expected}.")
     values = stored.map() if mapped else stored.read()
-    if dtype is not None and values.is_floating_point():
+    if dtype is not None and parameter.is_floating_point():
         values = values.to(_loaded_dtype(model, name, parameter, dtype))
     module._parameters[leaf] = nn.Parameter(values.to(device) if device else values, requires_grad=False)
 

@@ -82,5 +82,6 @@ def _starts(model: nn.Module, tokenizer: Any, chat: ChatSettings) -> list[list[i
     starts = [opening]
     chat_format = find_chat_format(tokenizer, chat)
     if chat_format is not None:
-        starts.append(tokenize_prompt(tokenizer, chat_format.parts("{}")[0]))
+        # A template may write nothing before the message.
+        starts.append(tokenize_prompt(tokenizer, chat_format.parts("{}")[0]) or opening)
     return starts

@@ -29,7 +29,11 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "I64": torch.int64,
     "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
     "U8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
     "BOOL": torch.bool,
 }
 EDITED_KINDS = ("F32", "BF16", "F16")
@@ -232,7 +236,7 @@ def _stored(name: str, entry: dict[str, Any], path: Path, base: int) -> StoredTe
     shape = tuple(whole_number_of(length, "a length") for length in list_of(entry["shape"], "shape"))
     start, end = (whole_number_of(offset, "an offset") for offset in list_of(entry["data_offsets"], "data_offsets"))
     if kind not in DTYPES:
-        # Of another kind, such as float8: never read by rocr, but its bytes are carried along.
+        # Of another kind, such as F4: never read by rocr, but its bytes are carried along.
         return StoredTensor(name, path, torch.uint8, (end - start,), base + start, end - start, kind)
     if end - start != math.prod(shape) * DTYPES[kind].itemsize:
         raise ValueError(f"{name} is {kind} of shape {shape}, but has {end - start} bytes")

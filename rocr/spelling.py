@@ -44,7 +44,7 @@ def hidden(text: str) -> Iterator[tuple[int, str]]:
     """The characters of a text that a reader cannot see and that do not belong to its spelling.
 
     Part of the spelling are: the zero-width joiner and non-joiner between letters of scripts that write with them
-    (Persian, the scripts of India), the joiner also behind a virama (Malayalam's chillus) and between emoji; a
+    (Persian, the scripts of India), also behind a virama (Malayalam's chillus), and the joiner between emoji; a
     variation selector behind an ideograph or emoji, of the numbers that are in use there; Mongolian's own selectors.
 
     Yields:
@@ -91,11 +91,10 @@ def _is_spelling(text: str, index: int) -> bool:
 
 
 def _joins(before: str, character: str, after: str) -> bool:
-    if character == _JOINER and before:
-        if unicodedata.combining(before) == _VIRAMA:
-            return True
-        if (_is_emoji(before) or before in "\ufe0f" + _SKIN_TONES) and after and _is_emoji(after):
-            return True
+    if before and unicodedata.combining(before) == _VIRAMA:
+        return True
+    if character == _JOINER and after and _is_emoji(after):
+        return bool(before) and (_is_emoji(before) or before in "\ufe0f" + _SKIN_TONES)
     letters = _is_letter(before) and _is_letter(after)
     # One side is enough: Persian hangs its endings on words in Latin letters.
     return letters and (_is_letter_of(before, _JOINING_SCRIPTS) or _is_letter_of(after, _JOINING_SCRIPTS))

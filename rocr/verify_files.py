@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rocr.copying import MAX_CARRIED_BYTES
 from rocr.errors import InputError
 from rocr.json_values import parse_json
 from rocr.report import FORMAT, REPORT_FILE, file_digest, report_digest
+from rocr.shards import read_layout
 
 EDIT_FILE = "edit.safetensors"
 ADAPTER_SETTINGS = "adapter_config.json"
@@ -163,12 +165,30 @@ def file_checks(output: Output) -> Iterator[Check]:
 
 def _digest_check(name: str, path: Path, digest: str) -> Check:
     try:
+        check_claimed_size(path)
         found = file_digest(path)
+    except InputError as error:
+        return Check(shown(name), "sha256", FAILED, shown(str(error)))
     except OSError as error:
         return Check(shown(name), "sha256", FAILED, f"it cannot be read: {error.strerror}")
     if found == digest:
         return Check(shown(name), "sha256", PASSED)
     return Check(shown(name), "sha256", FAILED, f"it is {found[:12]}, recorded was {shown(digest)[:12]}")
+
+
+def check_claimed_size(path: Path) -> None:
+    """Refuse a file that claims more bytes than it can have: a sparse one takes hours to read.
+
+    Raises:
+        InputError: it is larger than any file without weights, and its header does not say so.
+    """
+    size = path.stat().st_size
+    if size <= MAX_CARRIED_BYTES:
+        return
+    if path.suffix == ".safetensors":
+        read_layout(path)
+    elif path.suffix != ".gguf":
+        raise InputError(f"it claims {size:,} bytes; the limit for a file without weights is {MAX_CARRIED_BYTES:,}")
 
 
 def _linked_check(name: str, path: Path, report: dict[str, Any]) -> Check:

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import random
 
 import pytest
 import transformers.utils.chat_template_utils as rendering
@@ -99,6 +100,18 @@ CLOCKS = {
     ),
     "white space first": ("\n  {% if true %}{{ strftime_now('%y') }}{% endif %}" + BODY, "\n24"),
 }
+
+
+@pytest.mark.parametrize("drawn", ["{{ range(100000) | random }}", "{{ lipsum() }}"])
+def test_what_a_template_draws_at_random_is_the_same_in_every_run(make_tokenizer, drawn):
+    tokenizer = make_tokenizer(chat=drawn + BODY)
+    found = []
+    for seed in (1, 2):
+        random.seed(seed)
+        state = random.getstate()
+        found.append(render_chat(tokenizer, "Hello"))
+        assert random.getstate() == state
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("kind", CLOCKS)

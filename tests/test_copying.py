@@ -79,6 +79,15 @@ def test_a_file_that_claims_a_terabyte_is_refused_by_name(name, parts, model, fi
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["chat_template.jinja", "additional_chat_templates/tool.jinja", "added_tokens.json"])
+@pytest.mark.parametrize("size", [HUGE, MAX_CARRIED_BYTES])
+def test_files_of_a_tokenizer_are_bounded_where_nothing_is_copied(name, size, model, files, refused, tmp_path):
+    (model / name).parent.mkdir(exist_ok=True)
+    sparse(model / name, size)
+    done = refused("stats", model, "--text", files.text, "--layers", "1", "--out", tmp_path / "out")
+    assert f"{model / name} has {size:,} bytes" in done.errors.replace("\n", "")
+
+
 @pytest.mark.parametrize("name", ["README.md", "report.json", "edit.safetensors"])
 def test_originals_of_a_terabyte_are_refused_by_name(name, model, files, concept, refused, tmp_path):
     sparse(model / name, HUGE)

@@ -2,6 +2,8 @@ import json
 import shutil
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from rocr.errors import InputError, VerificationError
 from rocr.models import find_model
@@ -49,6 +51,30 @@ def test_the_report_has_the_sha256_of_every_file(kept, digests):
     found = digests(kept / "edited")
     del found["report.json"]
     assert report["files"] == found
+
+
+def test_weights_beside_the_model_are_given_back_too(files, concept, command, digests, tmp_path):
+    shutil.copytree(files.model, tmp_path / "model")
+    (tmp_path / "model" / "vision").mkdir()
+    for name in ("projector.safetensors", "vision/model.safetensors"):
+        save_file({"weight": torch.ones(3, 5)}, tmp_path / "model" / name)
+    given = ("--statistics", files.statistics, "--save", "model,edit,originals", "--out", tmp_path / "edited")
+    for arguments in (
+        ("unlearn", tmp_path / "model", *concept, *given),
+        ("revert", tmp_path / "edited", "--out", tmp_path / "back"),
+    ):
+        done = command(*arguments)
+        assert done.code == 0, done.errors
+    assert digests(tmp_path / "back") == digests(tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", ["config.json", f"{FOLDER}/model.safetensors"])
+def test_a_file_that_claims_a_terabyte_is_named_at_once(name, copied, command, tmp_path):
+    with (copied / name).open("ab") as file:
+        file.truncate(2**40)
+    done = command("revert", copied, "--out", tmp_path / "back")
+    assert done.code == 3 and f"{copied / name} is not the first file" in done.errors.replace("\n", "")
+    assert not (tmp_path / "back").exists()
 
 
 @pytest.mark.parametrize("name", ["config.json", f"{FOLDER}/model.safetensors"])

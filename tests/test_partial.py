@@ -58,6 +58,18 @@ def test_the_beginning_of_every_family_computes_the_same(family, size, make_mode
     ]
 
 
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8], ids=str)
+def test_weights_of_a_kind_that_is_never_edited_are_loaded_as_transformers_does(kind, make_model, save, weights_of):
+    folder, name = save(make_model("Llama"), "1GB"), "model.layers.1.mlp.up_proj.weight"
+    weights = load_file(folder / "model.safetensors")
+    weights[name] = (4 * weights[name]).to(kind)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    whole, part = load_model(source(folder)).model, load_partial(source(folder), 1).model
+    assert part.get_parameter(name).dtype == torch.float32
+    assert torch.equal(weights_of(part)[name], weights_of(whole)[name])
+    assert part.get_parameter(name).any()
+
+
 def test_only_the_beginning_is_read(make_model, tokenizer, save):
     folder = save(make_model("Llama"))
     files = find_weight_files(folder)

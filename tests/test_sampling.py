@@ -57,6 +57,12 @@ def test_starts(make_tokenizer, model):
     assert [sequence[:2] for sequence in chat[5:]] == [[0, tokenizer.convert_tokens_to_ids("<|user|>")]] * 5
 
 
+def test_a_chat_template_that_writes_the_message_alone(make_tokenizer, model):
+    tokenizer = make_tokenizer(chat="{{ messages[0]['content'] }}")
+    sequences = sample_sequences(model, tokenizer, 10, seed=0)
+    assert {sequence[0] for sequence in sequences} == {tokenizer.bos_token_id}
+
+
 def test_no_text_is_longer_than_the_model_has_positions(make_model, tokenizer):
     model = make_model("GPT-2", n_positions=16)
     sequences = sample_sequences(model, tokenizer, SEQUENCES * 40, seed=0)

@@ -27,6 +27,8 @@ SPELLED = [
     "শর্\u200dমা",  # Bengali
     "ක්\u200dරිස්ටෝෆර්",  # Sinhala
     "क्\u200cष",  # Devanagari
+    "சேகர்\u200c",  # Tamil: the sign that takes the vowel is shown as it is
+    "സുരേഷ്\u200c ഗോപി",
     "ᠮᠣᠩᠭᠣᠯ\u180eᠠ",  # Mongolian
     "ᠰᠠᠶ\u180bᠢᠨ",
     "葛\U000e0100城",  # Japanese

@@ -153,6 +153,13 @@ def test_a_file_that_is_not_as_it_was_is_named(output, failures, name, tamper):
     assert (name, what) in failures(output)
 
 
+@pytest.mark.parametrize("name", ["config.json", "edit.safetensors", "model-1.safetensors"])
+def test_a_file_that_claims_a_terabyte_is_named_at_once(output, failures, name):
+    with (output / name).open("ab") as file:
+        file.truncate(2**40)
+    assert (name, "sha256") in failures(output)
+
+
 @pytest.mark.parametrize("name", ["NOTES.md", "pytorch_model.bin", "lora/more.safetensors", "..secret"])
 def test_a_file_that_no_record_names_is_named(output, failures, name):
     (output / name).write_bytes(b"more")
