@@ -34,7 +34,8 @@ GOLDEN = {
     "first float32": "7822b67c29e457c176cd59899f737405d7d7827999955030ca312d966025ddbf",
     "first bfloat16": "44d01682a1dd8758c563813d25a62b8ff20893b31e9010f65bdffc8c0ec2ff0d",
     "first float16": "448824efc2873db0eec81a2485a70ac2b74690e21c533746f09ed3cabbfd931e",
-    "fingerprint": "9c9b2edc6d64d9f99154749bd539450e3e9380d760572a6ae30a543b2d46e7c1",
+    "fingerprint": "2:3a0dd2d1b303156b6b01adfd5c4b276a75b226f7e6dd10032a70eddb34646c2a",
+    "fingerprint of 0.1": "9c9b2edc6d64d9f99154749bd539450e3e9380d760572a6ae30a543b2d46e7c1",
     "statistics file": "43027f49de8b3e025e5b40ed3e07484acbe60fd7257f27fcc98b314c2d751dd9",
     "adapter": "a00334bd323be9cc76d0e1d1dad09725a7836aa42f9a943a1fbf52d43e451bfe",
     "options": "dabff92d504e43ce79380fc878d80d1e9db3175baf292e428064e22783c6156d",
@@ -218,8 +219,10 @@ def test_a_model_edited_and_reverted(
 
 
 def test_the_fingerprint_of_a_model(tiny, assert_golden):
-    found = {dtype: model_digest(find_architecture(tiny(dtype)), 1) for dtype in DTYPES}
-    assert_golden("fingerprint", found)
+    architectures = {dtype: find_architecture(tiny(dtype)) for dtype in DTYPES}
+    assert_golden("fingerprint", {dtype: model_digest(found, 1) for dtype, found in architectures.items()})
+    old = {dtype: model_digest(found, 1, like="of 0.1") for dtype, found in architectures.items()}
+    assert_golden("fingerprint of 0.1", old)
 
 
 def test_a_statistics_file(golden_statistics, tmp_path, contents_digest, assert_golden):
