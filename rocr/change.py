@@ -19,7 +19,7 @@ from rocr.apply import LayerUpdate, apply_updates, down_projections, holds_updat
 from rocr.architectures import Architecture, find_architecture
 from rocr.collisions import find_collisions
 from rocr.concepts import Concept, check_concepts, folded
-from rocr.config import EditConfig
+from rocr.config import BY_COUNT, EditConfig
 from rocr.errors import InputError
 from rocr.fingerprint import Fingerprint
 from rocr.measures import EditReport, LayerMeasures, measure_layer
@@ -30,6 +30,7 @@ from rocr.solve import System, solve_again
 
 if TYPE_CHECKING:
     from rocr.edit import Edit
+    from rocr.guards import Guards
     from rocr.statistics import Statistics
 
 SAME_METRIC = 1e-3
@@ -59,7 +60,10 @@ def merge_edits(edit: Edit, other: Edit, model: nn.Module | None) -> Edit:
     parts = [_joined(mine, theirs) for mine, theirs in zip(edit.updates, other.updates, strict=True)]
     concept_of = [*edit.concept_of, *(len(edit.concepts) + concept for concept in other.concept_of)]
     distance = edit.report.distance + other.report.distance
-    changed = _solved(edit, [*edit.concepts, *other.concepts], concept_of, parts, distance)
+    # What the number of concepts chose in either would be chosen anew for all, whichever comes first.
+    by_count = [name for name in BY_COUNT if name in (*edit.report.by_count, *other.report.by_count)]
+    joined = replace(edit, report=replace(edit.report, by_count=by_count))
+    changed = _solved(joined, [*edit.concepts, *other.concepts], concept_of, parts, distance)
     return _put_in_place(edit, changed, model)
 
 
@@ -70,6 +74,7 @@ def add_concepts(
     tokenizer: Any,
     statistics: Statistics,
     progress: ProgressCallback,
+    guards: Guards | None,
 ) -> Edit:
     """Put concepts into an edit; see `Edit.add`."""
     from rocr.pipeline import unlearn
@@ -80,7 +85,7 @@ def add_concepts(
     return put_in_place_of(
         projections,
         [update.applied for update in edit.updates],
-        lambda: unlearn(model, tokenizer, concepts, statistics, edit.config, progress, kept=edit),
+        lambda: unlearn(model, tokenizer, concepts, statistics, edit.config, progress, guards, kept=edit),
     )
 
 

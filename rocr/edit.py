@@ -23,6 +23,7 @@ from rocr.prompts import RenderedTemplate
 from rocr.provenance import computed_with, different
 
 if TYPE_CHECKING:
+    from rocr.guards import Guards
     from rocr.lora import AdapterLayer
     from rocr.statistics import Statistics
 
@@ -126,6 +127,7 @@ class Edit:
         tokenizer: Any,
         statistics: Statistics,
         progress: ProgressCallback = silent,
+        guards: Guards | None = None,
     ) -> Edit:
         """The edit with further concepts, applied to the model in place of this one.
 
@@ -138,6 +140,7 @@ class Edit:
             tokenizer: of the model.
             statistics: those that this edit was made with.
             progress: told how far each stage is.
+            guards: the limits that the whole edit must stay within; None: `Guards()`.
 
         Raises:
             InputError: a concept is there already, or model, statistics or rendered templates differ from the edit's.
@@ -146,7 +149,7 @@ class Edit:
         """
         from rocr.change import add_concepts
 
-        return add_concepts(self, concepts, model, tokenizer, statistics, progress)
+        return add_concepts(self, concepts, model, tokenizer, statistics, progress, guards)
 
     @plain_arithmetic()
     def merge(self, other: Edit, model: nn.Module | None = None) -> Edit:

@@ -16,7 +16,7 @@ from rocr.architectures import Architecture, DownProjection
 from rocr.errors import InputError
 from rocr.json_values import text_of, whole_number_of
 from rocr.sharding import whole
-from rocr.wrappers import adapter_parameters, base_of, own_parameters
+from rocr.wrappers import adapter_parameters, base_of, own_buffers, own_parameters
 
 SAMPLED_VALUES = 512
 """Of each tensor of a fingerprint."""
@@ -32,9 +32,9 @@ class Fingerprint:
     """What a model and its tokenizer are.
 
     Attributes:
-        model: sha256 over the names, shapes and some values of the embedding and of the layers 0 to `layer`, all
-            but the down-projections, which are what edits change, and adapters. The values are rounded to bfloat16,
-            so that one model has one fingerprint in float32 and bfloat16.
+        model: sha256 over the names, shapes and some values of the embedding and of the layers 0 to `layer`, buffers
+            included that are stored, all but the down-projections, which are what edits change, and adapters. The
+            values are rounded to bfloat16, so that one model has one fingerprint in float32 and bfloat16.
         layer: the last decoder layer that `model` covers.
         tokenizer: sha256 over the tokenizer's definition.
         name: what the model calls itself, for messages.
@@ -166,9 +166,12 @@ def _add_module(
     for name, parameter in own_parameters(module):
         if all(parameter is not each for each in left_out):
             _add(digest, f"{title} {name}", parameter, values)
+    if values is not _evenly_spaced:  # rocr 0.1 left them out
+        for name, buffer in own_buffers(module):
+            _add(digest, f"{title} {name}", buffer, values)
 
 
-def _add(digest: Any, title: str, parameter: nn.Parameter, values: Callable[[Tensor, int], Tensor]) -> None:
+def _add(digest: Any, title: str, parameter: Tensor, values: Callable[[Tensor, int], Tensor]) -> None:
     if parameter.device.type == "meta":
         raise InputError(
             f"{title} is on the meta device: its values were never loaded, or lie on the CPU or disk until its layer "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,11 @@ class Reading:
     position_of: list[int]
     group_of: list[int]
     groups: int
+
+    def read_tokens(self) -> Iterator[tuple[int, ...]]:
+        """For each read token all that a model has read there: the tokens of its prompt up to it."""
+        for prompt, position in zip(self.prompt_of, self.position_of, strict=True):
+            yield self.prompts[prompt].tokens[: position + 1]
 
     def check_positions(self, names: Sequence[str], positions: int | None) -> None:
         """Refuse prompts that are longer, up to the last token that is read, than a model has positions for.
@@ -79,6 +84,25 @@ class KeyPlan:
         for reading in filter(None, (self.keys, self.current)):
             reading.check_positions(names, positions)
         self.targets.check_positions([concepts[concept].redirect for concept in self.concept_of], positions)
+
+    def check_ways(self, concepts: Sequence[Concept]) -> None:
+        """Refuse redirects that a model reads as it reads the name, as where a tokenizer drops accents or cases.
+
+        Raises:
+            InputError: no name of a concept has a way to its redirect at its last token; names the concepts.
+        """
+        starts, ends = (self.current or self.keys).read_tokens(), self.targets.read_tokens()
+        has_way = [False] * len(concepts)
+        for j, (start, end) in enumerate(zip(starts, ends, strict=True)):
+            is_last = self.keys.position_of[j] == self.keys.prompts[self.keys.prompt_of[j]].words[-1]
+            has_way[self.concept_of[self.keys.group_of[j]]] |= is_last and start != end
+        alike = [concept for concept, has in zip(concepts, has_way, strict=True) if not has]
+        if alike:
+            pairs = ", ".join(f"{each.name!r} and {each.redirect!r}" for each in alike[:5])
+            raise InputError(
+                f"The tokenizer gives a concept and its redirect the same tokens: {pairs}. A model cannot tell them "
+                "apart; choose other redirects."
+            )
 
 
 class _ReadingBuilder:

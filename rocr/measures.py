@@ -16,6 +16,9 @@ from rocr.harm import NeighbourReport
 from rocr.json_values import list_of, numbers_of, object_of, text_of, whole_number_of
 from rocr.solve import CHUNK_ROWS, Solution
 
+LEAST_WAY = 1e-3
+"""Share of a concept's longest way below which a state is sent nowhere."""
+
 
 @dataclass(frozen=True)
 class LayerMeasures:
@@ -156,18 +159,31 @@ def measure_layer(
     )
 
 
-def mean_by_concept(values: Tensor, concept_of: Sequence[int]) -> list[float]:
-    """Mean of the values (n,) of each concept's keys."""
+def mean_by_concept(values: Tensor, concept_of: Sequence[int], ways: Tensor | None = None) -> list[float]:
+    """Mean of the values (n,) of each concept's keys.
+
+    Args:
+        values: shares of the ways.
+        concept_of: for each key, the index of its concept.
+        ways: (n,) how far each key's state is sent; None: the same way. Keys that stay where they are but for rounding,
+            as "Ada" of "Ada Byron" where the redirect is "Ada", are left out: there is no share of no way.
+    """
     index = torch.tensor(concept_of)
-    sums = torch.zeros(int(index.max()) + 1, dtype=torch.float64).index_add_(0, index, values.double().cpu())
-    return [float(mean) for mean in sums / torch.bincount(index)]
+    weights = torch.ones(len(index), dtype=torch.float64)
+    if ways is not None:
+        ways = ways.double().cpu()
+        longest = torch.zeros(int(index.max()) + 1, dtype=torch.float64).scatter_reduce_(0, index, ways, "amax")
+        weights = (ways >= LEAST_WAY * longest[index]).double()
+    zeros = torch.zeros(int(index.max()) + 1, dtype=torch.float64)
+    sums = zeros.index_add(0, index, values.double().cpu() * weights)
+    return [float(mean) for mean in sums / zeros.index_add(0, index, weights)]
 
 
 def _closed(update: LayerUpdate, concept_of: Sequence[int]) -> list[float]:
     """Share of each residual that the update covers: the projection of the move on it."""
-    shares = []
+    shares, ways = [], update.residuals.double().norm(dim=1)
     for start in range(0, len(update.keys), CHUNK_ROWS):
         rows = slice(start, start + CHUNK_ROWS)
         moved, wanted = update.factors.moves(update.keys[rows].double()), update.residuals[rows].double()
         shares.append((moved * wanted).sum(dim=1) / wanted.square().sum(dim=1).clamp(min=1e-30))
-    return mean_by_concept(torch.cat(shares), concept_of)
+    return mean_by_concept(torch.cat(shares), concept_of, ways)

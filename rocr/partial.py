@@ -20,7 +20,7 @@ from rocr.errors import InputError
 from rocr.hub import loading
 from rocr.models import LoadedModel, ModelSource, embedding_rows, load_tokenizer
 from rocr.shards import StoredTensor, WeightFiles, find_weight_files, stored_dtype
-from rocr.stored import stored_names
+from rocr.stored import StoredNames, stored_names
 from rocr.tokenizer_check import check_token_ids
 
 MEMORY_SHARE = 0.5
@@ -48,7 +48,7 @@ def can_load_partially(source: ModelSource, last_layer: int = 0) -> bool:
     if getattr(text_config(architecture.model), "quantization_config", None) is not None:
         return False
     names = stored_names(files, architecture.model)
-    return all(name in names.plain for name in _needed(architecture, last_layer))
+    return all(name in names.plain for name in _needed(architecture, last_layer, names))
 
 
 def is_large(source: ModelSource) -> bool:
@@ -102,7 +102,8 @@ def load_partial(
     architecture.down_projection(last_layer)
     if mapped is None:
         mapped = stays_in_files(files, architecture, last_layer, device)
-    names, needed = stored_names(files, model), _needed(architecture, last_layer)
+    names = stored_names(files, model)
+    needed = _needed(architecture, last_layer, names)
     dtype = dtype or stored_dtype(files, [names.of(name) for name in needed])
     for name in needed:
         _set(model, name, files.find(names.of(name)), dtype, device, mapped)
@@ -117,7 +118,7 @@ def load_partial(
 
 
 def empty_model(source: ModelSource, trust_remote_code: bool = False) -> nn.Module:
-    """A model's structure: its buffers are there, its parameters on the meta device.
+    """A model's structure: its buffers are there, as they are first computed, its parameters on the meta device.
 
     Raises:
         InputError: the configuration is not one of a causal language model.
@@ -135,7 +136,7 @@ def empty_model(source: ModelSource, trust_remote_code: bool = False) -> nn.Modu
 def needed_tensors(files: WeightFiles, architecture: Architecture, last_layer: int) -> list[StoredTensor]:
     """What `load_partial` reads."""
     names = stored_names(files, architecture.model)
-    return [files.find(names.of(name)) for name in _needed(architecture, last_layer)]
+    return [files.find(names.of(name)) for name in _needed(architecture, last_layer, names)]
 
 
 def stays_in_files(files: WeightFiles, architecture: Architecture, last_layer: int, device: str | None) -> bool:
@@ -144,12 +145,20 @@ def stays_in_files(files: WeightFiles, architecture: Architecture, last_layer: i
     return device in (None, "cpu") and size > MEMORY_SHARE * free_memory()
 
 
-def _needed(architecture: Architecture, last_layer: int) -> list[str]:
-    """Parameters of the decoder but for later layers: what stands around the layers is small or needed."""
+def _needed(architecture: Architecture, last_layer: int, names: StoredNames) -> list[str]:
+    """Parameters of the decoder but for later layers, and those of its buffers that are stored, as scalars of a layer.
+
+    What stands around the layers is small or needed.
+    """
     decoder = architecture.layers_name.rpartition(".")[0]
     prefix, layers = f"{decoder}." if decoder else "", f"{architecture.layers_name}."
     found = []
-    for name, _ in architecture.model.named_parameters():
+    stored_buffers = (
+        name
+        for name, value in architecture.model.state_dict(keep_vars=True).items()
+        if not isinstance(value, nn.Parameter) and name in names.plain
+    )
+    for name in (*(name for name, _ in architecture.model.named_parameters()), *stored_buffers):
         in_layers = name.startswith(layers)
         if name.startswith(prefix) and (not in_layers or int(name[len(layers) :].split(".")[0]) <= last_layer):
             found.append(name)
@@ -173,10 +182,14 @@ def _set(
     values = stored.map() if mapped else stored.read()
     if dtype is not None and parameter.is_floating_point():
         values = values.to(_loaded_dtype(model, name, parameter, dtype))
-    module._parameters[leaf] = nn.Parameter(values.to(device) if device else values, requires_grad=False)
+    values = values.to(device) if device else values
+    if leaf in module._buffers:
+        module._buffers[leaf] = values
+    else:
+        module._parameters[leaf] = nn.Parameter(values, requires_grad=False)
 
 
-def _loaded_dtype(model: nn.Module, name: str, parameter: nn.Parameter, dtype: torch.dtype) -> torch.dtype:
+def _loaded_dtype(model: nn.Module, name: str, parameter: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
     """The dtype that transformers loads a parameter in: the model's, but for those that the class itself keeps."""
     plan: dict[str, torch.dtype] = getattr(model, "_get_dtype_plan", lambda _: {})(dtype)
     for pattern, kept in plan.items():

@@ -119,6 +119,7 @@ def _unlearn(
     if kept is not None:
         check_rendered(kept.rendered, plan.rendered, "the tokenizer now")
     plan.check_positions(concepts, positions_of(model))
+    plan.check_ways(concepts)
     if statistics is None:
         # By each process itself, since only one of a group may be editing.
         statistics = collect_statistics(
@@ -309,7 +310,7 @@ class _Run:
         check_finite("states after the edit", last, hidden, self.plan.concept_of, self.concepts)
         assert self.goals is not None and self.first_distance is not None
         shares = (self.goals - hidden).norm(dim=1) / self.first_distance.clamp(min=1e-12)
-        found = mean_by_concept(shares, self.plan.concept_of)
+        found = mean_by_concept(shares, self.plan.concept_of, self.first_distance)
         if self.kept is None:
             return found
         return [*self.kept.report.distance, *found] if self.kept.report.distance else []

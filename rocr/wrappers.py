@@ -76,6 +76,14 @@ def own_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
                 yield f"{name}.{leaf}" if name else leaf, parameter
 
 
+def own_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each buffer that a model's files hold, such as a scalar of a layer, named as those of `own_parameters`."""
+    for name, module, _ in own_modules(model):
+        for leaf, buffer in module.named_buffers(recurse=False):
+            if leaf not in module._non_persistent_buffers_set:
+                yield f"{name}.{leaf}" if name else leaf, buffer
+
+
 def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, float]]:
     """What adapters that are active and not merged add: a name without the adapter's own, a parameter, its scale."""
     for path, module in model.named_modules():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import rocr
-from rocr import Concept, Edit, EditConfig, InputError, VerificationError
+from rocr import Concept, Edit, EditConfig, GuardError, Guards, InputError, VerificationError
 from rocr.edit import Edit as EditClass
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -153,6 +153,26 @@ def test_merged_edits_equal_one_in_either_order(make, changes):
     assert max(differences(second.merge(first), expected)) < ROUNDING
     summed = [a + b for a, b in zip(updates(first), updates(second), strict=True)]
     assert (summed[0] - updates(expected)[0]).norm() > 1e-2 * summed[0].norm(), "a sum is another edit"
+
+
+def test_merging_across_the_length_of_a_long_list_is_inexact_in_either_order(make, monkeypatch):
+    """Also where one edit was given the settings that the other left to the number of concepts."""
+    monkeypatch.setattr("rocr.config.LONG_LIST", 3)
+    left, _ = make(PEOPLE[:2], config((2,)))
+    given, _ = make(PEOPLE[2:], config((2,), reach="whole", held_weight=0.0))
+    for merged in (left.merge(given), given.merge(left)):
+        assert merged.report.by_count == ["reach", "held_weight"]
+        assert merged.report.inexact == [2]
+    assert given.merge(make(PEOPLE[:2], given.config)[0]).report.inexact == []
+
+
+def test_concepts_are_added_past_a_limit_by_force(make, tokenizer, statistics):
+    edit, carrier = make(PEOPLE[:2], config((2,)))
+    strict = {"relative_norm": 1e-6}
+    with pytest.raises(GuardError, match="above the limit of 1e-06"):
+        edit.add(PEOPLE[2:], carrier, tokenizer, statistics, guards=Guards(**strict))
+    added = edit.add(PEOPLE[2:], carrier, tokenizer, statistics, guards=Guards(force=True, **strict))
+    assert len(added.report.limits_passed) == 1
 
 
 def test_edits_that_do_not_fit_together_are_not_merged(make, model, tokenizer, statistics):

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from tokenizers import normalizers
 
 import rocr
 from rocr import Concept, EditConfig, InputError
@@ -211,3 +212,25 @@ def test_names_longer_than_the_models_positions_are_refused(family, make_model, 
             unlearn(*arguments)
         assert all(torch.equal(a, b) for a, b in zip(weights_of(model).values(), before.values(), strict=True))
     unlearn("Ada Byron", "Pascal")
+
+
+def test_a_redirect_that_the_tokenizer_reads_as_the_name_is_refused(model, make_tokenizer, texts):
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])
+    statistics = rocr.collect_statistics(model, tokenizer, texts, layers=(1,))
+    concepts = [CONCEPTS[1], Concept("Ada Byron", "Ad\u00e0 Byron")]
+    with pytest.raises(InputError, match=r"the same tokens: 'Ada Byron' and 'Ad\u00e0 Byron'\. A model cannot tell"):
+        rocr.unlearn(model, tokenizer, concepts, statistics, config(layers=(1,)))
+
+
+@pytest.mark.parametrize("measure", ["each", "once"])
+def test_a_redirect_that_a_name_begins_with(model, tokenizer, texts, measure):
+    """The first token of the name has no way to go, and no share of it."""
+    statistics = rocr.collect_statistics(model, tokenizer, texts, layers=(1, 3))
+    plan = plan_keys(tokenizer, [Concept("Ada Byron", "Ada")], config())
+    plan.check_ways([Concept("Ada Byron", "Ada")])
+    edit = rocr.unlearn(
+        model, tokenizer, [Concept("Ada Byron", "Ada")], statistics, config(layers=(1, 3), measure=measure)
+    )
+    assert 0 < edit.report.distance[0] < 1
+    assert all(0 < layer.closed[0] < 1 for layer in edit.report.layers)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import rocr
@@ -68,6 +69,35 @@ def test_weights_of_a_kind_that_is_never_edited_are_loaded_as_transformers_does(
     assert part.get_parameter(name).dtype == torch.float32
     assert torch.equal(weights_of(part)[name], weights_of(whole)[name])
     assert part.get_parameter(name).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scalars_of_layers_that_are_stored_as_buffers(dtype, make_model, tokenizer, concepts, texts, save):
+    """As Gemma 4 stores them: they are values of the file, not computed."""
+    sizes = make_model("Llama").config.to_dict()
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    config = transformers.Gemma4TextConfig(
+        **{name: sizes[name] for name in (*names, "num_hidden_layers", "initializer_range")},
+        bos_token_id=0, eos_token_id=1, pad_token_id=1, head_dim=8, global_head_dim=8, hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=sizes["vocab_size"], num_kv_shared_layers=0,
+    )  # fmt: skip
+    model = transformers.Gemma4ForCausalLM(config).to(dtype)
+    digests = []
+    for scalar in (1.0, 0.4):
+        for layer in model.model.layers:
+            layer.layer_scalar.fill_(scalar)
+        digests.append(fingerprint(find_architecture(model), tokenizer, 2).model)
+    assert digests[0] != digests[1], "keys depend on them"
+    folder = save(model)
+    loaded = [load_model(source(folder)), load_partial(source(folder), 2)]
+    assert loaded[1].model.model.layers[1].layer_scalar == loaded[0].model.model.layers[1].layer_scalar < 0.5
+    edits = []
+    for each in loaded:
+        statistics = rocr.collect_statistics(each.model, tokenizer, texts[:6], (1, 2))
+        assert statistics.fingerprint.model == digests[1]
+        edits.append(rocr.unlearn(each.model, tokenizer, concepts, statistics, rocr.EditConfig(layers=(1, 2))))
+    first, second = ([update.applied.after for update in edit.updates] for edit in edits)
+    assert first == second
 
 
 def test_only_the_beginning_is_read(make_model, tokenizer, save):
