@@ -48,7 +48,11 @@ def ask(
     else:
         written = [_greedy(model, prompt, ends, max_tokens) for prompt in prompts]
     with calling_tokenizer(tokenizer):
-        answers: list[str] = tokenizer.batch_decode(written, skip_special_tokens=True)
+        answers: Any = tokenizer.batch_decode(written, skip_special_tokens=True)
+    if not isinstance(answers, list) or list(map(type, answers)) != [str] * len(questions):
+        raise InputError(
+            f"The tokenizer ({type(tokenizer).__name__}) does not decode {len(questions)} answers to texts."
+        )
     return [" ".join(answer.split()) for answer in answers]
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rocr.boundary import calling
 from rocr.errors import InputError
+from rocr.forward import input_embedding
 from rocr.projections import check_matrix, find_matrix
 from rocr.wrappers import base_of, own_modules, own_parameters, unwrapped
 
@@ -79,7 +80,7 @@ class Architecture:
     @property
     def embedding(self) -> nn.Module:
         """The token embedding."""
-        embedding: nn.Module = self.model.get_input_embeddings()  # type: ignore[operator]
+        embedding: nn.Module = input_embedding(self.model)
         return embedding
 
     def down_projection(self, layer: int) -> DownProjection:

@@ -30,11 +30,17 @@ def calling(what: str, advice: str = "") -> Iterator[None]:
     except (RocrError, MemoryError):
         raise
     except BaseException as error:
-        # A panic of a library written in Rust is no Exception.
-        is_of_code = isinstance(error, Exception) or type(error).__name__ == "PanicException"
-        if not is_of_code or is_out_of_memory(error) or is_of_the_disk(error):
+        if not is_of_code(error) or is_out_of_memory(error) or is_of_the_disk(error):
             raise
         raise InputError(f"{what} failed: {reason_of(error)}.{' ' if advice else ''}{advice}") from error
+
+
+def is_of_code(error: BaseException) -> bool:
+    """Whether an exception is of the code that raised it, and not of who stops it.
+
+    A call of sys.exit and a panic of a library written in Rust are no Exception, but count.
+    """
+    return isinstance(error, (Exception, SystemExit)) or type(error).__name__ == "PanicException"
 
 
 def reason_of(error: BaseException) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from rocr.boundary import calling
+from rocr.errors import InputError
 
 
 def forward(model: nn.Module, tokens: Tensor, **arguments: Any) -> Any:
@@ -61,7 +62,23 @@ def is_of_transformers(model: nn.Module) -> bool:
 
 def input_device(model: nn.Module) -> Any:
     """Where a model wants its tokens."""
-    return model.get_input_embeddings().weight.device  # type: ignore[operator, union-attr]
+    return input_embedding(model).weight.device
+
+
+def input_embedding(model: nn.Module) -> Any:
+    """The module that holds a model's token embedding as its weight.
+
+    Raises:
+        InputError: the model's own code does not give it.
+    """
+    with calling(f"The call of get_input_embeddings of {type(model).__name__}"):
+        found: Any = model.get_input_embeddings()  # type: ignore[operator]
+    if not isinstance(getattr(found, "weight", None), Tensor) or found.weight.dim() < 2:
+        raise InputError(
+            f"get_input_embeddings of {type(model).__name__} gives {type(found).__name__}, which has no matrix as its "
+            "weight: rocr reads the token embedding there."
+        )
+    return found
 
 
 def _inner(model: nn.Module) -> nn.Module:

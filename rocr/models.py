@@ -15,6 +15,7 @@ from torch import nn
 
 from rocr.diagnosis import check_memory, naming_the_field, set_settings
 from rocr.errors import InputError, RocrError
+from rocr.forward import input_embedding
 from rocr.hub import loading, offline
 from rocr.model_folder import INDEX_FILE, SINGLE_FILE, check_model_folder
 from rocr.model_source import ModelSource, find_model
@@ -93,7 +94,7 @@ def load_tokenizer(source: ModelSource, trust_remote_code: bool = False) -> Any:
 
 def embedding_rows(model: nn.Module) -> int:
     """How many tokens a model's embedding has rows for."""
-    return int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator, union-attr]
+    return int(input_embedding(model).weight.shape[0])
 
 
 def _stored_dtype(source: ModelSource) -> torch.dtype | None:

@@ -26,12 +26,13 @@ def check_output(path: AnyPath, inputs: Iterable[AnyPath] = (), overwrite: bool 
     are no paths of this machine (such as the ids of models on a hub) are left out.
 
     Raises:
-        InputError: the path exists and `overwrite` is off; it is an input, lies inside an input folder, or
-            contains an input, the current folder or the home folder; its parent does not exist, is no
+        InputError: the path exists and `overwrite` is off, or is not UTF-8; it is an input, lies inside an input
+            folder, or contains an input, the current folder or the home folder; its parent does not exist, is no
             folder, or cannot be written to.
     """
     try:
         final = _location(path)
+        _check_utf8(path, final)
         for source in inputs:
             _check_apart(path, final, source)
         if os.path.lexists(final):
@@ -112,6 +113,16 @@ def _location(path: AnyPath) -> Path:
     if path.name in ("", ".."):
         return Path(os.path.realpath(path))
     return Path(os.path.realpath(path.parent), path.name)
+
+
+def _check_utf8(path: AnyPath, final: Path) -> None:
+    try:
+        str(final).encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"The output {path} cannot be made: its path is not UTF-8, and the libraries that read safetensors files "
+            "and tokenizers open no such path. Choose another name or folder."
+        ) from None
 
 
 def _check_apart(path: AnyPath, final: Path, source: AnyPath) -> None:

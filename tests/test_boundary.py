@@ -6,7 +6,7 @@ import rocr
 from rocr.boundary import calling
 
 
-@pytest.mark.parametrize("raised", [ValueError("bad\nsecond line"), KeyError("x"), StopIteration(), AssertionError()])
+@pytest.mark.parametrize("raised", [ValueError("bad\nsecond line"), KeyError("x"), StopIteration(), SystemExit(3)])
 def test_what_code_of_others_raises_becomes_a_sentence_with_its_cause(raised):
     with pytest.raises(rocr.InputError) as caught, calling("The chat template", "Give --template TEXT."):
         raise raised

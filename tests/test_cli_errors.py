@@ -11,9 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 
+from rocr.answers import ask
 from rocr.cli.main import build_parser, main
+from rocr.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROWS = [
@@ -219,7 +222,9 @@ def odd_folder(tmp_path):
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
-def test_json_about_a_file_whose_name_is_not_utf8_is_valid(encoding, files, command, concept, odd_folder, monkeypatch):
+def test_json_about_a_file_whose_name_is_not_utf8_is_valid(
+    encoding, files, command, concept, odd_folder, monkeypatch, tmp_path
+):
     def run(*arguments):
         raw = io.BytesIO()
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding, write_through=True))
@@ -227,17 +232,23 @@ def test_json_about_a_file_whose_name_is_not_utf8_is_valid(encoding, files, comm
             code = main([str(argument) for argument in arguments])
         return code, json.loads(raw.getvalue().decode(encoding))
 
+    unlearn = ("unlearn", files.model, *concept, "--statistics", files.statistics, "--save", "model,edit,originals")
     out = odd_folder / "out"
-    code, report = run(
-        *("unlearn", files.model, *concept, "--statistics", files.statistics, "--save", "model,edit,originals"),
-        *("--out", out, "--json"),
-    )
+    # An output there could not be read again.
+    for arguments in (unlearn, ("stats", files.model, "--text", files.text, "--layers", "1")):
+        code, report = run(*arguments, "--out", out, "--json")
+        assert code == 2 and "its path is not UTF-8" in report["error"] and str(out) in report["error"]
+    code, report = run(*unlearn, "--out", tmp_path / "out", "--json")
     assert code == 0, report
+    shutil.move(tmp_path / "out", out)
     code, report = run("verify", out, "--json")
     assert code in (0, 3)
     assert report.get("folder", str(out)) == str(out)
     code, report = run("revert", out, "--out", odd_folder / "back", "--json")
-    assert (code, report["out"]) == (0, str(odd_folder / "back"))
+    assert code == 2 and not (odd_folder / "back").exists()
+    code, report = run("revert", out, "--out", tmp_path / "back", "--json")
+    assert code == 0, report
+    assert [*odd_folder.iterdir()] == [out]
     code, report = run("info", odd_folder / "nothing", "--json")
     assert code == 2
     assert "\udcff" in report["error"]
@@ -268,3 +279,60 @@ def test_what_is_missing_is_said_before_a_model_is_loaded(name, commands, comman
         done = command(*commands[name], "--redirect", "x\udcff")
         assert done.code == 2
         assert "half of a surrogate pair" in done.errors
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--json",),
+        ("nonsense", "--json"),
+        ("unlearn", "model", "--seed", "-1", "--json"),
+        ("stats", "model", "--js", "--layers", "0-9999999999"),
+        ("verify", "--json"),
+        ("info", "file", "--json", "--what\udcff"),
+    ],
+    ids=" ".join,
+)
+def test_json_about_wrong_arguments_is_a_document_too(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    found = capsys.readouterr()
+    document = json.loads(found.out)
+    assert stopped.value.code == document["exit_code"] == 2
+    assert document["error"].startswith("rocr") and "error: " in found.err
+
+
+def test_wrong_arguments_without_json_leave_stdout_empty(capsys):
+    with pytest.raises(SystemExit):
+        main(("unlearn", "model", "--seed", "-1"))
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("place", ["rocr.models.load_model", "transformers.LlamaForCausalLM.get_input_embeddings"])
+@pytest.mark.parametrize(
+    "raised", [SystemExit(7), type("PanicException", (BaseException,), {})("in Rust"), KeyError(1)]
+)
+def test_code_of_others_that_ends_the_process_is_told_as_an_error(place, raised, files, command, monkeypatch, tmp_path):
+    def stop(*_, **__):
+        raise raised
+
+    monkeypatch.setattr(place, stop)
+    done = command("stats", files.model, "--text", files.text, "--layers", "1", "--out", tmp_path / "out", "--json")
+    document = json.loads(done.output)
+    assert done.code == document["exit_code"] == (2 if "transformers" in place else 1), done.errors
+    assert type(raised).__name__ in document["error"]
+    assert not [*tmp_path.glob("out*")]
+
+
+@pytest.mark.parametrize("given", [None, 5, torch.nn.Identity(), torch.nn.LayerNorm(3)], ids=repr)
+def test_a_model_that_gives_no_embedding_is_refused(given, files, command, monkeypatch, tmp_path):
+    monkeypatch.setattr("transformers.LlamaForCausalLM.get_input_embeddings", lambda _: given)
+    done = command("stats", files.model, "--text", files.text, "--layers", "1", "--out", tmp_path / "out")
+    assert done.code == 2 and f"get_input_embeddings of LlamaForCausalLM gives {type(given).__name__}" in done.errors
+
+
+@pytest.mark.parametrize("given", [None, {}, ["one"], "xx", [1, 2]], ids=repr)
+def test_a_tokenizer_that_decodes_to_no_texts_is_refused(given, model, tokenizer, monkeypatch):
+    monkeypatch.setattr(type(tokenizer), "batch_decode", lambda *_, **__: given)
+    with pytest.raises(InputError, match="does not decode 2 answers"):
+        ask(model, tokenizer, ["Who?", "What?"], max_tokens=2)

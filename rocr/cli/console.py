@@ -88,7 +88,7 @@ class Console:
         self._output.print(table)
 
     def fail(
-        self, sentence: str, exit_code: int, details: dict[str, Any] | None = None, error: Exception | None = None
+        self, sentence: str, exit_code: int, details: dict[str, Any] | None = None, error: BaseException | None = None
     ) -> None:
         """Print an error, with --debug its traceback too; details go to the JSON document only."""
         trace = "".join(traceback.format_exception(error)) if self._debug and error is not None else ""

@@ -16,6 +16,10 @@ from typing import Any
 SECONDS_UNTIL_AGAIN = 0.01
 
 
+class SaidElsewhere(SystemExit):
+    """The command ends with an exit code and no word of its own: another process of it says what is wrong."""
+
+
 class Interrupted(BaseException):
     """SIGINT or SIGTERM came.
 

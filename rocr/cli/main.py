@@ -9,13 +9,13 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NoReturn
 
 from rocr import __version__
-from rocr.boundary import is_out_of_memory, reason_of
+from rocr.boundary import is_of_code, is_out_of_memory, reason_of
 from rocr.cli import compare, doctor, edits, evaluate, info, redirects, stats, unlearn, verify
 from rocr.cli.console import Console
-from rocr.cli.interruption import Interrupted, signals_raise
+from rocr.cli.interruption import Interrupted, SaidElsewhere, signals_raise
 from rocr.errors import RocrError
 
 EXIT_FAILED = 1
@@ -30,9 +30,11 @@ _EPILOGUE = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    parsed = build_parser().parse_args(arguments)
-    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' own bars; rocr shows one for each stage
     _write_any_character()
+    words = sys.argv[1:] if arguments is None else arguments
+    # Also abbreviated, as argparse takes it.
+    parsed = build_parser(any(len(word) > 2 and "--json".startswith(word) for word in words)).parse_args(words)
+    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' own bars; rocr shows one for each stage
     console = Console(json_output=parsed.json, debug=parsed.debug)
     try:
         with signals_raise(), ExitStack() as parsed.until_the_end:
@@ -44,16 +46,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return EXIT_FAILED
-    except Exception as error:
+    except BaseException as error:
+        if isinstance(error, SaidElsewhere) or not is_of_code(error):
+            raise
         sentence, code, details = _judged(error)
         console.fail(sentence, code, details, error)
         return code
 
 
-def _judged(error: Exception) -> tuple[str, int, dict[str, Any]]:
+def _judged(error: BaseException) -> tuple[str, int, dict[str, Any]]:
     """What is said of an exception that ends a command, its exit code, and JSON values beside them."""
     if isinstance(error, RocrError):
         return str(error), error.exit_code, error.details
+    if isinstance(error, SystemExit):
+        return (
+            f"Code that rocr called, of the model or of a library, ended the run by {reason_of(error)}.",
+            EXIT_FAILED,
+            {},
+        )
     if isinstance(error, RecursionError):
         return "The input is nested too deeply.", EXIT_BAD_INPUT, {}
     if isinstance(error, OSError):
@@ -76,10 +86,26 @@ def _write_any_character() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands."""
-    parser = argparse.ArgumentParser(
-        prog="rocr", description="Unlearn concepts from language models, in closed form.", epilog=_EPILOGUE
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are JSON documents too, where these are asked for."""
+
+    json_output = False
+
+    def error(self, message: str) -> NoReturn:
+        Console(self.json_output).print_json({"error": f"{self.prog}: {message}", "exit_code": EXIT_BAD_INPUT})
+        super().error(message)
+
+
+def build_parser(json_output: bool = False) -> argparse.ArgumentParser:
+    """The parser of all commands.
+
+    Args:
+        json_output: whether an error in the arguments is put on stdout as a JSON document.
+    """
+    parser = _Parser(
+        prog="rocr",
+        description="Unlearn concepts from language models, in closed form.",
+        epilog=_EPILOGUE,
     )
     parser.add_argument("--version", action="version", version=f"rocr {__version__}")
     common = argparse.ArgumentParser(add_help=False)
@@ -88,4 +114,6 @@ def build_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in COMMANDS:
         command.add_parsers(subparsers, common)
+    for below in (parser, *subparsers.choices.values()):
+        below.json_output = json_output
     return parser

@@ -21,6 +21,7 @@ from rocr.cli.arguments import (
     whole_number,
 )
 from rocr.cli.console import Console
+from rocr.cli.interruption import SaidElsewhere
 from rocr.cli.process_group import own_device, process_group
 from rocr.errors import InputError, RocrError
 from rocr.texts import read_texts, text_digest
@@ -71,7 +72,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
             return _run(arguments, console, ranks)
         except RocrError as error:
             if ranks.rank and error.told:
-                raise SystemExit(error.exit_code) from None
+                raise SaidElsewhere(error.exit_code) from None
             raise
 
 
