@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rocr.architectures import default_layers, find_architecture, text_config
+from rocr.architectures import default_layers, find_architecture, positions_of
 from rocr.chat import DEFAULT, ChatSettings
 from rocr.concepts import check_names, folded
 from rocr.config import EditConfig
@@ -89,5 +89,5 @@ def name_states(model: nn.Module, tokenizer: Any, names: Sequence[str], chat: Ch
                 group_of.append(group)
                 prompts.append(prompt)
     reading = Reading(prompts, prompt_of, position_of, group_of, len(names))
-    reading.check_positions(names, text_config(model))
+    reading.check_positions(names, positions_of(model))
     return read_states(architecture, reading, max(default_layers(architecture.depth))).hidden
