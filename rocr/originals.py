@@ -116,14 +116,14 @@ def restore_originals(folder: Path, out: Path) -> dict[str, str]:
     entries = read_list(folder)
     places = {name: (folder if entry.kept else folder / FOLDER) / name for name, entry in entries.items()}
     for name, place in places.items():
+        if place.is_symlink() or not place.is_file() or not place.resolve().is_relative_to(folder.resolve()):
+            raise VerificationError(f"{place} is missing, so {name} cannot be given back.")
         # Looked at first: the digest of a file that claims to be huge would take hours.
-        if place.is_file() and place.stat().st_size != entries[name].bytes:
+        if place.stat().st_size != entries[name].bytes:
             raise VerificationError(
                 f"{place} is not the first file: it has {place.stat().st_size:,} bytes, recorded were "
                 f"{entries[name].bytes:,}."
             )
-        if place.is_symlink() or not place.is_file() or not place.resolve().is_relative_to(folder.resolve()):
-            raise VerificationError(f"{place} is missing, so {name} cannot be given back.")
     check_space(out, bytes_to_copy(list(places.values()), out))
     for name, place in places.items():
         link_or_copy(place, out / name)
