@@ -200,7 +200,7 @@ def test_layers_that_attend_to_images_alone_are_refused(make_model, tokenizer, t
 def test_positions_of_a_model(model, tokenizer, texts, concepts, value, positions):
     model.config.__dict__["max_position_embeddings"] = value
     assert positions_of(model) == positions
-    if positions is None or positions > 90:
+    if positions in (99, 256) or value == "many":
         statistics = rocr.collect_statistics(model, tokenizer, texts, [1])
         edit = rocr.unlearn(model, tokenizer, concepts, statistics, rocr.EditConfig(layers=[1]))
         assert edit.report.divergence is not None

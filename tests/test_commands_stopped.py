@@ -29,8 +29,8 @@ CODES = {
     "forbidden": (1, 2),
     "read-only": (1, 2),
 }
-STRIDES = {"kill": 29, "full": 53, "broken": 61, "terminate": 59, "interrupt": 67}
-TIMES = {"kill": 3, "terminate": 1, "interrupt": 1}
+STRIDES = {"kill": 59, "full": 97, "broken": 113, "terminate": 109, "interrupt": 127}
+TIMES = {"kill": 2, "terminate": 1, "interrupt": 1}
 DISKS = {
     "stats": ("size=4k", "size=24k", "nr_inodes=3"),
     "unlearn": ("size=24k", "size=64m,nr_inodes=5", "size=64m,nr_inodes=9"),

@@ -200,8 +200,15 @@ def test_the_tests_that_the_table_names_are_there():
         assert re.search(rf"^def {test}\(", (TESTS / file).read_text(encoding="utf-8"), re.MULTILINE), name
 
 
+# Of `compare`, which trains and asks for each run, the options that it alone has; those shared with others are slow.
+ALWAYS = {f"compare {option}" for option in ("--methods", "--statistics", "--redirect", "--out", "--overwrite")}
 CHECKED = [
-    pytest.param(command, effect, id=f"{command} {option}")
+    pytest.param(
+        command,
+        effect,
+        id=f"{command} {option}",
+        marks=() if command != "compare" or f"{command} {option}" in ALWAYS else pytest.mark.slow,
+    )
     for command, effects in EFFECTS.items()
     for option, effect in effects.items()
     if not isinstance(effect, str)
