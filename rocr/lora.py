@@ -101,9 +101,10 @@ def adapter_tensors(
 def _pad(tensors: dict[str, Tensor], layer: AdapterLayer, rank: int) -> None:
     """Give one layer's factors a larger inner size, filled with zeros."""
     missing = rank - layer.rank
-    for name, padding in ("lora_A", (0, 0, 0, missing)), ("lora_B", (0, missing)):
-        key = f"base_model.model.{layer.module}.{name}.weight"
-        tensors[key] = torch.nn.functional.pad(tensors[key], padding).contiguous()
+    for module in layer.modules:
+        for name, padding in ("lora_A", (0, 0, 0, missing)), ("lora_B", (0, missing)):
+            key = f"base_model.model.{module}.{name}.weight"
+            tensors[key] = torch.nn.functional.pad(tensors[key], padding).contiguous()
 
 
 def check_rank(rank: int | None) -> None:

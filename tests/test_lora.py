@@ -227,11 +227,13 @@ def test_ranks_that_differ_by_layer_are_filled_up_in_a_mixture(loaded_edit):
     first, second = loaded_edit.updates
     uneven = dataclasses.replace(second, factors=Factors(second.left[:, :1], second.right[:1]))
     edit = dataclasses.replace(loaded_edit, updates=[first, uneven], computed_with={"num_experts_per_tok": 2})
-    tensors, settings, _ = adapter_tensors(edit, None)
+    own = {second.parameter: f"language_model.{second.parameter}"}  # of a vision-language checkpoint
+    tensors, settings, _ = adapter_tensors(edit.with_own_names(own), None)
     assert {t.shape[0] for n, t in tensors.items() if "lora_A" in n} == {settings["r"]} == {first.right.shape[0]}
-    name = f"base_model.model.{second.parameter.removesuffix('.weight')}"
-    product = tensors[f"{name}.lora_B.weight"] @ tensors[f"{name}.lora_A.weight"]
-    assert torch.equal(product, uneven.left @ uneven.right)
+    for parameter in (second.parameter, own[second.parameter]):
+        name = f"base_model.model.{parameter.removesuffix('.weight')}"
+        product = tensors[f"{name}.lora_B.weight"] @ tensors[f"{name}.lora_A.weight"]
+        assert torch.equal(product, uneven.left @ uneven.right)
 
 
 @pytest.mark.parametrize("named", ["a_function", "nonesuch", "", 5, {}, None])
