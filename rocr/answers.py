@@ -12,11 +12,11 @@ from transformers import GenerationConfig
 
 from rocr.arithmetic import plain_arithmetic
 from rocr.boundary import calling
-from rocr.capture import evaluating
 from rocr.chat import DEFAULT, ChatSettings, render_chats
 from rocr.concepts import check_text
 from rocr.errors import InputError
 from rocr.forward import cache_of, forward, input_device, is_of_transformers, logits_of
+from rocr.hooks import evaluating
 from rocr.tokenizing import calling_tokenizer, tokenize_prompt
 
 MAX_QUESTION = 2_000

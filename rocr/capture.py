@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache
 
 from rocr.architectures import Architecture
@@ -17,6 +16,7 @@ from rocr.arithmetic import plain_arithmetic
 from rocr.boundary import calling
 from rocr.errors import InputError
 from rocr.forward import taken
+from rocr.hooks import evaluating, hooked, input_of
 from rocr.sharding import whole, whole_input
 from rocr.wrappers import uncompiled
 
@@ -131,43 +131,6 @@ def as_sequence(states: Tensor, shape: torch.Size, what: str) -> Tensor:
             "width): rocr cannot edit models of such layers."
         )
     return states
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off inside, the modules' own modes restored after."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextmanager
-def hooked(register: Callable[..., RemovableHandle], hook: Callable[..., None]) -> Iterator[None]:
-    """Within the context a module has a hook. An interruption at its end may leave it there, but never at work."""
-    active = [True]
-
-    def while_active(*arguments: Any) -> None:
-        if active:
-            hook(*arguments)
-
-    handle = None
-    try:
-        handle = register(while_active)
-        yield
-    finally:
-        active.clear()
-        if handle is not None:
-            handle.remove()
-
-
-def input_of(inputs: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
-    """The first argument of a module's call, which may be named, as in `linear(input=states)`."""
-    found: Tensor = (*inputs, *named.values())[0]
-    return found
 
 
 def first_tensor(output: Any) -> Tensor:

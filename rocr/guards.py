@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from rocr.apply import LayerUpdate
 from rocr.architectures import Architecture, positions_of
 from rocr.arithmetic import plain_arithmetic
-from rocr.capture import evaluating
 from rocr.collisions import nearest_keys
 from rocr.concepts import MAX_CONCEPTS, Concept
 from rocr.config import EditConfig
 from rocr.errors import GuardError, InputError
 from rocr.forward import forward, logits_of
+from rocr.hooks import evaluating
 from rocr.measures import LayerMeasures
 from rocr.tokenizing import tokenize_prompt
 

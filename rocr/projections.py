@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rocr.boundary import calling
 from rocr.errors import InputError
+from rocr.hooks import evaluating, input_of
 from rocr.sharding import flaw_of, is_sharded, whole, whole_input
 from rocr.wrappers import own_modules, uncompiled
 
@@ -237,7 +238,7 @@ def _run(name: str, mlp: nn.Module, matrices: Sequence[Matrix], hidden_size: int
     with ExitStack() as stack:
         stack.enter_context(calling(f"{name}, run alone on random states,"))
         stack.enter_context(torch.autocast(parameter.device.type, enabled=False))
-        stack.enter_context(_evaluating(mlp))
+        stack.enter_context(evaluating(mlp))
         stack.enter_context(uncompiled())
         for i, matrix in enumerate(matrices):
             stack.enter_context(_recorded(matrix, i, calls))
@@ -257,25 +258,12 @@ def _other_inputs(forward: Callable[..., Any]) -> int:
 
 
 @contextmanager
-def _evaluating(mlp: nn.Module) -> Iterator[None]:
-    """Without dropout inside."""
-    training = [module for module in mlp.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextmanager
 def _recorded(matrix: Matrix, place: int, calls: dict[int, _Call]) -> Iterator[None]:
     """Within the context, what goes through a matrix is recorded."""
 
     def keep(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
         calls.pop(place, None)
-        calls[place] = _Call(_rows(whole_input(module, (*inputs, *named.values())[0])), _rows(output))
+        calls[place] = _Call(_rows(whole_input(module, input_of(inputs, named))), _rows(output))
 
     def keep_outer(_module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
         if place in calls:

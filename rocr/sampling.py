@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from rocr.architectures import positions_of
 from rocr.arithmetic import plain_arithmetic
-from rocr.capture import evaluating
 from rocr.chat import DEFAULT, ChatSettings, find_chat_format
 from rocr.forward import cache_of, forward, logits_of
+from rocr.hooks import evaluating
 from rocr.progress import Progress, ProgressCallback, silent
 from rocr.tokenizing import opening_tokens, tokenize_prompt
 

@@ -6,13 +6,14 @@ from contextlib import ExitStack
 import pytest
 import torch
 import transformers
+from torch import nn
 
 import rocr
 from rocr import Concept, EditConfig, GuardError, Guards, InputError
 from rocr.architectures import find_architecture
 from rocr.capture import run_through
 from rocr.guards import expected_distance
-from rocr.passage import LayerCall, before_output_norm, before_passage, measure_gains, measured_layers, recording
+from rocr.passage import LayerCall, before_passage, measure_gains, measured_layers, recording
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]])
@@ -90,8 +91,10 @@ def test_channels_that_a_norm_scales_away_do_not_blow_an_update_up(make_model, g
     with torch.no_grad():
         norm.weight[:8] = gain
     outputs, wanted = torch.randn(4, 256), 0.3 * torch.randn(4, 256)
+    through, shape = nn.Identity(), torch.Size((1, 4))
     with torch.no_grad():
-        change = before_output_norm(norm, outputs, wanted)
+        gains = measure_gains(norm, LayerCall("norm", nn.Sequential(through, norm), through, (outputs[None],)), shape)
+        change = before_passage(gains[0], wanted)
         moved = norm(outputs + change) - norm(outputs)
     assert float((moved * wanted).sum() / wanted.square().sum()) > 0.85
     assert change.norm() < outputs.norm()
