@@ -17,17 +17,9 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 TOKENIZER_BYTES = 128 * 2**20  # one of 256,000 tokens has some 30 MB
 TOKENIZER_FILES = (
-    *(
-        "tokenizer.json",
-        "tokenizer.model",
-        "added_tokens.json",
-        "vocab.json",
-        "vocab.txt",
-        "merges.txt",
-        "spiece.model",
-    ),
-    *("sentencepiece.bpe.model", "tekken.json"),
-)
+    "tokenizer.json", "tokenizer.model", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model",
+    "sentencepiece.bpe.model", "tekken.json",
+)  # fmt: skip
 MORE_TEMPLATES = "additional_chat_templates/*.jinja"
 SETTINGS_BYTES = 16 * 2**20
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")

@@ -87,7 +87,9 @@ def _check_growth(what: str, nodes: list[dict[str, Any]]) -> None:
             # A regular expression may match a single character.
             growth *= max(1, -(-len(str(node.get("content", ""))) // max(1, len(str(text or "")))))
         elif node.get("type") == "Prepend" and len(str(node.get("prepend", ""))) > MAX_AFFIX:
-            raise InputError(f"{what} puts {len(node['prepend']):,} characters before a text; the limit is 1,000.")
+            raise InputError(
+                f"{what} puts {len(node['prepend']):,} characters before a text; the limit is {MAX_AFFIX:,}."
+            )
         elif node.get("type") == "Precompiled":
             growth *= max(1, _longest_replacement(str(node.get("precompiled_charsmap", ""))) // MAX_AFFIX)
         if growth > MAX_GROWTH:
