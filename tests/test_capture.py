@@ -103,7 +103,7 @@ def test_no_graph_is_kept(model):
 
 
 def test_an_interruption_at_any_line_leaves_the_model_as_it_was(model):
-    """A trace function raises where a signal could: before each line of capture.py and hooks.py, one more every time."""
+    """A trace function raises where a signal could: before each line of capture.py and hooks.py, one by one."""
     architecture, tokens = find_architecture(model), torch.tensor([[5, 6, 7]])
     expected = model(tokens).logits
 
