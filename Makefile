@@ -13,8 +13,9 @@ demo: $(VENV)/.installed
 	$(BIN)/rocr unlearn "$$($(BIN)/python -m rocr.demo)" rocr/data/people.jsonl --out $(DEMO_OUT) \
 		--control "Isaac Newton" "Marie Curie" "Charles Darwin"
 
+# A process for each core, each with one thread: a second thread would only take the core of the other.
 test: $(VENV)/.tools
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
 
 # What depends on how a chip multiplies and adds: about a minute, so that .ci/run repeats it as other chips would.
 NUMERICS := apply capture change checkpoint collect csrc edit evaluation_measures evaluation_scoring fingerprint golden \

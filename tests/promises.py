@@ -24,6 +24,18 @@ WithinLimits = Callable[[], AbstractContextManager[None]]
 _COUNTS: pytest.StashKey[Counter[str]] = pytest.StashKey()
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Send the counts of a process of pytest-xdist to the process that started it."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["promises"] = dict(session.config.stash.get(_COUNTS, Counter()))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Add the counts that a process of pytest-xdist sent."""
+    node.config.stash.setdefault(_COUNTS, Counter()).update(getattr(node, "workeroutput", {}).get("promises", {}))
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """Say how often rocr was attacked; every attack was withstood, or a test has failed."""
     counts = config.stash.get(_COUNTS, Counter())

@@ -88,6 +88,7 @@ def shards_of(folder, last):
     return names, set(files.files) - names, sum(stored.size for stored in needed), files.size
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="reads are counted by Linux")
 def test_of_eighty_layers_a_tenth_is_read_and_the_rest_is_linked(
     large, make_model, tokenizer, files, concept, command, tmp_path
