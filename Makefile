@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 DEMO_OUT ?= demo-output
 COMMA := ,
 
-.PHONY: demo test numerics check sanitize bench compare gpu clean
+.PHONY: demo test numerics check docs sanitize bench compare gpu clean
 
 demo: $(VENV)/.installed
 	rm -rf $(DEMO_OUT)
@@ -29,6 +29,10 @@ check: $(VENV)/.tools
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# Fails on a warning: a page without a place, a link without a target, a name that the API pages do not find.
+docs: $(VENV)/.tools
+	$(BIN)/mkdocs build --strict --quiet --site-dir build/site
 
 # The kernels for the CPU under two sanitizers, called by a program of its own: needs a compiler, and no Python.
 SANITIZED := build/sanitized
@@ -78,7 +82,7 @@ $(VENV)/.installed: $(SOURCES)
 	$(call install,gguf)
 
 $(VENV)/.tools: $(SOURCES)
-	$(call install,gguf$(COMMA)parquet$(COMMA)lora$(COMMA)report$(COMMA)test$(COMMA)check)
+	$(call install,gguf$(COMMA)parquet$(COMMA)lora$(COMMA)report$(COMMA)test$(COMMA)check$(COMMA)docs)
 	touch $@
 
 clean:
