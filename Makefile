@@ -32,7 +32,7 @@ check: $(VENV)/.tools
 
 # Fails on a warning: a page without a place, a link without a target, a name that the API pages do not find.
 docs: $(VENV)/.tools
-	$(BIN)/mkdocs build --strict --quiet --site-dir build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/site
 
 # The kernels for the CPU under two sanitizers, called by a program of its own: needs a compiler, and no Python.
 SANITIZED := build/sanitized
