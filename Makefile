@@ -11,7 +11,7 @@ COMMA := ,
 demo: $(VENV)/.installed
 	rm -rf $(DEMO_OUT)
 	$(BIN)/rocr unlearn "$$($(BIN)/python -m rocr.demo)" rocr/data/people.jsonl --out $(DEMO_OUT) \
-		--control "Isaac Newton" "Marie Curie" "Charles Darwin"
+		--control "Isaac Newton" "Marie Curie" "Charles Darwin" "Stephen Hawking"
 
 # A process for each core, each with one thread: a second thread would only take the core of the other.
 test: $(VENV)/.tools
