@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from rocr.chat import DEFAULT, ChatSettings
 from rocr.errors import InputError
-from rocr.prompts import Template
+from rocr.keys.prompts import Template
+from rocr.model.chat import DEFAULT, ChatSettings
 
 MAX_SETTING = 1e30  # larger numbers overflow float32
 HELD_WEIGHT = 0.03
@@ -48,7 +48,7 @@ OFFICIAL_TEMPLATES = tuple(
 
 @dataclass(frozen=True)
 class EditConfig:
-    """How concepts are redirected. The notation is that of `rocr.reference`.
+    """How concepts are redirected. The notation is that of `rocr.ops.reference`.
 
     Attributes:
         layers: decoder layers to edit, in ascending order; None: chosen from the model's depth.

@@ -11,8 +11,8 @@ import atheris
 with atheris.instrument_imports(include=["rocr"]):
     import rocr
     import rocr.concepts
-    import rocr.evaluation.probes
-    import rocr.model_folder
+    import rocr.evaluation.probes.probes
+    import rocr.model.check_folder
     from rocr.errors import RocrError
 
 READERS = {
@@ -22,8 +22,8 @@ READERS = {
     "probes.jsonl": rocr.load_probes,
     "statistics": rocr.Statistics.load,
     "edit": rocr.Edit.load,
-    "config.json": lambda path: rocr.model_folder.check_model_folder(path.parent),
-    rocr.model_folder.INDEX_FILE: lambda path: rocr.model_folder.check_model_folder(path.parent),
+    "config.json": lambda path: rocr.model.check_folder.check_model_folder(path.parent),
+    rocr.model.check_folder.INDEX_FILE: lambda path: rocr.model.check_folder.check_model_folder(path.parent),
 }
 
 

@@ -16,8 +16,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from rocr.backend_cpp import SIMD_VARIABLE, is_available, simd_names
-from rocr.fingerprint import tensor_digest
+from rocr.model.fingerprint import tensor_digest
+from rocr.ops.cpp_backend import SIMD_VARIABLE, is_available, simd_names
 
 MULTIPLIER, INCREMENT = 6364136223846793005, 1442695040888963407
 """Of a linear congruential generator modulo 2**64 (Knuth, MMIX)."""

@@ -22,10 +22,10 @@ from pathlib import Path
 import torch
 from transformers import LlamaForCausalLM  # noqa: F401
 
-import rocr.answers
-import rocr.collect
-import rocr.pipeline
-import rocr.saving
+import rocr.export.folder
+import rocr.model.generate
+import rocr.statistics.collect
+import rocr.unlearn
 from rocr.cli import main
 
 SIGNALS = {"kill": signal.SIGKILL, "terminate": signal.SIGTERM, "interrupt": signal.SIGINT}
@@ -204,7 +204,7 @@ def two_at_once(runs, times):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    rocr.collect.SECONDS_BETWEEN_CHECKPOINTS = 0.0  # a checkpoint after every batch
+    rocr.statistics.collect.SECONDS_BETWEEN_CHECKPOINTS = 0.0  # a checkpoint after every batch
     gc.collect()
     gc.freeze()  # children then copy fewer pages
     found = []

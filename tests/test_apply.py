@@ -1,12 +1,12 @@
 import pytest
 import torch
 
-from rocr.apply import Applied, LayerUpdate, apply_updates, bits, down_projections, undo_updates
-from rocr.architectures import find_architecture
+from rocr.edit.apply import Applied, LayerUpdate, apply_updates, bits, down_projections, undo_updates
 from rocr.errors import GuardError, InputError, VerificationError
-from rocr.factors import Factors
-from rocr.fingerprint import tensor_digest
-from rocr.reference import updated_weight
+from rocr.model.architecture import find_architecture
+from rocr.model.fingerprint import tensor_digest
+from rocr.ops.reference import updated_weight
+from rocr.solve.factors import Factors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -141,7 +141,7 @@ def test_updates_find_their_weights(model, make_model):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_whole_update_gives_the_bytes_of_its_product_with_the_identity(make_model, dtype, monkeypatch):
-    monkeypatch.setattr("rocr.apply.BLOCK_ELEMENTS", 5 * 48)
+    monkeypatch.setattr("rocr.edit.apply.BLOCK_ELEMENTS", 5 * 48)
     models = [make_model("Llama").to(dtype) for _ in range(2)]
     change = 0.1 * torch.randn(32, 48)
     for model, factors in zip(models, (Factors(None, change), Factors(torch.eye(32), change)), strict=True):

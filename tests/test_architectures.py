@@ -4,8 +4,8 @@ import transformers
 from torch import nn
 
 import rocr
-from rocr.architectures import authors_layers, default_layers, find_architecture, positions_of
 from rocr.errors import InputError
+from rocr.model.architecture import authors_layers, default_layers, find_architecture, positions_of
 
 NAMES = {
     "GPT-2": ("transformer.h", "mlp.c_proj"),
@@ -213,7 +213,7 @@ def test_positions_of_a_model(model, tokenizer, texts, concepts, value, position
 
 
 def test_settings_that_raise_are_left_out(model):
-    from rocr.provenance import computed_with
+    from rocr.statistics.provenance import computed_with
 
     class PerLayer(type(model.config)):
         @property

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 import rocr
 from rocr import Concept, Edit, EditConfig, Probe, Statistics, ops
-from rocr.answers import ask
 from rocr.evaluation import EvaluateOptions
-from rocr.evaluation.attack_suite import AttackOptions, attack
-from rocr.evaluation.attacks import rounded
+from rocr.evaluation.attacks.attacks import rounded
+from rocr.evaluation.attacks.suite import AttackOptions, attack
 from rocr.evaluation.lora_training import Example, Training, trained
 from rocr.evaluation.text_measures import TextSample, divergence, perplexity
-from rocr.sampling import sample_sequences
+from rocr.model.generate import ask
+from rocr.statistics.self_generated import sample_sequences
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIG = EditConfig(layers=[1, 2], key_tokens="last", templates=("Who is {}?",))

@@ -3,7 +3,7 @@ import errno
 import pytest
 
 import rocr
-from rocr.boundary import calling
+from rocr.io.boundary import calling
 
 
 @pytest.mark.parametrize("raised", [ValueError("bad\nsecond line"), KeyError("x"), StopIteration(), SystemExit(3)])

@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import nn
 
-from rocr.architectures import find_architecture
-from rocr.capture import hidden_hook, input_hook, run_through
 from rocr.errors import InputError
-from rocr.hooks import evaluating
+from rocr.model.architecture import find_architecture
+from rocr.model.capture import hidden_hook, input_hook, run_through
+from rocr.model.hooks import evaluating
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]])
@@ -111,7 +111,7 @@ def test_an_interruption_at_any_line_leaves_the_model_as_it_was(model):
         lines = []
 
         def trace(frame, event, _argument):
-            inside = frame.f_code.co_filename.endswith(("rocr/capture.py", "rocr/hooks.py"))
+            inside = frame.f_code.co_filename.endswith(("rocr/model/capture.py", "rocr/model/hooks.py"))
             # Signals are handled behind calls and jumps: none comes between the context's end and this first call.
             is_first = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip() == "active.clear()"
             if event == "line" and inside and not is_first:

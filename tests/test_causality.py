@@ -6,8 +6,8 @@ import transformers
 
 import rocr
 from rocr import EditConfig, InputError
-from rocr.architectures import find_architecture
-from rocr.causality import looks_ahead
+from rocr.model.architecture import find_architecture
+from rocr.model.causality import looks_ahead
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -47,7 +47,7 @@ def test_attention_that_looks_ahead_is_refused(make, dtype, tokenizer, texts, co
     with pytest.raises(InputError, match=r"The attention of \w+ looks ahead, .*left to right"):
         rocr.collect_statistics(other, tokenizer, texts, [1, 2])
     # Statistics of rocr 0.1 may be of such a model.
-    monkeypatch.setattr("rocr.collect.check_causal", lambda *_: None)
+    monkeypatch.setattr("rocr.statistics.collect.check_causal", lambda *_: None)
     collected = rocr.collect_statistics(other, tokenizer, texts, [1, 2])
     before = weights_of(other)
     with pytest.raises(InputError, match="looks ahead"):

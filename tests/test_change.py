@@ -7,7 +7,7 @@ import torch
 
 import rocr
 from rocr import Concept, Edit, EditConfig, GuardError, Guards, InputError, VerificationError
-from rocr.edit import Edit as EditClass
+from rocr.edit.edit import Edit as EditClass
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PEOPLE = [

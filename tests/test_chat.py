@@ -9,8 +9,8 @@ import transformers.utils.chat_template_utils as rendering
 
 import rocr
 from rocr import ChatSettings, InputError
-from rocr.chat import CLOCK_DATE, _codes, find_chat_format, render_chat
-from rocr.prompts import Template, build_prompts, render_template
+from rocr.keys.prompts import Template, build_prompts, render_template
+from rocr.model.chat import CLOCK_DATE, _codes, find_chat_format, render_chat
 
 BODY = "{% for m in messages %}<|user|>{{ m['content'] }}<|end|>{% endfor %}"
 RAISING = {

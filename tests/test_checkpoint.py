@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 import rocr
 from rocr import CollectOptions, InputError
-from rocr.checkpoint import Checkpoint
+from rocr.statistics.checkpoint import Checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LAYERS = [1, 2]

@@ -14,9 +14,9 @@ import pytest
 import torch
 import transformers
 
-from rocr.answers import ask
 from rocr.cli.main import build_parser, main
 from rocr.errors import InputError
+from rocr.model.generate import ask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROWS = [
@@ -153,7 +153,7 @@ def numeric_options():
 def test_every_number_that_makes_no_sense_is_refused_before_a_model_is_loaded(
     value, commands, command, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr("rocr.models.load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("rocr.model.load.load_model", lambda *_: pytest.fail("the model was loaded"))
     assert {("unlearn", "--ridge"), ("stats", "--layers"), ("compare", "--steps")} <= set(numeric_options())
     for name, option in numeric_options():
         arguments = [*map(str, commands[name]), f"{option}={value}"]
@@ -266,7 +266,7 @@ def test_names_that_are_not_utf8_are_shown_on_a_strict_terminal(odd_folder):
 
 @pytest.mark.parametrize("name", ["eval", "compare"])
 def test_what_is_missing_is_said_before_a_model_is_loaded(name, commands, command, monkeypatch):
-    monkeypatch.setattr("rocr.models.load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("rocr.model.load.load_model", lambda *_: pytest.fail("the model was loaded"))
     done = command(*commands[name], "--forms", "qa,magic")
     assert done.code == 2
     assert "Unknown forms: magic" in done.errors
@@ -308,7 +308,7 @@ def test_wrong_arguments_without_json_leave_stdout_empty(capsys):
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("place", ["rocr.models.load_model", "transformers.LlamaForCausalLM.get_input_embeddings"])
+@pytest.mark.parametrize("place", ["rocr.model.load.load_model", "transformers.LlamaForCausalLM.get_input_embeddings"])
 @pytest.mark.parametrize(
     "raised", [SystemExit(7), type("PanicException", (BaseException,), {})("in Rust"), KeyError(1)]
 )

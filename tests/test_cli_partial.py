@@ -59,7 +59,7 @@ def test_a_model_loaded_in_part_cannot_write_text(sharded, command, tmp_path):
 
 
 def test_a_disk_too_small_is_refused_before_anything_is_written(files, sharded, command, tmp_path, monkeypatch):
-    monkeypatch.setattr("rocr.space.SPARE_BYTES", 2**60)
+    monkeypatch.setattr("rocr.io.disk_space.SPARE_BYTES", 2**60)
     done = command("apply", sharded, files.edit, "--out", tmp_path / "out")
     assert done.code == 2 and "MiB are needed; nothing was written" in done.errors
     assert not list(tmp_path.iterdir())

@@ -5,8 +5,8 @@ import torch
 
 import rocr
 from rocr import CollectOptions, InputError
-from rocr.architectures import find_architecture
-from rocr.texts import pack_tokens
+from rocr.model.architecture import find_architecture
+from rocr.statistics.corpus import pack_tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROUNDING = 2e-6  # float32 sums against float64, relative to the largest entry; at most 3e-7 was measured

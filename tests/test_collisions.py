@@ -6,12 +6,13 @@ import pytest
 import torch
 
 import rocr
-from rocr import Concept, EditConfig, collisions
-from rocr.apply import LayerUpdate
-from rocr.collisions import COLLINEAR, CONFLICT, Collisions, find_collisions, names_inside, nearest_keys
-from rocr.factors import Factors
-from rocr.metric import build_metric
-from rocr.solve import System
+from rocr import Concept, EditConfig
+from rocr.edit import collisions
+from rocr.edit.apply import LayerUpdate
+from rocr.edit.collisions import COLLINEAR, CONFLICT, Collisions, find_collisions, names_inside, nearest_keys
+from rocr.solve.factors import Factors
+from rocr.solve.metric import build_metric
+from rocr.solve.solve import System
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

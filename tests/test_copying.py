@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rocr.copying import MAX_CARRIED_BYTES, carried_files, copy_file, other_weights
 from rocr.errors import InputError
-from rocr.files import write_tensors
-from rocr.output import new_directory
+from rocr.export.copying import MAX_CARRIED_BYTES, carried_files, copy_file, other_weights
+from rocr.io.output import new_directory
+from rocr.io.tensors import write_tensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HUGE = 2**40
@@ -61,7 +61,7 @@ def test_a_file_that_becomes_shorter_meanwhile_is_an_error(tmp_path, monkeypatch
         os.truncate(tmp_path / "first", 1_000_000)
         yield start, end
 
-    monkeypatch.setattr("rocr.copying._extents", cut)
+    monkeypatch.setattr("rocr.export.copying._extents", cut)
     with pytest.raises(OSError, match="shorter"):
         copy_file(tmp_path / "first", tmp_path / "copy")
 

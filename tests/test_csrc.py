@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from rocr import ops, reference
-from rocr.backend_cpp import SIMD_VARIABLE
+from rocr import ops
 from rocr.errors import InputError
+from rocr.ops import reference
+from rocr.ops.cpp_backend import SIMD_VARIABLE
 
 kernels = pytest.importorskip("rocr._C", reason="the extension was not compiled")
 ROOT = Path(__file__).parents[1]

@@ -19,7 +19,7 @@ import torch, torch.distributed as dist, transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 import rocr
 from rocr.cli import main
-from rocr.sharding import whole
+from rocr.model.tensor_parallel import whole
 torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
 given = json.loads(sys.argv[1])

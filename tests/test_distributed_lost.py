@@ -18,10 +18,10 @@ SCRIPT = """
 import contextlib, json, os, signal, socket, sys, time
 import torch, transformers
 from transformers import LlamaForCausalLM
-import rocr.checkpoint, rocr.collect, rocr.statistics
+import rocr.statistics.checkpoint, rocr.statistics.collect, rocr.statistics.statistics
 from rocr.cli import main
 torch.set_num_threads(1)
-rocr.collect.SECONDS_BETWEEN_CHECKPOINTS = 0.0  # a checkpoint after every batch
+rocr.statistics.collect.SECONDS_BETWEEN_CHECKPOINTS = 0.0  # a checkpoint after every batch
 
 def free_port():
     with socket.socket() as place:
@@ -38,7 +38,7 @@ def act(what, log):
 def run_rank(rank, size, port, arguments, stop, log):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    calls, accumulate, save = 0, rocr.collect._accumulate, rocr.statistics.write_tensors
+    calls, accumulate, save = 0, rocr.statistics.collect._accumulate, rocr.statistics.statistics.write_tensors
     def counted(*given):
         nonlocal calls
         calls += 1
@@ -49,7 +49,7 @@ def run_rank(rank, size, port, arguments, stop, log):
         if stop.get("what") == "disk":
             raise rocr.RocrError("the disk is full")
         save(*given, **options)
-    rocr.collect._accumulate, rocr.statistics.write_tensors = counted, saved
+    rocr.statistics.collect._accumulate, rocr.statistics.statistics.write_tensors = counted, saved
     code = 70
     try:
         code = main(arguments)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import rocr
-from rocr.installation import kernels_flaw
+from rocr.cli.installation import kernels_flaw
 
 ROOT = Path(__file__).resolve().parents[1]
 START = """

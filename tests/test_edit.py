@@ -6,7 +6,7 @@ import torch
 
 import rocr
 from rocr import Concept, Edit, EditConfig, GuardError, InputError, VerificationError
-from rocr.factors import Factors
+from rocr.solve.factors import Factors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIG = EditConfig(layers=[1, 2], templates=("Who is {}?",))

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 import rocr
 from rocr import Concept, Edit, EditConfig, InputError
-from rocr.edit_file import pack_undo, unpack_undo
-from rocr.factors import Factors
+from rocr.edit.file import pack_undo, unpack_undo
+from rocr.solve.factors import Factors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIG = EditConfig(layers=[1, 2], templates=("Who is {}?",))

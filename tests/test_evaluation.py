@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 import rocr
-from rocr.chat import render_chat
 from rocr.evaluation import EvaluateOptions, Evaluation, Probe, compare_evaluations, evaluate
+from rocr.evaluation.baselines.methods import Result
+from rocr.evaluation.baselines.table import forget_table, retain_table
 from rocr.evaluation.compare import relative_fall
-from rocr.evaluation.contest_table import forget_table, retain_table
 from rocr.evaluation.forms import build_items
-from rocr.evaluation.methods import Result
 from rocr.evaluation.report import measure_rows, report_json, score_table, table_rows, write_html, write_json
 from rocr.evaluation.scores import ItemScore, mean
+from rocr.model.chat import render_chat
 
 PROBES = [
     Probe("Ada Byron", "Where was Ada Byron born?", "London", ("Paris", "Rome", "Oslo"), cloze="Ada is from ___."),

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 import rocr
 from rocr.evaluation import EvaluateOptions, Probe, evaluate
-from rocr.evaluation.attack_suite import ATTACKS, AttackOptions, attack, solved_examples, split_taught, strongest
-from rocr.evaluation.attacks import rounded
+from rocr.evaluation.attacks.attacks import rounded
+from rocr.evaluation.attacks.suite import ATTACKS, AttackOptions, attack, solved_examples, split_taught, strongest
+from rocr.evaluation.baselines.peak_memory import PeakMemory
 from rocr.evaluation.forms import PromptStyle
 from rocr.evaluation.lora_training import Example, Loss, Training, _loss, trained
 from rocr.evaluation.neighbours import keep_nearest, nearest_subjects
-from rocr.evaluation.peak_memory import PeakMemory
 
 PROBES = [
     Probe("Ada Byron", "Where was Ada Byron born?", "London"),

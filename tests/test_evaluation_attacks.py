@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 import rocr
-from rocr.architectures import find_architecture
 from rocr.evaluation import Probe
-from rocr.evaluation.attacks import question_examples, relearning_curve, round_groups, rounded
+from rocr.evaluation.attacks.attacks import question_examples, relearning_curve, round_groups, rounded
+from rocr.evaluation.baselines.methods import METHODS, Contest, compare_methods
 from rocr.evaluation.lora_training import Training, trained
-from rocr.evaluation.methods import METHODS, Contest, compare_methods
+from rocr.model.architecture import find_architecture
 
 PROBES = [
     Probe("Ada Byron", "Where was Ada Byron born?", "London"),

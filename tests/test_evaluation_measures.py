@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 import rocr
-from rocr.answers import ask
 from rocr.evaluation import EvaluateOptions, Probe, evaluate
 from rocr.evaluation.generation import contained_answers, contains
 from rocr.evaluation.neighbours import name_states, nearest_subjects
 from rocr.evaluation.text_measures import TextSample, divergence, ngram_entropy, perplexity
 from rocr.evaluation.utility import ChoiceQuestion, choice_accuracy, load_choice_questions
+from rocr.model.generate import ask
 
 PROBE = Probe("Ada Byron", "Where was Ada Byron born?", "London")
 

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from rocr.errors import InputError
-from rocr.files import read_header, read_tensors, write_tensors
+from rocr.io.tensors import read_header, read_tensors, write_tensors
 
 HEADER = {"format": "rocr test 1", "names": ["José", "東京", "{}"], "numbers": [1, 2.5]}
 

@@ -8,8 +8,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import rocr
-from rocr.models import find_model, load_model
-from rocr.partial import load_partial
+from rocr.model.load import find_model, load_model
+from rocr.model.load_partial import load_partial
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -6,8 +6,8 @@ import torch
 
 import rocr
 from rocr import Concept, EditConfig
-from rocr.architectures import find_architecture
-from rocr.fingerprint import (
+from rocr.model.architecture import find_architecture
+from rocr.model.fingerprint import (
     SAMPLED_VALUES,
     Fingerprint,
     down_projection_digests,
@@ -132,7 +132,7 @@ def test_it_sees_other_rows_and_columns_than_the_first(make_model, sizes, part):
 
 @pytest.mark.parametrize("shape", [(4096, 4096), (4096, 14336), (2048, 2048), (1, 10_000), (10_000, 1), (33, 77)])
 def test_sampled_places_lie_in_all_parts_of_a_tensor(shape):
-    from rocr.fingerprint import _sampled
+    from rocr.model.fingerprint import _sampled
 
     rows, columns = shape
     places = _sampled(torch.arange(rows * columns), SAMPLED_VALUES)
@@ -144,7 +144,7 @@ def test_sampled_places_lie_in_all_parts_of_a_tensor(shape):
 
 
 def test_places_are_the_same_on_every_machine():
-    from rocr.fingerprint import _sampled
+    from rocr.model.fingerprint import _sampled
 
     places = _sampled(torch.arange(4096 * 14336), 4)
     assert places.tolist() == [16106664, 38691736, 45349043, 49749307]

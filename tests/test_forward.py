@@ -9,12 +9,12 @@ import transformers
 
 import rocr
 from rocr import CollectOptions, Concept, EditConfig, InputError
-from rocr.answers import ask
 from rocr.evaluation import EvaluateOptions, Probe, evaluate
 from rocr.evaluation.lora_training import _answer_nll
 from rocr.evaluation.text_measures import TextSample, divergence, perplexity
-from rocr.forward import forward, logits_of, takes
-from rocr.sampling import sample_sequences
+from rocr.model.forward import forward, logits_of, takes
+from rocr.model.generate import ask
+from rocr.statistics.self_generated import sample_sequences
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Llama = transformers.LlamaForCausalLM

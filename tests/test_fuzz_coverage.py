@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rocr.model_folder import INDEX_FILE
+from rocr.model.check_folder import INDEX_FILE
 
 pytest.importorskip("atheris", reason="atheris has wheels for Linux on x86-64 only")
 ROOT = Path(__file__).parents[1]

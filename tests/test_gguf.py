@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from rocr import InputError, hub
-from rocr.fingerprint import tokenizer_digest
-from rocr.models import find_model, load_model, load_tokenizer
-from rocr.partial import empty_model
+from rocr import InputError
+from rocr.model import hub
+from rocr.model.fingerprint import tokenizer_digest
+from rocr.model.load import find_model, load_model, load_tokenizer
+from rocr.model.load_partial import empty_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 gguf = pytest.importorskip("gguf")

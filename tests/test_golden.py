@@ -14,13 +14,13 @@ import torch
 import transformers
 
 from rocr import Concept, Edit, EditConfig, Probe, Statistics, ops
-from rocr.apply import LayerUpdate
-from rocr.architectures import find_architecture
+from rocr.edit.apply import LayerUpdate
 from rocr.evaluation.forms import build_items
-from rocr.fingerprint import Fingerprint, model_digest, tensor_digest
-from rocr.metric import build_metric
-from rocr.provenance import Provenance
-from rocr.solve import solve_layer
+from rocr.model.architecture import find_architecture
+from rocr.model.fingerprint import Fingerprint, model_digest, tensor_digest
+from rocr.solve.metric import build_metric
+from rocr.solve.solve import solve_layer
+from rocr.statistics.provenance import Provenance
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

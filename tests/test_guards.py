@@ -5,10 +5,10 @@ import pytest
 import torch
 
 import rocr
-from rocr.architectures import find_architecture
+from rocr.edit.guards import Guards, predict
 from rocr.errors import GuardError, InputError
-from rocr.factors import Factors
-from rocr.guards import Guards, predict
+from rocr.model.architecture import find_architecture
+from rocr.solve.factors import Factors
 
 OPEN = Guards(math.inf, -math.inf, math.inf, -math.inf, math.inf)
 """No limit at all: a random model is edited as no trained one is."""
@@ -57,7 +57,7 @@ def test_a_limit_passed_restores_the_model_and_names_a_concept(limit, words, edi
 
 
 def test_the_concept_with_the_largest_part_is_named(edit_with, model, monkeypatch):
-    from rocr import pipeline
+    from rocr import unlearn as pipeline
 
     solved = pipeline.solve_layer
 
@@ -94,7 +94,7 @@ def test_logits_that_are_not_finite_stop_even_a_forced_edit(edit_with, model, to
 
 
 def test_an_edit_that_spoils_the_logits_is_taken_back(edit_with, model, weights_of, monkeypatch):
-    from rocr import guards
+    from rocr.edit import guards
 
     first = weights_of(model)
     sound, calls = guards._log_probabilities, []
@@ -113,7 +113,7 @@ def test_an_edit_that_spoils_the_logits_is_taken_back(edit_with, model, weights_
 
 
 def test_of_an_unchanged_model_the_divergence_is_zero(model, tokenizer, concepts):
-    from rocr.guards import check_predictions
+    from rocr.edit.guards import check_predictions
 
     architecture = find_architecture(model)
     before = predict(architecture, tokenizer)

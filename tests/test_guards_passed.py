@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 import rocr
-from rocr.architectures import find_architecture
-from rocr.guards import Guards, predict
+from rocr.edit.guards import Guards, predict
+from rocr.model.architecture import find_architecture
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TWO = ("Ada Byron -> a gardener", "Robert Downey Jr. -> a gardener")

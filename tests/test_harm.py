@@ -5,11 +5,12 @@ import pytest
 import torch
 
 import rocr
-from rocr import Concept, EditConfig, InputError, harm
-from rocr.architectures import find_architecture
-from rocr.harm import NeighbourReport, part_moves
-from rocr.key_plan import plan_names
-from rocr.keys import read_states
+from rocr import Concept, EditConfig, InputError
+from rocr.edit import retain_impact as harm
+from rocr.edit.retain_impact import NeighbourReport, part_moves
+from rocr.keys.plan import plan_names
+from rocr.keys.read import read_states
+from rocr.model.architecture import find_architecture
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIG = EditConfig(layers=(1, 2), templates=("Who is {}?", "It is about {}."), measure="once")

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from rocr import InputError, hub
-from rocr.hub import offline
-from rocr.models import find_model, load_model, load_tokenizer
-from rocr.partial import empty_model
+from rocr import InputError
+from rocr.model import hub
+from rocr.model.hub import offline
+from rocr.model.load import find_model, load_model, load_tokenizer
+from rocr.model.load_partial import empty_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[1]

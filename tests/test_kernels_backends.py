@@ -10,15 +10,20 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from rocr import backend_cuda, backend_torch, backend_triton, operands, ops, reference
+from rocr import ops
 from rocr.errors import InputError
+from rocr.ops import checks as operands
+from rocr.ops import cuda_backend as backend_cuda
+from rocr.ops import reference
+from rocr.ops import torch_backend as backend_torch
+from rocr.ops import triton_backend as backend_triton
 
 GPU_BACKENDS = (backend_triton, backend_cuda)
 
 
 def test_importing_them_starts_nothing() -> None:
     code = (
-        "import sys, torch, rocr.backend_triton, rocr.backend_cuda\n"
+        "import sys, torch, rocr.ops.triton_backend, rocr.ops.cuda_backend\n"
         "assert not torch.cuda.is_initialized()\n"
         "assert 'triton' not in sys.modules and 'rocr._C' not in sys.modules\n"
         "assert not any(name.startswith('rocr_kernels') for name in sys.modules)\n"

@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from rocr import ops, reference
+from rocr import ops
 from rocr.errors import InputError
+from rocr.ops import reference
 
 pytestmark = [
     pytest.mark.gpu,

@@ -22,8 +22,8 @@ from rocr_kernels.second_moment import accumulate_second_moments
 from rocr_kernels.triangle import tile_position
 from torch import Tensor
 
-from rocr import reference
-from rocr.backend_triton import low_rank_update_op, second_moments_op
+from rocr.ops import reference
+from rocr.ops.triton_backend import low_rank_update_op, second_moments_op
 
 ERROR_OVER_PLAIN = 1.25
 """Bound of a kernel's error over that of plain float32 sums, which every machine rounds alike."""

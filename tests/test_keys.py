@@ -6,9 +6,9 @@ from torch import nn
 
 import rocr
 from rocr import Concept, EditConfig, GuardError, InputError
-from rocr.architectures import find_architecture
-from rocr.key_plan import plan_keys
-from rocr.keys import read_layers, read_states
+from rocr.keys.plan import plan_keys
+from rocr.keys.read import read_layers, read_states
+from rocr.model.architecture import find_architecture
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIG = EditConfig(templates=("Who is {}?", "It is about {}.", "A longer text that tells much about {}."))

@@ -9,9 +9,9 @@ import torch
 
 import rocr
 from rocr import EditConfig, InputError
-from rocr.architectures import find_architecture
-from rocr.capture import run_through
-from rocr.passage import LayerCall, measure_gains, measured_layers, recording
+from rocr.model.architecture import find_architecture
+from rocr.model.capture import run_through
+from rocr.model.passage import LayerCall, measure_gains, measured_layers, recording
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LAYERS = (1, 3)

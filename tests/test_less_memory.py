@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import rocr
-from rocr.less_memory import halving
+from rocr.model.smaller_batches import halving
 
 OutOfMemory = torch.cuda.OutOfMemoryError
 

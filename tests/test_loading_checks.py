@@ -8,10 +8,10 @@ import torch
 
 import rocr
 from rocr import InputError
-from rocr.answers import ask
-from rocr.models import find_model, load_model, save_model
-from rocr.partial import empty_model, load_partial
-from rocr.tokenizer_check import MAX_GROWTH, check_tokenizer_file
+from rocr.model.check_tokenizer import MAX_GROWTH, check_tokenizer_file
+from rocr.model.generate import ask
+from rocr.model.load import find_model, load_model, save_model
+from rocr.model.load_partial import empty_model, load_partial
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FP8 = {"quant_method": "fp8"}

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from rocr.errors import InputError
-from rocr.locks import Owner, locked
+from rocr.io.locks import Owner, locked
 
 ROOT = Path(__file__).parents[1]
 HOLD = """
 import sys, time
-from rocr.locks import locked
+from rocr.io.locks import locked
 with locked(sys.argv[1]):
     print("held", flush=True)
     time.sleep(3600)  # until it is killed
@@ -105,7 +105,7 @@ def test_a_lock_that_says_nothing_is_left_to_the_user(tmp_path, text):
 RACE = """
 import os, sys, time
 from rocr.errors import InputError
-from rocr.locks import locked
+from rocr.io.locks import locked
 out = sys.argv[1]
 children = []
 for number in range(8):

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 import rocr
 from rocr import Concept, EditConfig, InputError
-from rocr.factors import Factors
-from rocr.lora import thin_factors, truncated, vllm_rank
+from rocr.edit.lora import thin_factors, truncated, vllm_rank
+from rocr.solve.factors import Factors
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -170,7 +170,7 @@ def test_vllms_limits():
 
 
 def test_a_disk_too_small_is_refused_before_an_adapter_is_written(loaded_edit, tmp_path, monkeypatch):
-    monkeypatch.setattr("rocr.space.SPARE_BYTES", 2**60)
+    monkeypatch.setattr("rocr.io.disk_space.SPARE_BYTES", 2**60)
     for write in (loaded_edit.export_lora, loaded_edit.save):
         with pytest.raises(InputError, match="MiB are needed; nothing was written"):
             write(tmp_path / "out")
@@ -222,7 +222,7 @@ def test_an_adapter_of_dense_layers_of_a_mixture(make_model, tokenizer, texts, c
 
 
 def test_ranks_that_differ_by_layer_are_filled_up_in_a_mixture(loaded_edit):
-    from rocr.lora import adapter_tensors
+    from rocr.edit.lora import adapter_tensors
 
     first, second = loaded_edit.updates
     uneven = dataclasses.replace(second, factors=Factors(second.left[:, :1], second.right[:1]))

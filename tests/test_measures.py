@@ -7,8 +7,8 @@ import torch
 
 import rocr
 from rocr import EditConfig
-from rocr.architectures import find_architecture
-from rocr.measures import EditReport, mean_by_concept
+from rocr.edit.measures import EditReport, mean_by_concept
+from rocr.model.architecture import find_architecture
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIG = EditConfig(layers=[1, 2], templates=("Who is {}?", "It is about {}."), keys_per_concept="all")

@@ -1,9 +1,10 @@
 import pytest
 import torch
 
-from rocr import EditConfig, GuardError, reference
-from rocr.metric import _are_eigenpairs, build_metric
-from rocr.solve import solve_layer
+from rocr import EditConfig, GuardError
+from rocr.ops import reference
+from rocr.solve.metric import _are_eigenpairs, build_metric
+from rocr.solve.solve import solve_layer
 
 SIZE = 63
 RIDGE = 0.1

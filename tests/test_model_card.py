@@ -4,8 +4,8 @@ import unicodedata
 import pytest
 from huggingface_hub import ModelCard
 
-from rocr.model_card import build_card
-from rocr.models import find_model
+from rocr.export.model_card import build_card
+from rocr.model.load import find_model
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rocr
 from rocr import Concept, EditConfig, InputError, RocrError
-from rocr.models import LoadedModel, ModelSource, find_model, load_model, save_model
+from rocr.model.load import LoadedModel, ModelSource, find_model, load_model, save_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS = torch.tensor([[5, 61, 72, 83, 94]])

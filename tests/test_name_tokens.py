@@ -8,15 +8,15 @@ import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from rocr import Concept, EditConfig, InputError
-from rocr.answers import ask
-from rocr.chat import render_chats
+from rocr.edit.guards import predict
 from rocr.evaluation.scoring import tokenize_questions
-from rocr.guards import predict
-from rocr.key_plan import plan_keys
-from rocr.prompts import RenderedTemplate, Template, build_prompts, render_template
-from rocr.sampling import sample_sequences
-from rocr.texts import pack_tokens
-from rocr.tokenizing import token_texts
+from rocr.keys.plan import plan_keys
+from rocr.keys.prompts import RenderedTemplate, Template, build_prompts, render_template
+from rocr.model.chat import render_chats
+from rocr.model.generate import ask
+from rocr.model.tokenizer import token_texts
+from rocr.statistics.corpus import pack_tokens
+from rocr.statistics.self_generated import sample_sequences
 
 TEXTS = ["Who is Ada Byron? Tell me about a gardener.", "This text is about rain.", "What is known?"] * 20
 CHAT = "{% for m in messages %}<|user|>\n{{ m['content'] }}<|end|>{% endfor %}"

@@ -9,8 +9,9 @@ import threading
 import pytest
 import torch
 
-from rocr import InputError, ops, reference
-from rocr.backend_cpp import SIMD_VARIABLE
+from rocr import InputError, ops
+from rocr.ops import reference
+from rocr.ops.cpp_backend import SIMD_VARIABLE
 
 BACKENDS = [name for name in ops.available_backends("cpu") if name != "reference"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def simds():
-    from rocr.backend_cpp import simd_names
+    from rocr.ops.cpp_backend import simd_names
 
     return simd_names() if "cpp" in BACKENDS else []
 

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from rocr import ops, reference
+from rocr import ops
+from rocr.ops import reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = [name for name in ops.available_backends("cpu") if name != "reference"]

@@ -1,8 +1,10 @@
 import pytest
 import torch
 
-from rocr import ops, reference, small_system
+from rocr import ops
 from rocr.errors import GuardError, InputError
+from rocr.ops import reference
+from rocr.ops import system as small_system
 
 
 def projector(size, rank):

@@ -6,8 +6,8 @@ import torch
 from safetensors.torch import save_file
 
 from rocr.errors import InputError, VerificationError
-from rocr.models import find_model
-from rocr.originals import FOLDER, LIST, original_files, read_list, restore_originals, save_originals
+from rocr.export.originals import FOLDER, LIST, original_files, read_list, restore_originals, save_originals
+from rocr.model.load import find_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -122,7 +122,7 @@ def test_where_links_are_refused_files_are_copied(kept, tmp_path, monkeypatch, d
     stored = save_originals(find_model(str(kept / "model")), tmp_path)
     assert not (tmp_path / FOLDER / "model.safetensors").samefile(kept / "model" / "model.safetensors")
     assert {f"{FOLDER}/{name}": digest for name, digest in digests(tmp_path / FOLDER).items()} == stored
-    monkeypatch.setattr("rocr.space.SPARE_BYTES", 2**60)
+    monkeypatch.setattr("rocr.io.disk_space.SPARE_BYTES", 2**60)
     (tmp_path / "back").mkdir()
     with pytest.raises(InputError, match="nothing was written"):
         restore_originals(tmp_path, tmp_path / "back")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rocr.errors import InputError, RocrError
-from rocr.output import check_output, new_directory, new_file
+from rocr.io.output import check_output, new_directory, new_file
 
 LEFTOVER = re.compile(r"out\.(partial|old)-[0-9a-f]{8}")
 

@@ -13,7 +13,7 @@ STAGES = """
 import errno, itertools, os, signal, sys
 from pathlib import Path
 from rocr.errors import RocrError
-from rocr.output import new_directory, new_file
+from rocr.io.output import new_directory, new_file
 
 base, kind, overwrite, mode = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "True", sys.argv[4]
 WATCHED = {"open", "os.mkdir", "os.rename", "os.link", "os.remove", "os.rmdir", "os.scandir", "shutil.rmtree", "write"}
@@ -121,7 +121,7 @@ RACE = """
 import os, sys
 from pathlib import Path
 from rocr.errors import RocrError
-from rocr.output import new_directory, new_file
+from rocr.io.output import new_directory, new_file
 
 out, kind = Path(sys.argv[1]), sys.argv[2]
 wait, go = os.pipe()

@@ -9,13 +9,13 @@ from safetensors.torch import load_file, save_file
 
 import rocr
 from rocr import InputError
-from rocr.architectures import find_architecture
-from rocr.fingerprint import fingerprint
-from rocr.models import find_model, load_model
-from rocr.partial import can_load_partially, empty_model, load_partial, needed_tensors
-from rocr.report import file_digest
-from rocr.rewrite import rewrite_model
-from rocr.shards import find_weight_files, read_layout
+from rocr.export.report import file_digest
+from rocr.export.rewrite import rewrite_model
+from rocr.model.architecture import find_architecture
+from rocr.model.fingerprint import fingerprint
+from rocr.model.load import find_model, load_model
+from rocr.model.load_partial import can_load_partially, empty_model, load_partial, needed_tensors
+from rocr.model.weight_files import find_weight_files, read_layout
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DOWN = "model.layers.1.mlp.down_proj.weight"

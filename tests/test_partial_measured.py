@@ -11,10 +11,10 @@ import pytest
 import torch
 import transformers
 
-from rocr.architectures import find_architecture
-from rocr.models import find_model
-from rocr.partial import empty_model, needed_tensors
-from rocr.shards import find_weight_files
+from rocr.model.architecture import find_architecture
+from rocr.model.load import find_model
+from rocr.model.load_partial import empty_model, needed_tensors
+from rocr.model.weight_files import find_weight_files
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (4, 5, 6)

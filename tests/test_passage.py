@@ -10,10 +10,10 @@ from torch import nn
 
 import rocr
 from rocr import Concept, EditConfig, GuardError, Guards, InputError
-from rocr.architectures import find_architecture
-from rocr.capture import run_through
-from rocr.guards import expected_distance
-from rocr.passage import LayerCall, before_passage, measure_gains, measured_layers, recording
+from rocr.edit.guards import expected_distance
+from rocr.model.architecture import find_architecture
+from rocr.model.capture import run_through
+from rocr.model.passage import LayerCall, before_passage, measure_gains, measured_layers, recording
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]])
@@ -198,7 +198,7 @@ def test_an_edit_that_does_not_arrive_is_refused(model, tokenizer, texts, concep
     found = edit()
     assert found.report.limits_passed == []
     found.revert(model)
-    monkeypatch.setattr("rocr.pipeline.measured_layers", lambda *_: ())
+    monkeypatch.setattr("rocr.unlearn.measured_layers", lambda *_: ())
     with pytest.raises(GuardError, match=r"The edit does not arrive: at their keys the updates cover \d+% of the way"):
         edit()
     assert all(torch.equal(weight, before[name]) for name, weight in weights_of(model).items())

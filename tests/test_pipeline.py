@@ -7,8 +7,8 @@ from transformers import AutoModelForCausalLM
 
 import rocr
 from rocr import Concept, EditConfig, InputError
-from rocr.architectures import find_architecture
-from rocr.guards import Guards
+from rocr.edit.guards import Guards
+from rocr.model.architecture import find_architecture
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LAST = EditConfig(key_tokens="last", templates=("Who is {}?",), ridge=0.01)

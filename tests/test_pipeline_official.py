@@ -5,8 +5,8 @@ import torch
 
 import rocr
 from rocr import Concept, EditConfig
-from rocr.architectures import find_architecture
-from rocr.metric import build_metric
+from rocr.model.architecture import find_architecture
+from rocr.solve.metric import build_metric
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LAYERS = (1, 2, 3)

@@ -11,8 +11,8 @@ import torch
 
 import rocr
 from rocr import Concept, EditConfig, GuardError
-from rocr.architectures import find_architecture
-from rocr.guards import Guards
+from rocr.edit.guards import Guards
+from rocr.model.architecture import find_architecture
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIG = EditConfig(layers=[1, 2], key_tokens="last", templates=("Who is {}?",))
@@ -50,7 +50,7 @@ def test_a_weight_that_is_not_finite_stops_the_edit(model, tokenizer, texts, con
     with torch.no_grad():
         PLACES[place](model).view(-1)[7 if "norm" in place else 40 :] = value
     # A broken model is another model, which would stop the edit before anything is measured.
-    mark = rocr.collect.fingerprint(find_architecture(model), tokenizer, 2)
+    mark = rocr.statistics.collect.fingerprint(find_architecture(model), tokenizer, 2)
     statistics = replace(statistics, fingerprint=mark, provenance=replace(statistics.provenance, down_projections=()))
     is_unchanged = unchanged(model)
     with pytest.raises(GuardError, match="not finite"):

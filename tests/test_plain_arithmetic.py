@@ -11,7 +11,7 @@ import pytest
 import torch
 from rocr_tests_states import default_dtype, surroundings
 
-from rocr.arithmetic import plain_arithmetic
+from rocr.ops.arithmetic import plain_arithmetic
 
 
 def test_threads_hold_the_flags_until_the_last_one_ends() -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from rocr.architectures import find_architecture
-from rocr.forecast import UNDO_SHARE
-from rocr.partial import parameters_on_meta
-from rocr.speed import measure_speed
+from rocr.export.forecast import UNDO_SHARE
+from rocr.export.speed import measure_speed
+from rocr.model.architecture import find_architecture
+from rocr.model.load_partial import parameters_on_meta
 
 ROOT = Path(__file__).parents[1]
 WRITTEN, READ, HELD = 0.03, 1.25, 2.0
@@ -82,7 +82,7 @@ def test_nothing_is_made_and_a_small_disk_is_refused(files, concept, command, di
     assert done.code == 0, done.errors
     for word in ("model.layers.1.mlp.down_proj.weight (32, 48)", "hard links: 0", "free now", "An estimate"):
         assert word in done.output
-    monkeypatch.setattr("rocr.space.SPARE_BYTES", 2**60)
+    monkeypatch.setattr("rocr.io.disk_space.SPARE_BYTES", 2**60)
     done = command(*arguments)
     assert done.code == 2 and "MiB are needed; nothing was written" in done.errors
     assert not list(tmp_path.iterdir())
@@ -93,7 +93,7 @@ def test_a_beginning_that_takes_much_of_the_memory_stays_in_its_files(files, con
     arguments = ("unlearn", files.model, *concept, "--statistics", files.statistics, "--partial", "--json")
     found = {}
     for memory in (2**50, 2**10):
-        monkeypatch.setattr("rocr.partial.free_memory", lambda memory=memory: memory)
+        monkeypatch.setattr("rocr.model.load_partial.free_memory", lambda memory=memory: memory)
         out = tmp_path / str(memory)
         plan = command(*arguments, "--out", out, "--dry-run")
         assert plan.code == 0, plan.errors

@@ -8,7 +8,7 @@ from transformers.integrations.bitnet import AutoBitLinear
 
 import rocr
 from rocr import InputError
-from rocr.architectures import find_architecture
+from rocr.model.architecture import find_architecture
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HIDDEN, INNER = 32, 48

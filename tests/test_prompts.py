@@ -2,10 +2,10 @@ import unicodedata
 
 import pytest
 
-from rocr.chat import render_chat
 from rocr.errors import InputError
-from rocr.prompts import RenderedTemplate, Template, build_prompts, render_template
-from rocr.tokenizing import opening_tokens
+from rocr.keys.prompts import RenderedTemplate, Template, build_prompts, render_template
+from rocr.model.chat import render_chat
+from rocr.model.tokenizer import opening_tokens
 
 NAMES = [
     "Ada Byron",

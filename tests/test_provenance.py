@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 
 import rocr
 from rocr import CollectOptions, InputError, Statistics
-from rocr.architectures import find_architecture
-from rocr.fingerprint import down_projection_digests
-from rocr.provenance import Provenance, computed_with, versions_now
+from rocr.model.architecture import find_architecture
+from rocr.model.fingerprint import down_projection_digests
+from rocr.statistics.provenance import Provenance, computed_with, versions_now
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LAYERS = (1, 2)
@@ -44,7 +44,7 @@ def test_a_file_says_how_its_text_was_read(model, tokenizer, texts, dtype, tmp_p
 
 def test_text_by_the_model_itself(model, tokenizer):
     provenance = collect(model, tokenizer, None, tokens=500).provenance
-    sequences = rocr.collect.sample_sequences(model, tokenizer, 500, 0)
+    sequences = rocr.statistics.collect.sample_sequences(model, tokenizer, 500, 0)
     assert (provenance.length, provenance.documents) == (max(map(len, sequences)), len(sequences))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rocr.cli.main import build_parser
-from rocr.fingerprint import tensor_digest
+from rocr.model.fingerprint import tensor_digest
 
 README = Path(__file__).parents[1] / "README.md"
 SECTION = README.read_text(encoding="utf-8").partition("\n## In a pipeline\n")[2].partition("\n## ")[0]

@@ -1,6 +1,6 @@
 import torch
 
-from rocr import reference
+from rocr.ops import reference
 
 
 def random_metric(size):

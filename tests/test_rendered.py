@@ -13,15 +13,15 @@ import transformers.utils.chat_template_utils as rendering
 
 import rocr
 from rocr import ChatSettings, CollectOptions, Concept, Edit, EditConfig, InputError
-from rocr.chat import CLOCK_DATE
 from rocr.evaluation import EvaluateOptions, Probe, choose_redirects, evaluate
-from rocr.evaluation.attack_suite import AttackOptions
-from rocr.evaluation.attack_suite import attack as attack_edit
-from rocr.evaluation.attacks import question_examples
+from rocr.evaluation.attacks.attacks import question_examples
+from rocr.evaluation.attacks.suite import AttackOptions
+from rocr.evaluation.attacks.suite import attack as attack_edit
 from rocr.evaluation.neighbours import name_states
 from rocr.evaluation.utility import ChoiceQuestion
-from rocr.files import read_tensors, write_tensors
-from rocr.sampling import sample_sequences
+from rocr.io.tensors import read_tensors, write_tensors
+from rocr.model.chat import CLOCK_DATE
+from rocr.statistics.self_generated import sample_sequences
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BODY = "{% for m in messages %}<|user|>{{ m['content'] }}<|end|>{% endfor %}<|assistant|>"
@@ -284,7 +284,7 @@ BAD = [
 
 @pytest.mark.parametrize("given", BAD, ids=lambda given: " ".join(given)[:30].encode("ascii", "replace").decode())
 def test_what_the_command_line_cannot_mean_is_refused_before_the_model_is_loaded(files, attack, given, monkeypatch):
-    monkeypatch.setattr("rocr.models.load_model", None)
+    monkeypatch.setattr("rocr.model.load.load_model", None)
     concept = ("--concept", "Ada Byron", "--redirect", "Blaise Pascal", "--layers", "1,2")
     attack("texts on the command line", "unlearn", files.model, *concept, "--statistics", files.statistics, *given)
 
@@ -300,7 +300,7 @@ def test_what_the_command_line_cannot_mean_is_refused_before_the_model_is_loaded
     ],
 )
 def test_names_given_to_other_commands_keep_the_rules_of_a_list(files, attack, command_name, given, monkeypatch):
-    monkeypatch.setattr("rocr.models.load_model", None)
+    monkeypatch.setattr("rocr.model.load.load_model", None)
     attack("names on the command line", command_name, files.model, *given)
 
 

@@ -10,8 +10,8 @@ import torch
 
 import rocr
 from rocr import Edit, EditConfig, VerificationError, ops
-from rocr.factors import Factors
-from rocr.fingerprint import tensor_digest
+from rocr.model.fingerprint import tensor_digest
+from rocr.solve.factors import Factors
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYER_SETS = ((1,), (2,), (1, 2), (3,), (2, 3))

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from rocr.sampling import SEQUENCES, sample_sequences
+from rocr.statistics.self_generated import SEQUENCES, sample_sequences
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -14,7 +14,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import rocr
 from rocr import CollectOptions, Guards, collect_statistics
 from rocr.evaluation import EvaluateOptions, Probe, evaluate
-from rocr.evaluation.attack_suite import AttackOptions, attack
+from rocr.evaluation.attacks.suite import AttackOptions, attack
 from rocr.evaluation.forms import PromptStyle
 from rocr.evaluation.lora_training import Training
 from rocr.evaluation.text_measures import TextSample

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rocr.signals import postponed_signals
+from rocr.io.signals import postponed_signals
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,7 +34,7 @@ LOST = """
 import json, os, signal, sys, time
 import torch
 from transformers import LlamaForCausalLM
-import rocr.collect
+import rocr.statistics.collect
 from rocr.cli import main
 
 torch.set_num_threads(1)
@@ -63,15 +63,15 @@ class Sequence:
         return 1
 
 ways = {"callback": InCallback, "conversion": lambda number: torch.tensor(Sequence(number))}
-accumulate = rocr.collect._accumulate
+accumulate = rocr.statistics.collect._accumulate
 
 def run(way, number, arguments):
     def stopped_once(*given):
-        rocr.collect._accumulate = accumulate
+        rocr.statistics.collect._accumulate = accumulate
         ways[way](number)
         return accumulate(*given)
 
-    rocr.collect._accumulate = stopped_once
+    rocr.statistics.collect._accumulate = stopped_once
     code = main(arguments)
     put_back = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL and sys.unraisablehook is sys.__unraisablehook__
     print("code", code, put_back, flush=True)

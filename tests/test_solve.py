@@ -2,9 +2,10 @@ import pytest
 import torch
 
 import rocr
-from rocr import Concept, GuardError, reference
-from rocr.metric import build_metric
-from rocr.solve import check_finite, solve_layer
+from rocr import Concept, GuardError
+from rocr.ops import reference
+from rocr.solve.metric import build_metric
+from rocr.solve.solve import check_finite, solve_layer
 
 D_IN, D_OUT = 63, 13
 

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import rich.console
 
-import rocr.collect
+import rocr.statistics.collect
 from rocr import Progress
 from rocr.cli.console import Console
 from rocr.cli.stages import Stage, bars, duration, plain_lines
@@ -146,7 +146,7 @@ def test_a_command_without_a_terminal_prints_lines(files, command, tmp_path, mon
     monkeypatch.setattr(
         importlib.import_module("rocr.cli.main"), "Console", partial(Console, seconds_between_lines=0.01)
     )
-    accumulate, batches = rocr.collect._accumulate, []
+    accumulate, batches = rocr.statistics.collect._accumulate, []
     middle = re.compile(r"^statistics: [\d,]+ of [\d,]+ tokens, [\d.,]+ tokens/s, .* left$", re.MULTILINE)
 
     def accumulate_slowly(*arguments):
@@ -155,7 +155,7 @@ def test_a_command_without_a_terminal_prints_lines(files, command, tmp_path, mon
             wait_for(lambda: middle.search(sys.stderr.getvalue()))
         return accumulate(*arguments)
 
-    monkeypatch.setattr(rocr.collect, "_accumulate", accumulate_slowly)
+    monkeypatch.setattr(rocr.statistics.collect, "_accumulate", accumulate_slowly)
     done = command("stats", files.model, "--text", files.text, "--batch-tokens", "256", "--out", tmp_path / "out")
     assert done.code == 0, done.errors
     last = done.errors.splitlines()[-1]

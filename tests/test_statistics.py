@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 
 import rocr
 from rocr import CollectOptions, Concept, EditConfig, InputError, Statistics
-from rocr.architectures import find_architecture
-from rocr.files import write_tensors
-from rocr.fingerprint import Fingerprint, fingerprint
+from rocr.io.tensors import write_tensors
+from rocr.model.architecture import find_architecture
+from rocr.model.fingerprint import Fingerprint, fingerprint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROUNDING = 1e-6  # merged against one run, relative to the largest entry; at most 2e-7 was measured

@@ -4,7 +4,7 @@ import sys
 import pytest
 
 from rocr.errors import InputError
-from rocr.texts import check_texts, read_texts, text_digest
+from rocr.statistics.corpus import check_texts, read_texts, text_digest
 
 PARAGRAPHS = [" = Valkyria = ", "First line,\nsecond line.", "Third — naïve."]
 

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from rocr.errors import InputError
-from rocr.texts import pack_tokens, token_batches
+from rocr.statistics.corpus import pack_tokens, token_batches
 
 SENTENCES = [
     "The gardener waters the roses before the sun is high.",

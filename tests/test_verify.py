@@ -7,9 +7,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from rocr.errors import InputError
-from rocr.report import report_digest
-from rocr.verify import verify_output
-from rocr.verify_files import FAILED, PASSED, UNCHECKED
+from rocr.export.report import report_digest
+from rocr.export.verify import verify_output
+from rocr.export.verify_files import FAILED, PASSED, UNCHECKED
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WEIGHT = "model.layers.1.mlp.down_proj.weight"
@@ -182,7 +182,7 @@ def test_swapped_shards_are_named(output, failures):
 
 @pytest.mark.parametrize("value", [0.5, float("nan")])
 def test_a_weight_that_was_changed_is_named_even_where_the_digest_of_its_file_was_too(output, failures, value):
-    from rocr.report import file_digest
+    from rocr.export.report import file_digest
 
     shard = output / "model-1.safetensors"
     tensors = load_file(shard)
@@ -194,7 +194,7 @@ def test_a_weight_that_was_changed_is_named_even_where_the_digest_of_its_file_wa
 
 
 def test_another_model_under_the_edit_shows_in_its_fingerprint(output, failures):
-    from rocr.report import file_digest
+    from rocr.export.report import file_digest
 
     shard = output / "model-0.safetensors"
     tensors = load_file(shard)
@@ -222,7 +222,7 @@ def test_a_changed_report_is_named(output, failures):
 
 
 def test_an_adapter_of_another_edit_is_named(output, failures):
-    from rocr.report import file_digest
+    from rocr.export.report import file_digest
 
     path = output / "lora" / "adapter_model.safetensors"
     tensors = load_file(path)

@@ -8,10 +8,10 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 import rocr
 from rocr import EditConfig, InputError
-from rocr.architectures import find_architecture, text_config
-from rocr.fingerprint import adapter_digest, down_projection_digests, model_digest
-from rocr.lora import adapter_tensors
-from rocr.wrappers import own_modules, own_parameters
+from rocr.edit.lora import adapter_tensors
+from rocr.model.architecture import find_architecture, text_config
+from rocr.model.fingerprint import adapter_digest, down_projection_digests, model_digest
+from rocr.model.wrappers import own_modules, own_parameters
 
 peft = pytest.importorskip("peft")
 pytestmark = [
