@@ -10,20 +10,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rocr import ops
     from rocr.concepts import Concept, load_concepts
-    from rocr.config import EditConfig
+    from rocr.config import ChatSettings, EditConfig, Template
     from rocr.edit.edit import Edit
     from rocr.edit.guards import Guards
     from rocr.errors import GuardError, InputError, RocrError, VerificationError
     from rocr.evaluation import Evaluation, Probe, evaluate, load_probes
-    from rocr.keys.prompts import Template
-    from rocr.model.chat import ChatSettings
     from rocr.progress import Progress
     from rocr.statistics.collect import CollectOptions, collect_statistics
     from rocr.statistics.statistics import Statistics
-    from rocr.unlearn import unlearn
+    from rocr.unlearn import add_concepts, unlearn
 
 _HOMES = {
-    "ChatSettings": "model.chat",
+    "ChatSettings": "config",
     "CollectOptions": "statistics.collect",
     "Concept": "concepts",
     "Edit": "edit.edit",
@@ -36,8 +34,9 @@ _HOMES = {
     "Progress": "progress",
     "RocrError": "errors",
     "Statistics": "statistics.statistics",
-    "Template": "keys.prompts",
+    "Template": "config",
     "VerificationError": "errors",
+    "add_concepts": "unlearn",
     "choose_redirects": "evaluation",
     "collect_statistics": "statistics.collect",
     "evaluate": "evaluation",
@@ -63,6 +62,7 @@ __all__ = [
     "Statistics",
     "Template",
     "VerificationError",
+    "add_concepts",
     "choose_redirects",
     "collect_statistics",
     "evaluate",

@@ -11,7 +11,7 @@ import atheris
 with atheris.instrument_imports(include=["rocr"]):
     import rocr
     import rocr.concepts
-    import rocr.evaluation.probes.probes
+    import rocr.evaluation.probes.probe
     import rocr.model.check_folder
     from rocr.errors import RocrError
 

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from rocr.edit.apply import Applied, LayerUpdate, apply_updates, bits, down_projections, undo_updates
+from rocr.edit.apply import apply_updates, bits, down_projections, undo_updates
+from rocr.edit.update import Applied, LayerUpdate
 from rocr.errors import GuardError, InputError, VerificationError
 from rocr.model.architecture import find_architecture
 from rocr.model.fingerprint import tensor_digest

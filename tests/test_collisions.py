@@ -8,8 +8,8 @@ import torch
 import rocr
 from rocr import Concept, EditConfig
 from rocr.edit import collisions
-from rocr.edit.apply import LayerUpdate
 from rocr.edit.collisions import COLLINEAR, CONFLICT, Collisions, find_collisions, names_inside, nearest_keys
+from rocr.edit.update import LayerUpdate
 from rocr.solve.factors import Factors
 from rocr.solve.metric import build_metric
 from rocr.solve.solve import System

@@ -9,7 +9,7 @@ import pytest
 import rocr
 from rocr.evaluation import Probe, load_probes
 from rocr.evaluation.forms import DERIVED_CLOZE, PromptStyle, abbreviated, build_items, misspelt
-from rocr.evaluation.probes.probes import Wording, check_probes, split_by_subject
+from rocr.evaluation.probes.probe import Wording, check_probes, split_by_subject
 
 SHIPPED = Path(rocr.__file__).parent / "data" / "probes.jsonl"
 QUESTION = {"subject": "Ada Byron", "query": "Where was Ada Byron born?", "answer": "London"}

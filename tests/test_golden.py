@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from rocr import Concept, Edit, EditConfig, Probe, Statistics, ops
-from rocr.edit.apply import LayerUpdate
+from rocr.edit.update import LayerUpdate
 from rocr.evaluation.forms import build_items
 from rocr.model.architecture import find_architecture
 from rocr.model.fingerprint import Fingerprint, model_digest, tensor_digest

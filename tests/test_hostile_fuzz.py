@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import rocr
 from rocr.concepts import check_concepts
 from rocr.errors import RocrError
-from rocr.evaluation.probes.probes import check_probes
+from rocr.evaluation.probes.probe import check_probes
 from rocr.model.check_folder import INDEX_FILE, SINGLE_FILE, check_model_folder
 
 FUZZ = settings(

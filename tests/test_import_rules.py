@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = sorted((ROOT / "rocr").rglob("*.py"))
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 CHECKED = [*PACKAGE, *KERNELS, *sorted((ROOT / "tests").glob("*.py")), ROOT / "setup.py"]
-MAX_LINES = 400
+MAX_LINES = 420
 PLAIN_MODULES = {"rocr.errors", "rocr.progress", "rocr.io.json_values"}
 
 
@@ -48,13 +48,13 @@ def violations(paths, is_wrong):
 
 
 def is_backend(path):
-    return path.name == "ops.py" or path.name.startswith("backend_")
+    return path.parent.name == "ops"
 
 
 def test_there_is_something_to_check():
     assert len(PACKAGE) > 30
     assert "rocr.ops" in {module_name(path) for path in PACKAGE}
-    assert "rocr.errors.InputError" in set(imports(ROOT / "rocr" / "ops.py"))
+    assert "rocr.errors.InputError" in set(imports(ROOT / "rocr" / "ops" / "dispatch.py"))
 
 
 def test_only_ops_and_its_backends_know_the_compiled_parts():
@@ -83,9 +83,9 @@ def test_only_the_command_line_prints():
 
 def test_the_reference_imports_torch_only():
     allowed = ("torch", "rocr.ops.rounding", "collections.abc", "__future__")
-    path = ROOT / "rocr" / "reference.py"
+    path = ROOT / "rocr" / "ops" / "reference.py"
     assert not violations([path], lambda name: not any(is_of(name, package) for package in allowed))
-    rounding = ROOT / "rocr" / "rounding.py"
+    rounding = ROOT / "rocr" / "ops" / "rounding.py"
     standard = sys.stdlib_module_names
     allowed_in_rounding = ("torch", "rocr.errors")
     assert not violations(
@@ -114,17 +114,56 @@ def test_plain_modules_import_the_standard_library_only():
     assert not violations(paths, lambda name: name.split(".")[0] not in sys.stdlib_module_names)
 
 
+FLOORS = (
+    {"errors", "progress"},
+    {"io"},
+    {"concepts"},
+    {"config"},
+    {"ops"},
+    {"solve", "model"},
+    {"keys", "statistics"},
+    {"edit"},
+    {"unlearn"},
+    {"evaluation"},
+    {"export"},
+    {"cli"},
+)
+"""The folders and files of rocr/, the lowest first: each imports from floors below its own, and from itself."""
+
+
+def floor_of(name):
+    part = name.split(".")[1] if "." in name else ""
+    return next((number for number, floor in enumerate(FLOORS) if part in floor), None)
+
+
+def package_imports(path):
+    """The modules of rocr that a file imports, also inside functions and for type checks; a package's name stays."""
+    known = {module_name(each) for each in PACKAGE}
+    found = set()
+    for name in imports(path):
+        if is_of(name, "rocr"):
+            found.add(next(part for part in (name, name.rpartition(".")[0]) if part in known or part == "rocr._C"))
+    return found - {"rocr", "rocr._C"}
+
+
+def test_every_folder_imports_from_floors_below_its_own():
+    wrong = []
+    for path in PACKAGE:
+        name = module_name(path)
+        if floor_of(name) is None:
+            assert name in ("rocr", "rocr.__main__", "rocr.demo"), f"{name} is on no floor"
+            continue
+        part = name.split(".")[1]
+        for other in package_imports(path):
+            if other.split(".")[1] != part and not floor_of(other) < floor_of(name):
+                wrong.append(f"{name} imports {other}")
+    assert not wrong
+
+
 def test_modules_do_not_import_each_other_in_a_circle():
-    known = {module_name(path): path for path in PACKAGE}
-    graph = {}
-    for name, path in known.items():
-        tree = parsed(path)
-        found = set()
-        for node in tree.body:  # at the top of a file: what is imported inside functions closes no circle
-            if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-                found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-        # A module and the package it is in belong together: `from rocr.cli import stats` loads what is asked for.
-        graph[name] = {other for other in found & set(known) if other != "rocr" and not is_of(name, other)}
+    graph = {module_name(path): package_imports(path) for path in PACKAGE}
+    # A module and the package it is in belong together: `from rocr.cli import stats` loads what is asked for.
+    graph = {name: {other for other in found if not is_of(name, other)} for name, found in graph.items()}
     done = set()
 
     def visit(name, path):

@@ -4,8 +4,8 @@ from tokenizers import normalizers
 
 import rocr
 from rocr import Concept, EditConfig, InputError
+from rocr.config import Template
 from rocr.keys.plan import plan_keys
-from rocr.keys.prompts import Template
 
 TEMPLATES = ("Who is {}?", "It is about {}.", Template("Tell me about {}.", chat=True))
 CONCEPTS = [

@@ -8,10 +8,11 @@ import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from rocr import Concept, EditConfig, InputError
+from rocr.config import Template
 from rocr.edit.guards import predict
 from rocr.evaluation.scoring import tokenize_questions
 from rocr.keys.plan import plan_keys
-from rocr.keys.prompts import RenderedTemplate, Template, build_prompts, render_template
+from rocr.keys.prompts import RenderedTemplate, build_prompts, render_template
 from rocr.model.chat import render_chats
 from rocr.model.generate import ask
 from rocr.model.tokenizer import token_texts

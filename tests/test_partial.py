@@ -11,11 +11,12 @@ import rocr
 from rocr import InputError
 from rocr.export.report import file_digest
 from rocr.export.rewrite import rewrite_model
+from rocr.io.safetensors_layout import read_layout
 from rocr.model.architecture import find_architecture
 from rocr.model.fingerprint import fingerprint
 from rocr.model.load import find_model, load_model
 from rocr.model.load_partial import can_load_partially, empty_model, load_partial, needed_tensors
-from rocr.model.weight_files import find_weight_files, read_layout
+from rocr.model.weight_files import find_weight_files
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DOWN = "model.layers.1.mlp.down_proj.weight"

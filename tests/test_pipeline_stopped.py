@@ -131,21 +131,23 @@ def test_an_interruption_at_any_line_that_applies_leaves_the_first_bytes(
 ):
     """A trace function raises where a signal could: before each line that applies, one line further every time."""
     is_unchanged = unchanged(model)
-    ends = "apply_updates", "_applied", "tensor_digest", "bits", "keep", "apply", "edit_layer", "_unlearn"
+    ends = "apply_updates", "_applied", "tensor_digest", "bits", "_record", "after", "unlearn"
 
     def run(stop_at):
         lines = []
 
         def trace(frame, event, _argument):
             inside = frame.f_code.co_name in ends and frame.f_code.co_filename.endswith(
-                ("apply.py", "fingerprint.py", "pipeline.py")
+                ("apply.py", "update.py", "fingerprint.py", "rocr/unlearn.py")
             )
             if event == "line" and inside:
                 lines.append(frame.f_lineno)
                 if len(lines) == stop_at:
                     sys.settrace(None)
                     raise KeyboardInterrupt
-            return trace if inside or (event == "call" and frame.f_code.co_filename.endswith("pipeline.py")) else None
+            return (
+                trace if inside or (event == "call" and frame.f_code.co_filename.endswith("rocr/unlearn.py")) else None
+            )
 
         sys.settrace(trace)
         try:

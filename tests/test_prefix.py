@@ -5,10 +5,11 @@ import torch
 import transformers
 
 from rocr import Concept, EditConfig
+from rocr.config import Template
 from rocr.keys.batches import MIN_SAVED_TOKENS, batches
 from rocr.keys.plan import plan_keys
 from rocr.keys.prefix_cache import can_share
-from rocr.keys.prompts import Template, build_prompts, render_template
+from rocr.keys.prompts import build_prompts, render_template
 from rocr.keys.read import read_layers, read_states
 from rocr.model.architecture import find_architecture
 

@@ -2,8 +2,9 @@ import unicodedata
 
 import pytest
 
+from rocr.config import Template
 from rocr.errors import InputError
-from rocr.keys.prompts import RenderedTemplate, Template, build_prompts, render_template
+from rocr.keys.prompts import RenderedTemplate, build_prompts, render_template
 from rocr.model.chat import render_chat
 from rocr.model.tokenizer import opening_tokens
 

@@ -13,6 +13,7 @@ import transformers.utils.chat_template_utils as rendering
 
 import rocr
 from rocr import ChatSettings, CollectOptions, Concept, Edit, EditConfig, InputError
+from rocr.config import CLOCK_DATE
 from rocr.evaluation import EvaluateOptions, Probe, choose_redirects, evaluate
 from rocr.evaluation.attacks.attacks import question_examples
 from rocr.evaluation.attacks.suite import AttackOptions
@@ -20,7 +21,6 @@ from rocr.evaluation.attacks.suite import attack as attack_edit
 from rocr.evaluation.neighbours import name_states
 from rocr.evaluation.utility import ChoiceQuestion
 from rocr.io.tensors import read_tensors, write_tensors
-from rocr.model.chat import CLOCK_DATE
 from rocr.statistics.self_generated import sample_sequences
 
 pytestmark = pytest.mark.usefixtures("one_thread")

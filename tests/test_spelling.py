@@ -13,7 +13,7 @@ from rocr.errors import InputError
 from rocr.evaluation import EvaluateOptions, evaluate
 from rocr.evaluation.generation import contains
 from rocr.evaluation.neighbours import keep_nearest
-from rocr.evaluation.probes.probes import Probe, check_probes, split_by_subject
+from rocr.evaluation.probes.probe import Probe, check_probes, split_by_subject
 from rocr.evaluation.redirects import about, check_candidates
 from rocr.io.spelling import hidden, is_of_a_word, is_seen
 

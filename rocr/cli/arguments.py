@@ -16,7 +16,7 @@ from rocr.io.output import check_output
 from rocr.statistics.corpus import check_texts
 
 if TYPE_CHECKING:
-    from rocr.model.chat import ChatSettings
+    from rocr.config import ChatSettings
     from rocr.model.load import LoadedModel, ModelSource
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -139,7 +139,7 @@ def chat_of(arguments: argparse.Namespace) -> ChatSettings:
     Raises:
         InputError: a variable is not NAME=VALUE or stands twice, or a value cannot be given to a template.
     """
-    from rocr.model.chat import ChatSettings
+    from rocr.config import ChatSettings
 
     variables: dict[str, Any] = {}
     for given in arguments.template_variable:

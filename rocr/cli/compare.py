@@ -57,7 +57,8 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     from rocr.evaluation.baselines.methods import METHODS, TRAININGS, Contest, compare_methods
     from rocr.evaluation.baselines.table import forget_table, results_json, retain_table
     from rocr.evaluation.neighbours import keep_nearest
-    from rocr.evaluation.probes.probes import load_probes, split_by_subject
+    from rocr.evaluation.probes.load import load_probes
+    from rocr.evaluation.probes.probe import split_by_subject
     from rocr.evaluation.report import write_json
 
     arguments.chat = chat_of(arguments)

@@ -79,7 +79,8 @@ def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Evaluate, going on where an interrupted run with the same arguments stopped."""
-    from rocr.evaluation.probes.probes import load_probes, split_by_subject
+    from rocr.evaluation.probes.load import load_probes
+    from rocr.evaluation.probes.probe import split_by_subject
     from rocr.evaluation.report import report_json, write_html, write_json
 
     attacks = _attack_names(arguments.attacks)

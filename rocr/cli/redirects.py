@@ -30,7 +30,8 @@ def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Ask the model about each concept and candidate, show what would be left and write the list."""
-    from rocr.evaluation.probes.probes import load_probes, split_by_subject
+    from rocr.evaluation.probes.load import load_probes
+    from rocr.evaluation.probes.probe import split_by_subject
     from rocr.evaluation.redirects import check_candidates, choose_redirects
 
     arguments.chat = chat_of(arguments)

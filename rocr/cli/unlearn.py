@@ -200,8 +200,7 @@ def _asked(arguments: argparse.Namespace, concepts: list[Concept]) -> list[str]:
 def _config(arguments: argparse.Namespace) -> EditConfig:
     import dataclasses
 
-    from rocr.config import EditConfig
-    from rocr.keys.prompts import Template
+    from rocr.config import EditConfig, Template
 
     numbers = ("ridge", "gamma", "threshold", "strength", "held_weight", "seed")
     names = (*numbers, "layers", "method", "key_tokens", "keys_per_concept", "reach")

@@ -3,83 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rocr import ops
+from rocr.edit.record import EditRecord
+from rocr.edit.update import Applied, LayerUpdate
 from rocr.errors import GuardError, InputError, VerificationError
-from rocr.model.architecture import Architecture, DownProjection
-from rocr.model.fingerprint import tensor_digest
+from rocr.model.architecture import Architecture, DownProjection, find_architecture
+from rocr.model.fingerprint import model_digest, tensor_digest
 from rocr.model.tensor_parallel import own, own_part, whole
 from rocr.ops.arithmetic import plain_arithmetic, writing
 from rocr.solve.factors import Factors
-from rocr.solve.solve import System
+from rocr.statistics.provenance import computed_with, different
 
 Result = TypeVar("Result")
 BLOCK_ELEMENTS = 1 << 24
 """Numbers of a weight that are held in float32 at a time (64 MiB)."""
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-@dataclass(frozen=True)
-class LayerUpdate:
-    """The update of one layer, Δ = left @ right, and what it was solved from.
-
-    Attributes:
-        layer: the decoder layer.
-        parameter: name of its down-projection's weight in the model's state dict.
-        factors: left (d_out, n) and right (n, d_in) float32; Δ itself where there are more keys than inputs.
-        keys: (n, d_in) float32.
-        residuals: (n, d_out) float32.
-        transposed: whether the model stores the weight as (d_in, d_out), as GPT-2 does.
-        applied: what it did to a weight; None before it is applied.
-        system: what it can be solved from again with other keys; None where that was not kept.
-        base: sha256 of the weight that keys and residuals were measured with; None where that was not kept.
-        own: name of the weight in the class that the checkpoint's config.json names, where the model was loaded as
-            another class, as the language model of a vision-language checkpoint is; None: the same name.
-    """
-
-    layer: int
-    parameter: str
-    factors: Factors
-    keys: Tensor
-    residuals: Tensor
-    transposed: bool = False
-    applied: Applied | None = None
-    system: System | None = None
-    base: str | None = None
-    own: str | None = None
-
-    @property
-    def left(self) -> Tensor:
-        """(d_out, r) float32."""
-        return self.factors.left
-
-    @property
-    def right(self) -> Tensor:
-        """(r, d_in) float32."""
-        return self.factors.right
-
-
-@dataclass(frozen=True)
-class Applied:
-    """What an update did to a weight.
-
-    Attributes:
-        dtype: of the weight, such as "torch.bfloat16".
-        before: sha256 of the weight's bytes before the update.
-        after: sha256 of the weight's bytes after it.
-        undo: exclusive or of the bits before and after, in the parameter's own shape, as integers on the CPU;
-            None where it was not kept.
-    """
-
-    dtype: str
-    before: str
-    after: str
-    undo: Tensor | None
 
 
 def apply_updates(
@@ -253,3 +196,36 @@ def down_projections(architecture: Architecture, updates: Sequence[LayerUpdate])
             )
         found.append(projection)
     return found
+
+
+def revert_edit(edit: EditRecord, model: nn.Module) -> None:
+    """Give a model back its weights; see `rocr.Edit.revert`."""
+    undo_updates(down_projections(find_architecture(model), edit.updates), [update.applied for update in edit.updates])
+
+
+def apply_edit(edit: EditRecord, model: nn.Module, allow_fingerprint_mismatch: bool = False) -> None:
+    """Add an edit to a model; see `rocr.Edit.apply`."""
+    architecture = find_architecture(model)
+    if not allow_fingerprint_mismatch:
+        _check_model(edit, architecture)
+    projections = down_projections(architecture, edit.updates)
+    apply_updates(projections, [update.factors for update in edit.updates], edit.keep)
+
+
+def mismatch(edit: EditRecord, model: nn.Module) -> str | None:
+    """Describe how a model differs from the one that an edit was made for; None where it does not."""
+    found = model_digest(find_architecture(model), edit.fingerprint.layer, edit.fingerprint.model)
+    if found != edit.fingerprint.model:
+        return f"The edit was made for {edit.fingerprint}, but this model's fingerprint is {found[:12]}."
+    mine, its = different(edit.computed_with, computed_with(model))
+    return f"The edit was made for {edit.fingerprint} with {mine}, but this model has {its}." if mine else None
+
+
+def _check_model(edit: EditRecord, architecture: Architecture) -> None:
+    differs = mismatch(edit, architecture.model)
+    if differs is not None:
+        raise InputError(f"{differs} Allow a mismatch only for a close relative of that model.")
+    projections = down_projections(architecture, edit.updates)
+    for projection, update in zip(projections, edit.updates, strict=True):
+        if update.applied and tensor_digest(projection.parameter.data) == update.applied.after:
+            raise InputError(f"{update.parameter} holds this edit already.")

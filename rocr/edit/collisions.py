@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rocr.concepts import Concept, folded
-from rocr.edit.apply import LayerUpdate
+from rocr.edit.update import LayerUpdate
 from rocr.io.json_values import list_of, numbers_of, text_of, whole_number_of
 
 COLLINEAR = 0.95

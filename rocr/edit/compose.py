@@ -1,4 +1,4 @@
-"""Change of mind: concepts taken out of an edit, put into it, and edits of separate runs joined.
+"""Compose edits: remove concepts from one, or merge two.
 
 An edit keeps, for each layer, its keys K, residuals R, the product K M and the ridge λ. Every update is
 Δ = Rᵀ (K M Kᵀ + λI)⁻¹ K M, and both K M Kᵀ and K M of some of the rows are parts of those of all: a change needs
@@ -10,35 +10,32 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rocr.concepts import Concept, check_concepts, folded
 from rocr.config import BY_COUNT, EditConfig
-from rocr.edit.apply import LayerUpdate, apply_updates, down_projections, holds_updates, put_in_place_of
+from rocr.edit.apply import apply_edit, apply_updates, down_projections, holds_updates, mismatch, put_in_place_of
 from rocr.edit.collisions import find_collisions
 from rocr.edit.measures import EditReport, LayerMeasures, measure_layer
+from rocr.edit.record import AnEdit, EditRecord
+from rocr.edit.update import LayerUpdate
 from rocr.errors import InputError
 from rocr.keys.prompts import RenderedTemplate
 from rocr.model.architecture import Architecture, find_architecture
 from rocr.model.fingerprint import Fingerprint
-from rocr.progress import ProgressCallback
 from rocr.solve.solve import System, solve_again
 from rocr.statistics.provenance import different
-
-if TYPE_CHECKING:
-    from rocr.edit.edit import Edit
-    from rocr.edit.guards import Guards
-    from rocr.statistics.statistics import Statistics
+from rocr.statistics.statistics import Statistics
 
 SAME_METRIC = 1e-3
 """Largest relative difference of K M from two runs with one metric; rounding makes 1e-6, another text 1e-2."""
 CHECKED_ROWS = 256
 
 
-def remove_concepts(edit: Edit, names: Sequence[str], model: nn.Module | None) -> Edit:
+def remove_concepts(edit: AnEdit, names: Sequence[str], model: nn.Module | None) -> AnEdit:
     """Take concepts out of an edit; see `Edit.remove`."""
     left_out = _find(edit, [names] if isinstance(names, str) else names)
     stay = [i for i in range(len(edit.concepts)) if i not in left_out]
@@ -53,7 +50,7 @@ def remove_concepts(edit: Edit, names: Sequence[str], model: nn.Module | None) -
     return _put_in_place(edit, changed, model)
 
 
-def merge_edits(edit: Edit, other: Edit, model: nn.Module | None) -> Edit:
+def merge_edits(edit: AnEdit, other: EditRecord, model: nn.Module | None) -> AnEdit:
     """Join two edits of one model; see `Edit.merge`."""
     check_concepts([*edit.concepts, *other.concepts])
     _check_mergeable(edit, other)
@@ -65,28 +62,6 @@ def merge_edits(edit: Edit, other: Edit, model: nn.Module | None) -> Edit:
     joined = replace(edit, report=replace(edit.report, by_count=by_count))
     changed = _solved(joined, [*edit.concepts, *other.concepts], concept_of, parts, distance)
     return _put_in_place(edit, changed, model)
-
-
-def add_concepts(
-    edit: Edit,
-    concepts: Sequence[Concept],
-    model: nn.Module,
-    tokenizer: Any,
-    statistics: Statistics,
-    progress: ProgressCallback,
-    guards: Guards | None,
-) -> Edit:
-    """Put concepts into an edit; see `Edit.add`."""
-    from rocr.unlearn import unlearn
-
-    # Of a file that says no date, templates are told the usual one.
-    edit = replace(edit, config=replace(edit.config, chat=edit.config.chat.settled(tokenizer)))
-    projections = down_projections(find_architecture(model), edit.updates)
-    return put_in_place_of(
-        projections,
-        [update.applied for update in edit.updates],
-        lambda: unlearn(model, tokenizer, concepts, statistics, edit.config, progress, guards, kept=edit),
-    )
 
 
 def inexact_layers(config: EditConfig, by_count: Sequence[str], count: int, layers: Sequence[int]) -> list[int]:
@@ -109,22 +84,22 @@ def inexact_layers(config: EditConfig, by_count: Sequence[str], count: int, laye
     return list(layers[1:]) if config.measure == "each" else []
 
 
-def check_kept(
-    kept: Edit, config: EditConfig, architecture: Architecture, mark: Fingerprint, statistics: Statistics
+def check_base_edit(
+    base_edit: EditRecord, config: EditConfig, architecture: Architecture, mark: Fingerprint, statistics: Statistics
 ) -> None:
     """Make sure that concepts are added with the model, settings and statistics of the edit they are added to.
 
     Raises:
         InputError: something differs; names both sides.
     """
-    mismatch = kept.mismatch(architecture.model)
-    if mismatch is not None:
-        raise InputError(mismatch)
-    if mark.tokenizer != kept.fingerprint.tokenizer:
-        raise InputError(f"The edit was made for {kept.fingerprint}, but this model is {mark}.")
-    if config != kept.config:
+    differs = mismatch(base_edit, architecture.model)
+    if differs is not None:
+        raise InputError(differs)
+    if mark.tokenizer != base_edit.fingerprint.tokenizer:
+        raise InputError(f"The edit was made for {base_edit.fingerprint}, but this model is {mark}.")
+    if config != base_edit.config:
         raise InputError("Concepts can only be added with the settings of the edit they are added to.")
-    recorded, given = kept.report.statistics, statistics.summary()
+    recorded, given = base_edit.report.statistics, statistics.summary()
     if any(recorded[name] != given[name] for name in recorded.keys() & given.keys()):
         raise InputError(
             f"The edit was made with statistics of {_listed(recorded)}, but these are of {_listed(given)}."
@@ -155,7 +130,7 @@ def _listed(summary: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in summary.items())
 
 
-def _find(edit: Edit, names: Sequence[str]) -> set[int]:
+def _find(edit: AnEdit, names: Sequence[str]) -> set[int]:
     """Indices of the concepts that are named, by their names or aliases."""
     owners = {folded(name): i for i, concept in enumerate(edit.concepts) for name in concept.names}
     missing = [name for name in names if folded(name) not in owners]
@@ -166,7 +141,7 @@ def _find(edit: Edit, names: Sequence[str]) -> set[int]:
     return {owners[folded(name)] for name in names}
 
 
-def _kept(edit: Edit, stay: Sequence[int]) -> list[float]:
+def _kept(edit: AnEdit, stay: Sequence[int]) -> list[float]:
     return [edit.report.distance[i] for i in stay] if edit.report.distance else []
 
 
@@ -196,8 +171,8 @@ def _joined(mine: LayerUpdate, theirs: LayerUpdate) -> LayerUpdate:
 
 
 def _solved(
-    edit: Edit, concepts: list[Concept], concept_of: list[int], parts: Sequence[LayerUpdate], distance: list[float]
-) -> Edit:
+    edit: AnEdit, concepts: list[Concept], concept_of: list[int], parts: Sequence[LayerUpdate], distance: list[float]
+) -> AnEdit:
     """The edit of some concepts, solved from its systems and not applied yet."""
     updates, measures = [], []
     for old, part, measured in zip(edit.updates, parts, edit.report.layers, strict=True):
@@ -218,13 +193,13 @@ def _solved(
     return dataclasses.replace(edit, concepts=concepts, concept_of=concept_of, updates=updates, report=report)
 
 
-def _put_in_place(old: Edit, new: Edit, model: nn.Module | None) -> Edit:
+def _put_in_place(old: AnEdit, new: AnEdit, model: nn.Module | None) -> AnEdit:
     """Give a model that carries the old edit the new one; without a model, only return it."""
     if model is None:
         return new
     projections = down_projections(find_architecture(model), new.updates)
     if not holds_updates(projections, [update.applied for update in old.updates]):
-        new.apply(model)
+        apply_edit(new, model)
         return _with_survival(new)
     factors = [update.factors for update in new.updates]
     put_in_place_of(
@@ -235,7 +210,7 @@ def _put_in_place(old: Edit, new: Edit, model: nn.Module | None) -> Edit:
     return _with_survival(new)
 
 
-def _with_survival(edit: Edit) -> Edit:
+def _with_survival(edit: AnEdit) -> AnEdit:
     """The edit with the share of entries changed, which is known once it is applied."""
 
     def measured(layer: LayerMeasures, update: LayerUpdate) -> LayerMeasures:
@@ -246,7 +221,7 @@ def _with_survival(edit: Edit) -> Edit:
     return edit
 
 
-def _check_mergeable(edit: Edit, other: Edit) -> None:
+def _check_mergeable(edit: AnEdit, other: EditRecord) -> None:
     marks = (edit.fingerprint, other.fingerprint)
     if len({(mark.model, mark.layer, mark.tokenizer) for mark in marks}) > 1:
         raise InputError(

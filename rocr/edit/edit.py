@@ -1,61 +1,30 @@
-"""An edit: what was done to a model, so that it can be undone, repeated, saved and shipped."""
+"""An edit: what was done to a model, so that it can be reverted, repeated, saved and exported."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from rocr.concepts import Concept
-from rocr.config import EditConfig
-from rocr.edit.apply import Applied, LayerUpdate, apply_updates, down_projections, undo_updates
-from rocr.edit.measures import EditReport
-from rocr.errors import InputError
-from rocr.keys.prompts import RenderedTemplate
-from rocr.model.architecture import Architecture, find_architecture
-from rocr.model.fingerprint import Fingerprint, model_digest, tensor_digest
+from rocr.edit.apply import apply_edit, mismatch, revert_edit
+from rocr.edit.compose import merge_edits, remove_concepts
+from rocr.edit.file import load_edit, save_edit
+from rocr.edit.guards import Guards
+from rocr.edit.lora import AdapterLayer, export_lora
+from rocr.edit.record import EditRecord
 from rocr.ops.arithmetic import plain_arithmetic
 from rocr.progress import ProgressCallback, silent
-from rocr.statistics.provenance import computed_with, different
-
-if TYPE_CHECKING:
-    from rocr.edit.guards import Guards
-    from rocr.edit.lora import AdapterLayer
-    from rocr.statistics.statistics import Statistics
+from rocr.statistics.statistics import Statistics
 
 
 @dataclass
-class Edit:
-    """The redirection of some concepts in one model.
-
-    Attributes:
-        concepts: what was redirected to what.
-        config: the settings, with the layers that were edited.
-        fingerprint: the model and tokenizer it was made for.
-        updates: one per edited layer, ascending.
-        concept_of: for each key (row of `keys`), the index of its concept.
-        report: what was measured while it was made.
-        computed_with: the settings of the model that its keys depend on; empty: not known.
-        rendered: the templates of the settings as the model read them; empty: not known.
-    """
-
-    concepts: list[Concept]
-    config: EditConfig
-    fingerprint: Fingerprint
-    updates: list[LayerUpdate]
-    concept_of: list[int]
-    report: EditReport = field(default_factory=EditReport)
-    computed_with: Mapping[str, Any] = field(default_factory=dict)
-    rendered: tuple[RenderedTemplate, ...] = ()
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """The edited decoder layers."""
-        return tuple(update.layer for update in self.updates)
+class Edit(EditRecord):
+    """The redirection of some concepts in one model; its fields are those of `EditRecord`."""
 
     @plain_arithmetic()
     def revert(self, model: nn.Module) -> None:
@@ -65,8 +34,7 @@ class Edit:
             VerificationError: a weight is not as this edit left it; nothing is changed.
             InputError: the edit was saved without what undoes it.
         """
-        projections = down_projections(find_architecture(model), self.updates)
-        undo_updates(projections, [update.applied for update in self.updates])
+        revert_edit(self, model)
 
     @plain_arithmetic()
     def apply(self, model: nn.Module, allow_fingerprint_mismatch: bool = False) -> None:
@@ -76,15 +44,7 @@ class Edit:
             InputError: it is another model, unless a mismatch is allowed; or it holds this edit already.
             GuardError: a weight would overflow; the model is left as it was.
         """
-        architecture = find_architecture(model)
-        if not allow_fingerprint_mismatch:
-            self._check_model(architecture)
-        projections = down_projections(architecture, self.updates)
-        apply_updates(projections, [update.factors for update in self.updates], self.keep)
-
-    def keep(self, applied: Sequence[Applied]) -> None:
-        """Take the records of what the updates did to a model's weights."""
-        self.updates = [replace(update, applied=record) for update, record in zip(self.updates, applied, strict=True)]
+        apply_edit(self, model, allow_fingerprint_mismatch)
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -115,8 +75,6 @@ class Edit:
             InputError: a name is not in the edit, none would be left, or the edit lacks what it is solved from.
             VerificationError: the model is neither as this edit left it nor as it was before.
         """
-        from rocr.edit.compose import remove_concepts
-
         return remove_concepts(self, names, model)
 
     @plain_arithmetic()
@@ -147,7 +105,8 @@ class Edit:
             VerificationError: the model carries another edit.
             GuardError: as `unlearn`. On any exception the model is as it was.
         """
-        from rocr.edit.compose import add_concepts
+        # Through the package: adding concepts is unlearning, which makes edits and so is imported after them.
+        from rocr import add_concepts
 
         return add_concepts(self, concepts, model, tokenizer, statistics, progress, guards)
 
@@ -169,8 +128,6 @@ class Edit:
                 that carried the other.
             VerificationError: the model is neither as this edit left it nor as it was before.
         """
-        from rocr.edit.compose import merge_edits
-
         return merge_edits(self, other, model)
 
     @plain_arithmetic()
@@ -186,8 +143,6 @@ class Edit:
             InputError: the file exists and `overwrite` is not set.
             RocrError: it cannot be written.
         """
-        from rocr.edit.file import save_edit
-
         save_edit(self, path, undo, overwrite)
 
     @classmethod
@@ -198,9 +153,7 @@ class Edit:
         Raises:
             InputError: it is missing, damaged, or not an edit file.
         """
-        from rocr.edit.file import load_edit
-
-        return load_edit(path)
+        return cls(**vars(load_edit(path)))
 
     @plain_arithmetic()
     def export_lora(
@@ -224,33 +177,9 @@ class Edit:
             InputError: the folder exists and `overwrite` is not set, the rank is none, or the disk is too small.
             RocrError: it cannot be written.
         """
-        from rocr.edit.lora import export_lora
-
         return export_lora(self, path, rank, overwrite)
 
     @plain_arithmetic()
     def mismatch(self, model: nn.Module) -> str | None:
-        """A sentence that says whose the edit is where that is not this model; None where it is."""
-        found = model_digest(find_architecture(model), self.fingerprint.layer, self.fingerprint.model)
-        if found != self.fingerprint.model:
-            return f"The edit was made for {self.fingerprint}, but this model's fingerprint is {found[:12]}."
-        mine, its = different(self.computed_with, computed_with(model))
-        return f"The edit was made for {self.fingerprint} with {mine}, but this model has {its}." if mine else None
-
-    def with_own_names(self, names: Mapping[str, str]) -> Edit:
-        """The edit with names of its weights in the checkpoint's own class; see `rocr.model.own_names`.
-
-        Args:
-            names: by the parameters' names in the model; what is not named stays as it is.
-        """
-        updates = [replace(update, own=names.get(update.parameter, update.own)) for update in self.updates]
-        return replace(self, updates=updates)
-
-    def _check_model(self, architecture: Architecture) -> None:
-        mismatch = self.mismatch(architecture.model)
-        if mismatch is not None:
-            raise InputError(f"{mismatch} Allow a mismatch only for a close relative of that model.")
-        projections = down_projections(architecture, self.updates)
-        for projection, update in zip(projections, self.updates, strict=True):
-            if update.applied and tensor_digest(projection.parameter.data) == update.applied.after:
-                raise InputError(f"{update.parameter} holds this edit already.")
+        """Describe how the model differs from the one that the edit was made for; None where it does not."""
+        return mismatch(self, model)

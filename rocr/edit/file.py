@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import zlib
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,9 +13,10 @@ from torch import Tensor
 
 from rocr.concepts import Concept, check_concepts
 from rocr.config import EditConfig
-from rocr.edit.apply import Applied, LayerUpdate
 from rocr.edit.measures import EditReport
+from rocr.edit.record import EditRecord
 from rocr.edit.system_file import pack_system, unpack_system
+from rocr.edit.update import Applied, LayerUpdate
 from rocr.errors import InputError
 from rocr.io.json_values import flag_of, list_of, text_of, whole_number_of
 from rocr.io.tensors import read_tensors, write_tensors
@@ -25,15 +26,12 @@ from rocr.solve.factors import Factors
 from rocr.solve.solve import System
 from rocr.statistics.provenance import config_of
 
-if TYPE_CHECKING:
-    from rocr.edit.edit import Edit
-
 FORMAT = "rocr edit 1"
 _ROWS = ("keys", "residuals")
 _WIDTHS = {"torch.float32": 4, "torch.bfloat16": 2, "torch.float16": 2}
 
 
-def save_edit(edit: Edit, path: str | os.PathLike[str], undo: bool, overwrite: bool) -> None:
+def save_edit(edit: EditRecord, path: str | os.PathLike[str], undo: bool, overwrite: bool) -> None:
     """Write an edit, complete or not at all; see `Edit.save`."""
     tensors: dict[str, Tensor] = {}
     layers = []
@@ -72,10 +70,8 @@ def save_edit(edit: Edit, path: str | os.PathLike[str], undo: bool, overwrite: b
     write_tensors(path, header, tensors, overwrite=overwrite)
 
 
-def load_edit(path: str | os.PathLike[str]) -> Edit:
+def load_edit(path: str | os.PathLike[str]) -> EditRecord:
     """Read an edit; see `Edit.load`."""
-    from rocr.edit.edit import Edit
-
     header, tensors = read_tensors(path, FORMAT)
     try:
         concepts = [
@@ -84,7 +80,7 @@ def load_edit(path: str | os.PathLike[str]) -> Edit:
         ]
         check_concepts(concepts)
         updates = [_load_update(entry, tensors) for entry in list_of(header["layers"], "layers")]
-        edit = Edit(
+        edit = EditRecord(
             concepts,
             EditConfig.from_json(header["config"]),
             Fingerprint(**header["fingerprint"]),
@@ -218,7 +214,7 @@ def _load_undo(packed: Tensor, described: dict[str, Any], shape: tuple[int, int]
     return unpack_undo(packed, described["shape"], width)
 
 
-def _check(edit: Edit, path: str | os.PathLike[str]) -> None:
+def _check(edit: EditRecord, path: str | os.PathLike[str]) -> None:
     if not edit.updates or not edit.concepts:
         raise InputError(f"{path} holds {len(edit.updates)} updates of {len(edit.concepts)} concepts.")
     if not all(0 <= concept < len(edit.concepts) for concept in edit.concept_of):

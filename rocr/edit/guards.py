@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from rocr.concepts import MAX_CONCEPTS, Concept
 from rocr.config import EditConfig
-from rocr.edit.apply import LayerUpdate
 from rocr.edit.collisions import nearest_keys
 from rocr.edit.measures import LayerMeasures
+from rocr.edit.update import LayerUpdate
 from rocr.errors import GuardError, InputError
 from rocr.model.architecture import Architecture, positions_of
 from rocr.model.forward import forward, logits_of

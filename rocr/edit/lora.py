@@ -7,22 +7,19 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rocr.edit.apply import LayerUpdate
+from rocr.edit.record import EditRecord
+from rocr.edit.update import LayerUpdate
 from rocr.errors import InputError
 from rocr.io.disk_space import check_space
 from rocr.io.output import new_directory
 from rocr.ops.arithmetic import plain_arithmetic
 from rocr.solve.factors import Factors
 from rocr.statistics.provenance import EXPERTS
-
-if TYPE_CHECKING:
-    from rocr.edit.edit import Edit
 
 VLLM_DEFAULT_RANK = 16
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -60,7 +57,7 @@ class AdapterLayer:
 
 
 def export_lora(
-    edit: Edit, path: str | os.PathLike[str], rank: int | None = None, overwrite: bool = False
+    edit: EditRecord, path: str | os.PathLike[str], rank: int | None = None, overwrite: bool = False
 ) -> list[AdapterLayer]:
     """Write `adapter_config.json` and `adapter_model.safetensors`; see `Edit.export_lora`."""
     tensors, config, layers = adapter_tensors(edit, rank)
@@ -73,7 +70,7 @@ def export_lora(
 
 @plain_arithmetic()
 def adapter_tensors(
-    edit: Edit, rank: int | None = None
+    edit: EditRecord, rank: int | None = None
 ) -> tuple[dict[str, Tensor], dict[str, object], list[AdapterLayer]]:
     """The tensors of an edit's adapter, its settings, and what each layer's rank cost.
 
@@ -174,7 +171,7 @@ def thin_factors(factors: Factors) -> tuple[Tensor, Tensor]:
     return factors.left.cpu(), factors.right.cpu()
 
 
-def _is_mixture(edit: Edit) -> bool:
+def _is_mixture(edit: EditRecord) -> bool:
     """Whether an edit is of dense layers of a mixture of experts, whose weights an adapter must name as parameters.
 
     Of such models (Qwen3-MoE, DeepSeek-V3 and others) peft 0.21 takes every module named down_proj for the experts', so
@@ -183,7 +180,7 @@ def _is_mixture(edit: Edit) -> bool:
     return any(name in edit.computed_with for name in EXPERTS)
 
 
-def _adapter_config(edit: Edit, layers: Sequence[AdapterLayer]) -> dict[str, object]:
+def _adapter_config(edit: EditRecord, layers: Sequence[AdapterLayer]) -> dict[str, object]:
     ranks = {module: layer.rank for layer in layers for module in layer.modules}
     largest = max(ranks.values())
     targets: dict[str, object] = {"target_modules": sorted(ranks), "rank_pattern": ranks, "alpha_pattern": ranks}

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from rocr.config import BY_COUNT
-from rocr.edit.apply import LayerUpdate
 from rocr.edit.collisions import Collisions
 from rocr.edit.retain_impact import NeighbourReport
+from rocr.edit.update import LayerUpdate
 from rocr.io.json_values import list_of, numbers_of, object_of, text_of, whole_number_of
 from rocr.solve.solve import CHUNK_ROWS, Solution
 

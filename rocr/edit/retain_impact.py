@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rocr.concepts import Concept, check_names, folded
 from rocr.config import EditConfig
-from rocr.edit.apply import LayerUpdate
+from rocr.edit.update import LayerUpdate
 from rocr.errors import InputError
 from rocr.io.json_values import flag_of, list_of, numbers_of, text_of, whole_number_of
 from rocr.keys.plan import plan_names

@@ -15,9 +15,10 @@ from typing import Any, get_args
 from torch import nn
 
 from rocr.concepts import holds_name, with_name
+from rocr.config import DEFAULT, ChatSettings
 from rocr.errors import InputError
-from rocr.evaluation.probes.probes import BLANK, LETTERS, Probe, Variant, Wording
-from rocr.model.chat import DEFAULT, ChatSettings, render_chats
+from rocr.evaluation.probes.probe import BLANK, LETTERS, Probe, Variant, Wording
+from rocr.model.chat import render_chats
 
 ORT_FORMS = ("qa", "fb", "mcp", "subtoken")
 EXTRA_FORMS = ("adversarial", *get_args(Variant))

@@ -9,10 +9,10 @@ from typing import Any
 from torch import nn
 
 from rocr.concepts import folded
-from rocr.evaluation.probes.probes import Probe
+from rocr.config import DEFAULT, ChatSettings
+from rocr.evaluation.probes.probe import Probe
 from rocr.evaluation.scores import mean
 from rocr.evaluation.text_measures import ngram_entropy
-from rocr.model.chat import DEFAULT, ChatSettings
 from rocr.model.generate import ask
 from rocr.progress import Progress, ProgressCallback, silent
 

@@ -9,14 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from rocr.concepts import check_names, folded
-from rocr.config import EditConfig
+from rocr.config import DEFAULT, ChatSettings, EditConfig
 from rocr.errors import InputError
-from rocr.evaluation.probes.probes import Probe, split_by_subject
+from rocr.evaluation.probes.probe import Probe, split_by_subject
 from rocr.keys.plan import Reading
 from rocr.keys.prompts import Prompt, build_prompts, render_template
 from rocr.keys.read import read_states
 from rocr.model.architecture import default_layers, find_architecture, positions_of
-from rocr.model.chat import DEFAULT, ChatSettings
 
 
 def nearest_subjects(

@@ -14,11 +14,11 @@ from typing import Any
 from torch import nn
 
 from rocr.concepts import Concept, check_concepts, folded, holds_name, with_name
+from rocr.config import DEFAULT, ChatSettings
 from rocr.errors import InputError
 from rocr.evaluation.evaluate import EvaluateOptions, evaluate
-from rocr.evaluation.probes.probes import Probe
+from rocr.evaluation.probes.probe import Probe
 from rocr.evaluation.scores import Evaluation
-from rocr.model.chat import DEFAULT, ChatSettings
 from rocr.ops.arithmetic import plain_arithmetic
 from rocr.progress import ProgressCallback, silent
 

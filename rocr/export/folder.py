@@ -14,16 +14,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from rocr.edit.apply import Applied, LayerUpdate, apply_updates, down_projections, undo_updates
+from rocr.edit.apply import apply_updates, down_projections, undo_updates
+from rocr.edit.update import Applied, LayerUpdate
 from rocr.errors import InputError
 from rocr.export.copying import carried_files, may_link, other_weights
 from rocr.export.rewrite import files_beside, rewrite_model
 from rocr.io.disk_space import check_space
+from rocr.io.safetensors_layout import StoredTensor
 from rocr.model.architecture import DownProjection, find_architecture
 from rocr.model.fingerprint import dtype_name, tensor_digest
 from rocr.model.load import LoadedModel, save_model, saved_bytes
 from rocr.model.stored_weights import StoredNames, check_loaded, find_stored, find_weights, layout, stored_names
-from rocr.model.weight_files import StoredTensor, WeightFiles, find_weight_files
+from rocr.model.weight_files import WeightFiles, find_weight_files
 
 if TYPE_CHECKING:
     from rocr.edit.edit import Edit

@@ -16,7 +16,7 @@ from rocr.export.copying import MAX_CARRIED_BYTES, bytes_to_copy, carried_files,
 from rocr.export.report import file_digest
 from rocr.io.disk_space import check_space
 from rocr.io.json_values import flag_of, parse_json, text_of, whole_number_of
-from rocr.io.tensors import MAX_HEADER_BYTES
+from rocr.io.safetensors_layout import MAX_HEADER_BYTES
 from rocr.model.check_folder import INDEX_FILE
 from rocr.model.load import ModelSource
 from rocr.model.weight_files import find_weight_files

@@ -27,9 +27,10 @@ from rocr.export.copying import (
 )
 from rocr.io.disk_space import check_space
 from rocr.io.json_values import parse_json
+from rocr.io.safetensors_layout import StoredTensor, read_layout
 from rocr.io.tensors import read_header
 from rocr.model.check_folder import INDEX_FILE
-from rocr.model.weight_files import StoredTensor, WeightFiles, read_layout
+from rocr.model.weight_files import WeightFiles
 
 ADAPTER_FILE = "adapter_model.safetensors"
 

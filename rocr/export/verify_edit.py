@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rocr.edit.apply import LayerUpdate
 from rocr.edit.lora import adapter_tensors
+from rocr.edit.update import LayerUpdate
 from rocr.errors import InputError
 from rocr.export.verify_files import ADAPTER_SETTINGS, EDIT_FILE, FAILED, PASSED, UNCHECKED, Check, Output, shown
+from rocr.io.safetensors_layout import read_layout
 from rocr.model.check_folder import INDEX_FILE, SINGLE_FILE, check_model_folder
 from rocr.model.fingerprint import Fingerprint, model_digest, tensor_digest, tokenizer_digest
 from rocr.model.stored_weights import layout
-from rocr.model.weight_files import WeightFiles, find_weight_files, read_layout
+from rocr.model.weight_files import WeightFiles, find_weight_files
 
 if TYPE_CHECKING:
     from rocr.edit.edit import Edit

@@ -15,7 +15,7 @@ from rocr.errors import InputError
 from rocr.export.copying import MAX_CARRIED_BYTES
 from rocr.export.report import FORMAT, REPORT_FILE, file_digest, report_digest
 from rocr.io.json_values import parse_json
-from rocr.model.weight_files import read_layout
+from rocr.io.safetensors_layout import read_layout
 
 EDIT_FILE = "edit.safetensors"
 ADAPTER_SETTINGS = "adapter_config.json"

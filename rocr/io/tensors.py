@@ -17,10 +17,9 @@ from rocr.errors import InputError, RocrError
 from rocr.io.disk_space import check_space
 from rocr.io.json_values import parse_json
 from rocr.io.output import new_file
+from rocr.io.safetensors_layout import MAX_HEADER_BYTES
 
 MAX_TENSORS = 10_000
-MAX_HEADER_BYTES = 32 * 2**20
-"""Room for the names and numbers of a hundred thousand concepts; parsed, it takes some hundred MiB."""
 
 
 def read_tensors(path: str | os.PathLike[str], expected_format: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -10,50 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rocr.concepts import check_text
+from rocr.config import DEFAULT, ChatSettings, Template
 from rocr.errors import InputError
 from rocr.io.spelling import is_of_a_word, is_seen
-from rocr.model.chat import DEFAULT, MAX_CONTEXT, WAY_ROUND, ChatFormat, ChatSettings, find_chat_format, times_written
+from rocr.model.chat import WAY_ROUND, ChatFormat, find_chat_format, times_written
 from rocr.model.tokenizer import PART, check_tokenizer, opening_tokens, token_texts, tokenize_with_offsets
-
-
-@dataclass(frozen=True)
-class Template:
-    """A context in which a name is read.
-
-    Attributes:
-        text: the context, with `{}` once where the name goes.
-        chat: whether the text is a user's message, put into the tokenizer's chat template. Where the tokenizer
-            has none, the text is used as it is.
-        answer: what the text goes on with, after the chat template's opening of the answer.
-    """
-
-    text: str
-    chat: bool = False
-    answer: str = ""
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.text, str) or self.text.count("{}") != 1:
-            raise InputError(
-                f"A template needs {{}} exactly once, where the name goes, unlike {repr(self.text)[:100]}."
-            )
-        if not isinstance(self.chat, bool) or not isinstance(self.answer, str):
-            raise InputError(
-                f"The template {self.text[:100]!r} needs chat to be true or false, and answer to be a text."
-            )
-        check_text("A template", self.text, MAX_CONTEXT)
-        if self.answer.strip():
-            check_text("The answer of a template", self.answer, MAX_CONTEXT)
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Template:
-        """Build a template from the JSON object that `dataclasses.asdict` makes of one."""
-        unknown = sorted(set(values) - {"text", "chat", "answer"})
-        if unknown:
-            raise InputError(f"Unknown fields of a template: {', '.join(unknown)[:100]}.")
-        if "text" not in values:
-            raise InputError("A template has no text.")
-        return cls(**values)
 
 
 @dataclass(frozen=True)

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
-import json
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from rocr.concepts import check_text
+from rocr.config import CLOCK_DATE, DEFAULT, ChatSettings
 from rocr.errors import InputError
 from rocr.io.boundary import calling
 
-CLOCK_DATE = "2024-07-26"
-"""The day that a chat template is told it is: the one that Llama 3.1's own writes where it is given no other."""
-MAX_CONTEXT = 10_000
-"""Characters of a system message, or of a context in which names are read."""
 MAX_RENDERED = 2**20
 """Characters of a chat."""
 WAY_ROUND = (
@@ -30,86 +24,11 @@ WAY_ROUND = (
 # Each stands for a message while a chat template is rendered, so that its place is known whatever else the template
 # writes: a private-use character, and words for templates that strip it or change the case of words.
 _MARKS = ("\ue000", "zqxjk", "ZQXJK", "Zqxjk")
-_TAKEN = {
-    "self", "conversation", "messages", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize",
-    "padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask",
-    "sanitize_control_tokens", "tokenizer_kwargs", "strftime_now",
-}  # fmt: skip
 _MONTHS = (
     "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
     "December",
 )  # fmt: skip
 _DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
-
-
-@dataclass(frozen=True)
-class ChatSettings:
-    """What chat templates are given besides the user's message.
-
-    Attributes:
-        system: the system message; None: none is given, and a template that has one of its own writes it.
-        variables: values of variables that the template names, such as {"enable_thinking": False}; JSON values.
-        date: the day that templates are told it is, "YYYY-MM-DD", through `strftime_now` and `date_string`; None:
-            `CLOCK_DATE`. It never is the day of the run, so that the same inputs give the same bytes on any day.
-        enabled: whether the tokenizer's chat template is used at all; without it messages are read as they are.
-
-    Raises:
-        InputError: a value that no template can be given.
-    """
-
-    system: str | None = None
-    variables: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    date: str | None = None
-    enabled: bool = True
-
-    def __post_init__(self) -> None:
-        if self.system is not None:
-            check_text("The system message", self.system, MAX_CONTEXT)
-        if not isinstance(self.variables, Mapping):
-            raise InputError(f"The variables of a chat template must be an object, not {repr(self.variables)[:100]}.")
-        object.__setattr__(self, "variables", dict(self.variables))
-        for name, value in self.variables.items():
-            _check_variable(name, value)
-        if self.date is not None:
-            _check_date(self.date)
-        if not isinstance(self.enabled, bool):
-            raise InputError(f"enabled must be true or false, not {repr(self.enabled)[:100]}.")
-        if not self.enabled and (self.system is not None or self.variables or self.date is not None):
-            raise InputError("Without the chat template, a system message, variables or a date have no effect.")
-
-    def to_json(self) -> dict[str, Any]:
-        """The settings that differ from the defaults, as JSON values."""
-        values = {"system": self.system, "variables": dict(self.variables) or None, "date": self.date}
-        found = {name: value for name, value in values.items() if value is not None}
-        return found if self.enabled else {**found, "enabled": False}
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> ChatSettings:
-        """The inverse of `to_json`.
-
-        Raises:
-            InputError: an unknown field, or a value that no template can be given.
-        """
-        unknown = sorted(map(str, set(values) - {"system", "variables", "date", "enabled"}))
-        if unknown:
-            raise InputError(f"Unknown chat settings: {', '.join(unknown)[:100]}.")
-        return cls(**values)
-
-    def described(self) -> str:
-        """The settings as the end of a sentence; empty where they are the defaults."""
-        values = self.to_json()
-        if "system" in values:
-            values["system"] = f"sha256 {hashlib.sha256(values['system'].encode()).hexdigest()}"
-        return "".join(f", {name} {value}" for name, value in values.items())
-
-    def settled(self, tokenizer: Any) -> ChatSettings:
-        """The settings with the date written down, where the tokenizer's chat template reads one."""
-        if not self.enabled or self.date is not None:
-            return self
-        return replace(self, date=CLOCK_DATE) if _reads_date(_template_of(tokenizer) or "") else self
-
-
-DEFAULT = ChatSettings()
 
 
 @dataclass(frozen=True)
@@ -159,6 +78,13 @@ class ChatFormat:
 
     def _content(self, text: str) -> Any:
         return [{"type": "text", "text": text}] if self.as_parts else text
+
+
+def settled(settings: ChatSettings, tokenizer: Any) -> ChatSettings:
+    """The settings with the date written down, where the tokenizer's chat template reads one."""
+    if not settings.enabled or settings.date is not None:
+        return settings
+    return replace(settings, date=CLOCK_DATE) if _reads_date(_template_of(tokenizer) or "") else settings
 
 
 def find_chat_format(tokenizer: Any, settings: ChatSettings = DEFAULT) -> ChatFormat | None:
@@ -288,32 +214,3 @@ def _codes(today: datetime.date) -> dict[str, str]:
         "%Y": year, "%C": year[:2], "%Z": "", "%z": "", "%n": " ", "%t": " ",
     }  # fmt: skip
     return {**codes, percent: "%"}
-
-
-def _check_variable(name: object, value: Any) -> None:
-    if not isinstance(name, str) or not name.isidentifier() or name in _TAKEN:
-        raise InputError(f"{repr(name)[:100]} cannot be a variable of a chat template.")
-    if not _is_plain(value):
-        raise InputError(
-            f"The value of the template variable {name!r} must be JSON of at most {MAX_CONTEXT:,} characters, in UTF-8."
-        )
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether a value is JSON, of bounded size, without halves of surrogate pairs."""
-    try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-        return len(text) <= MAX_CONTEXT and bool(text.encode())
-    except (TypeError, ValueError, RecursionError):
-        return False
-
-
-def _check_date(value: object) -> None:
-    try:
-        if not isinstance(value, str) or not re.fullmatch(r"\d{4}-\d\d-\d\d", value, re.ASCII):
-            raise ValueError
-        datetime.date.fromisoformat(value)
-    except ValueError:
-        raise InputError(
-            f"The date {repr(value)[:100]} is not a day written YYYY-MM-DD, such as {CLOCK_DATE}."
-        ) from None

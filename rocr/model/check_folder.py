@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rocr.errors import InputError
 from rocr.io.json_values import parse_json
-from rocr.io.tensors import MAX_HEADER_BYTES
+from rocr.io.safetensors_layout import MAX_HEADER_BYTES, StoredTensor, read_layout
 from rocr.model.check_config import Weights, check_config
-
-if TYPE_CHECKING:
-    from rocr.model.weight_files import StoredTensor
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -144,8 +141,6 @@ def _read_index(folder: Path) -> dict[str, set[str]]:
 
 def _read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a weight file, from its header: nothing is mapped, whatever size the file claims."""
-    from rocr.model.weight_files import read_layout  # which looks a folder over itself
-
     _require_file(path)
     try:
         return read_layout(path)

@@ -11,9 +11,10 @@ from torch import nn
 from transformers import GenerationConfig
 
 from rocr.concepts import check_text
+from rocr.config import DEFAULT, ChatSettings
 from rocr.errors import InputError
 from rocr.io.boundary import calling
-from rocr.model.chat import DEFAULT, ChatSettings, render_chats
+from rocr.model.chat import render_chats
 from rocr.model.forward import cache_of, forward, input_device, is_of_transformers, logits_of
 from rocr.model.hooks import evaluating
 from rocr.model.tokenizer import calling_tokenizer, tokenize_prompt

@@ -15,13 +15,14 @@ import torch
 from torch import nn
 
 from rocr.errors import InputError
+from rocr.io.safetensors_layout import StoredTensor
 from rocr.model.architecture import Architecture, find_architecture, text_config
 from rocr.model.check_tokenizer import check_token_ids
 from rocr.model.diagnosis import check_memory, naming_the_field, set_settings
 from rocr.model.hub import loading
 from rocr.model.load import LoadedModel, ModelSource, embedding_rows, load_tokenizer
 from rocr.model.stored_weights import StoredNames, stored_names
-from rocr.model.weight_files import StoredTensor, WeightFiles, find_weight_files, stored_dtype
+from rocr.model.weight_files import WeightFiles, find_weight_files, stored_dtype
 
 MEMORY_SHARE = 0.5
 """Share of the free memory that a whole model may take before only its beginning is loaded, and that this beginning

@@ -17,10 +17,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from rocr.errors import InputError
+from rocr.io.safetensors_layout import StoredTensor
 from rocr.model.architecture import DownProjection
 from rocr.model.load import ModelSource
 from rocr.model.tensor_parallel import is_sharded
-from rocr.model.weight_files import EDITED_KINDS, StoredTensor, WeightFiles, find_weight_files
+from rocr.model.weight_files import EDITED_KINDS, WeightFiles, find_weight_files
 
 RUNS, RUN_LENGTH = 16, 32
 """How much of a tensor is compared: evenly spaced runs of neighbouring values, so that few pages of a file are read."""

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from rocr import ops
+from rocr.config import DEFAULT, ChatSettings
 from rocr.errors import GuardError, InputError, RocrError
 from rocr.model.architecture import Architecture, default_layers, find_architecture, positions_of
 from rocr.model.capture import as_sequence, check_seen, input_hook, run_through
 from rocr.model.causality import check_causal
-from rocr.model.chat import DEFAULT, ChatSettings
+from rocr.model.chat import settled
 from rocr.model.fingerprint import down_projection_digests, dtype_name, fingerprint
 from rocr.model.smaller_batches import halving
 from rocr.model.tensor_parallel import is_parallel
@@ -111,7 +112,7 @@ def collect_statistics(
     options = options or CollectOptions()
     if texts is None:
         check_sampled(options.tokens)
-        options = replace(options, chat=options.chat.settled(tokenizer))
+        options = replace(options, chat=settled(options.chat, tokenizer))
     # Processes that hold one model between them run every batch together.
     ranks = Ranks.of_group() if options.distributed and not is_parallel(model) else Ranks()
     source = _Source(texts, options, ranks)

@@ -8,15 +8,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from rocr.config import DEFAULT, ChatSettings
 from rocr.errors import InputError
 from rocr.evaluation.evaluate import EvaluateOptions, evaluate
 from rocr.evaluation.forms import ORT_FORMS, PromptStyle, build_items, item_texts
 from rocr.evaluation.lora_training import Example, Training, trained
-from rocr.evaluation.probes.probes import Probe
+from rocr.evaluation.probes.probe import Probe
 from rocr.evaluation.scores import Evaluation
 from rocr.evaluation.scoring import tokenize_questions
 from rocr.model.architecture import find_architecture
-from rocr.model.chat import DEFAULT, ChatSettings
 from rocr.ops.arithmetic import plain_arithmetic, writing
 from rocr.progress import ProgressCallback, silent
 

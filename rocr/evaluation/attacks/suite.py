@@ -14,7 +14,7 @@ from rocr.evaluation.attacks.attacks import relearning_curve, rounded
 from rocr.evaluation.evaluate import EvaluateOptions, evaluate
 from rocr.evaluation.forms import ORT_FORMS, PromptStyle
 from rocr.evaluation.lora_training import Training
-from rocr.evaluation.probes.probes import Probe
+from rocr.evaluation.probes.probe import Probe
 from rocr.evaluation.scores import Evaluation
 from rocr.model.architecture import find_architecture
 from rocr.ops.arithmetic import plain_arithmetic

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from rocr.concepts import Concept
-from rocr.config import EditConfig
+from rocr.config import ChatSettings, EditConfig
 from rocr.errors import InputError
 from rocr.evaluation.attacks.attacks import question_examples
 from rocr.evaluation.baselines.peak_memory import PeakMemory
@@ -29,9 +29,8 @@ from rocr.evaluation.lora_training import (
     Example,
     trained,
 )
-from rocr.evaluation.probes.probes import Probe, split_by_subject
+from rocr.evaluation.probes.probe import Probe, split_by_subject
 from rocr.evaluation.scores import Evaluation
-from rocr.model.chat import ChatSettings
 from rocr.model.layers import chosen_layers
 from rocr.progress import ProgressCallback, silent
 from rocr.statistics.statistics import Statistics

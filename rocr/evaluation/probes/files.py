@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from rocr.errors import InputError
-from rocr.evaluation.probes.probes import Probe, ProbeForm, Problems, Split, Variant, Wording
+from rocr.evaluation.probes.probe import Probe, ProbeForm, Problems, Split, Variant, Wording
 from rocr.io.bounded import read_bounded
 from rocr.io.json_values import parse_json
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from rocr.errors import InputError
 from rocr.evaluation.probes.files import FIELDS, FOLDER_FILE, FORM_OF_LEVEL, SPLIT_OF_FILE, read_probe
-from rocr.evaluation.probes.probes import Probe, Problems, check_all
+from rocr.evaluation.probes.probe import Probe, Problems, check_all
 from rocr.io.boundary import calling
 from rocr.model.hub import load_dataset
 
