@@ -39,7 +39,7 @@ class Installation:
 
 def find_installation() -> Installation:
     """Look at the package of this process."""
-    folder = Path(__file__).parent.resolve()
+    folder = Path(__file__).resolve().parents[1]
     source_tree = (folder.parent / "csrc").is_dir() and (folder.parent / "setup.py").is_file()
     others = [place for place in map(_folder_of, distributions(name="rocr")) if place is not None and place != folder]
     hidden = others[0] if others else None
