@@ -65,7 +65,13 @@ PROBES = [
         "described": "Where was the countess born?",
     },
     {"subject": "Robert Downey Jr.", "query": "What does Robert Downey Jr. do?", "answer": "acts"},
-    {"subject": "Grace Hopper", "query": "Grace Hopper built ___.", "answer": "machines", "form": "fb", "split": "retain"},
+    {
+        "subject": "Grace Hopper",
+        "query": "Grace Hopper built ___.",
+        "answer": "machines",
+        "form": "fb",
+        "split": "retain",
+    },
 ]
 FOLDER = {
     "forget_level2.json": [{"query": "What did Ada Byron write?", "answer": "programs", "level": "2"}],
@@ -237,6 +243,8 @@ EXAMPLES: dict[str, str | list[str]] = {
 """A valid value of each argument; TMP is a folder of the test's own, where nothing is named "none", DATA this one."""
 BESIDE = {"--concept": ["--redirect", "a gardener"], "--suite-folder": ["--suites", "mmlu"]}
 """What an option needs beside it."""
+AGAIN = {"--concept": "Alan Turing", "--template": "Tell me of {}.", "--template-variable": "tools=[]"}
+"""Of options that may be repeated, a second value."""
 INSTEAD = {"--concept": "concepts"}
 """The argument that an option takes the place of."""
 
@@ -259,8 +267,8 @@ def option_of(action: argparse.Action) -> dict[str, Any]:
         "type": "whole number" if limited else getattr(action.type, "__name__", None),
         "range": [limits["least"], limits["most"]] if limited else None,
         "default": default,
-        "repeatable": isinstance(action, argparse._AppendAction),
         "example": None if flag else EXAMPLES[names[0]] if action.choices is None else action.choices[0],
+        "again": AGAIN[names[0]] if isinstance(action, argparse._AppendAction) else None,
         "beside": BESIDE.get(names[0]),
         "instead of": INSTEAD.get(names[0]),
     }
