@@ -13,7 +13,7 @@ MARGIN = 64
 
 def pytest_configure(config: pytest.Config) -> None:
     """Make the fixtures of other files known: with --import-mode=importlib no test can import them by name."""
-    for stem in ("models", "limits", "promises", "folders", "golden", "states", "option_effects"):
+    for stem in ("models", "limits", "promises", "folders", "golden", "states", "option_effects", "of_0_1"):
         spec = importlib.util.spec_from_file_location(f"rocr_tests_{stem}", Path(__file__).with_name(f"{stem}.py"))
         assert spec is not None and spec.loader is not None
         sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
