@@ -16,6 +16,7 @@ pytest_plugins = [
     "tests.support.golden",
     "tests.support.states",
     "tests.support.option_effects",
+    "tests.support.of_0_1",
 ]
 """Fixtures that several folders use."""
 
