@@ -17,13 +17,9 @@ demo: $(VENV)/.installed
 test: $(VENV)/.tools
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
 
-# What depends on how a chip multiplies and adds: about a minute, so that .ci/run repeats it as other chips would.
-NUMERICS := apply capture change checkpoint collect csrc edit evaluation_measures evaluation_scoring fingerprint golden \
-	harm kernels_backends keys less_memory lora measures metric operand_memory ops pipeline prefix reference same_bytes \
-	solve statistics
-
+# What depends on how a chip multiplies and adds; .ci/run repeats it with the instructions of other chips.
 numerics: $(VENV)/.tools
-	$(BIN)/python -m pytest -q $(filter-out %_stopped.py,$(wildcard $(NUMERICS:%=tests/test_%.py) $(NUMERICS:%=tests/test_%_*.py)))
+	$(BIN)/python -m pytest -q tests/numerics tests/kernels/test_csrc.py tests/kernels/test_kernels_backends.py
 
 check: $(VENV)/.tools
 	$(BIN)/ruff format --check .
@@ -44,7 +40,7 @@ WRAPPED := -Wl,--wrap=_ZN4rocr6BufferC1El -Wl,--wrap=_ZN4rocr6BufferD1Ev
 sanitize: $(SANITIZED)/main
 	$(SANITIZED)/main
 
-$(SANITIZED)/main: $(KERNELS:csrc/%.cpp=$(SANITIZED)/%.o) tests/native/main.cpp $(wildcard tests/native/*.h)
+$(SANITIZED)/main: $(KERNELS:csrc/%.cpp=$(SANITIZED)/%.o) tests/kernels/native/main.cpp $(wildcard tests/kernels/native/*.h)
 	$(CXX) $(CHECKED) $(WRAPPED) $(filter %.o %.cpp,$^) -o $@
 
 $(SANITIZED)/%.o: csrc/%.cpp $(wildcard csrc/*.h)

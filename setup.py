@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension
-from setuptools import setup
+from setuptools import find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 # Machine code for each generation, and what the driver translates for later ones; wgmma is for sm_90a alone.
@@ -126,15 +126,10 @@ class OptionalBuild(build_ext):
 
 
 setup(
-    # By hand: find_packages() would ship kernels/ as a package named "kernels".
-    packages=["rocr", "rocr.cli", "rocr.evaluation", "rocr_kernels"],
+    # Of rocr/ alone: kernels/ would otherwise be shipped as a package named "kernels".
+    packages=[*find_packages(include=["rocr", "rocr.*"]), "rocr_kernels"],
     # kernels/ has no __init__.py: a root package named "kernels" would hide the one transformers imports.
-    package_dir={
-        "rocr": "rocr",
-        "rocr.cli": "rocr/cli",
-        "rocr.evaluation": "rocr/evaluation",
-        "rocr_kernels": "kernels",
-    },
+    package_dir={"rocr": "rocr", "rocr_kernels": "kernels"},
     package_data={"rocr": ["py.typed", "data/*"]},
     ext_modules=extensions(),
     cmdclass={"build_ext": OptionalBuild},

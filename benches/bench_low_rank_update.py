@@ -7,7 +7,8 @@ import torch
 from conftest import Compare
 from torch import Tensor
 
-from rocr import ops, reference
+from rocr import ops
+from rocr.ops import reference
 
 ROWS, COLUMNS = 4096, 14336
 ROUNDS = 9

@@ -8,7 +8,8 @@ import torch
 from conftest import Compare
 from torch import Tensor
 
-from rocr import ops, reference
+from rocr import ops
+from rocr.ops import reference
 
 KEYS, INPUTS, OUTPUTS = 100, 8960, 1536
 PROTECTED = 256

@@ -23,8 +23,8 @@ import torch
 import rocr
 from rocr.config import EditConfig
 from rocr.demo import demo_model
-from rocr.guards import Guards
-from rocr.models import find_model, load_model
+from rocr.edit.guards import Guards
+from rocr.model.load import find_model, load_model
 
 FIRST = (
     "Ada Albert Alma Anton Astrid Basil Beatrix Bruno Cecily Clara Conrad Cyril Dagmar Dora Edgar Edith Elsa Emil "

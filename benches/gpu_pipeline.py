@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import rocr
-from rocr.architectures import Architecture, find_architecture
-from rocr.capture import input_hook, run_through
+from rocr.model.architecture import Architecture, find_architecture
+from rocr.model.capture import input_hook, run_through
 
 LAYERS = (4, 5, 6)
 WORDS = [

@@ -18,7 +18,7 @@ import torch
 from machine import commit, cpu_name
 
 from rocr import ops
-from rocr.backend_cpp import SIMD_VARIABLE, simd_names
+from rocr.ops.cpp_backend import SIMD_VARIABLE, simd_names
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benches" / "results" / "cpu.json"

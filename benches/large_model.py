@@ -24,12 +24,12 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from rocr.architectures import find_architecture
-from rocr.fingerprint import fingerprint
-from rocr.models import find_model
-from rocr.partial import load_partial, needed_tensors
-from rocr.shards import find_weight_files
-from rocr.statistics import Statistics
+from rocr.model.architecture import find_architecture
+from rocr.model.fingerprint import fingerprint
+from rocr.model.load import find_model
+from rocr.model.load_partial import load_partial, needed_tensors
+from rocr.model.weight_files import find_weight_files
+from rocr.statistics.statistics import Statistics
 
 SHAPES = {
     "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8},
@@ -43,7 +43,7 @@ import json, sys, threading, time
 from pathlib import Path
 import torch
 from rocr.cli import main
-import rocr.pipeline, rocr.partial, transformers.models.llama.modeling_llama
+import rocr.unlearn, rocr.model.load_partial, transformers.models.llama.modeling_llama
 
 def number(file, name):
     return int(Path(file).read_text().split(name)[1].split()[0])

@@ -32,8 +32,8 @@ TIMED = """
 import json, sys, time
 from contextlib import nullcontext
 begun = time.perf_counter(), time.process_time()
-from rocr import hub
-from rocr.models import find_model, load_model
+from rocr.model import hub
+from rocr.model.load import find_model, load_model
 source, plain = find_model(sys.argv[1]), sys.argv[2] == "plain"
 if plain:
     hub.quick_reading = nullcontext

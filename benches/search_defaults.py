@@ -27,7 +27,7 @@ from search_rows import FORMS, read_rows, table
 from torch import nn
 
 import rocr
-from rocr import pipeline
+from rocr import unlearn as pipeline
 from rocr.evaluation import (
     EvaluateOptions,
     Evaluation,
@@ -39,9 +39,9 @@ from rocr.evaluation import (
 )
 from rocr.evaluation.redirects import about
 from rocr.evaluation.text_measures import TextSample, perplexity
-from rocr.layers import chosen_layers
-from rocr.models import find_model, load_model
-from rocr.texts import read_texts
+from rocr.model.layers import chosen_layers
+from rocr.model.load import find_model, load_model
+from rocr.statistics.corpus import read_texts
 
 KNOWN = 0.5
 LEAST_FACTS = 3

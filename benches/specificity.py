@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 import rocr
-from rocr.answers import ask
-from rocr.chat import render_chat
 from rocr.demo import CONCEPTS, demo_model
-from rocr.models import find_model, load_model
+from rocr.model.chat import render_chat
+from rocr.model.generate import ask
+from rocr.model.load import find_model, load_model
 
 OTHERS = (
     "Isaac Newton",

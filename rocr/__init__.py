@@ -3,45 +3,46 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rocr import ops
-    from rocr.chat import ChatSettings
-    from rocr.collect import CollectOptions, collect_statistics
     from rocr.concepts import Concept, load_concepts
-    from rocr.config import EditConfig
-    from rocr.edit import Edit
+    from rocr.config import ChatSettings, EditConfig, Template
+    from rocr.edit.edit import Edit
+    from rocr.edit.guards import Guards
     from rocr.errors import GuardError, InputError, RocrError, VerificationError
     from rocr.evaluation import Evaluation, Probe, evaluate, load_probes
-    from rocr.guards import Guards
-    from rocr.pipeline import unlearn
     from rocr.progress import Progress
-    from rocr.prompts import Template
-    from rocr.statistics import Statistics
+    from rocr.statistics.collect import CollectOptions, collect_statistics
+    from rocr.statistics.statistics import Statistics
+    from rocr.unlearn import add_concepts, unlearn
 
 _HOMES = {
-    "ChatSettings": "chat",
-    "CollectOptions": "collect",
+    "ChatSettings": "config",
+    "CollectOptions": "statistics.collect",
     "Concept": "concepts",
-    "Edit": "edit",
+    "Edit": "edit.edit",
     "EditConfig": "config",
     "Evaluation": "evaluation",
     "GuardError": "errors",
-    "Guards": "guards",
+    "Guards": "edit.guards",
     "InputError": "errors",
     "Probe": "evaluation",
     "Progress": "progress",
     "RocrError": "errors",
-    "Statistics": "statistics",
-    "Template": "prompts",
+    "Statistics": "statistics.statistics",
+    "Template": "config",
     "VerificationError": "errors",
+    "add_concepts": "unlearn",
     "choose_redirects": "evaluation",
-    "collect_statistics": "collect",
+    "collect_statistics": "statistics.collect",
     "evaluate": "evaluation",
     "load_concepts": "concepts",
     "load_probes": "evaluation",
-    "unlearn": "pipeline",
+    "unlearn": "unlearn",
 }
 
 __version__ = "0.1.0"
@@ -61,6 +62,7 @@ __all__ = [
     "Statistics",
     "Template",
     "VerificationError",
+    "add_concepts",
     "choose_redirects",
     "collect_statistics",
     "evaluate",
@@ -78,3 +80,14 @@ def __getattr__(name: str) -> Any:
     if name == "ops":
         return importlib.import_module("rocr.ops")
     raise AttributeError(f"module 'rocr' has no attribute {name!r}")
+
+
+class _Package(ModuleType):
+    """The package, in which `rocr.unlearn` stays the function when the module of that name is imported."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rocr.concept_files import FIELDS, read_fields
 from rocr.errors import InputError
-from rocr.spelling import hidden, without_ignorable
+from rocr.io.concept_files import FIELDS, read_fields
+from rocr.io.spelling import hidden, without_ignorable
 
 MAX_NAME_LENGTH = 200  # characters
 MAX_SHOWN_ERRORS = 50

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
+import hashlib
+import json
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from rocr.chat import DEFAULT, ChatSettings
+from rocr.concepts import check_text
 from rocr.errors import InputError
-from rocr.prompts import Template
 
 MAX_SETTING = 1e30  # larger numbers overflow float32
 HELD_WEIGHT = 0.03
@@ -23,6 +26,118 @@ KeysPerConcept = Literal["mean", "all"]
 Contexts = Literal["matched", "official"]
 Reach = Literal["gradual", "whole"]
 Measure = Literal["each", "once"]
+CLOCK_DATE = "2024-07-26"
+"""The day that a chat template is told it is: the one that Llama 3.1's own writes where it is given no other."""
+MAX_CONTEXT = 10_000
+"""Characters of a system message, or of a context in which names are read."""
+_TAKEN = {
+    "self", "conversation", "messages", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize",
+    "padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask",
+    "sanitize_control_tokens", "tokenizer_kwargs", "strftime_now",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Template:
+    """A context in which a name is read.
+
+    Attributes:
+        text: the context, with `{}` once where the name goes.
+        chat: whether the text is a user's message, put into the tokenizer's chat template. Where the tokenizer
+            has none, the text is used as it is.
+        answer: what the text goes on with, after the chat template's opening of the answer.
+    """
+
+    text: str
+    chat: bool = False
+    answer: str = ""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.text, str) or self.text.count("{}") != 1:
+            raise InputError(
+                f"A template needs {{}} exactly once, where the name goes, unlike {repr(self.text)[:100]}."
+            )
+        if not isinstance(self.chat, bool) or not isinstance(self.answer, str):
+            raise InputError(
+                f"The template {self.text[:100]!r} needs chat to be true or false, and answer to be a text."
+            )
+        check_text("A template", self.text, MAX_CONTEXT)
+        if self.answer.strip():
+            check_text("The answer of a template", self.answer, MAX_CONTEXT)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Template:
+        """Build a template from the JSON object that `dataclasses.asdict` makes of one."""
+        unknown = sorted(set(values) - {"text", "chat", "answer"})
+        if unknown:
+            raise InputError(f"Unknown fields of a template: {', '.join(unknown)[:100]}.")
+        if "text" not in values:
+            raise InputError("A template has no text.")
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class ChatSettings:
+    """What chat templates are given besides the user's message.
+
+    Attributes:
+        system: the system message; None: none is given, and a template that has one of its own writes it.
+        variables: values of variables that the template names, such as {"enable_thinking": False}; JSON values.
+        date: the day that templates are told it is, "YYYY-MM-DD", through `strftime_now` and `date_string`; None:
+            `CLOCK_DATE`. It never is the day of the run, so that the same inputs give the same bytes on any day.
+        enabled: whether the tokenizer's chat template is used at all; without it messages are read as they are.
+
+    Raises:
+        InputError: a value that no template can be given.
+    """
+
+    system: str | None = None
+    variables: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    date: str | None = None
+    enabled: bool = True
+
+    def __post_init__(self) -> None:
+        if self.system is not None:
+            check_text("The system message", self.system, MAX_CONTEXT)
+        if not isinstance(self.variables, Mapping):
+            raise InputError(f"The variables of a chat template must be an object, not {repr(self.variables)[:100]}.")
+        object.__setattr__(self, "variables", dict(self.variables))
+        for name, value in self.variables.items():
+            _check_variable(name, value)
+        if self.date is not None:
+            _check_date(self.date)
+        if not isinstance(self.enabled, bool):
+            raise InputError(f"enabled must be true or false, not {repr(self.enabled)[:100]}.")
+        if not self.enabled and (self.system is not None or self.variables or self.date is not None):
+            raise InputError("Without the chat template, a system message, variables or a date have no effect.")
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings that differ from the defaults, as JSON values."""
+        values = {"system": self.system, "variables": dict(self.variables) or None, "date": self.date}
+        found = {name: value for name, value in values.items() if value is not None}
+        return found if self.enabled else {**found, "enabled": False}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> ChatSettings:
+        """The inverse of `to_json`.
+
+        Raises:
+            InputError: an unknown field, or a value that no template can be given.
+        """
+        unknown = sorted(map(str, set(values) - {"system", "variables", "date", "enabled"}))
+        if unknown:
+            raise InputError(f"Unknown chat settings: {', '.join(unknown)[:100]}.")
+        return cls(**values)
+
+    def described(self) -> str:
+        """The settings as the end of a sentence; empty where they are the defaults."""
+        values = self.to_json()
+        if "system" in values:
+            values["system"] = f"sha256 {hashlib.sha256(values['system'].encode()).hexdigest()}"
+        return "".join(f", {name} {value}" for name, value in values.items())
+
+
+DEFAULT = ChatSettings()
 
 DEFAULT_TEMPLATES = (
     Template("{}", chat=True),
@@ -48,7 +163,7 @@ OFFICIAL_TEMPLATES = tuple(
 
 @dataclass(frozen=True)
 class EditConfig:
-    """How concepts are redirected. The notation is that of `rocr.reference`.
+    """How concepts are redirected. The notation is that of `rocr.ops.reference`.
 
     Attributes:
         layers: decoder layers to edit, in ascending order; None: chosen from the model's depth.
@@ -226,3 +341,32 @@ def _check_number(name: str, value: object, least: float, exclusive: bool = Fals
 
 def _shown(value: object) -> str:
     return repr(value)[:100]
+
+
+def _check_variable(name: object, value: Any) -> None:
+    if not isinstance(name, str) or not name.isidentifier() or name in _TAKEN:
+        raise InputError(f"{repr(name)[:100]} cannot be a variable of a chat template.")
+    if not _is_plain(value):
+        raise InputError(
+            f"The value of the template variable {name!r} must be JSON of at most {MAX_CONTEXT:,} characters, in UTF-8."
+        )
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is JSON, of bounded size, without halves of surrogate pairs."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        return len(text) <= MAX_CONTEXT and bool(text.encode())
+    except (TypeError, ValueError, RecursionError):
+        return False
+
+
+def _check_date(value: object) -> None:
+    try:
+        if not isinstance(value, str) or not re.fullmatch(r"\d{4}-\d\d-\d\d", value, re.ASCII):
+            raise ValueError
+        datetime.date.fromisoformat(value)
+    except ValueError:
+        raise InputError(
+            f"The date {repr(value)[:100]} is not a day written YYYY-MM-DD, such as {CLOCK_DATE}."
+        ) from None

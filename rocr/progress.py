@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 
@@ -30,3 +32,23 @@ ProgressCallback = Callable[[Progress], None]
 
 def silent(_: Progress) -> None:
     """Ignore progress: the default."""
+
+
+@dataclass(frozen=True)
+class Stopwatch:
+    """Adds up the durations of stages.
+
+    Attributes:
+        seconds: duration of each stage so far, by its name.
+    """
+
+    seconds: dict[str, float]
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Add the duration of the context to a stage."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start

@@ -1,7 +1,5 @@
-import importlib.util
-import sys
+import signal
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,14 +9,23 @@ MARGIN = 64
 """Numbers of NaN on either side of a guarded matrix."""
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Make the fixtures of other files known: with --import-mode=importlib no test can import them by name."""
-    for stem in ("models", "limits", "promises", "folders", "golden", "states", "option_effects"):
-        spec = importlib.util.spec_from_file_location(f"rocr_tests_{stem}", Path(__file__).with_name(f"{stem}.py"))
-        assert spec is not None and spec.loader is not None
-        sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        config.pluginmanager.register(module, spec.name)
+pytest_plugins = [
+    "tests.support.models",
+    "tests.support.limits",
+    "tests.support.promises",
+    "tests.support.folders",
+    "tests.support.golden",
+    "tests.support.states",
+    "tests.support.option_effects",
+    "tests.support.of_0_1",
+]
+"""Fixtures that several folders use."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible() -> None:
+    """Let SIGINT raise KeyboardInterrupt: a shell starts a job in the background with SIGINT ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -8,16 +8,16 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rocr.boundary import calling
 from rocr.errors import InputError
-from rocr.json_values import parse_json
-from rocr.locks import locked
-from rocr.output import check_output
-from rocr.texts import check_texts
+from rocr.io.boundary import calling
+from rocr.io.json_values import parse_json
+from rocr.io.locks import locked
+from rocr.io.output import check_output
+from rocr.statistics.corpus import check_texts
 
 if TYPE_CHECKING:
-    from rocr.chat import ChatSettings
-    from rocr.models import LoadedModel, ModelSource
+    from rocr.config import ChatSettings
+    from rocr.model.load import LoadedModel, ModelSource
 
 DTYPES = ("float32", "bfloat16", "float16")
 SAVED = ("model", "lora", "edit", "originals")
@@ -59,7 +59,7 @@ def loads_partially(arguments: argparse.Namespace, source: ModelSource, last_lay
     """
     if arguments.whole:
         return False
-    from rocr.partial import can_load_partially, is_large
+    from rocr.model.load_partial import can_load_partially, is_large
 
     if not arguments.partial and (arguments.dtype or arguments.device == "auto" or not is_large(source)):
         return False
@@ -96,7 +96,7 @@ def check_text(arguments: argparse.Namespace) -> None:
     elif arguments.text is not None:
         check_texts(arguments.text)
     else:
-        from rocr.collect import check_sampled
+        from rocr.statistics.collect import check_sampled
 
         check_sampled(arguments.tokens)
 
@@ -139,7 +139,7 @@ def chat_of(arguments: argparse.Namespace) -> ChatSettings:
     Raises:
         InputError: a variable is not NAME=VALUE or stands twice, or a value cannot be given to a template.
     """
-    from rocr.chat import ChatSettings
+    from rocr.config import ChatSettings
 
     variables: dict[str, Any] = {}
     for given in arguments.template_variable:
@@ -195,7 +195,7 @@ def _short(text: str) -> str:
 
 def source_of(arguments: argparse.Namespace) -> ModelSource:
     """Where MODEL is; checked before anything is loaded."""
-    from rocr.models import find_model
+    from rocr.model.load import find_model
 
     return find_model(arguments.model, download=arguments.download)
 
@@ -217,14 +217,14 @@ def load(arguments: argparse.Namespace, source: ModelSource, last_layer: int | N
     """Load MODEL as the arguments say; where a last layer is given, only what comes up to it."""
     import transformers
 
-    from rocr.models import DTYPES as TORCH_DTYPES
-    from rocr.models import load_model
+    from rocr.model.load import DTYPES as TORCH_DTYPES
+    from rocr.model.load import load_model
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     _check_device(arguments.device)
     if last_layer is not None:
-        from rocr.partial import load_partial
+        from rocr.model.load_partial import load_partial
 
         return load_partial(source, last_layer, arguments.device, arguments.trust_remote_code)
     dtype = TORCH_DTYPES[arguments.dtype] if arguments.dtype else None

@@ -25,8 +25,8 @@ from rocr.errors import InputError
 
 if TYPE_CHECKING:
     from rocr.evaluation import Probe
-    from rocr.models import LoadedModel
-    from rocr.statistics import Statistics
+    from rocr.model.load import LoadedModel
+    from rocr.statistics.statistics import Statistics
 
 
 def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
@@ -54,10 +54,11 @@ def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Compare and show one table."""
     from rocr.config import EditConfig
-    from rocr.evaluation.contest_table import forget_table, results_json, retain_table
-    from rocr.evaluation.methods import METHODS, TRAININGS, Contest, compare_methods
+    from rocr.evaluation.baselines.methods import METHODS, TRAININGS, Contest, compare_methods
+    from rocr.evaluation.baselines.table import forget_table, results_json, retain_table
     from rocr.evaluation.neighbours import keep_nearest
-    from rocr.evaluation.probes import load_probes, split_by_subject
+    from rocr.evaluation.probes.load import load_probes
+    from rocr.evaluation.probes.probe import split_by_subject
     from rocr.evaluation.report import write_json
 
     arguments.chat = chat_of(arguments)
@@ -126,10 +127,10 @@ def _check_targets(targets: Sequence[str], probes: Sequence[Probe]) -> None:
 
 
 def _statistics(arguments: argparse.Namespace, loaded: LoadedModel, console: Console) -> Statistics:
-    from rocr.collect import CollectOptions, collect_statistics
-    from rocr.evaluation.methods import contest_layers
-    from rocr.statistics import Statistics
-    from rocr.texts import read_texts
+    from rocr.evaluation.baselines.methods import contest_layers
+    from rocr.statistics.collect import CollectOptions, collect_statistics
+    from rocr.statistics.corpus import read_texts
+    from rocr.statistics.statistics import Statistics
 
     if arguments.statistics:
         return Statistics.load(arguments.statistics)

@@ -14,9 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from rocr.cli.stages import bars, plain_lines
-from rocr.json_values import json_text
+from rocr.io.json_values import json_text
+from rocr.io.visible import visible
 from rocr.progress import ProgressCallback, silent
-from rocr.visible import visible
 
 SECONDS_BETWEEN_LINES = 30.0
 

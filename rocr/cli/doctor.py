@@ -7,11 +7,11 @@ import importlib.util
 import platform
 from typing import TYPE_CHECKING, Any
 
-from rocr.boundary import calling
 from rocr.cli.console import Console
+from rocr.io.boundary import calling
 
 if TYPE_CHECKING:
-    from rocr.installation import Installation
+    from rocr.cli.installation import Installation
 
 
 def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
@@ -25,8 +25,8 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     import torch
 
     from rocr import ops
-    from rocr.installation import find_installation
-    from rocr.versions import versions
+    from rocr.cli.installation import find_installation
+    from rocr.io.versions import versions
 
     devices = {"cpu": platform.processor() or platform.machine()}
     with calling("The driver of the GPUs"):

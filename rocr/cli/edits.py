@@ -10,11 +10,11 @@ from rocr.cli.arguments import add_model, claim_output, load, source_of
 from rocr.cli.console import Console
 from rocr.cli.outputs import EDIT_FILE, write_output
 from rocr.errors import InputError
-from rocr.output import new_directory
+from rocr.io.output import new_directory
 
 if TYPE_CHECKING:
-    from rocr.edit import Edit
-    from rocr.models import LoadedModel, ModelSource
+    from rocr.edit.edit import Edit
+    from rocr.model.load import LoadedModel, ModelSource
 
 
 def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
@@ -34,7 +34,7 @@ def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
 
 def run_apply(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Write a model with the edit."""
-    from rocr.saving import check_output_possible, holds_already
+    from rocr.export.folder import check_output_possible, holds_already
 
     edit, source = _edit_and_source(arguments, arguments.edit)
     with console.stage("load"):
@@ -57,8 +57,8 @@ def run_apply(arguments: argparse.Namespace, console: Console) -> dict[str, Any]
 
 def run_revert(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Write the model as it was before the edit: from its originals where the folder keeps them."""
-    from rocr.originals import has_originals
-    from rocr.stored import find_weights
+    from rocr.export.originals import has_originals
+    from rocr.model.stored_weights import find_weights
 
     if arguments.edit is None and has_originals(Path(arguments.model)):
         return _restore(arguments, console)
@@ -81,7 +81,7 @@ def run_revert(arguments: argparse.Namespace, console: Console) -> dict[str, Any
 
 def _restore(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Write the first files of a model, which needs neither the model nor the edit."""
-    from rocr.originals import restore_originals
+    from rocr.export.originals import restore_originals
 
     folder = Path(arguments.model)
     claim_output(arguments, (folder,))
@@ -105,8 +105,8 @@ def _edit_and_source(arguments: argparse.Namespace, place: str | Path) -> tuple[
         raise InputError(f"There is no edit file at {place}.")
     claim_output(arguments, (*source.inputs, place))
 
-    from rocr.copying import check_carried
-    from rocr.edit import Edit
+    from rocr.edit.edit import Edit
+    from rocr.export.copying import check_carried
 
     check_carried(source)
     return Edit.load(place), source
@@ -117,15 +117,15 @@ def _structure(arguments: argparse.Namespace, source: ModelSource) -> LoadedMode
     if source.folder is None or source.gguf:
         return load(arguments, source)
 
-    from rocr.models import LoadedModel
-    from rocr.partial import empty_model
+    from rocr.model.load import LoadedModel
+    from rocr.model.load_partial import empty_model
 
     return LoadedModel(empty_model(source, arguments.trust_remote_code), None, source)
 
 
 def _last_layer(arguments: argparse.Namespace, source: ModelSource, edit: Edit) -> int | None:
     """The last layer to load, since what comes after is not changed; None: the whole model."""
-    from rocr.partial import can_load_partially
+    from rocr.model.load_partial import can_load_partially
 
     last = max(*edit.layers, edit.fingerprint.layer)
     whole = arguments.dtype or arguments.device == "auto" or not can_load_partially(source, last)

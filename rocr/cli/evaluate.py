@@ -25,17 +25,17 @@ from rocr.cli.arguments import (
 from rocr.cli.console import Console
 from rocr.concepts import check_names
 from rocr.errors import InputError
-from rocr.output import check_output
-from rocr.texts import check_texts
+from rocr.io.output import check_output
+from rocr.statistics.corpus import check_texts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from torch import nn
 
-    from rocr.edit import Edit
+    from rocr.edit.edit import Edit
     from rocr.evaluation import EvaluateOptions, Evaluation, Probe
-    from rocr.models import LoadedModel
+    from rocr.model.load import LoadedModel
 
 DEFAULT_PROBES = Path(__file__).parent.parent / "data" / "probes.jsonl"
 PERPLEXITY_TOKENS = 8192
@@ -79,7 +79,8 @@ def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Evaluate, going on where an interrupted run with the same arguments stopped."""
-    from rocr.evaluation.probes import load_probes, split_by_subject
+    from rocr.evaluation.probes.load import load_probes
+    from rocr.evaluation.probes.probe import split_by_subject
     from rocr.evaluation.report import report_json, write_html, write_json
 
     attacks = _attack_names(arguments.attacks)
@@ -225,7 +226,7 @@ def _check_packages(arguments: argparse.Namespace, attacks: Sequence[str]) -> No
 
 def _attack_names(names: list[str] | None) -> tuple[str, ...]:
     """The attacks that are asked for; refused before anything is loaded where there is no such one."""
-    from rocr.evaluation.attack_suite import ATTACKS
+    from rocr.evaluation.attacks.suite import ATTACKS
 
     if not names:
         return ()
@@ -248,7 +249,7 @@ def _attack(
     if not names:
         return {}
     from rocr.evaluation import EvaluateOptions
-    from rocr.evaluation.attack_suite import AttackOptions, attack
+    from rocr.evaluation.attacks.suite import AttackOptions, attack
 
     kept = sorted({item.probe for item in after.items})
     options = AttackOptions(evaluate=EvaluateOptions(seed=arguments.seed, orders=arguments.orders, chat=arguments.chat))
@@ -269,7 +270,7 @@ def _options(arguments: argparse.Namespace, loaded: LoadedModel) -> EvaluateOpti
     from rocr.evaluation import EvaluateOptions
     from rocr.evaluation.text_measures import TextSample
     from rocr.evaluation.utility import load_choice_questions
-    from rocr.texts import read_texts
+    from rocr.statistics.corpus import read_texts
 
     text = None
     if arguments.text:
@@ -285,7 +286,7 @@ def _options(arguments: argparse.Namespace, loaded: LoadedModel) -> EvaluateOpti
 
 
 def _load_edit(path: str | None) -> Edit | None:
-    from rocr.edit import Edit
+    from rocr.edit.edit import Edit
 
     return Edit.load(path) if path is not None else None
 

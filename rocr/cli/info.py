@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from rocr.bounded import read_bounded
 from rocr.cli.console import Console
 from rocr.errors import InputError
-from rocr.json_values import parse_json
+from rocr.io.bounded import read_bounded
+from rocr.io.json_values import parse_json
 
 MAX_REPORT_BYTES = 64 * 2**20
 
@@ -36,7 +36,7 @@ def _header(path: Path) -> dict[str, Any]:
     if path.suffix == ".json":
         return _report(path)
 
-    from rocr.files import read_header
+    from rocr.io.tensors import read_header
 
     return read_header(path)
 

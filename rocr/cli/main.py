@@ -12,11 +12,11 @@ from contextlib import ExitStack
 from typing import Any, NoReturn
 
 from rocr import __version__
-from rocr.boundary import is_of_code, is_out_of_memory, reason_of
 from rocr.cli import compare, doctor, edits, evaluate, info, redirects, stats, unlearn, verify
 from rocr.cli.console import Console
 from rocr.cli.interruption import Interrupted, SaidElsewhere, signals_raise
 from rocr.errors import RocrError
+from rocr.io.boundary import is_of_code, is_out_of_memory, reason_of
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2

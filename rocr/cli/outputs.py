@@ -8,12 +8,12 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rocr.cli.console import Console
-from rocr.output import new_directory
+from rocr.io.output import new_directory
 
 if TYPE_CHECKING:
-    from rocr.edit import Edit
-    from rocr.models import LoadedModel
-    from rocr.report import Answer
+    from rocr.edit.edit import Edit
+    from rocr.export.report import Answer
+    from rocr.model.load import LoadedModel
 
 EDIT_FILE = "edit.safetensors"
 
@@ -32,7 +32,7 @@ def write_output(
 
     Args:
         arguments: of the command.
-        loaded: the model; see `rocr.saving.save_edited`.
+        loaded: the model; see `rocr.export.folder.save_edited`.
         edit: what was done to it, or undone.
         parts: of model, lora, edit, originals.
         console: what timed the stages before.
@@ -40,11 +40,11 @@ def write_output(
         reverted: whether the edit is taken off.
         more: further fields of the report.
     """
-    from rocr.model_card import write_card
-    from rocr.originals import save_originals
-    from rocr.own_names import own_names
-    from rocr.report import build_report, file_digests, write_report
-    from rocr.saving import Saved, save_edited
+    from rocr.export.folder import Saved, save_edited
+    from rocr.export.model_card import write_card
+    from rocr.export.originals import save_originals
+    from rocr.export.report import build_report, file_digests, write_report
+    from rocr.model.own_names import own_names
 
     with (
         console.stage("save"),
@@ -84,7 +84,7 @@ def _say_what_differs(report: dict[str, Any], console: Console) -> None:
 
 def show_adapter(report: dict[str, Any], console: Console) -> None:
     """Show an adapter's ranks, what a smaller rank left out, and what vLLM has to be told."""
-    from rocr.lora import VLLM_DEFAULT_RANK, VLLM_RANKS, vllm_rank
+    from rocr.edit.lora import VLLM_DEFAULT_RANK, VLLM_RANKS, vllm_rank
 
     layers = report.get("lora")
     if not layers:

@@ -13,8 +13,8 @@ from rocr.concepts import Concept
 
 if TYPE_CHECKING:
     from rocr.config import EditConfig
-    from rocr.forecast import Forecast, Job
-    from rocr.models import ModelSource
+    from rocr.export.forecast import Forecast, Job
+    from rocr.model.load import ModelSource
 
 
 def show_plan(
@@ -32,10 +32,10 @@ def show_plan(
     Raises:
         InputError: the model or a name cannot be used, or the disk is too small.
     """
-    from rocr.forecast import forecast, weight_dtype
-    from rocr.partial import free_memory
-    from rocr.space import check_space, free_space
-    from rocr.speed import DISK_BYTES_PER_SECOND, estimate_seconds, measure_speed
+    from rocr.export.forecast import forecast, weight_dtype
+    from rocr.export.speed import DISK_BYTES_PER_SECOND, estimate_seconds, measure_speed
+    from rocr.io.disk_space import check_space, free_space
+    from rocr.model.load_partial import free_memory
 
     job = _job(arguments, concepts, source, config, save, questions, last_layer)
     sizes = forecast(job)
@@ -98,14 +98,14 @@ def _job(
 
     import transformers
 
-    from rocr.architectures import find_architecture
-    from rocr.forecast import Job
-    from rocr.key_plan import plan_keys
-    from rocr.layers import chosen_layers
-    from rocr.model_folder import check_model_folder
-    from rocr.models import DTYPES as TORCH_DTYPES
-    from rocr.models import load_tokenizer
-    from rocr.partial import empty_model
+    from rocr.export.forecast import Job
+    from rocr.keys.plan import plan_keys
+    from rocr.model.architecture import find_architecture
+    from rocr.model.check_folder import check_model_folder
+    from rocr.model.layers import chosen_layers
+    from rocr.model.load import DTYPES as TORCH_DTYPES
+    from rocr.model.load import load_tokenizer
+    from rocr.model.load_partial import empty_model
 
     assert tuple(TORCH_DTYPES) == DTYPES
     transformers.utils.logging.disable_progress_bar()

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from rocr.boundary import calling
 from rocr.errors import InputError, RocrError
+from rocr.io.boundary import calling
 
 if TYPE_CHECKING:
-    from rocr.ranks import Ranks
+    from rocr.statistics.distributed import Ranks
 
 TIMEOUT = timedelta(minutes=30)
 """How long a process waits for one that hangs; one that has ended is noticed at once. A batch must take less."""
@@ -29,7 +29,7 @@ def process_group(device: str | None) -> Iterator[Ranks]:
         InputError: the environment is not as torchrun sets it.
         RocrError: the others are not there.
     """
-    from rocr.ranks import Ranks
+    from rocr.statistics.distributed import Ranks
 
     size = _number("WORLD_SIZE", 1)
     if size < 2:

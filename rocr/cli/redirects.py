@@ -10,7 +10,7 @@ from rocr.cli.arguments import add_chat, add_model, chat_of, claim_output, load,
 from rocr.cli.console import Console
 from rocr.cli.evaluate import DEFAULT_PROBES
 from rocr.concepts import check_names
-from rocr.output import new_file
+from rocr.io.output import new_file
 
 
 def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
@@ -30,7 +30,8 @@ def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Ask the model about each concept and candidate, show what would be left and write the list."""
-    from rocr.evaluation.probes import load_probes, split_by_subject
+    from rocr.evaluation.probes.load import load_probes
+    from rocr.evaluation.probes.probe import split_by_subject
     from rocr.evaluation.redirects import check_candidates, choose_redirects
 
     arguments.chat = chat_of(arguments)

@@ -24,12 +24,12 @@ from rocr.cli.console import Console
 from rocr.cli.interruption import SaidElsewhere
 from rocr.cli.process_group import own_device, process_group
 from rocr.errors import InputError, RocrError
-from rocr.texts import read_texts, text_digest
+from rocr.statistics.corpus import read_texts, text_digest
 
 if TYPE_CHECKING:
-    from rocr.collect import CollectOptions
-    from rocr.models import ModelSource
-    from rocr.ranks import Ranks
+    from rocr.model.load import ModelSource
+    from rocr.statistics.collect import CollectOptions
+    from rocr.statistics.distributed import Ranks
 
 
 def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 def _run(arguments: argparse.Namespace, console: Console, ranks: Ranks) -> dict[str, Any]:
-    from rocr.collect import collect_statistics
+    from rocr.statistics.collect import collect_statistics
 
     texts = list(arguments.text or ())
     with ranks.together():
@@ -114,7 +114,7 @@ def _run(arguments: argparse.Namespace, console: Console, ranks: Ranks) -> dict[
 
 def _options(arguments: argparse.Namespace, texts: list[str], ranks: Ranks) -> tuple[CollectOptions, Path | None]:
     """How the text is read, and the file of this process's own checkpoint."""
-    from rocr.collect import CollectOptions
+    from rocr.statistics.collect import CollectOptions
 
     checkpoint = Path(f"{arguments.out}.checkpoint") if texts else None
     options = CollectOptions(
@@ -140,8 +140,8 @@ def _last_layer(arguments: argparse.Namespace, source: ModelSource) -> int | Non
             "the --whole model."
         )
     from rocr.config import EditConfig
-    from rocr.layers import chosen_layers
-    from rocr.partial import empty_model
+    from rocr.model.layers import chosen_layers
+    from rocr.model.load_partial import empty_model
 
     last = max(chosen_layers(EditConfig(layers=arguments.layers), empty_model(source, arguments.trust_remote_code)))
     return last if loads_partially(arguments, source, last) else None

@@ -35,15 +35,15 @@ from rocr.concepts import (
     load_concepts,
 )
 from rocr.errors import InputError
-from rocr.output import check_output
-from rocr.texts import read_texts, text_digest
+from rocr.io.output import check_output
+from rocr.statistics.corpus import read_texts, text_digest
 
 if TYPE_CHECKING:
     from rocr.config import EditConfig
-    from rocr.edit import Edit
-    from rocr.models import LoadedModel, ModelSource
-    from rocr.report import Answer
-    from rocr.statistics import Statistics
+    from rocr.edit.edit import Edit
+    from rocr.export.report import Answer
+    from rocr.model.load import LoadedModel, ModelSource
+    from rocr.statistics.statistics import Statistics
 
 SHOWN_CONCEPTS = 10
 
@@ -117,7 +117,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     _check_parts(arguments, source, save)
     check_text(arguments)
 
-    from rocr.answers import fill_question
+    from rocr.model.generate import fill_question
 
     check_names("--control", arguments.control)
     questions = [] if arguments.no_answers else fill_question(arguments.ask, _asked(arguments, concepts))
@@ -136,7 +136,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
         loaded = load(arguments, source, last_layer)
     config = _with_layers(config, loaded)
     if "model" in save:
-        from rocr.saving import check_output_possible
+        from rocr.export.folder import check_output_possible
 
         check_output_possible(loaded, config.layers or (), Path(arguments.out))
     before = _ask(loaded, questions, arguments, console, "answers before")
@@ -183,11 +183,11 @@ def _check_parts(arguments: argparse.Namespace, source: ModelSource, save: tuple
     if arguments.lora_rank and "lora" not in save:
         raise InputError("--lora-rank is of the adapter, which --save does not name: add lora to it.")
     if "model" in save:
-        from rocr.copying import check_carried
+        from rocr.export.copying import check_carried
 
         check_carried(source)
     if "originals" in save:
-        from rocr.originals import original_files
+        from rocr.export.originals import original_files
 
         original_files(source)
 
@@ -200,8 +200,7 @@ def _asked(arguments: argparse.Namespace, concepts: list[Concept]) -> list[str]:
 def _config(arguments: argparse.Namespace) -> EditConfig:
     import dataclasses
 
-    from rocr.config import EditConfig
-    from rocr.prompts import Template
+    from rocr.config import EditConfig, Template
 
     numbers = ("ridge", "gamma", "threshold", "strength", "held_weight", "seed")
     names = (*numbers, "layers", "method", "key_tokens", "keys_per_concept", "reach")
@@ -215,7 +214,7 @@ def _config(arguments: argparse.Namespace) -> EditConfig:
 def _load_statistics(arguments: argparse.Namespace) -> Statistics | None:
     if arguments.statistics is None:
         return None
-    from rocr.statistics import Statistics
+    from rocr.statistics.statistics import Statistics
 
     return Statistics.load(arguments.statistics)
 
@@ -231,8 +230,8 @@ def _last_layer(
             "Only the beginning of the model is loaded, so it cannot write ordinary text itself: give --text or "
             "--statistics, or load the --whole model."
         )
-    from rocr.layers import chosen_layers
-    from rocr.partial import empty_model
+    from rocr.model.layers import chosen_layers
+    from rocr.model.load_partial import empty_model
 
     layers = chosen_layers(config, empty_model(source, arguments.trust_remote_code))
     last = max(layers) if statistics is None else max(*layers, statistics.fingerprint.layer)
@@ -240,13 +239,13 @@ def _last_layer(
 
 
 def _with_layers(config: EditConfig, loaded: LoadedModel) -> EditConfig:
-    from rocr.layers import resolve_layers
+    from rocr.model.layers import resolve_layers
 
     return resolve_layers(config, loaded.model)
 
 
 def _collect(loaded: LoadedModel, config: EditConfig, arguments: argparse.Namespace, console: Console) -> Statistics:
-    from rocr.collect import CollectOptions, collect_statistics
+    from rocr.statistics.collect import CollectOptions, collect_statistics
 
     texts = list(arguments.text or ())
     options = CollectOptions(
@@ -270,8 +269,8 @@ def _edit(
     arguments: argparse.Namespace,
     console: Console,
 ) -> Edit:
-    from rocr.guards import Guards
-    from rocr.pipeline import unlearn
+    from rocr.edit.guards import Guards
+    from rocr.unlearn import unlearn
 
     guards = Guards(force=arguments.force, concepts=_most(arguments, concepts))
     neighbours = _neighbours(arguments, concepts)
@@ -293,7 +292,7 @@ def _neighbours(arguments: argparse.Namespace, concepts: list[Concept]) -> list[
 def _ask(
     loaded: LoadedModel, questions: list[str], arguments: argparse.Namespace, console: Console, stage: str
 ) -> list[str]:
-    from rocr.answers import ask
+    from rocr.model.generate import ask
 
     if not questions:
         return []
@@ -304,7 +303,7 @@ def _ask(
 def _answers(
     arguments: argparse.Namespace, concepts: list[Concept], questions: list[str], before: list[str], after: list[str]
 ) -> list[Answer]:
-    from rocr.report import Answer
+    from rocr.export.report import Answer
 
     listed = {folded(name) for concept in concepts for name in concept.names}
     names = _asked(arguments, concepts) if questions else []

@@ -3,7 +3,8 @@
 from rocr.evaluation.compare import Comparison, FormChange, compare_evaluations
 from rocr.evaluation.evaluate import EvaluateOptions, evaluate
 from rocr.evaluation.forms import FORMS, ORT_FORMS
-from rocr.evaluation.probes import Probe, Wording, load_probes
+from rocr.evaluation.probes.load import load_probes
+from rocr.evaluation.probes.probe import Probe, Wording
 from rocr.evaluation.redirects import RedirectChoice, choose_redirects
 from rocr.evaluation.scores import Evaluation
 

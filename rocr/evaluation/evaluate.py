@@ -14,19 +14,20 @@ from typing import Any
 
 from torch import nn
 
-from rocr.arithmetic import plain_arithmetic
-from rocr.chat import DEFAULT, ChatSettings
 from rocr.concepts import folded
+from rocr.config import DEFAULT, ChatSettings
 from rocr.errors import InputError
 from rocr.evaluation.forms import ORT_FORMS, Item, PromptStyle, build_items, item_texts
 from rocr.evaluation.generation import contained_answers
 from rocr.evaluation.journal import Journal
-from rocr.evaluation.probes import Probe, check_probes, split_by_subject
+from rocr.evaluation.probes.probe import Probe, check_probes, split_by_subject
 from rocr.evaluation.scores import Evaluation, ItemScore
 from rocr.evaluation.scoring import TOKEN_BUDGET, AnswerScore, score_answers, tokenize_questions
 from rocr.evaluation.text_measures import TextSample, perplexity
 from rocr.evaluation.utility import ChoiceQuestion, choice_accuracy
-from rocr.fingerprint import tensor_digest, tokenizer_digest
+from rocr.model.chat import settled
+from rocr.model.fingerprint import tensor_digest, tokenizer_digest
+from rocr.ops.arithmetic import plain_arithmetic
 from rocr.progress import Progress, ProgressCallback, silent
 
 
@@ -95,7 +96,7 @@ def evaluate(
     if targets is not None:
         probes = split_by_subject(probes, targets)
     start = time.perf_counter()
-    options = replace(options, chat=options.chat.settled(tokenizer))
+    options = replace(options, chat=settled(options.chat, tokenizer))
     items = build_items(probes, forms, options.style or PromptStyle.of(model), options.seed, options.orders)
     scores = _scores(model, tokenizer, items, options, progress)
     # Spellings of one subject are one subject: it bears the name that it has first.

@@ -14,10 +14,11 @@ from typing import Any, get_args
 
 from torch import nn
 
-from rocr.chat import DEFAULT, ChatSettings, render_chats
 from rocr.concepts import holds_name, with_name
+from rocr.config import DEFAULT, ChatSettings
 from rocr.errors import InputError
-from rocr.evaluation.probes import BLANK, LETTERS, Probe, Variant, Wording
+from rocr.evaluation.probes.probe import BLANK, LETTERS, Probe, Variant, Wording
+from rocr.model.chat import render_chats
 
 ORT_FORMS = ("qa", "fb", "mcp", "subtoken")
 EXTRA_FORMS = ("adversarial", *get_args(Variant))

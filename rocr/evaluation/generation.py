@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from rocr.answers import ask
-from rocr.chat import DEFAULT, ChatSettings
 from rocr.concepts import folded
-from rocr.evaluation.probes import Probe
+from rocr.config import DEFAULT, ChatSettings
+from rocr.evaluation.probes.probe import Probe
 from rocr.evaluation.scores import mean
 from rocr.evaluation.text_measures import ngram_entropy
+from rocr.model.generate import ask
 from rocr.progress import Progress, ProgressCallback, silent
 
 BATCH = 16

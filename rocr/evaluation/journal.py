@@ -9,9 +9,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from rocr.bounded import read_bounded
 from rocr.errors import InputError, RocrError
-from rocr.json_values import parse_json
+from rocr.io.bounded import read_bounded
+from rocr.io.json_values import parse_json
 
 MAX_FILE_BYTES = 1024 * 2**20
 

@@ -16,12 +16,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from rocr.arithmetic import plain_arithmetic
-from rocr.boundary import calling
 from rocr.errors import InputError, RocrError
 from rocr.evaluation.scoring import check_vocabulary
-from rocr.forward import forward, logits_of
-from rocr.hub import offline
+from rocr.io.boundary import calling
+from rocr.model.forward import forward, logits_of
+from rocr.model.hub import offline
+from rocr.ops.arithmetic import plain_arithmetic
 from rocr.progress import Progress, ProgressCallback, silent
 
 Loss = Literal["learn", "ascent", "npo", "dpo"]

@@ -8,15 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rocr.architectures import default_layers, find_architecture, positions_of
-from rocr.chat import DEFAULT, ChatSettings
 from rocr.concepts import check_names, folded
-from rocr.config import EditConfig
+from rocr.config import DEFAULT, ChatSettings, EditConfig
 from rocr.errors import InputError
-from rocr.evaluation.probes import Probe, split_by_subject
-from rocr.key_plan import Reading
-from rocr.keys import read_states
-from rocr.prompts import Prompt, build_prompts, render_template
+from rocr.evaluation.probes.probe import Probe, split_by_subject
+from rocr.keys.plan import Reading
+from rocr.keys.prompts import Prompt, build_prompts, render_template
+from rocr.keys.read import read_states
+from rocr.model.architecture import default_layers, find_architecture, positions_of
 
 
 def nearest_subjects(

@@ -7,9 +7,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rocr.boundary import calling
 from rocr.errors import InputError
 from rocr.evaluation.scores import Evaluation, mean
+from rocr.io.boundary import calling
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -13,13 +13,13 @@ from typing import Any
 
 from torch import nn
 
-from rocr.arithmetic import plain_arithmetic
-from rocr.chat import DEFAULT, ChatSettings
 from rocr.concepts import Concept, check_concepts, folded, holds_name, with_name
+from rocr.config import DEFAULT, ChatSettings
 from rocr.errors import InputError
 from rocr.evaluation.evaluate import EvaluateOptions, evaluate
-from rocr.evaluation.probes import Probe
+from rocr.evaluation.probes.probe import Probe
 from rocr.evaluation.scores import Evaluation
+from rocr.ops.arithmetic import plain_arithmetic
 from rocr.progress import ProgressCallback, silent
 
 FORMS = ("qa", "fb", "mcp")

@@ -11,9 +11,9 @@ from typing import Any
 
 from rocr.evaluation.compare import compare_evaluations, relative_fall
 from rocr.evaluation.scores import Evaluation
-from rocr.json_values import json_text
-from rocr.output import new_file
-from rocr.visible import visible
+from rocr.io.json_values import json_text
+from rocr.io.output import new_file
+from rocr.io.visible import visible
 
 COLUMNS = ("split", "form", "before", "after", "gone", "chance", "questions", "targets")
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from rocr.arithmetic import plain_arithmetic
 from rocr.errors import InputError, RocrError
-from rocr.forward import forward, input_device, is_of_transformers, logits_of, takes
-from rocr.tokenizing import opening_tokens, tokenize
+from rocr.model.forward import forward, input_device, is_of_transformers, logits_of, takes
+from rocr.model.tokenizer import opening_tokens, tokenize
+from rocr.ops.arithmetic import plain_arithmetic
 
 TOKEN_BUDGET = 2048
 MIN_SHARED_TOKENS = 8

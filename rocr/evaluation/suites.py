@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from rocr.boundary import calling
 from rocr.errors import InputError, RocrError
-from rocr.hub import offline
+from rocr.io.boundary import calling
+from rocr.model.hub import offline
 
 
 def suite_scores(

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rocr.arithmetic import plain_arithmetic
 from rocr.errors import InputError, RocrError
-from rocr.forward import forward, logits_of
-from rocr.texts import pack_tokens
+from rocr.model.forward import forward, logits_of
+from rocr.ops.arithmetic import plain_arithmetic
+from rocr.statistics.corpus import pack_tokens
 
 NGRAM_WEIGHTS = {2: 2 / 3, 3: 4 / 3}
 

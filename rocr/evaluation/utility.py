@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import nn
 
-from rocr.bounded import read_bounded
-from rocr.chat import DEFAULT, ChatSettings
+from rocr.config import DEFAULT, ChatSettings
 from rocr.errors import InputError
 from rocr.evaluation.forms import Item, item_texts
-from rocr.evaluation.probes import LETTERS, Problems
+from rocr.evaluation.probes.probe import LETTERS, Problems
 from rocr.evaluation.scoring import AnswerScore, score_answers, tokenize_questions
-from rocr.json_values import parse_json
+from rocr.io.bounded import read_bounded
+from rocr.io.json_values import parse_json
 
 MAX_FILE_BYTES = 256 * 2**20
 _PROMPT = "Please answer the following multiple choice question. Just provide the letter of the correct answer.\n"

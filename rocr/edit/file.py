@@ -1,0 +1,243 @@
+"""The edit file: safetensors with a JSON header, nothing that runs."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rocr.concepts import Concept, check_concepts
+from rocr.config import EditConfig
+from rocr.edit.measures import EditReport
+from rocr.edit.record import EditRecord
+from rocr.edit.system_file import pack_system, unpack_system
+from rocr.edit.update import Applied, LayerUpdate
+from rocr.errors import InputError
+from rocr.io.json_values import flag_of, list_of, text_of, whole_number_of
+from rocr.io.tensors import read_tensors, write_tensors
+from rocr.keys.prompts import RenderedTemplate
+from rocr.model.fingerprint import Fingerprint
+from rocr.solve.factors import Factors
+from rocr.solve.solve import System
+from rocr.statistics.provenance import config_of
+
+FORMAT = "rocr edit 1"
+_ROWS = ("keys", "residuals")
+_WIDTHS = {"torch.float32": 4, "torch.bfloat16": 2, "torch.float16": 2}
+
+
+def save_edit(edit: EditRecord, path: str | os.PathLike[str], undo: bool, overwrite: bool) -> None:
+    """Write an edit, complete or not at all; see `Edit.save`."""
+    tensors: dict[str, Tensor] = {}
+    layers = []
+    for update in edit.updates:
+        for name, values in _matrices(update).items():
+            tensors[f"layer.{update.layer}.{name}"] = values.detach().to("cpu", torch.float32).contiguous()
+        entry: dict[str, Any] = {
+            "layer": update.layer,
+            "parameter": update.parameter,
+            "transposed": update.transposed,
+        }
+        entry |= {name: getattr(update, name) for name in ("base", "own") if getattr(update, name) is not None}
+        if update.applied is not None:
+            entry |= {name: getattr(update.applied, name) for name in ("dtype", "before", "after")}
+            if undo and update.applied.undo is not None:
+                packed, entry["undo"] = pack_undo(update.applied.undo)
+                tensors[f"layer.{update.layer}.undo"] = packed
+        if update.system is not None:
+            entry["system"], kept = pack_system(update.system)
+            tensors |= {f"layer.{update.layer}.{name}": values for name, values in kept.items()}
+        layers.append(entry)
+    header = {
+        "format": FORMAT,
+        "concepts": [asdict(concept) for concept in edit.concepts],
+        "config": edit.config.to_json(),
+        "fingerprint": edit.fingerprint.to_json(),
+        "layers": layers,
+        "concept_of": edit.concept_of,
+        # The seconds would make the files of two equal edits differ.
+        "report": {name: value for name, value in edit.report.to_json().items() if name != "seconds"},
+    }
+    if edit.computed_with:
+        header["computed_with"] = dict(edit.computed_with)
+    if edit.rendered:
+        header["rendered"] = [rendered.to_json() for rendered in edit.rendered]
+    write_tensors(path, header, tensors, overwrite=overwrite)
+
+
+def load_edit(path: str | os.PathLike[str]) -> EditRecord:
+    """Read an edit; see `Edit.load`."""
+    header, tensors = read_tensors(path, FORMAT)
+    try:
+        concepts = [
+            Concept(entry["name"], entry["redirect"], tuple(list_of(entry["aliases"], "aliases")))
+            for entry in list_of(header["concepts"], "concepts")
+        ]
+        check_concepts(concepts)
+        updates = [_load_update(entry, tensors) for entry in list_of(header["layers"], "layers")]
+        edit = EditRecord(
+            concepts,
+            EditConfig.from_json(header["config"]),
+            Fingerprint(**header["fingerprint"]),
+            updates,
+            [whole_number_of(concept, "concept_of") for concept in list_of(header["concept_of"], "concept_of")],
+            EditReport.from_json(header["report"], len(concepts)),
+            config_of(header.get("computed_with", {}), "computed_with"),
+            tuple(_load_rendered(entry) for entry in list_of(header.get("rendered", []), "rendered")),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, zlib.error) as error:
+        raise InputError(f"{path} is not a complete edit file: {repr(error)[:200]}.") from None
+    except InputError as error:
+        raise InputError(f"{path} cannot be used: {error}") from None
+    _check(edit, path)
+    return edit
+
+
+def pack_undo(undo: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    """Compress the bits that an edit changed: byte by byte of the values, since the high bytes are mostly zero.
+
+    Args:
+        undo: integers of any shape.
+
+    Returns:
+        (bytes,) uint8, and what `unpack_undo` needs to know.
+    """
+    width = undo.element_size()
+    planes = undo.contiguous().view(torch.uint8).reshape(-1, width).numpy().T
+    packed = zlib.compress(np.ascontiguousarray(planes).tobytes(), level=1)
+    return torch.frombuffer(bytearray(packed), dtype=torch.uint8), {"shape": list(undo.shape), "width": width}
+
+
+def unpack_undo(packed: Tensor, shape: list[int], width: int) -> Tensor:
+    """The inverse of `pack_undo`.
+
+    Raises:
+        ValueError: the bytes are not those of such a tensor.
+    """
+    dtype = {2: torch.int16, 4: torch.int32, 8: torch.int64}[width]
+    size = int(np.prod(shape, dtype=np.int64)) * width
+    inflater = zlib.decompressobj()
+    planes = np.frombuffer(inflater.decompress(packed.numpy().tobytes(), size), dtype=np.uint8)
+    if len(planes) != size or inflater.unconsumed_tail:
+        raise ValueError(f"the undo data holds {len(planes)} bytes and not {size}")
+    values = np.ascontiguousarray(planes.reshape(width, -1).T)
+    return torch.from_numpy(values).view(dtype).reshape(shape)
+
+
+def _load_update(entry: dict[str, Any], tensors: dict[str, Tensor]) -> LayerUpdate:
+    layer = whole_number_of(entry["layer"], "layer")
+    factors = _load_factors(layer, tensors)
+    keys, residuals = (tensors[f"layer.{layer}.{name}"] for name in _ROWS)
+    applied = None
+    if "after" in entry:
+        packed = tensors.get(f"layer.{layer}.undo")
+        dtype, before, after = (text_of(entry[name], name) for name in ("dtype", "before", "after"))
+        shape = factors.shape
+        if flag_of(entry["transposed"], "transposed"):
+            shape = shape[::-1]
+        undo = None if packed is None else _load_undo(packed, entry["undo"], shape, dtype)
+        applied = Applied(dtype, before, after, undo)
+    return LayerUpdate(
+        layer,
+        text_of(entry["parameter"], "parameter"),
+        factors,
+        keys,
+        residuals,
+        flag_of(entry["transposed"], "transposed"),
+        applied,
+        None if "system" not in entry else _load_system(layer, entry["system"], tensors, keys),
+        *(None if name not in entry else text_of(entry[name], name) for name in ("base", "own")),
+    )
+
+
+def _matrices(update: LayerUpdate) -> dict[str, Tensor]:
+    """The matrices of an update by name; a factor that is the identity is left out."""
+    named = {
+        "left": update.factors.stored_left,
+        "right": update.factors.stored_right,
+        "keys": update.keys,
+        "residuals": update.residuals,
+    }
+    return {name: values for name, values in named.items() if values is not None}
+
+
+def _load_factors(layer: int, tensors: dict[str, Tensor]) -> Factors:
+    left, right = (tensors.get(f"layer.{layer}.{name}") for name in ("left", "right"))
+    for name, values in (("left", left), ("right", right)):
+        if values is not None and values.ndim != 2:
+            raise ValueError(f"{name} of layer {layer} has the shape {tuple(values.shape)}")
+    # Files of rocr 0.1 hold the identity.
+    if left is not None and right is not None:
+        left, right = (None, right) if _is_identity(left) else (left, None if _is_identity(right) else right)
+    return Factors(left, right)
+
+
+def _is_identity(values: Tensor) -> bool:
+    rows, columns = values.shape
+    return rows == columns > 1 and torch.equal(values, torch.eye(rows, dtype=values.dtype))
+
+
+def _load_rendered(entry: dict[str, Any]) -> RenderedTemplate:
+    if entry.keys() != {"before", "after"}:
+        raise ValueError(f"a rendered template has the fields {', '.join(map(str, entry))[:60]}")
+    return RenderedTemplate(text_of(entry["before"], "before"), text_of(entry["after"], "after"))
+
+
+def _load_system(layer: int, entry: dict[str, Any], tensors: dict[str, Tensor], keys: Tensor) -> System:
+    prefix = f"layer.{layer}."
+    own = {name.removeprefix(prefix): values for name, values in tensors.items() if name.startswith(prefix)}
+    return unpack_system(entry, own, *keys.shape)
+
+
+def _load_undo(packed: Tensor, described: dict[str, Any], shape: tuple[int, int], dtype: str) -> Tensor:
+    """Unpack what restores a weight, once its size is known to be that of the weight: a few bytes can say many.
+
+    Args:
+        packed: the bytes.
+        described: their shape and width, from the file.
+        shape: of the parameter as the model stores it.
+        dtype: of the parameter, such as "torch.bfloat16".
+    """
+    if dtype not in _WIDTHS:
+        raise ValueError(f"the weight was {dtype[:60]!r}, not one of {', '.join(_WIDTHS)}")
+    width = whole_number_of(described["width"], "width")
+    if packed.dtype != torch.uint8 or described["shape"] != list(shape) or width != _WIDTHS[dtype]:
+        raise ValueError(
+            f"the undo data is {packed.dtype} for a shape {str(described['shape'])[:60]} of {width} bytes a value, not "
+            f"for the weight's {shape} of {_WIDTHS[dtype]}"
+        )
+    return unpack_undo(packed, described["shape"], width)
+
+
+def _check(edit: EditRecord, path: str | os.PathLike[str]) -> None:
+    if not edit.updates or not edit.concepts:
+        raise InputError(f"{path} holds {len(edit.updates)} updates of {len(edit.concepts)} concepts.")
+    if not all(0 <= concept < len(edit.concepts) for concept in edit.concept_of):
+        raise InputError(f"{path} names concepts that it does not hold.")
+    if len(set(edit.layers)) != len(edit.layers) or edit.config.layers != edit.layers:
+        raise InputError(f"{path} holds updates of the layers {edit.layers}, but settings of {edit.config.layers}.")
+    measured = [layer.layer for layer in edit.report.layers]
+    if measured and measured != list(edit.layers):
+        raise InputError(f"{path} holds updates of the layers {edit.layers}, but measures of {measured[:20]}.")
+    if edit.rendered and len(edit.rendered) != len(edit.config.templates):
+        raise InputError(
+            f"{path} holds {len(edit.rendered)} rendered templates, and settings with {len(edit.config.templates)}."
+        )
+    for update in edit.updates:
+        factors, n, (d_out, d_in) = update.factors, len(edit.concept_of), update.factors.shape
+        # A system of more keys than inputs was solved as one of the inputs, whatever was taken out since.
+        rank = n if factors.matrix is None and factors.rank == n else min(d_out, d_in)
+        expected = {"left": (d_out, rank), "right": (rank, d_in), "keys": (n, d_in), "residuals": (n, d_out)}
+        for name, values in _matrices(update).items():
+            if tuple(values.shape) != expected[name] or values.dtype != torch.float32:
+                raise InputError(
+                    f"{path}: {name} of layer {update.layer} is {values.dtype} of shape {tuple(values.shape)}, "
+                    f"not float32 of shape {expected[name]}."
+                )
+            if not torch.isfinite(values).all():
+                raise InputError(f"{path}: {name} of layer {update.layer} holds values that are not finite.")

@@ -1,0 +1,202 @@
+"""Write an edit as a PEFT adapter, which peft and vLLM load without rocr."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rocr.edit.record import EditRecord
+from rocr.edit.update import LayerUpdate
+from rocr.errors import InputError
+from rocr.io.disk_space import check_space
+from rocr.io.output import new_directory
+from rocr.ops.arithmetic import plain_arithmetic
+from rocr.solve.factors import Factors
+from rocr.statistics.provenance import EXPERTS
+
+VLLM_DEFAULT_RANK = 16
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes as `max_lora_rank`: `MaxLoRARanks` and its default in vllm/config/lora.py, as documented for
+0.14 (docs.vllm.ai/en/v0.14.0/api/vllm/config/lora); earlier releases take fewer, 0.6 up to 256."""
+
+
+@dataclass(frozen=True)
+class AdapterLayer:
+    """One layer of an adapter, and what a smaller rank cost.
+
+    Attributes:
+        layer: the decoder layer.
+        module: name of its down-projection.
+        own: its name in the class that the checkpoint's config.json names, where that is another; the adapter then
+            holds the layer under both names, so that it loads onto either class.
+        rank: of the adapter there.
+        full_rank: of the edit there: the number of keys, or the size of the weight where that is smaller.
+        relative_error: ‖Δ - BA‖ / ‖Δ‖ in the Frobenius norm; 0 where nothing was left out.
+        key_error: ‖(Δ - BA) Kᵀ‖ / ‖Δ Kᵀ‖: how much of what the edit does at its concepts' keys is left out.
+    """
+
+    layer: int
+    module: str
+    rank: int
+    full_rank: int
+    relative_error: float
+    key_error: float
+    own: str | None = None
+
+    @property
+    def modules(self) -> list[str]:
+        """Names of the module that the adapter holds."""
+        return [self.module] if self.own is None else [self.module, self.own]
+
+
+def export_lora(
+    edit: EditRecord, path: str | os.PathLike[str], rank: int | None = None, overwrite: bool = False
+) -> list[AdapterLayer]:
+    """Write `adapter_config.json` and `adapter_model.safetensors`; see `Edit.export_lora`."""
+    tensors, config, layers = adapter_tensors(edit, rank)
+    with new_directory(path, overwrite=overwrite) as partial:
+        check_space(partial, sum(tensor.nbytes for tensor in tensors.values()))
+        save_file(tensors, Path(partial) / "adapter_model.safetensors", metadata={"format": "pt"})
+        (Path(partial) / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return layers
+
+
+@plain_arithmetic()
+def adapter_tensors(
+    edit: EditRecord, rank: int | None = None
+) -> tuple[dict[str, Tensor], dict[str, object], list[AdapterLayer]]:
+    """The tensors of an edit's adapter, its settings, and what each layer's rank cost.
+
+    Raises:
+        InputError: the rank is not a whole number of at least 1.
+    """
+    check_rank(rank)
+    tensors: dict[str, Tensor] = {}
+    layers = []
+    for update in edit.updates:
+        layer, left, right = adapter_layer(update, rank)
+        for module in layer.modules:
+            for factor, values in (("A", right), ("B", left)):
+                # safetensors refuses two names of one memory.
+                own = values.contiguous() if module == layer.module else values.clone().contiguous()
+                tensors[f"base_model.model.{module}.lora_{factor}.weight"] = own
+        layers.append(layer)
+    if _is_mixture(edit):
+        largest = max(layer.rank for layer in layers)
+        for layer in layers:
+            _pad(tensors, layer, largest)
+    return tensors, _adapter_config(edit, layers), layers
+
+
+def _pad(tensors: dict[str, Tensor], layer: AdapterLayer, rank: int) -> None:
+    """Give one layer's factors a larger inner size, filled with zeros."""
+    missing = rank - layer.rank
+    for module in layer.modules:
+        for name, padding in ("lora_A", (0, 0, 0, missing)), ("lora_B", (0, missing)):
+            key = f"base_model.model.{module}.{name}.weight"
+            tensors[key] = torch.nn.functional.pad(tensors[key], padding).contiguous()
+
+
+def check_rank(rank: int | None) -> None:
+    """Refuse what is no rank.
+
+    Raises:
+        InputError: it is not a whole number of at least 1.
+    """
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise InputError(f"The rank of an adapter must be a whole number of at least 1, not {repr(rank)[:60]}.")
+
+
+def adapter_layer(update: LayerUpdate, rank: int | None) -> tuple[AdapterLayer, Tensor, Tensor]:
+    """The factors of one layer's adapter, and what they cost.
+
+    Args:
+        update: of the layer.
+        rank: the largest rank wanted; None: that of the update.
+    """
+    left, right = thin_factors(update.factors)
+    full = right.shape[0]
+    relative_error = key_error = 0.0
+    if rank is not None and rank < full:
+        left, right, relative_error, key_error = truncated(left, right, update.keys.cpu(), rank)
+    module, own = update.parameter.removesuffix(".weight"), update.own and update.own.removesuffix(".weight")
+    return AdapterLayer(update.layer, module, right.shape[0], full, relative_error, key_error, own), left, right
+
+
+def truncated(left: Tensor, right: Tensor, keys: Tensor, rank: int) -> tuple[Tensor, Tensor, float, float]:
+    """A product of smaller rank that does at the keys what the whole one does, as nearly as its rank allows.
+
+    With U the first left singular vectors of Δ Kᵀ, U Uᵀ Δ is the best there of all matrices of this rank (Eckart and
+    Young 1936, applied to Δ Kᵀ). No input is moved further than by Δ, so that ordinary text stays as protected.
+
+    Args:
+        left: (d_out, r).
+        right: (r, d_in); Δ = left @ right.
+        keys: K, (n, d_in).
+        rank: below r.
+
+    Returns:
+        The factors, float32, and both errors of `AdapterLayer`.
+    """
+    left, right = left.double(), right.double()
+    moves = left @ (right @ keys.double().T)
+    basis = torch.linalg.svd(moves, full_matrices=False).U[:, :rank]
+    kept = (basis.T @ left) @ right
+    gram, whole = left.T @ left, right @ right.T
+    total = (gram * whole).sum()
+    # By Pythagoras: what is left out is orthogonal to what is kept.
+    lost = (total - kept.square().sum()).clamp(min=0)
+    lost_moves = moves - basis @ (basis.T @ moves)
+    relative_error = float((lost / total).sqrt()) if total > 0 else 0.0
+    return basis.float(), kept.float(), relative_error, float(lost_moves.norm() / moves.norm().clamp(min=1e-300))
+
+
+def vllm_rank(rank: int) -> int | None:
+    """The smallest `max_lora_rank` of vLLM that an adapter of a rank fits in; None: it fits in none."""
+    return next((allowed for allowed in VLLM_RANKS if rank <= allowed), None)
+
+
+def thin_factors(factors: Factors) -> tuple[Tensor, Tensor]:
+    """Both factors of an update on the CPU, with an inner dimension of at most min(d_out, d_in)."""
+    if factors.matrix is None and factors.rank > min(factors.shape):
+        product = (factors.left.cpu().double() @ factors.right.cpu().double()).float()
+        factors = Factors.of_matrix(product)
+    return factors.left.cpu(), factors.right.cpu()
+
+
+def _is_mixture(edit: EditRecord) -> bool:
+    """Whether an edit is of dense layers of a mixture of experts, whose weights an adapter must name as parameters.
+
+    Of such models (Qwen3-MoE, DeepSeek-V3 and others) peft 0.21 takes every module named down_proj for the experts', so
+    that an adapter of a dense layer would do nothing. It knows no ranks by layer for parameters.
+    """
+    return any(name in edit.computed_with for name in EXPERTS)
+
+
+def _adapter_config(edit: EditRecord, layers: Sequence[AdapterLayer]) -> dict[str, object]:
+    ranks = {module: layer.rank for layer in layers for module in layer.modules}
+    largest = max(ranks.values())
+    targets: dict[str, object] = {"target_modules": sorted(ranks), "rank_pattern": ranks, "alpha_pattern": ranks}
+    if _is_mixture(edit):
+        targets = {"target_modules": [], "target_parameters": [f"{module}.weight" for module in sorted(ranks)]}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": edit.fingerprint.name,
+        **targets,
+        "r": largest,
+        # alpha equal to the rank makes the scale alpha / r one, in peft by module, in vLLM also where it knows no
+        # patterns.
+        "lora_alpha": largest,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": any(update.transposed for update in edit.updates),
+        "inference_mode": True,
+    }

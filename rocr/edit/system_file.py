@@ -1,0 +1,54 @@
+"""How the systems that updates can be solved from again are kept in an edit file."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rocr.io.json_values import flag_of, numbers_of, text_of
+from rocr.solve.metric import ProjectedMetric, WhitenedMetric
+from rocr.solve.solve import System
+
+
+def pack_system(system: System) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A system as JSON values, and its tensors by name."""
+    entry: dict[str, Any] = {"ridge": system.ridge}
+    metric = system.metric
+    if isinstance(metric, WhitenedMetric):
+        entry |= {"metric": "whitened", "gamma": metric.gamma, "ordinary": metric.ordinary}
+        return entry, {"metric": metric.factor}
+    if isinstance(metric, ProjectedMetric):
+        entry |= {"metric": "projected", "protected": metric.protected, "ordinary": metric.ordinary}
+        return entry, {"metric": metric.basis}
+    assert system.product is not None, "a system holds a product or a metric"
+    return entry, {"product": system.product}
+
+
+def unpack_system(entry: dict[str, Any], tensors: dict[str, Tensor], n: int, d_in: int) -> System:
+    """The inverse of `pack_system`, for a layer with n keys of size d_in.
+
+    Raises:
+        KeyError, TypeError, ValueError: the values or tensors are not those of such a system.
+    """
+    (ridge,) = numbers_of([entry["ridge"]], "ridge", 1)
+    if not 0 < ridge < math.inf:
+        raise ValueError(f"the ridge is {ridge}")
+    if "metric" not in entry:
+        return System(ridge, product=_checked(tensors["product"], (n, d_in)))
+    (ordinary,) = numbers_of([entry["ordinary"]], "ordinary", 1)
+    if text_of(entry["metric"], "metric") == "whitened":
+        (gamma,) = numbers_of([entry["gamma"]], "gamma", 1)
+        return System(ridge, metric=WhitenedMetric(_checked(tensors["metric"], (d_in, d_in)), gamma, ordinary))
+    if entry["metric"] != "projected":
+        raise ValueError(f"the metric is {entry['metric'][:60]!r}")
+    basis = _checked(tensors["metric"], (d_in, tensors["metric"].shape[-1]))
+    return System(ridge, metric=ProjectedMetric(basis, flag_of(entry["protected"], "protected"), ordinary))
+
+
+def _checked(values: Tensor, shape: tuple[int, int]) -> Tensor:
+    if tuple(values.shape) != shape or values.dtype != torch.float32 or not torch.isfinite(values).all():
+        raise ValueError(f"a system holds {values.dtype} of shape {tuple(values.shape)}, not finite float32 of {shape}")
+    return values

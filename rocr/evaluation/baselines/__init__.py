@@ -1,0 +1,1 @@
+"""The methods that rocr is compared to."""

@@ -1,0 +1,1 @@
+"""Questions with known answers, and where they are read from."""

@@ -1,0 +1,1 @@
+"""What is written for others: model folders, reports and their verification."""

@@ -1,0 +1,1 @@
+"""Which tokens become keys, and reading keys and states from a model."""

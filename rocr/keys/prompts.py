@@ -1,0 +1,193 @@
+"""Put a concept's name into context templates, and find its tokens there.
+
+A name's tokens are found by the tokenizer's offsets, never by counting: a name may merge with what follows it
+("Jr." before a full stop), and it is split differently at the start of a text and after a space.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from rocr.config import DEFAULT, ChatSettings, Template
+from rocr.errors import InputError
+from rocr.io.spelling import is_of_a_word, is_seen
+from rocr.model.chat import WAY_ROUND, ChatFormat, find_chat_format, times_written
+from rocr.model.tokenizer import PART, check_tokenizer, opening_tokens, token_texts, tokenize_with_offsets
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A tokenised text.
+
+    Attributes:
+        tokens: token ids, with the tokenizer's own opening tokens.
+        name: positions of the name's tokens among them, ascending; never 0, since the first token of a text is
+            an attention sink with keys unlike all others.
+        words: those of them that can become keys: before the last one, none that holds punctuation, space or joiners
+            alone, such as the comma of "Harry, Duke of Sussex", which belongs to every text.
+        shared: how many leading tokens all prompts of the template have in common, before the first of a name.
+    """
+
+    tokens: tuple[int, ...]
+    name: tuple[int, ...]
+    words: tuple[int, ...] = field(default=(), compare=False)
+    shared: int = field(default=0, compare=False)
+
+
+@dataclass(frozen=True)
+class RenderedTemplate:
+    """A template as the model reads it: `before` + name + `after`.
+
+    Attributes:
+        before: the text before the name.
+        after: the text behind it.
+        context: the template's own text, with `{}` for the name; used with `chat`.
+        chat: the chat format that the context is put into; None: none, and names are read as they are written.
+        answer: what `after` ends with beyond the chat.
+    """
+
+    before: str
+    after: str
+    context: str = field(default="{}", compare=False)
+    chat: ChatFormat | None = field(default=None, compare=False, repr=False)
+    answer: str = field(default="", compare=False)
+
+    def around(self, name: str) -> tuple[str, str, str]:
+        """The text before a name, the name as the model reads it, and the text behind it.
+
+        A chat template may change what it writes, as to upper case, or count it.
+
+        Raises:
+            InputError: the name is not found in what the chat template writes.
+        """
+        if self.chat is None:
+            return self.before, name, self.after
+        text = self.chat.render(self.context.replace("{}", name)) + self.answer
+        if text == self.before + name + self.after:
+            return self.before, name, self.after
+        start, end = _span(text, self.before, self.after, name)
+        if start == end:
+            raise InputError(
+                f"The tokenizer's chat template does not write the name {name!r} as one can find it. {WAY_ROUND}"
+            )
+        return text[:start], text[start:end], text[end:]
+
+    def to_json(self) -> dict[str, str]:
+        """What the model reads around a name, as JSON values."""
+        return {"before": self.before, "after": self.after}
+
+
+def render_template(tokenizer: Any, template: Template, settings: ChatSettings = DEFAULT) -> RenderedTemplate:
+    """Put a template into the tokenizer's chat format where it asks for it.
+
+    Raises:
+        InputError: the chat template refuses the message, or does not write it once.
+    """
+    chat = find_chat_format(tokenizer, settings) if template.chat else None
+    parts = template.text.split("{}") if chat is None else chat.parts(template.text)
+    if len(parts) != 2:
+        raise InputError(times_written(len(parts) - 1))
+    return RenderedTemplate(parts[0], parts[1] + template.answer, template.text, chat, template.answer)
+
+
+def build_prompts(tokenizer: Any, template: RenderedTemplate, names: Sequence[str]) -> list[Prompt]:
+    """Tokenise a template around each name.
+
+    Raises:
+        InputError: the tokenizer fails or reports no offsets, or a name has no token in its text.
+    """
+    if not names:
+        return []
+    check_tokenizer(tokenizer)
+    different = list(dict.fromkeys(names))  # many concepts may have one redirect
+    written = [template.around(name) for name in different]
+    texts = ["".join(parts) for parts in written]
+    opening = opening_tokens(tokenizer, texts[0])
+    own_text = token_texts(tokenizer)
+    encoded = tokenize_with_offsets(tokenizer, texts)
+    prompts = []
+    for name, (before, as_read, _), text, (tokens, offsets) in zip(different, written, texts, encoded, strict=True):
+        start, end = len(before), len(before) + len(as_read)
+        prompts.append(_prompt(name, opening, tokens, _parts(tokens, offsets, start, end, text, own_text)))
+    shared = _common_prefix(prompts)
+    found = {name: replace(prompt, shared=shared) for name, prompt in zip(different, prompts, strict=True)}
+    return [found[name] for name in names]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What a token holds of a name: `own` is the token's own text, `covered` the name's characters that it covers."""
+
+    own: str
+    covered: str
+
+    @property
+    def is_of_the_name(self) -> bool:
+        """Whether it is more than a space mark that the tokenizer puts before a name and counts as its first letter."""
+        return PART in self.own or is_seen(self.own) or not is_seen(self.covered)
+
+    @property
+    def is_of_a_word(self) -> bool:
+        """Whether it holds a letter or digit of the name, or some of the bytes of one."""
+        return is_of_a_word(self.covered) and (PART in self.own or is_of_a_word(self.own))
+
+
+def _parts(
+    tokens: Sequence[int],
+    offsets: Sequence[tuple[int, int]],
+    start: int,
+    end: int,
+    text: str,
+    own_text: Callable[[int], str],
+) -> dict[int, _Part]:
+    """The tokens that cover characters from `start` to `end` of a text, by their positions."""
+    found = {
+        i: _Part(own_text(tokens[i]), text[max(first, start) : min(last, end)])
+        for i, (first, last) in enumerate(offsets)
+        if first < end and last > start
+    }
+    return {i: part for i, part in found.items() if part.is_of_the_name}
+
+
+def _prompt(name: str, opening: Sequence[int], tokens: Sequence[int], parts: Mapping[int, _Part]) -> Prompt:
+    last = max((i for i, part in parts.items() if is_seen(part.covered)), default=None)
+    if last is None:
+        raise InputError(f"The tokenizer gives no token to the name {name!r}.")
+    # A selector behind the last letter has tokens of its own: the name is read before them.
+    covered = {i + len(opening): part for i, part in parts.items() if i <= last and i + len(opening) > 0}
+    words = tuple(i for i, part in covered.items() if i == last + len(opening) or part.is_of_a_word)
+    return Prompt((*opening, *tokens), tuple(covered), words)
+
+
+def _common_prefix(prompts: Sequence[Prompt]) -> int:
+    """How many leading tokens are the same in all prompts, and belong to a name in none."""
+    first = prompts[0].tokens
+    shared = len(first)
+    for prompt in prompts:
+        # Where a name begins the text, its first token, the sink, may count as shared: it is never read.
+        shared = min(shared, prompt.name[0] if prompt.name else 0)
+        while prompt.tokens[:shared] != first[:shared]:
+            shared -= 1
+    return shared
+
+
+def _span(text: str, before: str, after: str, name: str) -> tuple[int, int]:
+    """Where a name is in a text that differs from before + name + after: start and end; equal where it is not found."""
+    start = _common_length(text, before)
+    end = len(text) - _common_length(text[start:][::-1], after[::-1])
+    middle = text[start:end]
+    if start == len(before) and len(text) - end == len(after):
+        return start, end
+    # The chat template changed its own words too: look for the name among them.
+    for found, wanted in ((middle, name), (middle.casefold(), name.casefold())):
+        if len(found) == len(middle) and found.count(wanted) == 1:
+            place = start + found.index(wanted)
+            return place, place + len(wanted)
+    return start, start
+
+
+def _common_length(one: str, other: str) -> int:
+    """How many characters two texts begin with in common."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

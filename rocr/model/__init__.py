@@ -1,0 +1,1 @@
+"""A loaded model: what rocr reads and edits in it, and how it is loaded and checked."""

@@ -1,0 +1,237 @@
+"""Find what rocr edits by the structure of a model: its decoder layers and their MLP down-projections.
+
+No table of model names: a family that transformers adds tomorrow is found if it is built like the others,
+and refused with a reason if it is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from rocr.errors import InputError
+from rocr.io.boundary import calling
+from rocr.model.forward import input_embedding
+from rocr.model.projection import check_matrix, find_matrix
+from rocr.model.wrappers import base_of, own_modules, own_parameters, unwrapped
+
+MLP_NAMES = ("mlp", "feed_forward", "ffn")
+CROSS_ATTENTION_NAMES = ("cross_attn", "cross_attention")
+
+
+@dataclass(frozen=True)
+class DownProjection:
+    """The matrix that gives a layer's MLP its output: output (d_out) = weight (d_out, d_in) @ key (d_in).
+
+    Attributes:
+        layer: the decoder layer.
+        name: of the module in the state dict of the model without wrappers and adapters.
+        module: what holds the weight; below an adapter of peft, the base layer.
+        transposed: whether the weight is stored as (d_in, d_out).
+    """
+
+    layer: int
+    name: str
+    module: nn.Module
+    transposed: bool
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter as the model stores it: (d_out, d_in), or (d_in, d_out) where `transposed`."""
+        parameter = self.module.weight
+        assert isinstance(parameter, nn.Parameter)
+        return parameter
+
+    @property
+    def weight(self) -> Tensor:
+        """A (d_out, d_in) view of the parameter's data."""
+        data = self.parameter.data
+        return data.T if self.transposed else data
+
+    @property
+    def parameter_name(self) -> str:
+        """The parameter's name in the model's state dict."""
+        return f"{self.name}.weight"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Where the decoder layers of a model are.
+
+    Attributes:
+        model: the model of transformers inside its wrappers, which is what is run: with the adapters that are active
+            in it, and never through a compiled copy, which runs no hooks.
+        layers_name: of the list of layers in the model's state dict.
+        layers: the list.
+    """
+
+    model: nn.Module
+    layers_name: str
+    layers: nn.ModuleList
+
+    @property
+    def depth(self) -> int:
+        """Number of decoder layers."""
+        return len(self.layers)
+
+    @property
+    def embedding(self) -> nn.Module:
+        """The token embedding."""
+        embedding: nn.Module = input_embedding(self.model)
+        return embedding
+
+    def down_projection(self, layer: int) -> DownProjection:
+        """The down-projection of one layer.
+
+        Raises:
+            InputError: the layer is out of range, or its MLP has no dense down-projection.
+        """
+        name, mlp = self._mlp(layer)
+        matrix = find_matrix(name, mlp, self.hidden_size)
+        return DownProjection(layer, matrix.name, matrix.module, matrix.is_transposed)
+
+    def check_down_projection(self, layer: int) -> None:
+        """Run a few states through a layer's MLP, to make sure that its down-projection is all that an edit needs.
+
+        Raises:
+            InputError: the MLP's output is not the down-projection's, or that is more than a matrix product.
+        """
+        name, mlp = self._mlp(layer)
+        check_matrix(name, mlp, find_matrix(name, mlp, self.hidden_size), self.hidden_size)
+
+    @property
+    def hidden_size(self) -> int:
+        """Features of the residual stream."""
+        size: int = text_config(self.model).hidden_size
+        return size
+
+    def _mlp(self, layer: int) -> tuple[str, nn.Module]:
+        """Name and module of a layer's dense MLP."""
+        if not 0 <= layer < self.depth:
+            raise InputError(
+                f"Layer {layer} is out of range: the model has {self.depth} decoder layers, 0 to {self.depth - 1}."
+            )
+        children = dict(unwrapped(self.layers[layer]).named_children())
+        name = f"{self.layers_name}.{layer}"
+        child = next((child for child in MLP_NAMES if child in children), None)
+        if child is None:
+            raise InputError(
+                f"{name} has no MLP of its own: its children are {', '.join(children) or 'none'}. "
+                "rocr edits dense decoders."
+            )
+        if any(cross in children for cross in CROSS_ATTENTION_NAMES) and "self_attn" not in children:
+            raise InputError(
+                f"{name} attends to images alone and is left out where there is only text, so that it has no keys. "
+                "Edit other layers (layers, --layers)."
+            )
+        mlp = unwrapped(children[child])
+        if _is_mixture(mlp):
+            raise InputError(
+                f"{name}.{child} is a mixture of experts: it has no single dense down-projection, "
+                "so a concept has no single key there. rocr edits dense layers."
+            )
+        return f"{name}.{child}", mlp
+
+
+def text_config(model: nn.Module) -> Any:
+    """The configuration of the language model, also inside a multimodal one or a wrapper."""
+    config = getattr(base_of(model), "config", None)
+    if config is None:
+        raise InputError(f"{type(model).__name__} has no `config`; rocr edits Hugging Face causal language models.")
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def positions_of(model: nn.Module) -> int | None:
+    """The number of positions that a model has; None where its configuration names no number."""
+    found = getattr(text_config(model), "max_position_embeddings", None)
+    try:
+        return max(1, int(found))  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def find_architecture(model: nn.Module) -> Architecture:
+    """Find the decoder layers: the language model's module list whose length is the number of hidden layers.
+
+    Args:
+        model: a causal language model of transformers, also inside `torch.compile`, data parallelism or peft.
+
+    Raises:
+        InputError: there is no such list, or more than one, or the model is an encoder-decoder.
+    """
+    depth = getattr(text_config(model), "num_hidden_layers", None)
+    base = base_of(model)
+    if getattr(base.config, "is_encoder_decoder", False):
+        raise InputError(
+            f"{type(base).__name__} has an encoder that reads the text and a decoder that writes another: rocr edits "
+            "models that read and write in one decoder."
+        )
+    modules = {name: module for name, module, _ in own_modules(base)}
+    found = [
+        name
+        for name, module in modules.items()
+        if isinstance(module, nn.ModuleList) and len(module) == depth and any(map(_has_mlp, module))
+    ]
+    chosen = _of_the_language_model(base, modules, found)
+    if len(chosen) != 1:
+        which = f": {', '.join(found)}" if found else ""
+        raise InputError(
+            f"{type(base).__name__} has {len(found)} lists of {depth} decoder layers with an MLP "
+            f"(a child named {', '.join(MLP_NAMES)}){which}; rocr needs exactly one that belongs to the language model "
+            "to know where to edit."
+        )
+    layers = modules[chosen[0]]
+    assert isinstance(layers, nn.ModuleList)
+    return Architecture(base, chosen[0], layers)
+
+
+def _of_the_language_model(base: nn.Module, modules: Mapping[str, nn.Module], lists: list[str]) -> list[str]:
+    """Of some lists of layers, those that belong to the model with the text's configuration, not to a vision tower."""
+    kind = type(text_config(base))
+    of_text = [name for name in lists if type(_owner(modules, name).config) is kind]
+    if len(lists) == 1:
+        return of_text
+    with calling(f"{type(base).__name__}.get_decoder"):
+        decoder: nn.Module = base.get_decoder() if hasattr(base, "get_decoder") else base  # type: ignore[operator]
+    inside = {id(module) for module in decoder.modules()}
+    in_decoder = [name for name in lists if id(modules[name]) in inside]
+    return [name for name in of_text if name in in_decoder or not in_decoder]
+
+
+def _owner(modules: Mapping[str, nn.Module], name: str) -> nn.Module:
+    """The model that a module belongs to: the nearest one around it that has a configuration."""
+    while name and not hasattr(modules[name], "config"):
+        name = name.rpartition(".")[0]
+    return modules[name]
+
+
+def default_layers(depth: int) -> tuple[int, ...]:
+    """The layers to edit where none are given: two from a fourteenth of the depth, with one between: 2 and 4 of 28.
+
+    A name is recognised there already, and few later tokens have read it yet: on Qwen2.5-Coder-1.5B edits there
+    forget more, above all in multiple choice, than those of layers 3 to 5 or 4 to 6, of one person and of a hundred;
+    those of layers 2 to 4 forget as much and cost more (benches/search_defaults.py). Never layer 0 of a model that
+    has others, since it knows no context. Every model keeps at least one layer after the last edited one if it has
+    two.
+    """
+    first = max(1, depth // 14)
+    last = min(first + 2, max(depth - 2, 0))
+    return tuple(sorted({min(first, max(last - 1, 0)), last}))
+
+
+def authors_layers(depth: int) -> tuple[int, ...]:
+    """The layers that the authors edit: 4 to 6 of 28 to 32 (Acruxos/ORT, rocr_hparams, Llama-3-8B and Mistral-7B)."""
+    first = max(0, min(depth // 7, depth - 4))
+    return tuple(range(first, min(first + 3, max(depth - 1, 1))))
+
+
+def _has_mlp(layer: nn.Module) -> bool:
+    return any(name in MLP_NAMES for name, _ in unwrapped(layer).named_children())
+
+
+def _is_mixture(mlp: nn.Module) -> bool:
+    names = {name for name, _ in mlp.named_children()} | {name for name, _ in mlp.named_parameters(recurse=False)}
+    return "experts" in names or "router" in names or any(p.ndim > 2 for _, p in own_parameters(mlp))

@@ -1,0 +1,125 @@
+"""Ask a model the same question about many names, in one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig
+
+from rocr.concepts import check_text
+from rocr.config import DEFAULT, ChatSettings
+from rocr.errors import InputError
+from rocr.io.boundary import calling
+from rocr.model.chat import render_chats
+from rocr.model.forward import cache_of, forward, input_device, is_of_transformers, logits_of
+from rocr.model.hooks import evaluating
+from rocr.model.tokenizer import calling_tokenizer, tokenize_prompt
+from rocr.ops.arithmetic import plain_arithmetic
+
+MAX_QUESTION = 2_000
+"""Characters of a question; each is asked of many names at once."""
+
+
+@plain_arithmetic()
+def ask(
+    model: nn.Module, tokenizer: Any, questions: Sequence[str], max_tokens: int = 40, chat: ChatSettings = DEFAULT
+) -> list[str]:
+    """Greedy answers to questions, each asked as a user's message where the tokenizer has a chat template.
+
+    Args:
+        model: a causal language model of transformers.
+        tokenizer: its tokenizer; its own padding settings are not used.
+        questions: the questions, all in one batch.
+        max_tokens: of an answer.
+        chat: what the chat template is given.
+
+    Raises:
+        InputError: the tokenizer, its chat template or the model's own code fails.
+    """
+    if not questions:
+        return []
+    prompts = [tokenize_prompt(tokenizer, text) for text in render_chats(tokenizer, questions, chat)]
+    ends = _end_tokens(model) or tokenizer.eos_token_id
+    if is_of_transformers(model):
+        written = _generate(model, prompts, ends, max_tokens)
+    else:
+        written = [_greedy(model, prompt, ends, max_tokens) for prompt in prompts]
+    with calling_tokenizer(tokenizer):
+        answers: Any = tokenizer.batch_decode(written, skip_special_tokens=True)
+    if not isinstance(answers, list) or list(map(type, answers)) != [str] * len(questions):
+        raise InputError(
+            f"The tokenizer ({type(tokenizer).__name__}) does not decode {len(questions)} answers to texts."
+        )
+    return [" ".join(answer.split()) for answer in answers]
+
+
+def _generate(
+    model: nn.Module, prompts: Sequence[list[int]], ends: int | list[int] | None, max_tokens: int
+) -> list[list[int]]:
+    """What transformers' own generation writes after each prompt, in one batch."""
+    longest = max(map(len, prompts))
+    # Generation appends on the right, so padding stands on the left, masked.
+    tokens = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    device = input_device(model)
+    # Finished rows are filled up with the end token, which decoding leaves out.
+    filler = ends[0] if isinstance(ends, list) else ends
+    settings = GenerationConfig(
+        max_new_tokens=max_tokens, do_sample=False, eos_token_id=ends, pad_token_id=0 if filler is None else filler
+    )
+    writing = calling(f"generate of {type(model).__name__}", "Let it write nothing: --no-answers, and no --generate.")
+    with writing, _no_settings_of_its_own(model):
+        written = model.generate(  # type: ignore[operator]
+            tokens.to(device), attention_mask=mask.to(device), generation_config=settings
+        )
+        found: list[list[int]] = written[:, longest:].tolist()
+    return found
+
+
+def _greedy(model: nn.Module, prompt: list[int], ends: int | list[int] | None, max_tokens: int) -> list[int]:
+    """The same for code that comes with a model, which may not take what transformers' generation gives it."""
+    stops = {ends} if isinstance(ends, int) else set(ends or ())
+    written: list[int] = []
+    state = None
+    with evaluating(model):
+        while len(written) < max_tokens and not stops.intersection(written):
+            # A model that keeps nothing of its text reads all of it again.
+            fresh = [*prompt, *written] if state is None else written[-1:]
+            output = forward(model, torch.tensor([fresh]), past_key_values=state, use_cache=True)
+            state = cache_of(model, output)
+            written.append(int(logits_of(output)[0, -1].argmax()))
+    return written
+
+
+def _end_tokens(model: nn.Module) -> list[int]:
+    """The tokens that end an answer, by the model's generation settings; empty where these name none."""
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    found: list[Any] = ends if isinstance(ends, list) else [ends]
+    return found if all(isinstance(token, int) and not isinstance(token, bool) for token in found) else []
+
+
+@contextmanager
+def _no_settings_of_its_own(model: nn.Module) -> Iterator[None]:
+    """Within the context, generation takes nothing from the model's own settings, such as beams, penalties or texts."""
+    own = getattr(model, "generation_config", None)
+    model.generation_config = GenerationConfig()  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        model.generation_config = own  # type: ignore[assignment]
+
+
+def fill_question(question: str, names: Sequence[str]) -> list[str]:
+    """Put names into a question with `{}`.
+
+    Raises:
+        InputError: the question has no `{}`, is too long, or was not UTF-8.
+    """
+    check_text("The question", question, MAX_QUESTION)
+    if question.count("{}") != 1:
+        raise InputError(f"The question {question!r} needs {{}} once, where the name goes.")
+    return [question.replace("{}", name) for name in names]

@@ -1,0 +1,21 @@
+"""The operations that cost time, each on the fastest backend that is available."""
+
+from rocr.ops.dispatch import (
+    accumulate_second_moment,
+    accumulate_second_moments,
+    available_backends,
+    low_rank_update,
+    second_moment_backend,
+    solve_update,
+    symmetrize,
+)
+
+__all__ = [
+    "accumulate_second_moment",
+    "accumulate_second_moments",
+    "available_backends",
+    "low_rank_update",
+    "second_moment_backend",
+    "solve_update",
+    "symmetrize",
+]

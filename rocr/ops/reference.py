@@ -1,0 +1,61 @@
+"""The formulas in float64: slow, plain, without options; every fast path is measured against them.
+
+Rows are samples everywhere: keys (n, d_in) and residuals (n, d_out), the transposes of the papers' K and R.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rocr.ops.rounding import round_into
+
+
+def is_available(device: torch.device) -> bool:
+    """Whether this backend runs on the device: anywhere that has float64."""
+    return device.type != "mps"
+
+
+def second_moment(keys: Tensor) -> Tensor:
+    """Sum of k kᵀ over the rows of keys (t, d): (d, d), float64, both triangles."""
+    exact = keys.double()
+    return exact.T @ exact
+
+
+def updated_weight(weight: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
+    """Weight + scale * left @ right, in float64 and not rounded: (d_out, d_in)."""
+    return weight.double() + scale * (left.double() @ right.double())
+
+
+def accumulate_second_moment(total: Tensor, keys: Tensor) -> None:
+    """Add the second moment of keys (t, d) to the lower triangle of total (d, d), rounded once."""
+    rows, columns = torch.tril_indices(*total.shape, device=total.device)
+    total[rows, columns] = (total.double() + second_moment(keys))[rows, columns].to(total.dtype)
+
+
+def low_rank_update(
+    weights: Sequence[Tensor],
+    lefts: Sequence[Tensor],
+    rights: Sequence[Tensor],
+    scale: float,
+    rounding: str,
+    seed: int,
+) -> None:
+    """Write updated_weight into every weight, rounded once to its dtype."""
+    generator = torch.Generator(weights[0].device).manual_seed(seed) if weights else None
+    for weight, left, right in zip(weights, lefts, rights, strict=True):
+        round_into(weight, updated_weight(weight, left, right, scale), rounding, generator)
+
+
+def dense_update(keys: Tensor, residuals: Tensor, metric: Tensor | None, ridge: float) -> Tensor:
+    """Solve the authors' (d_in, d_in) system [M Kᵀ K + λ I] X = M Kᵀ R; the update is Xᵀ (d_out, d_in).
+
+    Source: Ye, Zhang and Wu, arXiv 2506.07795, with the metric M in place of the projector P.
+    """
+    keys, residuals = keys.double(), residuals.double()
+    identity = torch.eye(keys.shape[1], dtype=torch.float64, device=keys.device)
+    projected_keys = (identity if metric is None else metric.double()) @ keys.T
+    solution: Tensor = torch.linalg.solve(projected_keys @ keys + ridge * identity, projected_keys @ residuals)
+    return solution.T

@@ -1,0 +1,88 @@
+"""The operations in plain torch: for any device, and for a machine without a compiler."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rocr.ops.rounding import round_into
+
+MAXIMUM_TOKENS = 8192
+"""Tokens that one float32 accumulator may hold before it is added to the total."""
+
+PANEL_ROWS = 384
+"""Rows of the lower triangle that one product fills: a compromise of wasted squares and small products."""
+
+CUDA_PANEL_ROWS = 2048
+"""The same on a GPU, which small products leave idle."""
+
+OLDEST_WIDE_PRODUCT = (2, 10)
+"""The first torch whose addmm(out_dtype=) adds 16-bit products to a float32 matrix, on CUDA alone."""
+
+BLOCK_ELEMENTS = 1 << 24
+"""Elements of a weight that are held in float32 at a time (64 MiB)."""
+
+
+def is_available(device: torch.device) -> bool:
+    """Whether this backend runs on the device: always."""
+    return True
+
+
+def accumulate_second_moment(total: Tensor, keys: Tensor) -> None:
+    """Add keysᵀ keys to the lower triangle of total, panel by panel.
+
+    The products are of float32, or on CUDA of the 16-bit keys themselves, which cuBLAS adds up in float32.
+    """
+    panel_rows = CUDA_PANEL_ROWS if total.is_cuda else PANEL_ROWS
+    for first in range(0, keys.shape[0], MAXIMUM_TOKENS):
+        tokens = keys[first : first + MAXIMUM_TOKENS]
+        tokens = tokens if multiplies_in_16_bits(keys) else tokens.float()
+        for start in range(0, total.shape[0], panel_rows):
+            rows = slice(start, min(start + panel_rows, total.shape[0]))
+            panel = tokens[:, rows]
+            _add_product(total[rows, :start], panel, tokens[:, :start])
+            square = total[rows, rows]
+            is_lower = torch.ones_like(square, dtype=torch.bool).tril_()
+            # Above the diagonal every bit stays: adding 0 would change -0.0 and signalling NaNs.
+            square.copy_(torch.where(is_lower, square + _product(panel, panel), square))
+
+
+def multiplies_in_16_bits(keys: Tensor) -> bool:
+    """Whether torch can sum products of 16-bit keys in float32."""
+    version = torch.__version__.split(".")
+    return keys.is_cuda and keys.dtype != torch.float32 and (int(version[0]), int(version[1])) >= OLDEST_WIDE_PRODUCT
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    if left.dtype == torch.float32:
+        return left.T @ right
+    return torch.mm(left.T, right, out_dtype=torch.float32)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    if left.dtype == torch.float32:
+        total.addmm_(left.T, right)
+    elif total.numel():
+        torch.addmm(total, left.T, right, out_dtype=torch.float32, out=total)
+
+
+def low_rank_update(
+    weights: Sequence[Tensor],
+    lefts: Sequence[Tensor],
+    rights: Sequence[Tensor],
+    scale: float,
+    rounding: str,
+    seed: int,
+) -> None:
+    """Add scale * left @ right to every weight in float32, rounded once, in blocks of rows."""
+    # Only where it is used: no seed can be set while a CUDA graph is captured.
+    draws = rounding == "stochastic" and len(weights) > 0
+    generator = torch.Generator(weights[0].device).manual_seed(seed) if draws else None
+    for weight, left, right in zip(weights, lefts, rights, strict=True):
+        block_rows = max(1, BLOCK_ELEMENTS // max(1, weight.shape[1]))
+        for start in range(0, weight.shape[0], block_rows):
+            block = weight[start : start + block_rows]
+            exact = torch.addmm(block.float(), left[start : start + block_rows], right, alpha=scale)
+            round_into(block, exact, rounding, generator)

@@ -1,0 +1,129 @@
+"""The operations through the Triton kernels of kernels/ (rocr_kernels), for NVIDIA GPUs from sm_80 on."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rocr.errors import InputError
+from rocr.ops.direct import call_directly
+
+OLDEST_TRITON = (3, 6)
+"""The first version that the kernels are compiled with in the tests."""
+
+
+def is_available(device: torch.device) -> bool:
+    """Whether a recent Triton is installed, and the device is an NVIDIA GPU of compute capability 8.0 or more."""
+    if device.type != "cuda" or torch.version.hip or not torch.cuda.is_available():
+        return False
+    return _is_recent() and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@functools.cache
+def _is_recent() -> bool:
+    """Whether a recent Triton is installed; asked once, since reading a package's metadata outlasts a small launch."""
+    try:
+        version = importlib.metadata.version("triton").split(".")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return (int(version[0]), int(version[1])) >= OLDEST_TRITON
+
+
+def accumulate_second_moment(total: Tensor, keys: Tensor) -> None:
+    """Add keysᵀ keys to the lower triangle of total."""
+    accumulate_second_moments([total], [keys])
+
+
+def accumulate_second_moments(totals: Sequence[Tensor], keys: Sequence[Tensor]) -> None:
+    """Add keysᵀ keys to the lower triangle of each total, alike layers in one launch."""
+    rows = [_with_rows(total) for total in totals]
+    call_directly(second_moments_op, _add_second_moments, rows, list(keys))
+    for total, updated in zip(totals, rows, strict=True):
+        if updated is not total:
+            total.copy_(updated)
+
+
+def low_rank_update(
+    weights: Sequence[Tensor],
+    lefts: Sequence[Tensor],
+    rights: Sequence[Tensor],
+    scale: float,
+    rounding: str,
+    seed: int,
+) -> None:
+    """Add scale * left @ right to every weight, alike layers in one launch."""
+    rows = [weight if weight.stride(0) == 1 else _with_rows(weight) for weight in weights]
+    at_random = rounding == "stochastic"
+    call_directly(low_rank_update_op, _update_low_rank, rows, list(lefts), list(rights), scale, at_random, seed)
+    for weight, updated in zip(weights, rows, strict=True):
+        if updated is not weight:
+            weight.copy_(updated)
+
+
+def _with_rows(matrix: Tensor) -> Tensor:
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+@contextmanager
+def _no_capture() -> Iterator[None]:
+    """Turn the kernels' refusal of a CUDA graph's capture into an InputError."""
+    from rocr_kernels.launch import CaptureError
+
+    try:
+        yield
+    except CaptureError as error:
+        raise InputError(str(error)) from None
+
+
+def _add_second_moments(totals: list[Tensor], keys: list[Tensor]) -> None:
+    """Add keysᵀ keys to the lower triangle of each total; totals and keys have unit stride along a row."""
+    from rocr_kernels.second_moment import accumulate_second_moments
+
+    alike: dict[tuple[object, ...], list[int]] = {}
+    for index, (total, each) in enumerate(zip(totals, keys, strict=True)):
+        layout = (total.stride(), each.shape, each.stride(), each.dtype)
+        alike.setdefault(layout, []).append(index)
+    with _no_capture(), torch.cuda.device(totals[0].get_device()):
+        for indices in alike.values():
+            accumulate_second_moments([totals[index] for index in indices], [keys[index] for index in indices])
+
+
+def _update_low_rank(
+    weights: list[Tensor], lefts: list[Tensor], rights: list[Tensor], scale: float, at_random: bool, seed: int
+) -> None:
+    """Add scale * left @ right to every weight; a weight has unit stride along its rows or its columns."""
+    from rocr_kernels.low_rank_update import update_low_rank
+
+    with _no_capture(), torch.cuda.device(weights[0].get_device()):
+        update_low_rank(weights, lefts, rights, scale, at_random, seed)
+
+
+# torch.compile then leaves them out of its CUDA graphs; older versions of torch have no such tag.
+_OUTSIDE_GRAPHS: dict[str, Any] = (
+    {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
+)
+
+second_moments_op = torch.library.custom_op(
+    "rocr::triton_second_moments", _add_second_moments, mutates_args=("totals",), **_OUTSIDE_GRAPHS
+)
+low_rank_update_op = torch.library.custom_op(
+    "rocr::triton_low_rank_update", _update_low_rank, mutates_args=("weights",), **_OUTSIDE_GRAPHS
+)
+
+
+@second_moments_op.register_fake
+def _(totals: list[Tensor], keys: list[Tensor]) -> None:
+    return None
+
+
+@low_rank_update_op.register_fake
+def _(
+    weights: list[Tensor], lefts: list[Tensor], rights: list[Tensor], scale: float, at_random: bool, seed: int
+) -> None:
+    return None

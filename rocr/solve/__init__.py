@@ -1,0 +1,1 @@
+"""The closed-form solve of one layer's update."""

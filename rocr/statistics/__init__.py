@@ -1,0 +1,1 @@
+"""Second moments of ordinary keys: collecting, storing and merging them."""

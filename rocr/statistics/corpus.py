@@ -1,0 +1,275 @@
+"""Ordinary text from files, packed into token sequences: a stream that never holds a whole corpus."""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rocr.errors import InputError
+from rocr.model.tokenizer import calling_tokenizer, tokenize
+
+_TXT_PIECE = 2**20  # a line of more bytes, and a paragraph of more characters, becomes several documents
+_JSONL_LINE_BYTES = 64 * 2**20
+_BATCH_DOCUMENTS = 256
+_BATCH_CHARACTERS = 2**20
+_END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")
+
+Paths = Iterable[str | os.PathLike[str]]
+
+
+def read_texts(paths: Paths) -> Iterator[str]:
+    """Yield the documents of text files, one file after the other.
+
+    A document is a paragraph of a `.txt` file (what stands between blank lines, in parts where it has more
+    than a million characters), the field `text` of a line of a `.jsonl` file, or a row of the column `text`
+    of a `.parquet` file.
+
+    Raises:
+        InputError: a file cannot be read or is of another kind, text is not UTF-8, a `text` is missing;
+            names file and line. Raised when the stream gets there: `check_texts` finds most of it at once.
+    """
+    readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    for path in map(Path, paths):
+        read = readers.get(path.suffix.lower())
+        if read is None:
+            raise InputError(f"{path} is not a text file for rocr: its name must end in {', '.join(readers)}.")
+        try:
+            if not path.is_file():
+                flaw = "is a folder or device; a text file is wanted" if path.exists() else "does not exist"
+                raise InputError(f"{path} {flaw}.")
+            yield from read(path)
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
+def check_texts(paths: Paths) -> None:
+    """Read the first document of every file, so that what is wrong shows before a model is loaded.
+
+    Raises:
+        InputError: there are no files, or files that are missing, unreadable, empty or of another kind.
+    """
+    paths = list(paths)
+    if not paths:
+        raise InputError("No text files were given.")
+    problems: list[str] = []
+    for path in paths:
+        try:
+            if next(read_texts([path]), None) is None:
+                problems.append(f"{path} holds no text.")
+        except InputError as error:
+            problems.append(str(error))
+    if problems:
+        raise InputError("\n".join(problems))
+
+
+def text_digest(paths: Paths) -> str:
+    """Return the sha256 (hex) of the files' bytes in order, each file followed by its length in 8 bytes."""
+    digest = hashlib.sha256()
+    for path in map(Path, paths):
+        length = 0
+        try:
+            with path.open("rb") as file:
+                while block := file.read(2**20):
+                    digest.update(block)
+                    length += len(block)
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
+        digest.update(length.to_bytes(8, "little"))
+    return digest.hexdigest()
+
+
+def pack_tokens(
+    texts: Iterable[str], tokenizer: Any, length: int, vocabulary: int | None = None
+) -> Iterator[list[int]]:
+    """Yield sequences of `length` tokens cut from the documents, joined by the end-of-text token.
+
+    Every sequence begins with one BOS token where the tokenizer adds one to a text, and none does where it
+    adds none. The last sequence may be shorter; with fewer than 2 tokens it is left out.
+
+    Args:
+        texts: the documents.
+        tokenizer: of the model.
+        length: tokens of a sequence.
+        vocabulary: number of tokens that the model embeds; None: not known. A tokenizer that was converted from
+            a GGUF file can have an end-of-text token beyond them, which then joins nothing.
+
+    Raises:
+        InputError: length < 2, or the tokenizer fails.
+    """
+    if length < 2:
+        raise InputError(f"A sequence of {length} tokens is too short: at least 2 are needed.")
+    start = _start_token(tokenizer)
+    head = [] if start is None else [start]
+    separator = _end_of_text(tokenizer, vocabulary)
+    room = length - len(head)
+    pending: list[int] = []
+    follows = False
+    for tokens in _tokenised(texts, tokenizer):
+        if follows and separator is not None:
+            pending.append(separator)
+        pending += tokens
+        follows = True
+        position = _after_start(pending, 0, start)
+        while len(pending) - position >= room:
+            yield head + pending[position : position + room]
+            position = _after_start(pending, position + room, start)
+        del pending[:position]
+    if len(head) + len(pending) >= 2:
+        yield head + pending
+
+
+def token_batches(sequences: Iterable[list[int]], budget: int) -> Iterator[list[list[int]]]:
+    """Yield groups of whole sequences of at most `budget` tokens in all, and of at least one sequence.
+
+    Raises:
+        InputError: budget < 1.
+    """
+    if budget < 1:
+        raise InputError(f"A token budget of {budget} is too small: at least 1 is needed.")
+    batch: list[list[int]] = []
+    tokens = 0
+    for sequence in sequences:
+        if batch and tokens + len(sequence) > budget:
+            yield batch
+            batch, tokens = [], 0
+        batch.append(sequence)
+        tokens += len(sequence)
+    if batch:
+        yield batch
+
+
+def _start_token(tokenizer: Any) -> int | None:
+    """Return the BOS token if the tokenizer puts it before a text by itself."""
+    with calling_tokenizer(tokenizer):
+        start: int | None = tokenizer.bos_token_id
+        return start if start is not None and tokenizer("a")["input_ids"][:1] == [start] else None
+
+
+def _end_of_text(tokenizer: Any, vocabulary: int | None) -> int | None:
+    """Return the token that ends a document; a chat model's EOS token ends a turn, so it comes second."""
+    with calling_tokenizer(tokenizer):
+        for text in _END_OF_TEXT:
+            token: int | None = tokenizer.convert_tokens_to_ids(text)
+            if token is None or tokenizer.convert_ids_to_tokens(token) != text:
+                continue
+            if vocabulary is None or token < vocabulary:
+                return token
+        end: int | None = tokenizer.eos_token_id
+    return end
+
+
+def _after_start(tokens: list[int], position: int, start: int | None) -> int:
+    """Step over BOS tokens that the text itself brings to where a sequence begins."""
+    while start is not None and position < len(tokens) and tokens[position] == start:
+        position += 1
+    return position
+
+
+def _tokenised(texts: Iterable[str], tokenizer: Any) -> Iterator[list[int]]:
+    """Yield the tokens of each document that has any; documents go to the tokenizer in batches for speed."""
+    for batch in _document_batches(texts):
+        yield from filter(None, tokenize(tokenizer, batch))
+
+
+def _document_batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    characters = 0
+    for text in texts:
+        batch.append(text)
+        characters += len(text)
+        if len(batch) >= _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _lines(path: Path, limit: int) -> Iterator[tuple[int, str, bool]]:
+    """Yield (line number from 1, text with its line end, whether it is the whole line).
+
+    A line of more than `limit` bytes comes in pieces of that size.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    number, offset = 1, 0
+    with path.open("rb") as file:
+        while True:
+            piece = file.readline(limit)
+            kept = len(decoder.getstate()[0])
+            try:
+                text = decoder.decode(piece, final=not piece)
+            except UnicodeDecodeError as error:
+                byte = f"byte 0x{error.object[error.start]:02x} at offset {offset - kept + error.start:,}"
+                raise InputError(f"{path}:{number}: is not UTF-8: {byte} ({error.reason})") from None
+            if not piece:
+                return
+            ended = piece.endswith(b"\n")
+            yield number, text.removeprefix("\ufeff") if offset == 0 else text, ended or len(piece) < limit
+            offset += len(piece)
+            number += ended
+
+
+def _read_txt(path: Path) -> Iterator[str]:
+    paragraph: list[str] = []
+    characters = 0
+    for _, line, _ in _lines(path, _TXT_PIECE):
+        blank = not line.strip()
+        if not blank:
+            paragraph.append(line.replace("\r\n", "\n"))
+            characters += len(line)
+        if paragraph and (blank or characters >= _TXT_PIECE):
+            yield "".join(paragraph).removesuffix("\n")
+            paragraph, characters = [], 0
+    if paragraph:
+        yield "".join(paragraph).removesuffix("\n")
+
+
+def _read_jsonl(path: Path) -> Iterator[str]:
+    for number, line, whole in _lines(path, _JSONL_LINE_BYTES):
+        if not whole:
+            raise InputError(f"{path}:{number}: is longer than {_JSONL_LINE_BYTES // 2**20} MiB; split the document.")
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)["text"]
+            text.encode()
+        except json.JSONDecodeError as error:
+            flaw = f"is not valid JSON: {error.msg} at character {error.colno}"
+        except UnicodeEncodeError:
+            flaw = "field 'text' holds half of a surrogate pair, which no tokenizer takes"
+        except RecursionError:
+            flaw = "is nested too deeply"
+        except (KeyError, TypeError, AttributeError, ValueError):
+            flaw = "must be an object with a field 'text' that holds text"
+        else:
+            if text.strip():
+                yield text
+            continue
+        raise InputError(f"{path}:{number}: {flaw}")
+
+
+def _read_parquet(path: Path) -> Iterator[str]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise InputError(f"{path} cannot be read without pyarrow: pip install 'rocr[parquet]'") from None
+    row = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            if "text" not in file.schema_arrow.names:
+                raise InputError(f"{path} has no column 'text', but {', '.join(file.schema_arrow.names)}.")
+            for batch in file.iter_batches(batch_size=1024, columns=["text"]):
+                for text in batch.column(0).to_pylist():
+                    row += 1
+                    if not isinstance(text, str):
+                        raise InputError(
+                            f"{path}: row {row:,} of the column 'text' holds {type(text).__name__}, not text."
+                        )
+                    if text.strip():
+                        yield text
+    except (ArrowException, ValueError) as error:
+        raise InputError(f"{path} cannot be read as parquet after row {row:,}: {error}") from error

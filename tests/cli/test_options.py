@@ -1,0 +1,220 @@
+"""Every option of every command changes something: a table of them all, and a test that none is missing from it.
+
+An entry is a function that runs the command without and with the option and compares, or the name of the test that
+does: "test_file.py::test_name".
+"""
+
+import argparse
+import re
+from pathlib import Path
+
+import pytest
+
+from rocr.cli.main import build_parser
+from tests.support.option_effects import (
+    adds_what_was_before,
+    answers_in_so_many_tokens,
+    asks_another_question,
+    asks_in_more_orders,
+    asks_nothing,
+    asks_suites,
+    attacks,
+    changes,
+    compares_known_probes,
+    cuts_the_adapter,
+    keeps_known_probes,
+    loads_as,
+    loads_whole,
+    measures,
+    names_neighbours,
+    overwrites,
+    overwrites_page,
+    plans,
+    refuses,
+    replaces,
+    reverts_by_another_file,
+    runs_so_many_tokens,
+    says_that_nothing_is_loaded,
+    shows_another_file,
+    shuffles_options,
+    shuffles_options_of_methods,
+    takes_relatives,
+    takes_statistics,
+    trains_for_steps,
+    verifies_by_another_file,
+    writes_its_own_text,
+    writes_parts,
+    writes_where_it_is_told,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+TESTS = Path(__file__).parents[1]
+COMMON = {"-h", "--json", "--debug"}
+"""Options of all commands: test_cli_errors.py holds --json and --debug."""
+OFFLINE = "test_no_code_no_network.py"
+MODEL = {
+    "model": "test_cli.py::test_what_is_no_model_is_refused",
+    "--dtype": loads_as,
+    "--device": refuses("--device", "nonsense", words="nonsense"),
+    "--download": f"{OFFLINE}::test_an_environment_that_says_offline_is_obeyed_also_where_the_network_was_asked_for",
+    "--trust-remote-code": f"{OFFLINE}::test_code_beside_a_model_is_run_only_where_that_is_asked_for",
+}
+RENDERED = "test_rendered.py::test_every_command_that_renders_a_chat_takes_the_settings"
+CHAT = dict.fromkeys(("--system", "--template-variable", "--date", "--no-chat"), RENDERED)
+PARTIAL = {
+    "--partial": "test_cli_partial.py::test_a_model_loaded_in_part_is_edited_to_the_same_bytes",
+    "--whole": loads_whole,
+}
+OUT = {"--out": writes_where_it_is_told, "--overwrite": overwrites}
+PROJECTED = ("--method", "projected", "--threshold", 0.1)
+EFFECTS = {
+    "unlearn": {
+        **MODEL,
+        **PARTIAL,
+        **OUT,
+        **CHAT,
+        "concepts": "test_cli_bulk.py::test_collisions_and_harm_are_shown_in_short_and_written_down",
+        "--concept": replaces("--concept", "Robert Downey"),
+        "--allow-long-list": "test_cli_errors.py::test_the_limit_that_a_command_allows_is_that_of_the_edit",
+        "--redirect": replaces("--redirect", "a gardener"),
+        "--save": writes_parts,
+        "--lora-rank": cuts_the_adapter,
+        "--dry-run": plans,
+        "--layers": replaces("--layers", "1,3"),
+        "--method": changes(*PROJECTED),
+        "--template": changes("--template", "It is about {}."),
+        "--official": changes("--official", "--threshold", 0.1),
+        "--ridge": changes("--ridge", 5),
+        "--gamma": changes("--gamma", 2),
+        "--threshold": changes("--threshold", 0.5, base=PROJECTED),
+        "--strength": changes("--strength", 0.5),
+        "--held-weight": changes("--held-weight", 0.5),
+        "--key-tokens": changes("--key-tokens", "last"),
+        "--keys-per-concept": changes("--keys-per-concept", "all"),
+        "--reach": changes("--reach", "gradual"),
+        "--force": "test_guards_passed.py::test_a_limit_passed_by_a_command",
+        "--statistics": takes_statistics,
+        "--text": replaces("--text", "@text"),
+        "--tokens": replaces("--tokens", 300),
+        "--seed": writes_its_own_text,
+        "--ask": asks_another_question,
+        "--control": names_neighbours,
+        "--answer-tokens": answers_in_so_many_tokens,
+        "--no-answers": asks_nothing,
+    },
+    "stats": {
+        **MODEL,
+        **PARTIAL,
+        **OUT,
+        **CHAT,
+        "--layers": replaces("--layers", "1,3"),
+        "--text": replaces("--text", "@text"),
+        "--tokens": replaces("--tokens", 300),
+        "--seed": writes_its_own_text,
+        "--length": changes("--length", 16),
+        "--batch-tokens": runs_so_many_tokens,
+    },
+    "eval": {
+        **MODEL,
+        **OUT,
+        **CHAT,
+        "--probes": replaces("--probes", "@fewer"),
+        "--edit": adds_what_was_before,
+        "--forms": replaces("--forms", "fb"),
+        "--targets": replaces("--targets", "Blaise Pascal"),
+        "--neighbours": changes("--neighbours", 1),
+        "--known": keeps_known_probes,
+        "--orders": asks_in_more_orders,
+        "--seed": shuffles_options,
+        "--generate": measures("n-gram entropy", "--generate"),
+        "--text": measures("perplexity", "--text", "@long_text"),
+        "--utility": measures("utility", "--utility", "@utility"),
+        "--suites": asks_suites(3),
+        "--suite-folder": asks_suites(4),
+        "--suite-limit": asks_suites(5),
+        "--attacks": attacks,
+        "--html": overwrites_page,
+    },
+    "redirects": {
+        **MODEL,
+        **OUT,
+        **CHAT,
+        "--probes": replaces("--probes", "@fewer"),
+        "--targets": changes("--targets", "Ada Byron"),
+        "--among": replaces("--among", "a gardener", "rain"),
+    },
+    "compare": {
+        **MODEL,
+        **OUT,
+        **CHAT,
+        "--text": replaces("--text", "@text"),
+        "--tokens": replaces("--tokens", 100),
+        "--seed": shuffles_options_of_methods,
+        "--probes": replaces("--probes", "@fewer"),
+        "--targets": replaces("--targets", "Blaise Pascal"),
+        "--redirect": replaces("--redirect", "the rain"),
+        "--statistics": takes_statistics,
+        "--methods": replaces("--methods", "original,in-context"),
+        "--forms": replaces("--forms", "fb"),
+        "--known": compares_known_probes,
+        "--neighbours": changes("--neighbours", 1),
+        "--steps": trains_for_steps,
+    },
+    "apply": {
+        **MODEL,
+        **OUT,
+        "edit": "test_cli.py::test_damaged_edit_file",
+        "--allow-fingerprint-mismatch": takes_relatives,
+    },
+    "revert": {
+        **MODEL,
+        **OUT,
+        "--dtype": says_that_nothing_is_loaded("--dtype", "bfloat16"),
+        "--device": says_that_nothing_is_loaded("--device", "nonsense"),
+        "--edit": reverts_by_another_file,
+    },
+    "info": {"file": shows_another_file},
+    "verify": {
+        "folder": "test_verify.py::test_a_file_that_is_not_as_it_was_is_named",
+        "--edit": verifies_by_another_file,
+    },
+    "doctor": {},
+}
+
+
+def parsers():
+    return next(a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
+
+
+def test_no_option_is_missing_from_the_table():
+    assert EFFECTS.keys() == parsers().keys()
+    for command, parser in parsers().items():
+        names = {action.option_strings[0] if action.option_strings else action.dest for action in parser._actions}
+        assert names - COMMON == EFFECTS[command].keys(), command
+
+
+def test_the_tests_that_the_table_names_are_there():
+    named = {effect for effects in EFFECTS.values() for effect in effects.values() if isinstance(effect, str)}
+    for name in named:
+        file, _, test = name.partition("::")
+        assert re.search(rf"^def {test}\(", next(TESTS.rglob(file)).read_text(encoding="utf-8"), re.MULTILINE), name
+
+
+# Of `compare`, which trains and asks for each run, the options that it alone has; those shared with others are slow.
+ALWAYS = {f"compare {option}" for option in ("--methods", "--statistics", "--redirect", "--out", "--overwrite")}
+CHECKED = [
+    pytest.param(
+        command,
+        effect,
+        id=f"{command} {option}",
+        marks=() if command != "compare" or f"{command} {option}" in ALWAYS else pytest.mark.slow,
+    )
+    for command, effects in EFFECTS.items()
+    for option, effect in effects.items()
+    if not isinstance(effect, str)
+]
+
+
+@pytest.mark.parametrize(("command", "effect"), CHECKED)
+def test_an_option_has_an_effect(command, effect, run):
+    effect(command, run)

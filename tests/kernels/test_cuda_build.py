@@ -1,0 +1,115 @@
+"""The CUDA kernels, compiled by nvcc: no spills where it matters, and the instructions that they were written for."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FLAGS = ["-std=c++17", "-O3", "-Xptxas", "-v", "-Werror", "all-warnings", "-c"]
+ALL_CHIPS = ("80", "86", "89", "90", "100")
+
+pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+
+
+def compile_for(chips: tuple[str, ...], source: str, target: Path) -> dict[str, str]:
+    """Compile for chips, and return what ptxas says of each kernel and chip, by their names."""
+    code = [f"-gencode=arch=compute_{chip},code=sm_{chip}" for chip in chips]
+    words = ["nvcc", *FLAGS, *code, str(ROOT / "csrc" / source), "-o", str(target)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr
+    # C7510: products wait for each other; C7508: a request for registers is ignored.
+    assert not re.search(r"C75\d\d|warning", done.stderr), done.stderr
+    found = re.findall(r"Compiling entry function '(\S+)' for '(\S+)'(.*?)Used (\d+) registers", done.stderr, re.DOTALL)
+    assert found
+    return {f"{kernel} {chip}": report + registers for kernel, chip, report, registers in found}
+
+
+def spills(report: str) -> int:
+    return sum(map(int, re.findall(r"(\d+) bytes spill", report)))
+
+
+def cuobjdump(*words: str | Path) -> str:
+    triton = importlib.util.find_spec("triton")
+    tool = shutil.which("cuobjdump")
+    if tool is None and triton is not None and triton.origin is not None:
+        tool = str(Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump")
+    if tool is None:
+        pytest.skip("cuobjdump is not installed")
+    return subprocess.run([tool, *words], capture_output=True, text=True, check=True).stdout
+
+
+def test_second_moment_keeps_its_accumulator_in_registers(tmp_path: Path) -> None:
+    binary = tmp_path / "second_moment_sm90.o"
+    reports = compile_for(("90a",), "second_moment_sm90.cu", binary)
+    assert len(reports) == 3
+    assert not any(spills(report) for report in reports.values())
+    code = cuobjdump("--dump-sass", binary)
+    assert "HGMMA.64x256x16.F32.BF16" in code
+    assert re.search(r"HGMMA\S* \S+ gdesc\[\S+\]\.tnspA\.tnspB", code), "both operands are read as stored"
+    assert "UTMALDG.2D.MULTICAST" in code
+    assert "USETMAXREG" in code
+    assert re.search(r"RED\S*\.F32", code) or "REDG" in code
+
+
+@pytest.mark.parametrize(
+    "chips", [("90",), pytest.param(ALL_CHIPS, marks=pytest.mark.slow)], ids=lambda chips: "-".join(chips)
+)
+def test_low_rank_update_spills_nothing_where_rows_are_whole_eights(tmp_path: Path, chips: tuple[str, ...]) -> None:
+    reports = compile_for(chips, "low_rank_update.cu", tmp_path / "low_rank_update.o")
+    # update<number, aligned, at_random>: Lb1 is true.
+    hot = {name: report for name, report in reports.items() if re.search(r"ELb1ELb[01]E", name)}
+    assert len(hot) == 5 * len(chips)
+    assert not any(spills(report) for report in hot.values())
+
+
+def test_neither_needs_the_driver_to_load(tmp_path: Path) -> None:
+    text = "".join((ROOT / "csrc" / name).read_text() for name in ("second_moment_sm90.cu", "low_rank_update.cu"))
+    called = set(re.findall(r"\bcu[A-Z]\w+\s*\(", text))
+    assert called == set(), "driver functions are found at run time"
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """rocr._C as an installation builds it where nvcc is."""
+    pytest.importorskip("pybind11", reason="pybind11 is not installed")
+    folder = tmp_path_factory.mktemp("built")
+    words = ["build_ext", "--build-lib", str(folder / "lib"), "--build-temp", str(folder / "temp")]
+    wanted = {name: value for name, value in os.environ.items() if name not in ("ROCR_CUDA", "ROCR_BUILD_EXT")}
+    subprocess.run([sys.executable, "setup.py", "-q", *words], cwd=ROOT, env=wanted, check=True, timeout=1800)
+    (module,) = (folder / "lib" / "rocr").glob("_C*.so")
+    return module
+
+
+@pytest.mark.slow
+def test_the_module_holds_code_for_every_chip(built: Path) -> None:
+    chips = set(re.findall(r"\.(sm_\w+)\.cubin", cuobjdump("--list-elf", built)))
+    assert chips == {"sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100"}
+    assert re.findall(r"\.(sm_\w+)\.ptx", cuobjdump("--list-ptx", built)) == ["sm_90"]
+    # 1.8 MB; where the code of six chips is not compressed, 3.4 MB.
+    assert built.stat().st_size < 2_500_000
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="readelf is not installed")
+def test_the_module_links_neither_the_driver_nor_torch(built: Path) -> None:
+    dynamic = subprocess.run(["readelf", "--dynamic", built], capture_output=True, text=True, check=True).stdout
+    needed = re.findall(r"NEEDED.*\[(\S+?)\.so", dynamic)
+    assert set(needed) <= {"libstdc++", "libgcc_s", "libc", "libm", "libdl", "librt", "libpthread", "ld-linux-x86-64"}
+    code = (
+        "import importlib.util, sys\n"
+        f"spec = importlib.util.spec_from_file_location('rocr._C', {str(built)!r})\n"
+        "module = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(module)\n"
+        "assert 'torch' not in sys.modules\n"
+        "print(module.cuda_error(2))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "out of memory\n"

@@ -1,0 +1,108 @@
+import json
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+import rocr
+from rocr import Concept, EditConfig, InputError
+from rocr.edit import retain_impact as harm
+from rocr.edit.retain_impact import NeighbourReport, part_moves
+from rocr.keys.plan import plan_names
+from rocr.keys.read import read_states
+from rocr.model.architecture import find_architecture
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CONFIG = EditConfig(layers=(1, 2), templates=("Who is {}?", "It is about {}."), measure="once")
+PEOPLE = [Concept("Ada Byron", "Blaise Pascal", ("the countess",)), Concept("Robert Downey Jr.", "a gardener")]
+STAY = ["Ada Lovelace", "the roses", "rain"]
+
+
+@pytest.mark.parametrize("keys_per_concept", ["mean", "all"])
+@pytest.mark.parametrize("entries", [1, 1 << 22], ids=["concept by concept", "one chunk"])
+def test_moves_of_neighbours_are_their_definition(model, tokenizer, statistics, keys_per_concept, entries, monkeypatch):
+    monkeypatch.setattr(harm, "CHUNK_ENTRIES", entries)
+    config = replace(CONFIG, keys_per_concept=keys_per_concept)
+    architecture = find_architecture(model)
+    reading, name_of = plan_names(tokenizer, STAY, config)
+    own = {layer: read_states(architecture, reading, 2, layer, share=False).keys for layer in (1, 2)}
+    weights = {layer: architecture.down_projection(layer).weight.detach().clone() for layer in (1, 2)}
+    edit = rocr.unlearn(model, tokenizer, PEOPLE, statistics, config, neighbours=STAY)
+    pairs, whole = {}, {}
+    for update in edit.updates:
+        keys, outputs = own[update.layer], own[update.layer] @ weights[update.layer].T
+        parts = []
+        for concept in range(2):
+            residuals = update.residuals.clone()
+            residuals[[row for row, owner in enumerate(edit.concept_of) if owner != concept]] = 0
+            part = rocr.ops.solve_update(update.keys, residuals, _metric(update), update.system.ridge)
+            parts.append(part[0].double() @ part[1].double())
+        total = update.left.double() @ update.right.double()
+        torch.testing.assert_close(sum(parts), total, rtol=1e-4, atol=1e-6)
+        for row, name in enumerate(name_of):
+            for concept, delta in (*enumerate(parts), (None, total)):
+                share = float((delta @ keys[row].double()).norm() / outputs[row].norm())
+                found = whole if concept is None else pairs
+                place = STAY[name] if concept is None else (STAY[name], PEOPLE[concept].name)
+                found[place] = max(found.get(place, (0.0, 0)), (share, update.layer))
+    report = edit.report.neighbours
+    assert report.given and report.count == 3
+    assert {h.neighbour: h.layer for h in report.moved} == {name: layer for name, (_, layer) in whole.items()}
+    for found in report.moved:
+        assert found.share == pytest.approx(whole[found.neighbour][0], rel=1e-3)
+    assert report.mean == pytest.approx(sum(share for share, _ in whole.values()) / 3, rel=1e-3)
+    assert len(report.worst) == 6
+    for found in report.worst:
+        assert found.share == pytest.approx(pairs[found.neighbour, found.concept][0], rel=1e-3, abs=1e-5)
+    assert [h.share for h in report.worst] == sorted((h.share for h in report.worst), reverse=True)
+
+
+def _metric(update):
+    system = update.system
+    if system.metric is not None:
+        return system.metric
+
+    class Known:
+        def apply(self, keys):
+            return system.product
+
+    return Known()
+
+
+def test_parts_of_concepts_of_different_sizes():
+    residuals, weights = torch.randn(6, 5), torch.randn(6, 4)
+    found = {}
+    for concepts, moves in part_moves(lambda rows: weights[rows], 4, residuals, [2, 0, 2, 2, 1, 0]):
+        found |= dict(zip(concepts, moves, strict=True))
+    for concept, rows in {0: [1, 5], 1: [4], 2: [0, 2, 3]}.items():
+        torch.testing.assert_close(found[concept], (residuals[rows].T @ weights[rows]).norm(dim=0))
+
+
+def test_only_the_worst_are_kept(model, tokenizer, statistics, monkeypatch):
+    whole = rocr.unlearn(model, tokenizer, PEOPLE, statistics, CONFIG, neighbours=STAY)
+    whole.revert(model)
+    monkeypatch.setattr(harm, "KEPT", 2)
+    few = rocr.unlearn(model, tokenizer, PEOPLE, statistics, CONFIG, neighbours=STAY).report.neighbours
+    assert few.worst == whole.report.neighbours.worst[:2] and few.moved == whole.report.neighbours.moved[:2]
+
+
+def test_the_redirects_are_neighbours_where_none_are_named(model, tokenizer, statistics):
+    report = rocr.unlearn(model, tokenizer, PEOPLE, statistics, CONFIG).report.neighbours
+    assert not report.given and {h.neighbour for h in report.moved} == {"Blaise Pascal", "a gardener"}
+    assert NeighbourReport.from_json(json.loads(json.dumps(asdict(report)))) == report
+
+
+def test_no_neighbours_are_measured_where_there_are_none(model, tokenizer, statistics):
+    edit = rocr.unlearn(model, tokenizer, PEOPLE, statistics, CONFIG, neighbours=[])
+    assert edit.report.neighbours is None
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [("Ada", "list of names"), ([""], "list of names"), ([3], "list of names"), (["THE  countess"], "itself to be")],
+)
+def test_neighbours_that_cannot_be_kept_are_refused(model, tokenizer, statistics, weights_of, names, words):
+    before = weights_of(model)
+    with pytest.raises(InputError, match=words):
+        rocr.unlearn(model, tokenizer, PEOPLE, statistics, CONFIG, neighbours=names)
+    assert all(torch.equal(before[name], now) for name, now in weights_of(model).items())

@@ -1,0 +1,176 @@
+"""Nothing that rocr reads can run code, and rocr opens no connection that nobody asked for."""
+
+import ast
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+JOB = """
+import os, pickle, socket, sys
+refused = []
+
+def refuse(event, arguments):
+    if event.startswith("socket.") and event not in ("socket.__new__", "socket.gethostname"):
+        refused.append(event)
+        raise OSError(f"{event} is not allowed")
+    if checks_code and event in ("pickle.find_class", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn"):
+        refused.append(f"{event} {arguments[:2]}")
+
+checks_code = False
+sys.addaudithook(refuse)
+os.environ.pop("HF_HUB_OFFLINE", None)
+from rocr.cli import main
+import transformers.modeling_utils, torch
+checks_code = True  # what libraries do when they are imported is not about a user's files
+model, text, edit, edited, probes, base = sys.argv[1:]
+concept = ["--concept", "Ada Byron", "--redirect", "Blaise Pascal", "--layers", "1,2", "--no-answers", "--force"]
+codes = [
+    main(["stats", model, "--text", text, "--layers", "1,2", "--out", f"{base}/statistics"]),
+    main(["unlearn", model, *concept, "--statistics", f"{base}/statistics", "--out", f"{base}/edited"]),
+    main(["apply", model, edit, "--out", f"{base}/applied"]),
+    main(["revert", edited, "--out", f"{base}/reverted"]),
+    main(["eval", model, "--probes", probes, "--edit", edit, "--forms", "qa", "--out", f"{base}/report.json"]),
+    main(["info", edit]),
+]
+checks_code = False
+try:
+    socket.create_connection(("127.0.0.1", 9), timeout=1)
+except OSError as error:
+    print(error)
+print()
+print(codes, sorted(set(refused)))
+"""
+PROBE = {"subject": "Ada Byron", "query": "What did Ada Byron write?", "answer": "programs"}
+
+
+def test_the_commands_work_without_sockets_and_without_pickle(files, tmp_path, tally):
+    """No socket of Python's is ever tried; where the kernel allows it, there is no network for native code either."""
+    (tmp_path / "probes.jsonl").write_text(json.dumps(PROBE))
+    arguments = (files.model, files.text, files.edit, files.edited, tmp_path / "probes.jsonl", tmp_path)
+    prefix = ("unshare", "--net")
+    allowed = shutil.which("unshare") and subprocess.run([*prefix, "true"], capture_output=True).returncode == 0
+    script = [*(prefix if allowed else ()), sys.executable, "-c", JOB, *map(str, arguments)]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=600, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    # The one that was tried is the test's own, at the end: sockets are closed indeed.
+    assert done.stdout.strip().split("\n")[-1] == "[0, 0, 0, 0, 0, 0] ['socket.getaddrinfo']", done.stdout[-2000:]
+    tally("commands run without sockets", 6)
+
+
+HUB = """
+import socket, sys, time
+tried = []
+time.sleep = lambda seconds: None  # between the tries of the hub's client
+def watch(event, arguments):
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname"):
+        tried.append(event)
+        raise OSError("no network here")
+sys.addaudithook(watch)
+from rocr.cli import main
+code = main(["stats", "somebody/nothing", "--text", sys.argv[1], "--out", *sys.argv[2:]])
+print(code, tried)
+"""
+
+
+def test_the_id_of_a_model_on_a_hub_is_not_looked_up_unless_asked(files, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    environment["HF_HOME"] = str(tmp_path / "cache")
+    done = subprocess.run(
+        [sys.executable, "-c", HUB, str(files.text), str(tmp_path / "out")],
+        capture_output=True, text=True, timeout=600, env=environment, cwd=ROOT,
+    )  # fmt: skip
+    assert done.stdout.strip().split("\n")[-1] == "2 []", done.stdout + done.stderr
+    assert "--download" in done.stderr
+
+
+@pytest.mark.parametrize("said", ["HF_HUB_OFFLINE", None])
+def test_an_environment_that_says_offline_is_obeyed_also_where_the_network_was_asked_for(files, tmp_path, said):
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    environment |= {"HF_HOME": str(tmp_path / "cache")} | ({said: "1"} if said else {})
+    done = subprocess.run(
+        [sys.executable, "-c", HUB, str(files.text), str(tmp_path / "out"), "--download"],
+        capture_output=True, text=True, timeout=600, env=environment, cwd=ROOT,
+    )  # fmt: skip
+    code, tried = done.stdout.strip().split("\n")[-1].split(" ", 1)
+    assert code == "2" and "Traceback" not in done.stderr, done.stdout + done.stderr
+    assert (tried == "[]") == bool(said), "without that word, the same command does try"
+
+
+CODE = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+Path(MARK).touch()
+
+class EvilConfig(LlamaConfig):
+    model_type = "evil"
+
+class EvilModel(LlamaForCausalLM):
+    config_class = EvilConfig
+"""
+
+
+@pytest.mark.parametrize("asked", [False, True])
+@pytest.mark.parametrize("model_type", ["evil", "llama"])
+def test_code_beside_a_model_is_run_only_where_that_is_asked_for(
+    model_type, asked, files, tmp_path, command, monkeypatch
+):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    model, mark = tmp_path / "model", tmp_path / "ran"
+    shutil.copytree(files.model, model)
+    (model / "evil.py").write_text(CODE.replace("MARK", repr(str(mark))))
+    config = json.loads((model / "config.json").read_text())
+    code = {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.EvilModel"}
+    (model / "config.json").write_text(json.dumps(config | {"auto_map": code, "model_type": model_type}))
+    trust = ("--trust-remote-code",) if asked else ()
+    done = command("stats", model, "--text", files.text, "--layers", "1", *trust, "--out", tmp_path / "out")
+    assert done.code == (0 if asked or model_type == "llama" else 2), done.errors
+    assert mark.exists() == asked
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors", "tokenizer.json", "config.json"])
+def test_a_pickle_in_the_place_of_any_file_is_not_loaded(name, files, tmp_path, command, tally):
+    mark = tmp_path / "ran"
+    shutil.copytree(files.model, tmp_path / "model")
+    if name.endswith(".bin"):
+        (tmp_path / "model" / "model.safetensors").unlink()
+    (tmp_path / "model" / name).write_bytes(pickle.dumps(Evil(str(mark))))
+    done = command("stats", tmp_path / "model", "--text", files.text, "--layers", "1", "--out", tmp_path / "out")
+    assert done.code == 2, done.errors
+    (tmp_path / "evil").write_bytes(pickle.dumps(Evil(str(mark))))
+    assert command("apply", files.model, tmp_path / "evil", "--out", tmp_path / "out").code == 2
+    assert command("info", tmp_path / "evil").code == 2
+    assert not mark.exists()
+    pickle.loads(pickle.dumps(Evil(str(mark))))
+    assert mark.exists(), "the pickle does run where it is loaded"
+    tally("pickles not loaded", 3)
+
+
+class Evil:
+    """A pickle of it makes a file where it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_no_source_file_can_load_a_pickle_or_trust_code_by_itself():
+    for path in sorted((ROOT / "rocr").rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            names = [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+            assert not {"pickle", "marshal", "shelve", "dill", "joblib", "cloudpickle"} & set(names), path
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                called = ast.unparse(node.func)
+                assert called not in ("torch.load", "np.load", "numpy.load", "yaml.load"), path
+            if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+                assert not (isinstance(node.value, ast.Constant) and node.value.value is True), path

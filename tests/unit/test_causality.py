@@ -1,0 +1,67 @@
+"""Models whose attention looks ahead are refused before anything is read or changed."""
+
+import pytest
+import torch
+import transformers
+
+import rocr
+from rocr import EditConfig, InputError
+from rocr.model.architecture import find_architecture
+from rocr.model.causality import looks_ahead
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def paligemma(tokenizer):
+    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+    text |= {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": len(tokenizer), "initializer_range": 0.2}
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14, "projection_dim": 32}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = transformers.PaliGemmaConfig(
+            text_config=text | {"model_type": "gemma"},
+            vision_config=vision | {"model_type": "siglip_vision_model"},
+            image_token_index=len(tokenizer) - 1,
+            projection_dim=32,
+        )
+        return transformers.PaliGemmaForConditionalGeneration(config).eval()
+
+
+def gemma3_both_ways(tokenizer):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = transformers.Gemma3TextConfig(
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=4,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=8, initializer_range=0.2,
+            use_bidirectional_attention=True,
+        )  # fmt: skip
+        return transformers.Gemma3ForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("make", [paligemma, gemma3_both_ways])
+def test_attention_that_looks_ahead_is_refused(make, dtype, tokenizer, texts, concepts, weights_of, monkeypatch):
+    other = make(tokenizer).to(dtype)
+    assert looks_ahead(find_architecture(other), 2)
+    with pytest.raises(InputError, match=r"The attention of \w+ looks ahead, .*left to right"):
+        rocr.collect_statistics(other, tokenizer, texts, [1, 2])
+    # Statistics of rocr 0.1 may be of such a model.
+    monkeypatch.setattr("rocr.statistics.collect.check_causal", lambda *_: None)
+    collected = rocr.collect_statistics(other, tokenizer, texts, [1, 2])
+    before = weights_of(other)
+    with pytest.raises(InputError, match="looks ahead"):
+        rocr.unlearn(other, tokenizer, concepts, collected, EditConfig(layers=[1, 2]))
+    assert all(torch.equal(weight, before[name]) for name, weight in weights_of(other).items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_causal_attention_does_not_look_ahead(family, make_model, dtype):
+    architecture = find_architecture(make_model(family).to(dtype))
+    assert not looks_ahead(architecture, 4)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_experts_of_other_tokens_are_not_a_look_ahead(mixture, make_model, seed):
+    architecture = find_architecture(make_model(mixture, seed=seed, num_experts_per_tok=2))
+    assert not looks_ahead(architecture, 4)
