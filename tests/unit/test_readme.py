@@ -1,5 +1,6 @@
 """README.md and docs/: their Python blocks run on tiny models, their commands have the options shown; the map."""
 
+import dataclasses
 import json
 import os
 import re
@@ -185,6 +186,14 @@ def test_the_api_page_has_every_public_name():
     text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     shown = re.findall(r"^::: (rocr\S+)$", text, flags=re.MULTILINE)
     assert {name.rpartition(".")[2] for name in shown} >= set(rocr.__all__) - {"ops"}
+
+
+def test_the_settings_that_are_explained_are_there():
+    section = (ROOT / "docs" / "concepts.md").read_text(encoding="utf-8").partition("\n## Settings\n")[2]
+    rows = re.findall(r"^\| (`[a-z_`, ]+) \|", section, flags=re.MULTILINE)
+    named = {name for row in rows for name in re.findall(r"`([a-z_]+)`", row)}
+    assert len(named) > 5
+    assert named <= {field.name for field in dataclasses.fields(rocr.EditConfig)}
 
 
 def test_the_map_names_every_file_of_the_code_and_nothing_else():
