@@ -92,7 +92,7 @@ def second_moment_op(total: Tensor, keys: Tensor) -> None:
 
 @torch.library.custom_op("rocr::cpp_low_rank_update", mutates_args=("weights",))
 def low_rank_update_op(
-    weights: list[Tensor], lefts: list[Tensor], rights: list[Tensor], scale: float, at_random: bool, seed: int
+    weights: list[Tensor], lefts: list[Tensor], rights: list[Tensor], scale: float, stochastic: bool, seed: int
 ) -> None:
     """Add scale * left @ right to every weight; factors are float32 and contiguous."""
     import rocr._C as kernels
@@ -101,7 +101,7 @@ def low_rank_update_op(
     kernels.low_rank_update(
         updates=[_describe(*each) for each in operands],
         scale=scale,
-        stochastic=at_random,
+        stochastic=stochastic,
         seed=seed,
         threads=torch.get_num_threads(),
         simd=_wanted_simd(),
@@ -118,7 +118,7 @@ def _(total: Tensor, keys: Tensor) -> None:
 
 @low_rank_update_op.register_fake
 def _(
-    weights: list[Tensor], lefts: list[Tensor], rights: list[Tensor], scale: float, at_random: bool, seed: int
+    weights: list[Tensor], lefts: list[Tensor], rights: list[Tensor], scale: float, stochastic: bool, seed: int
 ) -> None:
     return None
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rocr.direct import call_directly
+from rocr.direct import bypass_dispatcher
 from rocr.errors import InputError, RocrError
 
 TILE_WIDTH = 256
@@ -51,7 +51,7 @@ def accumulate_second_moments(totals: Sequence[Tensor], keys: Sequence[Tensor]) 
         for first in range(0, len(indices), MAXIMUM_LAYERS):
             batch = indices[first : first + MAXIMUM_LAYERS]
             of_batch = [totals[index] for index in batch], [keys[index] for index in batch]
-            call_directly(second_moments_op, _add_second_moments, *of_batch)
+            bypass_dispatcher(second_moments_op, _add_second_moments, *of_batch)
 
 
 def low_rank_update(
@@ -65,8 +65,8 @@ def low_rank_update(
     """Add scale * left @ right to every weight, alike layers in one launch."""
     has_unit_stride = [1 in weight.stride() for weight in weights]
     rows = [weight if fits else weight.contiguous() for weight, fits in zip(weights, has_unit_stride, strict=True)]
-    at_random = rounding == "stochastic"
-    call_directly(low_rank_update_op, _update_low_rank, rows, list(lefts), list(rights), scale, at_random, seed)
+    stochastic = rounding == "stochastic"
+    bypass_dispatcher(low_rank_update_op, _update_low_rank, rows, list(lefts), list(rights), scale, stochastic, seed)
     for weight, updated in zip(weights, rows, strict=True):
         if updated is not weight:
             weight.copy_(updated)
@@ -74,10 +74,9 @@ def low_rank_update(
 
 def _add_second_moments(totals: list[Tensor], keys: list[Tensor]) -> None:
     """Add keysᵀ keys to the lower triangle of each total, at most MAXIMUM_LAYERS of one shape, stride and dtype."""
-    from rocr_kernels.schedule import make_schedule
-
     import rocr._C as kernels
 
+    make_schedule = _load_schedule()
     tokens, width = keys[0].shape
     blocks = -(-width // TILE_WIDTH)
     with torch.cuda.device(totals[0].get_device()):
@@ -105,7 +104,7 @@ def _add_second_moments(totals: list[Tensor], keys: list[Tensor]) -> None:
 
 
 def _update_low_rank(
-    weights: list[Tensor], lefts: list[Tensor], rights: list[Tensor], scale: float, at_random: bool, seed: int
+    weights: list[Tensor], lefts: list[Tensor], rights: list[Tensor], scale: float, stochastic: bool, seed: int
 ) -> None:
     """Add scale * left @ right to every weight; a weight has unit stride along its rows or its columns."""
     import rocr._C as kernels
@@ -123,11 +122,27 @@ def _update_low_rank(
                 updates=updates,
                 number=_number(dtype),
                 scale=scale,
-                stochastic=at_random,
+                stochastic=stochastic,
                 seed=seed,
                 stream=torch.cuda.current_stream().cuda_stream,
             )
         _raise_unless_done(code, "low-rank update")
+
+
+def _load_schedule() -> Any:
+    """Return make_schedule, which the Triton kernels share.
+
+    Raises:
+        InputError: Triton is not installed.
+    """
+    try:
+        from rocr_kernels._common import make_schedule
+    except ImportError as error:
+        raise InputError(
+            f"The CUDA second moment shares its schedule with the Triton kernels, whose import failed ({error}). "
+            "Install triton, or use the backend 'torch'."
+        ) from None
+    return make_schedule
 
 
 second_moments_op = torch.library.custom_op("rocr::cuda_second_moments", _add_second_moments, mutates_args=("totals",))
@@ -141,7 +156,7 @@ def _(totals: list[Tensor], keys: list[Tensor]) -> None:
 
 @low_rank_update_op.register_fake
 def _(
-    weights: list[Tensor], lefts: list[Tensor], rights: list[Tensor], scale: float, at_random: bool, seed: int
+    weights: list[Tensor], lefts: list[Tensor], rights: list[Tensor], scale: float, stochastic: bool, seed: int
 ) -> None:
     return None
 

@@ -28,11 +28,11 @@ def round_into(weight: Tensor, exact: Tensor, rounding: str, generator: torch.Ge
     A float32 weight is always rounded to nearest: its last bit is far below any update worth making.
     """
     if rounding == "stochastic" and weight.dtype != torch.float32:
-        exact = _neighbour_at_random(exact.float(), weight.dtype, generator)
+        exact = _stochastic_neighbour(exact.float(), weight.dtype, generator)
     weight.copy_(exact)
 
 
-def _neighbour_at_random(exact: Tensor, dtype: torch.dtype, generator: torch.Generator | None) -> Tensor:
+def _stochastic_neighbour(exact: Tensor, dtype: torch.dtype, generator: torch.Generator | None) -> Tensor:
     """One of the two values of dtype beside each float32, the nearer one in proportion more often.
 
     floor(x / q + u) q has the expectation x for u uniform in [0, 1) and q the spacing of dtype at x;
