@@ -11,7 +11,7 @@ extern const Simd neon;
 #endif
 extern const Simd plain;
 
-std::int64_t bytes_of(Number number) { return number == Number::float32 ? 4 : 2; }
+std::int64_t bytes_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
 
 std::vector<const Simd*> supported_simds() {
   std::vector<const Simd*> supported;

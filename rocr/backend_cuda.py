@@ -87,7 +87,7 @@ def _add_second_moments(totals: list[Tensor], keys: list[Tensor]) -> None:
         slices = torch.zeros(max(1, schedule.slices) * TILE_WIDTH**2, device=totals[0].device)
         code = kernels.cuda_accumulate_second_moments(
             layers=[(each.data_ptr(), total.data_ptr()) for each, total in zip(keys, totals, strict=True)],
-            number=_number(keys[0].dtype),
+            dtype=_dtype(keys[0].dtype),
             tokens=tokens,
             width=width,
             key_stride=keys[0].stride(0),
@@ -120,7 +120,7 @@ def _update_low_rank(
         with torch.cuda.device(weights[0].get_device()):
             code = kernels.cuda_low_rank_update(
                 updates=updates,
-                number=_number(dtype),
+                dtype=_dtype(dtype),
                 scale=scale,
                 stochastic=stochastic,
                 seed=seed,
@@ -200,10 +200,10 @@ def _describe(layer: int, weight: Tensor, left: Tensor, right: Tensor) -> tuple[
     )
 
 
-def _number(dtype: torch.dtype) -> Any:
+def _dtype(dtype: torch.dtype) -> Any:
     import rocr._C as kernels
 
-    return getattr(kernels.Number, str(dtype).removeprefix("torch."))
+    return getattr(kernels.DType, str(dtype).removeprefix("torch."))
 
 
 def _raise_unless_done(code: int, work: str) -> None:
