@@ -1,3 +1,4 @@
+// The Python module rocr._C.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

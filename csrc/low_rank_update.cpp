@@ -1,3 +1,16 @@
+// Low-rank updates on the CPU: weight += scale * left @ right. A weight is read once and written once.
+//
+//                 right, packed as panels of block_columns columns, in L2
+//              +--------------+--------------+--------------+
+//    tile_rows | piece        | piece        | piece        |   strip, with one packed panel of scale * left
+//              +--------------+--------------+--------------+
+//    tile_rows | piece        | piece        | piece        |   strip
+//              +--------------+--------------+--------------+
+//              piece_columns
+//
+// A block, at most block_strips strips, is one item. The sums of a piece stay in L1 until they are added to the
+// weight and rounded. Ranks above max_sum_depth are split into slices; the sums of a block are then kept until the
+// last slice.
 #include "low_rank_update.h"
 
 #include <algorithm>
@@ -38,7 +51,7 @@ struct Call {
   float scale;
   bool stochastic;
   std::uint64_t seed;
-  std::int64_t max_rank, depth;  // of a slice of the rank
+  std::int64_t max_rank, depth;  // depth: of a slice of the rank
   std::int64_t block_rows, block_columns, piece_columns;
 
   bool has_slices() const { return max_rank > depth; }
@@ -154,7 +167,7 @@ void Call::multiply_piece(std::int64_t columns, std::int64_t steps, const float*
   }
 }
 
-// SplitMix64's finaliser (Steele, Lea and Flood, OOPSLA 2014).
+// The finalizer of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014).
 std::uint64_t mix(std::uint64_t bits) {
   bits = (bits ^ bits >> 30) * 0xbf58476d1ce4e5b9;
   bits = (bits ^ bits >> 27) * 0x94d049bb133111eb;

@@ -1,3 +1,16 @@
+// The second moment on the CPU: total += keysᵀ keys, in float32, lower triangle only.
+//
+// Tokens are split into slices. The keys of a slice are packed once, as float32 panels of tile_columns columns. A
+// tile of the total is the product of tile_rows columns of one panel and all columns of another:
+//
+//                 block_columns panels of columns
+//              +------+------+------+------+-----
+//   block_rows | tile | tile | tile | tile | ...     tile: tile_rows x tile_columns
+//   panels     +------+------+------+------+-----
+//   of rows    | tile | tile | tile | tile | ...
+//              +------+------+------+------+-----
+//
+// A block is one item. While the blocks of one slice are multiplied, other items pack the next slice.
 #include "second_moment.h"
 
 #include <algorithm>

@@ -2,9 +2,9 @@
 // thread of a block copies keys to shared memory, and two warpgroups multiply them. Both blocks need the same 256
 // columns: each block copies half of them to both.
 //
-// barrier      arrivals of one phase                                     who waits
-// full[stage]  the copying thread, and 48 KiB from both blocks           the warpgroups, before they multiply
-// empty[stage] each warp of the warpgroups of both blocks, after reading the copying thread, before it copies
+// barrier       arrivals of one phase                                       who waits
+// full[stage]   the copying thread, and 48 KiB from both blocks             the warpgroups, before they multiply
+// empty[stage]  each warp of the warpgroups of both blocks, after it reads  the copying thread, before it copies
 //
 // `empty` has arrivals from both blocks because a copy writes to both. Bytes of the other block may arrive before this
 // block announces its own. The phase of `full` cannot end before the announcement, which is its only arrival. Nor can
@@ -21,9 +21,9 @@ namespace rocr::sm90 {
 
 constexpr int tile_width = static_cast<int>(cuda_tile_width);
 constexpr int tile_boxes = tile_width / box_columns;
-constexpr int row_boxes = tile_boxes / 2;  // of the 128 rows of a block
+constexpr int row_boxes = tile_boxes / 2;  // boxes of the 128 rows of a block
 constexpr int stages = 4;
-constexpr std::uint32_t columns_offset = row_boxes * box_bytes;  // in a stage, after the rows' boxes
+constexpr std::uint32_t columns_offset = row_boxes * box_bytes;  // in a stage, after the boxes of the rows
 constexpr std::uint32_t stage_bytes = (row_boxes + tile_boxes) * box_bytes;
 constexpr int chunk_tokens = 8192;  // most tokens of one accumulator: tensor cores truncate their sums
 constexpr int multiplying_warps = 8;

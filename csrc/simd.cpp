@@ -1,3 +1,4 @@
+// The list of instruction sets, and the choice among them at run time.
 #include "simd.h"
 
 #include <stdexcept>

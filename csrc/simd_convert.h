@@ -69,7 +69,7 @@ ROCR_INLINE Halves narrow_stochastic(Floats value, Bits random) {
   return finish_float16(select(half > half_infinity, all(half_infinity), half), bits);
 }
 
-// 32 random bits for each column: the finaliser of MurmurHash3 (Appleby, public domain) of a keyed sequence.
+// 32 random bits for each column: the finalizer of MurmurHash3 (Appleby, public domain) of a keyed sequence.
 ROCR_INLINE Bits random_bits(std::uint64_t key, std::int64_t first_column) {
   static const std::uint32_t lanes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   Bits bits = *reinterpret_cast<const Bits*>(lanes) + static_cast<std::uint32_t>(first_column);
