@@ -38,12 +38,13 @@ from rocr.edit.guards import (
 from rocr.edit.measures import EditReport, mean_by_concept, measure_layer
 from rocr.edit.retain_impact import Neighbours, read_neighbours
 from rocr.edit.update import Applied, LayerUpdate
+from rocr.io.dtypes import dtype_name
 from rocr.keys.plan import KeyPlan, Reading, plan_keys
 from rocr.keys.read import States, read_layers, read_states
 from rocr.model.architecture import Architecture, DownProjection, find_architecture, positions_of
 from rocr.model.causality import check_causal
 from rocr.model.chat import settled
-from rocr.model.fingerprint import Fingerprint, down_projection_digests, dtype_name, fingerprint
+from rocr.model.fingerprint import Fingerprint, down_projection_digests, fingerprint
 from rocr.model.layers import check_moments, resolve_layers
 from rocr.model.passage import before_passage, measured_layers
 from rocr.model.tensor_parallel import whole
@@ -259,7 +260,7 @@ def _check_statistics(task: _Task, tokenizer: Any, statistics: Statistics) -> Fi
     architecture, last = task.architecture, max(task.layers)
     origin = fingerprint(architecture, tokenizer, statistics.fingerprint.layer, like=statistics.fingerprint)
     read_up_to = min(statistics.fingerprint.layer, architecture.depth - 1)
-    dtype = dtype_name(architecture.down_projection(read_up_to).weight)
+    dtype = dtype_name(architecture.down_projection(read_up_to).weight.dtype)
     settings = computed_with(architecture.model)
     statistics.check_model(origin, dtype, settings, down_projection_digests(architecture, last))
     check_causal(architecture, last)

@@ -20,9 +20,10 @@ from rocr.errors import InputError
 from rocr.export.copying import carried_files, may_link, other_weights
 from rocr.export.rewrite import files_beside, rewrite_model
 from rocr.io.disk_space import check_space
+from rocr.io.dtypes import dtype_name
 from rocr.io.safetensors_layout import StoredTensor
 from rocr.model.architecture import DownProjection, find_architecture
-from rocr.model.fingerprint import dtype_name, tensor_digest
+from rocr.model.fingerprint import tensor_digest
 from rocr.model.load import LoadedModel, save_model, saved_bytes
 from rocr.model.stored_weights import StoredNames, check_loaded, find_stored, find_weights, layout, stored_names
 from rocr.model.weight_files import WeightFiles, find_weight_files
@@ -206,7 +207,7 @@ def _written(
         update.parameter,
         [place.name for place in places],
         str(places[0].dtype).removeprefix("torch."),
-        None if projection.parameter.device.type == "meta" else dtype_name(projection.parameter),
+        None if projection.parameter.device.type == "meta" else dtype_name(projection.parameter.dtype),
         None if undo is None else float((undo != 0).to(torch.float64).mean()),
     )
 

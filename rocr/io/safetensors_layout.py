@@ -13,24 +13,11 @@ import torch
 from torch import Tensor
 
 from rocr.errors import InputError
+from rocr.io.dtypes import STORED_DTYPES, torch_dtype
 from rocr.io.json_values import list_of, parse_json, text_of, whole_number_of
 
 MAX_HEADER_BYTES = 32 * 2**20
 """Room for the names and numbers of a hundred thousand concepts; parsed, it takes some hundred MiB."""
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "BOOL": torch.bool,
-}
 
 
 @dataclass(frozen=True)
@@ -120,12 +107,13 @@ def _stored(name: str, entry: dict[str, Any], path: Path, base: int) -> StoredTe
     kind = text_of(entry["dtype"], "dtype")
     shape = tuple(whole_number_of(length, "a length") for length in list_of(entry["shape"], "shape"))
     start, end = (whole_number_of(offset, "an offset") for offset in list_of(entry["data_offsets"], "data_offsets"))
-    if kind not in DTYPES:
-        # Of another kind, such as F4: never read by rocr, but its bytes are carried along.
+    if kind not in STORED_DTYPES:
+        # Another kind, such as F4, is copied as bytes and its values are never used.
         return StoredTensor(name, path, torch.uint8, (end - start,), base + start, end - start, kind)
-    if end - start != math.prod(shape) * DTYPES[kind].itemsize:
+    dtype = torch_dtype(STORED_DTYPES[kind])
+    if end - start != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{name} is {kind} of shape {shape}, but has {end - start} bytes")
-    return StoredTensor(name, path, DTYPES[kind], shape, base + start, end - start, kind)
+    return StoredTensor(name, path, dtype, shape, base + start, end - start, kind)
 
 
 def _check_ranges(tensors: list[StoredTensor], start: int, size: int) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rocr.errors import InputError
+from rocr.io.dtypes import SUPPORTED_DTYPES
 
 DEPTHS = ("num_hidden_layers", "n_layer", "num_layers")
 WIDTHS = ("hidden_size", "n_embd", "vocab_size")
@@ -28,8 +29,8 @@ DEEPEST_ELSEWHERE, MOST_ELSEWHERE = 1_000, 1_000_000
 """What the depth and other sizes of a part may be whose tensors need not be in the files, such as a vision tower."""
 MAX_LABELS = 100_000
 DROPOUT = re.compile(r"(^|_)(dropout|pdrop|layerdrop)(_prob|_p|_rate)?$")
-LOADED_DTYPES = ("float32", "float", "bfloat16", "float16", "half", "auto")
-PLAIN_KINDS = frozenset({"float64", "float32", "float16", "bfloat16"})
+LOADED_DTYPES = (*SUPPORTED_DTYPES, "float", "half", "auto")
+UNQUANTIZED_DTYPES = frozenset({"float64", *SUPPORTED_DTYPES})
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,12 @@ class Weights:
     Attributes:
         tensors: how many there are.
         longest: the largest dimension of any; None where the files were not looked at.
-        kinds: dtypes, such as "bfloat16"; empty where the files were not looked at.
+        dtypes: such as "bfloat16"; empty where the files were not looked at.
     """
 
     tensors: int
     longest: int | None
-    kinds: frozenset[str]
+    dtypes: frozenset[str]
 
 
 def check_config(path: Path, config: Mapping[str, Any], weights: Weights) -> None:
@@ -77,7 +78,7 @@ def _flaw(name: str, value: Any, weights: Weights, own: bool) -> str:
     if name in ("dtype", "torch_dtype"):
         return "" if _is_loaded(value) else "rocr loads weights as float32, bfloat16 or float16: save it again as one"
     if name in ("quantization_config", "compression_config"):
-        return _quantization_flaw(value, weights.kinds)
+        return _quantization_flaw(value, weights.dtypes)
     if name.endswith(("attn_implementation", "experts_implementation")):
         return "code of a repository is not run" if "/" in str(value) else ""
     if DROPOUT.search(name):
@@ -100,13 +101,13 @@ def _size_flaw(value: Any, most: int, least: int) -> str:
     return f"that must be a whole number of at most {most:,}, by the size of the weights"
 
 
-def _quantization_flaw(value: Any, kinds: frozenset[str]) -> str:
+def _quantization_flaw(value: Any, dtypes: frozenset[str]) -> str:
     if value is None:
         return ""
     if not isinstance(value, dict) or not isinstance(value.get("quant_method", ""), str):
         return "that must be an object with a text as quant_method"
-    if kinds and kinds <= PLAIN_KINDS:
-        return f"the files hold plain {' and '.join(sorted(kinds))}: remove the field if nothing is quantised"
+    if dtypes and dtypes <= UNQUANTIZED_DTYPES:
+        return f"the files hold plain {' and '.join(sorted(dtypes))}: remove the field if nothing is quantised"
     return ""
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rocr.errors import InputError
+from rocr.io.dtypes import dtype_name
 from rocr.io.json_values import parse_json
 from rocr.io.safetensors_layout import MAX_HEADER_BYTES, StoredTensor, read_layout
 from rocr.model.check_config import Weights, check_config
@@ -54,9 +55,7 @@ def _weights(folder: Path, whole: bool) -> Weights:
         return Weights(sum(map(len, _read_index(folder).values())), None, frozenset())
     found = _check_weights(folder)
     longest = max((size for tensor in found.values() for size in tensor.shape), default=0)
-    return Weights(
-        len(found), longest, frozenset(str(tensor.dtype).removeprefix("torch.") for tensor in found.values())
-    )
+    return Weights(len(found), longest, frozenset(dtype_name(tensor.dtype) for tensor in found.values()))
 
 
 def check_inside(folder: Path, path: Path) -> None:

@@ -144,11 +144,6 @@ def tensor_digest(tensor: Tensor) -> str:
     return hashlib.sha256(buffer).hexdigest()
 
 
-def dtype_name(tensor: Tensor) -> str:
-    """A tensor's dtype as files and messages call it, such as "bfloat16"."""
-    return str(tensor.dtype).removeprefix("torch.")
-
-
 def _down_projection(architecture: Architecture, layer: int) -> DownProjection | None:
     try:
         return architecture.down_projection(layer)

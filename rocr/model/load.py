@@ -23,9 +23,7 @@ from rocr.model.hub import loading, offline
 from rocr.model.source import ModelSource, find_model
 from rocr.model.weight_files import find_weight_files, stored_dtype
 
-__all__ = ["DTYPES", "LoadedModel", "ModelSource", "find_model", "load_model", "load_tokenizer", "save_model"]
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+__all__ = ["LoadedModel", "ModelSource", "find_model", "load_model", "load_tokenizer", "save_model"]
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rocr.errors import InputError
 from rocr.io.boundary import calling
+from rocr.io.dtypes import is_supported
 from rocr.model.hooks import evaluating, input_of
 from rocr.model.tensor_parallel import flaw_of, is_sharded, whole, whole_input
 from rocr.model.wrappers import own_modules, uncompiled
@@ -27,7 +28,6 @@ PROBE_TOKENS = 8
 PROBE_ROWS = 64
 LEAST_TOLERANCE = 1e-3
 """Relative error that TF32 stays below; a matrix that does something else is off by a tenth or more."""
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Matrix:
     def features(self) -> int | None:
         """Size of its output; None where the module does not say."""
         weight: Any = getattr(self.module, "weight", None)
-        is_plain = isinstance(weight, Tensor) and weight.ndim == 2 and weight.dtype in DTYPES
+        is_plain = isinstance(weight, Tensor) and weight.ndim == 2 and is_supported(weight.dtype)
         if is_plain and isinstance(self.module, (nn.Linear, Conv1D)):
             return int(weight.shape[1 if self.is_transposed else 0])
         for name in ("out_features", "nf"):
@@ -175,7 +175,8 @@ def _is_matrix(module: nn.Module) -> bool:
 def _can_run(mlp: nn.Module) -> bool:
     """Whether an MLP is loaded and has some weights that are not quantised, in whose dtype states can be made."""
     parameters = list(mlp.parameters())
-    return all(each.device.type != "meta" for each in parameters) and any(each.dtype in DTYPES for each in parameters)
+    is_loaded = all(parameter.device.type != "meta" for parameter in parameters)
+    return is_loaded and any(is_supported(parameter.dtype) for parameter in parameters)
 
 
 def _check_dense(matrix: Matrix) -> None:
@@ -184,7 +185,7 @@ def _check_dense(matrix: Matrix) -> None:
     if (
         not isinstance(module, (nn.Linear, Conv1D))
         or not isinstance(weight, nn.Parameter)
-        or weight.dtype not in DTYPES
+        or not is_supported(weight.dtype)
         or weight.ndim != 2
         # Quantised weights of torchao and quanto are tensors of a class of their own that call themselves bfloat16.
         or not (type(weight.data) is Tensor or is_sharded(weight))
@@ -231,7 +232,7 @@ def _run(name: str, mlp: nn.Module, matrices: Sequence[Matrix], hidden_size: int
     Raises:
         InputError: the MLP raised an exception.
     """
-    parameter = next(parameter for parameter in mlp.parameters() if parameter.dtype in DTYPES)
+    parameter = next(parameter for parameter in mlp.parameters() if is_supported(parameter.dtype))
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(1, PROBE_TOKENS, hidden_size, generator=generator).to(parameter.device, parameter.dtype)
     calls: dict[int, _Call] = {}

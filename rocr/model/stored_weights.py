@@ -17,11 +17,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from rocr.errors import InputError
+from rocr.io.dtypes import SUPPORTED_KINDS
 from rocr.io.safetensors_layout import StoredTensor
 from rocr.model.architecture import DownProjection
-from rocr.model.load import ModelSource
+from rocr.model.source import ModelSource
 from rocr.model.tensor_parallel import is_sharded
-from rocr.model.weight_files import EDITED_KINDS, WeightFiles, find_weight_files
+from rocr.model.weight_files import WeightFiles, find_weight_files
 
 RUNS, RUN_LENGTH = 16, 32
 """How much of a tensor is compared: evenly spaced runs of neighbouring values, so that few pages of a file are read."""
@@ -92,7 +93,7 @@ def find_stored(files: WeightFiles, names: StoredNames, projection: DownProjecti
         )
     places = [files.find(stored) for stored in names.plain[name]]
     for place in places:
-        if place.kind not in EDITED_KINDS or place.shape != tuple(projection.parameter.shape):
+        if place.kind not in SUPPORTED_KINDS or place.shape != tuple(projection.parameter.shape):
             raise InputError(
                 f"{place.name} is stored in {place.file} as {place.kind} of shape {place.shape}: rocr writes float32, "
                 f"bfloat16 and float16 of the shape {tuple(projection.parameter.shape)} that is loaded."
@@ -119,7 +120,7 @@ def check_loaded(
         if parameter.device.type == "meta" or is_sharded(parameter) or name not in names.plain:
             continue
         for place in (files.find(stored) for stored in names.plain[name]):
-            if place.kind in EDITED_KINDS and not _same_samples(parameter.data, place):
+            if place.kind in SUPPORTED_KINDS and not _same_samples(parameter.data, place):
                 raise _differs(name, place)
 
 

@@ -14,12 +14,10 @@ from pathlib import Path
 import torch
 
 from rocr.errors import InputError
+from rocr.io.dtypes import SUPPORTED_KINDS, torch_dtype
 from rocr.io.json_values import parse_json
-from rocr.io.safetensors_layout import DTYPES, StoredTensor, read_layout
+from rocr.io.safetensors_layout import StoredTensor, read_layout
 from rocr.model.check_folder import INDEX_FILE, SINGLE_FILE, check_model_folder
-
-EDITED_KINDS = ("F32", "BF16", "F16")
-"""What a weight must be stored as to be edited."""
 
 
 @dataclass
@@ -122,9 +120,9 @@ def stored_dtype(files: WeightFiles, names: Iterable[str] | None = None) -> torc
     if parse_json((files.folder / "config.json").read_bytes()).get("quantization_config"):
         return None
     stored = files.read_headers().values() if names is None else [files.find(name) for name in names]
-    values = dict.fromkeys(EDITED_KINDS, 0)
+    values = dict.fromkeys(SUPPORTED_KINDS, 0)
     for tensor in stored:
         if tensor.kind in values and len(tensor.shape) > 1:
             values[tensor.kind] += math.prod(tensor.shape)
     kind = max(values, key=lambda kind: values[kind])
-    return DTYPES[kind] if values[kind] else None
+    return torch_dtype(SUPPORTED_KINDS[kind]) if values[kind] else None

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from rocr import ops
 from rocr.config import DEFAULT, ChatSettings
 from rocr.errors import GuardError, InputError, RocrError
+from rocr.io.dtypes import dtype_name
 from rocr.model.architecture import Architecture, default_layers, find_architecture, positions_of
 from rocr.model.capture import as_sequence, check_seen, input_hook, run_through
 from rocr.model.causality import check_causal
 from rocr.model.chat import settled
-from rocr.model.fingerprint import down_projection_digests, dtype_name, fingerprint
+from rocr.model.fingerprint import down_projection_digests, fingerprint
 from rocr.model.smaller_batches import halving
 from rocr.model.tensor_parallel import is_parallel
 from rocr.ops.arithmetic import plain_arithmetic
@@ -135,7 +136,7 @@ def collect_statistics(
         "layers": list(chosen),
         "cut": [options.tokens, options.length, options.batch_tokens],
         # A sum of keys that were computed in two ways is the sum of no single run.
-        "computed": [dtype_name(weight), weight.device.type, computed_with(model), versions_now()],
+        "computed": [dtype_name(weight.dtype), weight.device.type, computed_with(model), versions_now()],
     }
     ranks.check_same("models, texts, layers or options", identity)
     with ranks.together():
@@ -171,7 +172,7 @@ def collect_statistics(
         ranks.tell(error)
         raise
     moments = {layer: _finished(total, tokens, layer) for layer, total in sums.items()}
-    read = replace(source.provenance(dtype_name(weight), computed_with(model)), down_projections=before)
+    read = replace(source.provenance(dtype_name(weight.dtype), computed_with(model)), down_projections=before)
     return Statistics(moments, tokens, source.name(), mark, read)
 
 
