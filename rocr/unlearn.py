@@ -155,7 +155,7 @@ def unlearn(
     except BaseException:
         # Here and not in a context: an interruption at a context's own exit would miss it.
         if updates:
-            take_back(find_architecture(model), updates)
+            take_back(task.architecture, updates)
         raise
 
 
@@ -237,9 +237,9 @@ def _plan(
     check_concepts(everything)
     config = config or (base_edit.config if base_edit else EditConfig())
     by_count = base_edit.report.by_count if base_edit else config.left_to_the_count()
-    config = resolve_layers(config.for_concepts(len(concepts)), model)
-    config = replace(config, chat=settled(config.chat, tokenizer))
     architecture = find_architecture(model)
+    config = resolve_layers(config.for_concepts(len(concepts)), architecture)
+    config = replace(config, chat=settled(config.chat, tokenizer))
     plan = plan_keys(tokenizer, concepts, config)
     if base_edit is not None:
         check_rendered(base_edit.rendered, plan.rendered, "the tokenizer now")

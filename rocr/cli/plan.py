@@ -107,10 +107,10 @@ def _job(
     from rocr.model.load_partial import empty_model
 
     transformers.utils.logging.disable_progress_bar()
-    if source.folder is not None and source.gguf is None:
-        check_model_folder(source.folder)
+    if source.checkpoint_folder is not None:
+        check_model_folder(source.checkpoint_folder)
     architecture = find_architecture(empty_model(source, arguments.trust_remote_code))
-    config = dataclasses.replace(config, layers=chosen_layers(config, architecture.model))
+    config = dataclasses.replace(config, layers=chosen_layers(config, architecture))
     tokenizer = load_tokenizer(source, arguments.trust_remote_code)
     return Job(
         source,

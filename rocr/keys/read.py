@@ -17,7 +17,7 @@ from rocr.keys.prefix_cache import can_share, run_prefix
 from rocr.model.architecture import Architecture
 from rocr.model.capture import as_sequence, check_seen, hidden_hook, input_hook, run_through
 from rocr.model.passage import LayerCall, measure_gains, recording
-from rocr.model.smaller_batches import halving
+from rocr.model.smaller_batches import retry_with_smaller_batch
 from rocr.progress import Progress, ProgressCallback, silent
 
 
@@ -62,7 +62,7 @@ def read_states(
             are the same but for rounding.
     """
     layers = [] if key_layer is None else [key_layer]
-    hidden, found = halving(
+    hidden, found = retry_with_smaller_batch(
         lambda budget: _read(architecture, reading, hidden_layer, layers, budget, progress, stage, share), token_budget
     )
     return States(hidden) if key_layer is None else found[key_layer]
@@ -79,7 +79,7 @@ def read_layers(
     measured: Collection[int] = (),
 ) -> dict[int, States]:
     """The states of several key layers from one pass, with the gains of the `measured` ones; see `read_states`."""
-    return halving(
+    return retry_with_smaller_batch(
         lambda budget: _read(
             architecture, reading, hidden_layer, key_layers, budget, progress, stage, True, set(measured)
         )[1],

@@ -23,7 +23,7 @@ from rocr.model.capture import as_sequence, check_seen, input_hook, run_through
 from rocr.model.causality import check_causal
 from rocr.model.chat import settled
 from rocr.model.fingerprint import down_projection_digests, fingerprint
-from rocr.model.smaller_batches import halving
+from rocr.model.smaller_batches import retry_with_smaller_batch
 from rocr.model.tensor_parallel import is_parallel
 from rocr.ops.arithmetic import plain_arithmetic
 from rocr.progress import Progress, ProgressCallback, silent
@@ -144,7 +144,7 @@ def collect_statistics(
     saved_at = time.monotonic()
     try:
         resumed, finished = 0, state.batches
-        for number, batch in enumerate(source.batches(architecture.model, tokenizer, progress)):
+        for number, batch in enumerate(source.batches(architecture, tokenizer, progress)):
             done = batch.before + batch.count
             if number // ranks.size < finished:
                 resumed = done
@@ -216,20 +216,20 @@ class _Source:
     bytes: int = 0
     digest: Any = field(default_factory=hashlib.sha256)
 
-    def batches(self, model: nn.Module, tokenizer: Any, progress: ProgressCallback) -> Iterator[_Batch]:
+    def batches(self, architecture: Architecture, tokenizer: Any, progress: ProgressCallback) -> Iterator[_Batch]:
         """The batches of all processes, no more than the wanted tokens need."""
         options = self.options
         if self.texts is None:
             wanted = options.tokens or DEFAULT_SAMPLED_TOKENS
             # Chips of other kinds may draw otherwise.
             written = self.ranks.of_first(
-                sample_sequences(model, tokenizer, wanted, options.seed, progress, options.chat)
+                sample_sequences(architecture.model, tokenizer, wanted, options.seed, progress, options.chat)
             )
             self.length, self.documents = max(map(len, written)), len(written)
             sequences: Iterable[list[int]] = written
         else:
-            self.length = min(options.length, positions_of(model) or options.length)
-            vocabulary = len(find_architecture(model).embedding.weight)  # type: ignore[arg-type]
+            self.length = min(options.length, positions_of(architecture.model) or options.length)
+            vocabulary = len(architecture.embedding.weight)  # type: ignore[arg-type]
             sequences = pack_tokens(self._counted(self.texts), tokenizer, self.length, vocabulary)
         before = 0
         for batch in token_batches(sequences, options.batch_tokens):
@@ -280,7 +280,7 @@ def _accumulate(architecture: Architecture, state: Checkpoint, batch: _Batch) ->
     if batch.count == 0:
         return 0
 
-    halving(partial(_accumulate_pieces, architecture, state, batch), len(batch.sequences))
+    retry_with_smaller_batch(partial(_accumulate_pieces, architecture, state, batch), len(batch.sequences))
     return batch.count
 
 
