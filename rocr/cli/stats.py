@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
         try:
             return _run(arguments, console, ranks)
         except RocrError as error:
-            if ranks.rank and error.told:
+            if ranks.rank and error.is_broadcast:
                 raise SaidElsewhere(error.exit_code) from None
             raise
 

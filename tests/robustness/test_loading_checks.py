@@ -70,9 +70,9 @@ def test_a_configuration_is_refused_by_the_name_of_its_field(name, bad):
 
 
 DIAGNOSED = {
-    "a padding token": ({"pad_token_id": 10**9}, r"Without the field pad_token_id \(1000000000\)"),
-    "rotations": ({"rope_scaling": {"rope_type": "none"}}, "Without the field rope_scaling"),
-    "labels without numbers": ({"id2label": {"a": "b"}}, "Without the field id2label"),
+    "a padding token": ({"pad_token_id": 10**9}, r"can be built without the field pad_token_id \(1000000000\)"),
+    "rotations": ({"rope_scaling": {"rope_type": "none"}}, "can be built without the field rope_scaling"),
+    "labels without numbers": ({"id2label": {"a": "b"}}, "can be built without the field id2label"),
     "a cache": ({"use_cache": "x"}, "field 'use_cache': .* expected bool"),
     "heads of another size": ({"head_dim": 16}, r"q_proj.weight has the shape \(32, 32\) in the files, .* \(64, 32\)"),
     "an encoder": ({"is_encoder_decoder": True}, "is_encoder_decoder"),
