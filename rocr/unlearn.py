@@ -43,7 +43,7 @@ from rocr.keys.plan import KeyPlan, Reading, plan_keys
 from rocr.keys.read import States, read_layers, read_states
 from rocr.model.architecture import Architecture, DownProjection, find_architecture, positions_of
 from rocr.model.causality import check_causal
-from rocr.model.chat import settled
+from rocr.model.chat import with_date
 from rocr.model.fingerprint import Fingerprint, down_projection_digests, fingerprint
 from rocr.model.layers import check_moments, resolve_layers
 from rocr.model.passage import before_passage, measured_layers
@@ -170,7 +170,7 @@ def add_concepts(
 ) -> Edit:
     """Add concepts to an edit and apply the result in its place; see `Edit.add`."""
     # A file that records no date was made with the default one.
-    edit = replace(edit, config=replace(edit.config, chat=settled(edit.config.chat, tokenizer)))
+    edit = replace(edit, config=replace(edit.config, chat=with_date(edit.config.chat, tokenizer)))
     projections = down_projections(find_architecture(model), edit.updates)
     return put_in_place_of(
         projections,
@@ -239,7 +239,7 @@ def _plan(
     by_count = base_edit.report.by_count if base_edit else config.left_to_the_count()
     architecture = find_architecture(model)
     config = resolve_layers(config.for_concepts(len(concepts)), architecture)
-    config = replace(config, chat=settled(config.chat, tokenizer))
+    config = replace(config, chat=with_date(config.chat, tokenizer))
     plan = plan_keys(tokenizer, concepts, config)
     if base_edit is not None:
         check_rendered(base_edit.rendered, plan.rendered, "the tokenizer now")

@@ -13,7 +13,7 @@ from typing import Any
 from rocr.config import DEFAULT, ChatSettings, Template
 from rocr.errors import InputError
 from rocr.io.spelling import has_visible_character, has_word_character
-from rocr.model.chat import WAY_ROUND, ChatFormat, find_chat_format, times_written
+from rocr.model.chat import TEMPLATE_ADVICE, ChatFormat, find_chat_format, not_written_once
 from rocr.model.tokenizer import PART, check_tokenizer, opening_tokens, token_texts, tokenize_with_offsets
 
 
@@ -70,7 +70,7 @@ class RenderedTemplate:
         start, end = _span(text, self.before, self.after, name)
         if start == end:
             raise InputError(
-                f"The tokenizer's chat template does not write the name {name!r} as one can find it. {WAY_ROUND}"
+                f"The tokenizer's chat template does not write the name {name!r} as one can find it. {TEMPLATE_ADVICE}"
             )
         return text[:start], text[start:end], text[end:]
 
@@ -88,7 +88,7 @@ def render_template(tokenizer: Any, template: Template, settings: ChatSettings =
     chat = find_chat_format(tokenizer, settings) if template.chat else None
     parts = template.text.split("{}") if chat is None else chat.parts(template.text)
     if len(parts) != 2:
-        raise InputError(times_written(len(parts) - 1))
+        raise InputError(not_written_once(len(parts) - 1))
     return RenderedTemplate(parts[0], parts[1] + template.answer, template.text, chat, template.answer)
 
 

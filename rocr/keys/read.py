@@ -15,7 +15,7 @@ from rocr.keys.batches import Batch, batches
 from rocr.keys.plan import Reading
 from rocr.keys.prefix_cache import can_share, run_prefix
 from rocr.model.architecture import Architecture
-from rocr.model.capture import as_sequence, check_seen, hidden_hook, input_hook, run_through
+from rocr.model.capture import as_sequence, check_called, hidden_hook, input_hook, run_through
 from rocr.model.passage import LayerCall, measure_gains, recording
 from rocr.model.smaller_batches import retry_with_smaller_batch
 from rocr.progress import Progress, ProgressCallback, silent
@@ -121,7 +121,7 @@ def _read(
             for call in calls.values():
                 recording(stack, call)
             run_through(architecture, hidden_layer, batch.tokens, batch.mask, cache)
-        check_seen(found, wanted)
+        check_called(found, wanted)
         for name, call in calls.items():
             found[name] = measure_gains(architecture.model, call, shape)
             call.forget()

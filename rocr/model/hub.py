@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from rocr.errors import InputError
 from rocr.io.boundary import calling
 from rocr.model.check_tokenizer import check_tokenizer_file
-from rocr.model.gguf import alone, check_gguf_support, quick_reading
+from rocr.model.gguf import check_gguf_support, fast_reader, isolated_link
 from rocr.model.source import ModelSource
 
 SWITCHES = (
@@ -172,7 +172,7 @@ def loading(source: ModelSource, trust_remote_code: bool = False) -> Iterator[Lo
             yield Loading(source, source.place, options, advice)
             return
         check_gguf_support()
-        with alone(source.folder / source.gguf) as link, quick_reading():
+        with isolated_link(source.folder / source.gguf) as link, fast_reader():
             yield Loading(source, str(link.parent), options | {"gguf_file": str(link)}, advice)
 
 

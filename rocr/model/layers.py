@@ -24,8 +24,8 @@ def resolve_layers(config: EditConfig, architecture: Architecture) -> EditConfig
         _check_own(architecture.model, projection)
         if projection.parameter.device.type == "meta":
             raise InputError(
-                f"{projection.parameter_name} is on the meta device: its values were never loaded, or lie on the CPU "
-                "or disk until its layer runs (offloading by a device_map). Put the edited layers onto a device."
+                f"{projection.parameter_name} is on the meta device: it is not loaded, or a device_map offloads it to "
+                "the CPU or disk until its layer runs. Load the edited layers onto a device."
             )
         architecture.check_down_projection(layer)
     return replace(config, layers=layers)

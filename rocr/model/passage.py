@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 from rocr.errors import InputError
 from rocr.io.boundary import calling
 from rocr.model.architecture import Architecture
-from rocr.model.capture import as_sequence, first_tensor, run_through, unseen
+from rocr.model.capture import as_sequence, first_tensor, not_called, run_through
 from rocr.model.hooks import evaluating, hooked
 from rocr.model.wrappers import uncompiled
 
@@ -89,7 +89,7 @@ class LayerCall:
         finally:
             handle.remove()
         if not changed:
-            raise InputError(unseen(f"the down-projection of {self.name}"))
+            raise InputError(not_called(f"the down-projection of {self.name}"))
         return first_tensor(output)
 
 

@@ -19,9 +19,9 @@ from rocr.config import DEFAULT, ChatSettings
 from rocr.errors import GuardError, InputError, RocrError
 from rocr.io.dtypes import dtype_name
 from rocr.model.architecture import Architecture, default_layers, find_architecture, positions_of
-from rocr.model.capture import as_sequence, check_seen, input_hook, run_through
+from rocr.model.capture import as_sequence, check_called, input_hook, run_through
 from rocr.model.causality import check_causal
-from rocr.model.chat import settled
+from rocr.model.chat import with_date
 from rocr.model.fingerprint import down_projection_digests, fingerprint
 from rocr.model.smaller_batches import retry_with_smaller_batch
 from rocr.model.tensor_parallel import is_parallel
@@ -113,7 +113,7 @@ def collect_statistics(
     options = options or CollectOptions()
     if texts is None:
         check_sampled(options.tokens)
-        options = replace(options, chat=settled(options.chat, tokenizer))
+        options = replace(options, chat=with_date(options.chat, tokenizer))
     # Processes that hold one model between them run every batch together.
     ranks = Ranks.of_group() if options.distributed and not is_parallel(model) else Ranks()
     source = _Source(texts, options, ranks)
@@ -305,7 +305,9 @@ def _accumulate_pieces(architecture: Architecture, state: Checkpoint, batch: _Ba
             stack.enter_context(input_hook(projection.module, partial(receive, layer)))
         for done, piece in enumerate(pieces):  # noqa: B007 (`receive` reads it)
             run_through(architecture, max(state.sums), piece)
-    check_seen(projections.keys() - held.keys(), {layer: projection.name for layer, projection in projections.items()})
+    check_called(
+        projections.keys() - held.keys(), {layer: projection.name for layer, projection in projections.items()}
+    )
 
 
 def _add(state: Checkpoint, layer: int, keys: Tensor) -> None:

@@ -175,7 +175,9 @@ def test_an_encoder_decoder_is_refused():
             decoder=module | {"num_hidden_layers": decoder_layers},
             vocab_size=99,
         )
-        with pytest.raises(InputError, match="has an encoder that reads the text and a decoder that writes another"):
+        with pytest.raises(
+            InputError, match="is an encoder-decoder: rocr edits models that read and write text in one decoder"
+        ):
             find_architecture(transformers.T5GemmaForConditionalGeneration(config))
 
 
@@ -185,7 +187,7 @@ def test_layers_that_attend_to_images_alone_are_refused(make_model, tokenizer, t
         rope_parameters={"rope_type": "default", "rope_theta": 1e4},
     )  # fmt: skip
     model = transformers.MllamaForCausalLM(config).eval()
-    with pytest.raises(InputError, match=r"layers\.2 attends to images alone and is left out where there is only text"):
+    with pytest.raises(InputError, match=r"layers\.2 attends to images only and is skipped for text"):
         rocr.collect_statistics(model, tokenizer, texts, [1, 2])
     rocr.unlearn(
         model, tokenizer, concepts, rocr.collect_statistics(model, tokenizer, texts, [1]), rocr.EditConfig(layers=[1])

@@ -119,7 +119,7 @@ BAD_FILES = [
     ("utf16.txt", "Ada -> Chopin".encode("utf-16"), {1: "byte 0xff at offset 0"}),
     ("json.jsonl", '{"name": "A", &\n{"name": "B", &}\n{', {1: "character", 3: "not valid JSON"}),
     ("array.jsonl", '["A"]\n"B"\n3\nnull', dict.fromkeys((1, 2, 3, 4), "must hold an object")),
-    ("keys.jsonl", '{"name": "A", &, "name": "B"}', {1: "'name' stands twice"}),
+    ("keys.jsonl", '{"name": "A", &, "name": "B"}', {1: "'name' occurs twice"}),
     ("deep.jsonl", '{"name": "A", &}\n' + "[" * 100_000, {2: "nested"}),
     ("deep_name.jsonl", '{"name": ' + "[" * 500 + "]" * 500 + ', &}', {1: "name must be text, not a list"}),
     ("digits.jsonl", '{"name": ' + "9" * 10_000 + "}", {1: ""}),
