@@ -45,8 +45,8 @@ from rocr.model.architecture import Architecture, DownProjection, find_architect
 from rocr.model.causality import check_causal
 from rocr.model.chat import with_date
 from rocr.model.fingerprint import Fingerprint, down_projection_digests, fingerprint
+from rocr.model.gains import divide_by_gains, layers_with_gain
 from rocr.model.layers import check_moments, resolve_layers
-from rocr.model.passage import before_passage, measured_layers
 from rocr.model.tensor_parallel import whole
 from rocr.ops.arithmetic import plain_arithmetic
 from rocr.progress import Progress, ProgressCallback, Stopwatch, silent
@@ -110,7 +110,7 @@ def unlearn(
             )
 
             with timed("targets"):
-                reader = _Reader(task, progress, measured_layers(architecture, layers))
+                reader = _Reader(task, progress, layers_with_gain(architecture, layers))
                 targets = reader.targets()
             with timed("keys"):
                 template_keys = reader.template_keys()
@@ -373,7 +373,7 @@ def _keys_and_residuals(
     share = 1 / (len(task.layers) if task.config.measure == "once" else layers_left)
     keys, residuals = states.keys, ((goals.states - states.hidden) * share).to(device)
     if states.gains is not None:
-        residuals = before_passage(states.gains.to(device), residuals)
+        residuals = divide_by_gains(residuals, states.gains.to(device))
     task.check_finite("keys", layer, keys)
     task.check_finite("residuals", layer, residuals)
     if task.base_edit is None:

@@ -16,7 +16,7 @@ from rocr.keys.plan import Reading
 from rocr.keys.prefix_cache import can_share, run_prefix
 from rocr.model.architecture import Architecture
 from rocr.model.capture import as_sequence, check_called, hidden_hook, input_hook, run_through
-from rocr.model.passage import LayerCall, measure_gains, recording
+from rocr.model.gains import LayerCall, measure_gains, recording
 from rocr.model.smaller_batches import retry_with_smaller_batch
 from rocr.progress import Progress, ProgressCallback, silent
 
@@ -29,7 +29,7 @@ class States:
         hidden: (groups, d_out) output of the decoder layer that was asked for.
         keys: (groups, d_in) input of the down-projection, where one was asked for.
         gains: (groups, d_out) share of a small change of that down-projection's output that arrives at its layer's
-            output, where it was measured; see `rocr.model.passage`.
+            output, where it was measured; see `rocr.model.gains`.
     """
 
     hidden: Tensor

@@ -62,7 +62,7 @@ def accepts(model: nn.Module, argument: str) -> bool:
 
 
 def is_of_transformers(model: nn.Module) -> bool:
-    """Return whether a model's code is part of transformers, whose caches are known, and did not come with the model."""
+    """Return whether a model's code is part of transformers, whose caches are known, instead of its own."""
     return type(_inner(model)).__module__.startswith("transformers.models.")
 
 

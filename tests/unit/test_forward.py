@@ -1,4 +1,4 @@
-"""Models whose code accepts few arguments, gives no cache, or other outputs: everything that rocr runs them for."""
+"""Models whose code takes few arguments, gives no cache, or other outputs: everything that rocr runs them for."""
 
 import copy
 from contextlib import nullcontext
