@@ -21,8 +21,9 @@ def read_bounded(path: str | os.PathLike[str], limit: int) -> bytes:
     place = Path(path)
     try:
         if not place.is_file():
-            flaw = "is not a regular file" if place.exists() else "does not exist"
-            raise InputError(f"{path} {flaw}.")
+            if place.is_dir():
+                raise InputError(f"{path} is a folder; give a file.")
+            raise InputError(f"{path} {'is not a regular file' if place.exists() else 'does not exist'}.")
         with place.open("rb") as file:
             data = file.read(limit + 1)
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the path

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from rocr.errors import InputError
+from rocr.io.bounded import read_bounded
 
 MAX_FILE_BYTES = 64 * 2**20
 FIELDS = ("name", "redirect", "aliases")
@@ -34,24 +35,7 @@ def read_fields(path: Path, report: Report) -> Iterator[tuple[int, Fields]]:
     parse = parsers.get(path.suffix.lower())
     if parse is None:
         raise InputError(f"{path} is not a concept file: its name must end in {', '.join(parsers)}.")
-    return parse(_decoded_lines(_contents(path), report), report)
-
-
-def _contents(path: Path) -> bytes:
-    try:
-        if path.is_dir():
-            raise InputError(f"{path} is a folder; give a concept file.")
-        if path.exists() and not path.is_file():
-            raise InputError(f"{path} is not a regular file.")
-        with path.open("rb") as file:
-            contents = file.read(MAX_FILE_BYTES + 1)
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist.") from None
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
-        raise InputError(f"{path} cannot be read: {error}.") from error
-    if len(contents) > MAX_FILE_BYTES:
-        raise InputError(f"{path} is larger than {MAX_FILE_BYTES // 2**20} MiB, the limit for concept files.")
-    return contents
+    return parse(_decoded_lines(read_bounded(path, MAX_FILE_BYTES), report), report)
 
 
 def _decoded_lines(contents: bytes, report: Report) -> Iterator[tuple[int, str]]:

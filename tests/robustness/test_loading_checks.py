@@ -216,10 +216,10 @@ def test_a_token_without_a_row_in_the_embedding_is_refused(by, bad, hostile_fold
     template = {"type": "TemplateProcessing", "pair": rules["post_processor"]["pair"]}
     template["single"] = [{"SpecialToken": {"id": "<|begin|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
     template["special_tokens"] = {"<|begin|>": {"id": "<|begin|>", "ids": [5000], "tokens": ["<|begin|>"]}}
-    with pytest.raises(InputError, match="gives the token 5,000, but the embedding has 420 rows"):
+    with pytest.raises(InputError, match="has the token 5,000, but the embedding has 420 rows"):
         bad("tokenizer.json", by, post_processor=template)
     words = rules["model"] | {"vocab": rules["model"]["vocab"] | {"roses": 5000}}
-    with pytest.raises(InputError, match="gives the token 5,000, but the embedding has 420 rows"):
+    with pytest.raises(InputError, match="has the token 5,000, but the embedding has 420 rows"):
         bad("tokenizer.json", by, post_processor=rules["post_processor"], model=words)
 
 

@@ -52,7 +52,7 @@ def test_the_dense_layers_of_a_mixture_can_be_edited(make_model):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_quantised_layers_are_refused(model):
     quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
-    with pytest.raises(InputError, match=r"layers\.1\.mlp\.down_proj.* holds no plain weight: .* no quantised ones"):
+    with pytest.raises(InputError, match=r"layers\.1\.mlp\.down_proj.* holds no plain weight: .* not quantised ones"):
         find_architecture(quantised).down_projection(1)
 
 
@@ -95,7 +95,7 @@ def test_a_down_projection_that_two_layers_share_is_refused(model, tokenizer, st
     else:
         second.down_proj.weight = first.down_proj.weight
     before = weights_of(model)
-    with pytest.raises(InputError, match=r"layers\.1\.mlp\.down_proj\.weight and .*layers\.3.* are one weight"):
+    with pytest.raises(InputError, match=r"layers\.1\.mlp\.down_proj\.weight and .*layers\.3.* are the same weight"):
         rocr.unlearn(model, tokenizer, concepts, statistics, rocr.EditConfig(layers=[1]))
     assert all(torch.equal(weight, before[name]) for name, weight in weights_of(model).items())
 

@@ -148,9 +148,9 @@ def test_codes_and_percent_signs_side_by_side(make_tokenizer):
 @pytest.mark.parametrize(
     ("chat", "settings", "part"),
     [
-        (BODY, ChatSettings(variables={"lang": "de"}), "names no variable 'lang'"),
-        (BODY, ChatSettings(date="2024-01-01"), "reads no date"),
-        ("{{ messages[-1]['content'] }}", ChatSettings(system="Be kind."), "leaves a system message out"),
+        (BODY, ChatSettings(variables={"lang": "de"}), "does not use the variable 'lang'"),
+        (BODY, ChatSettings(date="2024-01-01"), "does not use a date"),
+        ("{{ messages[-1]['content'] }}", ChatSettings(system="Be kind."), "does not write a system message"),
         (None, ChatSettings(system="Be kind."), "has no chat template, so that no system can be given"),
     ],
 )

@@ -184,7 +184,7 @@ def test_a_message_shows_nothing_invisible_and_stays_short(tmp_path):
         ("folder.jsonl", "is a folder"),
         ("people.json", "must end in .txt, .csv, .jsonl"),
         ("people", "must end in"),
-        ("file.txt/people.txt", "cannot be read"),
+        ("file.txt/people.txt", "does not exist"),
         ("zero\0.txt", ""),
         ("pipe.txt", "not a regular file"),
         ("empty.txt", "holds no concepts"),

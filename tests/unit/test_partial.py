@@ -227,7 +227,7 @@ def test_an_index_that_points_elsewhere_is_refused(bad, make_model, save):
     index = json.loads(path.read_text())
     index["weight_map"][next(iter(index["weight_map"]))] = bad
     path.write_text(json.dumps(index))
-    with pytest.raises(InputError, match=r"no file of this folder"):
+    with pytest.raises(InputError, match=r"not the name of a safetensors file of this folder"):
         load_partial(source(folder), 1)
 
 
