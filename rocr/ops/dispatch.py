@@ -17,7 +17,7 @@ from rocr.errors import InputError
 from rocr.ops import checks
 from rocr.ops.arithmetic import plain_arithmetic, writing
 from rocr.ops.rounding import check_rounding
-from rocr.ops.system import Metric, apply_metric, require_finite, solve_small
+from rocr.ops.system import Metric, apply_metric, require_finite, solve_weighted
 from rocr.ops.torch_backend import MAXIMUM_TOKENS
 
 BACKENDS = ("triton", "cpp", "torch", "cuda", "reference")
@@ -223,7 +223,7 @@ def solve_update(
     require_finite("residuals", residuals)
     weighted_keys = apply_metric(metric, keys)
     require_finite("keys @ metric", weighted_keys)
-    left, right, _ = solve_small(keys, residuals, weighted_keys, ridge)
+    left, right, _ = solve_weighted(keys, residuals, weighted_keys, ridge)
     return left, right
 
 
