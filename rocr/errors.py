@@ -8,12 +8,12 @@ class RocrError(Exception):
 
     Attributes:
         exit_code: of the command line.
-        told: whether every process that works on the same thing knows of it.
+        is_broadcast: Whether all processes of a group have the error.
         details: JSON values that a program may want besides the sentence.
     """
 
     exit_code = 1
-    told = False
+    is_broadcast = False
 
     def __init__(self, sentence: str = "", details: dict[str, Any] | None = None) -> None:
         super().__init__(sentence)
