@@ -1,15 +1,15 @@
-"""Every error that rocr raises on purpose, each with the exit code that the command line gives it."""
+"""The errors that rocr raises, each with the exit code of the command line."""
 
 from typing import Any
 
 
 class RocrError(Exception):
-    """Something rocr cannot do; the message is a sentence that says what and how to go on.
+    """Base class of all errors of rocr. The message says what is wrong and what to do.
 
     Attributes:
-        exit_code: of the command line.
+        exit_code: The exit code of the command line.
         is_broadcast: Whether all processes of a group have the error.
-        details: JSON values that a program may want besides the sentence.
+        details: JSON values for programs, besides the message.
     """
 
     exit_code = 1
@@ -21,18 +21,18 @@ class RocrError(Exception):
 
 
 class InputError(RocrError):
-    """An argument, file or model that cannot be used as it is."""
+    """An argument, a file or a model is not valid."""
 
     exit_code = 2
 
 
 class VerificationError(RocrError):
-    """A check of bytes or records that did not come out as recorded."""
+    """A check found other bytes or records than were recorded."""
 
     exit_code = 3
 
 
 class GuardError(RocrError):
-    """An edit that was stopped because going on would harm the model."""
+    """An operation was stopped because its result would harm the model or is not finite."""
 
     exit_code = 4

@@ -1,4 +1,4 @@
-"""How library calls tell their caller how far they are, without printing anything."""
+"""Progress reports of library calls to their callers."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ class Progress:
     """One step of a stage.
 
     Attributes:
-        stage: what is being done.
-        done: how much of it is done, in `unit`.
-        total: how much there is; None where that is not known.
-        unit: what is counted.
-        resumed: how much of `done` an earlier run had done, which says nothing about the speed of this one.
+        stage: The name of the stage.
+        done: The amount that is done, in `unit`.
+        total: The whole amount, in `unit`. None: unknown.
+        unit: The unit, such as "tokens".
+        resumed: The part of `done` that an earlier run did; the speed of this run does not include it.
     """
 
     stage: str
@@ -31,22 +31,22 @@ ProgressCallback = Callable[[Progress], None]
 
 
 def silent(_: Progress) -> None:
-    """Ignore progress: the default."""
+    """Ignore progress. This is the default callback."""
 
 
 @dataclass(frozen=True)
 class Stopwatch:
-    """Adds up the durations of stages.
+    """Sums the durations of stages.
 
     Attributes:
-        seconds: duration of each stage so far, by its name.
+        seconds: The duration of each stage so far, by name.
     """
 
     seconds: dict[str, float]
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        """Add the duration of the context to a stage."""
+        """Add the duration of the context to that of a stage."""
         start = time.perf_counter()
         try:
             yield
