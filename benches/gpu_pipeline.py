@@ -210,7 +210,7 @@ def _edit_error(edit: rocr.Edit, known: rocr.Statistics) -> float:
         system = keys @ product.T
         system.diagonal().add_(measures.ridge)
         exact = residuals.T @ torch.linalg.solve(system, product)
-        errors.append(relative_error(update.left.double() @ update.right.double(), exact))
+        errors.append(relative_error(update.factors.left.double() @ update.factors.right.double(), exact))
     return max(errors)
 
 

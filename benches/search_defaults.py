@@ -157,7 +157,7 @@ def metrics_kept() -> Iterator[None]:
     def build_once(second_moment: torch.Tensor, config: rocr.EditConfig, held: torch.Tensor | None) -> Any:
         choice = (config.method, config.gamma, config.threshold, config.relative_threshold)
         if held is not None:
-            choice += (config.held_weight, float(held.double().sum()))
+            choice += (config.template_weight, float(held.double().sum()))
         key = (second_moment.data_ptr(), *choice)
         if key not in kept:
             kept[key] = build(second_moment, config, held)
@@ -179,8 +179,8 @@ def candidates(text: str | None) -> list[Candidate]:
         "ridge 0.5": replace(default, ridge=0.5),
         "ridge 2": replace(default, ridge=2.0),
         "gamma 1": replace(default, gamma=1.0),
-        "as a short list": replace(default, reach="whole", held_weight=0.0),
-        "as a long list": replace(default, reach="gradual", held_weight=0.03),
+        "as a short list": replace(default, token_schedule="full", template_weight=0.0),
+        "as a long list": replace(default, token_schedule="ramp", template_weight=0.03),
         "gamma 30": replace(default, gamma=30.0),
         "strength 1.5": replace(default, strength=1.5),
         "last token only": replace(default, key_tokens="last"),

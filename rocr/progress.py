@@ -46,7 +46,7 @@ class Stopwatch:
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        """Add the duration of the context to a stage."""
+        """Add the duration of the context to that of a stage."""
         start = time.perf_counter()
         try:
             yield

@@ -12,14 +12,14 @@ from rocr.errors import InputError, RocrError
 from rocr.io.boundary import calling
 
 if TYPE_CHECKING:
-    from rocr.statistics.distributed import Ranks
+    from rocr.statistics.distributed import Distributed
 
 TIMEOUT = timedelta(minutes=30)
 """How long a process waits for one that hangs; one that has ended is noticed at once. A batch must take less."""
 
 
 @contextmanager
-def process_group(device: str | None) -> Iterator[Ranks]:
+def process_group(device: str | None) -> Iterator[Distributed]:
     """Join the processes that torchrun started with this one; alone where the environment knows of none.
 
     Args:
@@ -29,11 +29,11 @@ def process_group(device: str | None) -> Iterator[Ranks]:
         InputError: the environment is not as torchrun sets it.
         RocrError: the others are not there.
     """
-    from rocr.statistics.distributed import Ranks
+    from rocr.statistics.distributed import Distributed
 
     size = _number("WORLD_SIZE", 1)
     if size < 2:
-        yield Ranks()
+        yield Distributed()
         return
     import torch
     import torch.distributed as dist
@@ -48,7 +48,7 @@ def process_group(device: str | None) -> Iterator[Ranks]:
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0][:300]
         raise RocrError(f"The {size} processes cannot be joined: {reason}. Start them by torchrun.") from error
-    yield Ranks.of_group()
+    yield Distributed.default_group()
     # Only after success: where another process is lost, an orderly end would wait for it.
     dist.destroy_process_group()
 

@@ -29,7 +29,7 @@ from rocr.statistics.corpus import read_texts, text_digest
 if TYPE_CHECKING:
     from rocr.model.load import ModelSource
     from rocr.statistics.collect import CollectOptions
-    from rocr.statistics.distributed import Ranks
+    from rocr.statistics.distributed import Distributed
 
 
 def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
@@ -66,35 +66,35 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     """
     arguments.chat = chat_of(arguments)
     arguments.device = own_device(arguments.device)
-    with process_group(arguments.device) as ranks:
-        console.speak_as(ranks.rank)
+    with process_group(arguments.device) as distributed:
+        console.speak_as(distributed.rank)
         try:
-            return _run(arguments, console, ranks)
+            return _run(arguments, console, distributed)
         except RocrError as error:
-            if ranks.rank and error.is_broadcast:
+            if distributed.rank and error.is_broadcast:
                 raise SaidElsewhere(error.exit_code) from None
             raise
 
 
-def _run(arguments: argparse.Namespace, console: Console, ranks: Ranks) -> dict[str, Any]:
+def _run(arguments: argparse.Namespace, console: Console, distributed: Distributed) -> dict[str, Any]:
     from rocr.statistics.collect import collect_statistics
 
     texts = list(arguments.text or ())
-    with ranks.together():
+    with distributed.collective():
         source = source_of(arguments)
-        if ranks.rank == 0:
+        if distributed.rank == 0:
             claim_output(arguments, source.inputs)
         check_text(arguments)
-        options, checkpoint = _options(arguments, texts, ranks)
-    with ranks.together(), console.stage("load"):
+        options, checkpoint = _options(arguments, texts, distributed)
+    with distributed.collective(), console.stage("load"):
         loaded = load(arguments, source, _last_layer(arguments, source))
     if checkpoint is not None and checkpoint.exists():
         console.warn(f"Going on from {checkpoint}.")
     with console.stage("statistics") as progress:
         documents = read_texts(texts) if texts else None
         statistics = collect_statistics(loaded.model, loaded.tokenizer, documents, arguments.layers, options, progress)
-    with ranks.together():
-        if ranks.rank == 0:
+    with distributed.collective():
+        if distributed.rank == 0:
             statistics.save(arguments.out, overwrite=arguments.overwrite)
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
@@ -107,12 +107,14 @@ def _run(arguments: argparse.Namespace, console: Console, ranks: Ranks) -> dict[
         "text": statistics.text,
         "fingerprint": statistics.fingerprint.to_json(),
         "provenance": None if statistics.provenance is None else statistics.provenance.to_json(),
-        "processes": ranks.size,
+        "processes": distributed.size,
         "seconds": console.seconds,
     }
 
 
-def _options(arguments: argparse.Namespace, texts: list[str], ranks: Ranks) -> tuple[CollectOptions, Path | None]:
+def _options(
+    arguments: argparse.Namespace, texts: list[str], distributed: Distributed
+) -> tuple[CollectOptions, Path | None]:
     """How the text is read, and the file of this process's own checkpoint."""
     from rocr.statistics.collect import CollectOptions
 
@@ -127,7 +129,7 @@ def _options(arguments: argparse.Namespace, texts: list[str], ranks: Ranks) -> t
         checkpoint=checkpoint,
         chat=arguments.chat,
     )
-    return options, ranks.checkpoint(checkpoint)
+    return options, distributed.checkpoint(checkpoint)
 
 
 def _last_layer(arguments: argparse.Namespace, source: ModelSource) -> int | None:

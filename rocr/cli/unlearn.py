@@ -138,7 +138,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     if "model" in save:
         from rocr.export.folder import check_output_possible
 
-        check_output_possible(loaded, config.layers or (), Path(arguments.out))
+        check_output_possible(loaded, config.layer_numbers, Path(arguments.out))
     before = _ask(loaded, questions, arguments, console, "answers before")
     if statistics is None:
         statistics = _collect(loaded, config, arguments, console)
@@ -200,7 +200,7 @@ def _asked(arguments: argparse.Namespace, concepts: list[Concept]) -> list[str]:
 def _config(arguments: argparse.Namespace) -> EditConfig:
     import dataclasses
 
-    from rocr.config import EditConfig, Template
+    from rocr.config import EditConfig, Template, with_new_setting_names
 
     numbers = ("ridge", "gamma", "threshold", "strength", "held_weight", "seed")
     names = (*numbers, "layers", "method", "key_tokens", "keys_per_concept", "reach")
@@ -208,7 +208,7 @@ def _config(arguments: argparse.Namespace) -> EditConfig:
     if arguments.template:
         given["templates"] = tuple(Template(text, chat=True) for text in arguments.template)
     config = EditConfig.official() if arguments.official else EditConfig()
-    return dataclasses.replace(config, chat=arguments.chat, **given)
+    return dataclasses.replace(config, chat=arguments.chat, **with_new_setting_names(given))
 
 
 def _load_statistics(arguments: argparse.Namespace) -> Statistics | None:
@@ -258,7 +258,12 @@ def _collect(loaded: LoadedModel, config: EditConfig, arguments: argparse.Namesp
     )
     with console.stage("statistics") as progress:
         return collect_statistics(
-            loaded.model, loaded.tokenizer, read_texts(texts) if texts else None, config.layers, options, progress
+            loaded.model,
+            loaded.tokenizer,
+            read_texts(texts) if texts else None,
+            config.layer_numbers,
+            options,
+            progress,
         )
 
 

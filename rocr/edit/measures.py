@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rocr.config import BY_COUNT
+from rocr.config import BY_COUNT, new_setting_name
 from rocr.edit.collisions import Collisions
 from rocr.edit.retain_impact import NeighbourReport
 from rocr.edit.update import LayerUpdate
@@ -114,7 +114,8 @@ class EditReport:
         numbers_of(list(object_of(report.seconds, "seconds").values()), "seconds", len(report.seconds))
         for layer in list_of(report.inexact, "inexact"):
             whole_number_of(layer, "inexact")
-        for name in list_of(report.by_count, "by_count"):
+        report.by_count = [new_setting_name(name) for name in list_of(report.by_count, "by_count")]
+        for name in report.by_count:
             if name not in BY_COUNT:
                 raise ValueError(f"by_count names {repr(name)[:60]}")
         for sentence in list_of(report.limits_passed, "limits_passed"):

@@ -177,7 +177,7 @@ def read_neighbours(
         return None
     reading, name_of = plan_names(tokenizer, chosen, config)
     reading.check_positions([chosen[name] for name in name_of], positions_of(architecture.model))
-    layers = config.layers or ()
+    layers = config.layer_numbers
     states = read_layers(architecture, reading, max(layers), layers, progress=progress, stage="neighbours")
     keys = {layer: found.keys for layer, found in states.items() if found.keys is not None}
     return Neighbours(chosen, names is not None, name_of, keys)

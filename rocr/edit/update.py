@@ -57,16 +57,6 @@ class LayerUpdate:
         """Return the update with the record of what it did to the weight that keys and residuals were read with."""
         return replace(self, applied=applied, base=applied.before)
 
-    @property
-    def left(self) -> Tensor:
-        """(d_out, r) float32."""
-        return self.factors.left
-
-    @property
-    def right(self) -> Tensor:
-        """(r, d_in) float32."""
-        return self.factors.right
-
 
 @dataclass(frozen=True)
 class Applied:

@@ -76,8 +76,8 @@ class Job:
     @property
     def layers(self) -> tuple[int, ...]:
         """The layers that are edited."""
-        assert self.config.layers is not None, "the layers are chosen before"
-        return self.config.layers
+        assert self.config.layer_numbers, "the layers are chosen before"
+        return self.config.layer_numbers
 
     @property
     def weights(self) -> list[Tensor]:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from rocr.config import EditConfig
+from rocr.config import OFFICIAL_LAYERS, EditConfig
 from rocr.errors import InputError
 from rocr.model.architecture import Architecture, DownProjection, authors_layers, default_layers
 
@@ -48,8 +48,8 @@ def chosen_layers(config: EditConfig, architecture: Architecture) -> tuple[int, 
     Raises:
         InputError: A layer is out of range, or has no dense down-projection.
     """
-    choose = authors_layers if config.contexts == "official" else default_layers
-    layers = config.layers or choose(architecture.depth)
+    choose = authors_layers if config.layers == OFFICIAL_LAYERS else default_layers
+    layers = config.layer_numbers or choose(architecture.depth)
     for layer in layers:
         architecture.down_projection(layer)
     return layers

@@ -1,4 +1,4 @@
-"""The operations through the compiled kernels of csrc/ (rocr._C), for the CPU."""
+"""The operations in the compiled kernels of csrc/ (rocr._C), for the CPU."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import Tensor
 from rocr.errors import InputError
 
 SIMD_VARIABLE = "ROCR_SIMD"
-"""Environment variable that names an instruction set, in place of the fastest that the machine has."""
+"""Environment variable with the name of an instruction set, which replaces the fastest one of the machine."""
 
 
 def is_available(device: torch.device) -> bool:
-    """Whether rocr._C was compiled, and the device is the CPU."""
+    """Return whether the device is the CPU and rocr._C is compiled."""
     return device.type == "cpu" and import_error() is None and bool(simd_names())
 
 
 def import_error() -> str | None:
-    """What the import of rocr._C says where it fails; None where it does not."""
+    """Return the message of a failed import of rocr._C, or None if the import succeeds."""
     try:
         import rocr._C  # noqa: F401
     except ImportError as error:
@@ -30,7 +30,7 @@ def import_error() -> str | None:
 
 
 def simd_names() -> list[str]:
-    """Names of the instruction sets that this machine can run, the fastest first."""
+    """Return the names of the instruction sets that this machine supports, the fastest first."""
     import rocr._C as kernels
 
     names: list[str] = kernels.simd_names()
@@ -38,10 +38,10 @@ def simd_names() -> list[str]:
 
 
 def _wanted_simd() -> str:
-    """The instruction set that `SIMD_VARIABLE` names; empty for the fastest.
+    """Return the instruction set in `SIMD_VARIABLE`, or an empty string for the fastest.
 
     Raises:
-        InputError: rocr has no such instruction set, or this machine cannot run it.
+        InputError: There is no such instruction set, or this machine does not support it.
     """
     name = os.environ.get(SIMD_VARIABLE, "")
     if name and name not in (names := simd_names()):
@@ -65,7 +65,7 @@ def low_rank_update(
     rounding: str,
     seed: int,
 ) -> None:
-    """Add scale * left @ right to every weight, all in one call; a transposed weight by swapping its factors."""
+    """Add scale * left @ right to every weight, in one call."""
     low_rank_update_op(list(weights), list(lefts), list(rights), scale, rounding == "stochastic", seed)
 
 
@@ -124,7 +124,7 @@ def _(
 
 
 def _by_rows(weight: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the same update of a weight whose rows lie in memory one number after the other."""
+    """Return the operands of the same update for a weight with unit stride along its rows."""
     if weight.stride(1) != 1 and weight.stride(0) == 1:
         return weight.T, right.T.contiguous(), left.T.contiguous()
     return _with_rows(weight), left, right
@@ -150,7 +150,7 @@ def _with_rows(matrix: Tensor) -> Tensor:
 
 
 def _row_stride(matrix: Tensor) -> int:
-    """Distance of two rows; a single row has any stride in torch."""
+    """Return the stride of the rows. In torch, a single row can have any stride."""
     return matrix.stride(0) if matrix.shape[0] > 1 else matrix.shape[1]
 
 

@@ -182,7 +182,7 @@ def test_a_model_does_not_write_more_than_it_can_at_once(files, command, concept
     for arguments in (("stats", files.model), ("unlearn", files.model, *concept)):
         done = command(*arguments, "--tokens", 2**20 + 1, "--out", tmp_path / "out")
         assert done.code == 2
-        assert "at most 1,048,576 tokens, not 1,048,577" in done.errors
+        assert "at most 1,048,576 tokens of text itself, not 1,048,577: give text files (--text)" in done.errors
 
 
 def test_a_list_above_the_limit_is_refused_unless_it_is_allowed(files, command, tmp_path, monkeypatch):

@@ -60,7 +60,7 @@ def test_the_same_inputs_give_the_same_bytes_on_any_day(model, make_tokenizer, t
     other = rocr.unlearn(
         copy.deepcopy(model), tokenizer, PASCAL, config=replace(CONFIG, chat=ChatSettings(date="2031-01-02"))
     )
-    assert not torch.equal(other.updates[0].left, edit.updates[0].left)
+    assert not torch.equal(other.updates[0].factors.left, edit.updates[0].factors.left)
 
 
 def test_rendered_templates_are_in_the_file_and_come_back(model, make_tokenizer, tmp_path, command):
@@ -150,7 +150,7 @@ USES = {
         m, t, None, [1], CollectOptions(tokens=40, chat=chat)
     ).second_moment(1).sum(),
     "text": lambda m, t, chat: sample_sequences(m, t, 40, 0, chat=chat),
-    "an edit": lambda m, t, chat: edited(copy.deepcopy(m), t, replace(CONFIG, chat=chat)).updates[0].left.sum(),
+    "an edit": lambda m, t, chat: edited(copy.deepcopy(m), t, replace(CONFIG, chat=chat)).updates[0].factors.left.sum(),
     "questions": lambda m, t, chat: [i.score for i in evaluate(m, t, PROBES, options=EvaluateOptions(chat=chat)).items],
     "free answers": lambda m, t, chat: evaluate(
         m, t, PROBES, ["qa"], options=EvaluateOptions(chat=chat, generate=True)

@@ -111,7 +111,9 @@ def test_an_edit_that_overflows_leaves_the_model_as_it_was(edited, weights_of):
     edit.revert(model)
     model = model.half()
     before = weights_of(model)
-    huge = [replace(update, factors=Factors(update.left * 1e9, update.right)) for update in edit.updates]
+    huge = [
+        replace(update, factors=Factors(update.factors.left * 1e9, update.factors.right)) for update in edit.updates
+    ]
     with pytest.raises(GuardError, match=r"overflow torch\.float16"):
         replace(edit, updates=huge).apply(model, allow_fingerprint_mismatch=True)
     assert same(weights_of(model), before)

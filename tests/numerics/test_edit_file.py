@@ -68,7 +68,7 @@ def test_an_edit_of_one_key(model, tokenizer, statistics, tmp_path):
     edit = rocr.unlearn(model, tokenizer, [Concept("Ada Byron", "Blaise Pascal")], statistics, config)
     assert len(edit.concept_of) == 1
     edit.save(tmp_path / "edit")
-    assert torch.equal(Edit.load(tmp_path / "edit").updates[0].left, edit.updates[0].left)
+    assert torch.equal(Edit.load(tmp_path / "edit").updates[0].factors.left, edit.updates[0].factors.left)
 
 
 def test_a_file_that_exists_is_kept(edit, tmp_path):
@@ -197,7 +197,7 @@ def test_a_file_of_0_1_with_an_identity_is_read(model, tokenizer, statistics, co
     config = EditConfig(layers=(1,), keys_per_concept="all", ridge=5.0)
     edit = rocr.unlearn(model, tokenizer, concepts, statistics, config)
     (update,) = edit.updates
-    old = replace(edit, updates=[replace(update, factors=Factors(update.left, update.right))])
+    old = replace(edit, updates=[replace(update, factors=Factors(update.factors.left, update.factors.right))])
     old.save(tmp_path / "edit")
     with safe_open(tmp_path / "edit", framework="pt") as file:
         assert "layer.1.left" in file.keys()  # noqa: SIM118

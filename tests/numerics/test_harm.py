@@ -37,7 +37,7 @@ def test_moves_of_neighbours_are_their_definition(model, tokenizer, statistics, 
             residuals[[row for row, owner in enumerate(edit.concept_of) if owner != concept]] = 0
             part = rocr.ops.solve_update(update.keys, residuals, _metric(update), update.system.ridge)
             parts.append(part[0].double() @ part[1].double())
-        total = update.left.double() @ update.right.double()
+        total = update.factors.left.double() @ update.factors.right.double()
         torch.testing.assert_close(sum(parts), total, rtol=1e-4, atol=1e-6)
         for row, name in enumerate(name_of):
             for concept, delta in (*enumerate(parts), (None, total)):

@@ -59,7 +59,9 @@ def test_an_edit_is_the_same_in_smaller_batches(model, tokenizer, concepts, stat
     pieces = rocr.unlearn(model, tokenizer, concepts, statistics, config, guards=guards)
     assert refused
     for mine, theirs in zip(pieces.updates, whole.updates, strict=True):
-        torch.testing.assert_close(mine.left @ mine.right, theirs.left @ theirs.right, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            mine.factors.left @ mine.factors.right, theirs.factors.left @ theirs.factors.right, rtol=1e-4, atol=1e-6
+        )
 
 
 def test_where_one_sequence_is_too_large_the_error_stays(model, tokenizer, texts, smaller):

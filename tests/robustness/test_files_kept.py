@@ -206,7 +206,7 @@ def test_a_dtype_that_was_asked_for_is_that_of_the_memory_alone(
     edit = rocr.Edit.load(tmp_path / "out" / "edit.safetensors")
     for update, weight in zip(edit.updates, report["weights"], strict=True):
         before, after = first[update.parameter], out[update.parameter]
-        exact = before.double() + update.left.double() @ update.right.double()
+        exact = before.double() + update.factors.left.double() @ update.factors.right.double()
         step = torch.finfo(before.dtype).eps * exact.abs().clamp(min=1e-6) + 1e-6
         assert ((after.double() - exact).abs() <= step).all(), "one rounding, to the dtype of the file"
         assert update.applied.dtype == f"torch.{stored}"
@@ -307,7 +307,7 @@ def test_an_adapter_of_a_vision_language_checkpoint_loads_onto_both_classes(fold
         before = {name: base.get_parameter(name).clone() for name in names}
         merged = peft.PeftModel.from_pretrained(base, tmp_path / "out" / "lora").merge_and_unload()
         for name, update in zip(names, edit.updates, strict=True):
-            expected = before[name] + update.left @ update.right
+            expected = before[name] + update.factors.left @ update.factors.right
             torch.testing.assert_close(merged.get_parameter(name), expected, rtol=1e-5, atol=1e-6)
 
 

@@ -265,7 +265,10 @@ def test_a_name_is_read_as_the_chat_template_writes_it(make_tokenizer, kind, con
 )
 def test_a_name_that_cannot_be_found_again_is_refused(make_tokenizer, chat, name):
     rendered = render_template(make_tokenizer(chat=chat), Template("{}.", chat=True))
-    with pytest.raises(InputError, match=f"does not write the name '{name}' as one can find it.*--no-chat"):
+    with pytest.raises(
+        InputError,
+        match=f"The name '{name}' is not found in the text that the tokenizer's chat template renders.*--no-chat",
+    ):
         build_prompts(make_tokenizer(chat=chat), rendered, ["Bill", name])
 
 

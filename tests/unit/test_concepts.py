@@ -187,10 +187,10 @@ def test_a_message_shows_nothing_invisible_and_stays_short(tmp_path):
         ("file.txt/people.txt", "does not exist"),
         ("zero\0.txt", ""),
         ("pipe.txt", "not a regular file"),
-        ("empty.txt", "holds no concepts"),
+        ("empty.txt", "contains no concepts"),
         ("empty.csv", "no column 'name'"),
-        ("header.csv", "holds no concepts"),
-        ("comments.txt", "holds no concepts"),
+        ("header.csv", "contains no concepts"),
+        ("comments.txt", "contains no concepts"),
     ],
 )
 def test_a_file_that_cannot_be_used_as_a_whole(tmp_path, name, part):
@@ -239,7 +239,7 @@ def test_concepts_built_in_python_keep_the_same_rules():
     with pytest.raises(InputError) as caught:
         check_concepts(bad)
     assert str(caught.value).split("\n") == [
-        "concepts[1]: alias 'B\\u200b' holds U+200B ZERO WIDTH SPACE, an invisible character, as character 2",
+        "concepts[1]: alias 'B\\u200b' contains U+200B ZERO WIDTH SPACE, an invisible character, as character 2",
         "concepts[1]: 'a' is a duplicate of 'A' (concepts[0])",
         "concepts[2]: redirect must be text, not null",
         "concepts[2]: field 'aliases' must be a list of texts, not text",

@@ -79,7 +79,9 @@ def test_it_is_edited_without_text(other, model, tokenizer):
         statistics = rocr.collect_statistics(edited, tokenizer, None, [1, 2], CollectOptions(tokens=200))
         made.append(rocr.unlearn(edited, tokenizer, concepts, statistics, config))
     for one, expected in zip(made[0].updates, made[1].updates, strict=True):
-        assert torch.equal(one.left, expected.left) and torch.equal(one.right, expected.right)
+        assert torch.equal(one.factors.left, expected.factors.left) and torch.equal(
+            one.factors.right, expected.factors.right
+        )
     assert made[0].report.divergence == made[1].report.divergence is not None
 
 
