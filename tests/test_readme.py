@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rocr.cli.main import build_parser
+from rocr.cli.main import program
 from rocr.fingerprint import tensor_digest
 
 README = Path(__file__).parents[1] / "README.md"
@@ -56,8 +56,8 @@ def test_every_command_that_it_shows_has_the_options_that_it_shows():
     blocks = re.findall(r"^```\n(.*?)^```", README.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     shown = [line for block in blocks for line in re.findall(r"^(?:.* -m )?rocr (.*)$", block, flags=re.MULTILINE)]
     commands = [shlex.split(line, comments=True) for line in shown]
-    for command in commands:
-        build_parser().parse_args(command)
+    for name, *words in commands:
+        program.commands[name].make_context(name, words)
     assert {command[0] for command in commands} == COMMANDS
 
 

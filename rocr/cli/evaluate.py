@@ -1,8 +1,7 @@
-"""`rocr eval`: does a model forget in every form of a question, and keep the rest?"""
+"""`rocr eval`: measure what a model answers in each form of a question, before and after an edit."""
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,18 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rocr.cli.arguments import (
-    COUNT,
-    SEED,
-    add_chat,
-    add_model,
     chat_of,
+    chat_options,
     claim_output,
     files_read,
     load,
-    share,
+    model_arguments,
+    out_options,
+    scoring_options,
     source_of,
 )
 from rocr.cli.console import Console
+from rocr.cli.parsing import PATH, Arguments, command, option
+from rocr.cli.values import COUNT, SEED
 from rocr.concepts import check_names
 from rocr.errors import InputError
 from rocr.output import check_output
@@ -37,54 +37,43 @@ if TYPE_CHECKING:
     from rocr.evaluation import EvaluateOptions, Evaluation, Probe
     from rocr.models import LoadedModel
 
-DEFAULT_PROBES = Path(__file__).parent.parent / "data" / "probes.jsonl"
 PERPLEXITY_TOKENS = 8192
-NEIGHBOURS = "keep only the N subjects that the model holds nearest to each target: the hardest retain set"
 
 
-def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
-    """Add the command."""
-    parser = subparsers.add_parser("eval", parents=[common], help="ask a model in every form, before and after an edit")
-    add_model(parser)
-    add_chat(parser)
-    parser.add_argument(
-        "--probes",
-        default=str(DEFAULT_PROBES),
-        metavar="FILE",
-        help="a .jsonl file, a folder of RWKU or ORT, or hf:OWNER/NAME (default: 300 questions about 50 people)",
-    )
-    parser.add_argument("--edit", metavar="FILE", help="an edit file: evaluate without and with it")
-    parser.add_argument("--forms", default="qa,fb,mcp,subtoken", help="such as qa,mcp (default: %(default)s)")
-    parser.add_argument("--targets", nargs="+", metavar="NAME", help="subjects to forget (default: those of the edit)")
-    parser.add_argument("--neighbours", type=COUNT, metavar="N", help=NEIGHBOURS)
-    parser.add_argument("--known", type=share, metavar="P", help="count only probes that the model knows, such as 0.5")
-    parser.add_argument("--orders", type=COUNT, default=1, metavar="N", help="orders of multiple-choice options")
-    parser.add_argument("--seed", type=SEED, default=0, metavar="N", help="of the order of options (default: 0)")
-    parser.add_argument("--generate", action="store_true", help="let the model answer in free text too")
-    parser.add_argument("--text", nargs="+", metavar="FILE", help="ordinary text: perplexity, and divergence by --edit")
-    parser.add_argument(
-        "--utility", nargs="+", metavar="FILE", help=".jsonl files of multiple-choice questions about anything"
-    )
-    parser.add_argument("--suites", nargs="+", metavar="NAME", help="tasks of lm-evaluation-harness, such as mmlu")
-    parser.add_argument("--suite-folder", metavar="DIR", help="further tasks, as YAML files of the harness")
-    parser.add_argument("--suite-limit", type=COUNT, metavar="N", help="ask the first N questions of each task")
-    parser.add_argument(
-        "--attacks", nargs="+", metavar="NAME", help="of relearn, 4-bit, 8-bit, prefixes, examples; or all"
-    )
-    parser.add_argument("--out", required=True, metavar="FILE", help="the report, JSON; it must not exist")
-    parser.add_argument("--html", metavar="FILE", help="the report as one page with plots, too")
-    parser.add_argument("--overwrite", action="store_true", help="replace reports that exist")
-    parser.set_defaults(run=run)
+@command("eval")
+@model_arguments
+@out_options("Report to write, JSON")
+@option("--html", type=PATH, metavar="FILE", help="Write the report as one HTML page with plots too.")
+@option("--edit", type=PATH, metavar="FILE", help="An edit file: evaluate the model without and with it.")
+@option("--targets", several=True, metavar="NAME", help="Subjects to forget (default: the concepts of --edit).")
+@scoring_options
+@option("--orders", type=COUNT, default=1, metavar="N", help="Orders of multiple-choice options (default: 1).")
+@option("--seed", type=SEED, default=0, metavar="N", help="Seed of the order of options (default: 0).")
+@option("--generate", is_flag=True, help="Let the model answer in free text too.")
+@option(
+    "--text",
+    type=PATH,
+    several=True,
+    metavar="FILE",
+    help="Ordinary text: measure perplexity, and with --edit divergence.",
+)
+@option("--utility", type=PATH, several=True, metavar="FILE", help="Multiple-choice questions on any subject, .jsonl.")
+@option("--suites", several=True, metavar="NAME", help="Tasks of lm-evaluation-harness, such as mmlu.")
+@option("--suite-folder", type=PATH, metavar="DIR", help="Folder with further tasks, as YAML files of the harness.")
+@option("--suite-limit", type=COUNT, metavar="N", help="Ask the first N questions of each task.")
+@option("--attacks", several=True, metavar="NAME", help="Attacks: relearn, 4-bit, 8-bit, prefixes, examples, or all.")
+@chat_options
+def evaluate(arguments: Arguments, console: Console) -> dict[str, Any]:
+    """Ask a model in each form of a question, before and after an edit.
 
-
-def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Evaluate, going on where an interrupted run with the same arguments stopped."""
+    An interrupted run continues if it is started again with the same arguments.
+    """
     from rocr.evaluation.probes import load_probes, split_by_subject
     from rocr.evaluation.report import report_json, write_html, write_json
 
     attacks = _attack_names(arguments.attacks)
     arguments.chat = chat_of(arguments)
-    check_names("--targets", arguments.targets or [])
+    check_names("--targets", arguments.targets)
     forms = form_names(arguments.forms)
     _check_packages(arguments, attacks)
     if arguments.text:
@@ -117,14 +106,14 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 def _evaluate(
-    arguments: argparse.Namespace,
+    arguments: Arguments,
     loaded: LoadedModel,
     probes: list[Probe],
     forms: list[str],
     edit: Edit | None,
     console: Console,
 ) -> tuple[Evaluation | None, Evaluation]:
-    """The scores without the edit, where there is one, and with it."""
+    """The scores before the edit, or None without one, and the scores of the model as it is then."""
     from rocr.evaluation import evaluate
     from rocr.evaluation.text_measures import divergence
 
@@ -168,7 +157,7 @@ def _evaluate(
 
 @contextmanager
 def _reverted(edit: Edit, model: nn.Module) -> Iterator[None]:
-    """The model without the edit that is applied to it."""
+    """Revert an applied edit inside the context."""
     edit.revert(model)
     try:
         yield
@@ -176,7 +165,7 @@ def _reverted(edit: Edit, model: nn.Module) -> Iterator[None]:
         edit.apply(model)
 
 
-def _add_suites(arguments: argparse.Namespace, loaded: LoadedModel, evaluation: Evaluation, console: Console) -> None:
+def _add_suites(arguments: Arguments, loaded: LoadedModel, evaluation: Evaluation, console: Console) -> None:
     from rocr.evaluation.suites import suite_scores
 
     if arguments.suites:
@@ -192,7 +181,7 @@ def _add_suites(arguments: argparse.Namespace, loaded: LoadedModel, evaluation: 
         evaluation.measures.update(scores)
 
 
-def _keep_nearest(arguments: argparse.Namespace, loaded: LoadedModel, probes: list[Probe]) -> list[Probe]:
+def _keep_nearest(arguments: Arguments, loaded: LoadedModel, probes: list[Probe]) -> list[Probe]:
     from rocr.evaluation.neighbours import keep_nearest
 
     targets = list(dict.fromkeys(probe.subject for probe in probes if probe.split == "forget"))
@@ -200,7 +189,11 @@ def _keep_nearest(arguments: argparse.Namespace, loaded: LoadedModel, probes: li
 
 
 def form_names(text: str) -> list[str]:
-    """The forms such as "qa,mcp"; refused before anything is loaded where there is no such one."""
+    """Forms such as "qa,mcp".
+
+    Raises:
+        InputError: a form is unknown.
+    """
     from rocr.evaluation.forms import check_forms
 
     forms = [form.strip() for form in text.split(",")]
@@ -209,12 +202,21 @@ def form_names(text: str) -> list[str]:
 
 
 def check_package(module: str, extra: str, what: str) -> None:
-    """Refuse what needs a package that is not installed, before anything is loaded."""
+    """Check that an optional package is installed.
+
+    Args:
+        module: name of the package's module.
+        extra: rocr's extra that installs it.
+        what: what needs it, as a message calls it.
+
+    Raises:
+        InputError: it is not installed.
+    """
     if importlib.util.find_spec(module) is None:
         raise InputError(f"{what} needs the package {module}: pip install 'rocr[{extra}]'.")
 
 
-def _check_packages(arguments: argparse.Namespace, attacks: Sequence[str]) -> None:
+def _check_packages(arguments: Arguments, attacks: Sequence[str]) -> None:
     if arguments.html:
         check_package("matplotlib", "report", "--html")
     if arguments.suites:
@@ -223,12 +225,10 @@ def _check_packages(arguments: argparse.Namespace, attacks: Sequence[str]) -> No
         check_package("peft", "lora", "The attack relearn")
 
 
-def _attack_names(names: list[str] | None) -> tuple[str, ...]:
-    """The attacks that are asked for; refused before anything is loaded where there is no such one."""
+def _attack_names(names: Sequence[str]) -> tuple[str, ...]:
+    """Names of the attacks to run, with "all" expanded."""
     from rocr.evaluation.attack_suite import ATTACKS
 
-    if not names:
-        return ()
     unknown = [name for name in names if name not in (*ATTACKS, "all")]
     if unknown:
         raise InputError(f"Unknown attacks: {', '.join(unknown)}; they are all, {', '.join(ATTACKS)}.")
@@ -236,7 +236,7 @@ def _attack_names(names: list[str] | None) -> tuple[str, ...]:
 
 
 def _attack(
-    arguments: argparse.Namespace,
+    arguments: Arguments,
     loaded: LoadedModel,
     probes: list[Probe],
     after: Evaluation,
@@ -244,7 +244,7 @@ def _attack(
     names: tuple[str, ...],
     console: Console,
 ) -> dict[str, Evaluation]:
-    """Attack the model as it is, by the probes that count; without an edit file all layers are rounded."""
+    """Attack the model with the probes that count; without an edit file, all layers are rounded."""
     if not names:
         return {}
     from rocr.evaluation import EvaluateOptions
@@ -265,7 +265,7 @@ def _attack(
         )
 
 
-def _options(arguments: argparse.Namespace, loaded: LoadedModel) -> EvaluateOptions:
+def _options(arguments: Arguments, loaded: LoadedModel) -> EvaluateOptions:
     from rocr.evaluation import EvaluateOptions
     from rocr.evaluation.text_measures import TextSample
     from rocr.evaluation.utility import load_choice_questions
@@ -280,7 +280,7 @@ def _options(arguments: argparse.Namespace, loaded: LoadedModel) -> EvaluateOpti
         generate=arguments.generate,
         text=text,
         chat=arguments.chat,
-        utility=[question for path in arguments.utility or () for question in load_choice_questions(path)],
+        utility=[question for path in arguments.utility for question in load_choice_questions(path)],
     )
 
 
@@ -290,7 +290,7 @@ def _load_edit(path: str | None) -> Edit | None:
     return Edit.load(path) if path is not None else None
 
 
-def _journals(arguments: argparse.Namespace) -> tuple[Path, Path]:
+def _journals(arguments: Arguments) -> tuple[Path, Path]:
     return Path(f"{arguments.out}.journal-before"), Path(f"{arguments.out}.journal-after")
 
 

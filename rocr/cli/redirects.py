@@ -1,40 +1,44 @@
-"""`rocr redirects`: which of some names each concept is best redirected to, as a list for `rocr unlearn`."""
+"""`rocr redirects`: choose the best redirect of each concept among some names, as a list for `rocr unlearn`."""
 
 from __future__ import annotations
 
-import argparse
 import json
 from typing import Any
 
-from rocr.cli.arguments import add_chat, add_model, chat_of, claim_output, load, source_of
+from rocr.cli.arguments import (
+    chat_of,
+    chat_options,
+    claim_output,
+    load,
+    model_arguments,
+    out_options,
+    probes_option,
+    source_of,
+)
 from rocr.cli.console import Console
-from rocr.cli.evaluate import DEFAULT_PROBES
+from rocr.cli.parsing import Arguments, command, option
 from rocr.concepts import check_names
 from rocr.output import new_file
 
 
-def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
-    """Add the command."""
-    parser = subparsers.add_parser(
-        "redirects", parents=[common], help="choose each concept's redirect among some names"
-    )
-    add_model(parser)
-    add_chat(parser)
-    parser.add_argument("--probes", default=str(DEFAULT_PROBES), metavar="FILE", help="questions, as for rocr eval")
-    parser.add_argument("--targets", nargs="+", metavar="NAME", help="subjects of the questions (default: all)")
-    parser.add_argument("--among", nargs="+", required=True, metavar="NAME", help="the redirects to choose among")
-    parser.add_argument("--out", required=True, metavar="FILE", help="a list of concepts, .jsonl; it must not exist")
-    parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
-    parser.set_defaults(run=run)
+@command("redirects")
+@model_arguments
+@option("--among", several=True, required=True, metavar="NAME", help="Redirects to choose from.")
+@out_options("List of concepts to write, .jsonl")
+@probes_option
+@option("--targets", several=True, metavar="NAME", help="Subjects of the questions (default: all).")
+@chat_options
+def redirects(arguments: Arguments, console: Console) -> dict[str, Any]:
+    """Choose the redirect of each concept among some names.
 
-
-def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Ask the model about each concept and candidate, show what would be left and write the list."""
+    The model is asked about each concept with each candidate in its place; the candidate whose answers are right least
+    often is chosen.
+    """
     from rocr.evaluation.probes import load_probes, split_by_subject
     from rocr.evaluation.redirects import check_candidates, choose_redirects
 
     arguments.chat = chat_of(arguments)
-    check_names("--targets", arguments.targets or [])
+    check_names("--targets", arguments.targets)
     source = source_of(arguments)
     claim_output(arguments, source.inputs)
     probes = load_probes(arguments.probes, arguments.download)

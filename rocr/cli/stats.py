@@ -1,28 +1,29 @@
-"""`rocr stats`: statistics of ordinary text, for many edits of one model."""
+"""`rocr stats`: collect key statistics of ordinary text, which serve many edits of one model."""
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rocr.cli.arguments import (
-    add_chat,
-    add_model,
-    add_partial,
-    add_text,
     chat_of,
+    chat_options,
     check_text,
     claim_output,
-    layer_list,
+    layers_option,
     load,
     loads_partially,
+    model_arguments,
+    out_options,
+    partial_options,
     source_of,
-    whole_number,
+    text_options,
 )
 from rocr.cli.console import Console
 from rocr.cli.interruption import SaidElsewhere
+from rocr.cli.parsing import Arguments, command, option
 from rocr.cli.process_group import own_device, process_group
+from rocr.cli.values import number
 from rocr.errors import InputError, RocrError
 from rocr.texts import read_texts, text_digest
 
@@ -32,37 +33,28 @@ if TYPE_CHECKING:
     from rocr.ranks import Ranks
 
 
-def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
-    """Add the command."""
-    parser = subparsers.add_parser("stats", parents=[common], help="collect key statistics from text")
-    add_model(parser)
-    add_partial(parser)
-    add_text(parser)
-    add_chat(parser)
-    parser.add_argument("--layers", type=layer_list, help="such as 4,5,6 (default: chosen from the depth)")
-    parser.add_argument(
-        "--length",
-        type=whole_number(1, 2**20),
-        default=512,
-        metavar="N",
-        help="tokens of a sequence of --text (default: 512)",
-    )
-    parser.add_argument(
-        "--batch-tokens",
-        type=whole_number(1, 2**24),
-        default=8192,
-        metavar="N",
-        help="tokens run at once (default: 8192)",
-    )
-    parser.add_argument("--out", required=True, metavar="FILE", help="file to write; it must not exist")
-    parser.add_argument("--overwrite", action="store_true", help="replace the output file if it exists")
-    parser.set_defaults(run=run)
+@command("stats")
+@model_arguments
+@out_options("File to write")
+@layers_option
+@option(
+    "--length",
+    type=number(int, 1, 2**20),
+    default=512,
+    metavar="N",
+    help="Tokens of a sequence of --text (default: 512).",
+)
+@option(
+    "--batch-tokens", type=number(int, 1, 2**24), default=8192, metavar="N", help="Tokens of a batch (default: 8192)."
+)
+@partial_options
+@text_options
+@chat_options
+def stats(arguments: Arguments, console: Console) -> dict[str, Any]:
+    """Collect key statistics from text.
 
-
-def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Collect statistics, going on where an interrupted run with the same arguments stopped.
-
-    Of the processes that torchrun started, each takes a share; process 0 writes, and says what is wrong.
+    An interrupted run continues if it is started again with the same arguments. With torchrun, each process reads a
+    share of the text, and process 0 writes the file and reports errors.
     """
     arguments.chat = chat_of(arguments)
     arguments.device = own_device(arguments.device)
@@ -76,10 +68,10 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
             raise
 
 
-def _run(arguments: argparse.Namespace, console: Console, ranks: Ranks) -> dict[str, Any]:
+def _run(arguments: Arguments, console: Console, ranks: Ranks) -> dict[str, Any]:
     from rocr.collect import collect_statistics
 
-    texts = list(arguments.text or ())
+    texts = arguments.text
     with ranks.together():
         source = source_of(arguments)
         if ranks.rank == 0:
@@ -89,7 +81,7 @@ def _run(arguments: argparse.Namespace, console: Console, ranks: Ranks) -> dict[
     with ranks.together(), console.stage("load"):
         loaded = load(arguments, source, _last_layer(arguments, source))
     if checkpoint is not None and checkpoint.exists():
-        console.warn(f"Going on from {checkpoint}.")
+        console.warn(f"Continuing from {checkpoint}.")
     with console.stage("statistics") as progress:
         documents = read_texts(texts) if texts else None
         statistics = collect_statistics(loaded.model, loaded.tokenizer, documents, arguments.layers, options, progress)
@@ -112,8 +104,8 @@ def _run(arguments: argparse.Namespace, console: Console, ranks: Ranks) -> dict[
     }
 
 
-def _options(arguments: argparse.Namespace, texts: list[str], ranks: Ranks) -> tuple[CollectOptions, Path | None]:
-    """How the text is read, and the file of this process's own checkpoint."""
+def _options(arguments: Arguments, texts: tuple[str, ...], ranks: Ranks) -> tuple[CollectOptions, Path | None]:
+    """Options of the collection, and the path of this process's checkpoint."""
     from rocr.collect import CollectOptions
 
     checkpoint = Path(f"{arguments.out}.checkpoint") if texts else None
@@ -130,14 +122,14 @@ def _options(arguments: argparse.Namespace, texts: list[str], ranks: Ranks) -> t
     return options, ranks.checkpoint(checkpoint)
 
 
-def _last_layer(arguments: argparse.Namespace, source: ModelSource) -> int | None:
-    """The last layer to load; None: the whole model."""
+def _last_layer(arguments: Arguments, source: ModelSource) -> int | None:
+    """Index of the last layer to load; None: the whole model."""
     if not loads_partially(arguments, source):
         return None
     if not arguments.text:
         raise InputError(
-            "Only the beginning of the model is loaded, so it cannot write ordinary text itself: give --text, or load "
-            "the --whole model."
+            "Only the first layers of the model are loaded, so it cannot write ordinary text itself: give --text, or "
+            "--whole to load the whole model."
         )
     from rocr.config import EditConfig
     from rocr.layers import chosen_layers
