@@ -16,6 +16,7 @@ import transformers
 
 from rocr.answers import ask
 from rocr.cli.main import main, program
+from rocr.cli.values import Number
 from rocr.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -142,8 +143,7 @@ def numeric_options():
         (name, parameter.opts[0])
         for name, command in program.commands.items()
         for parameter in command.params
-        if parameter.type is click.FLOAT or isinstance(parameter.type, click.types.FuncParamType)
-        if parameter.name != "save"
+        if parameter.type is click.FLOAT or isinstance(parameter.type, Number) or parameter.name == "layers"
     ]
 
 

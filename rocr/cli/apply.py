@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rocr.cli.arguments import edit_and_source, load, model_arguments, out_options
+from rocr.cli import options
+from rocr.cli.arguments import edit_and_source, load
 from rocr.cli.console import Console
 from rocr.cli.outputs import write_output
-from rocr.cli.parsing import PATH, Arguments, argument, command, option
+from rocr.cli.parsing import Arguments, argument, command, flag
+from rocr.cli.values import DIR, FILE
 from rocr.errors import InputError
 
 if TYPE_CHECKING:
@@ -17,10 +19,10 @@ if TYPE_CHECKING:
 
 
 @command("apply")
-@model_arguments
-@argument("edit", type=PATH, help="An edit file.")
-@out_options("Folder to write", "DIR")
-@option("--allow-fingerprint-mismatch", is_flag=True, help="Allow another model than the edit's, such as a fine-tune.")
+@options.model
+@argument("edit", "An edit file.", type=FILE)
+@options.out("Folder to write", DIR)
+@flag("--allow-fingerprint-mismatch", "Allow another model than the edit's, such as a fine-tune.")
 def apply(arguments: Arguments, console: Console) -> dict[str, Any]:
     """Apply a saved edit to a copy of its model."""
     from rocr.saving import check_output_possible, holds_already

@@ -1,133 +1,28 @@
-"""Arguments that several commands share, and what they mean."""
+"""What the options that commands share mean: the model, its text, its chat settings and the output."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from rocr.boundary import calling
-from rocr.cli.parsing import PATH, Arguments, Decorator, argument, option, together
-from rocr.cli.values import COUNT, SEED, SHARE, TOKENS, layer_list, short
+from rocr.cli.console import Console
+from rocr.cli.parsing import Arguments
+from rocr.cli.values import short
 from rocr.errors import InputError
 from rocr.json_values import parse_json
 from rocr.locks import locked
 from rocr.output import check_output
-from rocr.texts import check_texts
+from rocr.texts import check_texts, read_texts, text_digest
 
 if TYPE_CHECKING:
     from rocr.chat import ChatSettings
+    from rocr.collect import CollectOptions
+    from rocr.config import EditConfig
     from rocr.edit import Edit
     from rocr.models import LoadedModel, ModelSource
-
-DTYPES = ("float32", "bfloat16", "float16")
-DEFAULT_PROBES = Path(__file__).parent.parent / "data" / "probes.jsonl"
-LOADING, CHAT, TEXT = "Loading the model", "Chat template", "Statistics of ordinary text"
-
-model_arguments = together(
-    argument("model", type=PATH, help="A Hugging Face folder, a .gguf file, or the id of a model on a hub."),
-    option(
-        "--dtype",
-        type=click.Choice(DTYPES),
-        group=LOADING,
-        help="Load the weights in this dtype (default: as stored; float32 for .gguf). Output files keep the dtype "
-        "that they have.",
-    ),
-    option(
-        "--device",
-        metavar="DEVICE",
-        group=LOADING,
-        help='Such as "cuda:0", or "auto" to spread the layers (default: cpu).',
-    ),
-    option("--download", is_flag=True, group=LOADING, help="Allow network access, for a model on a hub."),
-    option("--trust-remote-code", is_flag=True, group=LOADING, help="Run code that comes with the model."),
-)
-
-partial_options = together(
-    option(
-        "--partial",
-        is_flag=True,
-        group=LOADING,
-        help="Load only the embedding and the layers that are needed; no questions can be asked then (default: if the "
-        "model needs more than half of the free memory).",
-    ),
-    option("--whole", is_flag=True, group=LOADING, help="Load the whole model."),
-)
-
-layers_option = option(
-    "--layers", type=layer_list, metavar="LIST", help="Such as 4,5,6 or 4-6 (default: chosen from the depth)."
-)
-
-text_options = together(
-    option(
-        "--text",
-        type=PATH,
-        several=True,
-        metavar="FILE",
-        group=TEXT,
-        help=".txt, .jsonl or .parquet files (default: text that the model writes itself).",
-    ),
-    option("--tokens", type=TOKENS, metavar="N", group=TEXT, help="Read at most N tokens of text."),
-    option("--seed", type=SEED, default=0, metavar="N", help="Seed of all random choices (default: 0)."),
-)
-
-chat_options = together(
-    option("--system", metavar="TEXT", group=CHAT, help="System message (default: the template's own, if any)."),
-    option(
-        "--template-variable",
-        multiple=True,
-        metavar="NAME=VALUE",
-        group=CHAT,
-        help="Variable of the template, such as enable_thinking=false; a value that is not JSON is a string. "
-        "May be repeated.",
-    ),
-    option("--date", metavar="YYYY-MM-DD", group=CHAT, help="Current date for the template (default: 2024-07-26)."),
-    option("--no-chat", is_flag=True, group=CHAT, help="Use no chat template; prompts are read as plain text."),
-)
-
-probes_option = option(
-    "--probes",
-    type=PATH,
-    default=str(DEFAULT_PROBES),
-    metavar="FILE",
-    help="Questions: a .jsonl file, a folder of RWKU or ORT, or hf:OWNER/NAME (default: 300 questions about 50 people, "
-    "which come with rocr).",
-)
-
-scoring_options = together(
-    probes_option,
-    option(
-        "--forms",
-        default="qa,fb,mcp,subtoken",
-        metavar="LIST",
-        help="Forms of the questions, separated by commas (default: qa,fb,mcp,subtoken).",
-    ),
-    option(
-        "--known", type=SHARE, metavar="P", help="Count only probes that the model scores at least P on, from 0 to 1."
-    ),
-    option(
-        "--neighbours",
-        type=COUNT,
-        metavar="N",
-        help="Keep only the N subjects nearest to each target in the model: the hardest retain set.",
-    ),
-)
-
-
-def out_options(what: str, metavar: str = "FILE", required: bool = True) -> Decorator:
-    """--out and --overwrite.
-
-    Args:
-        what: what is written, such as "Report to write, JSON".
-        metavar: FILE or DIR.
-        required: whether the command cannot do without.
-    """
-    return together(
-        option("--out", type=PATH, required=required, metavar=metavar, help=f"{what}; it must not exist."),
-        option("--overwrite", is_flag=True, help="Replace the output if it exists."),
-    )
+    from rocr.statistics import Statistics
 
 
 def loads_partially(arguments: Arguments, source: ModelSource, last_layer: int = 0) -> bool:
@@ -155,6 +50,30 @@ def loads_partially(arguments: Arguments, source: ModelSource, last_layer: int =
     return possible
 
 
+def last_layer_to_load(
+    arguments: Arguments, source: ModelSource, config: EditConfig, statistics: Statistics | None = None
+) -> int | None:
+    """Index of the last layer to load; None: the whole model.
+
+    Raises:
+        InputError: as `loads_partially`; or the text would have to be written by a model that is loaded in part.
+    """
+    if not loads_partially(arguments, source):
+        return None
+    if statistics is None and not arguments.text:
+        given = "--text or --statistics" if hasattr(arguments, "statistics") else "--text"
+        raise InputError(
+            "Only the first layers of the model are loaded, so it cannot write ordinary text itself: give "
+            f"{given}, or --whole to load the whole model."
+        )
+    from rocr.layers import chosen_layers
+    from rocr.partial import empty_model
+
+    layers = chosen_layers(config, empty_model(source, arguments.trust_remote_code))
+    last = max(layers) if statistics is None else max(*layers, statistics.fingerprint.layer)
+    return last if loads_partially(arguments, source, last) else None
+
+
 def check_text(arguments: Arguments) -> None:
     """Check the text for statistics before a model is loaded.
 
@@ -171,6 +90,41 @@ def check_text(arguments: Arguments) -> None:
         from rocr.collect import check_sampled
 
         check_sampled(arguments.tokens)
+
+
+def collect_options(arguments: Arguments, **more: Any) -> CollectOptions:
+    """How --text is read for statistics.
+
+    Args:
+        arguments: of the command.
+        more: further fields of the options.
+    """
+    from rocr.collect import CollectOptions
+
+    return CollectOptions(
+        tokens=arguments.tokens,
+        seed=arguments.seed,
+        text_sha256=text_digest(arguments.text) if arguments.text else None,
+        text_bytes=sum(Path(text).stat().st_size for text in arguments.text) or None,
+        chat=arguments.chat,
+        **more,
+    )
+
+
+def collect(
+    arguments: Arguments,
+    loaded: LoadedModel,
+    layers: Sequence[int] | None,
+    console: Console,
+    options: CollectOptions | None = None,
+) -> Statistics:
+    """Collect statistics from --text, or from text that the model writes itself."""
+    from rocr.collect import collect_statistics
+
+    texts = read_texts(arguments.text) if arguments.text else None
+    options = options or collect_options(arguments)
+    with console.stage("statistics") as progress:
+        return collect_statistics(loaded.model, loaded.tokenizer, texts, layers, options, progress)
 
 
 def chat_of(arguments: Arguments) -> ChatSettings:

@@ -5,22 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rocr.cli.arguments import (
-    TEXT,
-    chat_of,
-    chat_options,
-    check_text,
-    claim_output,
-    load,
-    model_arguments,
-    out_options,
-    scoring_options,
-    source_of,
-    text_options,
-)
+from rocr.cli import options
+from rocr.cli.arguments import chat_of, check_text, claim_output, collect, load, source_of
 from rocr.cli.console import Console
 from rocr.cli.evaluate import check_package, form_names
-from rocr.cli.parsing import PATH, Arguments, command, option
+from rocr.cli.parsing import Arguments, command, option
 from rocr.cli.values import COUNT
 from rocr.concepts import Concept, check_concepts, check_names, folded
 from rocr.errors import InputError
@@ -32,16 +21,16 @@ if TYPE_CHECKING:
 
 
 @command("compare")
-@model_arguments
-@option("--targets", several=True, required=True, metavar="NAME", help="Subjects to forget, one at a time.")
-@option("--redirect", required=True, metavar="NAME", help="Redirect of the targets.")
-@out_options("Results to write, JSON")
-@option("--methods", metavar="LIST", help="Methods, separated by commas (default: all).")
-@scoring_options
-@option("--steps", type=COUNT, metavar="N", help="Train for at least N steps (default: 5 epochs).")
-@option("--statistics", type=PATH, metavar="FILE", group=TEXT, help="Statistics made by `rocr stats`.")
-@text_options
-@chat_options
+@options.model
+@option("--targets", "Subjects to forget, one at a time.", several=True, required=True, metavar="NAME")
+@option("--redirect", "Redirect of the targets.", required=True, metavar="NAME")
+@options.out("Results to write, JSON")
+@option("--methods", "Methods, separated by commas (default: all).", metavar="LIST")
+@options.scoring
+@option("--steps", "Train for at least N steps (default: 5 epochs).", type=COUNT)
+@options.statistics
+@options.text
+@options.chat
 def compare(arguments: Arguments, console: Console) -> dict[str, Any]:
     """Compare rocr with other methods."""
     from rocr.config import EditConfig
@@ -117,19 +106,12 @@ def _check_targets(targets: Sequence[str], probes: Sequence[Probe]) -> None:
 
 
 def _statistics(arguments: Arguments, loaded: LoadedModel, console: Console) -> Statistics:
-    from rocr.collect import CollectOptions, collect_statistics
     from rocr.evaluation.methods import contest_layers
     from rocr.statistics import Statistics
-    from rocr.texts import read_texts
 
     if arguments.statistics:
         return Statistics.load(arguments.statistics)
-    options = CollectOptions(tokens=arguments.tokens, seed=arguments.seed, chat=arguments.chat)
-    texts = read_texts(arguments.text) if arguments.text else None
-    with console.stage("statistics") as progress:
-        return collect_statistics(
-            loaded.model, loaded.tokenizer, texts, contest_layers(loaded.model), options, progress
-        )
+    return collect(arguments, loaded, contest_layers(loaded.model), console)
 
 
 def _known(

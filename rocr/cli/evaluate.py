@@ -9,20 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rocr.cli.arguments import (
-    chat_of,
-    chat_options,
-    claim_output,
-    files_read,
-    load,
-    model_arguments,
-    out_options,
-    scoring_options,
-    source_of,
-)
+from rocr.cli import options
+from rocr.cli.arguments import chat_of, claim_output, files_read, load, source_of
 from rocr.cli.console import Console
-from rocr.cli.parsing import PATH, Arguments, command, option
-from rocr.cli.values import COUNT, SEED
+from rocr.cli.parsing import Arguments, command, flag, option
+from rocr.cli.values import COUNT, DIR, FILE
 from rocr.concepts import check_names
 from rocr.errors import InputError
 from rocr.output import check_output
@@ -41,28 +32,22 @@ PERPLEXITY_TOKENS = 8192
 
 
 @command("eval")
-@model_arguments
-@out_options("Report to write, JSON")
-@option("--html", type=PATH, metavar="FILE", help="Write the report as one HTML page with plots too.")
-@option("--edit", type=PATH, metavar="FILE", help="An edit file: evaluate the model without and with it.")
-@option("--targets", several=True, metavar="NAME", help="Subjects to forget (default: the concepts of --edit).")
-@scoring_options
-@option("--orders", type=COUNT, default=1, metavar="N", help="Orders of multiple-choice options (default: 1).")
-@option("--seed", type=SEED, default=0, metavar="N", help="Seed of the order of options (default: 0).")
-@option("--generate", is_flag=True, help="Let the model answer in free text too.")
-@option(
-    "--text",
-    type=PATH,
-    several=True,
-    metavar="FILE",
-    help="Ordinary text: measure perplexity, and with --edit divergence.",
-)
-@option("--utility", type=PATH, several=True, metavar="FILE", help="Multiple-choice questions on any subject, .jsonl.")
-@option("--suites", several=True, metavar="NAME", help="Tasks of lm-evaluation-harness, such as mmlu.")
-@option("--suite-folder", type=PATH, metavar="DIR", help="Folder with further tasks, as YAML files of the harness.")
-@option("--suite-limit", type=COUNT, metavar="N", help="Ask the first N questions of each task.")
-@option("--attacks", several=True, metavar="NAME", help="Attacks: relearn, 4-bit, 8-bit, prefixes, examples, or all.")
-@chat_options
+@options.model
+@options.out("Report to write, JSON")
+@option("--html", "Write the report as one HTML page with plots too.", type=FILE)
+@option("--edit", "An edit file: evaluate the model without and with it.", type=FILE)
+@option("--targets", "Subjects to forget (default: the concepts of --edit).", several=True, metavar="NAME")
+@options.scoring
+@option("--orders", "Orders of multiple-choice options.", type=COUNT, default=1)
+@options.seed
+@flag("--generate", "Let the model answer in free text too.")
+@option("--text", "Ordinary text: measure perplexity, and with --edit divergence.", type=FILE, several=True)
+@option("--utility", "Multiple-choice questions on any subject, .jsonl.", type=FILE, several=True)
+@option("--suites", "Tasks of lm-evaluation-harness, such as mmlu.", several=True, metavar="NAME")
+@option("--suite-folder", "Folder with further tasks, as YAML files of the harness.", type=DIR)
+@option("--suite-limit", "Ask the first N questions of each task.", type=COUNT)
+@option("--attacks", "Attacks: relearn, 4-bit, 8-bit, prefixes, examples, or all.", several=True, metavar="NAME")
+@options.chat
 def evaluate(arguments: Arguments, console: Console) -> dict[str, Any]:
     """Ask a model in each form of a question, before and after an edit.
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from rocr.bounded import read_bounded
 from rocr.cli.console import Console
-from rocr.cli.parsing import PATH, Arguments, argument, command
+from rocr.cli.parsing import Arguments, argument, command
+from rocr.cli.values import FILE
 from rocr.errors import InputError
 from rocr.json_values import parse_json
 
@@ -15,7 +16,7 @@ MAX_REPORT_BYTES = 64 * 2**20
 
 
 @command("info")
-@argument("file", type=PATH, help="A statistics file, an edit file, a report or an output folder.")
+@argument("file", "A statistics file, an edit file, a report or an output folder.", type=FILE)
 def info(arguments: Arguments, console: Console) -> dict[str, Any]:
     """Show what a file written by rocr contains."""
     path = Path(arguments.file)

@@ -40,7 +40,8 @@ program = Program(
     commands=(unlearn, stats, apply, revert, evaluate, redirects, compare, info, verify, doctor),
     help="Unlearn concepts from language models, in closed form.",
     epilog="Exit codes: 0 done, 1 failed, 2 bad input, 3 verification failed, 4 refused by a guard, 130 interrupted.",
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True},
+    no_args_is_help=False,
 )
 click.version_option(__version__, message="rocr %(version)s")(program)
 

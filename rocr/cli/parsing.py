@@ -9,12 +9,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import click
-from click.shell_completion import CompletionItem
 
 Decorator = Callable[[Any], Any]
-SEVERAL = (
-    "NAME... and FILE... are one or more words, up to the next option. Put arguments before such an option, or after --."
-)
+SEVERAL = "NAME... and FILE... are words up to the next option. Put arguments before such an option, or after --."
 
 
 class Arguments(SimpleNamespace):
@@ -38,10 +35,12 @@ class Option(click.Option):
     """
 
     def __init__(self, names: list[str], group: str = "Options", several: bool = False, **settings: Any) -> None:
-        if several:
-            settings |= {"multiple": True, "metavar": f"{settings['metavar']}..."}
-        super().__init__(names, **settings)
+        super().__init__(names, **(settings | {"multiple": True} if several else settings))
         self.group, self.several = group, several
+
+    def make_metavar(self, ctx: click.Context) -> str:
+        """Such as "FILE", or "FILE..." for several words."""
+        return super().make_metavar(ctx) + "..." * self.several
 
 
 class Argument(click.Argument):
@@ -71,9 +70,8 @@ class Command(click.Command):
             self.epilog = SEVERAL
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse words, in the form that 0.1 accepts."""
-        options = {name: o for o in self.get_params(ctx) if isinstance(o, click.Option) for name in o.opts}
-        return super().parse_args(ctx, spell_out(args, options, ctx))
+        """Parse the words after the name of the command."""
+        return super().parse_args(ctx, spell_out(args, _options_of(ctx), ctx))
 
     def invoke(self, ctx: click.Context) -> Any:
         """Call the command's function and return its JSON document."""
@@ -107,22 +105,8 @@ class Program(click.Group):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse the words before and including the name of a command."""
-        options = {name: o for o in self.get_params(ctx) if isinstance(o, click.Option) for name in o.opts}
-        first = [full_name(word, options, ctx) for word in args[:1]]
+        first = [full_name(word, _options_of(ctx), ctx) for word in args[:1]]
         return super().parse_args(ctx, [*first, *args[1:]])
-
-
-class PathType(click.types.StringParamType):
-    """A path, as the text that is given; a shell completes it to files and folders."""
-
-    name = "path"
-
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        """Leave the completion to the shell."""
-        return [CompletionItem(incomplete, type="file")]
-
-
-PATH = PathType()
 
 
 def command(name: str) -> Decorator:
@@ -130,14 +114,24 @@ def command(name: str) -> Decorator:
     return click.command(name, cls=Command)
 
 
-def option(name: str, **settings: Any) -> Decorator:
-    """Add an `Option` to a command."""
-    return click.option(name, cls=Option, **settings)
-
-
-def argument(name: str, **settings: Any) -> Decorator:
+def argument(name: str, help: str, **settings: Any) -> Decorator:
     """Add an `Argument` to a command."""
-    return click.argument(name, cls=Argument, **settings)
+    return click.argument(name, cls=Argument, help=help, **settings)
+
+
+def option(name: str, help: str, **settings: Any) -> Decorator:
+    """Add an `Option` to a command."""
+    return click.option(name, cls=Option, help=help, **settings)
+
+
+def flag(name: str, help: str, **settings: Any) -> Decorator:
+    """Add an `Option` without a value to a command."""
+    return option(name, help, is_flag=True, **settings)
+
+
+def choice(*values: str) -> click.Choice[str]:
+    """A type for one of some texts."""
+    return click.Choice(values)
 
 
 def together(*decorators: Decorator) -> Decorator:
@@ -152,10 +146,10 @@ def together(*decorators: Decorator) -> Decorator:
 
 
 def spell_out(words: Iterable[str], options: Mapping[str, click.Option], context: click.Context) -> list[str]:
-    """Rewrite the words of a command so that click reads them as 0.1 did.
+    """Rewrite the words of a command for click, which knows no abbreviations and no options of several words.
 
     Names of options are completed, `--text a b` becomes `--text=a --text=b`, and positional arguments go to the end.
-    A word that looks like an option is never taken as the value of the option before it.
+    A word that looks like an option is not taken as the value of the option before it.
 
     Raises:
         click.UsageError: an abbreviated name is ambiguous, or an option has no value.
@@ -198,6 +192,12 @@ def full_name(word: str, options: Iterable[str], context: click.Context) -> str:
     if len(found) > 1 and not context.resilient_parsing:
         raise click.UsageError(f"Option {word!r} is ambiguous: it may mean {' or '.join(found)}.", context)
     return found[0] if len(found) == 1 else word
+
+
+def _options_of(context: click.Context) -> dict[str, click.Option]:
+    """Options of a context's command by each of their names."""
+    options = [found for found in context.command.get_params(context) if isinstance(found, click.Option)]
+    return {name: found for found in options for name in found.opts}
 
 
 def _is_option(word: str) -> bool:

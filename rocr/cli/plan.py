@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rocr.cli.arguments import DTYPES
 from rocr.cli.console import Console
+from rocr.cli.options import DTYPES
 from rocr.cli.parsing import Arguments
 from rocr.concepts import Concept
 

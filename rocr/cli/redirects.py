@@ -5,16 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from rocr.cli.arguments import (
-    chat_of,
-    chat_options,
-    claim_output,
-    load,
-    model_arguments,
-    out_options,
-    probes_option,
-    source_of,
-)
+from rocr.cli import options
+from rocr.cli.arguments import chat_of, claim_output, load, source_of
 from rocr.cli.console import Console
 from rocr.cli.parsing import Arguments, command, option
 from rocr.concepts import check_names
@@ -22,12 +14,12 @@ from rocr.output import new_file
 
 
 @command("redirects")
-@model_arguments
-@option("--among", several=True, required=True, metavar="NAME", help="Redirects to choose from.")
-@out_options("List of concepts to write, .jsonl")
-@probes_option
-@option("--targets", several=True, metavar="NAME", help="Subjects of the questions (default: all).")
-@chat_options
+@options.model
+@option("--among", "Redirects to choose from.", several=True, required=True, metavar="NAME")
+@options.out("List of concepts to write, .jsonl")
+@options.probes
+@option("--targets", "Subjects of the questions (default: all).", several=True, metavar="NAME")
+@options.chat
 def redirects(arguments: Arguments, console: Console) -> dict[str, Any]:
     """Choose the redirect of each concept among some names.
 

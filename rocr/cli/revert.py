@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rocr.cli.arguments import claim_output, edit_and_source, load, model_arguments, out_options
+from rocr.cli import options
+from rocr.cli.arguments import claim_output, edit_and_source, load
 from rocr.cli.console import Console
 from rocr.cli.outputs import EDIT_FILE, write_output
-from rocr.cli.parsing import PATH, Arguments, command, option
+from rocr.cli.parsing import Arguments, command, option
+from rocr.cli.values import DIR, FILE
 from rocr.output import new_directory
 
 if TYPE_CHECKING:
@@ -16,9 +18,9 @@ if TYPE_CHECKING:
 
 
 @command("revert")
-@model_arguments
-@out_options("Folder to write", "DIR")
-@option("--edit", type=PATH, metavar="EDIT", help=f"The edit file (default: {EDIT_FILE} in the model's folder).")
+@options.model
+@options.out("Folder to write", DIR)
+@option("--edit", f"The edit file (default: {EDIT_FILE} in the model's folder).", type=FILE)
 def revert(arguments: Arguments, console: Console) -> dict[str, Any]:
     """Undo an edit, bit for bit.
 

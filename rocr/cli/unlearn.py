@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
-from rocr.cli.arguments import (
-    TEXT,
-    chat_of,
-    chat_options,
-    check_text,
-    claim_output,
-    layers_option,
-    load,
-    loads_partially,
-    model_arguments,
-    out_options,
-    partial_options,
-    source_of,
-    text_options,
-)
+from rocr.cli import options
+from rocr.cli.arguments import chat_of, check_text, claim_output, collect, last_layer_to_load, load, source_of
 from rocr.cli.console import Console
 from rocr.cli.outputs import show_adapter, write_output
-from rocr.cli.parsing import PATH, Arguments, argument, command, option
+from rocr.cli.parsing import Arguments, argument, choice, command, flag, option
 from rocr.cli.tables import show_report
-from rocr.cli.values import COUNT, number, save_parts
+from rocr.cli.values import COUNT, DIR, FILE, Number, save_parts
 from rocr.concepts import (
     MAX_CONCEPTS,
     Concept,
@@ -38,7 +24,6 @@ from rocr.concepts import (
 )
 from rocr.errors import InputError
 from rocr.output import check_output
-from rocr.texts import read_texts, text_digest
 
 if TYPE_CHECKING:
     from rocr.config import EditConfig
@@ -48,118 +33,70 @@ if TYPE_CHECKING:
     from rocr.statistics import Statistics
 
 SHOWN_CONCEPTS = 10
-
-
-SETTINGS, ANSWERS = "Settings", "Answers before and after"
+setting = partial(option, group="Settings")
+answering = partial(option, group="Answers before and after")
 
 
 @command("unlearn")
-@model_arguments
-@argument("concepts", type=PATH, required=False, help="A list of concepts: .txt, .csv or .jsonl.")
-@option("--concept", multiple=True, metavar="NAME", help="A concept, in place of a list. May be repeated.")
-@option("--redirect", metavar="NAME", help="Redirect of concepts that have none of their own.")
-@option(
-    "--allow-long-list",
-    is_flag=True,
-    help=f"Allow more than {MAX_CONCEPTS:,} concepts. Try --dry-run first.",
-)
-@out_options("Folder to write", "DIR", required=False)
+@options.model
+@argument("concepts", "A list of concepts: .txt, .csv or .jsonl.", type=FILE, required=False)
+@option("--concept", "A concept, in place of a list. May be repeated.", multiple=True, metavar="NAME")
+@option("--redirect", "Redirect of concepts that have none of their own.", metavar="NAME")
+@flag("--allow-long-list", f"Allow more than {MAX_CONCEPTS:,} concepts. Try --dry-run first.")
+@options.out("Folder to write", DIR, required=False)
 @option(
     "--save",
+    "Parts to write: model, lora, edit, originals. originals are the original bytes, for `rocr revert`.",
     type=save_parts,
     default="model,edit",
     metavar="PARTS",
-    help="What to write, of model, lora, edit, and originals: the original bytes, for `rocr revert` "
-    "(default: model,edit).",
 )
-@option(
-    "--lora-rank", type=COUNT, metavar="N", help="Truncate the adapter to this rank, such as 16, the limit of vLLM."
-)
-@option("--dry-run", is_flag=True, help="Check all inputs, show what would be done, and stop.")
-@partial_options
-@layers_option
-@option(
-    "--method",
-    type=click.Choice(("whitened", "projected")),
-    group=SETTINGS,
-    help="Metric that protects ordinary keys (default: whitened).",
-)
-@option("--official", is_flag=True, group=SETTINGS, help="Use the settings of the paper's authors, as a baseline.")
-@option("--ridge", type=float, metavar="X", group=SETTINGS, help="Ridge λ of the linear system (default: 1).")
-@option(
-    "--gamma", type=float, metavar="X", group=SETTINGS, help="Weight γ of ordinary keys, for whitened (default: 10)."
-)
-@option(
-    "--threshold", type=float, metavar="X", group=SETTINGS, help="Eigenvalues below X are free to use, for projected."
-)
-@option(
-    "--strength",
-    type=float,
-    metavar="X",
-    group=SETTINGS,
-    help="Share of the way from a concept to its redirect (default: 1).",
-)
-@option(
+@option("--lora-rank", "Truncate the adapter to rank N, such as 16, the default limit of vLLM.", type=COUNT)
+@flag("--dry-run", "Check all inputs, show what would be done, and stop.")
+@options.partial_model
+@options.layers
+@setting("--method", "Metric that protects ordinary keys (default: whitened).", type=choice("whitened", "projected"))
+@flag("--official", "Use the settings of the paper's authors, as a baseline.", group="Settings")
+@setting("--ridge", "Ridge λ of the linear system (default: 1).", type=float)
+@setting("--gamma", "Weight γ of ordinary keys, for whitened (default: 10).", type=float)
+@setting("--threshold", "Eigenvalues below it are free to use, for projected (default: 0.02).", type=float)
+@setting("--strength", "Share of the way from a concept to its redirect (default: 1).", type=float)
+@setting(
     "--held-weight",
+    "Weight of the templates' own tokens beside ordinary text (default: 0.03 for long lists, else 0).",
     type=float,
-    metavar="X",
-    group=SETTINGS,
-    help="Weight of the templates' own tokens beside ordinary text (default: 0.03 for long lists, else 0).",
 )
-@option(
-    "--key-tokens",
-    type=click.Choice(("last", "all")),
-    group=SETTINGS,
-    help="Tokens of a name that become keys (default: all).",
-)
-@option(
+@setting("--key-tokens", "Tokens of a name that become keys (default: all).", type=choice("last", "all"))
+@setting(
     "--keys-per-concept",
-    type=click.Choice(("mean", "all")),
-    group=SETTINGS,
-    help="Average the keys of a concept over the templates, or use all of them (default: mean).",
+    "Average the keys of a concept over the templates, or use all of them (default: mean).",
+    type=choice("mean", "all"),
 )
-@option(
+@setting(
     "--reach",
-    type=click.Choice(("gradual", "whole")),
-    group=SETTINGS,
-    help="Send the first tokens of a name only part of the way, or all tokens the whole way (default: gradual for long "
+    "Send the first tokens of a name only part of the way, or all tokens the whole way (default: gradual for long "
     "lists, else whole).",
+    type=choice("gradual", "whole"),
 )
-@option("--force", is_flag=True, group=SETTINGS, help="Continue past the safety limits of an edit; the report says so.")
-@option(
+@flag("--force", "Continue past the safety limits of an edit; the report says so.", group="Settings")
+@setting(
     "--template",
-    multiple=True,
-    metavar="TEXT",
-    group=SETTINGS,
-    help="Context in which names are read, with {} once: a user's message, or plain text with --no-chat. Replaces the "
+    "Context in which names are read, with {} once: a user's message, or plain text with --no-chat. Replaces the "
     "default contexts. May be repeated.",
+    multiple=True,
 )
-@chat_options
-@option("--statistics", type=PATH, metavar="FILE", group=TEXT, help="Statistics made by `rocr stats`.")
-@text_options
-@option(
-    "--ask",
-    default="Who is {}?",
-    metavar="QUESTION",
-    group=ANSWERS,
-    help='Question to ask, with {} for a name (default: "Who is {}?").',
-)
-@option(
+@options.chat
+@options.statistics
+@options.text
+@answering("--ask", "Question to ask, with {} for a name.", default="Who is {}?", metavar="QUESTION")
+@answering(
     "--control",
+    "Names that should not change: they are asked about too, and the effect of the edit on them is measured.",
     several=True,
     metavar="NAME",
-    group=ANSWERS,
-    help="Names that should not change: they are asked about too, and the effect of the edit on them is measured.",
 )
-@option(
-    "--answer-tokens",
-    type=number(int, 1, 65_536),
-    default=32,
-    metavar="N",
-    group=ANSWERS,
-    help="Tokens of an answer (default: 32).",
-)
-@option("--no-answers", is_flag=True, group=ANSWERS, help="Ask no questions.")
+@answering("--answer-tokens", "Tokens of an answer.", type=Number(1, 65_536), default=32)
+@flag("--no-answers", "Ask no questions.", group="Answers before and after")
 def unlearn(arguments: Arguments, console: Console) -> dict[str, Any]:
     """Redirect concepts and save the edited model.
 
@@ -179,7 +116,7 @@ def unlearn(arguments: Arguments, console: Console) -> dict[str, Any]:
     questions = [] if arguments.no_answers else fill_question(arguments.ask, _asked(arguments, concepts))
     config = _config(arguments)
     statistics = _load_statistics(arguments)
-    last_layer = _last_layer(arguments, source, config, statistics)
+    last_layer = last_layer_to_load(arguments, source, config, statistics)
     if last_layer is not None and questions:
         console.warn("Only the first layers of the model are loaded, so nothing is asked before and after.")
         questions = []
@@ -197,7 +134,7 @@ def unlearn(arguments: Arguments, console: Console) -> dict[str, Any]:
         check_output_possible(loaded, config.layers or (), Path(arguments.out))
     before = _ask(loaded, questions, arguments, console, "answers before")
     if statistics is None:
-        statistics = _collect(loaded, config, arguments, console)
+        statistics = collect(arguments, loaded, config.layers, console)
     edit = _edit(loaded, concepts, statistics, config, arguments, console)
     after = _ask(loaded, questions, arguments, console, "answers after")
     answers = _answers(arguments, concepts, questions, before, after)
@@ -275,46 +212,10 @@ def _load_statistics(arguments: Arguments) -> Statistics | None:
     return Statistics.load(arguments.statistics)
 
 
-def _last_layer(
-    arguments: Arguments, source: ModelSource, config: EditConfig, statistics: Statistics | None
-) -> int | None:
-    """Index of the last layer to load; None: the whole model."""
-    if not loads_partially(arguments, source):
-        return None
-    if statistics is None and not arguments.text:
-        raise InputError(
-            "Only the first layers of the model are loaded, so it cannot write ordinary text itself: give --text or "
-            "--statistics, or --whole to load the whole model."
-        )
-    from rocr.layers import chosen_layers
-    from rocr.partial import empty_model
-
-    layers = chosen_layers(config, empty_model(source, arguments.trust_remote_code))
-    last = max(layers) if statistics is None else max(*layers, statistics.fingerprint.layer)
-    return last if loads_partially(arguments, source, last) else None
-
-
 def _with_layers(config: EditConfig, loaded: LoadedModel) -> EditConfig:
     from rocr.layers import resolve_layers
 
     return resolve_layers(config, loaded.model)
-
-
-def _collect(loaded: LoadedModel, config: EditConfig, arguments: Arguments, console: Console) -> Statistics:
-    from rocr.collect import CollectOptions, collect_statistics
-
-    texts = arguments.text
-    options = CollectOptions(
-        tokens=arguments.tokens,
-        seed=arguments.seed,
-        text_sha256=text_digest(texts) if texts else None,
-        text_bytes=sum(Path(text).stat().st_size for text in texts) or None,
-        chat=config.chat,
-    )
-    with console.stage("statistics") as progress:
-        return collect_statistics(
-            loaded.model, loaded.tokenizer, read_texts(texts) if texts else None, config.layers, options, progress
-        )
 
 
 def _edit(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from rocr.errors import InputError
 
@@ -14,26 +14,46 @@ SAVED = ("model", "lora", "edit", "originals")
 MAX_LAYER = 9_999
 
 
-def number(kind: type[int] | type[float], least: int, most: int) -> Callable[[Any], Any]:
-    """A type for numbers from `least` to `most`; NaN is refused."""
-    noun = "a whole number" if kind is int else "a number"
+class PathType(click.types.StringParamType):
+    """A path as text, which a shell completes.
 
-    def parse(text: Any) -> int | float:
+    Args:
+        kind: "file" or "dir".
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.name = kind
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Leave the completion to the shell."""
+        return [CompletionItem(incomplete, type=self.name)]
+
+
+class Number(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4 on
+    """A number of a kind, from `least` to `most`; NaN is refused."""
+
+    name = "n"
+
+    def __init__(self, least: int, most: int, kind: type[int] | type[float] = int) -> None:
+        self.least, self.most, self.kind = least, most, kind
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | float:
+        """The number that a text means."""
         try:
-            value: int | float = kind(text)
+            found: int | float = self.kind(value)
         except ValueError:
-            value = math.nan
-        if not least <= value <= most:
-            raise click.BadParameter(f"{short(text)} is not {noun} from {least:,} to {most:,}.")
-        return value
+            found = math.nan
+        if not self.least <= found <= self.most:
+            noun = "a whole number" if self.kind is int else "a number"
+            self.fail(f"{short(value)} is not {noun} from {self.least:,} to {self.most:,}.", param, ctx)
+        return found
 
-    return parse
 
-
-COUNT = number(int, 1, 1_000_000)
-TOKENS = number(int, 1, 10**12)
-SEED = number(int, 0, 2**63 - 1)
-SHARE = number(float, 0, 1)
+FILE, DIR = PathType("file"), PathType("dir")
+COUNT = Number(1, 1_000_000)
+TOKENS = Number(1, 10**12)
+SEED = Number(0, 2**63 - 1)
+SHARE = Number(0, 1, float)
 
 
 def layer_list(text: str) -> tuple[int, ...]:

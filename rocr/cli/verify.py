@@ -7,15 +7,14 @@ from dataclasses import asdict
 from typing import Any
 
 from rocr.cli.console import Console
-from rocr.cli.parsing import PATH, Arguments, argument, command, option
+from rocr.cli.parsing import Arguments, argument, command, option
+from rocr.cli.values import DIR, FILE
 from rocr.errors import VerificationError
 
 
 @command("verify")
-@argument(
-    "folder", type=PATH, metavar="DIR", help="A folder written by unlearn, apply or revert, or the adapter in it."
-)
-@option("--edit", type=PATH, metavar="EDIT", help="The edit file of a reverted output (default: the one in DIR).")
+@argument("folder", "A folder written by unlearn, apply or revert, or the adapter in it.", type=DIR, metavar="DIR")
+@option("--edit", "The edit file of a reverted output (default: the one in DIR).", type=FILE)
 def verify(arguments: Arguments, console: Console) -> dict[str, Any]:
     """Check an output folder against its own records.
 
