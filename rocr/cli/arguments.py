@@ -1,4 +1,4 @@
-"""What the options that commands share mean: the model, its text, its chat settings and the output."""
+"""What the shared options mean: the model, text, chat settings and the output."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def loads_partially(arguments: Arguments, source: ModelSource, last_layer: int = 0) -> bool:
-    """Whether to load only the beginning of the model, up to and including `last_layer`.
+    """Whether to load only the first layers of the model, up to and including `last_layer`.
 
     Raises:
         InputError: --partial is given, and the model or the other arguments do not allow it.
@@ -56,7 +56,8 @@ def last_layer_to_load(
     """Index of the last layer to load; None: the whole model.
 
     Raises:
-        InputError: as `loads_partially`; or the text would have to be written by a model that is loaded in part.
+        InputError: as for `loads_partially`; or neither text nor statistics are given, and a model that is loaded in
+            part cannot write text.
     """
     if not loads_partially(arguments, source):
         return None

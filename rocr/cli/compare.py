@@ -133,5 +133,5 @@ def _known(
             progress=progress,
         )
     kept = {item.probe for item in base.items}
-    console.say(f"{base.known} of {base.probes} probes are known to the model and count.")
+    console.say(f"{base.known} of {base.probes} probes are known to the model; only these count.")
     return [probe for i, probe in enumerate(probes) if i in kept]

@@ -22,7 +22,7 @@ SECONDS_BETWEEN_LINES = 30.0
 
 
 class Console:
-    """The terminal of one command.
+    """Output of one command.
 
     Args:
         json_output: whether to write one JSON document to stdout, and tables to stderr.

@@ -74,8 +74,7 @@ def evaluate(arguments: Arguments, console: Console) -> dict[str, Any]:
         probes = split_by_subject(probes, targets)
     with console.stage("load"):
         loaded = load(arguments, source)
-    if arguments.neighbours:
-        probes = _keep_nearest(arguments, loaded, probes)
+    probes = _nearest(arguments, loaded, probes)
     before, after = _evaluate(arguments, loaded, probes, forms, edit, console)
     found = _attack(arguments, loaded, probes, after, edit, attacks, console)
     document = report_json(after, before, found)
@@ -98,43 +97,34 @@ def _evaluate(
     edit: Edit | None,
     console: Console,
 ) -> tuple[Evaluation | None, Evaluation]:
-    """The scores before the edit, or None without one, and the scores of the model as it is then."""
+    """Scores before the edit, or None without an edit file, and scores of the model with it."""
     from rocr.evaluation import evaluate
     from rocr.evaluation.text_measures import divergence
 
-    options = _options(arguments, loaded)
+    settings = _evaluate_options(arguments, loaded)
+
+    def ask(stage: str, probes: list[Probe], journal: Path, known: float | None = None) -> Evaluation:
+        given = replace(settings, journal=journal)
+        with console.stage(stage) as progress:
+            return evaluate(
+                loaded.model, loaded.tokenizer, probes, forms, known=known, options=given, progress=progress
+            )
+
     first_journal, second_journal = _journals(arguments)
-    with console.stage("questions") as progress:
-        first = evaluate(
-            loaded.model,
-            loaded.tokenizer,
-            probes,
-            forms,
-            known=arguments.known,
-            options=replace(options, journal=first_journal),
-            progress=progress,
-        )
+    first = ask("questions", probes, first_journal, arguments.known)
     _add_suites(arguments, loaded, first, console)
     if edit is None:
         return None, first
     kept = sorted({item.probe for item in first.items})
     edit.apply(loaded.model)
-    with console.stage("questions after the edit") as progress:
-        second = evaluate(
-            loaded.model,
-            loaded.tokenizer,
-            [probes[i] for i in kept],
-            forms,
-            options=replace(options, journal=second_journal),
-            progress=progress,
-        )
+    second = ask("questions after the edit", [probes[i] for i in kept], second_journal)
     numbered = [replace(item, probe=kept[item.probe]) for item in second.items]
     second = replace(
         second, items=numbered, probes=first.probes, known=first.known, known_threshold=first.known_threshold
     )
-    if options.text is not None:
+    if settings.text is not None:
         second.measures["KL divergence"] = divergence(
-            loaded.model, options.text, partial(_reverted, edit, loaded.model)
+            loaded.model, settings.text, partial(_reverted, edit, loaded.model)
         )
     _add_suites(arguments, loaded, second, console)
     return first, second
@@ -166,9 +156,12 @@ def _add_suites(arguments: Arguments, loaded: LoadedModel, evaluation: Evaluatio
         evaluation.measures.update(scores)
 
 
-def _keep_nearest(arguments: Arguments, loaded: LoadedModel, probes: list[Probe]) -> list[Probe]:
+def _nearest(arguments: Arguments, loaded: LoadedModel, probes: list[Probe]) -> list[Probe]:
+    """The probes about the targets and, with --neighbours, only their nearest other subjects."""
     from rocr.evaluation.neighbours import keep_nearest
 
+    if not arguments.neighbours:
+        return probes
     targets = list(dict.fromkeys(probe.subject for probe in probes if probe.split == "forget"))
     return keep_nearest(loaded.model, loaded.tokenizer, probes, targets, arguments.neighbours, arguments.chat)
 
@@ -236,7 +229,7 @@ def _attack(
     from rocr.evaluation.attack_suite import AttackOptions, attack
 
     kept = sorted({item.probe for item in after.items})
-    options = AttackOptions(evaluate=EvaluateOptions(seed=arguments.seed, orders=arguments.orders, chat=arguments.chat))
+    settings = EvaluateOptions(seed=arguments.seed, orders=arguments.orders, chat=arguments.chat)
     with console.stage("attacks") as progress:
         return attack(
             loaded.model,
@@ -245,12 +238,12 @@ def _attack(
             names,
             after.forms,
             layers=edit.layers if edit is not None else None,
-            options=options,
+            options=AttackOptions(evaluate=settings),
             progress=progress,
         )
 
 
-def _options(arguments: Arguments, loaded: LoadedModel) -> EvaluateOptions:
+def _evaluate_options(arguments: Arguments, loaded: LoadedModel) -> EvaluateOptions:
     from rocr.evaluation import EvaluateOptions
     from rocr.evaluation.text_measures import TextSample
     from rocr.evaluation.utility import load_choice_questions
@@ -288,4 +281,4 @@ def _show(after: Evaluation, before: Evaluation | None, attacks: dict[str, Evalu
     if attacks:
         console.table("Forget set under attack", attack_columns(after), attack_rows(after, before, attacks))
     if after.known is not None:
-        console.say(f"{after.known} of {after.probes} probes are known to the model and count.")
+        console.say(f"{after.known} of {after.probes} probes are known to the model; only these count.")

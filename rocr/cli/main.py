@@ -97,7 +97,7 @@ def _judged(error: BaseException) -> tuple[str, int, dict[str, Any]]:
         return _usage_error(error), EXIT_BAD_INPUT, {}
     if isinstance(error, SystemExit):
         return (
-            f"Code that rocr called, of the model or of a library, ended the run by {reason_of(error)}.",
+            f"Code of the model or of a library ended the run with {reason_of(error)}.",
             EXIT_FAILED,
             {},
         )
@@ -109,8 +109,8 @@ def _judged(error: BaseException) -> tuple[str, int, dict[str, Any]]:
     if is_out_of_memory(error):
         return f"Out of memory: {str(error)[:1000] or 'the system has no more'}.", EXIT_FAILED, {}
     return (
-        f"An error that rocr does not expect, {reason_of(error)}: this is a bug of rocr. Run the command again with "
-        "--debug to see where it happens, and report that.",
+        f"Unexpected {reason_of(error)}: this is a bug of rocr. Run the command again with --debug and report the "
+        "traceback.",
         EXIT_FAILED,
         {},
     )

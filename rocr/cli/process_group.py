@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rocr.ranks import Ranks
 
 TIMEOUT = timedelta(minutes=30)
-"""How long a process waits for one that hangs, which a batch must not take; one that has ended is noticed at once."""
+"""Longest wait for another process, so also the longest time of a batch; the end of a process is noticed at once."""
 
 
 @contextmanager

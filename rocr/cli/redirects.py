@@ -23,8 +23,8 @@ from rocr.output import new_file
 def redirects(arguments: Arguments, console: Console) -> dict[str, Any]:
     """Choose the redirect of each concept among some names.
 
-    The model is asked about each concept with each candidate in its place; the candidate whose answers are right least
-    often is chosen.
+    The questions about a concept are asked about each candidate; the candidate with the fewest right answers is
+    chosen.
     """
     from rocr.evaluation.probes import load_probes, split_by_subject
     from rocr.evaluation.redirects import check_candidates, choose_redirects
@@ -50,7 +50,7 @@ def redirects(arguments: Arguments, console: Console) -> dict[str, Any]:
         (c.concept.name, c.concept.redirect, str(c.questions), *(f"{c.left[name]:.3f}" for name in arguments.among))
         for c in choices
     ]
-    title = "Share of what is known of the concept that is answered right when the redirect is asked about"
+    title = "Share of right answers about the concept that remains if the questions name the redirect"
     console.table(title, ("concept", "redirect", "questions", *arguments.among), rows)
     console.say(f"{arguments.out} holds {len(choices)} concepts for rocr unlearn.")
     return {

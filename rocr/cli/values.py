@@ -1,4 +1,4 @@
-"""Types of arguments: from the text that is given to a value, or a message that says what is wrong with it."""
+"""Types of arguments and options: they convert a text to a value, or say what is wrong with it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Number(click.ParamType):  # type: ignore[type-arg]  # generic from click 8
         self.least, self.most, self.kind = least, most, kind
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | float:
-        """The number that a text means."""
+        """Convert a text to a number."""
         try:
             found: int | float = self.kind(value)
         except ValueError:
@@ -90,6 +90,6 @@ def save_parts(text: str) -> tuple[str, ...]:
 
 
 def short(text: object) -> str:
-    """What was given, as far as a message needs it."""
+    """A value as a message shows it: quoted, of at most 60 characters."""
     shown = str(text)
     return repr(shown if len(shown) <= 60 else f"{shown[:57]}...")

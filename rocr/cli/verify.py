@@ -27,7 +27,7 @@ def verify(arguments: Arguments, console: Console) -> dict[str, Any]:
         checks = verify_output(arguments.folder, arguments.edit, progress)
     console.table(
         arguments.folder,
-        ("of", "what", "result", "found"),
+        ("subject", "check", "result", "found"),
         [(check.subject, check.what, check.state, check.detail) for check in checks],
     )
     counts = Counter(check.state for check in checks)
@@ -45,6 +45,6 @@ def verify(arguments: Arguments, console: Console) -> dict[str, Any]:
             summary,
         )
     console.say(
-        f"{arguments.folder} matches its records: {counts[PASSED]} checks passed, {counts[UNCHECKED]} impossible."
+        f"{arguments.folder} matches its records: {counts[PASSED]} checks passed, {counts[UNCHECKED]} not possible."
     )
     return summary
