@@ -34,12 +34,17 @@ EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 MAX_USAGE_ERROR = 300
 COMPLETION = "_ROCR_COMPLETE"
+EPILOG = f"""\
+Exit codes: 0 done, 1 failed, 2 bad input, 3 verification failed, 4 refused by a guard, 130 interrupted.
+
+Shell completion: eval "$({COMPLETION}=bash_source rocr)" in bash, zsh_source in zsh.
+"""
 
 program = Program(
     "rocr",
     commands=(unlearn, stats, apply, revert, evaluate, redirects, compare, info, verify, doctor),
     help="Unlearn concepts from language models, in closed form.",
-    epilog="Exit codes: 0 done, 1 failed, 2 bad input, 3 verification failed, 4 refused by a guard, 130 interrupted.",
+    epilog=EPILOG,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True},
     no_args_is_help=False,
 )
