@@ -67,9 +67,9 @@ def _run(arguments: Arguments, console: Console, ranks: Ranks) -> dict[str, Any]
         reading = collect_options(
             arguments, length=arguments.length, batch_tokens=arguments.batch_tokens, checkpoint=checkpoint
         )
+        own = ranks.checkpoint(checkpoint)
     with ranks.together(), console.stage("load"):
         loaded = load(arguments, source, last_layer_to_load(arguments, source, EditConfig(layers=arguments.layers)))
-    own = ranks.checkpoint(checkpoint)
     if own is not None and own.exists():
         console.warn(f"Continuing from {own}.")
     statistics = collect(arguments, loaded, arguments.layers, console, reading)
