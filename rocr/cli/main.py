@@ -21,7 +21,7 @@ from rocr.cli.doctor import doctor
 from rocr.cli.evaluate import evaluate
 from rocr.cli.info import info
 from rocr.cli.interruption import Interrupted, SaidElsewhere, signals_raise
-from rocr.cli.parsing import Program
+from rocr.cli.parsing import CONTEXT, Program
 from rocr.cli.redirects import redirects
 from rocr.cli.revert import revert
 from rocr.cli.stats import stats
@@ -45,7 +45,7 @@ program = Program(
     commands=(unlearn, stats, apply, revert, evaluate, redirects, compare, info, verify, doctor),
     help="Unlearn concepts from language models, in closed form.",
     epilog=EPILOG,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True},
+    context_settings=CONTEXT,
     no_args_is_help=False,
 )
 click.version_option(__version__, message="rocr %(version)s")(program)

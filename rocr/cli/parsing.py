@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 Decorator = Callable[[Any], Any]
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
 SEVERAL = "NAME... and FILE... are words up to the next option. Put arguments before such an option, or after --."
 
 
@@ -111,7 +112,7 @@ class Program(click.Group):
 
 def command(name: str) -> Decorator:
     """Make a command of a function of `Arguments` and a `Console`; its docstring is the help text."""
-    return click.command(name, cls=Command)
+    return click.command(name, cls=Command, context_settings=CONTEXT)
 
 
 def argument(name: str, help: str, **settings: Any) -> Decorator:
