@@ -7,22 +7,22 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
-import rich.console
-from rich.table import Table
-from rich.text import Text
-
-from rocr.cli.stages import bars, plain_lines
+from rocr.cli.stages import plain_lines
 from rocr.json_values import json_text
 from rocr.progress import ProgressCallback, silent
 from rocr.visible import visible
+
+if TYPE_CHECKING:
+    import rich.console
 
 SECONDS_BETWEEN_LINES = 30.0
 
 
 class Console:
-    """Output of one command.
+    """Output of one command; rich is imported when a command begins, or at the first line.
 
     Args:
         json_output: whether to write one JSON document to stdout, and tables to stderr.
@@ -30,7 +30,7 @@ class Console:
         seconds_between_lines: seconds between two lines of progress if stderr is not a terminal.
 
     Attributes:
-        debug: as given; a command sets it once its arguments are parsed.
+        debug: whether to show the traceback of an error.
         seconds: duration of each stage, in seconds.
     """
 
@@ -38,10 +38,25 @@ class Console:
         self, json_output: bool = False, debug: bool = False, seconds_between_lines: float = SECONDS_BETWEEN_LINES
     ) -> None:
         self._json, self.debug, self._interval = json_output, debug, seconds_between_lines
-        self._errors = rich.console.Console(stderr=True, highlight=False)
-        self._output = self._errors if json_output else rich.console.Console(highlight=False)
         self.seconds: dict[str, float] = {}
         self._rank = 0
+
+    @cached_property
+    def _errors(self) -> rich.console.Console:
+        import rich.console
+
+        return rich.console.Console(stderr=True, highlight=False)
+
+    @cached_property
+    def _output(self) -> rich.console.Console:
+        import rich.console
+
+        return self._errors if self._json else rich.console.Console(highlight=False)
+
+    def begin(self, debug: bool) -> None:
+        """Prepare for a command. rich is imported now: an import may fail once memory or open files run out."""
+        self.debug = debug
+        self._output.quiet = self._errors.quiet = False
 
     def speak_as(self, rank: int) -> None:
         """Set the rank of this process among those that run the command; ranks above 0 print only errors."""
@@ -62,6 +77,8 @@ class Console:
             return nullcontext(silent)
         # FORCE_COLOR makes rich call a file interactive.
         if self._errors.is_interactive and sys.stderr.isatty():
+            from rocr.cli.bars import bars
+
             return bars(name, self._errors)
         return plain_lines(name, self._line, self._interval)
 
@@ -74,10 +91,15 @@ class Console:
 
     def warn(self, sentence: str) -> None:
         """Print a warning."""
+        from rich.text import Text
+
         self._errors.print(Text(visible(sentence), style="yellow"), soft_wrap=True)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Print a table of the result; columns of numbers are aligned right."""
+        from rich.table import Table
+        from rich.text import Text
+
         table = Table(
             title=title, title_justify="left", title_style="bold", show_lines=any("\n" in c for r in rows for c in r)
         )
@@ -92,6 +114,8 @@ class Console:
         self, sentence: str, exit_code: int, details: dict[str, Any] | None = None, error: BaseException | None = None
     ) -> None:
         """Print an error, and its traceback with --debug; details go to the JSON document only."""
+        from rich.text import Text
+
         trace = "".join(traceback.format_exception(error)) if self.debug and error is not None else ""
         document = {"error": sentence, "exit_code": exit_code, **(details or {})}
         speaker = f"rocr, process {self._rank}: " if self._rank else "rocr: "

@@ -77,7 +77,7 @@ class Command(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         """Call the command's function and return its JSON document."""
         values = {name: value for name, value in ctx.params.items() if name not in ("json", "debug")}
-        ctx.obj.debug = ctx.params["debug"]
+        ctx.obj.begin(ctx.params["debug"])
         assert self.callback is not None
         return self.callback(Arguments(**values, context=ctx), ctx.obj)
 
