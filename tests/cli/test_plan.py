@@ -97,7 +97,7 @@ def test_a_beginning_that_takes_much_of_the_memory_stays_in_its_files(files, con
         out = tmp_path / str(memory)
         plan = command(*arguments, "--out", out, "--dry-run")
         assert plan.code == 0, plan.errors
-        assert ("in the model's own files" in plan.errors + plan.output) == (memory == 2**10)
+        assert ("mapped from the model's files" in plan.errors + plan.output) == (memory == 2**10)
         plan = json.loads(plan.output)
         assert (plan["mapped"] > 0) == (plan["held"]["model"] == 0) == (memory == 2**10)
         done = command(*arguments, "--out", out)
