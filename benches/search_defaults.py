@@ -37,8 +37,8 @@ from rocr.evaluation import (
     evaluate,
     load_probes,
 )
+from rocr.evaluation.measures import TextSample, perplexity
 from rocr.evaluation.redirects import about
-from rocr.evaluation.text_measures import TextSample, perplexity
 from rocr.model.layers import chosen_layers
 from rocr.model.load import find_model, load_model
 from rocr.statistics.corpus import read_texts

@@ -127,7 +127,7 @@ def _evaluate(
 ) -> tuple[Evaluation | None, Evaluation]:
     """The scores without the edit, where there is one, and with it."""
     from rocr.evaluation import evaluate
-    from rocr.evaluation.text_measures import divergence
+    from rocr.evaluation.measures import divergence
 
     options = _options(arguments, loaded)
     first_journal, second_journal = _journals(arguments)
@@ -268,8 +268,7 @@ def _attack(
 
 def _options(arguments: argparse.Namespace, loaded: LoadedModel) -> EvaluateOptions:
     from rocr.evaluation import EvaluateOptions
-    from rocr.evaluation.text_measures import TextSample
-    from rocr.evaluation.utility import load_choice_questions
+    from rocr.evaluation.measures import TextSample, load_choice_questions
     from rocr.statistics.corpus import read_texts
 
     text = None

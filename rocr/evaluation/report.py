@@ -9,8 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rocr.evaluation.compare import compare_evaluations, relative_fall
-from rocr.evaluation.scores import Evaluation
+from rocr.evaluation.scores import Evaluation, compare_evaluations, relative_fall
 from rocr.io.json_values import json_text
 from rocr.io.output import new_file
 from rocr.io.visible import visible

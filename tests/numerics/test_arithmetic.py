@@ -21,7 +21,7 @@ from rocr.evaluation import EvaluateOptions
 from rocr.evaluation.attacks.attacks import rounded
 from rocr.evaluation.attacks.suite import AttackOptions, attack
 from rocr.evaluation.lora_training import Example, Training, trained
-from rocr.evaluation.text_measures import TextSample, divergence, perplexity
+from rocr.evaluation.measures import TextSample, divergence, perplexity
 from rocr.model.generate import ask
 from rocr.statistics.self_generated import sample_sequences
 from tests.support.states import STATES, surroundings

@@ -13,10 +13,9 @@ import rocr
 from rocr.evaluation import EvaluateOptions, Evaluation, Probe, compare_evaluations, evaluate
 from rocr.evaluation.baselines.methods import Result
 from rocr.evaluation.baselines.table import forget_table, retain_table
-from rocr.evaluation.compare import relative_fall
 from rocr.evaluation.forms import build_items
 from rocr.evaluation.report import measure_rows, report_json, score_table, table_rows, write_html, write_json
-from rocr.evaluation.scores import ItemScore, mean
+from rocr.evaluation.scores import ItemScore, mean, relative_fall
 from rocr.model.chat import render_chat
 
 PROBES = [
@@ -76,7 +75,7 @@ def test_means_are_over_a_targets_items_and_then_over_targets() -> None:
 
 
 def test_a_mean_hides_no_score_that_is_not_a_number() -> None:
-    with pytest.raises(rocr.RocrError, match="1 of 2 scores are not numbers"):
+    with pytest.raises(rocr.RocrError, match="1 of 2 scores are not finite numbers"):
         mean([0.5, float("nan")])
     with pytest.raises(rocr.RocrError):
         Evaluation([score("a", "qa", float("nan"))], 1).form_score("qa", "forget")

@@ -12,7 +12,7 @@ from torch import nn
 
 import rocr
 from rocr.evaluation import load_probes
-from rocr.evaluation.probes.hub import parse_hub_name
+from rocr.evaluation.probes.load import parse_hub_name
 from rocr.evaluation.suites import suite_scores
 
 TASK = """

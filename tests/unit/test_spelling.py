@@ -11,7 +11,7 @@ from rocr.cli.console import visible
 from rocr.concepts import Concept, check_concepts, check_names, folded, holds_name, load_concepts, with_name
 from rocr.errors import InputError
 from rocr.evaluation import EvaluateOptions, evaluate
-from rocr.evaluation.generation import contains
+from rocr.evaluation.measures import contains
 from rocr.evaluation.neighbours import keep_nearest
 from rocr.evaluation.probes.probe import Probe, check_probes, split_by_subject
 from rocr.evaluation.redirects import about, check_candidates
