@@ -54,8 +54,15 @@ def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Compare and show one table."""
     from rocr.config import EditConfig
-    from rocr.evaluation.baselines.methods import METHODS, TRAININGS, Contest, compare_methods
-    from rocr.evaluation.baselines.table import forget_table, results_json, retain_table
+    from rocr.evaluation.baselines.methods import (
+        METHODS,
+        TRAININGS,
+        MethodComparison,
+        compare_methods,
+        forget_table,
+        results_json,
+        retain_table,
+    )
     from rocr.evaluation.neighbours import keep_nearest
     from rocr.evaluation.probes.load import load_probes
     from rocr.evaluation.probes.probe import split_by_subject
@@ -86,7 +93,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     statistics = _statistics(arguments, loaded, console)
     probes = _known(arguments, loaded, probes, forms, console)
     _check_targets(arguments.targets, probes)
-    contest = Contest(
+    comparison = MethodComparison(
         loaded.model,
         loaded.tokenizer,
         probes,
@@ -99,7 +106,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     )
     results = []
     with console.stage("methods") as progress:
-        for result in compare_methods(contest, arguments.targets, methods, progress):
+        for result in compare_methods(comparison, arguments.targets, methods, progress):
             results.append(result)
             console.warn(f"{result.method}: {result.target} in {result.seconds:.1f} s")
     document = {
@@ -127,7 +134,7 @@ def _check_targets(targets: Sequence[str], probes: Sequence[Probe]) -> None:
 
 
 def _statistics(arguments: argparse.Namespace, loaded: LoadedModel, console: Console) -> Statistics:
-    from rocr.evaluation.baselines.methods import contest_layers
+    from rocr.evaluation.baselines.methods import layers_to_edit
     from rocr.statistics.collect import CollectOptions, collect_statistics
     from rocr.statistics.corpus import read_texts
     from rocr.statistics.statistics import Statistics
@@ -138,7 +145,7 @@ def _statistics(arguments: argparse.Namespace, loaded: LoadedModel, console: Con
     texts = read_texts(arguments.text) if arguments.text else None
     with console.stage("statistics") as progress:
         return collect_statistics(
-            loaded.model, loaded.tokenizer, texts, contest_layers(loaded.model), options, progress
+            loaded.model, loaded.tokenizer, texts, layers_to_edit(loaded.model), options, progress
         )
 
 

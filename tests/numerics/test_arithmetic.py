@@ -18,8 +18,8 @@ import rocr
 from rocr import Concept, Edit, EditConfig, Probe, Statistics, ops
 from rocr.edit.record import EditRecord
 from rocr.evaluation import EvaluateOptions
-from rocr.evaluation.attacks.attacks import rounded
 from rocr.evaluation.attacks.suite import AttackOptions, attack
+from rocr.evaluation.attacks.weights import rounded
 from rocr.evaluation.lora_training import Example, Training, trained
 from rocr.evaluation.measures import TextSample, divergence, perplexity
 from rocr.model.generate import ask

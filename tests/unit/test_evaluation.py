@@ -11,8 +11,7 @@ from torch import nn
 
 import rocr
 from rocr.evaluation import EvaluateOptions, Evaluation, Probe, compare_evaluations, evaluate
-from rocr.evaluation.baselines.methods import Result
-from rocr.evaluation.baselines.table import forget_table, retain_table
+from rocr.evaluation.baselines.methods import MethodResult, forget_table, retain_table
 from rocr.evaluation.forms import build_items
 from rocr.evaluation.report import measure_rows, report_json, score_table, table_rows, write_html, write_json
 from rocr.evaluation.scores import ItemScore, mean, relative_fall
@@ -181,9 +180,9 @@ def test_the_report_is_one_page_with_its_plots_inside(model: nn.Module, tokenize
 
 
 def test_the_tables_of_a_comparison_hold_means_over_targets_and_the_largest_peak() -> None:
-    def result(method: str, target: str, forget: float, retain: float, seconds: float, peak: int) -> Result:
+    def result(method: str, target: str, forget: float, retain: float, seconds: float, peak: int) -> MethodResult:
         items = [score(target, "qa", forget), score(target, "fb", forget / 2), score("c", "qa", retain, split="retain")]
-        return Result(method, target, Evaluation(items, 3), seconds, peak)
+        return MethodResult(method, target, Evaluation(items, 3), seconds, peak)
 
     results = [result("rocr", "a", 0.2, 0.5, 1.0, 10**9), result("rocr", "b", 0.4, 0.7, 2.0, 3 * 10**9)]
     results.append(result("original", "a", 0.8, 0.9, 0.0, 10**9))

@@ -1,7 +1,7 @@
 """Load probes from JSON lines, from folders of RWKU (arXiv 2406.10890) and ORT (arXiv 2506.07795), and from datasets.
 
-Files are read here and not by the package datasets, which is optional, loads invalid values silently (duplicate names,
-NaN, unknown fields) and does not give the line of an error. It reads what only it can: datasets of a hub.
+The package datasets is optional and reads only "hf:" sources: its errors stop at the first invalid row of a file and do
+not give its line.
 """
 
 from __future__ import annotations
