@@ -50,7 +50,7 @@ def write_json(document: dict[str, Any], path: str | os.PathLike[str], overwrite
 
 
 def table_rows(evaluation: Evaluation, before: Evaluation | None = None) -> list[tuple[str, ...]]:
-    """Return a row for each split and form, with the cells of COLUMNS; those that need `before` are empty without it."""
+    """Return a row for each split and form, with the cells of COLUMNS; without `before` some are empty."""
     comparison = compare_evaluations(before, evaluation) if before is not None else None
     rows: list[tuple[str, ...]] = []
     for split in ("forget", "retain"):
