@@ -100,7 +100,7 @@ def _without_empty(
 
 
 def _worst_row(evaluation: Evaluation, before: Evaluation | None) -> list[tuple[str, ...]]:
-    """Return the row of each target's form with the highest score; before and after the edit it can be another form."""
+    """Return the row of `Evaluation.worst_score`; the worst form of a target can differ before and after the edit."""
     score = evaluation.worst_score()
     old = before.worst_score() if before is not None else None
     if score is None:
@@ -109,7 +109,7 @@ def _worst_row(evaluation: Evaluation, before: Evaluation | None) -> list[tuple[
     shown = f"{old:.3f}" if old is not None else ""
     targets = evaluation.worst()
     count = sum(item.split == "forget" and item.subject in targets for item in evaluation.items)
-    return [("forget", "worst form of each", shown, f"{score:.3f}", gone, "", str(count), str(len(targets)))]
+    return [("forget", "worst form of each target", shown, f"{score:.3f}", gone, "", str(count), str(len(targets)))]
 
 
 def measure_rows(evaluation: Evaluation, before: Evaluation | None = None) -> list[tuple[str, str, str]]:
@@ -123,7 +123,7 @@ def measure_rows(evaluation: Evaluation, before: Evaluation | None = None) -> li
 
 def attack_columns(evaluation: Evaluation) -> tuple[str, ...]:
     """Return the headings of `attack_rows`."""
-    return ("model", *evaluation.forms, "worst form of each", "questions")
+    return ("model", *evaluation.forms, "worst form of each target", "questions")
 
 
 def attack_rows(
@@ -145,9 +145,13 @@ def attack_rows(
 
 
 def write_html(
-    title: str, evaluation: Evaluation, path: str | os.PathLike[str], before: Evaluation | None = None,
-    overwrite: bool = False, attacks: Mapping[str, Evaluation] | None = None,
-) -> None:  # fmt: skip
+    title: str,
+    evaluation: Evaluation,
+    path: str | os.PathLike[str],
+    before: Evaluation | None = None,
+    overwrite: bool = False,
+    attacks: Mapping[str, Evaluation] | None = None,
+) -> None:
     """Write an HTML page with embedded tables and plots, which loads nothing from elsewhere.
 
     Args:

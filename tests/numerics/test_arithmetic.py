@@ -319,7 +319,7 @@ def test_no_adapter_is_trained_on_a_model_that_was_loaded_in_inference_mode(
     with torch.inference_mode():
         model = make_model("Llama")
     with (
-        pytest.raises(rocr.InputError, match=r"loaded in torch.inference_mode\(\).*load it outside"),
+        pytest.raises(rocr.InputError, match=r"loaded inside torch.inference_mode\(\).*load it outside"),
         trained(model, [Example((5, 6), (7,))], Training("learn", 1e-3)),
     ):
         pass

@@ -173,7 +173,7 @@ def test_the_report_is_one_page_with_its_plots_inside(model: nn.Module, tokenize
     assert document["evaluation"]["forms"]["forget"]["qa"]["items"] == 2
     rows = table_rows(after, before)
     assert [row[0] for row in rows] == ["forget", "forget", "forget", "retain", "retain"]
-    assert [row[1] for row in rows] == ["qa", "mcp", "worst form of each", "qa", "mcp"]
+    assert [row[1] for row in rows] == ["qa", "mcp", "worst form of each target", "qa", "mcp"]
     alone, shown = score_table(after)
     assert alone == ("split", "form", "score", "chance", "questions", "targets") and len(shown) == 5
     assert measure_rows(after, before) == [("perplexity", "", "12")]
