@@ -38,7 +38,7 @@ from rocr.evaluation import (
     load_probes,
 )
 from rocr.evaluation.measures import TextSample, perplexity
-from rocr.evaluation.redirects import about
+from rocr.evaluation.redirects import replace_subject
 from rocr.model.layers import chosen_layers
 from rocr.model.load import find_model, load_model
 from rocr.statistics.corpus import read_texts
@@ -57,7 +57,8 @@ CHOICES = (
     *("Bob Marley", "Jackie Chan", "Mother Teresa", "Attila the Hun", "Sitting Bull", "Louis Armstrong"),
 )
 """Redirects to choose from for each person; the last six have little in common with the people to search on."""
-KEPT, KEPT_TOGETHER = 8, 16
+RETAINED, RETAINED_TOGETHER = 8, 16
+"""Number of people of the retain set if people are unlearned alone, and if they are unlearned together."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Bench:
         """Ask the unedited model, with the redirect's name in place of each person's, and return a row."""
         named = [p for p in self.probes if p.subject in people and p.subject in p.query]
         base = restrict(self.base, self.probes, named)
-        swapped = [about(probe, candidate.redirects[0]) for probe in named]
+        swapped = [replace_subject(probe, candidate.redirects[0]) for probe in named]
         change = compare_evaluations(base, evaluate(self.model, self.tokenizer, swapped, FORMS))
         row: dict[str, Any] = {"candidate": candidate.name, "people": list(people), "seconds": 0.0, "together": 0}
         row |= {f"forget {part.form}": [part.before, part.after, part.chance] for part in change.changes}
@@ -266,25 +267,25 @@ def main() -> None:
     searched, others = bench.people[: arguments.people], bench.people[arguments.people :]
     rows = read_rows(Path(arguments.out))
     people = (others if arguments.test else searched)[: arguments.most]
-    kept = others[arguments.most :][:KEPT_TOGETHER]
+    retained = others[arguments.most :][:RETAINED_TOGETHER]
     with cached_metrics(), Path(arguments.out).open("a", encoding="utf-8") as file:
 
-        def run(candidate: Candidate, group: list[str], kept: list[str], more: list[str]) -> None:
+        def run(candidate: Candidate, group: list[str], retain: list[str], more: list[str]) -> None:
             together = len(group) + len(more) if candidate.config else 0
             done = [(row["candidate"], row["people"], row["together"]) for row in rows]
             if (candidate.name, group, together) not in done:
-                rows.append(bench.run(candidate, group, kept, more))
+                rows.append(bench.run(candidate, group, retain, more))
                 file.write(json.dumps(rows[-1]) + "\n")
                 file.flush()
 
         for candidate in candidates(arguments.candidates):
             if not arguments.together:
                 for person in people:
-                    run(candidate, [person], kept[:KEPT], [])
+                    run(candidate, [person], retained[:RETAINED], [])
             for count in arguments.together:
-                more = [name for name in listed_names(arguments.names) if name not in {*people, *kept, *REDIRECTS}]
+                more = [name for name in listed_names(arguments.names) if name not in {*people, *retained, *REDIRECTS}]
                 spread = replace(candidate, redirects=REDIRECTS)
-                run(spread, people[:count], kept, more[: max(0, count - len(people))])
+                run(spread, people[:count], retained, more[: max(0, count - len(people))])
     print(table(rows))
 
 

@@ -22,17 +22,17 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     lines.append("|---|" + "---:|" * 10)
     for name, together in dict.fromkeys((row["candidate"], row["together"]) for row in rows):
         mine = [row for row in rows if (row["candidate"], row["together"]) == (name, together)]
-        forget = {form: gone([row[f"forget {form}"] for row in mine]) for form in FORMS}
+        forget = {form: relative_decrease([row[f"forget {form}"] for row in mine]) for form in FORMS}
         cells = [*forget.values(), min(forget[form] for form in FORMS if form != "mcp")]
         if together:
-            cells += [gone([row[f"retain {form}"] for row in mine]) for form in FORMS]
+            cells += [relative_decrease([row[f"retain {form}"] for row in mine]) for form in FORMS]
             cells.append(sum(row["perplexity"][1] / row["perplexity"][0] for row in mine) / len(mine) - 1)
         shown = [f"{100 * cell:.1f}%" for cell in cells] + [""] * (8 - len(cells))
         lines.append(f"| {name} | {together} | {len(mine)} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
 
-def gone(scores: Sequence[Sequence[float | None]]) -> float:
+def relative_decrease(scores: Sequence[Sequence[float | None]]) -> float:
     """Return the relative decrease of the score above chance, from the means over runs of (before, after, chance)."""
     before, after, chance = (sum(score[i] or 0.0 for score in scores) / len(scores) for i in range(3))
     return (before - after) / (before - chance) if before > chance else 0.0

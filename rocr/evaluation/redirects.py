@@ -84,7 +84,7 @@ def choose_redirects(
         return _scores(asked, evaluate(model, tokenizer, asked, forms, options=options, progress=progress))
 
     known = scores_of(named)
-    scores = {candidate: scores_of([about(probe, candidate) for probe in named]) for candidate in candidates}
+    scores = {candidate: scores_of([replace_subject(probe, candidate) for probe in named]) for candidate in candidates}
     found = []
     for subject in subjects:
         left = {candidate: _share(scores[candidate][subject], known[subject]) for candidate in candidates}
@@ -110,7 +110,7 @@ def check_candidates(probes: Sequence[Probe], candidates: Sequence[str]) -> None
         check_concepts([Concept(subject, candidate) for subject in subjects])
 
 
-def about(probe: Probe, name: str) -> Probe:
+def replace_subject(probe: Probe, name: str) -> Probe:
     """Return a probe whose question has another name in place of its subject's."""
     cloze = None if probe.cloze is None else with_name(probe.cloze, probe.subject, name)
     query = with_name(probe.query, probe.subject, name)
