@@ -34,8 +34,15 @@ if TYPE_CHECKING:
 def compare(arguments: Arguments, console: Console) -> dict[str, Any]:
     """Compare rocr with other methods."""
     from rocr.config import EditConfig
-    from rocr.evaluation.baselines.methods import METHODS, TRAININGS, Contest, compare_methods
-    from rocr.evaluation.baselines.table import forget_table, results_json, retain_table
+    from rocr.evaluation.baselines.methods import (
+        METHODS,
+        TRAININGS,
+        MethodComparison,
+        compare_methods,
+        forget_table,
+        results_json,
+        retain_table,
+    )
     from rocr.evaluation.neighbours import keep_nearest
     from rocr.evaluation.probes.load import load_probes
     from rocr.evaluation.probes.probe import split_by_subject
@@ -66,7 +73,7 @@ def compare(arguments: Arguments, console: Console) -> dict[str, Any]:
     statistics = _statistics(arguments, loaded, console)
     probes = _known(arguments, loaded, probes, forms, console)
     _check_targets(arguments.targets, probes)
-    contest = Contest(
+    comparison = MethodComparison(
         loaded.model,
         loaded.tokenizer,
         probes,
@@ -79,7 +86,7 @@ def compare(arguments: Arguments, console: Console) -> dict[str, Any]:
     )
     results = []
     with console.stage("methods") as progress:
-        for result in compare_methods(contest, arguments.targets, methods, progress):
+        for result in compare_methods(comparison, arguments.targets, methods, progress):
             results.append(result)
             console.warn(f"{result.method}: {result.target} in {result.seconds:.1f} s")
     document = {
@@ -107,12 +114,12 @@ def _check_targets(targets: Sequence[str], probes: Sequence[Probe]) -> None:
 
 
 def _statistics(arguments: Arguments, loaded: LoadedModel, console: Console) -> Statistics:
-    from rocr.evaluation.baselines.methods import contest_layers
+    from rocr.evaluation.baselines.methods import layers_to_edit
     from rocr.statistics.statistics import Statistics
 
     if arguments.statistics:
         return Statistics.load(arguments.statistics)
-    return collect(arguments, loaded, contest_layers(loaded.model), console)
+    return collect(arguments, loaded, layers_to_edit(loaded.model), console)
 
 
 def _known(

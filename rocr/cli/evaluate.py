@@ -100,7 +100,7 @@ def _evaluate(
 ) -> tuple[Evaluation | None, Evaluation]:
     """Scores before the edit, or None without an edit file, and scores of the model with it."""
     from rocr.evaluation import evaluate
-    from rocr.evaluation.text_measures import divergence
+    from rocr.evaluation.measures import divergence
 
     settings = _evaluate_options(arguments, loaded)
 
@@ -246,8 +246,7 @@ def _attack(
 
 def _evaluate_options(arguments: Arguments, loaded: LoadedModel) -> EvaluateOptions:
     from rocr.evaluation import EvaluateOptions
-    from rocr.evaluation.text_measures import TextSample
-    from rocr.evaluation.utility import load_choice_questions
+    from rocr.evaluation.measures import TextSample, load_choice_questions
     from rocr.statistics.corpus import read_texts
 
     text = None

@@ -15,11 +15,11 @@ import rocr
 from rocr import ChatSettings, CollectOptions, Concept, Edit, EditConfig, InputError
 from rocr.config import CLOCK_DATE
 from rocr.evaluation import EvaluateOptions, Probe, choose_redirects, evaluate
-from rocr.evaluation.attacks.attacks import question_examples
 from rocr.evaluation.attacks.suite import AttackOptions
 from rocr.evaluation.attacks.suite import attack as attack_edit
+from rocr.evaluation.lora_training import question_examples
+from rocr.evaluation.measures import ChoiceQuestion
 from rocr.evaluation.neighbours import name_states
-from rocr.evaluation.utility import ChoiceQuestion
 from rocr.io.tensors import read_tensors, write_tensors
 from rocr.statistics.self_generated import sample_sequences
 
