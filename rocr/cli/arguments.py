@@ -30,8 +30,6 @@ def loads_partially(arguments: Arguments, source: ModelSource, last_layer: int =
     Raises:
         InputError: --partial is given, and the model or the other arguments do not allow it.
     """
-    if arguments.whole and arguments.partial:
-        raise InputError("--partial and --whole exclude each other: leave out one of them.")
     if arguments.whole:
         return False
     from rocr.model.load_partial import can_load_partially, is_large
@@ -151,6 +149,8 @@ def chat_of(arguments: Arguments) -> ChatSettings:
 
 def source_of(arguments: Arguments) -> ModelSource:
     """Locate and check the model; nothing is loaded."""
+    if getattr(arguments, "whole", False) and arguments.partial:
+        raise InputError("--partial and --whole exclude each other: leave out one of them.")
     from rocr.model.load import find_model
 
     return find_model(arguments.model, download=arguments.download)

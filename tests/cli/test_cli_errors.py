@@ -323,7 +323,7 @@ def test_code_of_others_that_ends_the_process_is_told_as_an_error(place, raised,
 def test_a_model_that_gives_no_embedding_is_refused(given, files, command, monkeypatch, tmp_path):
     monkeypatch.setattr("transformers.LlamaForCausalLM.get_input_embeddings", lambda _: given)
     done = command("stats", files.model, "--text", files.text, "--layers", "1", "--out", tmp_path / "out")
-    assert done.code == 2 and f"get_input_embeddings of LlamaForCausalLM gives {type(given).__name__}" in done.errors
+    assert done.code == 2 and f"get_input_embeddings of LlamaForCausalLM returns {type(given).__name__}" in done.errors
 
 
 @pytest.mark.parametrize("given", [None, {}, ["one"], "xx", [1, 2]], ids=repr)
