@@ -97,7 +97,7 @@ def test_a_layer_that_leaves_its_down_projection_out_is_named(model):
     call = LayerCall(
         "model.layers.1", torch.nn.Identity(), model.model.layers[1].mlp.down_proj, (torch.ones(1, 2, 32),)
     )
-    with pytest.raises(InputError, match=r"without a call of the down-projection of model\.layers\.1"):
+    with pytest.raises(InputError, match=r"did not call the down-projection of model\.layers\.1"):
         call.run(lambda output: output)
 
 
