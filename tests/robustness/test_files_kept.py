@@ -333,7 +333,7 @@ def test_weights_stored_in_another_layout_are_refused_before_the_edit(
         for more in ((), ("--dry-run",)):
             done = command(*given, *more)
             said = done.errors.replace("\n", " ")
-            assert done.code == 2 and DOWN[0] in said and "is stored otherwise" in said, said
+            assert done.code == 2 and DOWN[0] in said and "store it in another layout" in said, said
             assert "targets" not in said, "nothing was edited"
         assert not (tmp_path / "out").exists()
         done = command(*given, "--save", "edit,lora")
