@@ -4,7 +4,7 @@
     python benches/compare_methods.py MODEL --redirect "Frédéric Chopin" --targets "Isaac Newton" "Marie Curie" \
         --statistics statistics.safetensors --known 0.5 --out comparison.json
 
-It is `rocr compare` with a Markdown table on stdout, ready for the README, and the machine and versions below it.
+It is `rocr compare` with a Markdown table on stdout, for docs/evaluation.md, with the machine and versions below it.
 """
 
 from __future__ import annotations

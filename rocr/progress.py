@@ -1,4 +1,4 @@
-"""Progress reports of library calls to their callers."""
+"""Progress reports of library calls, as callbacks instead of printed lines, and the durations of stages."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Progress:
-    """One step of a stage.
+    """The progress of one stage.
 
     Attributes:
         stage: The name of the stage.
-        done: The amount that is done, in `unit`.
-        total: The whole amount, in `unit`. None: unknown.
-        unit: The unit, such as "tokens".
-        resumed: The part of `done` that an earlier run did; the speed of this run does not include it.
+        done: How much is done, in `unit`.
+        total: How much there is to do, in `unit`; None if that is not known.
+        unit: What is counted, such as "tokens".
+        resumed: The part of `done` that an earlier run did. Leave it out when computing the speed of this run.
     """
 
     stage: str
@@ -31,15 +31,15 @@ ProgressCallback = Callable[[Progress], None]
 
 
 def silent(_: Progress) -> None:
-    """Ignore progress. This is the default callback."""
+    """Ignore progress; the default callback."""
 
 
 @dataclass(frozen=True)
 class Stopwatch:
-    """Sums the durations of stages.
+    """Measures the durations of stages.
 
     Attributes:
-        seconds: The duration of each stage so far, by name.
+        seconds: The total duration of each stage so far, by its name.
     """
 
     seconds: dict[str, float]

@@ -1,3 +1,4 @@
+import signal
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -19,6 +20,12 @@ pytest_plugins = [
     "tests.support.of_0_1",
 ]
 """Fixtures that several folders use."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible() -> None:
+    """Let SIGINT raise KeyboardInterrupt: a shell starts a job in the background with SIGINT ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -142,8 +142,10 @@ def _last_layer(arguments: argparse.Namespace, source: ModelSource) -> int | Non
             "the --whole model."
         )
     from rocr.config import EditConfig
+    from rocr.model.architecture import find_architecture
     from rocr.model.layers import chosen_layers
     from rocr.model.load_partial import empty_model
 
-    last = max(chosen_layers(EditConfig(layers=arguments.layers), empty_model(source, arguments.trust_remote_code)))
+    architecture = find_architecture(empty_model(source, arguments.trust_remote_code))
+    last = max(chosen_layers(EditConfig(layers=arguments.layers), architecture))
     return last if loads_partially(arguments, source, last) else None

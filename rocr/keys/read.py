@@ -15,9 +15,9 @@ from rocr.keys.batches import Batch, batches
 from rocr.keys.plan import Reading
 from rocr.keys.prefix_cache import can_share, run_prefix
 from rocr.model.architecture import Architecture
-from rocr.model.capture import as_sequence, check_seen, hidden_hook, input_hook, run_through
-from rocr.model.passage import LayerCall, measure_gains, recording
-from rocr.model.smaller_batches import halving
+from rocr.model.capture import as_sequence, check_called, hidden_hook, input_hook, run_through
+from rocr.model.gains import LayerCall, measure_gains, recording
+from rocr.model.smaller_batches import retry_with_smaller_batch
 from rocr.progress import Progress, ProgressCallback, silent
 
 
@@ -29,7 +29,7 @@ class States:
         hidden: (groups, d_out), the output of a decoder layer.
         keys: (groups, d_in), the input of a down-projection. None: not read.
         gains: (groups, d_out), the share of a small change of that down-projection's output that reaches the output
-            of its decoder layer; see `rocr.model.passage`. None: not measured.
+            of its decoder layer; see `rocr.model.gains`. None: not measured.
     """
 
     hidden: Tensor
@@ -65,7 +65,7 @@ def read_states(
         InputError: A module that is read runs more than once in a forward pass, or does not run at all.
     """
     layers = [] if key_layer is None else [key_layer]
-    hidden, found = halving(
+    hidden, found = retry_with_smaller_batch(
         lambda budget: _read(architecture, reading, hidden_layer, layers, budget, progress, stage, share), token_budget
     )
     return States(hidden) if key_layer is None else found[key_layer]
@@ -85,7 +85,7 @@ def read_layers(
 
     The other arguments are those of `read_states`.
     """
-    return halving(
+    return retry_with_smaller_batch(
         lambda budget: _read(
             architecture, reading, hidden_layer, key_layers, budget, progress, stage, True, set(measured)
         )[1],
@@ -127,7 +127,7 @@ def _read(
             for call in calls.values():
                 recording(stack, call)
             run_through(architecture, hidden_layer, batch.tokens, batch.mask, cache)
-        check_seen(found, wanted)
+        check_called(found, wanted)
         for name, call in calls.items():
             found[name] = measure_gains(architecture.model, call, shape)
             call.forget()

@@ -82,7 +82,7 @@ def second_moment_op(total: Tensor, keys: Tensor) -> None:
         keys_stride=_row_stride(keys),
         tokens=keys.shape[0],
         size=keys.shape[1],
-        number=_number(keys),
+        dtype=_dtype(keys),
         threads=torch.get_num_threads(),
         simd=_wanted_simd(),
     )
@@ -92,7 +92,7 @@ def second_moment_op(total: Tensor, keys: Tensor) -> None:
 
 @torch.library.custom_op("rocr::cpp_low_rank_update", mutates_args=("weights",))
 def low_rank_update_op(
-    weights: list[Tensor], lefts: list[Tensor], rights: list[Tensor], scale: float, at_random: bool, seed: int
+    weights: list[Tensor], lefts: list[Tensor], rights: list[Tensor], scale: float, stochastic: bool, seed: int
 ) -> None:
     """Add scale * left @ right to every weight; factors are float32 and contiguous."""
     import rocr._C as kernels
@@ -101,7 +101,7 @@ def low_rank_update_op(
     kernels.low_rank_update(
         updates=[_describe(*each) for each in operands],
         scale=scale,
-        stochastic=at_random,
+        stochastic=stochastic,
         seed=seed,
         threads=torch.get_num_threads(),
         simd=_wanted_simd(),
@@ -118,7 +118,7 @@ def _(total: Tensor, keys: Tensor) -> None:
 
 @low_rank_update_op.register_fake
 def _(
-    weights: list[Tensor], lefts: list[Tensor], rights: list[Tensor], scale: float, at_random: bool, seed: int
+    weights: list[Tensor], lefts: list[Tensor], rights: list[Tensor], scale: float, stochastic: bool, seed: int
 ) -> None:
     return None
 
@@ -135,7 +135,7 @@ def _describe(weight: Tensor, left: Tensor, right: Tensor) -> Any:
 
     return kernels.LowRankUpdate(
         weight=weight.data_ptr(),
-        number=_number(weight),
+        dtype=_dtype(weight),
         rows=weight.shape[0],
         columns=weight.shape[1],
         stride=_row_stride(weight),
@@ -154,7 +154,7 @@ def _row_stride(matrix: Tensor) -> int:
     return matrix.stride(0) if matrix.shape[0] > 1 else matrix.shape[1]
 
 
-def _number(tensor: Tensor) -> Any:
+def _dtype(tensor: Tensor) -> Any:
     import rocr._C as kernels
 
-    return getattr(kernels.Number, str(tensor.dtype).removeprefix("torch."))
+    return getattr(kernels.DType, str(tensor.dtype).removeprefix("torch."))

@@ -1,4 +1,4 @@
-// What csrc/cuda_numbers.cuh offers, on the CPU, with the words of CUDA that the kernel uses.
+// The functions of csrc/cuda_convert.cuh on the CPU, and the CUDA names that the kernel uses.
 #pragma once
 
 #include <cmath>
@@ -20,13 +20,13 @@ inline void __syncthreads() { block->meet(); }
 
 namespace rocr {
 
-template <Number number>
-using Stored = std::conditional_t<number == Number::float32, float, std::uint16_t>;
+template <DType dtype>
+using Stored = std::conditional_t<dtype == DType::float32, float, std::uint16_t>;
 
-template <Number number>
-float to_float(Stored<number> stored) {
-  if constexpr (number == Number::float32) return stored;
-  if constexpr (number == Number::float16) {
+template <DType dtype>
+float to_float(Stored<dtype> stored) {
+  if constexpr (dtype == DType::float32) return stored;
+  if constexpr (dtype == DType::float16) {
     _Float16 half;
     std::memcpy(&half, &stored, 2);
     return half;
@@ -37,11 +37,11 @@ float to_float(Stored<number> stored) {
   return value;
 }
 
-template <Number number>
-Stored<number> from_float(float value) {
-  if constexpr (number == Number::float32) return value;
+template <DType dtype>
+Stored<dtype> from_float(float value) {
+  if constexpr (dtype == DType::float32) return value;
   std::uint16_t stored;
-  if constexpr (number == Number::float16) {
+  if constexpr (dtype == DType::float16) {
     const auto half = static_cast<_Float16>(value);
     std::memcpy(&stored, &half, 2);
     return stored;
