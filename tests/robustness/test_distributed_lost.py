@@ -136,7 +136,7 @@ def test_a_lost_process_ends_the_others_and_all_go_on_later(lost, ranks, stats, 
     for number, size in ((1, "one process"), (3, "3 processes")):
         refused = ranks(number, stats)
         assert set(refused["codes"]) == {2}
-        assert "by 2 processes, and this one has" in refused["logs"][0], size
+        assert "by 2 processes, but this one has" in refused["logs"][0], size
         assert all("rocr" not in log for log in refused["logs"][1:])
     assert set(names(tmp_path)) - {"out.lock"} == set(STATES)
     resumed = ranks(2, stats)
