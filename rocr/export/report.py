@@ -71,7 +71,7 @@ def build_report(
         "limits_passed": edit.report.limits_passed,
         "inexact": edit.report.inexact,
         "collisions": None if edit.report.collisions is None else asdict(edit.report.collisions),
-        "neighbours": None if edit.report.neighbours is None else asdict(edit.report.neighbours),
+        "neighbours": None if edit.report.retained is None else edit.report.retained.to_json(),
         "answers": [asdict(answer) for answer in answers],
         "seconds": {"stages": dict(seconds), "edit": edit.report.seconds},
         "versions": versions(),
