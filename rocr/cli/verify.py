@@ -21,8 +21,8 @@ def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Check everything, show all of it, and fail where something does not match."""
+    from rocr.export.manifest import FAILED, PASSED, UNCHECKED
     from rocr.export.verify import verify_output
-    from rocr.export.verify_files import FAILED, PASSED, UNCHECKED
 
     with console.stage("verify") as progress:
         checks = verify_output(arguments.folder, arguments.edit, progress)
