@@ -109,13 +109,13 @@ def check_base_edit(
         )
 
 
-def check_rendered(kept: Sequence[RenderedTemplate], rendered: Sequence[RenderedTemplate], whose: str) -> None:
+def check_rendered(kept: Sequence[RenderedTemplate], rendered: Sequence[RenderedTemplate], renderer: str) -> None:
     """Check that templates are rendered as those of an edit. An edit without rendered templates passes.
 
     Args:
         kept: The templates as the edit renders them.
         rendered: The same templates as they are rendered now.
-        whose: What renders them now, for the message.
+        renderer: What renders them now, for the message.
 
     Raises:
         InputError: They differ.
@@ -124,7 +124,7 @@ def check_rendered(kept: Sequence[RenderedTemplate], rendered: Sequence[Rendered
         if old != new:
             raise InputError(
                 f"The edit was made with a template that reads {repr(old.before)[-200:]} before a name and "
-                f"{repr(old.after)[:200]} behind it, but {whose} gives {repr(new.before)[-200:]} and "
+                f"{repr(old.after)[:200]} after it, but {renderer} gives {repr(new.before)[-200:]} and "
                 f"{repr(new.after)[:200]}. Use the chat template and the chat settings that the edit was made with."
             )
 

@@ -106,7 +106,7 @@ def write_records(report: dict[str, Any], folder: Path, known: Mapping[str, str]
 
     Args:
         report: The report, with the names of linked files in the field `linked`.
-        folder: The output, complete but for these two files.
+        folder: The output, complete except for these two files.
         known: sha256 of files that are already known.
     """
     digests = file_digests(folder, [*report["linked"], *known]) | dict(known)

@@ -196,7 +196,7 @@ def _before_publishing(parts: Sequence[str]) -> str:
         f"{_listed(naming)} name the concepts. Do not publish them if the list itself is private.",
     ]
     if reverting:
-        lines.append(f"Do not publish {_listed(reverting)} if nobody else may revert the edit with `rocr revert`.")
+        lines.append(f"Do not publish {_listed(reverting)} if others must not revert the edit with `rocr revert`.")
     return "\n\n".join(lines)
 
 
