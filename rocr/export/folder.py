@@ -222,4 +222,5 @@ def _written(
 
 
 def _shapes(projections: Sequence[DownProjection]) -> set[tuple[int, ...]]:
+    """Return the shapes in which the model stores the weights."""
     return {tuple(projection.parameter.shape) for projection in projections}

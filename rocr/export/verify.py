@@ -62,9 +62,10 @@ def verify_output(
         InputError: The folder is no output of rocr, or there is no such edit file.
     """
     output, checks = open_output(Path(folder), None if edit is None else Path(edit))
+    total = len(output.names)
     for i, found in enumerate(file_checks(output)):
         checks.append(found)
-        progress(Progress("files", i + 1, len(output.names), "files"))
+        progress(Progress("files", i + 1, total, "files"))
     return checks + _edit_checks(output)
 
 
@@ -79,6 +80,7 @@ def _edit_checks(output: Output) -> list[Check]:
 
 
 def _load_edit(output: Output) -> tuple[Edit | None, list[Check]]:
+    """Read the edit file of an output, if there is one, and return it with the check of it."""
     from rocr.edit.edit import Edit
 
     name = EDIT_FILE if output.edit is None else shown(str(output.edit))
@@ -168,7 +170,7 @@ def _recorded_names(report: dict[str, Any] | None, update: LayerUpdate) -> list[
 
 
 def _tensor_checks(files: WeightFiles, update: LayerUpdate, recorded: list[str], is_reverted: bool) -> Iterator[Check]:
-    """Whether a weight has the bytes that the edit recorded, and is finite."""
+    """Check that an edited weight has the recorded bytes and is finite."""
     names = [name for name in recorded if name in files.file_of]
     if not names:
         yield Check(shown(update.parameter), "sha256", UNCHECKED, "the files hold no tensor of this name")
@@ -187,6 +189,7 @@ def _tensor_checks(files: WeightFiles, update: LayerUpdate, recorded: list[str],
 
 
 def _digest_check(subject: str, values: torch.Tensor, update: LayerUpdate, is_reverted: bool) -> Check:
+    """Check the sha256 of an edited weight against the record of the update."""
     applied = update.applied
     if applied is None:
         return Check(subject, "sha256", UNCHECKED, "the edit file has no record of an applied update")
@@ -223,7 +226,7 @@ def _fingerprint_checks(output: Output, edit: Edit | None) -> Iterator[Check]:
             if found == mark.model:
                 break
         tokenizer = tokenizer_digest(loaded.tokenizer)
-    except Exception as error:  # files of others raise any type of error in transformers
+    except Exception as error:  # transformers raises many types of errors for invalid files
         yield Check("model", "fingerprint", FAILED, shown(f"it cannot be loaded: {error}"))
         return
     for name, digest, wanted in (("model", found, mark.model), ("tokenizer", tokenizer, mark.tokenizer)):

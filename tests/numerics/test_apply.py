@@ -109,7 +109,8 @@ def test_a_weight_that_changed_since_is_not_undone_nor_is_any_other(projections)
     applied = apply_updates(projections, paired(*factors(projections)))
     projections[1].parameter.data[0, 0] += 1
     before = copies(projections)
-    with pytest.raises(VerificationError, match=f"{projections[1].parameter_name} is not the weight after this edit"):
+    words = f"{projections[1].parameter_name} is not the weight after this edit: its sha256 is"
+    with pytest.raises(VerificationError, match=words):
         undo_updates(projections, applied)
     assert same(projections, before)
 

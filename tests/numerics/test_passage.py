@@ -200,7 +200,8 @@ def test_an_edit_that_does_not_arrive_is_refused(model, tokenizer, texts, concep
     assert found.report.limits_passed == []
     found.revert(model)
     monkeypatch.setattr(sys.modules["rocr.unlearn"], "measured_layers", lambda *_: ())
-    with pytest.raises(GuardError, match=r"does not reach the states: at their keys the updates cover \d+% of the"):
+    words = r"The edit does not reach the states: at the concepts' keys, the updates cover \d+% of the distance"
+    with pytest.raises(GuardError, match=words):
         edit()
     assert all(torch.equal(weight, before[name]) for name, weight in weights_of(model).items())
     assert any("does not reach the states" in sentence for sentence in edit(force=True).report.limits_passed)
