@@ -162,10 +162,11 @@ def check_distance(
     return _stop(
         guards,
         [
-            f"The edit does not reach the states: at the concepts' keys, the updates cover {should / len(distance):.0%} of "
-            f"the distance to the redirects, but the states move by {does / len(distance):.0%} of it. {missing:.0%} of "
-            f"the movement is missing, above the limit of {guards.distance:.0%}: a part of the model between the edited "
-            "weights and the outputs of their layers cancels it."
+            "The edit does not reach the states: at the concepts' keys, the updates cover "
+            f"{should / len(distance):.0%} of the distance to the redirects, but the states move by "
+            f"{does / len(distance):.0%} of it. {missing:.0%} of the movement is missing, above the limit of "
+            f"{guards.distance:.0%}: a part of the model between the edited weights and the outputs of their layers "
+            "cancels it."
         ],
     )
 
