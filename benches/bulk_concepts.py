@@ -61,8 +61,8 @@ def run(count: int, model: str, statistics: rocr.Statistics, config: EditConfig)
     )
     total, processor = time.perf_counter() - started, time.process_time() - processor
     stages = {**edit.report.seconds, "other": total - sum(edit.report.seconds.values())}
-    collisions, neighbours = edit.report.collisions, edit.report.neighbours
-    assert collisions is not None and neighbours is not None
+    collisions, retained = edit.report.collisions, edit.report.retained
+    assert collisions is not None and retained is not None
     closed = [sum(layer.closed[i] for layer in edit.report.layers) / len(edit.layers) for i in range(count)]
     return {
         "concepts": f"{count:,}",
@@ -76,8 +76,8 @@ def run(count: int, model: str, statistics: rocr.Statistics, config: EditConfig)
         "closed, least": f"{min(closed):.1%}",
         "collinear pairs": f"{collisions.collinear:,}",
         "in conflict": f"{collisions.conflicting:,}",
-        "neighbours moved, mean": f"{neighbours.mean:.1%}",
-        "by one concept, most": f"{neighbours.worst[0].share:.1%}",
+        "retained names moved, mean": f"{retained.mean:.1%}",
+        "by one concept, most": f"{retained.worst[0].share:.1%}",
     }
 
 

@@ -44,9 +44,10 @@ def write_output(
         The report.
     """
     from rocr.export.folder import Saved, save_edited
+    from rocr.export.manifest import write_records
     from rocr.export.model_card import write_card
     from rocr.export.originals import save_originals
-    from rocr.export.report import build_report, file_digests, write_report
+    from rocr.export.report import build_report
     from rocr.model.own_names import own_names
 
     with (
@@ -65,8 +66,7 @@ def write_output(
         if adapter:
             report["lora"] = [asdict(layer) for layer in adapter]
         write_card(report, loaded.source, parts, partial)
-        report["files"] = file_digests(partial, [*linked, *stored]) | stored
-        write_report(report, partial)
+        write_records(report, partial, stored)
     _say_what_differs(report, console)
     return report
 

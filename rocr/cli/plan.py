@@ -30,8 +30,8 @@ def show_plan(
     Raises:
         InputError: the model or a name cannot be used, or there is too little free disk space.
     """
+    from rocr.export.duration import DISK_BYTES_PER_SECOND, estimate_seconds, measure_speed
     from rocr.export.forecast import forecast, weight_dtype
-    from rocr.export.speed import DISK_BYTES_PER_SECOND, estimate_seconds, measure_speed
     from rocr.io.disk_space import check_space, free_space
     from rocr.model.load_partial import free_memory
 
@@ -54,7 +54,7 @@ def show_plan(
         ("read", f"{_parts(sizes.read)}\nof the model: {loaded}"),
         ("held at most", f"{_parts(sizes.held)}\n{_mapped(sizes)}free now: {_bytes(free['memory'])}"),
         ("written", f"{_parts(sizes.written)}\nhard links: {sizes.linked}\nto {arguments.out or 'no folder yet'}"),
-        ("seconds", "\n".join([f"{sum(seconds.values()):,.1f}", *(f"{s}: {v:,.1f}" for s, v in seconds.items())])),
+        ("seconds", f"about {seconds:,.0f}" if seconds >= 1 else "less than 1"),
     ]
     console.table("Dry run: no weights are loaded, nothing is written", ("what", "how much"), rows)
     console.say(basis)
@@ -73,7 +73,7 @@ def show_plan(
         "written": sizes.written,
         "linked": sizes.linked,
         "free": free,
-        "seconds": seconds,
+        "seconds": {"total": seconds},
         "basis": basis,
     }
 

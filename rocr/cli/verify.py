@@ -21,7 +21,6 @@ def verify(arguments: Arguments, console: Console) -> dict[str, Any]:
     All checks are run and shown; the exit code is 3 if one fails.
     """
     from rocr.export.verify import verify_output
-    from rocr.export.verify_files import FAILED, PASSED, UNCHECKED
 
     with console.stage("verify") as progress:
         checks = verify_output(arguments.folder, arguments.edit, progress)

@@ -306,7 +306,7 @@ def test_names_given_to_other_commands_keep_the_rules_of_a_list(files, attack, c
 
 def test_neighbours_keep_the_rules_of_a_list(model, tokenizer, statistics):
     for names in (["\udce9"], ["Ada\u200b"], [3], "Ada", [LONG]):
-        with pytest.raises(InputError, match="neighbour"):
+        with pytest.raises(InputError, match="retained name"):
             rocr.unlearn(model, tokenizer, PASCAL, statistics, CONFIG, neighbours=names)
 
 

@@ -176,7 +176,8 @@ WITHOUT_ARITHMETIC = {
         "Template",
     ),
     *("GuardError", "InputError", "RocrError", "VerificationError", "load_concepts", "load_probes"),
-    *("Edit.keep", "Edit.with_own_names", "Statistics.check_model", "Statistics.second_moment", "Statistics.summary"),
+    *("Edit.set_applied", "Edit.with_own_names"),
+    *("Statistics.check_model", "Statistics.second_moment", "Statistics.summary"),
     *("ops.available_backends", "ops.second_moment_backend"),
 }
 
