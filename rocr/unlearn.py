@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from rocr.concepts import Concept, check_concepts, check_length
 from rocr.config import EditConfig
 from rocr.deprecation import renamed_arguments
-from rocr.edit.apply import apply_updates, down_projections, put_in_place_of, take_back
+from rocr.edit.apply import apply_updates, down_projections, replace_updates, revert_updates
 from rocr.edit.collisions import find_collisions
 from rocr.edit.compose import check_base_edit, check_rendered, inexact_layers
 from rocr.edit.edit import Edit
@@ -160,7 +160,7 @@ def unlearn(
     except BaseException:
         # Not in a context manager, since an interruption at its own exit would skip it.
         if updates:
-            take_back(task.architecture, updates)
+            revert_updates(task.architecture, updates)
         raise
 
 

@@ -41,9 +41,10 @@ def show_plan(
     seconds = estimate_seconds(job, speed, sizes)
     free = {"memory": free_memory(), "disk": free_space(arguments.out or ".")}
     basis = (
-        f"An estimate for the CPU. Measured now: {1e6 * speed.layer:,.1f} µs a token of one decoder layer "
-        f"({weight_dtype(job)}, random weights), {speed.products / 1e9:,.0f} GFLOP/s in float32, memory at "
-        f"{speed.memory / 1e9:,.1f} GB/s. Assumed: files at {DISK_BYTES_PER_SECOND / 1e6:,.0f} MB/s."
+        "The seconds are an estimate for the CPU, without the time to import libraries. Measured now: "
+        f"{1e6 * speed.layer:,.1f} µs per token of one decoder layer ({weight_dtype(job)}, random weights), matrix "
+        f"products at {speed.products / 1e9:,.0f} GFLOP/s in float32. Assumed: files at "
+        f"{DISK_BYTES_PER_SECOND / 1e6:,.0f} MB/s."
     )
     loaded = "all of it" if last_layer is None else f"the embedding and the layers 0 to {last_layer}"
     rows = [

@@ -20,6 +20,7 @@ def verify(arguments: Arguments, console: Console) -> dict[str, Any]:
 
     All checks are run and shown; the exit code is 3 if one fails.
     """
+    from rocr.export.manifest import FAILED, PASSED, UNCHECKED
     from rocr.export.verify import verify_output
 
     with console.stage("verify") as progress:

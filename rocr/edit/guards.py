@@ -279,7 +279,7 @@ def _largest(updates: Sequence[LayerUpdate], concept_of: Sequence[int], concepts
     squares = torch.zeros(len(concepts), dtype=torch.float64)
     for update in updates:
         by_key = update.factors.rank == len(concept_of)  # otherwise the factors have no column per key
-        pair = (update.left, update.right) if by_key else (update.residuals.T, update.keys)
+        pair = (update.factors.left, update.factors.right) if by_key else (update.residuals.T, update.keys)
         left, right = (factor.double().cpu() for factor in pair)
         squares.index_add_(0, index, left.square().sum(dim=0) * right.square().sum(dim=1))
     order = squares.nan_to_num(nan=math.inf).argsort(descending=True).tolist()

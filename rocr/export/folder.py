@@ -214,7 +214,7 @@ def _written(
         update.parameter,
         [place.name for place in places],
         str(places[0].dtype).removeprefix("torch."),
-        None if projection.parameter.device.type == "meta" else dtype_name(projection.parameter),
+        None if projection.parameter.device.type == "meta" else dtype_name(projection.parameter.dtype),
         None if record is None else record.surviving,
     )
 

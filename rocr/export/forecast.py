@@ -80,8 +80,8 @@ class Job:
     @property
     def layers(self) -> tuple[int, ...]:
         """The layers to edit."""
-        assert self.config.layers is not None, "the config has layers"
-        return self.config.layers
+        assert self.config.layer_numbers is not None, "the config has layers"
+        return self.config.layer_numbers
 
     @property
     def weights(self) -> list[Tensor]:

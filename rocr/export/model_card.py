@@ -80,7 +80,7 @@ def _hub_id(folder: Path) -> str | None:
 
 def _licence(source: ModelSource) -> dict[str, str]:
     """Return the licence fields in the metadata of the base model's card."""
-    if source.folder is None or source.gguf:
+    if source.checkpoint_folder is None:
         return {}
     card = source.checkpoint_folder / CARD_FILE
     try:
