@@ -36,7 +36,7 @@ from rocr.model import hub
 from rocr.model.load import find_model, load_model
 source, plain = find_model(sys.argv[1]), sys.argv[2] == "plain"
 if plain:
-    hub.quick_reading = nullcontext
+    hub.fast_reader = nullcontext
 found = {}
 def timed(name, run):
     start = time.perf_counter(), time.process_time()

@@ -39,6 +39,7 @@ from rocr.evaluation import (
 )
 from rocr.evaluation.redirects import about
 from rocr.evaluation.text_measures import TextSample, perplexity
+from rocr.model.architecture import find_architecture
 from rocr.model.layers import chosen_layers
 from rocr.model.load import find_model, load_model
 from rocr.statistics.corpus import read_texts
@@ -218,7 +219,8 @@ def prepare(arguments: argparse.Namespace) -> Bench:
     else:
         options = rocr.CollectOptions(tokens=arguments.statistics_tokens)
         configs = [candidate.config for candidate in candidates(arguments.candidates)]
-        layers = sorted({layer for config in configs if config for layer in chosen_layers(config, model)})
+        architecture = find_architecture(model)
+        layers = sorted({layer for config in configs if config for layer in chosen_layers(config, architecture)})
         statistics = rocr.collect_statistics(model, tokenizer, texts[:half], layers, options)
         statistics.save(place)
     probes = [probe for path in arguments.probes for probe in load_probes(path)]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rocr.errors import InputError
 from rocr.io.concept_files import FIELDS, read_fields
-from rocr.io.spelling import hidden, without_ignorable
+from rocr.io.spelling import hidden_characters, without_ignorable
 
 MAX_NAME_LENGTH = 200  # characters
 MAX_SHOWN_ERRORS = 50
@@ -225,7 +225,7 @@ def _flaw(label: str, value: object) -> str | None:
     shown = f"{label} {_shown(value)}"
     if len(value) > MAX_NAME_LENGTH:
         return f"{shown} has {len(value):,} characters; the limit is {MAX_NAME_LENGTH}"
-    for index, kind in hidden(value):
+    for index, kind in hidden_characters(value):
         code_point = f"U+{ord(value[index]):04X} {unicodedata.name(value[index], '')}".rstrip()
         return f"{shown} holds {code_point}, {kind}, as character {index + 1}"
     return f"{shown} begins or ends with white space" if value != value.strip() else None

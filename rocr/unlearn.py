@@ -38,14 +38,15 @@ from rocr.edit.guards import (
 from rocr.edit.measures import EditReport, mean_by_concept, measure_layer
 from rocr.edit.retain_impact import Neighbours, read_neighbours
 from rocr.edit.update import Applied, LayerUpdate
+from rocr.io.dtypes import dtype_name
 from rocr.keys.plan import KeyPlan, Reading, plan_keys
 from rocr.keys.read import States, read_layers, read_states
 from rocr.model.architecture import Architecture, DownProjection, find_architecture, positions_of
 from rocr.model.causality import check_causal
-from rocr.model.chat import settled
-from rocr.model.fingerprint import Fingerprint, down_projection_digests, dtype_name, fingerprint
+from rocr.model.chat import with_date
+from rocr.model.fingerprint import Fingerprint, down_projection_digests, fingerprint
+from rocr.model.gains import divide_by_gains, layers_with_gain
 from rocr.model.layers import check_moments, resolve_layers
-from rocr.model.passage import before_passage, measured_layers
 from rocr.model.tensor_parallel import whole
 from rocr.ops.arithmetic import plain_arithmetic
 from rocr.progress import Progress, ProgressCallback, Stopwatch, silent
@@ -109,7 +110,7 @@ def unlearn(
             )
 
             with timed("targets"):
-                reader = _Reader(task, progress, measured_layers(architecture, layers))
+                reader = _Reader(task, progress, layers_with_gain(architecture, layers))
                 targets = reader.targets()
             with timed("keys"):
                 template_keys = reader.template_keys()
@@ -154,7 +155,7 @@ def unlearn(
     except BaseException:
         # Here and not in a context: an interruption at a context's own exit would miss it.
         if updates:
-            take_back(find_architecture(model), updates)
+            take_back(task.architecture, updates)
         raise
 
 
@@ -169,7 +170,7 @@ def add_concepts(
 ) -> Edit:
     """Add concepts to an edit and apply the result in its place; see `Edit.add`."""
     # A file that records no date was made with the default one.
-    edit = replace(edit, config=replace(edit.config, chat=settled(edit.config.chat, tokenizer)))
+    edit = replace(edit, config=replace(edit.config, chat=with_date(edit.config.chat, tokenizer)))
     projections = down_projections(find_architecture(model), edit.updates)
     return put_in_place_of(
         projections,
@@ -236,9 +237,9 @@ def _plan(
     check_concepts(everything)
     config = config or (base_edit.config if base_edit else EditConfig())
     by_count = base_edit.report.by_count if base_edit else config.left_to_the_count()
-    config = resolve_layers(config.for_concepts(len(concepts)), model)
-    config = replace(config, chat=settled(config.chat, tokenizer))
     architecture = find_architecture(model)
+    config = resolve_layers(config.for_concepts(len(concepts)), architecture)
+    config = replace(config, chat=with_date(config.chat, tokenizer))
     plan = plan_keys(tokenizer, concepts, config)
     if base_edit is not None:
         check_rendered(base_edit.rendered, plan.rendered, "the tokenizer now")
@@ -259,7 +260,7 @@ def _check_statistics(task: _Task, tokenizer: Any, statistics: Statistics) -> Fi
     architecture, last = task.architecture, max(task.layers)
     origin = fingerprint(architecture, tokenizer, statistics.fingerprint.layer, like=statistics.fingerprint)
     read_up_to = min(statistics.fingerprint.layer, architecture.depth - 1)
-    dtype = dtype_name(architecture.down_projection(read_up_to).weight)
+    dtype = dtype_name(architecture.down_projection(read_up_to).weight.dtype)
     settings = computed_with(architecture.model)
     statistics.check_model(origin, dtype, settings, down_projection_digests(architecture, last))
     check_causal(architecture, last)
@@ -372,7 +373,7 @@ def _keys_and_residuals(
     share = 1 / (len(task.layers) if task.config.measure == "once" else layers_left)
     keys, residuals = states.keys, ((goals.states - states.hidden) * share).to(device)
     if states.gains is not None:
-        residuals = before_passage(states.gains.to(device), residuals)
+        residuals = divide_by_gains(residuals, states.gains.to(device))
     task.check_finite("keys", layer, keys)
     task.check_finite("residuals", layer, residuals)
     if task.base_edit is None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rocr.errors import InputError
 from rocr.io.boundary import calling
+from rocr.io.dtypes import SUPPORTED_DTYPES, torch_dtype
 from rocr.io.json_values import parse_json
 from rocr.io.locks import locked
 from rocr.io.output import check_output
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from rocr.config import ChatSettings
     from rocr.model.load import LoadedModel, ModelSource
 
-DTYPES = ("float32", "bfloat16", "float16")
 SAVED = ("model", "lora", "edit", "originals")
 MAX_LAYER = 9_999
 
@@ -31,7 +31,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--dtype",
-        choices=DTYPES,
+        choices=SUPPORTED_DTYPES,
         help="load the weights as this (default: as stored; float32 for .gguf); output files keep their own dtype",
     )
     parser.add_argument("--device", help='such as "cuda:0", or "auto" to spread the layers (default: cpu)')
@@ -217,7 +217,6 @@ def load(arguments: argparse.Namespace, source: ModelSource, last_layer: int | N
     """Load MODEL as the arguments say; where a last layer is given, only what comes up to it."""
     import transformers
 
-    from rocr.model.load import DTYPES as TORCH_DTYPES
     from rocr.model.load import load_model
 
     transformers.utils.logging.disable_progress_bar()
@@ -227,7 +226,7 @@ def load(arguments: argparse.Namespace, source: ModelSource, last_layer: int | N
         from rocr.model.load_partial import load_partial
 
         return load_partial(source, last_layer, arguments.device, arguments.trust_remote_code)
-    dtype = TORCH_DTYPES[arguments.dtype] if arguments.dtype else None
+    dtype = torch_dtype(arguments.dtype) if arguments.dtype else None
     return load_model(source, dtype, arguments.device, arguments.trust_remote_code)
 
 

@@ -114,7 +114,7 @@ def _edit_and_source(arguments: argparse.Namespace, place: str | Path) -> tuple[
 
 def _structure(arguments: argparse.Namespace, source: ModelSource) -> LoadedModel:
     """The model to take an edit off: without its weights where these lie in files, which are changed by themselves."""
-    if source.folder is None or source.gguf:
+    if source.checkpoint_folder is None:
         return load(arguments, source)
 
     from rocr.model.load import LoadedModel

@@ -16,7 +16,7 @@ from rocr.cli import compare, doctor, edits, evaluate, info, redirects, stats, u
 from rocr.cli.console import Console
 from rocr.cli.interruption import Interrupted, SaidElsewhere, signals_raise
 from rocr.errors import RocrError
-from rocr.io.boundary import is_of_code, is_out_of_memory, reason_of
+from rocr.io.boundary import is_code_error, is_out_of_memory, reason_of
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return EXIT_FAILED
     except BaseException as error:
-        if isinstance(error, SaidElsewhere) or not is_of_code(error):
+        if isinstance(error, SaidElsewhere) or not is_code_error(error):
             raise
         sentence, code, details = _judged(error)
         console.fail(sentence, code, details, error)

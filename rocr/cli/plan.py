@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rocr.cli.arguments import DTYPES
 from rocr.cli.console import Console
 from rocr.concepts import Concept
 
@@ -99,20 +98,19 @@ def _job(
     import transformers
 
     from rocr.export.forecast import Job
+    from rocr.io.dtypes import torch_dtype
     from rocr.keys.plan import plan_keys
     from rocr.model.architecture import find_architecture
     from rocr.model.check_folder import check_model_folder
     from rocr.model.layers import chosen_layers
-    from rocr.model.load import DTYPES as TORCH_DTYPES
     from rocr.model.load import load_tokenizer
     from rocr.model.load_partial import empty_model
 
-    assert tuple(TORCH_DTYPES) == DTYPES
     transformers.utils.logging.disable_progress_bar()
-    if source.folder is not None and source.gguf is None:
-        check_model_folder(source.folder)
+    if source.checkpoint_folder is not None:
+        check_model_folder(source.checkpoint_folder)
     architecture = find_architecture(empty_model(source, arguments.trust_remote_code))
-    config = dataclasses.replace(config, layers=chosen_layers(config, architecture.model))
+    config = dataclasses.replace(config, layers=chosen_layers(config, architecture))
     tokenizer = load_tokenizer(source, arguments.trust_remote_code)
     return Job(
         source,
@@ -123,7 +121,7 @@ def _job(
         save,
         Path(arguments.out) if arguments.out else None,
         last_layer,
-        TORCH_DTYPES[arguments.dtype] if arguments.dtype else None,
+        torch_dtype(arguments.dtype) if arguments.dtype else None,
         arguments.device,
         Path(arguments.statistics) if arguments.statistics else None,
         [Path(text) for text in arguments.text or ()],

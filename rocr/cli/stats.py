@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
         try:
             return _run(arguments, console, ranks)
         except RocrError as error:
-            if ranks.rank and error.told:
+            if ranks.rank and error.is_broadcast:
                 raise SaidElsewhere(error.exit_code) from None
             raise
 
@@ -140,8 +140,10 @@ def _last_layer(arguments: argparse.Namespace, source: ModelSource) -> int | Non
             "the --whole model."
         )
     from rocr.config import EditConfig
+    from rocr.model.architecture import find_architecture
     from rocr.model.layers import chosen_layers
     from rocr.model.load_partial import empty_model
 
-    last = max(chosen_layers(EditConfig(layers=arguments.layers), empty_model(source, arguments.trust_remote_code)))
+    architecture = find_architecture(empty_model(source, arguments.trust_remote_code))
+    last = max(chosen_layers(EditConfig(layers=arguments.layers), architecture))
     return last if loads_partially(arguments, source, last) else None

@@ -230,10 +230,11 @@ def _last_layer(
             "Only the beginning of the model is loaded, so it cannot write ordinary text itself: give --text or "
             "--statistics, or load the --whole model."
         )
+    from rocr.model.architecture import find_architecture
     from rocr.model.layers import chosen_layers
     from rocr.model.load_partial import empty_model
 
-    layers = chosen_layers(config, empty_model(source, arguments.trust_remote_code))
+    layers = chosen_layers(config, find_architecture(empty_model(source, arguments.trust_remote_code)))
     last = max(layers) if statistics is None else max(*layers, statistics.fingerprint.layer)
     return last if loads_partially(arguments, source, last) else None
 
@@ -241,7 +242,7 @@ def _last_layer(
 def _with_layers(config: EditConfig, loaded: LoadedModel) -> EditConfig:
     from rocr.model.layers import resolve_layers
 
-    return resolve_layers(config, loaded.model)
+    return resolve_layers(config, loaded.architecture)
 
 
 def _collect(loaded: LoadedModel, config: EditConfig, arguments: argparse.Namespace, console: Console) -> Statistics:

@@ -18,6 +18,7 @@ from rocr.edit.record import EditRecord
 from rocr.edit.system_file import pack_system, unpack_system
 from rocr.edit.update import Applied, LayerUpdate
 from rocr.errors import InputError
+from rocr.io.dtypes import SUPPORTED_DTYPES, torch_dtype
 from rocr.io.json_values import flag_of, list_of, text_of, whole_number_of
 from rocr.io.tensors import read_tensors, write_tensors
 from rocr.keys.prompts import RenderedTemplate
@@ -28,7 +29,7 @@ from rocr.statistics.provenance import config_of
 
 FORMAT = "rocr edit 1"
 _ROWS = ("keys", "residuals")
-_WIDTHS = {"torch.float32": 4, "torch.bfloat16": 2, "torch.float16": 2}
+_WIDTHS = {f"torch.{name}": torch_dtype(name).itemsize for name in SUPPORTED_DTYPES}
 
 
 def save_edit(edit: EditRecord, path: str | os.PathLike[str], undo: bool, overwrite: bool) -> None:

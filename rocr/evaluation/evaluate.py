@@ -25,7 +25,7 @@ from rocr.evaluation.scores import Evaluation, ItemScore
 from rocr.evaluation.scoring import TOKEN_BUDGET, AnswerScore, score_answers, tokenize_questions
 from rocr.evaluation.text_measures import TextSample, perplexity
 from rocr.evaluation.utility import ChoiceQuestion, choice_accuracy
-from rocr.model.chat import settled
+from rocr.model.chat import with_date
 from rocr.model.fingerprint import tensor_digest, tokenizer_digest
 from rocr.ops.arithmetic import plain_arithmetic
 from rocr.progress import Progress, ProgressCallback, silent
@@ -96,7 +96,7 @@ def evaluate(
     if targets is not None:
         probes = split_by_subject(probes, targets)
     start = time.perf_counter()
-    options = replace(options, chat=settled(options.chat, tokenizer))
+    options = replace(options, chat=with_date(options.chat, tokenizer))
     items = build_items(probes, forms, options.style or PromptStyle.of(model), options.seed, options.orders)
     scores = _scores(model, tokenizer, items, options, progress)
     # Spellings of one subject are one subject: it bears the name that it has first.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from rocr.errors import InputError, RocrError
-from rocr.model.forward import forward, input_device, is_of_transformers, logits_of, takes
+from rocr.model.forward import accepts, forward, input_device, is_of_transformers, logits_of
 from rocr.model.tokenizer import opening_tokens, tokenize
 from rocr.ops.arithmetic import plain_arithmetic
 
@@ -219,4 +219,4 @@ def _common_prefix(sequences: Sequence[Sequence[int]]) -> int:
 
 def _keeps_cache(model: nn.Module) -> bool:
     """Whether a model fills the cache that it is given: code that comes with a model may keep its own."""
-    return is_of_transformers(model) and takes(model, "past_key_values")
+    return is_of_transformers(model) and accepts(model, "past_key_values")

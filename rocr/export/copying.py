@@ -44,8 +44,8 @@ def carried_files(folder: Path) -> list[Path]:
 
 def check_carried(source: ModelSource) -> None:
     """Refuse a model's folder that cannot be carried along, before anything of it is loaded; see `carried_files`."""
-    if source.folder is not None and source.gguf is None:
-        carried_files(source.folder)
+    if source.checkpoint_folder is not None:
+        carried_files(source.checkpoint_folder)
 
 
 def check_size(path: Path, limit: int) -> None:

@@ -20,9 +20,10 @@ from rocr.errors import InputError
 from rocr.export.copying import carried_files, may_link, other_weights
 from rocr.export.rewrite import files_beside, rewrite_model
 from rocr.io.disk_space import check_space
+from rocr.io.dtypes import dtype_name
 from rocr.io.safetensors_layout import StoredTensor
-from rocr.model.architecture import DownProjection, find_architecture
-from rocr.model.fingerprint import dtype_name, tensor_digest
+from rocr.model.architecture import DownProjection
+from rocr.model.fingerprint import tensor_digest
 from rocr.model.load import LoadedModel, save_model, saved_bytes
 from rocr.model.stored_weights import StoredNames, check_loaded, find_stored, find_weights, layout, stored_names
 from rocr.model.weight_files import WeightFiles, find_weight_files
@@ -79,8 +80,7 @@ def check_output_possible(loaded: LoadedModel, layers: Sequence[int], out: Path)
     if files is None:
         check_space(out, saved_bytes(loaded.model))
         return
-    architecture = find_architecture(loaded.model)
-    projections = [architecture.down_projection(layer) for layer in layers]
+    projections = [loaded.architecture.down_projection(layer) for layer in layers]
     names = stored_names(files, loaded.model)
     check_loaded(files, names, loaded.model, projections)
     check_space(out, bytes_written(files, names, projections, out))
@@ -129,7 +129,7 @@ def save_edited(loaded: LoadedModel, edit: Edit, folder: Path, reverted: bool = 
         written = find_weight_files(folder)
         return Saved(edit, [], {} if written is None else {"tensors": layout(written)})
     names = stored_names(files, loaded.model)
-    projections = down_projections(find_architecture(loaded.model), edit.updates)
+    projections = down_projections(loaded.architecture, edit.updates)
     changes: dict[str, Tensor] = {}
     weights, updates = [], []
     for projection, update in zip(projections, edit.updates, strict=True):
@@ -159,9 +159,7 @@ def holds_already(loaded: LoadedModel, edit: Edit) -> str | None:
     if files is None:
         return None
     names = stored_names(files, loaded.model)
-    for projection, update in zip(
-        down_projections(find_architecture(loaded.model), edit.updates), edit.updates, strict=True
-    ):
+    for projection, update in zip(down_projections(loaded.architecture, edit.updates), edit.updates, strict=True):
         stored = find_stored(files, names, projection)[0]
         if update.applied is not None and tensor_digest(stored.read()) == update.applied.after:
             return update.parameter
@@ -206,7 +204,7 @@ def _written(
         update.parameter,
         [place.name for place in places],
         str(places[0].dtype).removeprefix("torch."),
-        None if projection.parameter.device.type == "meta" else dtype_name(projection.parameter),
+        None if projection.parameter.device.type == "meta" else dtype_name(projection.parameter.dtype),
         None if undo is None else float((undo != 0).to(torch.float64).mean()),
     )
 

@@ -18,7 +18,7 @@ from rocr.export.originals import original_files
 from rocr.keys.plan import KeyPlan
 from rocr.model.architecture import Architecture, DownProjection
 from rocr.model.load import ModelSource
-from rocr.model.load_partial import needed_tensors, stays_in_files
+from rocr.model.load_partial import must_map, needed_tensors
 from rocr.model.stored_weights import StoredNames, find_stored, find_weights, stored_names
 from rocr.model.weight_files import WeightFiles, stored_dtype
 
@@ -157,7 +157,7 @@ def is_mapped(job: Job) -> bool:
     files = job.files
     if files is None or job.last_layer is None:
         return False
-    return stays_in_files(files, job.architecture, job.last_layer, job.device)
+    return must_map(files, job.architecture, job.last_layer, job.device)
 
 
 def loaded_bytes(job: Job) -> int:

@@ -78,9 +78,9 @@ def _hub_id(folder: Path) -> str | None:
 
 def _licence(source: ModelSource) -> dict[str, str]:
     """What the base model's card says of its licence."""
-    if source.folder is None or source.gguf:
+    if source.checkpoint_folder is None:
         return {}
-    card = source.folder / CARD_FILE
+    card = source.checkpoint_folder / CARD_FILE
     try:
         if not card.is_file() or card.stat().st_size > MAX_CARD_BYTES:
             return {}

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from rocr.export.forecast import CHECKED_TOKENS, SAMPLED_TOKENS, Forecast, Job
-from rocr.model.architecture import Architecture, find_architecture, positions_of
+from rocr.model.architecture import Architecture, positions_of
 from rocr.model.capture import run_through
 from rocr.ops.arithmetic import plain_arithmetic
 from rocr.statistics.self_generated import SEQUENCES
@@ -73,7 +73,7 @@ def measure_speed(architecture: Architecture, dtype: torch.dtype) -> Speed:
 
 def _with_first_layer(architecture: Architecture, dtype: torch.dtype) -> Architecture:
     """A copy of a model whose embedding and first layer can be run, with weights that say nothing."""
-    probe = find_architecture(copy.deepcopy(architecture.model))
+    probe = copy.deepcopy(architecture)
     layers, first = f"{probe.layers_name}.", f"{probe.layers_name}.0."
     decoder = probe.layers_name.rpartition(".")[0]
     for name, parameter in list(probe.model.named_parameters()):

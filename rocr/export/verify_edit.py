@@ -163,7 +163,6 @@ def _digest_check(subject: str, values: torch.Tensor, update: LayerUpdate, is_re
 
 def _fingerprint_checks(output: Output, edit: Edit | None) -> Iterator[Check]:
     """Whether the rest of the model, as far as it is sampled, and the tokenizer are those of the edit."""
-    from rocr.model.architecture import find_architecture
     from rocr.model.load import find_model
     from rocr.model.load_partial import can_load_partially, load_partial
 
@@ -179,7 +178,7 @@ def _fingerprint_checks(output: Output, edit: Edit | None) -> Iterator[Check]:
         # Of an edit made with --dtype float16 the fingerprint is that of values rounded twice.
         for dtype in (None, torch.float16):
             loaded = load_partial(source, mark.layer, dtype=dtype)
-            found = model_digest(find_architecture(loaded.model), mark.layer, mark.model)
+            found = model_digest(loaded.architecture, mark.layer, mark.model)
             if found == mark.model:
                 break
         tokenizer = tokenizer_digest(loaded.tokenizer)

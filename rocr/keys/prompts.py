@@ -12,8 +12,8 @@ from typing import Any
 
 from rocr.config import DEFAULT, ChatSettings, Template
 from rocr.errors import InputError
-from rocr.io.spelling import is_of_a_word, is_seen
-from rocr.model.chat import WAY_ROUND, ChatFormat, find_chat_format, times_written
+from rocr.io.spelling import has_visible_character, has_word_character
+from rocr.model.chat import TEMPLATE_ADVICE, ChatFormat, find_chat_format, not_written_once
 from rocr.model.tokenizer import PART, check_tokenizer, opening_tokens, token_texts, tokenize_with_offsets
 
 
@@ -70,7 +70,7 @@ class RenderedTemplate:
         start, end = _span(text, self.before, self.after, name)
         if start == end:
             raise InputError(
-                f"The tokenizer's chat template does not write the name {name!r} as one can find it. {WAY_ROUND}"
+                f"The tokenizer's chat template does not write the name {name!r} as one can find it. {TEMPLATE_ADVICE}"
             )
         return text[:start], text[start:end], text[end:]
 
@@ -88,7 +88,7 @@ def render_template(tokenizer: Any, template: Template, settings: ChatSettings =
     chat = find_chat_format(tokenizer, settings) if template.chat else None
     parts = template.text.split("{}") if chat is None else chat.parts(template.text)
     if len(parts) != 2:
-        raise InputError(times_written(len(parts) - 1))
+        raise InputError(not_written_once(len(parts) - 1))
     return RenderedTemplate(parts[0], parts[1] + template.answer, template.text, chat, template.answer)
 
 
@@ -126,12 +126,12 @@ class _Part:
     @property
     def is_of_the_name(self) -> bool:
         """Whether it is more than a space mark that the tokenizer puts before a name and counts as its first letter."""
-        return PART in self.own or is_seen(self.own) or not is_seen(self.covered)
+        return PART in self.own or has_visible_character(self.own) or not has_visible_character(self.covered)
 
     @property
-    def is_of_a_word(self) -> bool:
+    def has_word_character(self) -> bool:
         """Whether it holds a letter or digit of the name, or some of the bytes of one."""
-        return is_of_a_word(self.covered) and (PART in self.own or is_of_a_word(self.own))
+        return has_word_character(self.covered) and (PART in self.own or has_word_character(self.own))
 
 
 def _parts(
@@ -152,12 +152,12 @@ def _parts(
 
 
 def _prompt(name: str, opening: Sequence[int], tokens: Sequence[int], parts: Mapping[int, _Part]) -> Prompt:
-    last = max((i for i, part in parts.items() if is_seen(part.covered)), default=None)
+    last = max((i for i, part in parts.items() if has_visible_character(part.covered)), default=None)
     if last is None:
         raise InputError(f"The tokenizer gives no token to the name {name!r}.")
     # A selector behind the last letter has tokens of its own: the name is read before them.
     covered = {i + len(opening): part for i, part in parts.items() if i <= last and i + len(opening) > 0}
-    words = tuple(i for i, part in covered.items() if i == last + len(opening) or part.is_of_a_word)
+    words = tuple(i for i, part in covered.items() if i == last + len(opening) or part.has_word_character)
     return Prompt((*opening, *tokens), tuple(covered), words)
 
 

@@ -15,9 +15,9 @@ from rocr.keys.batches import Batch, batches
 from rocr.keys.plan import Reading
 from rocr.keys.prefix_cache import can_share, run_prefix
 from rocr.model.architecture import Architecture
-from rocr.model.capture import as_sequence, check_seen, hidden_hook, input_hook, run_through
-from rocr.model.passage import LayerCall, measure_gains, recording
-from rocr.model.smaller_batches import halving
+from rocr.model.capture import as_sequence, check_called, hidden_hook, input_hook, run_through
+from rocr.model.gains import LayerCall, measure_gains, recording
+from rocr.model.smaller_batches import retry_with_smaller_batch
 from rocr.progress import Progress, ProgressCallback, silent
 
 
@@ -29,7 +29,7 @@ class States:
         hidden: (groups, d_out) output of the decoder layer that was asked for.
         keys: (groups, d_in) input of the down-projection, where one was asked for.
         gains: (groups, d_out) share of a small change of that down-projection's output that arrives at its layer's
-            output, where it was measured; see `rocr.model.passage`.
+            output, where it was measured; see `rocr.model.gains`.
     """
 
     hidden: Tensor
@@ -62,7 +62,7 @@ def read_states(
             are the same but for rounding.
     """
     layers = [] if key_layer is None else [key_layer]
-    hidden, found = halving(
+    hidden, found = retry_with_smaller_batch(
         lambda budget: _read(architecture, reading, hidden_layer, layers, budget, progress, stage, share), token_budget
     )
     return States(hidden) if key_layer is None else found[key_layer]
@@ -79,7 +79,7 @@ def read_layers(
     measured: Collection[int] = (),
 ) -> dict[int, States]:
     """The states of several key layers from one pass, with the gains of the `measured` ones; see `read_states`."""
-    return halving(
+    return retry_with_smaller_batch(
         lambda budget: _read(
             architecture, reading, hidden_layer, key_layers, budget, progress, stage, True, set(measured)
         )[1],
@@ -121,7 +121,7 @@ def _read(
             for call in calls.values():
                 recording(stack, call)
             run_through(architecture, hidden_layer, batch.tokens, batch.mask, cache)
-        check_seen(found, wanted)
+        check_called(found, wanted)
         for name, call in calls.items():
             found[name] = measure_gains(architecture.model, call, shape)
             call.forget()

@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from rocr.errors import InputError
-
-NUMBER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from rocr.io.dtypes import is_supported
 
 
 def check_second_moment(total: Tensor, keys: Tensor) -> None:
@@ -59,7 +58,7 @@ def check_low_rank_update(weights: Sequence[Tensor], lefts: Sequence[Tensor], ri
     one_device = len({tensor.device for tensor in (*weights, *lefts, *rights)}) == 1
     for index, (weight, left, right) in enumerate(zip(weights, lefts, rights, strict=True)):
         _check_shapes_of_update(index, weight, left, right)
-        if weight.dtype not in NUMBER_DTYPES:
+        if not is_supported(weight.dtype):
             _check_dtype(f"weights[{index}]", weight)
         if not weight.is_contiguous():
             _check_memory(f"weights[{index}]", weight)
@@ -113,7 +112,7 @@ def _shape(tensor: Tensor) -> str:
 
 
 def _check_dtype(name: str, tensor: Tensor) -> None:
-    if tensor.dtype not in NUMBER_DTYPES:
+    if not is_supported(tensor.dtype):
         raise InputError(f"{name} must be float32, bfloat16 or float16, but has dtype {tensor.dtype}.")
 
 

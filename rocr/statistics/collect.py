@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from rocr import ops
 from rocr.config import DEFAULT, ChatSettings
 from rocr.errors import GuardError, InputError, RocrError
+from rocr.io.dtypes import dtype_name
 from rocr.model.architecture import Architecture, default_layers, find_architecture, positions_of
-from rocr.model.capture import as_sequence, check_seen, input_hook, run_through
+from rocr.model.capture import as_sequence, check_called, input_hook, run_through
 from rocr.model.causality import check_causal
-from rocr.model.chat import settled
-from rocr.model.fingerprint import down_projection_digests, dtype_name, fingerprint
-from rocr.model.smaller_batches import halving
+from rocr.model.chat import with_date
+from rocr.model.fingerprint import down_projection_digests, fingerprint
+from rocr.model.smaller_batches import retry_with_smaller_batch
 from rocr.model.tensor_parallel import is_parallel
 from rocr.ops.arithmetic import plain_arithmetic
 from rocr.progress import Progress, ProgressCallback, silent
@@ -112,7 +113,7 @@ def collect_statistics(
     options = options or CollectOptions()
     if texts is None:
         check_sampled(options.tokens)
-        options = replace(options, chat=settled(options.chat, tokenizer))
+        options = replace(options, chat=with_date(options.chat, tokenizer))
     # Processes that hold one model between them run every batch together.
     ranks = Ranks.of_group() if options.distributed and not is_parallel(model) else Ranks()
     source = _Source(texts, options, ranks)
@@ -135,7 +136,7 @@ def collect_statistics(
         "layers": list(chosen),
         "cut": [options.tokens, options.length, options.batch_tokens],
         # A sum of keys that were computed in two ways is the sum of no single run.
-        "computed": [dtype_name(weight), weight.device.type, computed_with(model), versions_now()],
+        "computed": [dtype_name(weight.dtype), weight.device.type, computed_with(model), versions_now()],
     }
     ranks.check_same("models, texts, layers or options", identity)
     with ranks.together():
@@ -143,7 +144,7 @@ def collect_statistics(
     saved_at = time.monotonic()
     try:
         resumed, finished = 0, state.batches
-        for number, batch in enumerate(source.batches(architecture.model, tokenizer, progress)):
+        for number, batch in enumerate(source.batches(architecture, tokenizer, progress)):
             done = batch.before + batch.count
             if number // ranks.size < finished:
                 resumed = done
@@ -171,7 +172,7 @@ def collect_statistics(
         ranks.tell(error)
         raise
     moments = {layer: _finished(total, tokens, layer) for layer, total in sums.items()}
-    read = replace(source.provenance(dtype_name(weight), computed_with(model)), down_projections=before)
+    read = replace(source.provenance(dtype_name(weight.dtype), computed_with(model)), down_projections=before)
     return Statistics(moments, tokens, source.name(), mark, read)
 
 
@@ -215,20 +216,20 @@ class _Source:
     bytes: int = 0
     digest: Any = field(default_factory=hashlib.sha256)
 
-    def batches(self, model: nn.Module, tokenizer: Any, progress: ProgressCallback) -> Iterator[_Batch]:
+    def batches(self, architecture: Architecture, tokenizer: Any, progress: ProgressCallback) -> Iterator[_Batch]:
         """The batches of all processes, no more than the wanted tokens need."""
         options = self.options
         if self.texts is None:
             wanted = options.tokens or DEFAULT_SAMPLED_TOKENS
             # Chips of other kinds may draw otherwise.
             written = self.ranks.of_first(
-                sample_sequences(model, tokenizer, wanted, options.seed, progress, options.chat)
+                sample_sequences(architecture.model, tokenizer, wanted, options.seed, progress, options.chat)
             )
             self.length, self.documents = max(map(len, written)), len(written)
             sequences: Iterable[list[int]] = written
         else:
-            self.length = min(options.length, positions_of(model) or options.length)
-            vocabulary = len(find_architecture(model).embedding.weight)  # type: ignore[arg-type]
+            self.length = min(options.length, positions_of(architecture.model) or options.length)
+            vocabulary = len(architecture.embedding.weight)  # type: ignore[arg-type]
             sequences = pack_tokens(self._counted(self.texts), tokenizer, self.length, vocabulary)
         before = 0
         for batch in token_batches(sequences, options.batch_tokens):
@@ -279,7 +280,7 @@ def _accumulate(architecture: Architecture, state: Checkpoint, batch: _Batch) ->
     if batch.count == 0:
         return 0
 
-    halving(partial(_accumulate_pieces, architecture, state, batch), len(batch.sequences))
+    retry_with_smaller_batch(partial(_accumulate_pieces, architecture, state, batch), len(batch.sequences))
     return batch.count
 
 
@@ -304,7 +305,9 @@ def _accumulate_pieces(architecture: Architecture, state: Checkpoint, batch: _Ba
             stack.enter_context(input_hook(projection.module, partial(receive, layer)))
         for done, piece in enumerate(pieces):  # noqa: B007 (`receive` reads it)
             run_through(architecture, max(state.sums), piece)
-    check_seen(projections.keys() - held.keys(), {layer: projection.name for layer, projection in projections.items()})
+    check_called(
+        projections.keys() - held.keys(), {layer: projection.name for layer, projection in projections.items()}
+    )
 
 
 def _add(state: Checkpoint, layer: int, keys: Tensor) -> None:

@@ -28,7 +28,7 @@ BLOCK_NUMBERS = 2**23
 class OtherRankError(RocrError):
     """Another process has ended the collection of all."""
 
-    told = True
+    is_broadcast = True
 
     def __init__(self, sentence: str, exit_code: int) -> None:
         super().__init__(sentence)
@@ -102,7 +102,7 @@ class Ranks:
 
     def tell(self, error: BaseException) -> None:
         """Let the others know that this process fails, unless they know or it is being stopped from outside."""
-        known = getattr(error, "told", False) or self.lost
+        known = getattr(error, "is_broadcast", False) or self.lost
         if self.size > 1 and isinstance(error, Exception) and not known:
             with suppress(RocrError):
                 self.meet(error=error)
@@ -204,7 +204,7 @@ class Ranks:
 
 
 def _told(error: RocrError) -> RocrError:
-    error.told = True
+    error.is_broadcast = True
     return error
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from rocr.errors import InputError
+from rocr.io.dtypes import SUPPORTED_DTYPES
 from rocr.io.json_values import text_of, whole_number_of
 from rocr.io.versions import versions
 from rocr.model.architecture import text_config
@@ -32,7 +33,6 @@ ADAPTER = "adapter"
 """What the digest of a model's active adapters stands under beside its settings; a model without adapters has none."""
 
 READ_BY = ("rocr", "torch", "transformers")
-DTYPES = ("float32", "bfloat16", "float16")
 MAX_VERSION = 500
 MAX_CONFIG = 20_000
 """Characters of a configuration."""
@@ -62,8 +62,8 @@ class Provenance:
     down_projections: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {repr(self.dtype)[:60]}")
+        if self.dtype not in SUPPORTED_DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(SUPPORTED_DTYPES)}, not {repr(self.dtype)[:60]}")
         whole_number_of(self.length, "length", least=2)
         whole_number_of(self.skipped, "skipped")
         if self.skipped >= self.length:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rocr.errors import InputError
-from rocr.io.json_values import MAX_NUMBER, text_of
+from rocr.io.json_values import MAX_INTEGER, text_of
 from rocr.io.tensors import read_tensors, write_tensors
 from rocr.model.fingerprint import Fingerprint
 from rocr.ops.arithmetic import plain_arithmetic
@@ -181,7 +181,7 @@ class Statistics:
 
 def _check(statistics: Statistics, path: str | os.PathLike[str]) -> None:
     tokens = statistics.tokens
-    if not statistics.moments or not isinstance(tokens, int) or not 0 < tokens <= MAX_NUMBER or tokens is True:
+    if not statistics.moments or not isinstance(tokens, int) or not 0 < tokens <= MAX_INTEGER or tokens is True:
         raise InputError(f"{path} holds {len(statistics.moments)} second moments of {str(tokens)[:60]} tokens.")
     for layer, moment in statistics.moments.items():
         if moment.dtype != torch.float32 or moment.ndim != 2 or moment.shape[0] != moment.shape[1]:

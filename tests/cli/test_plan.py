@@ -12,7 +12,7 @@ import torch
 from rocr.export.forecast import UNDO_SHARE
 from rocr.export.speed import measure_speed
 from rocr.model.architecture import find_architecture
-from rocr.model.load_partial import parameters_on_meta
+from rocr.model.hub import parameters_on_meta
 
 ROOT = Path(__file__).parents[2]
 WRITTEN, READ, HELD = 0.03, 1.25, 2.0

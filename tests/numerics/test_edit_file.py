@@ -173,7 +173,7 @@ def test_settings_that_are_unknown_or_out_of_range_are_refused(rewrite):
 
 def test_statistics_are_no_edit(statistics, tmp_path):
     statistics.save(tmp_path / "statistics")
-    with pytest.raises(InputError, match="of the kind 'rocr statistics 1', not 'rocr edit"):
+    with pytest.raises(InputError, match="has the format 'rocr statistics 1', but 'rocr edit"):
         Edit.load(tmp_path / "statistics")
 
 

@@ -11,7 +11,7 @@ import rocr
 from rocr import EditConfig, InputError
 from rocr.model.architecture import find_architecture
 from rocr.model.capture import run_through
-from rocr.model.passage import LayerCall, measure_gains, measured_layers, recording
+from rocr.model.gains import LayerCall, layers_with_gain, measure_gains, recording
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LAYERS = (1, 3)
@@ -58,7 +58,7 @@ def test_a_hook_that_scales_a_layer_output_is_measured(model, tokenizer, texts, 
             else:
                 plain = layer.forward
                 layer.forward = lambda *inputs, plain=plain, **options: plain(*inputs, **options) * HALF
-        assert measured_layers(find_architecture(spelled), LAYERS) == LAYERS
+        assert layers_with_gain(find_architecture(spelled), LAYERS) == LAYERS
         found.append(edited(spelled, tokenizer, texts, concepts))
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
@@ -68,7 +68,7 @@ def test_a_hook_that_changes_a_layer_input_runs_once(model):
     seen = []
     model.model.layers[1].register_forward_pre_hook(lambda _module, inputs: (inputs[0] * 2, *inputs[1:]))
     model.model.layers[1].mlp.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].clone()))
-    measured_layers(architecture, (1,))
+    layers_with_gain(architecture, (1,))
     assert len(seen) == 2, "the pass, and the layer by itself"
     torch.testing.assert_close(seen[1], seen[0], rtol=1e-5, atol=1e-6)
 
@@ -124,7 +124,10 @@ def test_layers_that_mix_channels_are_refused(model, tokenizer, texts, concepts,
         plain = layer.forward
         layer.forward = lambda states, plain=plain, **options: states + mix(plain(states, **options) - states)
     statistics = rocr.collect_statistics(model, tokenizer, texts, layers=LAYERS)
-    with pytest.raises(InputError, match=r"down-projection of model\.layers\.1 returns arrives .* in other channels"):
+    sentence = (
+        r"layer model\.layers\.1 mixes the channels of its down-projection.*: .* of the change of a channel comes"
+    )
+    with pytest.raises(InputError, match=sentence):
         rocr.unlearn(model, tokenizer, concepts, statistics, EditConfig(layers=LAYERS))
 
 

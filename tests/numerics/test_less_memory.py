@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import rocr
-from rocr.model.smaller_batches import halving
+from rocr.model.smaller_batches import retry_with_smaller_batch
 
 OutOfMemory = torch.cuda.OutOfMemoryError
 
@@ -35,10 +35,10 @@ def test_a_size_is_halved_until_it_does():
             raise OutOfMemory("out of memory")
         return size
 
-    assert halving(run, 20) == 2
+    assert retry_with_smaller_batch(run, 20) == 2
     assert tried == [20, 10, 5, 2]
     with pytest.raises(OutOfMemory):
-        halving(run, 20, least=4)
+        retry_with_smaller_batch(run, 20, least=4)
 
 
 def test_statistics_are_the_same_in_smaller_pieces(model, tokenizer, texts, smaller):

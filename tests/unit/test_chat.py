@@ -11,7 +11,7 @@ import rocr
 from rocr import ChatSettings, InputError
 from rocr.config import CLOCK_DATE, Template
 from rocr.keys.prompts import build_prompts, render_template
-from rocr.model.chat import _codes, find_chat_format, render_chat, settled
+from rocr.model.chat import _codes, find_chat_format, render_chat, with_date
 
 BODY = "{% for m in messages %}<|user|>{{ m['content'] }}<|end|>{% endfor %}"
 RAISING = {
@@ -148,9 +148,9 @@ def test_codes_and_percent_signs_side_by_side(make_tokenizer):
 @pytest.mark.parametrize(
     ("chat", "settings", "part"),
     [
-        (BODY, ChatSettings(variables={"lang": "de"}), "names no variable 'lang'"),
-        (BODY, ChatSettings(date="2024-01-01"), "reads no date"),
-        ("{{ messages[-1]['content'] }}", ChatSettings(system="Be kind."), "leaves a system message out"),
+        (BODY, ChatSettings(variables={"lang": "de"}), "does not use the variable 'lang'"),
+        (BODY, ChatSettings(date="2024-01-01"), "does not use a date"),
+        ("{{ messages[-1]['content'] }}", ChatSettings(system="Be kind."), "does not write a system message"),
         (None, ChatSettings(system="Be kind."), "has no chat template, so that no system can be given"),
     ],
 )
@@ -201,10 +201,10 @@ def test_settings_come_back_from_json_and_stay_out_of_files_that_need_none():
 
 
 def test_the_date_is_written_down_where_a_template_reads_it(make_tokenizer):
-    assert settled(ChatSettings(), make_tokenizer(chat=CLOCKS["strftime_now"][0])).date == CLOCK_DATE
-    assert settled(ChatSettings(), make_tokenizer()) == ChatSettings()
+    assert with_date(ChatSettings(), make_tokenizer(chat=CLOCKS["strftime_now"][0])).date == CLOCK_DATE
+    assert with_date(ChatSettings(), make_tokenizer()) == ChatSettings()
     given = ChatSettings(date="2031-01-02")
-    assert settled(given, make_tokenizer(chat=CLOCKS["date_string"][0])) == given
+    assert with_date(given, make_tokenizer(chat=CLOCKS["date_string"][0])) == given
 
 
 def test_tokenizers_with_several_templates_and_with_none(make_tokenizer):

@@ -55,13 +55,13 @@ def test_a_file_is_replaced_only_where_that_was_said(path, tensors):
 
 def test_a_file_of_another_kind(path, tensors):
     write_tensors(path, HEADER, tensors)
-    with pytest.raises(InputError, match="of the kind 'rocr test 1', not 'rocr edit 1'"):
+    with pytest.raises(InputError, match="has the format 'rocr test 1', but 'rocr edit 1' is needed"):
         read_tensors(path, "rocr edit 1")
 
 
 def test_missing_files_and_folders(tmp_path):
     for path in (tmp_path / "missing", tmp_path):
-        with pytest.raises(InputError, match=f"{path} is not there, or not a file"):
+        with pytest.raises(InputError, match=f"{path} does not exist or is not a file"):
             read_header(path)
 
 
@@ -69,14 +69,14 @@ def test_missing_files_and_folders(tmp_path):
 def test_truncated_files(path, tensors, length):
     write_tensors(path, HEADER, tensors)
     path.write_bytes(path.read_bytes()[:length])
-    with pytest.raises(InputError, match=f"{path} cannot be read"):
+    with pytest.raises(InputError, match=f"{path} is not a safetensors file"):
         read_tensors(path, "rocr test 1")
 
 
 @pytest.mark.parametrize("contents", [b"plain text, no tensors", b"\xff" * 100, b"\0" * 100, b"PK\x03\x04" + b"x" * 99])
 def test_files_of_something_else(path, contents):
     path.write_bytes(contents)
-    with pytest.raises(InputError, match="cannot be read as a file of rocr"):
+    with pytest.raises(InputError, match=f"{path} is not a safetensors file"):
         read_header(path)
 
 

@@ -12,7 +12,7 @@ from rocr import CollectOptions, Concept, EditConfig, InputError
 from rocr.evaluation import EvaluateOptions, Probe, evaluate
 from rocr.evaluation.lora_training import _answer_nll
 from rocr.evaluation.text_measures import TextSample, divergence, perplexity
-from rocr.model.forward import forward, logits_of, takes
+from rocr.model.forward import accepts, forward, logits_of
 from rocr.model.generate import ask
 from rocr.statistics.self_generated import sample_sequences
 
@@ -32,7 +32,7 @@ class NoLogitsToKeep(Llama):
 
 
 class NoCache(Llama):
-    """Code that takes nothing but tokens, and remembers nothing."""
+    """Code that accepts nothing but tokens, and remembers nothing."""
 
     def forward(self, input_ids=None, attention_mask=None):
         return super().forward(input_ids, attention_mask, use_cache=False)
@@ -150,6 +150,6 @@ def test_an_adapters_wrapper_takes_what_the_model_inside_takes(model):
     peft = pytest.importorskip("peft")
     inner = NoLogitsToKeep(model.config)
     wrapped = peft.get_peft_model(inner, peft.LoraConfig(target_modules=["q_proj"]))
-    assert takes(wrapped, "use_cache") and not takes(wrapped, "logits_to_keep")
+    assert accepts(wrapped, "use_cache") and not accepts(wrapped, "logits_to_keep")
     tokens = torch.tensor([[1, 2, 3]])
     assert torch.equal(logits_of(forward(wrapped, tokens, logits_to_keep=1)), inner(tokens).logits)

@@ -261,7 +261,7 @@ def test_a_weight_that_is_computed_is_refused(model, kind):
         parametrizations.weight_norm(module)
     else:
         parametrize.register_parametrization(module, "weight", TimesTwo())
-    with pytest.raises(InputError, match="no quantised ones"):
+    with pytest.raises(InputError, match="not quantised ones"):
         find_architecture(model).down_projection(1)
 
 
@@ -291,7 +291,7 @@ def test_quantised_values_that_call_themselves_bfloat16_are_refused(model, token
         layer.mlp.down_proj.weight = nn.Parameter(Int8Tensor(values, 0.5), requires_grad=False)
     with pytest.raises(
         InputError,
-        match=r"down_proj is a Linear that holds a Int8Tensor that stands for torch\.bfloat16 .*no quantised",
+        match=r"down_proj is a Linear that holds a Int8Tensor that stands for torch\.bfloat16 .*not quantised",
     ):
         if call == "statistics":
             rocr.collect_statistics(model, tokenizer, texts, [1])

@@ -233,7 +233,7 @@ def test_an_adapter_that_changes_the_weight_while_it_runs_is_refused(model):
 
 def test_prompts_that_are_learned_are_refused(model, tokenizer, texts):
     adapted = peft.get_peft_model(model, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
-    with pytest.raises(InputError, match="adds tokens or states of its own to every text"):
+    with pytest.raises(InputError, match="adds tokens or states to every text, as prompt and prefix tuning do"):
         rocr.collect_statistics(adapted, tokenizer, texts, LAYERS)
 
 

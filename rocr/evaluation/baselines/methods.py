@@ -31,6 +31,7 @@ from rocr.evaluation.lora_training import (
 )
 from rocr.evaluation.probes.probe import Probe, split_by_subject
 from rocr.evaluation.scores import Evaluation
+from rocr.model.architecture import find_architecture
 from rocr.model.layers import chosen_layers
 from rocr.progress import ProgressCallback, silent
 from rocr.statistics.statistics import Statistics
@@ -134,7 +135,9 @@ def compare_methods(
 
 def contest_layers(model: nn.Module, config: EditConfig | None = None) -> list[int]:
     """The layers that the two editing methods need statistics of."""
-    return sorted({*chosen_layers(config or EditConfig(), model), *chosen_layers(EditConfig.official(), model)})
+    architecture = find_architecture(model)
+    layers = [chosen_layers(each, architecture) for each in (config or EditConfig(), EditConfig.official())]
+    return sorted({layer for chosen in layers for layer in chosen})
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from rocr.concepts import folded
 from rocr.errors import InputError
-from rocr.io.spelling import hidden
+from rocr.io.spelling import hidden_characters
 
 Split = Literal["forget", "retain"]
 ProbeForm = Literal["qa", "fb", "mcp", "adversarial"]
@@ -138,7 +138,7 @@ def _flaws(probe: Probe) -> Iterable[str]:
     for text in (probe.subject, probe.query, probe.answer, probe.cloze or "", *probe.distractors, *wordings):
         if len(text) > MAX_TEXT_LENGTH:
             yield f"{text[:40]!r}... has {len(text):,} characters; the limit is {MAX_TEXT_LENGTH:,}"
-        codes = sorted({f"U+{ord(text[i]):04X}" for i, _ in hidden(text) if _is_refused(text[i])})
+        codes = sorted({f"U+{ord(text[i]):04X}" for i, _ in hidden_characters(text) if _is_refused(text[i])})
         if codes:
             yield f"{text[:40]!r} holds invisible characters: {', '.join(codes[:5])}"
     answer = folded(probe.answer)

@@ -14,7 +14,7 @@ from rocr import Concept, EditConfig, GuardError, Guards, InputError
 from rocr.edit.guards import expected_distance
 from rocr.model.architecture import find_architecture
 from rocr.model.capture import run_through
-from rocr.model.passage import LayerCall, before_passage, measure_gains, measured_layers, recording
+from rocr.model.gains import LayerCall, divide_by_gains, layers_with_gain, measure_gains, recording
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]])
@@ -48,7 +48,7 @@ def folded(model, factor):
 
 
 def test_only_what_changes_on_its_way_is_measured(family, make_model):
-    layers = measured_layers(find_architecture(make_model(family)), (1, 3))
+    layers = layers_with_gain(find_architecture(make_model(family)), (1, 3))
     assert layers == (() if family in WITHOUT else (1, 3))
 
 
@@ -95,7 +95,7 @@ def test_channels_that_a_norm_scales_away_do_not_blow_an_update_up(make_model, g
     through, shape = nn.Identity(), torch.Size((1, 4))
     with torch.no_grad():
         gains = measure_gains(norm, LayerCall("norm", nn.Sequential(through, norm), through, (outputs[None],)), shape)
-        change = before_passage(gains[0], wanted)
+        change = divide_by_gains(wanted, gains[0])
         moved = norm(outputs + change) - norm(outputs)
     assert float((moved * wanted).sum() / wanted.square().sum()) > 0.85
     assert change.norm() < outputs.norm()
@@ -104,14 +104,14 @@ def test_channels_that_a_norm_scales_away_do_not_blow_an_update_up(make_model, g
 def test_the_damped_inverse():
     gains = torch.ones(1, 1000)
     gains[0, 0] = 0.1
-    inverse = before_passage(gains, torch.ones(1, 1000))[0]
+    inverse = divide_by_gains(torch.ones(1, 1000), gains)[0]
     assert float(inverse[5]) == pytest.approx(1, rel=1e-3), "gains of the mean size are inverted exactly"
     assert float(gains[0, 0] * inverse[0]) == pytest.approx(0.5, rel=0.02), "a tenth of it is moved half of the way"
     gains = torch.logspace(-6, 0, 1000)[None]
-    assert before_passage(gains, torch.ones(1, 1000)).max() < 5.1 / gains.mean()
-    assert torch.allclose(before_passage(-3 * torch.ones(2, 5), torch.ones(2, 5)), torch.full((2, 5), -1 / 3))
-    with pytest.raises(InputError, match="Nothing of a down-projection's output arrives"):
-        before_passage(torch.zeros(1, 5), torch.ones(1, 5))
+    assert divide_by_gains(torch.ones(1, 1000), gains).max() < 5.1 / gains.mean()
+    assert torch.allclose(divide_by_gains(torch.ones(2, 5), -3 * torch.ones(2, 5)), torch.full((2, 5), -1 / 3))
+    with pytest.raises(InputError, match="does not depend on its down-projection: all gains are zero"):
+        divide_by_gains(torch.ones(1, 5), torch.zeros(1, 5))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -163,7 +163,7 @@ def test_operations_without_a_forward_derivative_are_measured_by_differences(mod
     for layer in model.model.layers:
         plain = layer.mlp.forward
         layer.mlp.forward = lambda states, plain=plain: WithoutDerivative.apply(plain(states))
-    assert measured_layers(find_architecture(model), (1,)) == (1,)
+    assert layers_with_gain(find_architecture(model), (1,)) == (1,)
     gains, _ = gains_of(model)
     error = {torch.float32: 1e-4, torch.bfloat16: 0.1}[dtype]
     torch.testing.assert_close(gains.mean(dim=-1), torch.full((2, 5), 0.5), rtol=error, atol=error)
@@ -172,7 +172,7 @@ def test_operations_without_a_forward_derivative_are_measured_by_differences(mod
 def test_a_weight_whose_output_goes_nowhere_is_refused(model, tokenizer, concepts, statistics, weights_of):
     before = weights_of(model)
     multiplied(model, 0.0)
-    with pytest.raises(InputError, match=r"down-projection of model\.layers\.1 returns does not arrive"):
+    with pytest.raises(InputError, match=r"the layer model\.layers\.1 does not depend on its down-projection"):
         rocr.unlearn(model, tokenizer, concepts, statistics, EditConfig(layers=(1,)))
     assert all(torch.equal(weight, before[name]) for name, weight in weights_of(model).items())
 
@@ -199,7 +199,7 @@ def test_an_edit_that_does_not_arrive_is_refused(model, tokenizer, texts, concep
     found = edit()
     assert found.report.limits_passed == []
     found.revert(model)
-    monkeypatch.setattr(sys.modules["rocr.unlearn"], "measured_layers", lambda *_: ())
+    monkeypatch.setattr(sys.modules["rocr.unlearn"], "layers_with_gain", lambda *_: ())
     with pytest.raises(GuardError, match=r"The edit does not arrive: at their keys the updates cover \d+% of the way"):
         edit()
     assert all(torch.equal(weight, before[name]) for name, weight in weights_of(model).items())

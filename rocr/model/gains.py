@@ -1,8 +1,8 @@
-"""What lies between a down-projection and the residual stream, measured: norms, multipliers, scalars of a layer.
+"""Measure the gain from a down-projection's output to its layer's output, and invert it.
 
-A decoder layer may change what its down-projection returns before that reaches the layer's output. Nothing is known
-of it by name here: a layer is run again with a small change of the down-projection's output, and what arrives says
-by how much an update must be larger or smaller to move the layer's output as wanted.
+A decoder layer may scale the output of its down-projection before the output of the layer, with norms, multipliers or
+scalars. The gain is measured, without knowledge of the layer's code: the layer is run again with a small change of the
+down-projection's output. An update must be divided by the gain to move the layer's output by the residual.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ from torch.autograd import forward_ad
 from rocr.errors import InputError
 from rocr.io.boundary import calling
 from rocr.model.architecture import Architecture
-from rocr.model.capture import as_sequence, first_tensor, run_through, unseen
+from rocr.model.capture import as_sequence, first_tensor, not_called, run_through
 from rocr.model.hooks import evaluating, hooked
 from rocr.model.wrappers import uncompiled
 
 PROBES = 4
-"""Directions of change. One is enough where every channel is changed by itself; more average what others add."""
+"""Number of directions of change. One suffices if channels do not mix; more average the contributions of others."""
 PROBED_TOKENS = 8
 DAMPING = 0.1
-"""Gain, as a share of the mean gain, at which a channel is moved half of the way. No channel is moved by more than
-1 / (2 * DAMPING) = 5 times what a channel of the mean gain is: one that a norm scales away cannot carry a residual."""
-MIXED = 0.5
-"""Share of what arrives, median over the channels, from which on it is not that of the same channel. Norms and factors
-leave less than 0.02, a branch behind the MLP as in Gemma 4 0.4, and a matrix 0.7."""
-UNCHANGED = 1e-3
-"""Distance from 1 up to which a gain that was measured by finite differences counts as 1."""
+"""The gain, relative to the mean gain, at which a channel is moved half of the way. No channel is moved by more than
+1 / (2 * DAMPING) = 5 times what a channel of the mean gain is: one with almost no gain cannot carry a residual."""
+MAX_MIXED_SHARE = 0.5
+"""Limit of the share of the change in a channel, median over the channels, that comes from other channels. It is below
+0.02 for norms and factors, 0.4 for a branch after the MLP as in Gemma 4, and 0.7 for a matrix."""
+UNIT_GAIN_TOLERANCE = 1e-3
+"""Largest distance from 1 at which a gain counts as 1."""
 
 
 @dataclass
 class LayerCall:
-    """How a decoder layer was called in a pass: enough to run it again by itself.
+    """The arguments of a call of a decoder layer, to run the layer again without the model.
 
     Attributes:
-        name: the layer's name, for messages.
-        layer: the decoder layer.
-        projection: its down-projection.
-        arguments: the positional arguments of the call.
-        options: the named arguments of the call.
+        name: The layer's name, for messages.
+        layer: The decoder layer.
+        projection: The layer's down-projection.
+        arguments: The positional arguments of the call.
+        options: The keyword arguments of the call.
     """
 
     name: str
@@ -57,24 +57,27 @@ class LayerCall:
 
     @classmethod
     def of(cls, architecture: Architecture, layer: int) -> LayerCall:
-        """The call, yet to be seen, of a model's decoder layer."""
+        """Return an object that can record a call of a model's decoder layer."""
         name = f"{architecture.layers_name}.{layer}"
         return cls(name, architecture.layers[layer], architecture.down_projection(layer).module)
 
     def record(self, _layer: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        """Take the arguments of a call: a forward pre-hook with options."""
-        # Copies: a layer may add to its input in place, in this pass and whenever it is run again.
+        """Record the arguments of a call; a forward pre-hook with keyword arguments."""
+        # Copies are needed: a layer may change its input in place, in this pass and when it is run again.
         self.arguments, self.options = _copied(arguments), _copied(options)
 
     def forget(self) -> None:
-        """Let go of the arguments and their memory."""
+        """Delete the arguments, to free their memory."""
         self.arguments, self.options = (), {}
 
     def run(self, change: Callable[[Tensor], Tensor]) -> Tensor:
-        """The layer's output, hooks included, where the down-projection's output is changed first.
+        """Run the layer, with its hooks and a change of the down-projection's output, and return the layer's output.
+
+        Args:
+            change: A function from the down-projection's output to the changed output.
 
         Raises:
-            InputError: the layer does not call its down-projection.
+            InputError: The layer does not call its down-projection.
         """
         changed: list[Tensor] = []
 
@@ -89,12 +92,12 @@ class LayerCall:
         finally:
             handle.remove()
         if not changed:
-            raise InputError(unseen(f"the down-projection of {self.name}"))
+            raise InputError(not_called(f"the down-projection of {self.name}"))
         return first_tensor(output)
 
 
 def _copied(values: Any) -> Any:
-    """Arguments with copies of the tensors among them."""
+    """Copy the tensors in the arguments of a call."""
     if isinstance(values, Tensor):
         return values.clone()
     if isinstance(values, tuple):
@@ -106,16 +109,21 @@ def _copied(values: Any) -> Any:
 
 def recording(stack: ExitStack, call: LayerCall) -> None:
     """Record the arguments of a layer's call until the stack is closed."""
-    # Before other hooks, which change the arguments again when the layer is run again.
+    # Run before the other hooks, which are called again when the layer is run again.
     register = partial(call.layer.register_forward_pre_hook, with_kwargs=True, prepend=True)
     stack.enter_context(hooked(register, call.record))
 
 
-def measured_layers(architecture: Architecture, layers: tuple[int, ...]) -> tuple[int, ...]:
-    """The layers at whose output something else arrives than what their down-projection returns.
+def layers_with_gain(architecture: Architecture, layers: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the layers whose gain from the down-projection's output to the layer's output is not 1.
+
+    Args:
+        architecture: The architecture of the model.
+        layers: The layers to look at.
 
     Raises:
-        InputError: a layer's states are no (batch, tokens, width) tensor, or nothing arrives, or in other channels.
+        InputError: The states of a layer have another shape than (batch, tokens, width), a gain is zero, or a layer
+            mixes the channels.
     """
     calls = {layer: LayerCall.of(architecture, layer) for layer in layers}
     rows = int(architecture.embedding.weight.shape[0])  # type: ignore[index, union-attr, operator]
@@ -125,7 +133,7 @@ def measured_layers(architecture: Architecture, layers: tuple[int, ...]) -> tupl
             recording(stack, call)
         run_through(architecture, max(layers), tokens)
     measured = {
-        layer: call for layer, call in calls.items() if not _is_unchanged(architecture.model, call, tokens.shape)
+        layer: call for layer, call in calls.items() if not _has_unit_gain(architecture.model, call, tokens.shape)
     }
     for call in measured.values():
         _check_channels(architecture.model, call, tokens.shape)
@@ -133,94 +141,100 @@ def measured_layers(architecture: Architecture, layers: tuple[int, ...]) -> tupl
 
 
 def measure_gains(model: nn.Module, call: LayerCall, shape: torch.Size) -> Tensor:
-    """By how much each channel of a small change of the down-projection's output is scaled at the layer's output.
+    """Measure the gain of each channel: the change of the layer's output per change of the down-projection's output.
 
-    The directions of change are orthogonal to the output itself and to the vector of ones, the two that a norm
-    removes: what is measured is then exact for any product of norms, gains and factors.
+    The directions of change are orthogonal to the output itself and to the vector of ones, the two directions that a
+    norm removes. The result is then exact for any product of norms, gains and factors.
 
     Args:
-        model: the model of the layer.
-        call: the layer's call in a pass.
+        model: The model of the layer.
+        call: The layer's call in a pass.
         shape: (batch, tokens) of that pass.
 
     Returns:
-        (batch, tokens, width) float32.
+        The gains, (batch, tokens, width) float32.
 
     Raises:
-        InputError: the layer's output is no (batch, tokens, width) tensor, nothing arrives there, or the layer cannot
-            be run by itself.
+        InputError: The layer's output has another shape than (batch, tokens, width), it does not depend on the
+            down-projection, or the layer cannot be run without the model.
     """
     arrived_by_change, squares = torch.zeros(()), torch.zeros(())
     with evaluating(model), torch.no_grad():
         for probe in range(PROBES):
-            change, arrived = _arrived(call, shape, probe)
+            change, arrived = _changes(call, shape, probe)
             arrived_by_change = arrived_by_change.to(arrived.device) + change * arrived
             squares = squares.to(change.device) + change.square()
     return arrived_by_change / squares
 
 
-def before_passage(gains: Tensor, residuals: Tensor) -> Tensor:
-    """What to add to a down-projection's output so that the layer's output moves by `residuals`, to first order.
+def divide_by_gains(residuals: Tensor, gains: Tensor) -> Tensor:
+    """Return the change of a down-projection's output that moves the layer's output by `residuals`, to first order.
 
-    The damped inverse g / (g² + ε) of the gains g, with ε = (DAMPING · mean |g|)², scaled so that a gain of the mean
-    size is inverted exactly.
+    The residuals are multiplied by the damped inverse g / (g² + ε) of the gains g, with ε = (DAMPING · mean |g|)²,
+    scaled so that a gain of the mean size is inverted exactly.
 
     Args:
-        gains: (n, width) as `measure_gains` finds them.
-        residuals: (n, width) wanted changes of the layer's output.
+        residuals: (n, width) changes of the layer's output.
+        gains: (n, width) gains, from `measure_gains`.
+
+    Returns:
+        (n, width) changes of the down-projection's output.
 
     Raises:
-        InputError: all gains of a row are zero: nothing of the down-projection arrives.
+        InputError: All gains of a row are zero.
     """
     typical = gains.abs().mean(dim=-1, keepdim=True)
     if not (typical > 0).all():
-        raise InputError("Nothing of a down-projection's output arrives at its layer's output: its gains are zero.")
+        raise InputError(
+            "The output of a layer does not depend on its down-projection: all gains are zero, so an edit there has no "
+            "effect. Edit other layers (layers, --layers)."
+        )
     return residuals * gains * (1 + DAMPING**2) / (gains.square() + (DAMPING * typical).square())
 
 
 def _check_channels(model: nn.Module, call: LayerCall, shape: torch.Size) -> None:
-    """Refuse a layer that mixes the channels of what its down-projection returns: no gains say what arrives."""
+    """Raise InputError if a layer mixes the channels of its down-projection's output: gains cannot describe that."""
     gains = measure_gains(model, call, shape)
     others, squares = torch.zeros(()), torch.zeros(())
     with evaluating(model), torch.no_grad():
         for probe in range(PROBES):
-            change, arrived = _arrived(call, shape, probe)
+            change, arrived = _changes(call, shape, probe)
             others = others.to(arrived.device) + (arrived - gains * change).square().sum(dim=(0, 1))
             squares = squares.to(arrived.device) + arrived.square().sum(dim=(0, 1))
     share = float((others / squares.clamp(min=1e-30)).median())
-    if share > MIXED:
+    if share > MAX_MIXED_SHARE:
         raise InputError(
-            f"What the down-projection of {call.name} returns arrives at the layer's output in other channels "
-            f"({share:.0%} of it), as behind another matrix: that is no down-projection that rocr can edit."
+            f"The layer {call.name} mixes the channels of its down-projection's output, as another matrix after it "
+            f"does: {share:.0%} of the change of a channel comes from others. rocr cannot edit this layer."
         )
 
 
-def _is_unchanged(model: nn.Module, call: LayerCall, shape: torch.Size) -> bool:
+def _has_unit_gain(model: nn.Module, call: LayerCall, shape: torch.Size) -> bool:
     with evaluating(model), torch.no_grad():
-        change, arrived = _arrived(call, shape, 0)
-    return bool(((arrived - change).abs() <= UNCHANGED * change.abs()).all())
+        change, arrived = _changes(call, shape, 0)
+    return bool(((arrived - change).abs() <= UNIT_GAIN_TOLERANCE * change.abs()).all())
 
 
-def _arrived(call: LayerCall, shape: torch.Size, probe: int) -> tuple[Tensor, Tensor]:
-    """A change of the down-projection's output and the change of the layer's output that it makes, float32."""
-    with calling(f"Decoder layer {call.name}, run by itself to measure what arrives from its down-projection,"):
+def _changes(call: LayerCall, shape: torch.Size, probe: int) -> tuple[Tensor, Tensor]:
+    """Return a change of the down-projection's output and the resulting change of the layer's output, float32."""
+    with calling(f"Decoder layer {call.name}, run alone to measure the gain of its down-projection's output,"):
         try:
             change, arrived = _by_dual_numbers(call, probe)
         except RuntimeError:  # an operation without a forward derivative
             arrived = None
-        if arrived is None or not arrived.any():  # also code that detaches its tensors
+        if arrived is None or not arrived.any():  # no derivative if the layer detaches its tensors
             change, arrived = _by_differences(call, probe)
     if not arrived.any():
         raise InputError(
-            f"What the down-projection of {call.name} returns does not arrive at the layer's output, so that an edit "
-            "there changes nothing. rocr cannot edit this layer."
+            f"The output of the layer {call.name} does not depend on its down-projection, so an edit there has no "
+            "effect. Edit other layers (layers, --layers)."
         )
     what = f"The output of decoder layer {call.name}"
     return tuple(as_sequence(values, shape, what).float() for values in (change, arrived))  # type: ignore[return-value]
 
 
 def _by_dual_numbers(call: LayerCall, probe: int) -> tuple[Tensor, Tensor | None]:
-    """By forward-mode differentiation, which is exact to the rounding of the layer's own dtype."""
+    """Compute the changes by forward-mode differentiation, which is exact up to rounding in the layer's dtype."""
     changes: list[Tensor] = []
 
     def change(output: Tensor) -> Tensor:
@@ -234,7 +248,7 @@ def _by_dual_numbers(call: LayerCall, probe: int) -> tuple[Tensor, Tensor | None
 
 
 def _by_differences(call: LayerCall, probe: int) -> tuple[Tensor, Tensor]:
-    """By the difference of two runs, at the distance where rounding and curvature cost alike."""
+    """Compute the changes by the difference of two runs, with a step at which rounding and curvature are balanced."""
     changes: list[Tensor] = []
 
     def change(sign: float, output: Tensor) -> Tensor:
@@ -243,12 +257,12 @@ def _by_differences(call: LayerCall, probe: int) -> tuple[Tensor, Tensor]:
         changes.append(_direction(output, probe) * scale)
         return output + sign * changes[-1]
 
-    ahead, behind = (call.run(partial(change, sign)).float() for sign in (1.0, -1.0))
-    return changes[-1], (ahead - behind) / 2
+    plus, minus = (call.run(partial(change, sign)).float() for sign in (1.0, -1.0))
+    return changes[-1], (plus - minus) / 2
 
 
 def _direction(output: Tensor, probe: int) -> Tensor:
-    """Signs drawn at random, the same at every token, without their parts along the output and the ones."""
+    """Return random signs, the same at every token, made orthogonal to the output and to the vector of ones."""
     generator = torch.Generator().manual_seed(probe)
     signs = torch.randint(0, 2, output.shape[-1:], generator=generator).to(output.device).float() * 2 - 1
     signs = signs - signs.mean()
