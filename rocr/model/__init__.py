@@ -1,1 +1,1 @@
-"""A loaded model: what rocr reads and edits in it, and how it is loaded and checked."""
+"""Models: load and check them, find the weights to edit, and read keys and states."""
