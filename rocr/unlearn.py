@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from rocr.concepts import Concept, check_concepts, check_length
 from rocr.config import EditConfig
 from rocr.deprecation import renamed_arguments
-from rocr.edit.apply import apply_updates, down_projections, put_in_place_of, take_back
+from rocr.edit.apply import apply_updates, down_projections, replace_updates, revert_updates
 from rocr.edit.collisions import find_collisions
 from rocr.edit.compose import check_base_edit, check_rendered, inexact_layers
 from rocr.edit.edit import Edit
@@ -32,12 +32,12 @@ from rocr.edit.guards import (
     check_distance,
     check_layer,
     check_predictions,
+    naming_closest_concepts,
+    naming_largest_concepts,
     predict,
-    with_closest,
-    with_culprits,
 )
 from rocr.edit.measures import EditReport, mean_by_concept, measure_layer
-from rocr.edit.retain_impact import Neighbours, read_neighbours
+from rocr.edit.retain_impact import RetainedNames, read_retained_names
 from rocr.edit.update import Applied, LayerUpdate
 from rocr.io.dtypes import dtype_name
 from rocr.keys.plan import KeyPlan, Reading, plan_keys
@@ -121,7 +121,7 @@ def unlearn(
                 template_keys = reader.template_keys()
                 readings = reader.keys(layers if task.config.measure == "once" else layers[:1])
                 goals = _Goals.of(targets, readings[layers[0]].hidden, task)
-            retained = read_neighbours(architecture, tokenizer, all_concepts, neighbours, task.config, progress)
+            retained = read_retained_names(architecture, tokenizer, all_concepts, neighbours, task.config, progress)
             with timed("check"):
                 predictions = predict(architecture, tokenizer)
 
@@ -133,13 +133,13 @@ def unlearn(
                 with timed("metric"):
                     moment = statistics.second_moment(layer).to(keys.device)
                     metric = build_metric(moment, task.config, template_keys.get(layer))
-                with timed("solve"), with_closest(keys, concept_of, all_concepts):
+                with timed("solve"), naming_closest_concepts(keys, concept_of, all_concepts):
                     ridge = task.config.ridge * (metric.ordinary if task.config.relative_ridge else 1.0)
                     solution = solve_layer(keys, residuals, metric, ridge)
                     update = LayerUpdate.solved(projection, keys, residuals, solution)
                 with timed("compare"):
                     _compare(task, projection, update, solution, retained, report)
-                with timed("apply"), with_culprits(update, concept_of, all_concepts):
+                with timed("apply"), naming_largest_concepts(update, concept_of, all_concepts):
                     weight_norm = float(whole(projection.weight).float().norm())
                     apply_updates([projection], [update.factors], partial(_record, updates, update))
                 with timed("measure"):
@@ -154,13 +154,13 @@ def unlearn(
                 _check_edit(task, guards, updates, predictions, distance, report)
             report.distance = _with_distance_of_base(task, distance)
             if retained is not None:
-                report.neighbours = retained.report([concept.name for concept in all_concepts])
+                report.retained = retained.report([concept.name for concept in all_concepts])
             settings = computed_with(model)
             return Edit(all_concepts, task.config, origin, updates, concept_of, report, settings, task.plan.rendered)
     except BaseException:
         # Not in a context manager, since an interruption at its own exit would skip it.
         if updates:
-            take_back(task.architecture, updates)
+            revert_updates(task.architecture, updates)
         raise
 
 
@@ -194,7 +194,7 @@ def add_concepts(
     # Files without a date were made with the default date.
     edit = replace(edit, config=replace(edit.config, chat=with_date(edit.config.chat, tokenizer)))
     projections = down_projections(find_architecture(model), edit.updates)
-    return put_in_place_of(
+    return replace_updates(
         projections,
         [update.applied for update in edit.updates],
         lambda: unlearn(model, tokenizer, concepts, statistics, edit.config, progress, guards, base_edit=edit),
@@ -410,7 +410,7 @@ def _compare(
     projection: DownProjection,
     update: LayerUpdate,
     solution: Solution,
-    retained: Neighbours | None,
+    retained: RetainedNames | None,
     report: EditReport,
 ) -> None:
     """Measure the effect of an update on its own concepts and on retained names, before it is applied."""

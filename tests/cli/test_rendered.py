@@ -15,11 +15,11 @@ import rocr
 from rocr import ChatSettings, CollectOptions, Concept, Edit, EditConfig, InputError
 from rocr.config import CLOCK_DATE
 from rocr.evaluation import EvaluateOptions, Probe, choose_redirects, evaluate
-from rocr.evaluation.attacks.attacks import question_examples
 from rocr.evaluation.attacks.suite import AttackOptions
 from rocr.evaluation.attacks.suite import attack as attack_edit
+from rocr.evaluation.lora_training import question_examples
+from rocr.evaluation.measures import ChoiceQuestion
 from rocr.evaluation.neighbours import name_states
-from rocr.evaluation.utility import ChoiceQuestion
 from rocr.io.tensors import read_tensors, write_tensors
 from rocr.statistics.self_generated import sample_sequences
 
@@ -306,7 +306,7 @@ def test_names_given_to_other_commands_keep_the_rules_of_a_list(files, attack, c
 
 def test_neighbours_keep_the_rules_of_a_list(model, tokenizer, statistics):
     for names in (["\udce9"], ["Ada\u200b"], [3], "Ada", [LONG]):
-        with pytest.raises(InputError, match="neighbour"):
+        with pytest.raises(InputError, match="retained name"):
             rocr.unlearn(model, tokenizer, PASCAL, statistics, CONFIG, neighbours=names)
 
 

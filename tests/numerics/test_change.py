@@ -240,7 +240,7 @@ def test_a_model_with_a_later_edit_is_refused(make, tokenizer, texts, weights_of
         carrier, tokenizer, PEOPLE[2:], rocr.collect_statistics(carrier, tokenizer, texts, (1, 2, 3)), config()
     )
     before = weights_of(carrier)
-    with pytest.raises(VerificationError, match="take later edits off first"):
+    with pytest.raises(VerificationError, match="Revert later edits first"):
         edit.remove("Ada Byron", carrier)
     assert same_bits(weights_of(carrier), before)
 

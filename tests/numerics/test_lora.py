@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import rocr
 from rocr import Concept, EditConfig, InputError
-from rocr.edit.lora import thin_factors, truncated, vllm_rank
+from rocr.edit.lora import thin_factors, truncate, vllm_rank
 from rocr.solve.factors import Factors
 
 peft = pytest.importorskip("peft")
@@ -99,7 +99,7 @@ def test_a_smaller_rank_is_the_best_at_the_keys_and_says_what_it_loses(d_out, d_
     whole, at_keys = left.double() @ right.double(), keys.double().T
     values = torch.linalg.svdvals(whole @ at_keys)
     for rank in (1, 5, inner - 1):
-        small_left, small_right, relative_error, key_error = truncated(left, right, keys, rank)
+        small_left, small_right, relative_error, key_error = truncate(left, right, keys, rank)
         lost = whole - small_left.double() @ small_right.double()
         assert small_left.shape[1] == small_right.shape[0] == rank
         assert relative_error == pytest.approx(float(lost.norm() / whole.norm()), rel=1e-5)

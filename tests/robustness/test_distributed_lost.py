@@ -141,7 +141,7 @@ def test_a_lost_process_ends_the_others_and_all_go_on_later(lost, ranks, stats, 
     assert set(names(tmp_path)) - {"out.lock"} == set(STATES)
     resumed = ranks(2, stats)
     assert resumed["codes"] == [0, 0], resumed["logs"]
-    assert "Going on from" in resumed["logs"][0]
+    assert "Continuing from" in resumed["logs"][0]
     assert sum(int(log.split()[-1]) for log in resumed["logs"]) <= 9 - 4
     assert names(tmp_path) == ["out"] and (tmp_path / "out").read_bytes() == whole
 

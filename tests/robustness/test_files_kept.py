@@ -212,7 +212,7 @@ def test_a_dtype_that_was_asked_for_is_that_of_the_memory_alone(
         assert update.applied.dtype == f"torch.{stored}"
         assert (weight["dtype"], weight["loaded"]) == (stored, loaded)
         assert weight["surviving"] == pytest.approx(float((before != after).double().mean()))
-    assert f"as {stored}, loaded as {loaded}" in report["warnings"].replace("\n", " ")
+    assert f"stored as {stored} and loaded as {loaded}" in report["warnings"].replace("\n", " ")
     assert {n for n in first if not same(first[n], out[n])} == set(DOWN)
     done = command("revert", tmp_path / "out", "--dtype", loaded, "--out", tmp_path / "back")
     assert done.code == 0 and all(same(first[n], t) for n, t in tensors(tmp_path / "back").items())
@@ -333,7 +333,7 @@ def test_weights_stored_in_another_layout_are_refused_before_the_edit(
         for more in ((), ("--dry-run",)):
             done = command(*given, *more)
             said = done.errors.replace("\n", " ")
-            assert done.code == 2 and DOWN[0] in said and "is stored otherwise" in said, said
+            assert done.code == 2 and DOWN[0] in said and "store it in another layout" in said, said
             assert "targets" not in said, "nothing was edited"
         assert not (tmp_path / "out").exists()
         done = command(*given, "--save", "edit,lora")

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from rocr import InputError, load_probes
-from rocr.evaluation.utility import load_choice_questions
+from rocr.evaluation.measures import load_choice_questions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DEEP = "[" * 100_000

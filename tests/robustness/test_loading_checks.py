@@ -175,11 +175,11 @@ RULES = {
     "a long text before": ({"normalizer": {"type": "Prepend", "prepend": "a" * 10**7}}, "10,000,000 characters"),
     "decoded long": ({"decoder": {"type": "Sequence", "decoders": [REPLACE] * 30}}, "its decoder"),
     "a million tokens around": ({"post_processor": template([0] * 10**6)}, "its post_processor"),
-    "a token that is far away": ({"post_processor": template([2**31])}, "the id 2147483648"),
-    "added far away": ({"added_tokens": [{"id": 2**31, "content": "x"}]}, "the id 2147483648"),
+    "a token that is far away": ({"post_processor": template([2**31])}, "the token id 2147483648"),
+    "added far away": ({"added_tokens": [{"id": 2**31, "content": "x"}]}, "the token id 2147483648"),
     "at random": ({"model": {"type": "BPE", "dropout": 0.5, "vocab": {}, "merges": []}}, "a dropout of 0.5"),
     "a long end of words": ({"model": {"type": "BPE", "end_of_word_suffix": "a" * 10**6, "vocab": {}}}, "end_of_word"),
-    "a word far away": ({"model": {"type": "BPE", "vocab": {"a": 2**40}, "merges": []}}, "the id 1099511627776"),
+    "a word far away": ({"model": {"type": "BPE", "vocab": {"a": 2**40}, "merges": []}}, "the token id 1099511627776"),
 }
 
 

@@ -38,7 +38,7 @@ def test_a_down_projection_multiplies_keys_by_its_weight(family, make_model):
 
 def test_mixtures_of_experts_are_refused(mixture, make_model):
     architecture = find_architecture(make_model(mixture))
-    with pytest.raises(InputError, match=r"layers\.1\.mlp is a mixture of experts: it has no single dense"):
+    with pytest.raises(InputError, match=r"layers\.1\.mlp is a mixture of experts, which has no single dense"):
         architecture.down_projection(1)
 
 

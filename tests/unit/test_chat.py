@@ -151,7 +151,7 @@ def test_codes_and_percent_signs_side_by_side(make_tokenizer):
         (BODY, ChatSettings(variables={"lang": "de"}), "does not use the variable 'lang'"),
         (BODY, ChatSettings(date="2024-01-01"), "does not use a date"),
         ("{{ messages[-1]['content'] }}", ChatSettings(system="Be kind."), "does not write a system message"),
-        (None, ChatSettings(system="Be kind."), "has no chat template, so that no system can be given"),
+        (None, ChatSettings(system="Be kind."), "has no chat template: leave out system"),
     ],
 )
 def test_a_setting_without_effect_is_refused(make_tokenizer, chat, settings, part):
@@ -217,7 +217,7 @@ def test_tokenizers_with_several_templates_and_with_none(make_tokenizer):
 
 def test_a_template_that_writes_without_bound_is_refused(make_tokenizer):
     tokenizer = make_tokenizer(chat="{% for i in range(2000) %}" + "x" * 600 + "{% endfor %}" + BODY)
-    with pytest.raises(InputError, match=r"gives 1,2\d\d,\d\d\d characters for a message of"):
+    with pytest.raises(InputError, match=r"writes 1,2\d\d,\d\d\d characters for a message of"):
         render_chat(tokenizer, "Hello")
 
 

@@ -11,7 +11,7 @@ import rocr
 from rocr import CollectOptions, Concept, EditConfig, InputError
 from rocr.evaluation import EvaluateOptions, Probe, evaluate
 from rocr.evaluation.lora_training import _answer_nll
-from rocr.evaluation.text_measures import TextSample, divergence, perplexity
+from rocr.evaluation.measures import TextSample, divergence, perplexity
 from rocr.model.forward import accepts, forward, logits_of
 from rocr.model.generate import ask
 from rocr.statistics.self_generated import sample_sequences

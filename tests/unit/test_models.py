@@ -107,6 +107,14 @@ def test_models_that_are_not_there(tmp_path):
         assert name in str(error.value)
 
 
+def test_only_a_local_folder_is_a_checkpoint_folder(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    assert find_model(str(tmp_path)).checkpoint_folder == tmp_path
+    assert find_model(str(tmp_path / "m.gguf")).checkpoint_folder is None
+    assert find_model("owner/name").checkpoint_folder is None
+
+
 def test_a_hub_id_is_not_downloaded_unless_that_was_said(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import rocr
 from rocr import InputError
-from rocr.export.report import file_digest
+from rocr.export.manifest import file_digest
 from rocr.export.rewrite import rewrite_model
 from rocr.io.safetensors_layout import read_layout
 from rocr.model.architecture import find_architecture

@@ -17,8 +17,7 @@ from rocr.evaluation import EvaluateOptions, Probe, evaluate
 from rocr.evaluation.attacks.suite import AttackOptions, attack
 from rocr.evaluation.forms import PromptStyle
 from rocr.evaluation.lora_training import Training
-from rocr.evaluation.text_measures import TextSample
-from rocr.evaluation.utility import ChoiceQuestion
+from rocr.evaluation.measures import ChoiceQuestion, TextSample
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CUT = CollectOptions(length=32, batch_tokens=64)

@@ -11,10 +11,10 @@ from rocr.cli.console import visible
 from rocr.concepts import Concept, check_concepts, check_names, folded, holds_name, load_concepts, with_name
 from rocr.errors import InputError
 from rocr.evaluation import EvaluateOptions, evaluate
-from rocr.evaluation.generation import contains
+from rocr.evaluation.measures import contains
 from rocr.evaluation.neighbours import keep_nearest
 from rocr.evaluation.probes.probe import Probe, check_probes, split_by_subject
-from rocr.evaluation.redirects import about, check_candidates
+from rocr.evaluation.redirects import check_candidates, replace_subject
 from rocr.io.spelling import has_visible_character, has_word_character, hidden_characters
 
 SPELLED = [
@@ -149,7 +149,7 @@ def test_evaluation_counts_one_subject_in_two_forms_once(model, tokenizer):
     assert found.by_target() == {COMPOSED: found.by_target()[COMPOSED]}
     assert found.form_score("qa", "forget").targets == 1
     assert found.form_score("misspelt", "forget").items == 2, "the name is found in the question, and misspelt there"
-    asked = [about(probe, "Bach") for probe in probes[:2]]
+    asked = [replace_subject(probe, "Bach") for probe in probes[:2]]
     assert [probe.query for probe in asked] == ["Where was Bach born?", "What did Bach write?"]
     check_candidates(probes[:1], ["Bach", "Telemann"])
     kept = keep_nearest(model, tokenizer, [*probes, replace(probes[2], subject="Bach")], [DECOMPOSED])
