@@ -173,9 +173,7 @@ def add_concepts(
     progress: ProgressCallback = silent,
     guards: Guards | None = None,
 ) -> Edit:
-    """Add concepts to an applied edit and apply the result in its place.
-
-    `Edit.add` is this function as a method.
+    """Add concepts to an applied edit and apply the result in its place; `Edit.add` as a function.
 
     Args:
         edit: The edit, which is applied to the model.

@@ -198,7 +198,7 @@ def read_retained_names(
         return None
     reading, name_of = plan_names(tokenizer, chosen, config)
     reading.check_positions([chosen[name] for name in name_of], positions_of(architecture.model))
-    layers = config.layer_numbers or ()
+    layers = config.layer_numbers
     states = read_layers(architecture, reading, max(layers), layers, progress=progress, stage="retained names")
     keys = {layer: found.keys for layer, found in states.items() if found.keys is not None}
     return RetainedNames(chosen, names is not None, name_of, keys)

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache
 
 from rocr.errors import InputError, RocrError
+from rocr.keys.prefix_cache import has_attention_only, read_only
 from rocr.model.forward import accepts, forward, input_device, is_of_transformers, logits_of
 from rocr.model.tokenizer import opening_tokens, tokenize
 from rocr.ops.arithmetic import plain_arithmetic
@@ -184,7 +185,7 @@ def _answer_logits(model: nn.Module, batch: Sequence[_Row]) -> Iterator[Tensor]:
     first = min(row.prompt_length for row in batch) - 1 - shared
     arguments: dict[str, Any] = {"attention_mask": mask.to(input_device(model)), "use_cache": bool(shared)}
     if shared:
-        arguments["past_key_values"] = _run_prefix(model, tokens[:1, :shared], len(batch))
+        arguments["past_key_values"] = _run_prefix(model, tokens[:1, :shared])
     width = longest - shared - first
     logits = logits_of(forward(model, tokens[:, shared:], logits_to_keep=width, **arguments))
     if logits.shape[1] != width:
@@ -194,12 +195,11 @@ def _answer_logits(model: nn.Module, batch: Sequence[_Row]) -> Iterator[Tensor]:
         yield logits[i, start : start + len(row.tokens) - row.prompt_length + 1].float()
 
 
-def _run_prefix(model: nn.Module, tokens: Tensor, rows: int) -> DynamicCache:
-    """Return the attention cache of a prefix that all rows share, repeated for each row."""
-    cache = DynamicCache(config=model.config)
-    forward(model, tokens, past_key_values=cache, use_cache=True)
-    cache.batch_repeat_interleave(rows)
-    return cache
+def _run_prefix(model: nn.Module, tokens: Tensor) -> Cache:
+    """Return the attention keys and values of the tokens (1, t) that all rows begin with."""
+    filled = DynamicCache()
+    forward(model, tokens, past_key_values=filled, use_cache=True)
+    return read_only(filled)
 
 
 def check_vocabulary(answer: Sequence[int], logits: Tensor) -> None:
@@ -250,5 +250,5 @@ def _common_prefix(sequences: Sequence[Sequence[int]]) -> int:
 
 
 def _keeps_cache(model: nn.Module) -> bool:
-    """Return whether a model fills the cache that it is given; code that is not of transformers may ignore it."""
-    return is_of_transformers(model) and accepts(model, "past_key_values")
+    """Return whether a model stores all of its state in the cache that it is given; remote code may have its own."""
+    return is_of_transformers(model) and accepts(model, "past_key_values") and has_attention_only(model)

@@ -80,7 +80,7 @@ class Job:
     @property
     def layers(self) -> tuple[int, ...]:
         """The layers to edit."""
-        assert self.config.layer_numbers is not None, "the config has layers"
+        assert self.config.layer_numbers, "the config has layers"
         return self.config.layer_numbers
 
     @property

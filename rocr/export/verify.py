@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rocr.config import with_new_setting_names
 from rocr.edit.lora import adapter_tensors
 from rocr.edit.update import LayerUpdate
 from rocr.errors import InputError
@@ -102,7 +103,7 @@ def _report_check(edit: Edit, report: dict[str, Any]) -> Check:
     ]
     both = {
         "fingerprint": (edit.fingerprint.to_json(), report.get("fingerprint")),
-        "config": (edit.config.to_json(), report.get("config")),
+        "config": (edit.config.to_json(), with_new_setting_names(report.get("config"))),
         "concepts": ([asdict(concept) for concept in edit.concepts], plain),
         "layers": ([asdict(layer) for layer in edit.report.layers], report.get("layers")),
         "statistics": (edit.report.statistics, report.get("statistics")),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from rocr.model.architecture import Architecture, text_config
@@ -48,9 +48,13 @@ def can_share(architecture: Architecture) -> bool:
     State-space and linear attention layers have other states, and remote code may store them in another way.
     """
     model = architecture.model
+    return type(model).__module__.startswith("transformers.models.") and has_attention_only(model)
+
+
+def has_attention_only(model: nn.Module) -> bool:
+    """Return whether the layers of a model of transformers have no state but attention keys and values."""
     kinds = getattr(text_config(model), "layer_types", None) or ()
-    is_known = type(model).__module__.startswith("transformers.models.")
-    return is_known and not getattr(model, "_is_stateful", False) and set(kinds) <= ATTENTION_KINDS
+    return not getattr(model, "_is_stateful", False) and set(kinds) <= ATTENTION_KINDS
 
 
 def run_prefix(architecture: Architecture, layer: int, tokens: tuple[int, ...]) -> Cache:
@@ -61,6 +65,11 @@ def run_prefix(architecture: Architecture, layer: int, tokens: tuple[int, ...]) 
         layer: The last decoder layer to run.
         tokens: The token ids of the prefix.
     """
-    filled = DynamicCache()
+    filled = DynamicCache()  # without the configuration: a sliding layer would drop the beginning of the prefix
     run_through(architecture, layer, torch.tensor([tokens]), cache=filled)
-    return Cache(layers=[PrefixLayer(each.keys, each.values) for each in filled.layers])
+    return read_only(filled)
+
+
+def read_only(filled: DynamicCache) -> Cache:
+    """Return a cache of the same attention keys and values of one row, for batches of any number of rows."""
+    return Cache(layers=[PrefixLayer(layer.keys, layer.values) for layer in filled.layers])

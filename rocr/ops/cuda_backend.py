@@ -1,4 +1,4 @@
-"""The operations through the CUDA C++ kernels of csrc/ (rocr._C), for NVIDIA GPUs from sm_80 on."""
+"""The operations in the CUDA C++ kernels of csrc/ (rocr._C), for NVIDIA GPUs of sm_80 and later."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MAXIMUM_LAYERS = 16
 
 
 def is_available(device: torch.device) -> bool:
-    """Whether rocr._C was compiled with nvcc, and the device is an NVIDIA GPU of compute capability 8.0 or more."""
+    """Return whether rocr._C has CUDA kernels and the device is an NVIDIA GPU of compute capability 8.0 or more."""
     if device.type != "cuda" or torch.version.hip or not torch.cuda.is_available():
         return False
     try:
@@ -38,10 +38,11 @@ def accumulate_second_moment(total: Tensor, keys: Tensor) -> None:
 
 
 def accumulate_second_moments(totals: Sequence[Tensor], keys: Sequence[Tensor]) -> None:
-    """Add keysᵀ keys to the lower triangle of each total, alike layers in one launch; sm_90 only.
+    """Add keysᵀ keys to the lower triangle of each total; equal layouts share a launch. sm_90 only.
 
     Raises:
-        InputError: another chip, float32 keys, or addresses and strides that its copy engine cannot read.
+        InputError: The device is another chip, the keys are float32, or the copy engine cannot read their addresses and
+            strides.
     """
     alike: dict[tuple[object, ...], list[int]] = {}
     for index, (total, each) in enumerate(zip(totals, keys, strict=True)):
@@ -62,7 +63,7 @@ def low_rank_update(
     rounding: str,
     seed: int,
 ) -> None:
-    """Add scale * left @ right to every weight, alike layers in one launch."""
+    """Add scale * left @ right to every weight; weights of equal layout share a launch."""
     has_unit_stride = [1 in weight.stride() for weight in weights]
     rows = [weight if fits else weight.contiguous() for weight, fits in zip(weights, has_unit_stride, strict=True)]
     stochastic = rounding == "stochastic"
@@ -184,7 +185,7 @@ def _check_second_moment(total: Tensor, keys: Tensor) -> None:
 
 
 def _describe(layer: int, weight: Tensor, left: Tensor, right: Tensor) -> tuple[int, ...]:
-    """What rocr._C takes for one weight; one that lies transposed is updated by its factors, swapped."""
+    """Return the arguments of rocr._C for one weight. The factors of a transposed weight are swapped."""
     if weight.stride(1) != 1:
         weight, left, right = weight.T, right.T, left.T
     addresses = weight.data_ptr(), left.data_ptr(), right.data_ptr()

@@ -18,10 +18,10 @@ def bypass_dispatcher(
     """Call function directly, or the torch operator made from it where torch traces or intercepts the call.
 
     Args:
-        operator: torch.library.custom_op of the function.
-        function: changes the tensors of its first argument in place.
-        written: tensors that the function changes.
-        rest: the other arguments.
+        operator: The torch.library.custom_op of the function.
+        function: The function, which changes the tensors of its first argument in place.
+        written: The tensors that the function changes.
+        rest: The other arguments.
     """
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or not all(map(is_plain, written)):
         operator(written, *rest)

@@ -1,4 +1,4 @@
-"""The operations through the Triton kernels of kernels/ (rocr_kernels), for NVIDIA GPUs from sm_80 on."""
+"""The operations in the Triton kernels of kernels/ (rocr_kernels), for NVIDIA GPUs of sm_80 and later."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from rocr.errors import InputError
 from rocr.ops.direct import bypass_dispatcher
 
 OLDEST_TRITON = (3, 6)
-"""The first version that the kernels are compiled with in the tests."""
+"""The oldest version that the tests compile the kernels with."""
 
 
 def is_available(device: torch.device) -> bool:
-    """Whether a recent Triton is installed, and the device is an NVIDIA GPU of compute capability 8.0 or more."""
+    """Return whether a recent Triton is installed and the device is an NVIDIA GPU of compute capability 8.0 or more."""
     if device.type != "cuda" or torch.version.hip or not torch.cuda.is_available():
         return False
     return _is_recent() and torch.cuda.get_device_capability(device) >= (8, 0)
@@ -27,7 +27,7 @@ def is_available(device: torch.device) -> bool:
 
 @functools.cache
 def _is_recent() -> bool:
-    """Whether a recent Triton is installed; asked once, since reading a package's metadata outlasts a small launch."""
+    """Return whether a recent Triton is installed; cached, since reading metadata takes longer than a small launch."""
     try:
         version = importlib.metadata.version("triton").split(".")
     except importlib.metadata.PackageNotFoundError:
@@ -41,7 +41,7 @@ def accumulate_second_moment(total: Tensor, keys: Tensor) -> None:
 
 
 def accumulate_second_moments(totals: Sequence[Tensor], keys: Sequence[Tensor]) -> None:
-    """Add keysᵀ keys to the lower triangle of each total, alike layers in one launch."""
+    """Add keysᵀ keys to the lower triangle of each total; equal layouts share a launch."""
     rows = [_with_rows(total) for total in totals]
     bypass_dispatcher(second_moments_op, _add_second_moments, rows, list(keys))
     for total, updated in zip(totals, rows, strict=True):
@@ -57,7 +57,7 @@ def low_rank_update(
     rounding: str,
     seed: int,
 ) -> None:
-    """Add scale * left @ right to every weight, alike layers in one launch."""
+    """Add scale * left @ right to every weight; weights of equal layout share a launch."""
     rows = [weight if weight.stride(0) == 1 else _with_rows(weight) for weight in weights]
     stochastic = rounding == "stochastic"
     bypass_dispatcher(low_rank_update_op, _update_low_rank, rows, list(lefts), list(rights), scale, stochastic, seed)
@@ -72,7 +72,7 @@ def _with_rows(matrix: Tensor) -> Tensor:
 
 @contextmanager
 def _no_capture() -> Iterator[None]:
-    """Turn the kernels' refusal of a CUDA graph's capture into an InputError."""
+    """Raise the error of the kernels during the capture of a CUDA graph as an InputError."""
     from rocr_kernels._common import CaptureError
 
     try:

@@ -62,6 +62,21 @@ def test_every_answer_scores_as_it_does_alone(
             assert score.accuracy == accuracy
 
 
+@pytest.mark.parametrize("family_name", ["Llama", "GPT-2", "Mistral", "Gemma3", "Phi3"])
+def test_a_window_that_the_prompt_is_longer_than(
+    family_name: str, make_model: Callable[..., nn.Module], tokenizer: Any, one_thread: None
+) -> None:
+    """Llama and GPT-2 ignore the setting; in the others, attention slides."""
+    longer = {"n_positions": 256} if family_name == "GPT-2" else {"max_position_embeddings": 256}
+    model = make_model(family_name, sliding_window=8, **longer)
+    questions = some_questions(len(tokenizer))
+    for question, scores in zip(questions, scored(model, questions, 4096), strict=True):
+        for answer, score in zip(question.answers, scores, strict=True):
+            assert score.nll == pytest.approx(
+                alone(model, question.prompt, answer)[0], abs=ROUNDING * max(1, score.nll)
+            )
+
+
 def test_answers_of_one_token_share_one_run_of_the_prompt(model: nn.Module, tokenizer: Any) -> None:
     sizes = []
     handle = model.get_input_embeddings().register_forward_hook(lambda _m, i, _o: sizes.append(tuple(i[0].shape)))  # type: ignore[operator]

@@ -6,7 +6,7 @@ import pytest
 
 from rocr import EditConfig, InputError, Template
 from rocr.config import OFFICIAL_TEMPLATES
-from rocr.model.architecture import authors_layers, default_layers
+from rocr.model.architecture import authors_layers, default_layers, find_architecture
 from rocr.model.layers import chosen_layers, resolve_layers
 
 
@@ -38,7 +38,7 @@ def test_layers_that_the_model_chooses():
 
 
 def test_only_the_layers_setting_chooses_the_layers_of_the_authors(make_model):
-    model = make_model("Llama", num_hidden_layers=7)
+    model = find_architecture(make_model("Llama", num_hidden_layers=7))
     assert chosen_layers(EditConfig.official(), model) == authors_layers(7) == (1, 2, 3)
     assert chosen_layers(EditConfig(layers="official"), model) == authors_layers(7)
     assert chosen_layers(EditConfig(contexts="official"), model) == default_layers(7) == (1, 3)
