@@ -12,7 +12,7 @@ pytest_plugins = [
     "tests.support.models",
     "tests.support.limits",
     "tests.support.promises",
-    "tests.support.folders",
+    "tests.support.hostile",
     "tests.support.golden",
     "tests.support.states",
     "tests.support.option_effects",
