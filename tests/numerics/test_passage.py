@@ -15,6 +15,7 @@ from rocr.edit.guards import expected_distance
 from rocr.model.architecture import find_architecture
 from rocr.model.capture import run_through
 from rocr.model.passage import LayerCall, before_passage, measure_gains, measured_layers, recording
+from tests.support.models import same_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]])
@@ -174,7 +175,7 @@ def test_a_weight_whose_output_goes_nowhere_is_refused(model, tokenizer, concept
     multiplied(model, 0.0)
     with pytest.raises(InputError, match=r"down-projection of model\.layers\.1 returns does not arrive"):
         rocr.unlearn(model, tokenizer, concepts, statistics, EditConfig(layers=(1,)))
-    assert all(torch.equal(weight, before[name]) for name, weight in weights_of(model).items())
+    assert same_weights(weights_of(model), before)
 
 
 def test_states_that_are_no_sequence_of_vectors_are_refused(model, tokenizer, concepts, statistics):
@@ -202,7 +203,7 @@ def test_an_edit_that_does_not_arrive_is_refused(model, tokenizer, texts, concep
     monkeypatch.setattr(sys.modules["rocr.unlearn"], "measured_layers", lambda *_: ())
     with pytest.raises(GuardError, match=r"The edit does not arrive: at their keys the updates cover \d+% of the way"):
         edit()
-    assert all(torch.equal(weight, before[name]) for name, weight in weights_of(model).items())
+    assert same_weights(weights_of(model), before)
     assert any("does not arrive" in sentence for sentence in edit(force=True).report.limits_passed)
 
 

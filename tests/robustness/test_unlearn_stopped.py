@@ -13,6 +13,7 @@ import rocr
 from rocr import Concept, EditConfig, GuardError
 from rocr.edit.guards import Guards
 from rocr.model.architecture import find_architecture
+from tests.support.models import same_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIG = EditConfig(layers=[1, 2], key_tokens="last", templates=("Who is {}?",))
@@ -24,7 +25,7 @@ def unchanged(weights_of):
 
     def remember(model):
         before = weights_of(model)
-        return lambda: all(torch.equal(a, b) for a, b in zip(before.values(), weights_of(model).values(), strict=True))
+        return lambda: same_weights(before, weights_of(model))
 
     return remember
 

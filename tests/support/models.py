@@ -177,6 +177,11 @@ def concepts() -> list[rocr.Concept]:
     ]
 
 
+def same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """Whether two results of `weights_of` hold the same tensors, bit for bit."""
+    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
 @pytest.fixture(scope="session")
 def weights_of() -> Callable[[nn.Module], dict[str, torch.Tensor]]:
     """weights_of(model): a copy of every parameter as integers, so that NaNs compare too."""

@@ -1,11 +1,11 @@
 import pytest
-import torch
 from tokenizers import normalizers
 
 import rocr
 from rocr import Concept, EditConfig, InputError
 from rocr.config import Template
 from rocr.keys.plan import plan_keys
+from tests.support.models import same_weights
 
 TEMPLATES = ("Who is {}?", "It is about {}.", Template("Tell me about {}.", chat=True))
 CONCEPTS = [
@@ -210,7 +210,7 @@ def test_names_longer_than_the_models_positions_are_refused(family, make_model, 
     for arguments in ((LONG, "Pascal"), ("Ada Byron", LONG), ("Ada Byron", "Pascal", [LONG])):
         with pytest.raises(InputError, match=rf"'{LONG}' ends at token \d+ of a template, .* has 24 positions"):
             unlearn(*arguments)
-        assert all(torch.equal(a, b) for a, b in zip(weights_of(model).values(), before.values(), strict=True))
+        assert same_weights(weights_of(model), before)
     unlearn("Ada Byron", "Pascal")
 
 

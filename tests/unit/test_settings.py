@@ -19,6 +19,7 @@ from rocr.evaluation.forms import PromptStyle
 from rocr.evaluation.lora_training import Training
 from rocr.evaluation.text_measures import TextSample
 from rocr.evaluation.utility import ChoiceQuestion
+from tests.support.models import same_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CUT = CollectOptions(length=32, batch_tokens=64)
@@ -291,7 +292,7 @@ def stops(error=rocr.GuardError, **limit):
         before = weights_of(model)
         with pytest.raises(error):
             guarded_edit(dataclasses.replace(OPEN, **limit))
-        assert all(torch.equal(weight, before[name]) for name, weight in weights_of(model).items())
+        assert same_weights(weights_of(model), before)
         guarded_edit(OPEN).revert(model)
 
     return check
