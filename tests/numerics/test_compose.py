@@ -33,13 +33,22 @@ def differences(edit: Edit, expected: Edit) -> list[float]:
     return [float((a - b).norm() / b.norm()) for a, b in zip(updates(edit), updates(expected), strict=True)]
 
 
+@pytest.fixture(scope="module")
+def made():
+    """Edits that were made from the start, with their models, by concepts and settings."""
+    return {}
+
+
 @pytest.fixture
-def make(model, tokenizer, statistics):
-    """make(concepts, config): the edit of a fresh model, made from the start, and that model."""
+def make(model, tokenizer, statistics, made):
+    """make(concepts, config): the edit of a fresh model, made from the start, and that model: copies of one's own."""
 
     def edited(concepts, settings):
-        fresh = copy.deepcopy(model)
-        return rocr.unlearn(fresh, tokenizer, concepts, statistics, settings), fresh
+        key = repr((concepts, settings, rocr.config.LONG_LIST))
+        if key not in made:
+            fresh = copy.deepcopy(model)
+            made[key] = rocr.unlearn(fresh, tokenizer, concepts, statistics, settings), fresh
+        return copy.deepcopy(made[key])
 
     return edited
 

@@ -1,4 +1,4 @@
-"""What arrives at a layer's output of a change of its down-projection's output."""
+"""How a change of a down-projection's output passes to the output of its layer."""
 
 import copy
 import sys

@@ -1,4 +1,4 @@
-"""Results do not depend on what the caller has set in torch, and that is as it was afterwards."""
+"""Results do not depend on the caller's settings of torch, and these are unchanged afterwards."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ TOTAL = torch.zeros(50, 50)
 
 
 def fresh(tensor: Tensor) -> Tensor:
-    """A copy that is a tensor like any other also where inference mode is on."""
+    """Copy a tensor so that it is an ordinary one also in inference mode."""
     with torch.inference_mode(False):
         return tensor.clone()
 

@@ -1,4 +1,4 @@
-"""What the tests of hostile inputs share: contents and places that no reader takes, model folders to damage."""
+"""Hostile inputs: contents and places that no reader accepts, model folders to damage, checks of a refusal."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ MISSING = Missing()
 
 
 def short(value: object) -> str:
-    """The beginning of a value's repr, without the time that the whole one takes."""
+    """Return a shortened repr of a value, without computing the whole one."""
     return reprlib.repr(value)
 
 

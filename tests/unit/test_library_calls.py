@@ -1,4 +1,4 @@
-"""What a program that calls rocr may rely on: silence, progress, rocr's own errors, nothing left behind."""
+"""Guarantees for programs that call rocr: no output, progress reports, rocr's own errors, no changed global state."""
 
 import gc
 import logging
@@ -19,7 +19,7 @@ PROBES = [rocr.Probe("Ada Byron", "Who wrote programs for engines?", "Ada Byron"
 
 
 def state():
-    """What a process has that a call could leave changed."""
+    """Global state that a call could change."""
     return {
         "random": torch.get_rng_state().tolist(),
         "threads": torch.get_num_threads(),
@@ -39,7 +39,7 @@ def state():
 
 @pytest.fixture
 def calls(model, tokenizer, texts, concepts):
-    """The public calls, each told where progress goes."""
+    """The public functions; each takes a callback for progress."""
     guards = rocr.Guards(force=True)
     statistics = rocr.collect_statistics(model, tokenizer, texts, (1, 2))
     return {

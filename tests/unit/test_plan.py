@@ -225,7 +225,7 @@ def test_a_redirect_that_the_tokenizer_reads_as_the_name_is_refused(model, make_
 
 @pytest.mark.parametrize("measure", ["each", "once"])
 def test_a_redirect_that_a_name_begins_with(model, tokenizer, texts, measure):
-    """The first token of the name has no way to go, and no share of it."""
+    """The first token of the name is the same in both: its residual is zero."""
     statistics = rocr.collect_statistics(model, tokenizer, texts, layers=(1, 3))
     plan = plan_keys(tokenizer, [Concept("Ada Byron", "Ada")], config())
     plan.check_ways([Concept("Ada Byron", "Ada")])

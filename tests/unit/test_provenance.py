@@ -79,7 +79,7 @@ def test_statistics_of_other_settings_are_refused(family, make_model, tokenizer,
         rocr.unlearn(other, tokenizer, concepts, statistics, rocr.EditConfig(layers=LAYERS))
     with pytest.raises(InputError, match=f"cannot be merged: {eps}"):
         statistics.merge(collect(other, tokenizer, texts))
-    # Another release of transformers may know other settings: what only one side names says nothing.
+    # Another release of transformers may have other settings: those of one side only are ignored.
     known = statistics.provenance.config
     for config in ({name: value for name, value in known.items() if name != eps}, known | {"unheard_of": 3}):
         read = replace(statistics, provenance=replace(statistics.provenance, config=config))

@@ -49,7 +49,7 @@ def collect(model, tokenizer, texts):
 
 @pytest.fixture
 def lengths(model):
-    """The tokens of every forward pass of the model."""
+    """The input tokens of every forward pass."""
     seen = []
     model.model.register_forward_pre_hook(
         lambda _module, _arguments, inputs: seen.append(inputs.get("input_ids").numel()), with_kwargs=True
@@ -286,7 +286,7 @@ def guarded_edit(model, tokenizer, concepts, statistics):
 
 
 def stops(error=rocr.GuardError, **limit):
-    """A limit stops the edit, which goes through without it."""
+    """The limit stops an edit that succeeds without it."""
 
     def check(guarded_edit, model, weights_of, **_):
         before = weights_of(model)

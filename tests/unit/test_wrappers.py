@@ -132,7 +132,7 @@ def weights_of_base(wrapped, weights_of):
 def test_a_model_with_an_adapter_is_edited_in_its_base_weight(
     targets, model, tokenizer, texts, concepts, weights_of, tmp_path
 ):
-    """What is seen is the model with the adapter: the edit equals that of the same function with merged weights."""
+    """The edit is computed with the adapter active: it equals the edit of the model with merged weights."""
     plain = copy.deepcopy(model)
     adapted = with_adapter(model, targets)
     merged = copy.deepcopy(adapted).merge_and_unload().eval()
