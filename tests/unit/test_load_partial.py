@@ -40,10 +40,6 @@ def source(folder: Path):
     return find_model(str(folder))
 
 
-def digests(folder: Path) -> dict[str, str]:
-    return {path.name: file_digest(path) for path in sorted(folder.iterdir()) if path.is_file()}
-
-
 # How tensors are spread over files is not a matter of the family, so that one family in a single file is enough.
 FAMILIES_AND_SIZES = [*((family, "20KB") for family in FAMILIES), ("Llama", "1GB")]
 
@@ -122,7 +118,9 @@ def test_only_the_beginning_is_read(make_model, tokenizer, save):
     assert fingerprint(part, tokenizer, 1).model == mark.model
 
 
-def test_weights_left_in_their_files_compute_the_same(make_model, tokenizer, concepts, texts, save, weights_of):
+def test_weights_left_in_their_files_compute_the_same(
+    make_model, tokenizer, concepts, texts, save, weights_of, digests
+):
     folder = save(make_model("Llama").bfloat16())
     files, config = digests(folder), rocr.EditConfig(layers=(1, 2))
     models = [load_partial(source(folder), 2, mapped=mapped).model for mapped in (False, True)]
@@ -178,7 +176,7 @@ def test_layers_that_were_not_loaded_are_not_edited(make_model, tokenizer, conce
         rocr.unlearn(loaded.model, tokenizer, concepts, statistics, rocr.EditConfig(layers=(1, 2)))
 
 
-def test_only_edited_tensors_are_rewritten(make_model, save, tmp_path):
+def test_only_edited_tensors_are_rewritten(make_model, save, digests, tmp_path):
     folder = save(make_model("Llama").bfloat16())
     (folder / "consolidated.pth").write_bytes(b"the first weights in another format")
     before = digests(folder)
