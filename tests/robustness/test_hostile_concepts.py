@@ -94,7 +94,7 @@ CONTAINERS = {
     "UTF-16": "name -> b\n".encode("utf-16"),
     "a zip": b"PK\x03\x04" + b"\0" * 100,
     "a pickle": PICKLE,
-    "over 64 MiB": b"\n" * (64 * 2**20 + 1),
+    "over 64 MiB": lambda: b"\n" * (64 * 2**20 + 1),
 }
 FORMS = {
     ".txt": {
@@ -105,8 +105,8 @@ FORMS = {
         "only an arrow": b"->",
         "a hundred thousand arrows": b"->" * 10**5,
         "a million bars": b"|" * 10**6,
-        "a million concepts": b"".join(b"%d -> b\n" % i for i in range(10**6)),
-        "a million aliases": b" | ".join(b"%d" % i for i in range(10**6)) + b" -> b",
+        "a million concepts": lambda: b"".join(b"%d -> b\n" % i for i in range(10**6)),
+        "a million aliases": lambda: b" | ".join(b"%d" % i for i in range(10**6)) + b" -> b",
     },
     ".csv": {
         **CONTAINERS,
@@ -153,6 +153,7 @@ WRITERS = {".txt": as_txt, ".csv": as_csv, ".jsonl": as_jsonl}
 @pytest.mark.parametrize(("suffix", "name", "contents"), CASES, ids=[f"{name}{suffix}" for suffix, name, _ in CASES])
 def test_hostile_concepts(suffix, name, contents, tmp_path, on_reader):
     path = tmp_path / f"bad{suffix}"
+    contents = contents() if callable(contents) else contents  # large files are built where they are tested
     path.write_bytes(contents if isinstance(contents, bytes) else WRITERS[suffix](contents))
     on_reader(f"concept files ({suffix})", load_concepts, path)
 
