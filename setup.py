@@ -131,6 +131,7 @@ setup(
     # kernels/ has no __init__.py: a root package named "kernels" would hide the one transformers imports.
     package_dir={"rocr": "rocr", "rocr_kernels": "kernels"},
     package_data={"rocr": ["py.typed", "data/*"]},
+    include_package_data=False,  # the sdist's other files are not the package's
     ext_modules=extensions(),
     cmdclass={"build_ext": OptionalBuild},
 )

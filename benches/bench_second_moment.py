@@ -1,4 +1,4 @@
-"""Second moment of a batch of keys: rocr against torch's and NumPy's product, in the shapes of real layers."""
+"""Time the second moment of a batch of keys against the products of torch and NumPy, in shapes of real layers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROUNDS = {1536: 9, 3072: 7, 8960: 5}
 
 
 def assert_right(keys: Tensor) -> None:
-    """Compare some rows of the lower triangle with float64."""
+    """Assert that 50 rows of the lower triangle agree with float64."""
     size = keys.shape[1]
     total = ops.accumulate_second_moment(torch.zeros(size, size), keys)
     rows = torch.randperm(size)[:50]

@@ -1,4 +1,4 @@
-"""Solve for an update: the (n, n) form of rocr against the authors' dense (d_in, d_in) one."""
+"""Time the solve of an update: the (n, n) system of rocr against the dense (d_in, d_in) system of ROCR's authors."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ ROUNDS = 3
 
 @dataclass(frozen=True)
 class Projector:
-    """I - U Uᵀ for U (d_in, r)."""
+    """The metric I - U Uᵀ for an orthonormal U (d_in, r)."""
 
     complement: Tensor
 
     def apply(self, keys: Tensor) -> Tensor:
-        """Return the keys without their part in the complement."""
+        """Return keys @ (I - U Uᵀ)."""
         return keys - (keys @ self.complement) @ self.complement.T
 
 

@@ -1,10 +1,10 @@
-"""How long a list of many concepts takes, and how much memory: one Markdown row for each length of the list.
+"""Measure time and memory of unlearning a list of many concepts, and print one Markdown row.
 
     rocr stats $(python -m rocr.demo) --text TEXT --layers 4,5,6 --out statistics.safetensors
     python benches/bulk_concepts.py --statistics statistics.safetensors --count 1000
 
-The names are made up: every first name with every last name, in an order drawn once. Many share a first or a last
-name, as people on a real list do, so that keys collide.
+The names are made up: every first name is combined with every last name, in a random order with a fixed seed. Many
+share a first or a last name, as in a real list of people, so that their keys are similar.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ REDIRECTS = ("a gardener", "Blaise Pascal", "a baker in Lyon", "Johann Strauss",
 
 
 def make_concepts(count: int) -> list[rocr.Concept]:
-    """Concepts with distinct names, at most 10,000."""
+    """Return `count` concepts with distinct names, at most 10,000."""
     names = [f"{first} {stem}{ending}" for first, stem, ending in product(FIRST.split(), STEMS.split(), ENDINGS)]
     if not 1 <= count <= len(names):
         raise SystemExit(f"--count must be from 1 to {len(names):,}, not {count}.")
@@ -50,19 +50,19 @@ def make_concepts(count: int) -> list[rocr.Concept]:
 
 
 def run(count: int, model: str, statistics: rocr.Statistics, config: EditConfig) -> dict[str, Any]:
-    """Unlearn so many concepts in a fresh copy of the model."""
+    """Unlearn `count` concepts in a newly loaded model, and return the cells of the row."""
     started = time.perf_counter()
     loaded = load_model(find_model(model))
     load = time.perf_counter() - started
     started, processor = time.perf_counter(), time.process_time()
-    # Thousands of invented names are a harder edit than any list: its limits are recorded and not enforced.
+    # Thousands of invented names exceed the safety limits; force records this and does not stop the edit.
     edit = rocr.unlearn(
         loaded.model, loaded.tokenizer, make_concepts(count), statistics, config, guards=Guards(force=True)
     )
     total, processor = time.perf_counter() - started, time.process_time() - processor
     stages = {**edit.report.seconds, "other": total - sum(edit.report.seconds.values())}
-    collisions, neighbours = edit.report.collisions, edit.report.neighbours
-    assert collisions is not None and neighbours is not None
+    collisions, retained = edit.report.collisions, edit.report.retained
+    assert collisions is not None and retained is not None
     closed = [sum(layer.closed[i] for layer in edit.report.layers) / len(edit.layers) for i in range(count)]
     return {
         "concepts": f"{count:,}",
@@ -76,13 +76,13 @@ def run(count: int, model: str, statistics: rocr.Statistics, config: EditConfig)
         "closed, least": f"{min(closed):.1%}",
         "collinear pairs": f"{collisions.collinear:,}",
         "in conflict": f"{collisions.conflicting:,}",
-        "neighbours moved, mean": f"{neighbours.mean:.1%}",
-        "by one concept, most": f"{neighbours.worst[0].share:.1%}",
+        "retained names moved, mean": f"{retained.mean:.1%}",
+        "by one concept, most": f"{retained.worst[0].share:.1%}",
     }
 
 
 def main() -> None:
-    """Measure, and print a Markdown table."""
+    """Measure and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--statistics", required=True, metavar="FILE", help="made by `rocr stats`")
     parser.add_argument("--count", type=int, default=1000)

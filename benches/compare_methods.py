@@ -1,10 +1,10 @@
-"""The methods side by side on a real model: one command for the table of arXiv 2506.07795, Table I.
+"""Compare unlearning methods on a real model and print a table like Table I of arXiv 2506.07795.
 
     make compare
     python benches/compare_methods.py MODEL --redirect "Frédéric Chopin" --targets "Isaac Newton" "Marie Curie" \
         --statistics statistics.safetensors --known 0.5 --out comparison.json
 
-It is `rocr compare` with a Markdown table on stdout, ready for the README, and the machine and versions below it.
+It is `rocr compare` with a Markdown table on stdout, for docs/evaluation.md, with the machine and versions below it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rocr.cli.main import main as run_command
 
 
 def main() -> int:
-    """Compare, and print the table."""
+    """Run `rocr compare` with the arguments of this script, and print the table."""
     code = run_command(["compare", *sys.argv[1:]])
     if code == 0:
         document = json.loads(Path(sys.argv[sys.argv.index("--out") + 1]).read_text(encoding="utf-8"))
@@ -34,7 +34,7 @@ def main() -> int:
 
 
 def markdown(results: list[dict[str, Any]]) -> str:
-    """Means over targets, a row for each method."""
+    """Return a Markdown table with a row for each method; scores and seconds are means over targets."""
     splits = [(s, f) for s, forms in results[0]["evaluation"]["forms"].items() for f in forms]
     lines = ["| method | " + " | ".join(f"{s} {f}" for s, f in splits) + " | forget worst | seconds | peak GB |"]
     lines.append("|---|" + "---:|" * (len(splits) + 3))

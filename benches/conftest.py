@@ -1,4 +1,4 @@
-"""The fixture that times rocr against its baselines in one run."""
+"""The fixture `compare`, which times rocr and its baselines in one run."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 Compare = Callable[..., None]
 
-SECONDS_OF_SPINNING = 0.1
-"""Threads of a BLAS go on asking for work after a call, for tens of milliseconds with OpenBLAS."""
+SPINNING_SECONDS = 0.1
+"""Worker threads of a BLAS spin after a call, for tens of milliseconds with OpenBLAS, and use the processor."""
 
 
 def warm_up(function: Callable[[], object]) -> None:
-    """Call a function when the threads of others sleep, so that its own are awake for the next call."""
-    time.sleep(SECONDS_OF_SPINNING)
+    """Wait until the threads of other libraries sleep, then call a function, so that its own threads are awake."""
+    time.sleep(SPINNING_SECONDS)
     function()
 
 
 def warm_seconds(function: Callable[[], object]) -> float:
-    """Return the time of a call that follows another of the same function."""
+    """Return the seconds of a call that follows an untimed call of the same function."""
     warm_up(function)
     start = time.perf_counter()
     function()
@@ -32,9 +32,10 @@ def warm_seconds(function: Callable[[], object]) -> float:
 
 @pytest.fixture
 def compare(benchmark: BenchmarkFixture) -> Compare:
-    """Time a function of rocr; every round first times each baseline once, so that all see the same machine.
+    """Return a function that times a function of rocr and its baselines.
 
-    Each timed call follows an untimed one of the same function.
+    Every round times each baseline once before rocr, so that changes of the machine's speed affect all of them. Each
+    timed call follows an untimed one of the same function.
     """
     torch.manual_seed(0)
 

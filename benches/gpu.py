@@ -1,7 +1,9 @@
-"""Check and time rocr on an NVIDIA GPU against the strongest lines of torch, and write one JSON file.
+"""Check and time rocr on an NVIDIA GPU against the fastest torch expressions, and write one JSON file.
 
-python benches/gpu.py [ROW ...] [--out FILE]; without names, every row. --tiny runs small shapes, on the CPU too, to see
-that the script itself works: its times mean nothing, and nothing is written.
+    python benches/gpu.py [ROW ...] [--out FILE]
+
+Without names, all rows are measured. --tiny uses small shapes, on a GPU or the CPU, to test the script: its times have
+no meaning, and no file is written.
 """
 
 from __future__ import annotations
@@ -24,14 +26,14 @@ Bench = Callable[[torch.device], list[Row]]
 
 
 def statistics(device: torch.device, **sizes: Any) -> list[Row]:
-    """The row of gpu_pipeline, which takes seconds to import."""
+    """Run the bench of gpu_pipeline, which takes seconds to import."""
     from gpu_pipeline import statistics
 
     return statistics(device, **sizes)
 
 
 def thousand_concepts(device: torch.device, **sizes: Any) -> list[Row]:
-    """The row of gpu_pipeline, which takes seconds to import."""
+    """Run the bench of gpu_pipeline, which takes seconds to import."""
     from gpu_pipeline import thousand_concepts
 
     return thousand_concepts(device, **sizes)
@@ -63,7 +65,7 @@ TINY_ROWS: dict[str, Bench] = {
 
 
 def table(rows: list[Row]) -> str:
-    """Return the rows in Markdown."""
+    """Return the rows as a Markdown table."""
     lines = ["| work | size | rocr | ms | against | ms | times faster | at least | aim | error | its error |"]
     lines.append("|---|---|---|---:|---|---:|---:|---:|---:|---:|---:|")
     for row in rows:
@@ -79,16 +81,20 @@ def table(rows: list[Row]) -> str:
 
 
 def results_file(chip: str) -> Path:
-    """Return where the results of a chip are kept."""
+    """Return the path of the results of a chip."""
     return ROOT / "benches" / "results" / f"{re.sub('[^a-z0-9]+', '-', chip.lower()).strip('-')}.json"
 
 
 def run(
     benches: dict[str, Bench], device: torch.device, keep: Callable[[list[Row], dict[str, str]], None]
 ) -> tuple[list[Row], dict[str, str]]:
-    """Run benches; one that fails does not stop the others, and is named with what it said.
+    """Run benches and return their rows, and the error message of each bench that fails.
 
-    keep: called after each with all rows and failures so far, so that a run that is stopped has lost one row alone.
+    Args:
+        benches: Benches by name.
+        device: Device to run on.
+        keep: Function that is called after each bench with all rows and errors so far, so that an interrupted run
+            loses one bench only.
     """
     rows: list[Row] = []
     failed: dict[str, str] = {}
@@ -108,18 +114,18 @@ def run(
 
 
 def main() -> int:
-    """Run the rows that are named, or all."""
+    """Run the named rows, or all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)} (default: all)")
     parser.add_argument("--out", type=Path, help="JSON file to write (default: benches/results/<chip>.json)")
-    parser.add_argument("--tiny", action="store_true", help="small shapes, to try the script")
+    parser.add_argument("--tiny", action="store_true", help="use small shapes, to test the script")
     arguments = parser.parse_args()
     known = TINY_ROWS if arguments.tiny else ROWS
     if unknown := set(arguments.rows) - set(known):
-        parser.error(f"there is no row {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+        parser.error(f"unknown rows: {', '.join(sorted(unknown))}; the rows are {', '.join(known)}")
     if not torch.cuda.is_available() and not arguments.tiny:
         print(
-            "benches/gpu.py needs an NVIDIA GPU, and torch sees none here; --tiny tries the script on the CPU.",
+            "benches/gpu.py needs an NVIDIA GPU, and torch sees none here; --tiny tests the script on the CPU.",
             file=sys.stderr,
         )
         return 1

@@ -1,4 +1,4 @@
-"""The kernels' rows: second moments, and low-rank updates."""
+"""Benches of the kernels: second moments and low-rank updates."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch import Tensor
 from rocr import ops
 
 CHECKED_COLUMNS = 64
-"""Columns of a second moment that are compared with float64: all of them would take longer than the timing."""
+"""Columns of a second moment that are compared with float64; all columns would take longer than the timing."""
 
 WIDE_TILE = 256
-"""Width of the square blocks that rocr's kernels fill from a width of 1,024 on, those on the diagonal too."""
+"""Side of the square output blocks of rocr's kernels for widths of at least 1,024; diagonal blocks are full too."""
 
 GPU_BACKENDS = ("triton", "cuda")
 
 
 def own_backends(device: torch.device) -> list[str]:
-    """Names of rocr's kernels that run here; on the CPU, where only the script is tried, torch."""
+    """Return the names of rocr's kernels that run on the device, or "torch" if there are none, as on the CPU."""
     return [name for name in ops.available_backends(device) if name in GPU_BACKENDS] or ["torch"]
 
 
 def add_by_torch(total: Tensor, keys: Tensor) -> None:
-    """The strongest line of torch: 16-bit operands, float32 sum in place."""
+    """Add a second moment by the fastest torch expression: 16-bit operands and a float32 sum in place."""
     if keys.is_cuda:
         torch.addmm(total, keys.T, keys, out_dtype=torch.float32, out=total)
     else:
@@ -33,7 +33,7 @@ def add_by_torch(total: Tensor, keys: Tensor) -> None:
 
 
 def moment_error(total: Tensor, keys: Tensor) -> float:
-    """Error of a second moment that started at 0, in the lower triangle's part of some columns."""
+    """Return the relative error of the second moment of keys, in the lower triangle of CHECKED_COLUMNS columns."""
     width = total.shape[0]
     columns = torch.randperm(width, device=total.device)[:CHECKED_COLUMNS]
     exact = torch.zeros(width, len(columns), dtype=torch.float64, device=total.device)
@@ -44,7 +44,7 @@ def moment_error(total: Tensor, keys: Tensor) -> float:
 
 
 def second_moment(device: torch.device, tokens: int, width: int, rounds: int) -> list[Row]:
-    """One layer: against torch's 16-bit product, and against the official float32 one."""
+    """Time one layer against torch's 16-bit product and against the float32 product of ROCR's authors."""
     keys = torch.randn(tokens, width, device=device, dtype=torch.bfloat16)
     wide_keys = keys.float()
     own = own_backends(device)
@@ -78,7 +78,7 @@ def second_moment(device: torch.device, tokens: int, width: int, rounds: int) ->
 
 
 def second_moments(device: torch.device, tokens: int, width: int, layers: int, rounds: int) -> list[Row]:
-    """Several layers in one call, against a loop over them in a CUDA graph."""
+    """Time several layers in one call against a loop of torch products in a CUDA graph."""
     keys = [torch.randn(tokens, width, device=device, dtype=torch.bfloat16) for _ in range(layers)]
     own = own_backends(device)
     totals = {name: [torch.zeros(width, width, device=device) for _ in keys] for name in [*own, "addmm"]}
@@ -105,7 +105,7 @@ def second_moments(device: torch.device, tokens: int, width: int, layers: int, r
 
 
 def small_second_moment(device: torch.device, tokens: int, width: int, rounds: int) -> list[Row]:
-    """A product so small that ops leaves it to cuBLAS: what it picks, and every kernel, against one addmm."""
+    """Time a product for which ops chooses cuBLAS: the chosen backend and every kernel against addmm."""
     keys = torch.randn(tokens, width, device=device, dtype=torch.bfloat16)
     backends: dict[str, str | None] = {"chosen": None, "torch": "torch"} | {name: name for name in own_backends(device)}
     totals = {name: torch.zeros(width, width, device=device) for name in [*backends, "addmm"]}
@@ -120,7 +120,7 @@ def small_second_moment(device: torch.device, tokens: int, width: int, rounds: i
         function(0)
         errors[name] = moment_error(totals[name], keys)
     times = interleave(functions, device, rounds)
-    note = "nothing is required of this row: it is what ops.SMALL_PRODUCT was set by"
+    note = "no ratio is required: ops.SMALL_PRODUCT is set by this row"
     return [
         Row("small second moment", f"{tokens} x {width}, bfloat16", times, "chosen", "addmm", 0, 1, errors, {}, note)
     ]
@@ -129,7 +129,7 @@ def small_second_moment(device: torch.device, tokens: int, width: int, rounds: i
 def _moment_rates(
     times: dict[str, Times], names: Sequence[str], own: Sequence[str], tokens: int, width: int
 ) -> dict[str, float]:
-    """TFLOP/s of the products that are wanted, and for rocr's kernels of those that are executed."""
+    """Return TFLOP/s of the products in the triangle, and for rocr's kernels of all products that they execute."""
     wanted = width * (width + 1) * tokens
     rates = {f"{name} TFLOP/s in the triangle": wanted / times[name].median / 1e12 for name in names}
     blocks = -(-width // WIDE_TILE)
@@ -146,9 +146,16 @@ def low_rank_update(
     bounds: tuple[float, float],
     sets: int = 1,
 ) -> list[Row]:
-    """Every layer's update in one call, against a loop of bfloat16 addmm_ in a CUDA graph.
+    """Time the updates of all layers in one call against a loop of bfloat16 addmm_ in a CUDA graph.
 
-    sets: copies of the weights that the rounds take in turn, so that none is in the L2 cache.
+    Args:
+        device: Device to run on.
+        layers: Number of weights.
+        shape: Shape (d_out, d_in) of a weight.
+        rank: Rank of an update.
+        rounds: Number of rounds.
+        bounds: Required and hoped-for ratio; see `Row`.
+        sets: Number of copies of the weights; rounds use them in turn, so that none is in the L2 cache.
     """
     rows, columns = shape
     scale = 2.0**-10
@@ -159,7 +166,7 @@ def low_rank_update(
     own = own_backends(device)
     checked = {name: _check_update(name, weights[0, 0], lefts[0], rights[0], scale) for name in [*own, "addmm_"]}
     errors = {name: error for name, (error, _) in checked.items()}
-    # One storage for each layer: ops refuses two weights of one.
+    # Each layer needs its own storage, because ops refuses weights that share one.
     layers_of_sets = [[weight.clone() for weight in each] for each in weights]
 
     def loop(own_weights: list[Tensor]) -> None:
@@ -196,7 +203,10 @@ def low_rank_update(
 
 
 def _check_update(name: str, start: Tensor, left: Tensor, right: Tensor, scale: float) -> tuple[float, float]:
-    """Error of a weight after one update, most of which its rounding makes, and what share of it is rounded wrong."""
+    """Return the relative error of a weight after one update, and the share of its numbers that are rounded wrongly.
+
+    Most of the error is the rounding of the weight to bfloat16.
+    """
     exact = start.double() + scale * (left.double() @ right.double())
     weight = start.clone()
     if name == "addmm_":

@@ -1,4 +1,4 @@
-"""The rows of whole stages, at the shape of Llama-3-8B with random weights: statistics, and many concepts."""
+"""Benches of whole stages with random weights in the shape of Llama-3-8B: statistics, and many concepts."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ TINY = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "n
 TEMPLATES = 6
 OFFICIAL_SEQUENCE = 512
 ROUNDS = 2
-"""Of whole stages, which take seconds each; the check of their errors has warmed them up."""
+"""Rounds of a stage, which takes seconds; the check of its errors is its warm-up."""
 
 
 def make_tokenizer() -> Any:
-    """A tokenizer that knows WORDS, one token each."""
+    """Return a tokenizer with one token for each of WORDS."""
     vocabulary = {word: index for index, word in enumerate(["<s>", "</s>", "<?>", ".", ",", "?", ":", *WORDS])}
     raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<?>"))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -48,7 +48,7 @@ def make_tokenizer() -> Any:
 
 
 def make_model(device: torch.device, depth: int, tiny: bool, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-    """A random Llama on the device."""
+    """Return a Llama with random weights on the device."""
     config = LlamaConfig(
         vocab_size=128, num_hidden_layers=depth, max_position_embeddings=2048, **(TINY if tiny else LLAMA)
     )
@@ -62,17 +62,23 @@ def make_model(device: torch.device, depth: int, tiny: bool, dtype: torch.dtype 
 
 
 def random_texts(seed: int) -> Iterator[str]:
-    """Documents of random words, without end."""
+    """Yield documents of random words without end."""
     draw = random.Random(seed)
     while True:
         yield " ".join(draw.choices(WORDS, k=400)) + " ."
 
 
 class ExactMoments:
-    """Float64 second moments of what a model's down-projections read, in some columns."""
+    """Float64 sums k kᵀ of the inputs of a model's down-projections, in CHECKED_COLUMNS columns."""
 
     def __init__(self, architecture: Architecture, skipped: int, limit: int) -> None:
-        """skipped: tokens at the start of every sequence that are left out; limit: tokens to sum at most."""
+        """Initialise the sums with 0.
+
+        Args:
+            architecture: Architecture of the model.
+            skipped: Number of tokens at the start of every sequence that are left out.
+            limit: Maximum number of tokens to sum.
+        """
         self._skipped, self._limit = skipped, limit
         weight = architecture.down_projection(LAYERS[0]).weight
         self.columns = torch.randperm(weight.shape[1], device=weight.device)[:CHECKED_COLUMNS]
@@ -89,7 +95,7 @@ class ExactMoments:
         self._sums[layer] += rows.double().T @ rows[:, self.columns].double()
 
     def error(self, collect: Callable[[], dict[int, Tensor]]) -> float:
-        """The largest error of the sums that `collect` makes, of all layers."""
+        """Return the largest relative error over all layers of the sums that `collect` returns."""
         with ExitStack() as stack:
             for layer in LAYERS:
                 module = self._architecture.down_projection(layer).module
@@ -99,9 +105,9 @@ class ExactMoments:
 
 
 def statistics(device: torch.device, tokens: int, official_tokens: int, tiny: bool = False) -> list[Row]:
-    """Second moments of three layers: rocr, one pass with hooks and addmm, and the official pass for each layer.
+    """Time the second moments of three layers by rocr, by one pass with hooks, and by the authors' pass for each layer.
 
-    The official loop runs on fewer tokens; all times are scaled to those of rocr. Errors are those of few tokens.
+    The authors' loop runs on fewer tokens; times are scaled to the tokens of rocr. Errors are measured on few tokens.
     """
     tokenizer = make_tokenizer()
     model = make_model(device, max(LAYERS) + 1, tiny)
@@ -134,7 +140,7 @@ def statistics(device: torch.device, tokens: int, official_tokens: int, tiny: bo
     error = {
         "rocr": ExactMoments(architecture, skipped=1, limit=few).error(lambda: ours(few)),
         "one pass with hooks": ExactMoments(architecture, 0, few).error(lambda: hooks(batches[:1, : few // shape[2]])),
-        # Later passes run through earlier layers again: the limit leaves their keys out.
+        # Passes for later layers run through earlier ones again; the limit leaves out these keys.
         "official": ExactMoments(wide_architecture, 0, official_rows.numel()).error(lambda: official(official_rows)),
     }
     functions: dict[str, Callable[[int], object]] = {
@@ -148,7 +154,7 @@ def statistics(device: torch.device, tokens: int, official_tokens: int, tiny: bo
     rate = {f"{name} microseconds a token": each.median / tokens * 1e6 for name, each in scaled.items()}
     size = f"layers 4 to 6, {tokens} tokens" + (" (tiny)" if tiny else "")
     note = (
-        f"tokens that were run: {run}; rocr's time holds its tokenizer and its hashes; errors are of {few} tokens, "
+        f"tokens that were run: {run}; rocr's time includes tokenizer and hashes; errors are of {few} tokens, "
         "against float64 sums of the same keys"
     )
     return [
@@ -158,7 +164,10 @@ def statistics(device: torch.device, tokens: int, official_tokens: int, tiny: bo
 
 
 def thousand_concepts(device: torch.device, count: int, official_count: int, tiny: bool = False) -> list[Row]:
-    """Many concepts at once, statistics given, against the authors' one at a time, which is measured on a few."""
+    """Time many concepts in one edit with given statistics, against the authors' edits of single concepts.
+
+    The authors' time is measured on `official_count` concepts and scaled.
+    """
     tokenizer = make_tokenizer()
     model = make_model(device, 8 if tiny else 32, tiny)
     architecture = find_architecture(model)
@@ -170,7 +179,7 @@ def thousand_concepts(device: torch.device, count: int, official_count: int, tin
     known = rocr.collect_statistics(model, tokenizer, random_texts(2), LAYERS, gathered)
     config = rocr.EditConfig(layers=LAYERS)
     guards = rocr.Guards(force=True)
-    # The authors keep the projectors on the host.
+    # The authors' code keeps the projectors in the memory of the host.
     width = architecture.down_projection(LAYERS[0]).weight.shape[1]
     projectors = {layer: torch.eye(width) for layer in LAYERS}
 
@@ -199,7 +208,7 @@ def thousand_concepts(device: torch.device, count: int, official_count: int, tin
 
 
 def _edit_error(edit: rocr.Edit, known: rocr.Statistics) -> float:
-    """The largest error of an edit's updates, of all layers."""
+    """Return the largest relative error of an edit's updates over all layers."""
     errors = []
     for update, measures in zip(edit.updates, edit.report.layers, strict=True):
         keys, residuals = update.keys.double(), update.residuals.double()
@@ -210,14 +219,14 @@ def _edit_error(edit: rocr.Edit, known: rocr.Statistics) -> float:
         system = keys @ product.T
         system.diagonal().add_(measures.ridge)
         exact = residuals.T @ torch.linalg.solve(system, product)
-        errors.append(relative_error(update.left.double() @ update.right.double(), exact))
+        errors.append(relative_error(update.factors.left.double() @ update.factors.right.double(), exact))
     return max(errors)
 
 
 def _collect(
     architecture: Architecture, tokens: Tensor, receivers: dict[int, Callable[[Tensor], None]], last: int
 ) -> None:
-    """Run tokens (batch, length) through layers 0 to last, and give each receiver its layer's keys."""
+    """Run tokens (batch, length) through layers 0 to `last`, and call each receiver with the keys of its layer."""
     with ExitStack() as stack:
         for layer, receive in receivers.items():
             stack.enter_context(input_hook(architecture.down_projection(layer).module, receive))
@@ -236,9 +245,10 @@ def _add_in_float32(total: Tensor, keys: Tensor) -> None:
 def _official_edit(
     architecture: Architecture, tokenizer: Any, name: str, projectors: dict[int, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One concept: for each layer a pass for the key and one for the state, and the dense (d_in, d_in) solve.
+    """Edit one concept as the authors do: two passes for each layer (key and state), and the dense (d_in, d_in) solve.
 
-    Returns key (d_in, 1), residual (1, d_out) and update (d_out, d_in) of the last layer.
+    Returns:
+        Key (d_in, 1), residual (1, d_out) and update (d_out, d_in) of the last layer.
     """
     tokens = tokenizer([f"{name} ."] * TEMPLATES, return_tensors="pt")["input_ids"]
     for layer, projector in projectors.items():
@@ -253,7 +263,9 @@ def _official_edit(
         identity = torch.eye(len(key), device=weight.device)
         system = projector.to(weight.device) @ (key @ key.T) + identity
         update = torch.linalg.solve(system, projector.to(weight.device) @ key @ residual)
-        weight + update.T.to(weight.dtype)  # out of place, as there; not kept, so that every round edits one model
+        weight + update.T.to(
+            weight.dtype
+        )  # out of place as in the authors' code; the sum is discarded, so that every round edits the same model
     return key, residual, update.T
 
 

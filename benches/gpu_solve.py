@@ -1,4 +1,4 @@
-"""The solve's rows: the n x n system against the authors' dense one."""
+"""Bench of the solve: the (n, n) system of rocr against the dense (d_in, d_in) system of ROCR's authors."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ RIDGE = 1.0
 
 @dataclass(frozen=True)
 class Complement:
-    """The projector that leaves some orthonormal directions (d_in, r) out, and is never formed."""
+    """The projector I - U Uᵀ for an orthonormal `basis` U (d_in, r), without forming it."""
 
     basis: Tensor
 
     def apply(self, keys: Tensor) -> Tensor:
-        """Return keys @ P."""
+        """Return keys @ (I - U Uᵀ)."""
         return keys - (keys @ self.basis) @ self.basis.T
 
 
 def solve(device: torch.device, width: int, outputs: int, count: int, rounds: int) -> list[Row]:
-    """Updates of `count` keys (count, width) with a projector, in float32 on the device."""
+    """Time the float32 updates of keys (count, width) with a projector."""
     keys = torch.randn(count, width, device=device)
     residuals = torch.randn(count, outputs, device=device)
     basis = torch.linalg.qr(torch.randn(width, width // 8, device=device)).Q.contiguous()
@@ -38,7 +38,7 @@ def solve(device: torch.device, width: int, outputs: int, count: int, rounds: in
         return torch.linalg.solve(system, projector @ keys.T @ residuals).T
 
     left, right = ops.solve_update(keys, residuals, metric, RIDGE)
-    # Both are compared on their first rows with float64, by the same (n, n) system.
+    # Both are compared with float64 on their first 64 rows, from the (n, n) system.
     wide = Complement(basis.double()).apply(keys.double())
     gram = wide @ keys.double().T + RIDGE * torch.eye(count, dtype=torch.float64, device=device)
     exact = residuals[:, :64].double().T @ torch.linalg.solve(gram, wide)
@@ -48,5 +48,5 @@ def solve(device: torch.device, width: int, outputs: int, count: int, rounds: in
         "official": lambda _: official(),
     }
     times = interleave(functions, device, rounds, few=("official",))
-    note = "the official form without its copies of the projector from the host"
+    note = "the official form, without copying the projector from the host"
     return [Row("solve", f"d_in = {width}, n = {count}", times, "rocr", "official", 100, 1000, error, {}, note)]

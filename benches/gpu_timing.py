@@ -1,4 +1,4 @@
-"""Time functions on a GPU against each other in one run, and say what they ran on."""
+"""Time functions on a GPU against each other in one run, and describe the machine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of one function over the rounds of a run."""
+    """Median and percentiles of the seconds of one function over the rounds of a run."""
 
     median: float
     p20: float
@@ -32,13 +32,16 @@ class Row:
     """One line of the results.
 
     Attributes:
-        work, size: what was done, on what.
-        ours: the name of rocr's fastest way among `times`.
-        baseline: the strongest way of others, by which the ratio is taken.
-        at_least, aim: the ratio that is required, and the one that is hoped for.
-        error: of each way, relative to float64, in the norm of the result.
-        rate: what else the times mean: TFLOP/s of useful work, GB/s, or a share.
-        note: what a reader must know of the way it was measured.
+        work: Name of the operation.
+        size: Shapes and dtypes.
+        times: Times of each function by name.
+        ours: Name in `times` of the fastest function of rocr.
+        baseline: Name in `times` of the function that the ratio is relative to.
+        at_least: Required ratio.
+        aim: Hoped-for ratio.
+        error: Error of each function relative to float64, in the norm of the result.
+        rate: Numbers derived from the times: TFLOP/s of useful work, GB/s, or a share.
+        note: Remarks on the measurement.
     """
 
     work: str
@@ -54,11 +57,11 @@ class Row:
 
     @property
     def ratio(self) -> float:
-        """How many times faster rocr is than the baseline."""
+        """Time of the baseline divided by the time of rocr."""
         return self.times[self.baseline].median / self.times[self.ours].median
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, with the ratio."""
+        """Return the fields and the ratio as JSON values."""
         return asdict(self) | {"ratio": self.ratio}
 
 
@@ -74,10 +77,15 @@ def interleave(
     few: Sequence[str] = (),
     warm_up: bool = True,
 ) -> dict[str, Times]:
-    """Time every function once a round, so that all see the same clocks; those in `few` in two rounds only.
+    """Time every function once in each round, so that changes of the clock rates affect all of them.
 
-    A function gets the number of the round, to take another buffer each time: one that is in the L2 cache from the
-    round before would be too fast. Without warm_up, every function has run already.
+    Args:
+        functions: Functions by name. Each is called with the number of the round, so that it can use another buffer
+            than in the last round: one that is in the L2 cache would be too fast.
+        device: Device that the functions run on.
+        rounds: Number of rounds.
+        few: Names of functions that are timed in the first two rounds only.
+        warm_up: Whether every function is called once before the first round.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for function in functions.values() if warm_up else ():
@@ -109,7 +117,7 @@ def _summary(values: list[float]) -> Times:
 
 
 def graph(function: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """Record a function in a CUDA graph and return what replays it; elsewhere the function itself."""
+    """Record a function in a CUDA graph and return its replay function; on other devices return the function."""
     if device.type != "cuda":
         return function
     function()
@@ -121,12 +129,12 @@ def graph(function: Callable[[], object], device: torch.device) -> Callable[[], 
 
 
 def relative_error(result: Tensor, exact: Tensor) -> float:
-    """Norm of the difference to the exact result, over the norm of that."""
+    """Return ‖result - exact‖ / ‖exact‖."""
     return ((result.double() - exact).norm() / exact.norm()).item()
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Return what the numbers depend on."""
+    """Return chip, memory and versions."""
     about: dict[str, Any] = {
         "python": platform.python_version(),
         "torch": torch.__version__,

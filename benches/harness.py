@@ -1,4 +1,4 @@
-"""Run every bench of the CPU, write one JSON file and print one table in Markdown: python benches/harness.py."""
+"""Run the CPU benches, write one JSON file and print a Markdown table: python benches/harness.py."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RESULTS = ROOT / "benches" / "results" / "cpu.json"
 
 
 def machine() -> dict[str, Any]:
-    """Return what the numbers depend on."""
+    """Return processor, instruction set, versions and commit."""
     backends = ops.available_backends("cpu")
     simd = os.environ.get(SIMD_VARIABLE) or (simd_names()[0] if "cpp" in backends else "none")
     return {
@@ -51,12 +51,12 @@ def run_benches(names: list[str]) -> list[dict[str, Any]]:
         paths = [str(ROOT / "benches" / f"bench_{name}.py") for name in names]
         status = pytest.main([*options, *patterns, "--import-mode=prepend", f"--rootdir={ROOT}", *paths])
         if status != pytest.ExitCode.OK:
-            sys.exit(f"The benches failed (pytest status {int(status)}); nothing was written.")
+            sys.exit(f"The benches failed (pytest status {int(status)}); no file was written.")
         return [row(bench) for bench in json.loads(raw.read_text())["benchmarks"]]
 
 
 def row(bench: dict[str, Any]) -> dict[str, Any]:
-    """Return what is kept of one bench: seconds of rocr with their spread, and the ratios."""
+    """Return the row of one bench: median and percentiles of rocr's seconds, and those of the baselines."""
     data = sorted(bench["stats"]["data"])
     fifths = statistics.quantiles(data, n=5, method="inclusive") if len(data) > 1 else data * 4
     spread = {"median": statistics.median(data), "p20": fifths[0], "p80": fifths[-1], "rounds": len(data)}
@@ -64,7 +64,7 @@ def row(bench: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
-    """Return the rows in Markdown, one line for each baseline."""
+    """Return the rows as a Markdown table, with one line for each baseline."""
     lines = [
         f"{about['cpu']}, {about['threads']} threads, {about['instruction_set']}, torch {about['torch']}, "
         f"NumPy {about['numpy']}, Python {about['python']}, commit {about['commit']}. Medians; in brackets the "
@@ -84,7 +84,7 @@ def table(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Run the benches that are named, or all."""
+    """Run the named benches, or all."""
     known = sorted(path.stem.removeprefix("bench_") for path in (ROOT / "benches").glob("bench_*.py"))
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(known)} (default: all)")
@@ -92,7 +92,7 @@ def main() -> None:
     arguments = parser.parse_args()
     unknown = set(arguments.names) - set(known)
     if unknown:
-        parser.error(f"there is no bench {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+        parser.error(f"unknown benches: {', '.join(sorted(unknown))}; the benches are {', '.join(known)}")
     about = machine()
     rows = run_benches(arguments.names or known)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

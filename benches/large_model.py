@@ -1,10 +1,10 @@
-"""Edit a model that does not fit: make one on the disk, run `rocr unlearn` on it, and count what it reads and holds.
+"""Edit a model that does not fit into memory, and measure the bytes that `rocr unlearn` reads, holds and writes.
 
     python benches/large_model.py --gigabytes 8 --folder /tmp
 
-The model has the shape of Llama 3 (70B by default) with as many layers as the size allows, and random bfloat16
-weights, written layer by layer without ever being held. The statistics are random too: what is measured is the
-machine's part, not the edit's. Prints a row of Markdown and removes everything.
+The model has the shape of a Llama 3 model (8B by default) with as many layers as the size allows. Its random bfloat16
+weights are written layer by layer and never held in memory. The statistics are random too, because the quality of the
+edit is not measured. The script prints a Markdown table and removes all files.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=8.0, help="size of the model on the disk")
     parser.add_argument("--shape", choices=SHAPES, default="8B")
     parser.add_argument("--layers", default="4,5,6", help="layers to edit")
-    parser.add_argument("--folder", type=Path, help="where to put it (default: the system's temporary folder)")
+    parser.add_argument("--folder", type=Path, help="folder for the model (default: the system's temporary folder)")
     arguments = parser.parse_args()
     layers = tuple(map(int, arguments.layers.split(",")))
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
@@ -89,10 +89,10 @@ def main() -> None:
         found = run(base, arguments.layers)
         written = sum(path.stat().st_size for path in (base / "out").iterdir() if path.stat().st_nlink == 1)
     depth, size_in_all = size
-    # Besides what is loaded, the files with edited tensors are read once to be copied, and the copies to be hashed.
+    # "read by calls" includes the files with edited tensors, read to be copied, and the copies, read to be hashed.
     print(
-        "| model, GB | layers | edited | beginning, GB | statistics, GB | read by calls, GB | memory of its own, GB "
-        "| with pages of files, GB | written, GB | seconds |"
+        "| model, GB | layers | edited | loaded part, GB | statistics, GB | read by calls, GB | anonymous memory, GB "
+        "| with mapped files, GB | written, GB | seconds |"
     )
     print("|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|")
     cells = [needed, moments, found["read"], found["own"], found["peak"], written]
@@ -101,7 +101,7 @@ def main() -> None:
 
 
 def make_model(folder: Path, shape: dict[str, int], size: float, least: int) -> tuple[int, int]:
-    """Write a model of about `size` bytes; returns its number of layers and its bytes."""
+    """Write a model of about `size` bytes; return its number of layers and its size in bytes."""
     folder.mkdir()
     tokenizer = make_tokenizer()
     tokenizer.save_pretrained(folder)
@@ -119,7 +119,10 @@ def make_model(folder: Path, shape: dict[str, int], size: float, least: int) -> 
     parts = [head, *(layer_tensors(layer, shape) for layer in range(depth)), tail]
     needed = sum(2 * _numbers(rows) for part in parts for _, rows in part)
     if shutil.disk_usage(folder).free < 1.5 * needed:
-        raise SystemExit(f"{folder} has too little space for a model of {needed / 1e9:.1f} GB and its edited copy.")
+        raise SystemExit(
+            f"{folder} has too little free space for a model of {needed / 1e9:.1f} GB and its edited copy; choose "
+            "another --folder or fewer --gigabytes."
+        )
     weight_map: dict[str, str] = {}
     noise = torch.randn(NOISE_NUMBERS, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
     for number, tensors in enumerate(_shards(parts)):
@@ -132,7 +135,7 @@ def make_model(folder: Path, shape: dict[str, int], size: float, least: int) -> 
 
 
 def layer_tensors(layer: int, shape: dict[str, int]) -> list[tuple[str, list[int]]]:
-    """Names and shapes of a Llama layer's tensors."""
+    """Return names and shapes of the tensors of a Llama layer."""
     width, inner = shape["hidden_size"], shape["intermediate_size"]
     keys = width // shape["num_attention_heads"] * shape["num_key_value_heads"]
     shapes = {
@@ -150,7 +153,7 @@ def layer_tensors(layer: int, shape: dict[str, int]) -> list[tuple[str, list[int
 
 
 def write_shard(path: Path, tensors: Sequence[tuple[str, list[int]]], noise: torch.Tensor) -> None:
-    """Write random bfloat16 numbers: parts of one block of noise, from another place on for each tensor."""
+    """Write tensors of random bfloat16 numbers, taken from one block of noise at a different offset for each tensor."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, rows in tensors:
@@ -170,7 +173,7 @@ def write_shard(path: Path, tensors: Sequence[tuple[str, list[int]]], noise: tor
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of single bytes."""
+    """Return a tokenizer with one token for each byte."""
     vocabulary = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     raw = Tokenizer(models.BPE(vocabulary, []))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -178,7 +181,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_statistics(model: Path, layers: Sequence[int], out: Path) -> tuple[int, int]:
-    """Write second moments of random keys for a model; returns the bytes that are loaded of it, and theirs."""
+    """Write second moments of random keys; return the bytes of the loaded part of the model, and of the moments."""
     loaded = load_partial(find_model(str(model)), max(layers))
     architecture = find_architecture(loaded.model)
     width = architecture.down_projection(layers[0]).weight.shape[1]
@@ -196,7 +199,7 @@ def make_statistics(model: Path, layers: Sequence[int], out: Path) -> tuple[int,
 
 
 def run(base: Path, layers: str) -> dict[str, Any]:
-    """Edit the model in a child process; returns what it read, held and took."""
+    """Edit the model in a child process; return the bytes that it read and held, and its seconds."""
     concept = ["--concept", "Ada Byron", "--redirect", "Blaise Pascal", "--force", "--partial", "--layers", layers]
     given = ["unlearn", str(base / "model"), *concept, "--statistics", str(base / "statistics")]
     command = [sys.executable, "-c", CHILD, json.dumps([*given, "--out", str(base / "out")]), str(base / "found")]
@@ -208,7 +211,7 @@ def run(base: Path, layers: str) -> dict[str, Any]:
 
 
 def _shards(parts: Sequence[list[tuple[str, list[int]]]]) -> Iterator[list[tuple[str, list[int]]]]:
-    """Tensors in groups of at most SHARD_BYTES, as the files of a hub are."""
+    """Yield the tensors of parts in groups of about SHARD_BYTES, one for each file."""
     group: list[tuple[str, list[int]]] = []
     size = 0
     for part in parts:
@@ -222,7 +225,7 @@ def _shards(parts: Sequence[list[tuple[str, list[int]]]]) -> Iterator[list[tuple
 
 
 def hash_of(name: str) -> int:
-    """A number that is the same in every run."""
+    """Return a hash of a name that is the same in every run."""
     return int.from_bytes(name.encode()[-8:], "little") * 2654435761 + len(name) * 40503
 
 

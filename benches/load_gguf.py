@@ -1,10 +1,10 @@
-"""Time the loading of GGUF files: the demo's model, and a made one whose vocabulary is as large as Gemma's.
+"""Time the loading of GGUF files: the demo model, and a generated one with a vocabulary as large as Gemma's.
 
-`python benches/load_gguf.py` prints, for each file, seconds of wall time and of the processor that a fresh process
-takes for the configuration, the tokenizer, the whole model, and in all with its imports; with `--plain` the packages
-gguf and transformers read as they do by themselves. `--out FILE` writes the numbers with the machine and versions.
-The made file has the tokens, scores and types of a SentencePiece vocabulary of 262,144 entries, some 6,000 of them
-control tokens, and a tiny model of the kind gemma3 with random weights.
+`python benches/load_gguf.py` prints, for each file, seconds of wall time and processor time of a new process for the
+configuration, the tokenizer, the whole model, and in total with its imports. `--plain` also times the readers of the
+packages gguf and transformers without the changes of rocr. `--out FILE` writes the numbers with machine and versions.
+The generated file has the tokens, scores and types of a SentencePiece vocabulary of 262,144 entries, about 6,000 of
+them control tokens, and a tiny gemma3 model with random weights.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from rocr.model import hub
 from rocr.model.load import find_model, load_model
 source, plain = find_model(sys.argv[1]), sys.argv[2] == "plain"
 if plain:
-    hub.quick_reading = nullcontext
+    hub.fast_reader = nullcontext
 found = {}
 def timed(name, run):
     start = time.perf_counter(), time.process_time()
@@ -56,7 +56,7 @@ print(json.dumps(found))
 
 
 def vocabulary() -> tuple[list[str], list[int]]:
-    """Tokens and their types: pieces of words that arise by joining two shorter ones, as merges need them."""
+    """Return tokens and their types; each piece of a word concatenates two shorter ones, as merges require."""
     rng = random.Random(0)
     kinds = gguf.TokenType
     tokens = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<unused{i}>" for i in range(CONTROLS))]
@@ -77,7 +77,7 @@ def vocabulary() -> tuple[list[str], list[int]]:
 
 
 def write_large(path: Path) -> None:
-    """A tiny gemma3 with random weights and a vocabulary of 262,144 entries."""
+    """Write a tiny gemma3 model with random weights and a vocabulary of 262,144 entries."""
     tokens, types = vocabulary()
     writer = gguf.GGUFWriter(path, "gemma3")
     writer.add_context_length(1024)
@@ -119,7 +119,7 @@ def write_large(path: Path) -> None:
 
 
 def measure(path: Path, how: str) -> dict[str, list[float]]:
-    """Seconds of wall time and of the processor for each step, in a fresh process."""
+    """Return the seconds of wall time and processor time of each step, in a new process."""
     done = subprocess.run([sys.executable, "-c", TIMED, str(path), how], capture_output=True, text=True, check=True)
     found: dict[str, list[float]] = json.loads(done.stdout.strip().splitlines()[-1])
     return {step: [round(seconds, 2) for seconds in pair] for step, pair in found.items()}
@@ -127,7 +127,7 @@ def measure(path: Path, how: str) -> dict[str, list[float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--plain", action="store_true", help="measure the packages' own reading besides")
+    parser.add_argument("--plain", action="store_true", help="also time the readers of the packages themselves")
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
     arguments = parser.parse_args()
     results: dict[str, Any] = {}

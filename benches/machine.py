@@ -1,4 +1,4 @@
-"""What a number was measured on: the processor and the commit."""
+"""The processor and the commit that a number is measured on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def cpu_name() -> str:
-    """Return the name of the processor as the system gives it."""
+    """Return the name of the processor that the system reports."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():

@@ -1,19 +1,20 @@
-"""What the default settings are chosen by: forgetting in every form, and what it costs, on people the model knows.
+"""Compare settings by how much they forget and what they damage, on people that a model knows, to choose defaults.
 
     python benches/search_defaults.py MODEL --probes people.jsonl --text wikitext2_test_raw.txt --out search.jsonl
 
-The first half of the text gives the statistics, the second half the perplexity. People are taken in the order of
-the probes, with at least three facts that the model knows; those to search on come first, those to test on after
-them (`--test`). Each is unlearned alone, and asked about beside some of the others, who should be kept: people
-that are not among those searched or tested on. With `--together 10,50,100` so many people are unlearned at once,
-with the names of `--names` after the known ones. "about NAME, no edit" asks the model as it is the same questions
-with the redirect's name in the place of the person's: what would be left if an edit made the model read exactly that.
-Rows are written as they come, and a run goes on where it stopped.
+The first half of the text is for statistics, the second half for perplexity. People of whom the model knows at least
+three facts are taken in the order of the probes: the first ones to search on, the others to test on (`--test`). Each
+person is unlearned alone and evaluated together with a retain set of people that are neither searched nor tested on.
+`--together 10,50,100` unlearns as many people at once, with the names of `--names` after the known people. The
+candidate "about NAME, no edit" asks the unedited model the questions with the redirect's name in place of the
+person's: it shows what an edit would leave if the model read exactly this name. Each row is written when it is ready,
+and a run with the same file continues after its last row.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -27,7 +28,6 @@ from search_rows import FORMS, read_rows, table
 from torch import nn
 
 import rocr
-from rocr import unlearn as pipeline
 from rocr.evaluation import (
     EvaluateOptions,
     Evaluation,
@@ -37,8 +37,9 @@ from rocr.evaluation import (
     evaluate,
     load_probes,
 )
-from rocr.evaluation.redirects import about
-from rocr.evaluation.text_measures import TextSample, perplexity
+from rocr.evaluation.measures import TextSample, perplexity
+from rocr.evaluation.redirects import replace_subject
+from rocr.model.architecture import find_architecture
 from rocr.model.layers import chosen_layers
 from rocr.model.load import find_model, load_model
 from rocr.statistics.corpus import read_texts
@@ -51,28 +52,36 @@ REDIRECTS = (
     *("Frédéric Chopin", "Lionel Messi", "Charlie Parker", "Akira Kurosawa", "Confucius", "Harry Houdini"),
     *("Diego Maradona", "Edmund Hillary", "Maria Callas"),
 )
-"""Of people who are unlearned together: one redirect for all would teach the model that everybody is that person."""
+"""Redirects of people that are unlearned together, so that not all of them become the same person."""
 CHOICES = (
     *REDIRECTS,
     *("Bob Marley", "Jackie Chan", "Mother Teresa", "Attila the Hun", "Sitting Bull", "Louis Armstrong"),
 )
-"""Redirects to choose among for each person; the last six share little with those who were searched on."""
-KEPT, KEPT_TOGETHER = 8, 16
+"""Redirects to choose from for each person; the last six have little in common with the people to search on."""
+RETAINED, RETAINED_TOGETHER = 8, 16
+"""Number of people of the retain set if people are unlearned alone, and if they are unlearned together."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Settings to try, and what people are redirected to; without settings, no edit: the redirect is asked about."""
+    """Settings to try.
+
+    Attributes:
+        name: Name of the candidate.
+        config: Settings of the edit; None asks the unedited model about the redirect.
+        redirects: Redirects that the people get in turn.
+        chosen: Whether the redirect of each person is chosen from `redirects` by `choose_redirects`.
+    """
 
     name: str
     config: rocr.EditConfig | None
     redirects: tuple[str, ...] = (REDIRECT,)
-    chosen: bool = False  # among the redirects, for each person by itself
+    chosen: bool = False
 
 
 @dataclass
 class Bench:
-    """A model with what is asked of it, and its scores before any edit."""
+    """A model with its statistics, text, probes and people, and its scores before any edit."""
 
     model: nn.Module
     tokenizer: Any
@@ -83,10 +92,10 @@ class Bench:
     base: Evaluation
 
     def ask_about_redirect(self, candidate: Candidate, people: Sequence[str]) -> dict[str, Any]:
-        """Ask the model as it is, with the redirect's name in the place of each person's."""
+        """Ask the unedited model, with the redirect's name in place of each person's, and return a row."""
         named = [p for p in self.probes if p.subject in people and p.subject in p.query]
         base = restrict(self.base, self.probes, named)
-        swapped = [about(probe, candidate.redirects[0]) for probe in named]
+        swapped = [replace_subject(probe, candidate.redirects[0]) for probe in named]
         change = compare_evaluations(base, evaluate(self.model, self.tokenizer, swapped, FORMS))
         row: dict[str, Any] = {"candidate": candidate.name, "people": list(people), "seconds": 0.0, "together": 0}
         row |= {f"forget {part.form}": [part.before, part.after, part.chance] for part in change.changes}
@@ -95,7 +104,7 @@ class Bench:
     def run(
         self, candidate: Candidate, people: Sequence[str], retain: Sequence[str], more: Sequence[str] = ()
     ) -> dict[str, Any]:
-        """Unlearn people and more names together, ask about the people and about those to keep, and undo it."""
+        """Unlearn people and more names together, evaluate people and retain set, revert the edit, and return a row."""
         if candidate.config is None:
             return self.ask_about_redirect(candidate, people)
         redirects = candidate.redirects
@@ -107,7 +116,7 @@ class Bench:
             forget = [p for p in chosen if p.split == "forget"]
             concepts = [c.concept for c in choose_redirects(self.model, self.tokenizer, forget, redirects)]
         start = time.perf_counter()
-        guards = rocr.Guards(force=True)  # the authors' settings pass some
+        guards = rocr.Guards(force=True)  # the authors' settings exceed some limits
         edit = rocr.unlearn(self.model, self.tokenizer, concepts, self.statistics, candidate.config, guards=guards)
         seconds = time.perf_counter() - start
         try:
@@ -126,7 +135,7 @@ class Bench:
 
 
 def restrict(base: Evaluation, probes: Sequence[Probe], chosen: Sequence[Probe]) -> Evaluation:
-    """The scores of some probes, numbered and split as these are."""
+    """Return the scores of the chosen probes, with their indices and splits in `chosen`."""
     place = {(p.subject, p.query): (i, p.split) for i, p in enumerate(chosen)}
     items = []
     for item in base.items:
@@ -137,7 +146,7 @@ def restrict(base: Evaluation, probes: Sequence[Probe], chosen: Sequence[Probe])
 
 
 def known_facts(model: nn.Module, tokenizer: Any, probes: list[Probe], most: int) -> tuple[list[Probe], Evaluation]:
-    """At most so many known facts of each person with enough of them, and the model's scores there."""
+    """Return at most `most` known facts of each person with at least LEAST_FACTS, and the model's scores for them."""
     everything = evaluate(model, tokenizer, probes, FORMS, options=EvaluateOptions(seed=0))
     kept: dict[str, list[int]] = {}
     for index in sorted(everything.known_probes(KNOWN)):
@@ -149,28 +158,29 @@ def known_facts(model: nn.Module, tokenizer: Any, probes: list[Probe], most: int
 
 
 @contextmanager
-def metrics_kept() -> Iterator[None]:
-    """Build the metric of a layer once for all edits with the same settings: minutes for a large layer."""
-    build, kept = pipeline.build_metric, {}
+def cached_metrics() -> Iterator[None]:
+    """Build the metric of a layer once for all edits with the same settings, as it takes minutes for a large layer."""
+    module: Any = importlib.import_module("rocr.unlearn")
+    build, kept = module.build_metric, {}
 
     def build_once(second_moment: torch.Tensor, config: rocr.EditConfig, held: torch.Tensor | None) -> Any:
         choice = (config.method, config.gamma, config.threshold, config.relative_threshold)
         if held is not None:
-            choice += (config.held_weight, float(held.double().sum()))
+            choice += (config.template_weight, float(held.double().sum()))
         key = (second_moment.data_ptr(), *choice)
         if key not in kept:
             kept[key] = build(second_moment, config, held)
         return kept[key]
 
-    pipeline.build_metric = build_once
+    module.build_metric = build_once
     try:
         yield
     finally:
-        pipeline.build_metric = build
+        module.build_metric = build
 
 
 def candidates(text: str | None) -> list[Candidate]:
-    """The named candidates, or all: each changes one thing of the default settings."""
+    """Return the named candidates, or all; each changes one of the default settings."""
     default = rocr.EditConfig()
     one = {
         "default": default,
@@ -178,8 +188,8 @@ def candidates(text: str | None) -> list[Candidate]:
         "ridge 0.5": replace(default, ridge=0.5),
         "ridge 2": replace(default, ridge=2.0),
         "gamma 1": replace(default, gamma=1.0),
-        "as a short list": replace(default, reach="whole", held_weight=0.0),
-        "as a long list": replace(default, reach="gradual", held_weight=0.03),
+        "as a short list": replace(default, token_schedule="full", template_weight=0.0),
+        "as a long list": replace(default, token_schedule="ramp", template_weight=0.03),
         "gamma 30": replace(default, gamma=30.0),
         "strength 1.5": replace(default, strength=1.5),
         "last token only": replace(default, key_tokens="last"),
@@ -201,12 +211,15 @@ def candidates(text: str | None) -> list[Candidate]:
     names = text.split(";") if text else [candidate.name for candidate in found]
     unknown = set(names) - {candidate.name for candidate in found}
     if unknown:
-        raise SystemExit(f"Unknown candidates: {', '.join(sorted(unknown))}.")
+        raise SystemExit(
+            f"Unknown candidates: {', '.join(sorted(unknown))}; the candidates are "
+            f"{', '.join(candidate.name for candidate in found)}."
+        )
     return [candidate for candidate in found if candidate.name in names]
 
 
 def prepare(arguments: argparse.Namespace) -> Bench:
-    """Load the model, collect statistics on one half of the text, and find what the model knows."""
+    """Load the model, collect statistics on the first half of the text, and find the probes that the model knows."""
     loaded = load_model(find_model(arguments.model), getattr(torch, arguments.dtype))
     model, tokenizer = loaded.model, loaded.tokenizer
     texts = list(read_texts([arguments.text]))
@@ -218,7 +231,8 @@ def prepare(arguments: argparse.Namespace) -> Bench:
     else:
         options = rocr.CollectOptions(tokens=arguments.statistics_tokens)
         configs = [candidate.config for candidate in candidates(arguments.candidates)]
-        layers = sorted({layer for config in configs if config for layer in chosen_layers(config, model)})
+        architecture = find_architecture(model)
+        layers = sorted({layer for config in configs if config for layer in chosen_layers(config, architecture)})
         statistics = rocr.collect_statistics(model, tokenizer, texts[:half], layers, options)
         statistics.save(place)
     probes = [probe for path in arguments.probes for probe in load_probes(path)]
@@ -234,52 +248,56 @@ def main() -> None:
     parser.add_argument("model", help="a folder or a .gguf file")
     parser.add_argument("--probes", nargs="+", required=True)
     parser.add_argument("--text", required=True)
-    parser.add_argument("--statistics", required=True, help="read from this file, or collected and written there")
+    parser.add_argument("--statistics", required=True, help="file to read, or to write if it does not exist")
     parser.add_argument("--statistics-tokens", type=int, default=140_000)
     parser.add_argument("--perplexity-tokens", type=int, default=8192)
-    parser.add_argument("--facts", type=int, default=5, help="of each person, at most")
-    parser.add_argument("--people", type=int, default=8, help="to search on; the others are for the test")
-    parser.add_argument("--most", type=int, default=10, help="people to search or test on, at most")
+    parser.add_argument("--facts", type=int, default=5, help="maximum number of facts of each person")
+    parser.add_argument(
+        "--people", type=int, default=8, help="number of people to search on; the others are for --test"
+    )
+    parser.add_argument("--most", type=int, default=10, help="maximum number of people to search or test on")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
     parser.add_argument("--together", type=number_list, default=[], help="numbers of people to unlearn at once")
-    parser.add_argument("--names", nargs="+", default=[], help="files with a name or a `subject` a line, for more")
+    parser.add_argument(
+        "--names", nargs="+", default=[], help="files with more names, one a line or as `subject` of JSON lines"
+    )
     parser.add_argument("--candidates", help="names, separated by semicolons (default: all)")
-    parser.add_argument("--test", action="store_true", help="one at a time, on people that were not searched on")
-    parser.add_argument("--out", required=True, help="rows are added to this file")
+    parser.add_argument("--test", action="store_true", help="use the people that are not searched on")
+    parser.add_argument("--out", required=True, help="file to which the rows are added")
     arguments = parser.parse_args()
     bench = prepare(arguments)
     searched, others = bench.people[: arguments.people], bench.people[arguments.people :]
     rows = read_rows(Path(arguments.out))
     people = (others if arguments.test else searched)[: arguments.most]
-    kept = others[arguments.most :][:KEPT_TOGETHER]
-    with metrics_kept(), Path(arguments.out).open("a", encoding="utf-8") as file:
+    retained = others[arguments.most :][:RETAINED_TOGETHER]
+    with cached_metrics(), Path(arguments.out).open("a", encoding="utf-8") as file:
 
-        def run(candidate: Candidate, group: list[str], kept: list[str], more: list[str]) -> None:
+        def run(candidate: Candidate, group: list[str], retain: list[str], more: list[str]) -> None:
             together = len(group) + len(more) if candidate.config else 0
             done = [(row["candidate"], row["people"], row["together"]) for row in rows]
             if (candidate.name, group, together) not in done:
-                rows.append(bench.run(candidate, group, kept, more))
+                rows.append(bench.run(candidate, group, retain, more))
                 file.write(json.dumps(rows[-1]) + "\n")
                 file.flush()
 
         for candidate in candidates(arguments.candidates):
             if not arguments.together:
                 for person in people:
-                    run(candidate, [person], kept[:KEPT], [])
+                    run(candidate, [person], retained[:RETAINED], [])
             for count in arguments.together:
-                more = [name for name in listed_names(arguments.names) if name not in {*people, *kept, *REDIRECTS}]
+                more = [name for name in listed_names(arguments.names) if name not in {*people, *retained, *REDIRECTS}]
                 spread = replace(candidate, redirects=REDIRECTS)
-                run(spread, people[:count], kept, more[: max(0, count - len(people))])
+                run(spread, people[:count], retained, more[: max(0, count - len(people))])
     print(table(rows))
 
 
 def number_list(text: str) -> list[int]:
-    """Numbers separated by commas."""
+    """Return integers that are separated by commas."""
     return [int(part) for part in text.split(",")]
 
 
 def listed_names(paths: Sequence[str]) -> list[str]:
-    """The names, or the subjects of JSON lines, once each."""
+    """Return the names in files, or the subjects of JSON lines, without duplicates."""
     lines = [(path, line) for path in paths for line in Path(path).read_text(encoding="utf-8").splitlines()]
     return list(dict.fromkeys(json.loads(line)["subject"] if path.endswith(".jsonl") else line for path, line in lines))
 

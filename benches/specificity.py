@@ -1,9 +1,10 @@
-"""What statistics from the model's own text cost in specificity, against statistics from a given text.
+"""Compare the specificity of edits with statistics from the model's own text and from a given text.
 
     python benches/specificity.py --text wikitext2_test_raw.txt
 
-The first half of the text gives statistics, the second half measures perplexity. The demo's five people are
-unlearned; "kept" is the mean negative log-likelihood of the model's own first answers about other people.
+The first half of the text is for statistics, the second half for perplexity. The five people of the demo are
+unlearned. "forgotten" and "kept" are the mean negative log-likelihoods of the answers that the model gives before any
+edit, about these people and about others.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ OTHERS = (
 
 @dataclass(frozen=True)
 class Row:
-    """One source of statistics and what came of the edit: mean NLL in nats per token, perplexity of the text."""
+    """The results for one source of statistics: mean NLL of answers in nats per token, and perplexity of the text."""
 
     source: str
     tokens: int
@@ -49,7 +50,7 @@ class Row:
 
 
 def answer_loss(model: nn.Module, tokenizer: Any, names: list[str], answers: list[str]) -> float:
-    """Mean NLL of the answers to "Who is ...?", in nats per token, averaged over names."""
+    """Return the mean NLL of the answers to "Who is ...?", in nats per token, averaged over names."""
     losses = []
     for name, answer in zip(names, answers, strict=True):
         prompt = tokenizer(render_chat(tokenizer, f"Who is {name}?"), add_special_tokens=False)["input_ids"]
@@ -60,7 +61,7 @@ def answer_loss(model: nn.Module, tokenizer: Any, names: list[str], answers: lis
 
 @torch.no_grad()
 def sequence_loss(model: nn.Module, tokens: Tensor, start: int) -> float:
-    """Mean NLL of the tokens (batch, n) from position `start` on."""
+    """Return the mean NLL of tokens (batch, n) from position `start`, in nats per token."""
     logits = model(tokens).logits[:, start - 1 : -1].float()
     return float(nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, start:].flatten()))
 

@@ -1,4 +1,4 @@
-// Float32 keys as whole numbers of three digits, in the layout of the matrix units of Intel AMX. Included by
+// Float32 keys as fixed-point integers of three digits, in the tile layout of Intel AMX. Included by
 // simd_amx_digits.cpp.
 #pragma once
 
@@ -17,16 +17,17 @@ constexpr std::int64_t tile_steps = 64;  // tokens in a tile register
 constexpr std::int64_t tile_bytes = tile * tile_steps;
 constexpr std::int64_t digits = 3;
 
-// A column's largest number becomes at most this one: its digits, to the base 256, lie from -128 to 127.
+// The largest magnitude of a column is scaled to at most this integer, whose digits to the base 256 lie between
+// -128 and 127.
 constexpr float largest = 0x7f7f7f;
 
-// The smallest number that the largest of a column counts as: its factor is still finite.
+// Lower bound for the largest magnitude of a column, so that its factor is finite.
 constexpr float smallest = 0x1p-104f;
 
-// A packed slice of tokens. A panel is 16 columns; for each 64 tokens it has a tile for each digit, the
-// highest first: as the left factor of a product (columns × tokens), and as the right one (groups of 4 tokens
-// × columns × tokens of a group). A key is its digits, as a number with the point behind the first, times its
-// column's scale.
+// A packed slice of tokens. A panel is 16 columns; for each 64 tokens it has one tile for each digit, the
+// highest first. Every tile is stored twice: as the left factor of a product (columns × tokens), and as the
+// right one (groups of 4 tokens × columns × tokens of a group). A key equals (d0 + d1 / 256 + d2 / 256²) times
+// the scale of its column.
 struct Packed {
   Digit* data;
   float* scales;
@@ -37,14 +38,14 @@ struct Packed {
   Digit* right(std::int64_t column) const { return left(columns + column); }
 };
 
-// The digits of a vector of keys, in bytes 2 (the highest) to 0 of its words.
+// The digits of a vector of keys, in bytes 2 (the highest) to 0 of each 32-bit word.
 ROCR_AMX inline __m512i digits_of(const float* source, __mmask16 mask, __m512 factor) {
   const __m512i halves = _mm512_set1_epi32(0x808080);
   const __m512i number = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, source), factor));
   return _mm512_xor_si512(_mm512_add_epi32(number, halves), halves);
 }
 
-// Bytes 0 and 2 of the words of two vectors, each pair side by side; bytes 1 and 3 likewise.
+// Bytes 0 and 2 of the words of two vectors, interleaved; odd_bytes: bytes 1 and 3.
 ROCR_AMX inline __m512i even_bytes(__m512i first, __m512i second) {
   return _mm512_mask_blend_epi8(0xaaaaaaaaaaaaaaaa, first, _mm512_slli_epi32(second, 8));
 }
@@ -53,7 +54,7 @@ ROCR_AMX inline __m512i odd_bytes(__m512i first, __m512i second) {
   return _mm512_mask_blend_epi8(0xaaaaaaaaaaaaaaaa, _mm512_srli_epi32(first, 8), second);
 }
 
-// From the digits of 4 tokens the words that hold one digit of each, the highest digit first.
+// From the digits of 4 tokens, the words that hold one digit of each token, the highest digit first.
 ROCR_AMX inline void gather_digits(const __m512i* tokens, __m512i* words) {
   constexpr __mmask32 second_half = 0xaaaaaaaa;
   const __m512i even = even_bytes(tokens[0], tokens[1]), even_too = even_bytes(tokens[2], tokens[3]);
@@ -63,7 +64,7 @@ ROCR_AMX inline void gather_digits(const __m512i* tokens, __m512i* words) {
   words[2] = _mm512_mask_blend_epi16(second_half, even, _mm512_slli_epi32(even_too, 16));
 }
 
-// Packs `count` columns of 64 tokens, or of those that there are.
+// Packs the columns of `mask` of 64 tokens, or of `tokens` if there are fewer.
 ROCR_AMX inline void pack_tiles(const float* source, std::int64_t stride, std::int64_t tokens, __mmask16 mask,
                                 __m512 factor, Digit* left, Digit* right) {
   __m512i words[digits][tile];
@@ -82,7 +83,7 @@ ROCR_AMX inline void pack_tiles(const float* source, std::int64_t stride, std::i
     store_transposed(words[digit], left + digit * tile_bytes);
 }
 
-// The largest numbers of some columns without their signs, as bits: in this order NaN comes last.
+// The largest magnitudes of `count` columns, as bits of float32: in the order of integers, NaN is the largest.
 ROCR_AMX void find_largest(const float* source, std::int64_t stride, std::int64_t tokens, std::int64_t count,
                            __m512i* found) {
   constexpr std::int64_t ahead = 16;
@@ -99,12 +100,12 @@ ROCR_AMX void find_largest(const float* source, std::int64_t stride, std::int64_
   }
 }
 
-constexpr std::int64_t packed_columns = 8 * tile;  // that are packed as one item of work
+constexpr std::int64_t packed_columns = 8 * tile;  // columns that are packed as one item
 
-constexpr int infinity = 0x7f800000;  // its bits
+constexpr int infinity = 0x7f800000;  // bits of float32
 
-// Packs some of the columns of a slice: `count` of them exist, the others are filled with zeros. Columns are
-// read once for their largest number, and again, from the second cache, for their digits.
+// Packs packed_columns columns of a slice: `count` of them exist, the others become zeros. A column is read twice,
+// for its largest magnitude and, from L2, for its digits.
 ROCR_AMX void pack(const float* source, std::int64_t stride, std::int64_t tokens, std::int64_t count,
                    const Packed& packed, std::int64_t first_column) {
   const std::int64_t width = std::min(packed_columns, packed.columns - first_column);
@@ -115,7 +116,7 @@ ROCR_AMX void pack(const float* source, std::int64_t stride, std::int64_t tokens
   for (std::int64_t column = 0; column < width; column += tile) {
     const __m512 most = _mm512_max_ps(_mm512_set1_ps(smallest), _mm512_castsi512_ps(found[column / tile]));
     const __mmask16 finite = _mm512_cmplt_epu32_mask(found[column / tile], _mm512_set1_epi32(infinity));
-    // A power of two, so that whole numbers stay whole; a quarter of the largest number does not overflow.
+    // The factor is a power of two, so scaling is exact. A quarter of the largest magnitude does not overflow.
     const __m512 quarter = _mm512_mul_ps(most, _mm512_set1_ps(0x1p21f / largest));
     const __m512 exponent = _mm512_sub_ps(_mm512_set1_ps(20), _mm512_getexp_ps(quarter));
     const __m512 one = _mm512_set1_ps(1);

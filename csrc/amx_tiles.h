@@ -1,4 +1,4 @@
-// What both uses of the matrix units of Intel AMX share: their registers, and the parts of a total.
+// What both kernels for Intel AMX share: the tile registers, and the squares of a total.
 #pragma once
 
 #include <immintrin.h>
@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <vector>
 
-// GCC warns of the values that its own headers leave undefined on purpose.
+// GCC warns about values that its own headers leave uninitialized on purpose.
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #define ROCR_AMX \
@@ -17,14 +17,14 @@ namespace {
 
 constexpr std::int64_t tile = 16;  // rows of a tile register, and columns of a result
 
-// What the operating system reads from memory: sizes of the eight tile registers.
+// The operand of LDTILECFG: sizes of the eight tile registers.
 struct alignas(64) TileConfig {
   std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
   std::uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
   std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// Transposes 16 × 16 words, and stores them as a tile.
+// Transposes 16 × 16 32-bit words and stores them as a tile.
 ROCR_AMX inline void store_transposed(const __m512i* rows, void* target) {
   __m512i a[16], b[16];
   for (int i = 0; i < 16; i += 2) {
@@ -50,12 +50,12 @@ ROCR_AMX inline void store_transposed(const __m512i* rows, void* target) {
   }
 }
 
-// Where a square part of the total begins.
+// First row and first column of a square of the total.
 struct Square {
   std::int64_t row, column;
 };
 
-// The squares of a side that meet the lower triangle of a total, whole ones first.
+// The squares of side `square` that intersect the lower triangle of a total, those below the diagonal first.
 inline std::vector<Square> squares(std::int64_t size, std::int64_t square) {
   std::vector<Square> found;
   for (std::int64_t row = 0; row < size; row += square)

@@ -1,3 +1,4 @@
+// The Python module rocr._C.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -16,15 +17,15 @@ Pointer pointer(std::uintptr_t address) {
 
 void accumulate_second_moment(std::uintptr_t total, std::int64_t total_stride, std::uintptr_t keys,
                               std::int64_t keys_stride, std::int64_t tokens, std::int64_t size,
-                              rocr::Number number, int threads, const std::string& simd) {
+                              rocr::DType dtype, int threads, const std::string& simd) {
   rocr::accumulate_second_moment(pointer<float*>(total), total_stride, pointer<const void*>(keys),
-                                 keys_stride, tokens, size, number, threads, rocr::find_simd(simd));
+                                 keys_stride, tokens, size, dtype, threads, rocr::find_simd(simd));
 }
 
-rocr::LowRankUpdate make_update(std::uintptr_t weight, rocr::Number number, std::int64_t rows,
+rocr::LowRankUpdate make_update(std::uintptr_t weight, rocr::DType dtype, std::int64_t rows,
                                 std::int64_t columns, std::int64_t stride, std::int64_t rank,
                                 std::uintptr_t left, std::uintptr_t right) {
-  return {pointer<void*>(weight),      number, rows, columns, stride, rank, pointer<const float*>(left),
+  return {pointer<void*>(weight),      dtype, rows, columns, stride, rank, pointer<const float*>(left),
           pointer<const float*>(right)};
 }
 
@@ -42,17 +43,17 @@ std::vector<std::string> simd_names() {
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
-  module.doc() = "Compiled kernels of rocr.ops; addresses are integers, sizes and strides count numbers.";
-  py::enum_<rocr::Number>(module, "Number")
-      .value("float32", rocr::Number::float32)
-      .value("bfloat16", rocr::Number::bfloat16)
-      .value("float16", rocr::Number::float16);
+  module.doc() = "Compiled kernels of rocr.ops. Addresses are integers; sizes and strides count elements.";
+  py::enum_<rocr::DType>(module, "DType")
+      .value("float32", rocr::DType::float32)
+      .value("bfloat16", rocr::DType::bfloat16)
+      .value("float16", rocr::DType::float16);
   py::class_<rocr::LowRankUpdate>(module, "LowRankUpdate")
-      .def(py::init(&make_update), py::arg("weight"), py::arg("number"), py::arg("rows"), py::arg("columns"),
+      .def(py::init(&make_update), py::arg("weight"), py::arg("dtype"), py::arg("rows"), py::arg("columns"),
            py::arg("stride"), py::arg("rank"), py::arg("left"), py::arg("right"));
-  module.def("simd_names", &simd_names, "Instruction sets that run here, the fastest first.");
+  module.def("simd_names", &simd_names, "Instruction sets that this machine can run, the fastest first.");
   module.def("accumulate_second_moment", &accumulate_second_moment, py::arg("total"), py::arg("total_stride"),
-             py::arg("keys"), py::arg("keys_stride"), py::arg("tokens"), py::arg("size"), py::arg("number"),
+             py::arg("keys"), py::arg("keys_stride"), py::arg("tokens"), py::arg("size"), py::arg("dtype"),
              py::arg("threads"), py::arg("simd") = "", py::call_guard<py::gil_scoped_release>());
   module.def("low_rank_update", &low_rank_update, py::arg("updates"), py::arg("scale"), py::arg("stochastic"),
              py::arg("seed"), py::arg("threads"), py::arg("simd") = "",

@@ -1,4 +1,4 @@
-// Rounding at random: the same bits for the same place as kernels/bits.py draws.
+// Stochastic rounding. An element gets the same random bits as from random_bits of kernels/_common.py.
 #pragma once
 
 #include <cmath>
@@ -30,17 +30,17 @@ __device__ inline Words philox(std::uint64_t seed, std::uint32_t first, std::uin
   return {{counter[0], counter[1], counter[2], counter[3]}};
 }
 
-// 16 random bits for number `index` of the eight that share a draw.
+// 16 random bits for element `index` of the eight that share a draw.
 __device__ inline std::uint32_t bits_of(const Words& words, int index) {
   return words.word[(index >> 2) + (index & 2)] >> (index & 1) * 16 & 0xFFFF;
 }
 
-// One of the two 16-bit neighbours of value, the nearer one with the better odds; as float, which holds both exactly.
-template <Number number>
-__device__ inline float round_at_random(float value, std::uint32_t bits) {
+// One of the two 16-bit neighbours of value, with the expectation of value, as float, which holds both exactly.
+template <DType dtype>
+__device__ inline float round_stochastic(float value, std::uint32_t bits) {
   if (!(fabsf(value) < INFINITY)) return value;
-  if (number == Number::float16 && fabsf(value) < 6.103515625e-5f) {
-    // Below 2^-14 float16 has a fixed spacing of 2^-24.
+  if (dtype == DType::float16 && fabsf(value) < 6.103515625e-5f) {
+    // Below 2^-14 the spacing of float16 is 2^-24.
     const float scaled = value * 16777216.0f;
     const float below = floorf(scaled);
     const float up = (scaled - below) * 65536.0f > static_cast<float>(bits) ? 1.0f : 0.0f;
@@ -48,7 +48,7 @@ __device__ inline float round_at_random(float value, std::uint32_t bits) {
   }
   std::uint32_t pattern;
   std::memcpy(&pattern, &value, 4);
-  pattern = number == Number::bfloat16 ? (pattern + bits) & 0xFFFF0000 : (pattern + (bits >> 3)) & 0xFFFFE000;
+  pattern = dtype == DType::bfloat16 ? (pattern + bits) & 0xFFFF0000 : (pattern + (bits >> 3)) & 0xFFFFE000;
   std::memcpy(&value, &pattern, 4);
   return value;
 }

@@ -1,4 +1,4 @@
-// Instructions of sm_90a that C++ has no name for. Quoted are sections of the PTX ISA, whose numbers change.
+// Instructions of sm_90a without a function in CUDA C++. Names in quotes are sections of the PTX ISA.
 #pragma once
 
 #include <cuda.h>
@@ -7,12 +7,12 @@
 
 namespace rocr::sm90 {
 
-// wgmma, mbarriers and bulk copies take 32-bit addresses of the shared window.
+// wgmma, mbarriers and bulk copies take 32-bit addresses within the shared window.
 __device__ inline std::uint32_t shared_address(const void* pointer) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// The shared memory that a launch asks for, at the same address in every block of a cluster.
+// The dynamic shared memory of a block, at the same address in every block of a cluster.
 __device__ inline void* dynamic_shared() {
   extern __shared__ std::uint8_t bytes[];
   return bytes;
@@ -24,26 +24,26 @@ __device__ inline std::uint32_t rank_in_cluster() {
   return rank;
 }
 
-// Every thread of the cluster arrives and waits; not .aligned, because threads of a warp may come from two branches
-// ("barrier.cluster").
+// Every thread of the cluster arrives and waits ("barrier.cluster"). Not .aligned, because the threads of a warp may
+// come from two branches.
 __device__ inline void synchronize_cluster() {
   asm volatile("barrier.cluster.arrive.release; barrier.cluster.wait.acquire;" ::: "memory");
 }
 
-// Barriers ("mbarrier"): a phase ends when all arrivals were made and all announced bytes have come.
+// Barriers ("mbarrier"): a phase ends after all arrivals, and after all announced bytes have been copied.
 
 __device__ inline void init_barrier(std::uint32_t barrier, std::uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
-// Makes the initialised barriers visible to the copy engine and, with synchronize_cluster, to the other block.
+// Makes initialized barriers visible to the copy engine and, with synchronize_cluster, to the other block.
 __device__ inline void publish_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
 __device__ inline void arrive_expecting(std::uint32_t barrier, std::uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// Arrives at the barrier that lies at this address in block `rank` of the cluster ("mapa").
+// Arrives at the barrier at this address in block `rank` of the cluster ("mapa").
 __device__ inline void arrive_at_rank(std::uint32_t barrier, std::uint32_t rank) {
   asm volatile(
       "{ .reg .b32 remote;\n"
@@ -53,7 +53,7 @@ __device__ inline void arrive_at_rank(std::uint32_t barrier, std::uint32_t rank)
       : "memory");
 }
 
-// Waits until the phase of this parity is over. A new barrier is in phase 0, so that parity 1 counts as over.
+// Waits until the phase of this parity has ended. A new barrier is in phase 0, so a wait for parity 1 returns at once.
 __device__ inline void wait_for(std::uint32_t barrier, std::uint32_t parity) {
   asm volatile(
       "{ .reg .pred done;\n"
@@ -63,7 +63,7 @@ __device__ inline void wait_for(std::uint32_t barrier, std::uint32_t parity) {
       : "memory");
 }
 
-// Copies a box of the tensor to shared memory, 0 for what lies outside ("cp.async.bulk.tensor"); all its bytes count.
+// Copies a box of the tensor to shared memory ("cp.async.bulk.tensor"). Elements outside are 0, and their bytes count.
 __device__ inline void load_box(std::uint32_t target, const CUtensorMap& map, int column, int row,
                                 std::uint32_t barrier) {
   asm volatile(
@@ -73,7 +73,7 @@ __device__ inline void load_box(std::uint32_t target, const CUtensorMap& map, in
       : "memory");
 }
 
-// The same into all blocks of `mask`, at the same address in each; each block's own barrier counts its bytes.
+// Copies the box to all blocks of `mask`, at the same address in each. The barrier of each block counts its bytes.
 __device__ inline void load_box_everywhere(std::uint32_t target, const CUtensorMap& map, int column, int row,
                                            std::uint32_t barrier, std::uint16_t mask) {
   asm volatile(
@@ -83,19 +83,19 @@ __device__ inline void load_box_everywhere(std::uint32_t target, const CUtensorM
       : "memory");
 }
 
-// Registers that the threads of this warpgroup keep or get ("setmaxnreg"); every warp of it calls this once.
+// Set the registers of each thread of this warpgroup ("setmaxnreg"). Every warp of the warpgroup makes one call.
 template <int registers>
-__device__ inline void give_up_registers_to() {
+__device__ inline void decrease_registers_to() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers));
 }
 
 template <int registers>
-__device__ inline void take_registers_up_to() {
+__device__ inline void increase_registers_to() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));
 }
 
-// Adds two neighbouring floats in memory without waiting ("red"). Adds of one thread to one place keep their order
-// ("Coherence"), so that sums have one result.
+// Adds two neighbouring floats in memory without waiting ("red"). Adds of one thread to one address keep their order
+// ("Coherence"), so the result of a sum is deterministic.
 __device__ inline void add_in_memory(float* target, float first, float second) {
   asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(target)), "f"(first),
                "f"(second)

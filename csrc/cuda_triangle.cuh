@@ -1,11 +1,11 @@
-// Where a work item of a second moment lies: the same order of tiles as kernels/triangle.py.
+// The tile and the tokens of an item of a second moment. The order of tiles is that of kernels/second_moment.py.
 #pragma once
 
 #include "cuda_kernels.h"
 
 namespace rocr {
 
-// Block rows that are walked together, column by column, so that tiles in flight at one time share keys in L2.
+// Block rows that are walked together, column by column, so that concurrent tiles share keys in L2.
 constexpr int group_rows = 8;
 
 // Row of entry `index` of a lower triangle that is counted row by row.
@@ -16,7 +16,7 @@ __host__ __device__ inline int triangle_row(int index) {
   return row;
 }
 
-// A tile of a layer, the tokens that an item sums for it, and its slice; negative where it adds to the total itself.
+// A tile of a layer, the range of tokens that an item sums, and its slice; negative: the item adds to the total.
 struct Share {
   int layer, block_row, block_column, start, end, slice;
 };

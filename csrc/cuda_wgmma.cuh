@@ -1,17 +1,17 @@
-// Warpgroup matrix products of sm_90a: 64 x 256 += 64 x 16 times 16 x 256, operands in shared memory. Quoted are
-// sections of the PTX ISA, under "Asynchronous Warpgroup Level Matrix Instructions".
+// Warpgroup matrix products of sm_90a: 64 x 256 += 64 x 16 times 16 x 256, operands in shared memory. Names in quotes
+// are sections of the PTX ISA, under "Asynchronous Warpgroup Level Matrix Instructions".
 #pragma once
 
 #include <cstdint>
 
 namespace rocr::sm90 {
 
-// Orders this warpgroup's writes to the accumulator before the products that follow ("wgmma.fence").
+// Orders earlier writes of this warpgroup to the accumulator before later products ("wgmma.fence").
 __device__ inline void fence_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
 __device__ inline void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// Waits until at most `pending` of the committed groups of products are under way.
+// Waits until at most `pending` of the committed groups of products are not complete.
 template <int pending>
 __device__ inline void wait_for_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
@@ -33,8 +33,8 @@ __device__ inline void wait_for_products() {
   "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
   "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
-// Operands: accumulator, descriptors of A and B, whether to add to the accumulator or overwrite it, signs of A and B,
-// and 1 for each operand that is MN-major.
+// Operands: accumulator, descriptors of A and B, whether to add to the accumulator or to overwrite it, signs of A and
+// B, and 1 for each operand that is MN-major.
 #define ROCR_MULTIPLY(type)                                                                                   \
   asm volatile(                                                                                               \
       "{ .reg .pred add; setp.ne.b32 add, %130, 0;\n"                                                         \

@@ -1,3 +1,16 @@
+// Low-rank updates on the CPU: weight += scale * left @ right. A weight is read once and written once.
+//
+//                 right, packed as panels of block_columns columns, in L2
+//              +--------------+--------------+--------------+
+//    tile_rows | piece        | piece        | piece        |   strip, with one packed panel of scale * left
+//              +--------------+--------------+--------------+
+//    tile_rows | piece        | piece        | piece        |   strip
+//              +--------------+--------------+--------------+
+//              piece_columns
+//
+// A block, at most block_strips strips, is one item. The sums of a piece stay in L1 until they are added to the
+// weight and rounded. Ranks above max_sum_depth are split into slices; the sums of a block are then kept until the
+// last slice.
 #include "low_rank_update.h"
 
 #include <algorithm>
@@ -9,18 +22,17 @@
 namespace rocr {
 namespace {
 
-// A block of a weight is one item of work. It is done in strips of tile_rows rows, and a strip in pieces.
-constexpr std::int64_t block_strips = 64;  // enough to make packing right cheap
-constexpr std::int64_t right_numbers =
-    1 << 17;  // of right that a block needs: 512 KiB, so that they stay in L2
+// A block of a weight is one item. It consists of strips of tile_rows rows, and a strip of pieces.
+constexpr std::int64_t block_strips = 64;           // enough to amortize packing right
+constexpr std::int64_t max_right_floats = 1 << 17;  // of right for a block: 512 KiB, which fit in L2
 constexpr std::int64_t max_block_columns = 4096;
-constexpr std::int64_t max_piece_columns = 480;  // few enough for a piece's sums to stay in L1
+constexpr std::int64_t max_piece_columns = 480;  // few enough for the sums of a piece to fit in L1
 
 struct Block {
-  std::int64_t update, row, column;  // which update, and the block's first row and column
+  std::int64_t update, row, column;  // index of the update; first row and column of the block
 };
 
-// A strip's part of a weight, in bytes; rows may be <= 0: there is none.
+// A part of a strip, in bytes. rows <= 0: the piece is empty.
 struct Piece {
   const char* weight;
   std::int64_t stride, rows, bytes;
@@ -28,9 +40,9 @@ struct Piece {
 
 // Memory of one worker.
 struct Scratch {
-  float* left;   // a panel, as rows of products
+  float* left;   // a panel, the left factor of products
   float* right;  // panels of a block
-  float* sums;   // of a piece, or of a block where the rank has several slices
+  float* sums;   // of a piece, or of a block if the rank has several slices
 };
 
 struct Call {
@@ -39,13 +51,13 @@ struct Call {
   float scale;
   bool stochastic;
   std::uint64_t seed;
-  std::int64_t max_rank, depth;  // of a slice of the rank
+  std::int64_t max_rank, depth;  // depth: of a slice of the rank
   std::int64_t block_rows, block_columns, piece_columns;
 
   bool has_slices() const { return max_rank > depth; }
-  std::int64_t left_numbers() const { return divide_up(depth * simd.tile_rows, line_numbers) * line_numbers; }
-  std::int64_t right_numbers() const { return depth * block_columns; }
-  std::int64_t sum_numbers() const {
+  std::int64_t left_floats() const { return divide_up(depth * simd.tile_rows, line_floats) * line_floats; }
+  std::int64_t right_floats() const { return depth * block_columns; }
+  std::int64_t sum_floats() const {
     return has_slices() ? block_rows * block_columns : simd.tile_rows * piece_columns;
   }
 
@@ -71,12 +83,12 @@ Call plan(const std::vector<LowRankUpdate>& updates, const Simd& simd, float sca
   }
   const std::int64_t depth = std::min(rank, max_sum_depth);
   const std::int64_t pieces =
-      std::min({right_numbers / depth, max_block_columns, columns}) / max_piece_columns;
+      std::min({max_right_floats / depth, max_block_columns, columns}) / max_piece_columns;
   const std::int64_t piece_columns =
       std::min(divide_up(columns, simd.tile_columns), max_piece_columns / simd.tile_columns) *
       simd.tile_columns;
   const std::int64_t block_columns = std::max<std::int64_t>(pieces, 1) * piece_columns;
-  // Small weights are cut finer, so that every thread gets some of the rows.
+  // Small weights have smaller blocks, so that every thread gets some.
   const std::int64_t strips = std::min(block_strips, divide_up(divide_up(rows, 4 * threads), simd.tile_rows));
   return {updates,       simd,         scale, stochastic, seed, rank, depth, strips * simd.tile_rows,
           block_columns, piece_columns};
@@ -102,7 +114,7 @@ void Call::update_block(Block block, Scratch scratch) const {
   for (std::int64_t first = 0; first < update.rank; first += depth) {
     const std::int64_t steps = std::min(depth, update.rank - first);
     const float* right = update.right + first * update.columns + block.column;
-    simd.pack(Number::float32, right, update.columns, steps, columns, scratch.right);
+    simd.pack(DType::float32, right, update.columns, steps, columns, scratch.right);
     for (std::int64_t row = 0; row < rows; row += simd.tile_rows) {
       pack_left(update, block.row + row, first, steps, scratch.left);
       for (std::int64_t column = 0; column < columns; column += piece_columns) {
@@ -121,7 +133,7 @@ void Call::update_block(Block block, Scratch scratch) const {
 
 Piece Call::piece(Block block, std::int64_t row, std::int64_t column) const {
   const LowRankUpdate& update = updates[block.update];
-  const std::int64_t bytes = bytes_of(update.number);
+  const std::int64_t bytes = bytes_of(update.dtype);
   row += block.row;
   column += block.column;
   return {static_cast<const char*>(update.weight) + (row * update.stride + column) * bytes,
@@ -129,7 +141,7 @@ Piece Call::piece(Block block, std::int64_t row, std::int64_t column) const {
           std::min(piece_columns, update.columns - column) * bytes};
 }
 
-// scale * left as a panel, with zeros for the rows beyond the last.
+// Packs scale * left as a panel; rows beyond the last are zeros.
 void Call::pack_left(const LowRankUpdate& update, std::int64_t row, std::int64_t first, std::int64_t steps,
                      float* left) const {
   const std::int64_t rows = std::min(simd.tile_rows, update.rows - row);
@@ -141,7 +153,7 @@ void Call::pack_left(const LowRankUpdate& update, std::int64_t row, std::int64_t
   }
 }
 
-// Each product fetches a row of the piece that comes next: the whole of it at once would wait for memory.
+// Each product prefetches one row of the next piece: prefetching all rows at once would stall on memory.
 void Call::multiply_piece(std::int64_t columns, std::int64_t steps, const float* left, const float* right,
                           float* sums, bool accumulate, Piece next) const {
   for (std::int64_t column = 0; column < columns; column += simd.tile_columns) {
@@ -155,7 +167,7 @@ void Call::multiply_piece(std::int64_t columns, std::int64_t steps, const float*
   }
 }
 
-// SplitMix64's finaliser (Steele, Lea and Flood, OOPSLA 2014).
+// The finalizer of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014).
 std::uint64_t mix(std::uint64_t bits) {
   bits = (bits ^ bits >> 30) * 0xbf58476d1ce4e5b9;
   bits = (bits ^ bits >> 27) * 0x94d049bb133111eb;
@@ -168,9 +180,9 @@ void Call::add_piece(Block block, std::int64_t row, std::int64_t column, std::in
   const std::int64_t end_row = std::min(row + simd.tile_rows, update.rows);
   for (; row < end_row; ++row, sums += sums_stride()) {
     char* weight =
-        static_cast<char*>(update.weight) + (row * update.stride + column) * bytes_of(update.number);
+        static_cast<char*>(update.weight) + (row * update.stride + column) * bytes_of(update.dtype);
     const Rounding rounding{stochastic, mix(mix(mix(seed) + block.update) + row)};
-    simd.add(update.number, weight, sums, columns, rounding, column);
+    simd.add(update.dtype, weight, sums, columns, rounding, column);
   }
 }
 
@@ -191,20 +203,20 @@ void low_rank_update(const std::vector<LowRankUpdate>& updates, float scale, boo
   std::int64_t multiplications = 0;
   for (const LowRankUpdate& update : updates) {
     check(update);
-    // Reading and writing a number takes as long as about 16 multiplications.
+    // Reading and writing an element takes about as long as 16 multiplications.
     multiplications += update.rows * update.columns * (update.rank + 16);
   }
   threads = useful_threads(threads, multiplications);
   const Call call = plan(updates, simd, scale, stochastic, seed, threads);
   const std::vector<Block> blocks = call.blocks();
   if (blocks.empty()) return;
-  const std::int64_t worker_numbers = call.left_numbers() + call.right_numbers() + call.sum_numbers();
-  const Buffer memory(threads * worker_numbers);
+  const std::int64_t worker_floats = call.left_floats() + call.right_floats() + call.sum_floats();
+  const Buffer memory(threads * worker_floats);
   run_phases(threads, 1, static_cast<std::int64_t>(blocks.size()),
              [&](int worker, std::int64_t, std::int64_t item) {
-               float* left = memory.data() + worker * worker_numbers;
-               float* right = left + call.left_numbers();
-               call.update_block(blocks[item], {left, right, right + call.right_numbers()});
+               float* left = memory.data() + worker * worker_floats;
+               float* right = left + call.left_floats();
+               call.update_block(blocks[item], {left, right, right + call.right_floats()});
              });
 }
 

@@ -1,4 +1,4 @@
-// Launches the low-rank updates; low_rank_update.cuh is what their blocks do.
+// Launches of the low-rank update. low_rank_update.cuh is the code of a block.
 #include "low_rank_update.cuh"
 
 #include <cuda_runtime.h>
@@ -8,31 +8,31 @@
 namespace rocr {
 namespace {
 
-template <Number number, bool aligned, bool at_random>
+template <DType dtype, bool aligned, bool stochastic>
 __global__ void __launch_bounds__(update_threads, update_blocks)
     update(const __grid_constant__ UpdateArguments arguments) {
-  update_in_block<number, aligned, at_random>(arguments);
+  update_in_block<dtype, aligned, stochastic>(arguments);
 }
 
-template <Number number, bool aligned, bool at_random>
-cudaError_t launch(const UpdateArguments& arguments, int processors, cudaStream_t stream) {
-  const int blocks = std::min(arguments.items, update_blocks * processors);
-  update<number, aligned, at_random><<<blocks, update_threads, update_shared_bytes, stream>>>(arguments);
+template <DType dtype, bool aligned, bool stochastic>
+cudaError_t launch(const UpdateArguments& arguments, int multiprocessors, cudaStream_t stream) {
+  const int blocks = std::min(arguments.items, update_blocks * multiprocessors);
+  update<dtype, aligned, stochastic><<<blocks, update_threads, update_shared_bytes, stream>>>(arguments);
   return cudaGetLastError();
 }
 
-template <Number number>
-cudaError_t launch(UpdateArguments& arguments, int layers, bool aligned, bool at_random, int processors,
+template <DType dtype>
+cudaError_t launch(UpdateArguments& arguments, int layers, bool aligned, bool stochastic, int multiprocessors,
                    cudaStream_t stream) {
   const std::int64_t tiles = (arguments.rows + update_rows - 1) / update_rows *
                              static_cast<std::int64_t>((arguments.columns + update_columns - 1) / update_columns);
   arguments.items = static_cast<int>(tiles * layers);
-  if constexpr (number != Number::float32) {
-    if (at_random && aligned) return launch<number, true, true>(arguments, processors, stream);
-    if (at_random) return launch<number, false, true>(arguments, processors, stream);
+  if constexpr (dtype != DType::float32) {
+    if (stochastic && aligned) return launch<dtype, true, true>(arguments, multiprocessors, stream);
+    if (stochastic) return launch<dtype, false, true>(arguments, multiprocessors, stream);
   }
-  return aligned ? launch<number, true, false>(arguments, processors, stream)
-                 : launch<number, false, false>(arguments, processors, stream);
+  return aligned ? launch<dtype, true, false>(arguments, multiprocessors, stream)
+                 : launch<dtype, false, false>(arguments, multiprocessors, stream);
 }
 
 bool is_alike(const CudaLowRankUpdate& one, const CudaLowRankUpdate& other) {
@@ -59,11 +59,11 @@ UpdateArguments arguments_of(const CudaLowRankUpdate& update, float scale, std::
 
 }  // namespace
 
-int cuda_low_rank_update(const std::vector<CudaLowRankUpdate>& updates, Number number, float scale, bool stochastic,
+int cuda_low_rank_update(const std::vector<CudaLowRankUpdate>& updates, DType dtype, float scale, bool stochastic,
                          std::uint64_t seed, std::uintptr_t stream) {
-  int device = 0, processors = 0;
+  int device = 0, multiprocessors = 0;
   if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
-  if (const cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (const cudaError_t error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
       error != cudaSuccess) {
     return error;
   }
@@ -82,15 +82,15 @@ int cuda_low_rank_update(const std::vector<CudaLowRankUpdate>& updates, Number n
     }
     const int layers = static_cast<int>(next - first);
     cudaError_t error = cudaSuccess;
-    switch (number) {
-      case Number::float32:
-        error = launch<Number::float32>(arguments, layers, aligned, false, processors, cuda_stream);
+    switch (dtype) {
+      case DType::float32:
+        error = launch<DType::float32>(arguments, layers, aligned, false, multiprocessors, cuda_stream);
         break;
-      case Number::bfloat16:
-        error = launch<Number::bfloat16>(arguments, layers, aligned, stochastic, processors, cuda_stream);
+      case DType::bfloat16:
+        error = launch<DType::bfloat16>(arguments, layers, aligned, stochastic, multiprocessors, cuda_stream);
         break;
-      case Number::float16:
-        error = launch<Number::float16>(arguments, layers, aligned, stochastic, processors, cuda_stream);
+      case DType::float16:
+        error = launch<DType::float16>(arguments, layers, aligned, stochastic, multiprocessors, cuda_stream);
         break;
     }
     if (error != cudaSuccess) return error;

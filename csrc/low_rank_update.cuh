@@ -1,21 +1,21 @@
-// Low-rank updates in float32 multiply-adds. An item is a tile of a weight: its block reads the tile, stages both
-// factors in shared memory, some ranks at a time, adds up their products, and writes the tile, rounded once.
+// Low-rank updates with float32 multiply-adds. An item is a tile of a weight. Its block reads the tile, stages both
+// factors in shared memory, rank_step ranks at a time, sums their products, rounds once and writes the tile.
 #pragma once
 
 #include "cuda_kernels.h"
-#include "cuda_numbers.cuh"
+#include "cuda_convert.cuh"
 #include "cuda_rounding.cuh"
 
 namespace rocr {
 
 constexpr int update_warps = 8;
 constexpr int update_threads = 32 * update_warps;
-constexpr int update_columns = 256;  // of a tile: 8 for each lane
-constexpr int rank_step = 16;        // ranks that are staged together
+constexpr int update_columns = 256;  // of a tile, 8 for each lane
+constexpr int rank_step = 16;         // ranks that are staged together
 constexpr int maximum_updates = 128;  // layers of a launch
-constexpr int warp_rows = 4;         // rows of a tile that one warp has
+constexpr int warp_rows = 4;          // rows of a tile for each warp
 constexpr int update_rows = warp_rows * update_warps;
-constexpr int update_blocks = 2;     // on a multiprocessor at a time: one computes while the other waits for memory
+constexpr int update_blocks = 2;  // on a multiprocessor: one computes while the other waits for memory
 constexpr std::size_t update_shared_bytes = rank_step * (update_columns + update_rows) * sizeof(float);
 
 // Weights of one shape and layout; left(i, k) and right(k, j) as in CudaLowRankUpdate.
@@ -31,38 +31,38 @@ struct UpdateArguments {
 };
 static_assert(sizeof(UpdateArguments) <= 4096);
 
-// Eight neighbouring numbers of a row, which are moved at once where they lie at multiples of 16 bytes.
-template <Number number>
+// Eight neighbouring elements of a row, moved in one access if they start at a multiple of 16 bytes.
+template <DType dtype>
 struct alignas(16) Eight {
-  Stored<number> numbers[8];
+  Stored<dtype> values[8];
 };
 
-template <Number number, bool aligned>
-__device__ Eight<number> load(const Stored<number>* place, int count) {
-  Eight<number> eight{};
-  if (aligned && count > 0) eight = *reinterpret_cast<const Eight<number>*>(place);
+template <DType dtype, bool aligned>
+__device__ Eight<dtype> load(const Stored<dtype>* place, int count) {
+  Eight<dtype> eight{};
+  if (aligned && count > 0) eight = *reinterpret_cast<const Eight<dtype>*>(place);
 #pragma unroll
   for (int index = 0; index < 8; ++index) {
-    if (!aligned && index < count) eight.numbers[index] = place[index];
+    if (!aligned && index < count) eight.values[index] = place[index];
   }
   return eight;
 }
 
-template <Number number, bool aligned>
-__device__ void store(const Eight<number>& eight, Stored<number>* place, int count) {
-  if (aligned && count > 0) *reinterpret_cast<Eight<number>*>(place) = eight;
+template <DType dtype, bool aligned>
+__device__ void store(const Eight<dtype>& eight, Stored<dtype>* place, int count) {
+  if (aligned && count > 0) *reinterpret_cast<Eight<dtype>*>(place) = eight;
 #pragma unroll
   for (int index = 0; index < 8; ++index) {
-    if (!aligned && index < count) place[index] = eight.numbers[index];
+    if (!aligned && index < count) place[index] = eight.values[index];
   }
 }
 
 struct alignas(16) Four {
-  float numbers[4];
+  float values[4];
 };
 
-// Copies `steps` ranks of the factors to shared memory. A lane's columns 0-3 and 4-7 go to different halves of a row:
-// neighbouring lanes then read neighbouring 16 bytes.
+// Copies `steps` ranks of the factors to shared memory. Columns 0-3 and 4-7 of a lane go to different halves of a row,
+// so that neighbouring lanes read neighbouring 16 bytes.
 __device__ inline void stage(const UpdateArguments& arguments, int layer, int row, int column, int rank, int steps,
                              float* rights, float* lefts) {
   for (int index = threadIdx.x; index < steps * update_columns; index += update_threads) {
@@ -78,7 +78,7 @@ __device__ inline void stage(const UpdateArguments& arguments, int layer, int ro
   }
 }
 
-// Adds the products of the staged ranks to a lane's part of the tile.
+// Adds the products of the staged ranks to the lane's part of the tile.
 __device__ inline void multiply(const float* rights, const float* lefts, int steps, float (&sum)[warp_rows][8]) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   for (int step = 0; step < steps; ++step) {
@@ -90,15 +90,15 @@ __device__ inline void multiply(const float* rights, const float* lefts, int ste
     for (int row = 0; row < warp_rows; ++row) {
 #pragma unroll
       for (int index = 0; index < 4; ++index) {
-        sum[row][index] = fmaf(left.numbers[row], first.numbers[index], sum[row][index]);
-        sum[row][index + 4] = fmaf(left.numbers[row], second.numbers[index], sum[row][index + 4]);
+        sum[row][index] = fmaf(left.values[row], first.values[index], sum[row][index]);
+        sum[row][index + 4] = fmaf(left.values[row], second.values[index], sum[row][index + 4]);
       }
     }
   }
 }
 
-// What every thread of a block runs. aligned: rows start at multiples of 16 bytes and are whole eights long.
-template <Number number, bool aligned, bool at_random>
+// The code of every thread of a block. aligned: rows start at multiples of 16 bytes and have a multiple of 8 columns.
+template <DType dtype, bool aligned, bool stochastic>
 __device__ void update_in_block(const UpdateArguments& arguments) {
   float* rights = static_cast<float*>(dynamic_shared());
   float* lefts = rights + rank_step * update_columns;
@@ -109,18 +109,18 @@ __device__ void update_in_block(const UpdateArguments& arguments) {
     const int row = item % tiles / tile_columns * update_rows, column = item % tile_columns * update_columns;
     const int own_row = row + static_cast<int>(threadIdx.x) / 32 * warp_rows;
     const int own_column = column + static_cast<int>(threadIdx.x) % 32 * 8;
-    auto* own = static_cast<Stored<number>*>(arguments.weights[layer]) + own_row * arguments.stride + own_column;
+    auto* own = static_cast<Stored<dtype>*>(arguments.weights[layer]) + own_row * arguments.stride + own_column;
 
-    Eight<number> old[warp_rows];
+    Eight<dtype> old[warp_rows];
 #pragma unroll
     for (int index = 0; index < warp_rows; ++index) {
       const int count = own_row + index < arguments.rows ? arguments.columns - own_column : 0;
-      old[index] = load<number, aligned>(own + index * arguments.stride, count);
+      old[index] = load<dtype, aligned>(own + index * arguments.stride, count);
     }
     float sum[warp_rows][8] = {};
     for (int rank = 0; rank < arguments.rank; rank += rank_step) {
       const int steps = arguments.rank - rank < rank_step ? arguments.rank - rank : rank_step;
-      __syncthreads();  // all have read what was staged before
+      __syncthreads();  // all threads have read the previous ranks
       stage(arguments, layer, row, column, rank, steps, rights, lefts);
       __syncthreads();
       multiply(rights, lefts, steps, sum);
@@ -131,14 +131,14 @@ __device__ void update_in_block(const UpdateArguments& arguments) {
       const std::int64_t eighth =
           static_cast<std::int64_t>(own_row + index) * ((arguments.columns + 7) / 8) + own_column / 8;
       Words words{};
-      if (at_random) words = philox(arguments.seed, static_cast<std::uint32_t>(eighth), arguments.layers[layer]);
+      if (stochastic) words = philox(arguments.seed, static_cast<std::uint32_t>(eighth), arguments.layers[layer]);
 #pragma unroll
       for (int each = 0; each < 8; ++each) {
-        float value = fmaf(arguments.scale, sum[index][each], to_float<number>(old[index].numbers[each]));
-        if (at_random) value = round_at_random<number>(value, bits_of(words, each));
-        old[index].numbers[each] = from_float<number>(value);
+        float value = fmaf(arguments.scale, sum[index][each], to_float<dtype>(old[index].values[each]));
+        if (stochastic) value = round_stochastic<dtype>(value, bits_of(words, each));
+        old[index].values[each] = from_float<dtype>(value);
       }
-      store<number, aligned>(old[index], own + index * arguments.stride, count);
+      store<dtype, aligned>(old[index], own + index * arguments.stride, count);
     }
   }
 }

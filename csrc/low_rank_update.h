@@ -6,19 +6,19 @@
 
 namespace rocr {
 
-// One weight (rows, columns), its rows `stride` numbers apart, with left (rows, rank) and right (rank,
-// columns).
+// One weight (rows, columns), its rows `stride` elements apart, with left (rows, rank) and right (rank, columns),
+// both contiguous.
 struct LowRankUpdate {
   void* weight;
-  Number number;
+  DType dtype;
   std::int64_t rows, columns, stride, rank;
   const float* left;
   const float* right;
 };
 
-// Adds scale * left right to every weight: each is read once, added to in float32, rounded once and written
-// once. The bytes of the result do not depend on the number of threads. Throws std::invalid_argument for
-// sizes that cannot be.
+// Adds scale * left @ right to every weight. A weight is read once, the sum is float32 and is rounded once, and
+// the weight is written once. The bytes of the result do not depend on the number of threads. Throws
+// std::invalid_argument for invalid sizes.
 void low_rank_update(const std::vector<LowRankUpdate>& updates, float scale, bool stochastic,
                      std::uint64_t seed, int threads, const Simd& simd);
 

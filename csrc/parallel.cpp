@@ -36,7 +36,7 @@ void run_phases(int threads, std::int64_t phases, std::int64_t items,
   try {
     for (int worker = 1; worker < threads && worker < items; ++worker) others.emplace_back(work, worker);
   } catch (const std::system_error&) {
-    // The system gives no more threads: those that there are do the work.
+    // The system starts no more threads: the existing ones do the work.
   }
   work(0);
   for (std::thread& other : others) other.join();

@@ -1,4 +1,4 @@
-// Threads and memory for one call; nothing outlives it, so a process may fork between calls.
+// Threads and memory for one call. Nothing outlives the call, so a process may fork between calls.
 #pragma once
 
 #include <cstdint>
@@ -6,17 +6,20 @@
 
 namespace rocr {
 
-inline std::int64_t divide_up(std::int64_t number, std::int64_t by) { return (number + by - 1) / by; }
+inline std::int64_t divide_up(std::int64_t dividend, std::int64_t divisor) {
+  return (dividend + divisor - 1) / divisor;
+}
 
-// As many of the threads as are worth their start for this many multiplications.
+// The number of threads, at most `threads`, for which the work outweighs the cost of starting them.
 int useful_threads(int threads, std::int64_t multiplications);
 
 // Runs task(worker, phase, item) once for every item of every phase, on at most `threads` threads. A phase
-// begins when all items of the one before it are done; the caller is worker 0. The task must not throw.
+// begins when all items of the previous phase are done. The calling thread is worker 0. The task must not
+// throw.
 void run_phases(int threads, std::int64_t phases, std::int64_t items,
                 const std::function<void(int worker, std::int64_t phase, std::int64_t item)>& task);
 
-// Numbers at the start of a cache line, not initialised, on huge pages where the system has them.
+// Uninitialized floats that start at a cache line, on huge pages where the system has them.
 class Buffer {
  public:
   explicit Buffer(std::int64_t count);

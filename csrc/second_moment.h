@@ -4,12 +4,11 @@
 
 namespace rocr {
 
-// Adds the sum of k kᵀ over the rows k of keys (tokens, size) to the lower triangle of total (size, size);
-// the rest of total is neither read nor written. Rows lie keys_stride and total_stride numbers apart. The
-// bytes of the result do not depend on the number of threads. Throws std::invalid_argument for sizes that
-// cannot be.
+// Adds the sum of k kᵀ over the rows k of keys (tokens, size) to the lower triangle of total (size, size). The
+// upper triangle is neither read nor written. The strides are distances of rows, in elements. The bytes of the
+// result do not depend on the number of threads. Throws std::invalid_argument for invalid sizes.
 void accumulate_second_moment(float* total, std::int64_t total_stride, const void* keys,
-                              std::int64_t keys_stride, std::int64_t tokens, std::int64_t size, Number number,
+                              std::int64_t keys_stride, std::int64_t tokens, std::int64_t size, DType dtype,
                               int threads, const Simd& simd);
 
 }  // namespace rocr

@@ -1,4 +1,4 @@
-// Launches the second moments of sm_90a; second_moment_sm90.cuh is what its blocks do.
+// Launches of the second moment of sm_90a. second_moment_sm90.cuh is the code of a block.
 #include "second_moment_sm90.cuh"
 
 #include <cuda.h>
@@ -19,7 +19,7 @@ __global__ void add_slices(const __grid_constant__ Arguments arguments) { add_sl
 
 using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
 
-// The driver's function, found at run time: nothing links libcuda, so the module loads where there is none.
+// Finds the driver's function at run time: the module does not link libcuda, so it loads without a driver.
 cudaError_t find_encode(EncodeTiled* encode) {
   void* address = nullptr;
   cudaDriverEntryPointQueryResult found;
@@ -33,14 +33,14 @@ cudaError_t find_encode(EncodeTiled* encode) {
   return error;
 }
 
-// Describes keys (tokens, width) as boxes of 64 tokens by 64 columns, swizzled as wgmma wants them.
+// Describes keys (tokens, width) as boxes of 64 tokens by 64 columns, swizzled as wgmma reads them.
 CUresult describe_keys(EncodeTiled encode, const CudaKeys& keys, const void* address, CUtensorMap* map) {
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(keys.width), static_cast<cuuint64_t>(keys.tokens)};
   const cuuint64_t strides[] = {static_cast<cuuint64_t>(keys.key_stride) * 2};
   const cuuint32_t box[] = {box_columns, box_tokens};
   const cuuint32_t steps[] = {1, 1};
   const auto type =
-      keys.number == Number::bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+      keys.dtype == DType::bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   return encode(map, type, 2, const_cast<void*>(address), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
                 CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
 }
@@ -63,7 +63,7 @@ cudaError_t launch(const Arguments& arguments, cudaStream_t stream) {
 
 int cuda_accumulate_second_moments(const std::vector<CudaSecondMoment>& layers, const CudaKeys& keys,
                                    const CudaSchedule& schedule, float* slices, std::uintptr_t stream) {
-  if (layers.empty() || layers.size() > cuda_maximum_layers || keys.number == Number::float32) {
+  if (layers.empty() || layers.size() > cuda_maximum_layers || keys.dtype == DType::float32) {
     return cudaErrorInvalidValue;
   }
   EncodeTiled encode = nullptr;
@@ -81,11 +81,11 @@ int cuda_accumulate_second_moments(const std::vector<CudaSecondMoment>& layers, 
   arguments.block_rows = static_cast<int>((keys.width + tile_width - 1) / tile_width);
   arguments.schedule = schedule;
   const auto cuda_stream = reinterpret_cast<cudaStream_t>(stream);
-  return keys.number == Number::bfloat16 ? launch<true>(arguments, cuda_stream) : launch<false>(arguments, cuda_stream);
+  return keys.dtype == DType::bfloat16 ? launch<true>(arguments, cuda_stream) : launch<false>(arguments, cuda_stream);
 }
 
 std::string cuda_error(int code) {
-  if (code < 0) return "the driver refused to describe the keys to the copy engine: CUresult " + std::to_string(-code);
+  if (code < 0) return "cuTensorMapEncodeTiled failed with CUresult " + std::to_string(-code);
   return cudaGetErrorString(static_cast<cudaError_t>(code));
 }
 

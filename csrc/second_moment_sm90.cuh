@@ -1,14 +1,14 @@
-// Second moments on sm_90a: a pair of thread blocks computes a 256 x 256 tile of a total, 128 rows each. One thread of
-// a block copies keys to shared memory, and two warpgroups multiply them. The 256 columns that both blocks need are
-// fetched once for the two: each block fetches half of them for both.
+// Second moments on sm_90a. A cluster of two thread blocks computes a 256 x 256 tile of a total, 128 rows each. One
+// thread of a block copies keys to shared memory, and two warpgroups multiply them. Both blocks need the same 256
+// columns: each block copies half of them to both.
 //
-// barrier      arrivals of one phase                                         who waits
-// full[stage]  the block's copying thread, and 48 KiB from both blocks        its warpgroups, before they multiply
-// empty[stage] each warp of the warpgroups of both blocks, when it has read   its copying thread, before it copies
+// barrier       arrivals of one phase                                       who waits
+// full[stage]   the copying thread, and 48 KiB from both blocks             the warpgroups, before they multiply
+// empty[stage]  each warp of the warpgroups of both blocks, after it reads  the copying thread, before it copies
 //
-// A copy lands in both blocks, hence the arrivals of both at `empty`. The other block's bytes may come before this
-// block announces its own: the phase cannot end before that, as the announcement is its only arrival; nor can they come
-// a phase early, as the other block's copies wait for this block's warps, which wait for this block's `full`.
+// `empty` has arrivals from both blocks because a copy writes to both. Bytes of the other block may arrive before this
+// block announces its own. The phase of `full` cannot end before the announcement, which is its only arrival. Nor can
+// those bytes arrive one phase early: the other block's copies wait for this block's warps, which wait for `full`.
 #pragma once
 
 #include "cuda_boxes.cuh"
@@ -21,14 +21,14 @@ namespace rocr::sm90 {
 
 constexpr int tile_width = static_cast<int>(cuda_tile_width);
 constexpr int tile_boxes = tile_width / box_columns;
-constexpr int row_boxes = tile_boxes / 2;  // of the 128 rows of a block
+constexpr int row_boxes = tile_boxes / 2;  // boxes of the 128 rows of a block
 constexpr int stages = 4;
-constexpr std::uint32_t columns_offset = row_boxes * box_bytes;  // in a stage, after the rows' boxes
+constexpr std::uint32_t columns_offset = row_boxes * box_bytes;  // in a stage, after the boxes of the rows
 constexpr std::uint32_t stage_bytes = (row_boxes + tile_boxes) * box_bytes;
-constexpr int chunk_tokens = 8192;  // tokens that one accumulator may hold: tensor cores truncate their sums
+constexpr int chunk_tokens = 8192;  // most tokens of one accumulator: tensor cores truncate their sums
 constexpr int multiplying_warps = 8;
 constexpr int block_threads = 128 + 32 * multiplying_warps;
-// Stages, two barriers for each, and room to start at a multiple of 1,024.
+// Stages, two barriers for each, and padding for a start at a multiple of 1,024.
 constexpr std::size_t shared_bytes = stages * (stage_bytes + 2 * sizeof(std::uint64_t)) + 1024;
 
 struct Arguments {
@@ -40,7 +40,7 @@ struct Arguments {
   CudaSchedule schedule;
 };
 
-// A place in the ring of stages; both roles walk it step by step, in the same order.
+// A position in the ring of stages. The copying thread and the warpgroups advance through it in the same order.
 struct Ring {
   int stage = 0;
   std::uint32_t parity = 0;
@@ -75,17 +75,17 @@ __device__ void copy_keys(const Arguments& arguments, std::uint32_t shared, std:
   }
 }
 
-// Adds a warpgroup's 64 x 256 accumulator to memory, without what lies above the diagonal or outside the total.
+// Adds the 64 x 256 accumulator of a warpgroup to memory, except above the diagonal and outside the total.
 __device__ void add_accumulator(const float (&d)[128], float* target, std::int64_t stride, int row, int column,
                                 int width) {
-  // Thread t holds, for each 8 columns, two columns of row t / 4 of its warp's 16 and of the row 8 further on.
+  // Of the 16 rows of its warp, lane t holds, for each 8 columns, two columns of row t / 4 and of row t / 4 + 8.
   const int thread = threadIdx.x % 128;
   const int own_row = thread / 32 * 16 + thread % 32 / 4;
   const int own_column = thread % 4 * 2;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int local_row = own_row + 8 * half;
-    const int below = row + local_row - column - own_column;  // columns of the total at or left of the diagonal
+    const int below = row + local_row - column - own_column;  // columns at or left of the diagonal
     float* place = target + local_row * stride + own_column;
     if (row + local_row >= width) continue;
 #pragma unroll
@@ -138,7 +138,7 @@ __device__ void multiply_keys(const Arguments& arguments, std::uint32_t shared, 
           multiply<bfloat16>(d, left + offset, right + offset, token > chunk || tokens > 0);
         }
         commit_products();
-        // One step stays under way while the next is issued; the step before it has been read.
+        // One step may be incomplete while the next one is issued; the operands of earlier steps have been read.
         wait_for_products<1>();
         if (earlier_stage >= 0) release(earlier_stage);
         earlier_stage = ring.stage;
@@ -151,7 +151,7 @@ __device__ void multiply_keys(const Arguments& arguments, std::uint32_t shared, 
   }
 }
 
-// What every thread of a block runs.
+// The code of every thread of a block.
 template <bool bfloat16>
 __device__ void add_second_moments_in_block(const Arguments& arguments) {
   const std::uint32_t shared = (shared_address(dynamic_shared()) + 1023) & ~1023u;
@@ -166,17 +166,17 @@ __device__ void add_second_moments_in_block(const Arguments& arguments) {
   }
   synchronize_cluster();
   if (threadIdx.x < 128) {
-    give_up_registers_to<40>();
+    decrease_registers_to<40>();
     if (threadIdx.x == 0) copy_keys(arguments, shared, full, empty);
   } else {
-    take_registers_up_to<232>();
+    increase_registers_to<232>();
     multiply_keys<bfloat16>(arguments, shared, full, empty);
   }
-  // No block may end while the other one still writes to its shared memory.
+  // A block must not end while the other one may write to its shared memory.
   synchronize_cluster();
 }
 
-// Adds the slices of one tile to its total, in order; a block takes 256 columns of some rows.
+// Adds the slices of one tile to its total, in order. A block adds all 256 columns of some rows.
 __device__ inline void add_slices_in_block(const Arguments& arguments) {
   const CudaSchedule& schedule = arguments.schedule;
   const Share share = share_of(schedule.whole + static_cast<int>(blockIdx.x) * schedule.splits, schedule,

@@ -1,3 +1,4 @@
+// The list of instruction sets, and the choice among them at run time.
 #include "simd.h"
 
 #include <stdexcept>
@@ -11,7 +12,7 @@ extern const Simd neon;
 #endif
 extern const Simd plain;
 
-std::int64_t bytes_of(Number number) { return number == Number::float32 ? 4 : 2; }
+std::int64_t bytes_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
 
 std::vector<const Simd*> supported_simds() {
   std::vector<const Simd*> supported;

@@ -1,4 +1,4 @@
-// What an instruction set offers; the operations are written against this table and know no instruction.
+// The interface of an instruction set. The operations call these functions and use no instructions themselves.
 #pragma once
 
 #include <cstdint>
@@ -7,60 +7,61 @@
 
 namespace rocr {
 
-enum class Number { float32, bfloat16, float16 };
+enum class DType { float32, bfloat16, float16 };
 
-std::int64_t bytes_of(Number number);
+std::int64_t bytes_of(DType dtype);
 
 struct Rounding {
-  bool stochastic;    // or to nearest, ties to even
-  std::uint64_t key;  // of the random bits: another for every row of every weight
+  bool stochastic;    // false: to nearest, ties to even
+  std::uint64_t key;  // of the random bits; differs between the rows of all weights
 };
 
-// Products that one register adds up before it is added to the rest: longer sums round more.
+// Products that one register sums before it is added to the rest: the rounding error grows with the length.
 constexpr std::int64_t max_sum_depth = 256;
 
-constexpr std::int64_t line_numbers = 16;        // in a cache line
-constexpr std::int64_t max_tile_numbers = 1024;  // room for the largest register tile
+constexpr std::int64_t line_floats = 16;        // of a cache line
+constexpr std::int64_t max_tile_floats = 1024;  // of the largest register tile
 
 struct Simd {
   const char* name;
   bool (*is_supported)();
 
-  // A register tile of a product has tile_rows x tile_columns numbers, and tile_rows divides tile_columns. A
-  // panel holds tile_columns columns of a matrix: for each of its rows (the steps of a product) the
-  // tile_columns numbers of that row, side by side. One panel serves as the columns of a product, tile_rows
-  // columns of it as the rows of another.
+  // A register tile of a product has tile_rows x tile_columns elements; tile_rows divides tile_columns. A
+  // panel holds tile_columns columns of a matrix: for each row of the matrix (a step of the product) its
+  // tile_columns elements, contiguous. A panel is the right factor of one product, and tile_rows columns of it
+  // are the left factor of another.
   std::int64_t tile_rows, tile_columns;
 
-  // Steps for which a panel stays in the caches next to the arithmetic.
+  // Steps for which a panel fits in the caches.
   std::int64_t panel_depth;
 
-  // The first `count` columns of tile = rowsᵀ columns, or of tile += rowsᵀ columns; it may write up to a
-  // vector more. Strides are distances of two steps of rows, and of two rows of tile. On the way it fetches a
-  // cache line per step, beginning at `soon`, into the second cache.
+  // Computes the first `count` columns of tile = rowsᵀ columns or, if `accumulate`, of tile += rowsᵀ columns.
+  // It writes up to a vector beyond them. rows_stride is the distance of two steps of `rows`, tile_stride of
+  // two rows of `tile`. Each step prefetches a cache line into L2, beginning at `prefetch`.
   void (*multiply)(std::int64_t count, std::int64_t depth, const float* rows, std::int64_t rows_stride,
                    const float* columns, float* tile, std::int64_t tile_stride, bool accumulate,
-                   const float* soon);
+                   const float* prefetch);
 
-  // Copies `count` columns of a matrix with `depth` rows, `stride` numbers apart, into panels; the last one
-  // is filled up with zeros.
-  void (*pack)(Number number, const void* source, std::int64_t stride, std::int64_t depth, std::int64_t count,
+  // Copies `count` columns of a matrix with `depth` rows, `stride` elements apart, into panels as float32.
+  // The last panel is padded with zeros.
+  void (*pack)(DType dtype, const void* source, std::int64_t stride, std::int64_t depth, std::int64_t count,
                float* panels);
 
-  // weight += update, rounded once; first_column tells a row's numbers apart under stochastic rounding.
-  void (*add)(Number number, void* weight, const float* update, std::int64_t count, Rounding rounding,
+  // weight += update, rounded once. Stochastic rounding draws bits by key and column, from first_column on.
+  void (*add)(DType dtype, void* weight, const float* update, std::int64_t count, Rounding rounding,
               std::int64_t first_column);
 
-  // accumulate_second_moment as a whole, for checked sizes above zero; null where it is made of the tiles
-  // above.
+  // The whole of accumulate_second_moment, for checked sizes above zero. Null: it is composed of the
+  // functions above.
   void (*second_moment)(float* total, std::int64_t total_stride, const void* keys, std::int64_t keys_stride,
-                        std::int64_t tokens, std::int64_t size, Number number, int threads);
+                        std::int64_t tokens, std::int64_t size, DType dtype, int threads);
 };
 
-// Every instruction set that was compiled in and runs here, the fastest first.
+// The compiled instruction sets that this machine can run, the fastest first.
 std::vector<const Simd*> supported_simds();
 
-// The named one, or the fastest where the name is empty; throws std::invalid_argument for any other name.
+// The instruction set of this name, or the fastest if the name is empty. Throws std::invalid_argument for any
+// other name.
 const Simd& find_simd(const std::string& name);
 
 }  // namespace rocr

@@ -1,6 +1,5 @@
-// The second moment of keys of 16 bits on the matrix units of a CPU (Intel AMX), which multiply bfloat16
-// numbers exactly and add up in float32. A float16 key is the sum of two. Parts and products below 2^-126
-// count as zero.
+// The second moment of 16-bit keys on Intel AMX, whose tile products multiply bfloat16 exactly and sum in
+// float32. A float16 key is the sum of two bfloat16 terms. Terms and products below 2^-126 are flushed to zero.
 #include "simd.h"
 
 #if defined(__x86_64__) && defined(__linux__) && \
@@ -22,10 +21,9 @@ extern const Simd avx512, amx;
 
 namespace {
 
-// A block of 2 × 2 result tiles (0 to 3) is multiplied from two left factors (4, 5) and two right ones (6,
-// 7). Each factor is replaced as soon as its last product has begun, so that the next one need not wait for
-// it.
-ROCR_AMX inline void multiply_then_load_left(const Parts* next, std::int64_t stride) {
+// Registers 0 to 3 are a block of 2 × 2 result tiles, 4 and 5 two left factors, 6 and 7 two right factors. A
+// factor is replaced right after its last product was issued, so that loads overlap with products.
+ROCR_AMX inline void multiply_then_load_left(const Bfloat16Bits* next, std::int64_t stride) {
   _tile_dpbf16ps(0, 4, 6);
   _tile_dpbf16ps(1, 4, 7);
   _tile_loadd(4, next, 64);
@@ -34,7 +32,7 @@ ROCR_AMX inline void multiply_then_load_left(const Parts* next, std::int64_t str
   _tile_loadd(5, next + stride, 64);
 }
 
-ROCR_AMX inline void multiply_then_load_right(const Parts* next, std::int64_t stride) {
+ROCR_AMX inline void multiply_then_load_right(const Bfloat16Bits* next, std::int64_t stride) {
   _tile_dpbf16ps(0, 4, 6);
   _tile_dpbf16ps(2, 5, 6);
   _tile_loadd(6, next, 64);
@@ -43,7 +41,7 @@ ROCR_AMX inline void multiply_then_load_right(const Parts* next, std::int64_t st
   _tile_loadd(7, next + stride, 64);
 }
 
-ROCR_AMX inline void multiply_then_load_both(const Parts* left, const Parts* right, std::int64_t stride) {
+ROCR_AMX inline void multiply_then_load_both(const Bfloat16Bits* left, const Bfloat16Bits* right, std::int64_t stride) {
   _tile_dpbf16ps(0, 4, 6);
   _tile_dpbf16ps(1, 4, 7);
   _tile_loadd(4, left, 64);
@@ -54,13 +52,13 @@ ROCR_AMX inline void multiply_then_load_both(const Parts* left, const Parts* rig
   _tile_loadd(5, left + stride, 64);
 }
 
-// sums (2 × 2 tiles, a row of tiles `square / tile` tiles after the other) += rowsᵀ columns over some steps;
-// `stride` is between 16 columns. Products of parts come in an order in which one factor stays where it is.
-template <int parts>
-ROCR_AMX void multiply(const Parts* rows, const Parts* columns, std::int64_t stride, std::int64_t steps,
-                       float* sums, bool fresh, const char** soon) {
+// sums (2 × 2 tiles; rows of tiles are `square / tile` tiles apart) += rowsᵀ columns over `steps` tokens.
+// `stride` is the distance of 16 columns. Consecutive products of terms keep one factor in its registers.
+template <int splits>
+ROCR_AMX void multiply(const Bfloat16Bits* rows, const Bfloat16Bits* columns, std::int64_t stride, std::int64_t steps,
+                       float* sums, bool fresh, const char** prefetch) {
   float* low = sums + square * tile;
-  constexpr int last = parts - 1;
+  constexpr int last = splits - 1;
   if (fresh) {
     _tile_zero(0);
     _tile_zero(1);
@@ -72,26 +70,26 @@ ROCR_AMX void multiply(const Parts* rows, const Parts* columns, std::int64_t str
     _tile_loadd(2, low, 64);
     _tile_loadd(3, low + tile * tile, 64);
   }
-  const auto part = [](const Parts* factor, int number) { return factor + number * tile_numbers; };
-  _tile_loadd(4, part(rows, last), 64);
-  _tile_loadd(5, part(rows, last) + stride, 64);
+  const auto term = [](const Bfloat16Bits* factor, int index) { return factor + index * tile_elements; };
+  _tile_loadd(4, term(rows, last), 64);
+  _tile_loadd(5, term(rows, last) + stride, 64);
   _tile_loadd(6, columns, 64);
   _tile_loadd(7, columns + stride, 64);
   for (std::int64_t step = 0; step < steps; step += tile_steps) {
-    for (int line = 0; line < 4 * parts; ++line) {
-      _mm_prefetch(soon[0], _MM_HINT_T1);
-      _mm_prefetch(soon[1], _MM_HINT_T1);
-      soon[0] += 64;
-      soon[1] += 64;
+    for (int line = 0; line < 4 * splits; ++line) {
+      _mm_prefetch(prefetch[0], _MM_HINT_T1);
+      _mm_prefetch(prefetch[1], _MM_HINT_T1);
+      prefetch[0] += 64;
+      prefetch[1] += 64;
     }
-    if (parts == 2) {
-      multiply_then_load_right(part(columns, 1), stride);  // 1 · 0
+    if (splits == 2) {
+      multiply_then_load_right(term(columns, 1), stride);  // 1 · 0
       multiply_then_load_left(rows, stride);               // 1 · 1
       multiply_then_load_right(columns, stride);           // 0 · 1
     }
-    rows += parts * tile_numbers;
-    columns += parts * tile_numbers;
-    multiply_then_load_both(part(rows, last), columns, stride);  // 0 · 0
+    rows += splits * tile_elements;
+    columns += splits * tile_elements;
+    multiply_then_load_both(term(rows, last), columns, stride);  // 0 · 0
   }
   _tile_stored(0, sums, 64);
   _tile_stored(1, sums + tile * tile, 64);
@@ -99,25 +97,25 @@ ROCR_AMX void multiply(const Parts* rows, const Parts* columns, std::int64_t str
   _tile_stored(3, low + tile * tile, 64);
 }
 
-// The products of a packed slice for one square of the total, into sums (square × square).
-template <int parts>
+// Computes the products of a packed slice for one square of the total into sums (square × square).
+template <int splits>
 ROCR_AMX void multiply_square(const Packed& packed, std::int64_t row, std::int64_t column, float* sums) {
   const std::int64_t end_row = std::min(row + square, packed.columns);
-  for (std::int64_t first = 0; first < packed.steps; first += sum_steps(parts)) {
-    const std::int64_t steps = std::min(sum_steps(parts), packed.steps - first),
-                       stride = tile * steps * parts;
-    const char* soon[] = {reinterpret_cast<const char*>(packed.left(row, first + steps)),
+  for (std::int64_t first = 0; first < packed.steps; first += sum_steps(splits)) {
+    const std::int64_t steps = std::min(sum_steps(splits), packed.steps - first),
+                       stride = tile * steps * splits;
+    const char* prefetch[] = {reinterpret_cast<const char*>(packed.left(row, first + steps)),
                           reinterpret_cast<const char*>(packed.right(column, first + steps))};
     for (std::int64_t i = row; i < end_row; i += pair) {
       for (std::int64_t j = column; j < std::min({column + square, end_row, i + pair}); j += pair) {
-        multiply<parts>(packed.left(i, first), packed.right(j, first), stride, steps,
-                        sums + (i - row) * square + (j - column) * tile, first == 0, soon);
+        multiply<splits>(packed.left(i, first), packed.right(j, first), stride, steps,
+                        sums + (i - row) * square + (j - column) * tile, first == 0, prefetch);
       }
     }
   }
 }
 
-// Adds to the lower triangle what lies in tiles.
+// Adds the tiles of a square to the lower triangle of the total.
 ROCR_AMX void add_square(float* total, std::int64_t stride, std::int64_t size, Square where,
                          const float* sums) {
   const std::int64_t end_row = std::min(where.row + square, size);
@@ -133,12 +131,12 @@ ROCR_AMX void add_square(float* total, std::int64_t stride, std::int64_t size, S
   }
 }
 
-// Tile registers belong to a thread, and are configured for as long as it needs them.
-ROCR_AMX void with_tiles(int parts, const Packed& packed, Square where, float* sums) {
+// Tile registers belong to a thread, which configures them for the time it uses them.
+ROCR_AMX void with_tiles(int splits, const Packed& packed, Square where, float* sums) {
   const TileConfig config;
   _tile_loadconfig(&config);
-  if (parts == 2) multiply_square<2>(packed, where.row, where.column, sums);
-  if (parts == 1) multiply_square<1>(packed, where.row, where.column, sums);
+  if (splits == 2) multiply_square<2>(packed, where.row, where.column, sums);
+  if (splits == 1) multiply_square<1>(packed, where.row, where.column, sums);
   _tile_release();
 }
 
@@ -153,40 +151,40 @@ bool is_supported() {
 }
 
 void second_moment(float* total, std::int64_t total_stride, const void* keys, std::int64_t keys_stride,
-                   std::int64_t tokens, std::int64_t size, Number number, int threads) {
-  if (number == Number::float32) {
+                   std::int64_t tokens, std::int64_t size, DType dtype, int threads) {
+  if (dtype == DType::float32) {
     return second_moment_by_digits(total, total_stride, static_cast<const float*>(keys), keys_stride, tokens,
                                    size, threads);
   }
-  const int parts = parts_of(number);
-  const std::int64_t slices = divide_up(tokens, slice_steps(parts));
+  const int splits = bf16_splits_of(dtype);
+  const std::int64_t slices = divide_up(tokens, slice_steps(splits));
   const std::int64_t columns = divide_up(size, pair) * pair;
-  const std::int64_t steps = divide_up(std::min(tokens, slice_steps(parts)), tile_steps) * tile_steps;
+  const std::int64_t steps = divide_up(std::min(tokens, slice_steps(splits)), tile_steps) * tile_steps;
   const std::vector<Square> work = squares(size, square);
   const std::int64_t squares_count = static_cast<std::int64_t>(work.size()),
                      packings = divide_up(columns, packed_columns);
-  const std::int64_t slice_numbers = 2 * columns * steps * parts;
-  // Two slices of 16-bit numbers, one packed while the other is used; the last product loads factors beyond
-  // the end.
-  const Buffer packed(slice_numbers + pair * sum_steps(parts) * parts);
+  const std::int64_t slice_elements = 2 * columns * steps * splits;
+  // Two slices of 16-bit elements: one is packed while the other is multiplied. The last product loads factors
+  // beyond the end of its slice.
+  const Buffer packed(slice_elements + pair * sum_steps(splits) * splits);
   const Buffer sums(threads * square * square);
-  const std::int64_t bytes = bytes_of(number);
+  const std::int64_t bytes = bytes_of(dtype);
   const auto slice = [&](std::int64_t phase) {
-    return Packed{reinterpret_cast<Parts*>(packed.data()) + phase % 2 * slice_numbers, columns, steps, parts};
+    return Packed{reinterpret_cast<Bfloat16Bits*>(packed.data()) + phase % 2 * slice_elements, columns, steps, splits};
   };
   run_phases(useful_threads(threads, tokens * size * size / 2), slices + 1, squares_count + packings,
              [&](int worker, std::int64_t phase, std::int64_t item) {
                if (item < squares_count) {
                  if (phase == 0) return;
                  float* mine = sums.data() + worker * square * square;
-                 with_tiles(parts, slice(phase - 1), work[item], mine);
+                 with_tiles(splits, slice(phase - 1), work[item], mine);
                  add_square(total, total_stride, size, work[item], mine);
                } else if (phase < slices) {
-                 const std::int64_t first = phase * slice_steps(parts),
+                 const std::int64_t first = phase * slice_steps(splits),
                                     column = (item - squares_count) * packed_columns;
-                 const std::int64_t count = std::min(slice_steps(parts), tokens - first);
+                 const std::int64_t count = std::min(slice_steps(splits), tokens - first);
                  const char* source = static_cast<const char*>(keys) + (first * keys_stride + column) * bytes;
-                 pack(number, source, keys_stride * bytes, count, size - column, slice(phase), column);
+                 pack(dtype, source, keys_stride * bytes, count, size - column, slice(phase), column);
                }
              });
 }

@@ -1,7 +1,7 @@
-// The second moment of float32 keys on the matrix units of a CPU (Intel AMX), in whole numbers. In a slice of
-// tokens every column has a scale, in which its largest number has 24 bits: three digits of 8. The products
-// of digits are added up exactly; only that of the two lowest is left out. So the error of an entry of the
-// total is a few roundings of float32 of the product of its columns' norms, whatever their sizes.
+// The second moment of float32 keys on Intel AMX, in fixed-point arithmetic. In a slice of tokens every column
+// has a scale, relative to which its largest magnitude has 24 bits: three digits of 8 bits. The products of
+// digits are summed exactly; only the product of the two lowest digits is omitted. The error of an entry of the
+// total is a few float32 roundings of the product of the norms of its two columns, at any scale.
 #include "simd_amx_digits.h"
 
 #if defined(__x86_64__) && defined(__linux__) && \
@@ -15,14 +15,14 @@
 namespace rocr {
 namespace {
 
-// Tokens that are packed at once: a panel of them fits the first cache beside the one that it is multiplied
-// with, and the products of their highest digits stay below 2^24, where float32 is exact.
+// Tokens of a slice, which is packed at once: two panels of this length fit in L1, and the sums of products of
+// the highest digits stay below 2^24, up to which float32 is exact.
 constexpr std::int64_t slice_steps = 512;
 
-constexpr std::int64_t square = 16 * tile;  // side of the part of the total that is one item of work
-constexpr std::int64_t sums = 5;            // of products of digits: one for each place, two for the third
+constexpr std::int64_t square = 16 * tile;  // side of the part of the total that is one item
+constexpr std::int64_t sums = 5;            // of products of digits: one for each place value, but two for the third
 
-// A tile of the total, and the sums of products that are to be added to it.
+// A tile of the total, and the sums of products to add to it.
 struct Tile {
   float* total;
   std::int64_t stride, rows;
@@ -35,7 +35,7 @@ ROCR_AMX inline __m512i sum(const std::int32_t* found, int number) {
   return _mm512_load_si512(found + number * tile * tile);
 }
 
-// Adds a row of sums to the total: as numbers with the point behind the first digit, times both scales.
+// Adds a row of sums to the total: combines them by place value and multiplies by both scales.
 ROCR_AMX inline void add_row(const Tile& to, std::int64_t row) {
   const __m512 base = _mm512_set1_ps(1.0f / 256);
   const std::int32_t* found = to.found + row * tile;
@@ -50,8 +50,8 @@ ROCR_AMX inline void add_row(const Tile& to, std::int64_t row) {
   _mm512_mask_storeu_ps(total, mask, _mm512_fmadd_ps(value, _mm512_load_ps(to.column_scales), before));
 }
 
-// The sums (registers 0 to 4) of the products of two panels, by the place of their digits. Factors are in
-// registers 5 to 7. Meanwhile the vector units add the sums of the tile before to the total, and fetch the
+// Computes the sums of the products of two panels by place value, in registers 0 to 4; the factors are in
+// registers 5 to 7. Meanwhile the vector units add the sums of the previous tile to the total and prefetch the
 // rows of this one.
 ROCR_AMX void multiply(const Digit* left, const Digit* right, std::int64_t steps, std::int32_t* found,
                        const Tile& before, const Tile& now) {
@@ -94,8 +94,8 @@ ROCR_AMX void multiply(const Digit* left, const Digit* right, std::int64_t steps
   _tile_stored(4, found + 4 * tile * tile, 64);
 }
 
-// Adds a packed slice to one square of the total. Tile registers belong to a thread, and are configured for
-// as long as it needs them.
+// Adds the products of a packed slice to one square of the total. Tile registers belong to a thread, which
+// configures them for the time it uses them.
 ROCR_AMX void add_square(float* total, std::int64_t stride, std::int64_t size, Square where,
                          const Packed& packed) {
   alignas(64) std::int32_t found[2][sums * tile * tile];
@@ -138,7 +138,7 @@ void second_moment_by_digits(float* total, std::int64_t total_stride, const floa
   const std::vector<Square> work = squares(size, square);
   const std::int64_t squares_count = static_cast<std::int64_t>(work.size()),
                      packings = divide_up(columns, packed_columns);
-  // Two slices, one packed while the other is used.
+  // Two slices: one is packed while the other is multiplied.
   const std::int64_t slice_bytes = 2 * columns * steps * digits;
   const Buffer packed(2 * slice_bytes / static_cast<std::int64_t>(sizeof(float)));
   const Buffer scales(2 * columns);

@@ -1,14 +1,14 @@
-// The second moment of float32 keys on the matrix units of Intel AMX.
+// The second moment of float32 keys on Intel AMX.
 #pragma once
 
 #include <cstdint>
 
 namespace rocr {
 
-// Whether the processor multiplies 8-bit numbers in its tile registers.
+// Whether the processor multiplies 8-bit integers in its tile registers (AMX-INT8).
 bool multiplies_digits();
 
-// `accumulate_second_moment` for float32 keys and checked sizes above zero.
+// accumulate_second_moment for float32 keys, with checked sizes above zero.
 void second_moment_by_digits(float* total, std::int64_t total_stride, const float* keys,
                              std::int64_t keys_stride, std::int64_t tokens, std::int64_t size, int threads);
 

@@ -6,7 +6,7 @@
 #define ROCR_TILE_ROWS 4
 #define ROCR_TILE_VECTORS 3
 #define ROCR_WIDEN(halves) \
-  (Bits) _mm256_cvtepu16_epi32((__m128i)(halves))  // GCC makes three instructions of it
+  (Bits) _mm256_cvtepu16_epi32((__m128i)(halves))  // without it GCC emits three instructions
 #include "simd_kernels.h"
 
 namespace rocr {

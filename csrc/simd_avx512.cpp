@@ -6,7 +6,7 @@
 #define ROCR_TILE_ROWS 8
 #define ROCR_TILE_VECTORS 3
 #define ROCR_WIDEN(halves) \
-  (Bits) _mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)(halves))  // GCC makes three instructions of it
+  (Bits) _mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)(halves))  // without it GCC emits three instructions
 #include "simd_kernels.h"
 
 namespace rocr {

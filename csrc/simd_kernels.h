@@ -1,7 +1,7 @@
-// The kernels of one instruction set, in the vectors of GCC and Clang. A file simd_<name>.cpp includes this
-// once, after it has defined ROCR_TARGET, ROCR_WIDTH (numbers in a vector), ROCR_TILE_ROWS and
-// ROCR_TILE_VECTORS. Nothing here may call a template of the standard library: the linker could hand this
-// file's copy to the others.
+// The kernels of one instruction set, written with the vector extensions of GCC and Clang. A file
+// simd_<name>.cpp includes this once, after it has defined ROCR_TARGET, ROCR_WIDTH (floats of a vector),
+// ROCR_TILE_ROWS and ROCR_TILE_VECTORS. Nothing here may call a template of the standard library: the linker
+// could use the copy of one instruction set for the others.
 #include <cstdint>
 #include <cstring>
 
@@ -16,19 +16,19 @@
 namespace rocr {
 namespace {
 
-#include "simd_numbers.h"
+#include "simd_convert.h"
 
 constexpr std::int64_t width = ROCR_WIDTH;
 constexpr std::int64_t tile_rows = ROCR_TILE_ROWS;
 constexpr std::int64_t tile_vectors = ROCR_TILE_VECTORS;
 constexpr std::int64_t tile_columns = tile_vectors * width;
 
-static_assert(tile_columns % tile_rows == 0 && tile_rows * tile_columns <= max_tile_numbers);
+static_assert(tile_columns % tile_rows == 0 && tile_rows * tile_columns <= max_tile_floats);
 
 template <int vectors>
 ROCR_TARGET void multiply_vectors(std::int64_t depth, const float* rows, std::int64_t rows_stride,
                                   const float* columns, float* tile, std::int64_t tile_stride,
-                                  bool accumulate, const float* soon) {
+                                  bool accumulate, const float* prefetch) {
   Floats sums[tile_rows][vectors];
 #pragma GCC unroll 16
   for (int row = 0; row < tile_rows; ++row) {
@@ -42,7 +42,7 @@ ROCR_TARGET void multiply_vectors(std::int64_t depth, const float* rows, std::in
   for (std::int64_t step = 0; step < depth; ++step) {
     Floats column[vectors];
     __builtin_prefetch(rows + 8 * rows_stride);
-    __builtin_prefetch(soon + step * line_numbers, 0, 2);
+    __builtin_prefetch(prefetch + step * line_floats, 0, 2);
 #pragma GCC unroll 8
     for (int vector = 0; vector < vectors; ++vector) {
       column[vector] = *reinterpret_cast<const Floats*>(columns + vector * width);
@@ -50,7 +50,7 @@ ROCR_TARGET void multiply_vectors(std::int64_t depth, const float* rows, std::in
     }
 #pragma GCC unroll 16
     for (int row = 0; row < tile_rows; ++row) {
-      // x - 0 is x: a mere broadcast, where 0 + x would be an addition.
+      // x - 0 equals x for all x, so it compiles to a broadcast; 0 + x would be an addition.
       const Floats factor = rows[row] - Floats{};
 #pragma GCC unroll 8
       for (int vector = 0; vector < vectors; ++vector) sums[row][vector] += factor * column[vector];
@@ -71,28 +71,28 @@ ROCR_TARGET void multiply_vectors(std::int64_t depth, const float* rows, std::in
 template <int vectors>
 void multiply_first(std::int64_t count, std::int64_t depth, const float* rows, std::int64_t rows_stride,
                     const float* columns, float* tile, std::int64_t tile_stride, bool accumulate,
-                    const float* soon) {
+                    const float* prefetch) {
   if (count > (vectors - 1) * width) {
-    multiply_vectors<vectors>(depth, rows, rows_stride, columns, tile, tile_stride, accumulate, soon);
+    multiply_vectors<vectors>(depth, rows, rows_stride, columns, tile, tile_stride, accumulate, prefetch);
   } else if constexpr (vectors > 1) {
     multiply_first<vectors - 1>(count, depth, rows, rows_stride, columns, tile, tile_stride, accumulate,
-                                soon);
+                                prefetch);
   }
 }
 
-template <Number number>
+template <DType dtype>
 ROCR_INLINE Floats widen_some(const char* source, std::int64_t count) {
-  constexpr std::int64_t bytes = number == Number::float32 ? 4 : 2;
-  if (count >= width) return widen<number>(source);
+  constexpr std::int64_t bytes = dtype == DType::float32 ? 4 : 2;
+  if (count >= width) return widen<dtype>(source);
   char some[width * bytes] = {};
   if (count > 0) std::memcpy(some, source, count * bytes);
-  return widen<number>(some);
+  return widen<dtype>(some);
 }
 
-template <Number number>
-ROCR_TARGET void pack_numbers(const char* source, std::int64_t stride, std::int64_t depth, std::int64_t count,
+template <DType dtype>
+ROCR_TARGET void pack_elements(const char* source, std::int64_t stride, std::int64_t depth, std::int64_t count,
                               float* panels) {
-  constexpr std::int64_t bytes = number == Number::float32 ? 4 : 2;
+  constexpr std::int64_t bytes = dtype == DType::float32 ? 4 : 2;
   constexpr std::int64_t steps_ahead = 4;
   const std::int64_t panel_count = (count + tile_columns - 1) / tile_columns;
   for (std::int64_t step = 0; step < depth; ++step, source += stride) {
@@ -105,69 +105,69 @@ ROCR_TARGET void pack_numbers(const char* source, std::int64_t stride, std::int6
       for (std::int64_t vector = 0; vector < tile_vectors; ++vector) {
         const std::int64_t column = panel * tile_columns + vector * width;
         *reinterpret_cast<Floats*>(target + vector * width) =
-            widen_some<number>(source + column * bytes, count - column);
+            widen_some<dtype>(source + column * bytes, count - column);
       }
     }
   }
 }
 
-void pack(Number number, const void* source, std::int64_t stride, std::int64_t depth, std::int64_t count,
+void pack(DType dtype, const void* source, std::int64_t stride, std::int64_t depth, std::int64_t count,
           float* panels) {
   const char* bytes = static_cast<const char*>(source);
-  switch (number) {
-    case Number::float32:
-      return pack_numbers<Number::float32>(bytes, stride * 4, depth, count, panels);
-    case Number::bfloat16:
-      return pack_numbers<Number::bfloat16>(bytes, stride * 2, depth, count, panels);
-    case Number::float16:
-      return pack_numbers<Number::float16>(bytes, stride * 2, depth, count, panels);
+  switch (dtype) {
+    case DType::float32:
+      return pack_elements<DType::float32>(bytes, stride * 4, depth, count, panels);
+    case DType::bfloat16:
+      return pack_elements<DType::bfloat16>(bytes, stride * 2, depth, count, panels);
+    case DType::float16:
+      return pack_elements<DType::float16>(bytes, stride * 2, depth, count, panels);
   }
 }
 
-template <Number number, bool stochastic>
+template <DType dtype, bool stochastic>
 ROCR_INLINE void add_vector(char* weight, Floats update, std::uint64_t key, std::int64_t column) {
-  const Floats sum = widen<number>(weight) + update;
-  if (number == Number::float32) {
+  const Floats sum = widen<dtype>(weight) + update;
+  if (dtype == DType::float32) {
     *reinterpret_cast<Floats*>(weight) = sum;
   } else if (stochastic) {
-    *reinterpret_cast<Halves*>(weight) = narrow_at_random<number>(sum, random_bits(key, column));
+    *reinterpret_cast<Halves*>(weight) = narrow_stochastic<dtype>(sum, random_bits(key, column));
   } else {
-    *reinterpret_cast<Halves*>(weight) = narrow_to_nearest<number>(sum);
+    *reinterpret_cast<Halves*>(weight) = narrow_nearest<dtype>(sum);
   }
 }
 
-template <Number number, bool stochastic>
-ROCR_TARGET void add_numbers(void* weight, const float* update, std::int64_t count, std::uint64_t key,
+template <DType dtype, bool stochastic>
+ROCR_TARGET void add_elements(void* weight, const float* update, std::int64_t count, std::uint64_t key,
                              std::int64_t first_column) {
-  constexpr std::int64_t bytes = number == Number::float32 ? 4 : 2;
+  constexpr std::int64_t bytes = dtype == DType::float32 ? 4 : 2;
   char* target = static_cast<char*>(weight);
   std::int64_t column = 0;
   for (; column + width <= count; column += width) {
     const Floats addend = *reinterpret_cast<const Floats*>(update + column);
-    add_vector<number, stochastic>(target + column * bytes, addend, key, first_column + column);
+    add_vector<dtype, stochastic>(target + column * bytes, addend, key, first_column + column);
   }
   if (column == count) return;
   char rest[width * bytes] = {};
   Floats addend = {};
   std::memcpy(rest, target + column * bytes, (count - column) * bytes);
   std::memcpy(&addend, update + column, (count - column) * 4);
-  add_vector<number, stochastic>(rest, addend, key, first_column + column);
+  add_vector<dtype, stochastic>(rest, addend, key, first_column + column);
   std::memcpy(target + column * bytes, rest, (count - column) * bytes);
 }
 
-void add(Number number, void* weight, const float* update, std::int64_t count, Rounding rounding,
+void add(DType dtype, void* weight, const float* update, std::int64_t count, Rounding rounding,
          std::int64_t first_column) {
   const std::uint64_t key = rounding.key;
-  if (number == Number::float32) {
-    add_numbers<Number::float32, false>(weight, update, count, key, first_column);
-  } else if (number == Number::bfloat16) {
+  if (dtype == DType::float32) {
+    add_elements<DType::float32, false>(weight, update, count, key, first_column);
+  } else if (dtype == DType::bfloat16) {
     if (rounding.stochastic)
-      return add_numbers<Number::bfloat16, true>(weight, update, count, key, first_column);
-    add_numbers<Number::bfloat16, false>(weight, update, count, key, first_column);
+      return add_elements<DType::bfloat16, true>(weight, update, count, key, first_column);
+    add_elements<DType::bfloat16, false>(weight, update, count, key, first_column);
   } else {
     if (rounding.stochastic)
-      return add_numbers<Number::float16, true>(weight, update, count, key, first_column);
-    add_numbers<Number::float16, false>(weight, update, count, key, first_column);
+      return add_elements<DType::float16, true>(weight, update, count, key, first_column);
+    add_elements<DType::float16, false>(weight, update, count, key, first_column);
   }
 }
 

@@ -1,4 +1,4 @@
-"""rocr: bulk concept unlearning for language models, in closed form."""
+"""rocr: bulk concept unlearning for language models in closed form."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used, so that `rocr --help` does not wait for torch."""
+    """Import a public name at its first use, so that `rocr --help` does not import torch."""
     if name in _HOMES:
         return getattr(importlib.import_module(f"rocr.{_HOMES[name]}"), name)
     if name == "ops":
@@ -83,7 +83,7 @@ def __getattr__(name: str) -> Any:
 
 
 class _Package(ModuleType):
-    """The package, in which `rocr.unlearn` stays the function when the module of that name is imported."""
+    """The package. It keeps `rocr.unlearn` the function when the module `rocr.unlearn` is imported."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in _HOMES and isinstance(value, ModuleType)):

@@ -1,4 +1,4 @@
-"""`python -m rocr` is the command line."""
+"""Run the command line with `python -m rocr`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The concepts to unlearn, and the rules that every list of them must keep."""
+"""The concepts to unlearn, and the checks of a list of concepts."""
 
 from __future__ import annotations
 
@@ -11,18 +11,24 @@ from pathlib import Path
 
 from rocr.errors import InputError
 from rocr.io.concept_files import FIELDS, read_fields
-from rocr.io.spelling import hidden, without_ignorable
+from rocr.io.spelling import hidden_characters, without_ignorable
 
 MAX_NAME_LENGTH = 200  # characters
 MAX_SHOWN_ERRORS = 50
-MAX_NAMES = 200_000  # with aliases, in one list; checking them takes some seconds
+MAX_NAMES = 200_000  # in one list, with aliases; checking them takes some seconds
 MAX_CONCEPTS = 10_000
-"""Concepts of one edit unless more are allowed: the longest list whose time and memory were measured (README)."""
+"""Default limit of the concepts of one edit: the longest list whose time and memory were measured (README)."""
 
 
 @dataclass(frozen=True)
 class Concept:
-    """A name to unlearn, its other names, and the harmless concept that takes its place."""
+    """A concept to unlearn.
+
+    Attributes:
+        name: The name of the concept.
+        redirect: The harmless concept that the model perceives in its place.
+        aliases: Other names of the concept, which are redirected too.
+    """
 
     name: str
     redirect: str
@@ -30,25 +36,28 @@ class Concept:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The name, then the aliases."""
+        """The name, followed by the aliases."""
         return (self.name, *self.aliases)
 
 
 def load_concepts(path: str | os.PathLike[str], default_redirect: str | None = None) -> list[Concept]:
     """Read a concept file.
 
-    `.txt` has a concept a line, `name | alias | alias -> redirect`, where aliases and redirect may be left
-    out; a `#` that begins a line, or stands between spaces, begins a comment. `.csv` has a header with the
-    columns name, redirect and aliases (separated by `|`); `.jsonl` has an object with these fields a line,
-    aliases being a list. All are UTF-8, of at most 64 MiB; a name has at most 200 characters, and a
-    list 200,000 names with aliases.
+    A `.txt` file has one concept on each line, `name | alias | alias -> redirect`, in which aliases and redirect are
+    optional; a `#` at the start of a line or between spaces starts a comment. A `.csv` file has a header with the
+    columns name, redirect and aliases, which are separated by `|`. A `.jsonl` file has an object with these fields on
+    each line, in which aliases is a list. Files are UTF-8 and have at most 64 MiB. A name has at most 200 characters,
+    and a list at most 200,000 names with aliases.
 
     Args:
-        path: the file.
-        default_redirect: the redirect of concepts that have none of their own.
+        path: The file.
+        default_redirect: The redirect of concepts without one. None requires a redirect for every concept.
+
+    Returns:
+        The concepts, in the order of the file.
 
     Raises:
-        InputError: the file cannot be read, or lines of it are wrong; names every line, up to 50 of them.
+        InputError: The file cannot be read, or lines are not valid; the message has one line for each error, up to 50.
     """
     path = Path(path)
     if default_redirect is not None and (flaw := _flaw("default redirect", default_redirect)):
@@ -57,15 +66,16 @@ def load_concepts(path: str | os.PathLike[str], default_redirect: str | None = N
     concepts = _checked(read_fields(path, problems.add), problems, default_redirect)
     problems.raise_any()
     if not concepts:
-        raise InputError(f"{path} holds no concepts.")
+        raise InputError(f"{path} contains no concepts.")
     return concepts
 
 
 def check_concepts(concepts: Iterable[Concept]) -> None:
-    """Hold concepts that were built in Python to the rules for concept files.
+    """Check a list of concepts that was built in Python, by the rules for concept files.
 
     Raises:
-        InputError: names every concept that is wrong by its position in the list, up to 50 of them.
+        InputError: Concepts are not valid; the message has one line for each error, up to 50, with the index of the
+            concept.
     """
     problems = _Problems(lambda position: f"concepts[{position}]")
     numbered: list[tuple[int, Mapping[str, object]]] = []
@@ -81,28 +91,27 @@ def check_concepts(concepts: Iterable[Concept]) -> None:
 
 
 def check_length(count: int, most: int = MAX_CONCEPTS) -> None:
-    """Refuse an edit of more concepts than are allowed; time and memory grow faster than their number.
+    """Raise InputError if an edit has more concepts than are allowed.
 
-    Raises:
-        InputError: there are more.
+    Time and memory of an edit grow faster than the number of concepts.
     """
     if count > most:
         raise InputError(
-            f"The list has {count:,} concepts, above the limit of {most:,} for one edit. Make lists of fewer, or allow "
-            "it by --allow-long-list (Guards(concepts=...)); add --dry-run to see first how long it takes and how much "
-            "memory it needs."
+            f"The list has {count:,} concepts, above the limit of {most:,} for one edit. Use a shorter list, or allow "
+            "it with --allow-long-list (in Python, Guards(concepts=...)); --dry-run shows the time and the memory "
+            "that it needs."
         )
 
 
 def check_names(label: str, names: Iterable[object]) -> None:
-    """Hold names that stand in no list of concepts, such as those of `--control`, to the rules for one.
+    """Check names outside of a list of concepts, such as those of `--control`, by the rules for concepts.
 
     Args:
-        label: what a name is called in the message.
-        names: the names.
+        label: What to call a name in the message.
+        names: The names.
 
     Raises:
-        InputError: names every one that is wrong, up to 50 of them.
+        InputError: Names are not valid; the message has one line for each of them, up to 50.
     """
     flaws = [flaw for name in names if (flaw := _flaw(label, name))]
     if flaws:
@@ -111,10 +120,12 @@ def check_names(label: str, names: Iterable[object]) -> None:
 
 
 def check_text(label: str, value: object, limit: int) -> None:
-    """Refuse what cannot be put before a model as a text.
+    """Raise InputError unless a value can be a text for a model.
 
-    Raises:
-        InputError: it is no text, is blank, is longer than `limit` characters, or was not UTF-8.
+    Args:
+        label: What to call the value in the message.
+        value: The value. It must be a string that is not blank and is valid as UTF-8.
+        limit: Maximum number of characters.
     """
     if not isinstance(value, str):
         raise InputError(f"{label} must be text, not {_kind(value)}.")
@@ -123,27 +134,27 @@ def check_text(label: str, value: object, limit: int) -> None:
     if len(value) > limit:
         raise InputError(f"{label} has {len(value):,} characters; the limit is {limit:,}.")
     if any(unicodedata.category(character) == "Cs" for character in value):
-        raise InputError(f"{label} {_shown(value)} is not UTF-8, or holds half of a surrogate pair.")
+        raise InputError(f"{label} {_shown(value)} is not UTF-8, or contains half of a surrogate pair.")
 
 
 @dataclass
 class _Problems:
-    """Every error of one list of concepts: keeps as many as are shown and counts the rest."""
+    """The errors of one list of concepts. It stores those that are shown and counts the rest."""
 
     place: Callable[[int], str]
-    kept: list[tuple[int, str]] = field(default_factory=list)
+    shown: list[tuple[int, str]] = field(default_factory=list)
     count: int = 0
 
     def add(self, number: int, sentence: str) -> None:
         self.count += 1
-        if len(self.kept) < MAX_SHOWN_ERRORS:
-            self.kept.append((number, sentence))
+        if len(self.shown) < MAX_SHOWN_ERRORS:
+            self.shown.append((number, sentence))
 
     def raise_any(self) -> None:
-        if not self.kept:
+        if not self.shown:
             return
-        self.kept.sort(key=lambda problem: problem[0])
-        lines = [f"{self.place(number)}: {sentence}" for number, sentence in self.kept]
+        self.shown.sort(key=lambda problem: problem[0])
+        lines = [f"{self.place(number)}: {sentence}" for number, sentence in self.shown]
         if self.count > len(lines):
             lines.append(f"and {self.count - len(lines):,} more")
         raise InputError("\n".join(lines))
@@ -154,13 +165,13 @@ def _checked(
     problems: _Problems,
     default_redirect: str | None,
 ) -> list[Concept]:
-    """Apply every rule; a text that broke one is reported, and empty in what is returned."""
+    """Return the concepts of a list and report all errors. A text with an error is empty in the result."""
     numbered, names = [], 0
     for number, fields in numbered_fields:
         aliases = fields.get("aliases")
         names += 1 + (len(aliases) if isinstance(aliases, list | tuple) else 0)
         if names > MAX_NAMES:
-            raise InputError(f"{problems.place(number)}: more than {MAX_NAMES:,} names; make lists of fewer.")
+            raise InputError(f"{problems.place(number)}: more than {MAX_NAMES:,} names; split the list.")
         numbered.append((number, _concept(number, fields, problems, default_redirect)))
     owners = _owners(numbered, problems)
     for number, concept in numbered:
@@ -174,12 +185,12 @@ def _checked(
 
 
 def _owners(numbered: Sequence[tuple[int, Concept]], problems: _Problems) -> dict[str, tuple[int, str]]:
-    """Map each folded name and alias to the number of its concept and to how it is written there."""
+    """Return for each folded name and alias the number of its concept and its spelling there."""
     owners: dict[str, tuple[int, str]] = {}
     for number, concept in numbered:
         for name, count in Counter(filter(None, concept.names)).items():
             if count > 1:
-                problems.add(number, f"{_shown(name)} stands {count} times among the names of one concept")
+                problems.add(number, f"{_shown(name)} occurs {count} times among the names of one concept")
             owner, spelling = owners.setdefault(folded(name), (number, name))
             if owner != number:
                 place = problems.place(owner)
@@ -188,6 +199,7 @@ def _owners(numbered: Sequence[tuple[int, Concept]], problems: _Problems) -> dic
 
 
 def _concept(number: int, fields: Mapping[str, object], problems: _Problems, default_redirect: str | None) -> Concept:
+    """Return the concept of the fields of a file, and report all errors."""
     for unknown in fields:
         if unknown not in FIELDS:
             problems.add(number, f"unknown field {_shown(unknown)}; the fields are {', '.join(FIELDS)}")
@@ -208,7 +220,7 @@ def _concept(number: int, fields: Mapping[str, object], problems: _Problems, def
     elif default_redirect is not None:
         redirect = default_redirect
     else:
-        problems.add(number, "has no redirect; write one, or give a default redirect (--redirect)")
+        problems.add(number, "has no redirect; add one, or give a default redirect (--redirect)")
     aliases = fields.get("aliases", ())
     if not isinstance(aliases, list | tuple):
         problems.add(number, f"field 'aliases' must be a list of texts, not {_kind(aliases)}")
@@ -217,7 +229,7 @@ def _concept(number: int, fields: Mapping[str, object], problems: _Problems, def
 
 
 def _flaw(label: str, value: object) -> str | None:
-    """Say why a value cannot be a name."""
+    """Return why a value cannot be a name; None if it can."""
     if not isinstance(value, str):
         return f"{label} must be text, not {_kind(value)}"
     if not value.strip():
@@ -225,40 +237,42 @@ def _flaw(label: str, value: object) -> str | None:
     shown = f"{label} {_shown(value)}"
     if len(value) > MAX_NAME_LENGTH:
         return f"{shown} has {len(value):,} characters; the limit is {MAX_NAME_LENGTH}"
-    for index, kind in hidden(value):
+    for index, kind in hidden_characters(value):
         code_point = f"U+{ord(value[index]):04X} {unicodedata.name(value[index], '')}".rstrip()
-        return f"{shown} holds {code_point}, {kind}, as character {index + 1}"
+        return f"{shown} contains {code_point}, {kind}, as character {index + 1}"
     return f"{shown} begins or ends with white space" if value != value.strip() else None
 
 
 def folded(name: str) -> str:
-    """Return what two spellings of a name share: Unicode's NFKC_Casefold, with runs of white space as one space.
+    """Return a form that is equal for two spellings of a name.
 
-    It leaves out what is not seen (default ignorable code points): a name with and without its joiners is one name.
+    It is Unicode's NFKC_Casefold with each run of white space replaced by one space. It has no default ignorable code
+    points, so a name with and without joiners has the same form.
     """
     name = without_ignorable(name)
-    for _ in range(2):  # folding can leave a text that is not NFKC, and NFKC one that is not folded
+    for _ in range(2):  # case folding can undo NFKC, and NFKC can undo case folding
         name = without_ignorable(unicodedata.normalize("NFKC", unicodedata.normalize("NFD", name).casefold()))
     return " ".join(name.split())
 
 
 def holds_name(text: str, name: str) -> bool:
-    """Whether a text holds a name, in whichever Unicode form either is written."""
+    """Return whether a text contains a name, whichever Unicode normalisation form either has."""
     return name in text or unicodedata.normalize("NFC", name) in unicodedata.normalize("NFC", text)
 
 
 def with_name(text: str, name: str, other: str) -> str:
-    """A text with another name in the place of one that it holds; see `holds_name`."""
+    """Return a text with a name that it contains replaced by another; see `holds_name`."""
     if name in text:
         return text.replace(name, other)
     return unicodedata.normalize("NFC", text).replace(unicodedata.normalize("NFC", name), other)
 
 
 def _shown(text: str) -> str:
-    """Quote a text of any length and content for a message: short, on one line, nothing invisible."""
+    """Quote a text for a message: at most 60 characters, on one line, without invisible characters."""
     return repr(text if len(text) <= 60 else f"{text[:57]}...")
 
 
 def _kind(value: object) -> str:
+    """Return the name of the type of a value of a file."""
     kind = type(value).__name__
     return {"NoneType": "null", "dict": "an object", "list": "a list", "str": "text"}.get(kind, kind)

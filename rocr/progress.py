@@ -1,4 +1,4 @@
-"""How library calls tell their caller how far they are, without printing anything."""
+"""Progress reports of library calls, as callbacks instead of printed lines, and the durations of stages."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Progress:
-    """One step of a stage.
+    """The progress of one stage.
 
     Attributes:
-        stage: what is being done.
-        done: how much of it is done, in `unit`.
-        total: how much there is; None where that is not known.
-        unit: what is counted.
-        resumed: how much of `done` an earlier run had done, which says nothing about the speed of this one.
+        stage: The name of the stage.
+        done: How much is done, in `unit`.
+        total: How much there is to do, in `unit`; None if that is not known.
+        unit: What is counted, such as "tokens".
+        resumed: The part of `done` that an earlier run did. Leave it out when computing the speed of this run.
     """
 
     stage: str
@@ -31,22 +31,22 @@ ProgressCallback = Callable[[Progress], None]
 
 
 def silent(_: Progress) -> None:
-    """Ignore progress: the default."""
+    """Ignore progress; the default callback."""
 
 
 @dataclass(frozen=True)
 class Stopwatch:
-    """Adds up the durations of stages.
+    """Measures the durations of stages.
 
     Attributes:
-        seconds: duration of each stage so far, by its name.
+        seconds: The total duration of each stage so far, by its name.
     """
 
     seconds: dict[str, float]
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        """Add the duration of the context to a stage."""
+        """Add the duration of the context to that of a stage."""
         start = time.perf_counter()
         try:
             yield

@@ -1,10 +1,10 @@
-"""ROCR (Ye, Zhang and Wu, arXiv 2506.07795) for many concepts at once, in closed form.
+"""Unlearn many concepts at once, in closed form (ROCR: Ye, Zhang and Wu, arXiv 2506.07795).
 
-For each edited layer with weight W (d_out, d_in), rows being samples:
+For each edited layer with weight W (d_out, d_in); rows are samples:
 
     keys       K (n, d_in)     inputs of the down-projection at the tokens of the concepts' names
-    residuals  R (n, d_out)    what the output at each key lacks on the way to its target
-    metric     M (d_in, d_in)  from the second moment of ordinary keys, which it protects
+    residuals  R (n, d_out)    differences between the target outputs and the outputs at the keys
+    metric     M (d_in, d_in)  computed from the second moment of ordinary keys, which it protects
     update     Δ = Rᵀ (K M Kᵀ + λI)⁻¹ K M, added to W
 """
 
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from rocr.concepts import Concept, check_concepts, check_length
 from rocr.config import EditConfig
-from rocr.edit.apply import apply_updates, down_projections, put_in_place_of, take_back
+from rocr.deprecation import renamed_arguments
+from rocr.edit.apply import apply_updates, down_projections, replace_updates, revert_updates
 from rocr.edit.collisions import find_collisions
 from rocr.edit.compose import check_base_edit, check_rendered, inexact_layers
 from rocr.edit.edit import Edit
@@ -31,21 +32,22 @@ from rocr.edit.guards import (
     check_distance,
     check_layer,
     check_predictions,
+    naming_closest_concepts,
+    naming_largest_concepts,
     predict,
-    with_closest,
-    with_culprits,
 )
 from rocr.edit.measures import EditReport, mean_by_concept, measure_layer
-from rocr.edit.retain_impact import Neighbours, read_neighbours
+from rocr.edit.retain_impact import RetainedNames, read_retained_names
 from rocr.edit.update import Applied, LayerUpdate
+from rocr.io.dtypes import dtype_name
 from rocr.keys.plan import KeyPlan, Reading, plan_keys
 from rocr.keys.read import States, read_layers, read_states
 from rocr.model.architecture import Architecture, DownProjection, find_architecture, positions_of
 from rocr.model.causality import check_causal
-from rocr.model.chat import settled
-from rocr.model.fingerprint import Fingerprint, down_projection_digests, dtype_name, fingerprint
+from rocr.model.chat import with_date
+from rocr.model.fingerprint import Fingerprint, down_projection_digests, fingerprint
+from rocr.model.gains import divide_by_gains, layers_with_gain
 from rocr.model.layers import check_moments, resolve_layers
-from rocr.model.passage import before_passage, measured_layers
 from rocr.model.tensor_parallel import whole
 from rocr.ops.arithmetic import plain_arithmetic
 from rocr.progress import Progress, ProgressCallback, Stopwatch, silent
@@ -56,6 +58,7 @@ from rocr.statistics.provenance import computed_with
 from rocr.statistics.statistics import Statistics
 
 
+@renamed_arguments(kept="base_edit")
 def unlearn(
     model: nn.Module,
     tokenizer: Any,
@@ -67,32 +70,39 @@ def unlearn(
     base_edit: Edit | None = None,
     neighbours: Sequence[str] | None = None,
 ) -> Edit:
-    """Redirect concepts in a model, in place: where it reads one, it perceives the redirect instead.
+    """Redirect concepts in a model, in place: on reading a concept, the model then perceives its redirect.
+
+    For each edited layer, the update of the weight W (d_out, d_in) is Δ = Rᵀ (K M Kᵀ + λI)⁻¹ K M, for keys K
+    (n, d_in), residuals R (n, d_out) and a metric M (d_in, d_in) that protects ordinary keys. The update is computed
+    in float32 and its system is solved in float64; it is added in float32 and rounded once to the dtype of W.
+
+    After any exception, the model has its original weights, bit for bit.
 
     Args:
-        model: A causal language model of transformers with dense MLPs.
-        tokenizer: Its tokenizer.
-        concepts: What to redirect to what.
-        statistics: Second moments of ordinary keys at the edited layers. None collects them from text that the model
-            writes itself.
-        config: The settings. None is `EditConfig()`.
-        progress: Called with the progress of each stage.
-        guards: The limits that the edit must stay within. None is `Guards()`.
-        base_edit: An edit whose concepts stay redirected, from the keys and residuals that it holds. The model must
-            be without it; `Edit.add` takes care of that.
-        neighbours: Names that should stay, to measure what the edit does to them. None measures the redirects.
+        model: A causal language model of transformers with dense MLPs and float32, bfloat16 or float16 weights.
+        tokenizer: The tokenizer of the model.
+        concepts: The concepts, each with its redirect; at most 10,000 unless `guards.concepts` is larger.
+        statistics: Second moments of ordinary keys at the edited layers, collected on the same model. None collects
+            them from text that the model writes itself.
+        config: The settings. None is that of `base_edit`, or `EditConfig()`.
+        progress: Called after each step of a stage.
+        guards: Safety limits of the edit. None is `Guards()`.
+        base_edit: An edit whose concepts stay redirected, from the keys and residuals that it stores. The model must
+            have its weights from before that edit; `Edit.add` restores them first.
+        neighbours: Retained names, for which the effect of the edit is measured. None measures the redirects.
 
     Returns:
-        The edit, which is applied to the model. After any exception the model has its first weights, bit for bit.
+        The edit, which is applied to the model. `Edit.revert` restores the original weights.
 
     Raises:
-        InputError: Concepts, settings, statistics or model do not fit together.
-        GuardError: Keys, states or weights are not finite, or the edit exceeds a limit; names the concepts.
+        InputError: The concepts, the settings, the statistics or the model are not valid, or do not fit together.
+        GuardError: Keys, states or weights are not finite, or the edit exceeds a limit. The message names the
+            concepts that caused it.
 
     Source:
         Ye, Zhang and Wu, "LLM Unlearning Should Be Form-Independent", arXiv 2506.07795, section 4.
     """
-    updates: list[LayerUpdate] = []  # every update that a weight carries
+    updates: list[LayerUpdate] = []  # the updates that are applied
     guards = guards or Guards()
     try:
         with plain_arithmetic():
@@ -101,21 +111,17 @@ def unlearn(
             origin = _check_statistics(task, tokenizer, statistics)
             report = _begin_report(task, statistics)
             timed = Stopwatch(report.seconds)
-            architecture, layers, all_concepts, concept_of = (
-                task.architecture,
-                task.layers,
-                task.all_concepts,
-                task.concept_of,
-            )
+            architecture, layers = task.architecture, task.layers
+            all_concepts, concept_of = task.all_concepts, task.concept_of
 
             with timed("targets"):
-                reader = _Reader(task, progress, measured_layers(architecture, layers))
+                reader = _Reader(task, progress, layers_with_gain(architecture, layers))
                 targets = reader.targets()
             with timed("keys"):
                 template_keys = reader.template_keys()
                 readings = reader.keys(layers if task.config.measure == "once" else layers[:1])
                 goals = _Goals.of(targets, readings[layers[0]].hidden, task)
-            retained = read_neighbours(architecture, tokenizer, all_concepts, neighbours, task.config, progress)
+            retained = read_retained_names(architecture, tokenizer, all_concepts, neighbours, task.config, progress)
             with timed("check"):
                 predictions = predict(architecture, tokenizer)
 
@@ -127,13 +133,13 @@ def unlearn(
                 with timed("metric"):
                     moment = statistics.second_moment(layer).to(keys.device)
                     metric = build_metric(moment, task.config, template_keys.get(layer))
-                with timed("solve"), with_closest(keys, concept_of, all_concepts):
+                with timed("solve"), naming_closest_concepts(keys, concept_of, all_concepts):
                     ridge = task.config.ridge * (metric.ordinary if task.config.relative_ridge else 1.0)
                     solution = solve_layer(keys, residuals, metric, ridge)
                     update = LayerUpdate.solved(projection, keys, residuals, solution)
                 with timed("compare"):
                     _compare(task, projection, update, solution, retained, report)
-                with timed("apply"), with_culprits(update, concept_of, all_concepts):
+                with timed("apply"), naming_largest_concepts(update, concept_of, all_concepts):
                     weight_norm = float(whole(projection.weight).float().norm())
                     apply_updates([projection], [update.factors], partial(_record, updates, update))
                 with timed("measure"):
@@ -148,13 +154,13 @@ def unlearn(
                 _check_edit(task, guards, updates, predictions, distance, report)
             report.distance = _with_distance_of_base(task, distance)
             if retained is not None:
-                report.neighbours = retained.report([concept.name for concept in all_concepts])
+                report.retained = retained.report([concept.name for concept in all_concepts])
             settings = computed_with(model)
             return Edit(all_concepts, task.config, origin, updates, concept_of, report, settings, task.plan.rendered)
     except BaseException:
-        # Here and not in a context: an interruption at a context's own exit would miss it.
+        # Not in a context manager, since an interruption at its own exit would skip it.
         if updates:
-            take_back(find_architecture(model), updates)
+            revert_updates(task.architecture, updates)
         raise
 
 
@@ -167,11 +173,30 @@ def add_concepts(
     progress: ProgressCallback = silent,
     guards: Guards | None = None,
 ) -> Edit:
-    """Add concepts to an edit and apply the result in its place; see `Edit.add`."""
-    # A file that records no date was made with the default one.
-    edit = replace(edit, config=replace(edit.config, chat=settled(edit.config.chat, tokenizer)))
+    """Add concepts to an applied edit and apply the result in its place.
+
+    `Edit.add` is this function as a method.
+
+    Args:
+        edit: The edit, which is applied to the model.
+        concepts: The concepts to add.
+        model: The model.
+        tokenizer: The tokenizer of the model.
+        statistics: The statistics that the edit was made with.
+        progress: Called after each step of a stage.
+        guards: Safety limits of the new edit. None is `Guards()`.
+
+    Returns:
+        The edit of all concepts, which is applied to the model.
+
+    Raises:
+        InputError: The model does not have the edit, or an argument is not valid or does not fit the edit.
+        GuardError: The new edit exceeds a limit. The model then has the first edit again.
+    """
+    # Files without a date were made with the default date.
+    edit = replace(edit, config=replace(edit.config, chat=with_date(edit.config.chat, tokenizer)))
     projections = down_projections(find_architecture(model), edit.updates)
-    return put_in_place_of(
+    return replace_updates(
         projections,
         [update.applied for update in edit.updates],
         lambda: unlearn(model, tokenizer, concepts, statistics, edit.config, progress, guards, base_edit=edit),
@@ -180,15 +205,15 @@ def add_concepts(
 
 @dataclass(frozen=True)
 class _Task:
-    """What is unlearned from which model.
+    """The inputs of an edit, checked and complete.
 
     Attributes:
-        architecture: The model's decoder layers and down-projections.
+        architecture: The decoder layers and down-projections of the model.
         concepts: The new concepts.
-        config: The settings, with nothing left to be chosen.
-        by_count: Names of the settings that the number of concepts chose.
+        config: The settings, with a value for each.
+        by_count: Names of the settings whose value was chosen by the number of concepts.
         plan: Which tokens of which prompts are read.
-        base_edit: An edit whose concepts stay redirected; None where there is none.
+        base_edit: An edit whose concepts stay redirected, or None.
     """
 
     architecture: Architecture
@@ -201,7 +226,7 @@ class _Task:
     @property
     def layers(self) -> tuple[int, ...]:
         """The layers to edit, ascending."""
-        return self.config.layers or ()
+        return self.config.layer_numbers
 
     @property
     def all_concepts(self) -> list[Concept]:
@@ -210,14 +235,14 @@ class _Task:
 
     @property
     def concept_of(self) -> list[int]:
-        """For each key, of the base edit or new, the index of its concept in `all_concepts`."""
+        """For each key, those of the base edit first, the index of its concept in `all_concepts`."""
         if self.base_edit is None:
             return self.plan.concept_of
         offset = len(self.base_edit.concepts)
         return [*self.base_edit.concept_of, *(offset + concept for concept in self.plan.concept_of)]
 
     def check_finite(self, what: str, layer: int, values: Tensor) -> None:
-        """Raise GuardError, with the concepts' names, unless values (n, features) of the new keys are finite."""
+        """Raise GuardError, naming the concepts, unless values (n, features) of the new keys are finite."""
         check_finite(what, layer, values, self.plan.concept_of, self.concepts)
 
 
@@ -229,37 +254,37 @@ def _plan(
     guards: Guards,
     base_edit: Edit | None,
 ) -> _Task:
-    """Settle the settings and decide which tokens become keys; check all of it before anything is read."""
+    """Complete the settings and choose the tokens that become keys, with all checks that need no forward pass."""
     concepts = list(concepts)
     everything = [*base_edit.concepts, *concepts] if base_edit else concepts
     check_length(len(everything), guards.concepts)
     check_concepts(everything)
     config = config or (base_edit.config if base_edit else EditConfig())
-    by_count = base_edit.report.by_count if base_edit else config.left_to_the_count()
-    config = resolve_layers(config.for_concepts(len(concepts)), model)
-    config = replace(config, chat=settled(config.chat, tokenizer))
+    by_count = base_edit.report.by_count if base_edit else config.unset_by_count()
     architecture = find_architecture(model)
+    config = resolve_layers(config.for_concepts(len(concepts)), architecture)
+    config = replace(config, chat=with_date(config.chat, tokenizer))
     plan = plan_keys(tokenizer, concepts, config)
     if base_edit is not None:
         check_rendered(base_edit.rendered, plan.rendered, "the tokenizer now")
     plan.check_positions(concepts, positions_of(model))
-    plan.check_ways(concepts)
+    plan.check_tokens_differ(concepts)
     return _Task(architecture, concepts, config, by_count, plan, base_edit)
 
 
 def _collect(model: nn.Module, tokenizer: Any, config: EditConfig, progress: ProgressCallback) -> Statistics:
     """Collect statistics from text that the model writes itself."""
-    # Each process collects for itself, since only one of a group may be editing.
+    # Not distributed: the other processes of a group need not be editing.
     options = CollectOptions(seed=config.seed, distributed=False, chat=config.chat)
-    return collect_statistics(model, tokenizer, None, config.layers or (), options, progress)
+    return collect_statistics(model, tokenizer, None, config.layer_numbers, options, progress)
 
 
 def _check_statistics(task: _Task, tokenizer: Any, statistics: Statistics) -> Fingerprint:
-    """Check that the statistics, and the base edit, belong to the model; return the model's fingerprint."""
+    """Raise InputError unless statistics and base edit belong to the model; return the model's fingerprint."""
     architecture, last = task.architecture, max(task.layers)
     origin = fingerprint(architecture, tokenizer, statistics.fingerprint.layer, like=statistics.fingerprint)
     read_up_to = min(statistics.fingerprint.layer, architecture.depth - 1)
-    dtype = dtype_name(architecture.down_projection(read_up_to).weight)
+    dtype = dtype_name(architecture.down_projection(read_up_to).weight.dtype)
     settings = computed_with(architecture.model)
     statistics.check_model(origin, dtype, settings, down_projection_digests(architecture, last))
     check_causal(architecture, last)
@@ -270,7 +295,7 @@ def _check_statistics(task: _Task, tokenizer: Any, statistics: Statistics) -> Fi
 
 
 def _begin_report(task: _Task, statistics: Statistics) -> EditReport:
-    """Return a report of what is known before anything is measured."""
+    """Return a report with the fields that are known before the measurements."""
     report = EditReport(by_count=task.by_count, statistics=statistics.summary())
     if task.base_edit is not None:
         report.inexact = inexact_layers(task.config, task.by_count, len(task.all_concepts), task.layers)
@@ -279,12 +304,12 @@ def _begin_report(task: _Task, statistics: Statistics) -> EditReport:
 
 @dataclass(frozen=True)
 class _Reader:
-    """Reads states and keys from the model as it is at the moment.
+    """Reads states and keys from the model with its current weights.
 
     Attributes:
-        task: What is unlearned.
+        task: The inputs of the edit.
         progress: Called after every batch.
-        measured: Layers where what lies between the down-projection and the residual stream is measured.
+        measured: Layers where the gain between the down-projection and the residual stream is measured.
     """
 
     task: _Task
@@ -292,22 +317,23 @@ class _Reader:
     measured: tuple[int, ...]
 
     def targets(self) -> Tensor:
-        """Return (n, d_out): the states on reading the redirects, at the output of the last edited layer."""
+        """Return (n, d_out): the target states, at the output of the last edited layer at the redirects."""
         targets = self._states(self.task.plan.targets, "targets")
         self.task.check_finite("target states", max(self.task.layers), targets)
         return targets
 
     def template_keys(self) -> dict[int, Tensor]:
-        """Return for each layer the keys (m, d_in) of the templates' own tokens; empty where they weigh nothing."""
+        """Return the keys (m, d_in) of the templates' own tokens by layer; empty if their weight is 0."""
         task = self.task
-        if task.plan.held is None:
+        reading = task.plan.template_keys
+        if reading is None:
             return {}
-        last, stage = max(task.layers), "held keys"
-        found = read_layers(task.architecture, task.plan.held, last, task.layers, progress=self.progress, stage=stage)
+        last, stage = max(task.layers), "template keys"
+        found = read_layers(task.architecture, reading, last, task.layers, progress=self.progress, stage=stage)
         return {layer: states.keys for layer, states in found.items() if states.keys is not None}
 
     def keys(self, layers: Sequence[int]) -> dict[int, States]:
-        """Return for some layers the keys, and the states at the output of the last edited layer, from one pass."""
+        """Return the keys of some layers and the states at the output of the last edited layer, from one pass."""
         task, stage = self.task, f"keys of layer {', '.join(map(str, layers))}"
         found = read_layers(
             task.architecture,
@@ -324,7 +350,7 @@ class _Reader:
         return {layer: replace(states, hidden=hidden) for layer, states in found.items()}
 
     def states_after_edit(self) -> Tensor:
-        """Return (n, d_out): the states at the output of the last edited layer where the residuals were measured."""
+        """Return (n, d_out): the current states, at the output of the last edited layer."""
         hidden = self._states(self.task.plan.current or self.task.plan.keys, "check")
         self.task.check_finite("states after the edit", max(self.task.layers), hidden)
         return hidden
@@ -336,11 +362,11 @@ class _Reader:
 
 @dataclass(frozen=True)
 class _Goals:
-    """Where the states are sent.
+    """The states that the edit aims at.
 
     Attributes:
-        states: (n, d_out) at the output of the last edited layer.
-        first_distance: (n,) Euclidean distance to them before the edit.
+        states: (n, d_out) float32, at the output of the last edited layer.
+        first_distance: (n,) Euclidean distance of the states before the edit to `states`.
     """
 
     states: Tensor
@@ -348,13 +374,13 @@ class _Goals:
 
     @classmethod
     def of(cls, targets: Tensor, hidden: Tensor, task: _Task) -> _Goals:
-        """Go from states (n, d_out) towards targets (n, d_out), each key as far as settings and plan say."""
-        way = task.config.strength * torch.tensor(task.plan.reach).to(targets)[:, None]
-        goals = hidden + way * (targets - hidden)
+        """Return the goals between states (n, d_out) and targets (n, d_out), by strength and token schedule."""
+        share = task.config.strength * torch.tensor(task.plan.distance_shares).to(targets)[:, None]
+        goals = hidden + share * (targets - hidden)
         return cls(goals, (goals - hidden).norm(dim=1))
 
     def distance(self, hidden: Tensor, task: _Task) -> list[float]:
-        """Return for each new concept the distance of states (n, d_out) to the goals, as a share of the first one."""
+        """Return the distance of states (n, d_out) to the goals by new concept, as a share of the first distance."""
         shares = (self.states - hidden).norm(dim=1) / self.first_distance.clamp(min=1e-12)
         return mean_by_concept(shares, task.plan.concept_of, self.first_distance)
 
@@ -362,17 +388,17 @@ class _Goals:
 def _keys_and_residuals(
     task: _Task, layer: int, states: States, goals: _Goals, layers_left: int
 ) -> tuple[Tensor, Tensor]:
-    """Return keys (n, d_in) and residuals (n, d_out) of a layer, those of the base edit first.
+    """Return the keys (n, d_in) and residuals (n, d_out) of a layer, those of the base edit first.
 
-    Each layer takes an equal share of what is left of the way: of all layers where everything is measured before the
-    first edit, else of the layers that are still to be edited.
+    The residual is an equal share of the remaining distance: 1 / (all layers) if the states were read before the
+    first edit, otherwise 1 / (layers that are not edited yet).
     """
     assert states.keys is not None
     device = task.architecture.down_projection(layer).weight.device
     share = 1 / (len(task.layers) if task.config.measure == "once" else layers_left)
     keys, residuals = states.keys, ((goals.states - states.hidden) * share).to(device)
     if states.gains is not None:
-        residuals = before_passage(states.gains.to(device), residuals)
+        residuals = divide_by_gains(residuals, states.gains.to(device))
     task.check_finite("keys", layer, keys)
     task.check_finite("residuals", layer, residuals)
     if task.base_edit is None:
@@ -386,10 +412,10 @@ def _compare(
     projection: DownProjection,
     update: LayerUpdate,
     solution: Solution,
-    retained: Neighbours | None,
+    retained: RetainedNames | None,
     report: EditReport,
 ) -> None:
-    """Measure, before an update is applied, what its concepts do to each other and to names that should stay."""
+    """Measure the effect of an update on its own concepts and on retained names, before it is applied."""
     if report.collisions is None:
         report.collisions = find_collisions(task.all_concepts, task.concept_of, update)
     if retained is not None:
@@ -397,7 +423,7 @@ def _compare(
 
 
 def _record(updates: list[LayerUpdate], update: LayerUpdate, applied: Sequence[Applied]) -> None:
-    """Append an update that a weight now carries."""
+    """Append an update that was applied."""
     updates.append(update.after(*applied))
 
 
@@ -409,7 +435,7 @@ def _check_edit(
     distance: Sequence[float],
     report: EditReport,
 ) -> None:
-    """Check the finished edit against its limits."""
+    """Raise GuardError if the finished edit exceeds a limit; with `guards.force`, record the limit in the report."""
     report.limits_passed += check_closed(guards, report.layers, task.all_concepts)
     report.limits_passed += check_distance(guards, report.layers, distance, task.config)
     report.divergence, exceeded = check_predictions(
@@ -419,7 +445,7 @@ def _check_edit(
 
 
 def _with_distance_of_base(task: _Task, distance: list[float]) -> list[float]:
-    """Return the distances of all concepts; empty where those of the base edit are not known."""
+    """Return the distances of all concepts; empty if those of the base edit are unknown."""
     if task.base_edit is None:
         return distance
     return [*task.base_edit.report.distance, *distance] if task.base_edit.report.distance else []

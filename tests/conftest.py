@@ -1,4 +1,5 @@
 import reprlib
+import signal
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -30,6 +31,12 @@ def pytest_make_parametrize_id(val: object) -> str | None:
         text = reprlib.repr(val)
         return None if " at 0x" in text else text  # an address is another one in each process of pytest-xdist
     return None
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible() -> None:
+    """Let SIGINT raise KeyboardInterrupt: a shell starts a job in the background with SIGINT ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

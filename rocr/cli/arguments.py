@@ -1,61 +1,34 @@
-"""Arguments that several commands share, and what they mean."""
+"""What the shared options mean: the model, text, chat settings and the output."""
 
 from __future__ import annotations
 
-import argparse
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rocr.cli.console import Console
+from rocr.cli.parsing import Arguments
+from rocr.cli.values import short
 from rocr.errors import InputError
 from rocr.io.boundary import calling
 from rocr.io.json_values import parse_json
 from rocr.io.locks import locked
 from rocr.io.output import check_output
-from rocr.statistics.corpus import check_texts
+from rocr.statistics.corpus import check_texts, read_texts, text_digest
 
 if TYPE_CHECKING:
-    from rocr.config import ChatSettings
+    from rocr.config import ChatSettings, EditConfig
+    from rocr.edit.edit import Edit
     from rocr.model.load import LoadedModel, ModelSource
-
-DTYPES = ("float32", "bfloat16", "float16")
-SAVED = ("model", "lora", "edit", "originals")
-MAX_LAYER = 9_999
+    from rocr.statistics.collect import CollectOptions
+    from rocr.statistics.statistics import Statistics
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """Add MODEL and how it is loaded."""
-    parser.add_argument(
-        "model", metavar="MODEL", help="a Hugging Face folder, a .gguf file, or the id of a model on a hub"
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        help="load the weights as this (default: as stored; float32 for .gguf); output files keep their own dtype",
-    )
-    parser.add_argument("--device", help='such as "cuda:0", or "auto" to spread the layers (default: cpu)')
-    parser.add_argument("--download", action="store_true", help="allow the network, for a model on a hub")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
-
-
-def add_partial(parser: argparse.ArgumentParser) -> None:
-    """Add how much of the model is loaded."""
-    group = parser.add_mutually_exclusive_group()
-    group.add_argument(
-        "--partial",
-        action="store_true",
-        help="load the embedding and the layers that are needed only (default: where the model takes more than half "
-        "of the free memory); nothing can be asked then",
-    )
-    group.add_argument("--whole", action="store_true", help="load the whole model")
-
-
-def loads_partially(arguments: argparse.Namespace, source: ModelSource, last_layer: int = 0) -> bool:
-    """Whether only the beginning of MODEL, up to a decoder layer, is loaded.
+def loads_partially(arguments: Arguments, source: ModelSource, last_layer: int = 0) -> bool:
+    """Whether to load only the first layers of the model, up to and including `last_layer`.
 
     Raises:
-        InputError: that was asked for, but cannot be done.
+        InputError: --partial is given, and the model or the other arguments do not allow it.
     """
     if arguments.whole:
         return False
@@ -68,32 +41,49 @@ def loads_partially(arguments: argparse.Namespace, source: ModelSource, last_lay
     possible = can_load_partially(source, last_layer)
     if arguments.partial and not possible:
         raise InputError(
-            f"{source.name} cannot be loaded in part: that needs a folder of safetensors files whose tensors bear the "
-            "names of the model's own."
+            f"{source.name} cannot be loaded in part: that needs a folder of safetensors files whose tensors have the "
+            "names of the model's own parameters."
         )
     return possible
 
 
-def add_text(parser: argparse.ArgumentParser) -> None:
-    """Add the text of statistics and how much of it is read."""
-    parser.add_argument(
-        "--text", nargs="+", metavar="FILE", help=".txt, .jsonl or .parquet; without: text by the model itself"
-    )
-    parser.add_argument("--tokens", type=TOKENS, metavar="N", help="read at most N tokens of text")
-    parser.add_argument("--seed", type=SEED, default=0, metavar="N", help="of all that is drawn at random (default: 0)")
-
-
-def check_text(arguments: argparse.Namespace) -> None:
-    """Hold the text of statistics to its rules before a model is loaded.
+def last_layer_to_load(
+    arguments: Arguments, source: ModelSource, config: EditConfig, statistics: Statistics | None = None
+) -> int | None:
+    """Index of the last layer to load; None: the whole model.
 
     Raises:
-        InputError: a file cannot be read, or without files the model would have to write too much; or statistics are
-            given, so that no text is read.
+        InputError: as for `loads_partially`; or neither text nor statistics are given, and a model that is loaded in
+            part cannot write text.
+    """
+    if not loads_partially(arguments, source):
+        return None
+    if statistics is None and not arguments.text:
+        given = "--text or --statistics" if hasattr(arguments, "statistics") else "--text"
+        raise InputError(
+            "Only the first layers of the model are loaded, so it cannot write ordinary text itself: give "
+            f"{given}, or --whole to load the whole model."
+        )
+    from rocr.model.architecture import find_architecture
+    from rocr.model.layers import chosen_layers
+    from rocr.model.load_partial import empty_model
+
+    layers = chosen_layers(config, find_architecture(empty_model(source, arguments.trust_remote_code)))
+    last = max(layers) if statistics is None else max(*layers, statistics.fingerprint.layer)
+    return last if loads_partially(arguments, source, last) else None
+
+
+def check_text(arguments: Arguments) -> None:
+    """Check the text for statistics before a model is loaded.
+
+    Raises:
+        InputError: a file cannot be read; more tokens are asked for than the model can write itself; or both
+            --statistics and text are given.
     """
     if getattr(arguments, "statistics", None) is not None:
-        if arguments.text is not None or arguments.tokens is not None:
+        if arguments.text or arguments.tokens is not None:
             raise InputError("--statistics takes the place of text: leave out --text and --tokens.")
-    elif arguments.text is not None:
+    elif arguments.text:
         check_texts(arguments.text)
     else:
         from rocr.statistics.collect import check_sampled
@@ -101,43 +91,46 @@ def check_text(arguments: argparse.Namespace) -> None:
         check_sampled(arguments.tokens)
 
 
-def whole_number(least: int, most: int) -> Callable[[str], int]:
-    """A type of argument: a whole number from `least` to `most`."""
+def collect_options(arguments: Arguments, **more: Any) -> CollectOptions:
+    """How --text is read for statistics.
 
-    def parse(text: str) -> int:
-        try:
-            number = int(text)
-        except ValueError:
-            number = least - 1
-        if not least <= number <= most:
-            raise argparse.ArgumentTypeError(f"{_short(text)} is not a whole number from {least:,} to {most:,}")
-        return number
+    Args:
+        arguments: of the command.
+        more: further fields of the options.
+    """
+    from rocr.statistics.collect import CollectOptions
 
-    return parse
-
-
-def add_chat(parser: argparse.ArgumentParser) -> None:
-    """Add what chat templates are given."""
-    group = parser.add_argument_group("chat template")
-    group.add_argument("--system", metavar="TEXT", help="the system message (default: the template's own, if any)")
-    group.add_argument(
-        "--template-variable",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="a variable of the template, such as enable_thinking=false: JSON, or else a text; may be repeated",
+    return CollectOptions(
+        tokens=arguments.tokens,
+        seed=arguments.seed,
+        text_sha256=text_digest(arguments.text) if arguments.text else None,
+        text_bytes=sum(Path(text).stat().st_size for text in arguments.text) or None,
+        chat=arguments.chat,
+        **more,
     )
-    group.add_argument(
-        "--date", metavar="YYYY-MM-DD", help="the day that the template is told it is (default: 2024-07-26)"
-    )
-    group.add_argument("--no-chat", action="store_true", help="use no chat template: messages are read as they are")
 
 
-def chat_of(arguments: argparse.Namespace) -> ChatSettings:
-    """What chat templates are given, as the arguments say.
+def collect(
+    arguments: Arguments,
+    loaded: LoadedModel,
+    layers: Sequence[int] | None,
+    console: Console,
+    options: CollectOptions | None = None,
+) -> Statistics:
+    """Collect statistics from --text, or from text that the model writes itself."""
+    from rocr.statistics.collect import collect_statistics
+
+    texts = read_texts(arguments.text) if arguments.text else None
+    options = options or collect_options(arguments)
+    with console.stage("statistics") as progress:
+        return collect_statistics(loaded.model, loaded.tokenizer, texts, layers, options, progress)
+
+
+def chat_of(arguments: Arguments) -> ChatSettings:
+    """The settings of chat templates.
 
     Raises:
-        InputError: a variable is not NAME=VALUE or stands twice, or a value cannot be given to a template.
+        InputError: a variable is not NAME=VALUE or is repeated, or a value is not allowed in a template.
     """
     from rocr.config import ChatSettings
 
@@ -145,7 +138,7 @@ def chat_of(arguments: argparse.Namespace) -> ChatSettings:
     for given in arguments.template_variable:
         name, sign, value = given.partition("=")
         if not sign or name in variables:
-            flaw = "stands twice" if sign else "is not NAME=VALUE"
+            flaw = "is given twice" if sign else "is not NAME=VALUE"
             raise InputError(f"--template-variable {given[:100]!r} {flaw}.")
         try:
             variables[name] = parse_json(value)
@@ -154,70 +147,53 @@ def chat_of(arguments: argparse.Namespace) -> ChatSettings:
     return ChatSettings(arguments.system, variables, arguments.date, not arguments.no_chat)
 
 
-def share(text: str) -> float:
-    """A type of argument: a number from 0 to 1."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 <= number <= 1:
-        raise argparse.ArgumentTypeError(f"{_short(text)} is not a number from 0 to 1")
-    return number
-
-
-COUNT = whole_number(1, 1_000_000)
-TOKENS = whole_number(1, 10**12)
-SEED = whole_number(0, 2**63 - 1)
-
-
-def layer_list(text: str) -> tuple[int, ...]:
-    """Layers such as "4,5,6" or "4-6"."""
-    layers: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise argparse.ArgumentTypeError(f"{_short(text)} is not a list of layers such as 4,5,6 or 4-6")
-        last = last or first
-        if max(len(first), len(last)) > len(str(MAX_LAYER)) or int(first) > int(last):
-            raise argparse.ArgumentTypeError(
-                f"{_short(text)} is not a list of layers from 0 to {MAX_LAYER:,}, each range in ascending order"
-            )
-        layers += range(int(first), int(last) + 1)
-        if len(set(layers)) < len(layers):
-            raise argparse.ArgumentTypeError(f"{_short(text)} names a layer twice")
-    return tuple(layers)
-
-
-def _short(text: str) -> str:
-    """What was given, as far as a message needs it."""
-    return repr(text if len(text) <= 60 else f"{text[:57]}...")
-
-
-def source_of(arguments: argparse.Namespace) -> ModelSource:
-    """Where MODEL is; checked before anything is loaded."""
+def source_of(arguments: Arguments) -> ModelSource:
+    """Locate and check the model; nothing is loaded."""
+    if getattr(arguments, "whole", False) and arguments.partial:
+        raise InputError("--partial and --whole exclude each other: leave out one of them.")
     from rocr.model.load import find_model
 
     return find_model(arguments.model, download=arguments.download)
 
 
-def claim_output(arguments: argparse.Namespace, inputs: Iterable[str | Path]) -> None:
-    """Make sure that --out can be written without harm to what is read, and that no other run writes it meanwhile."""
+def edit_and_source(arguments: Arguments, place: str | Path) -> tuple[Edit, ModelSource]:
+    """Read an edit file and locate its model, after a check that the output can be written."""
+    source = source_of(arguments)
+    if not Path(place).is_file():
+        raise InputError(f"There is no edit file at {place}.")
+    claim_output(arguments, (*source.inputs, place))
+
+    from rocr.edit.edit import Edit
+    from rocr.export.copying import check_carried
+
+    check_carried(source)
+    return Edit.load(place), source
+
+
+def claim_output(arguments: Arguments, inputs: Iterable[str | Path]) -> None:
+    """Check that --out can be written without harm to the inputs, and lock it until the command ends."""
     check_output(arguments.out, inputs=(*inputs, *files_read(arguments)), overwrite=arguments.overwrite)
-    arguments.until_the_end.enter_context(locked(arguments.out))
+    arguments.context.with_resource(locked(arguments.out))
 
 
-def files_read(arguments: argparse.Namespace) -> list[str]:
-    """Every file that the arguments name to be read, besides the model."""
+def files_read(arguments: Arguments) -> list[str]:
+    """Every file that the arguments name as an input, besides the model."""
     names = ("text", "concepts", "statistics", "edit", "probes", "utility")
     given = [getattr(arguments, name, None) or [] for name in names]
     return [path for paths in given for path in ([paths] if isinstance(paths, str) else paths)]
 
 
-def load(arguments: argparse.Namespace, source: ModelSource, last_layer: int | None = None) -> LoadedModel:
-    """Load MODEL as the arguments say; where a last layer is given, only what comes up to it."""
+def load(arguments: Arguments, source: ModelSource, last_layer: int | None = None) -> LoadedModel:
+    """Load the model with the dtype and device of the arguments.
+
+    Args:
+        arguments: of the command.
+        source: where the model is.
+        last_layer: load only the embedding and the layers up to this one; None: the whole model.
+    """
     import transformers
 
-    from rocr.model.load import DTYPES as TORCH_DTYPES
+    from rocr.io.dtypes import torch_dtype
     from rocr.model.load import load_model
 
     transformers.utils.logging.disable_progress_bar()
@@ -227,29 +203,18 @@ def load(arguments: argparse.Namespace, source: ModelSource, last_layer: int | N
         from rocr.model.load_partial import load_partial
 
         return load_partial(source, last_layer, arguments.device, arguments.trust_remote_code)
-    dtype = TORCH_DTYPES[arguments.dtype] if arguments.dtype else None
+    dtype = torch_dtype(arguments.dtype) if arguments.dtype else None
     return load_model(source, dtype, arguments.device, arguments.trust_remote_code)
 
 
 def _check_device(device: str | None) -> None:
-    """Refuse a device that is not here, or holds no numbers, before weights are read."""
+    """Refuse a device that does not exist or cannot hold weights, before the weights are read."""
     if device in (None, "auto"):
         return
     import torch
 
     advice = 'Give one such as "cuda:0", or leave --device out.'
-    with calling(f"The device {_short(device)}", advice):
+    with calling(f"The device {short(device)}", advice):
         torch.empty(1, device=device)
     if torch.device(device).type == "meta":
         raise InputError(f"The device 'meta' holds no weights. {advice}")
-
-
-def check_save(text: str) -> tuple[str, ...]:
-    """What to write, such as "model,edit"."""
-    parts = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
-    unknown = [part for part in parts if part not in SAVED]
-    if unknown or not parts:
-        raise InputError(f"--save takes {', '.join(SAVED)}, not {', '.join(unknown) or 'nothing'}.")
-    if "originals" in parts and "model" not in parts:
-        raise InputError("--save originals keeps the first bytes of a model that is written: add model.")
-    return parts

@@ -1,25 +1,16 @@
-"""`rocr compare`: the methods side by side, on the same targets and questions."""
+"""`rocr compare`: compare editing methods on the same targets and questions."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rocr.cli.arguments import (
-    COUNT,
-    add_chat,
-    add_model,
-    add_text,
-    chat_of,
-    check_text,
-    claim_output,
-    load,
-    share,
-    source_of,
-)
+from rocr.cli import options
+from rocr.cli.arguments import chat_of, check_text, claim_output, collect, load, source_of
 from rocr.cli.console import Console
-from rocr.cli.evaluate import DEFAULT_PROBES, NEIGHBOURS, check_package, form_names
+from rocr.cli.evaluate import check_package, form_names
+from rocr.cli.parsing import Arguments, command, option
+from rocr.cli.values import COUNT
 from rocr.concepts import Concept, check_concepts, check_names, folded
 from rocr.errors import InputError
 
@@ -29,33 +20,29 @@ if TYPE_CHECKING:
     from rocr.statistics.statistics import Statistics
 
 
-def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
-    """Add the command."""
-    parser = subparsers.add_parser("compare", parents=[common], help="rocr beside the methods it is compared to")
-    add_model(parser)
-    add_text(parser)
-    add_chat(parser)
-    parser.add_argument("--probes", default=str(DEFAULT_PROBES), metavar="FILE", help="as for rocr eval")
-    parser.add_argument("--targets", nargs="+", required=True, metavar="NAME", help="subjects to forget, one at a time")
-    parser.add_argument("--redirect", required=True, metavar="NAME", help="what rocr redirects the targets to")
-    parser.add_argument("--statistics", metavar="FILE", help="key statistics (default: collected now)")
-    parser.add_argument("--methods", metavar="LIST", help="names, separated by commas (default: all)")
-    parser.add_argument("--forms", default="qa,fb,mcp,subtoken", help="such as qa,mcp (default: %(default)s)")
-    parser.add_argument("--known", type=share, metavar="P", help="count only probes that the model knows, such as 0.5")
-    parser.add_argument("--neighbours", type=COUNT, metavar="N", help=NEIGHBOURS)
-    parser.add_argument(
-        "--steps", type=COUNT, default=0, metavar="N", help="train for N steps at least (default: 5 epochs)"
-    )
-    parser.add_argument("--out", required=True, metavar="FILE", help="the results, JSON; it must not exist")
-    parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
-    parser.set_defaults(run=run)
-
-
-def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Compare and show one table."""
+@command("compare")
+@options.model
+@option("--targets", "Subjects to forget, one at a time.", several=True, required=True, metavar="NAME")
+@option("--redirect", "Redirect of the targets.", required=True, metavar="NAME")
+@options.out("Results to write, JSON")
+@option("--methods", "Methods, separated by commas (default: all).", metavar="LIST")
+@options.scoring
+@option("--steps", "Train for at least N steps (default: 5 epochs).", type=COUNT)
+@options.statistics
+@options.text
+@options.chat
+def compare(arguments: Arguments, console: Console) -> dict[str, Any]:
+    """Compare rocr with other methods."""
     from rocr.config import EditConfig
-    from rocr.evaluation.baselines.methods import METHODS, TRAININGS, Contest, compare_methods
-    from rocr.evaluation.baselines.table import forget_table, results_json, retain_table
+    from rocr.evaluation.baselines.methods import (
+        METHODS,
+        TRAININGS,
+        MethodComparison,
+        compare_methods,
+        forget_table,
+        results_json,
+        retain_table,
+    )
     from rocr.evaluation.neighbours import keep_nearest
     from rocr.evaluation.probes.load import load_probes
     from rocr.evaluation.probes.probe import split_by_subject
@@ -86,7 +73,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     statistics = _statistics(arguments, loaded, console)
     probes = _known(arguments, loaded, probes, forms, console)
     _check_targets(arguments.targets, probes)
-    contest = Contest(
+    comparison = MethodComparison(
         loaded.model,
         loaded.tokenizer,
         probes,
@@ -94,18 +81,18 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
         arguments.redirect,
         config=EditConfig(chat=arguments.chat),
         forms=forms,
-        least_steps=arguments.steps,
+        least_steps=arguments.steps or 0,
         seed=arguments.seed,
     )
     results = []
     with console.stage("methods") as progress:
-        for result in compare_methods(contest, arguments.targets, methods, progress):
+        for result in compare_methods(comparison, arguments.targets, methods, progress):
             results.append(result)
             console.warn(f"{result.method}: {result.target} in {result.seconds:.1f} s")
     document = {
         "format": "rocr comparison 1",
         "known": arguments.known,
-        "steps": arguments.steps,
+        "steps": arguments.steps or 0,
         "seed": arguments.seed,
         "results": results_json(results),
     }
@@ -117,33 +104,26 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 def _check_targets(targets: Sequence[str], probes: Sequence[Probe]) -> None:
-    """Before anything is trained: a target without a question could not be scored."""
+    """Check that each target has a question, before anything is trained."""
     asked = {folded(probe.subject) for probe in probes}
     silent = [target for target in targets if folded(target) not in asked]
     if silent:
         raise InputError(
-            f"No probe that counts is about {', '.join(map(repr, silent))}: lower --known, or leave them out."
+            f"No probe that counts asks about {', '.join(map(repr, silent))}: lower --known, or leave them out."
         )
 
 
-def _statistics(arguments: argparse.Namespace, loaded: LoadedModel, console: Console) -> Statistics:
-    from rocr.evaluation.baselines.methods import contest_layers
-    from rocr.statistics.collect import CollectOptions, collect_statistics
-    from rocr.statistics.corpus import read_texts
+def _statistics(arguments: Arguments, loaded: LoadedModel, console: Console) -> Statistics:
+    from rocr.evaluation.baselines.methods import layers_to_edit
     from rocr.statistics.statistics import Statistics
 
     if arguments.statistics:
         return Statistics.load(arguments.statistics)
-    options = CollectOptions(tokens=arguments.tokens, seed=arguments.seed, chat=arguments.chat)
-    texts = read_texts(arguments.text) if arguments.text else None
-    with console.stage("statistics") as progress:
-        return collect_statistics(
-            loaded.model, loaded.tokenizer, texts, contest_layers(loaded.model), options, progress
-        )
+    return collect(arguments, loaded, layers_to_edit(loaded.model), console)
 
 
 def _known(
-    arguments: argparse.Namespace, loaded: LoadedModel, probes: list[Probe], forms: list[str], console: Console
+    arguments: Arguments, loaded: LoadedModel, probes: list[Probe], forms: list[str], console: Console
 ) -> list[Probe]:
     from rocr.evaluation import EvaluateOptions, evaluate
 
@@ -161,5 +141,5 @@ def _known(
             progress=progress,
         )
     kept = {item.probe for item in base.items}
-    console.say(f"{base.known} of {base.probes} probes are known to the model and count.")
+    console.say(f"{base.known} of {base.probes} probes are known to the model; only these count.")
     return [probe for i, probe in enumerate(probes) if i in kept]

@@ -1,4 +1,4 @@
-"""What a person sees: progress, tables and errors on stderr; one JSON document on stdout where asked for."""
+"""Output of commands: progress and errors on stderr, tables on stdout, or one JSON document there with --json."""
 
 from __future__ import annotations
 
@@ -7,50 +7,66 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
-import rich.console
-from rich.table import Table
-from rich.text import Text
-
-from rocr.cli.stages import bars, plain_lines
+from rocr.cli.stages import plain_lines
 from rocr.io.json_values import json_text
 from rocr.io.visible import visible
 from rocr.progress import ProgressCallback, silent
+
+if TYPE_CHECKING:
+    import rich.console
 
 SECONDS_BETWEEN_LINES = 30.0
 
 
 class Console:
-    """The terminal of one command.
+    """Output of one command; rich is imported when a command begins, or at the first line.
 
     Args:
-        json_output: whether stdout gets one JSON document, and nothing else.
-        debug: whether an error is shown with its traceback.
-        seconds_between_lines: where stderr is no terminal, how often a line says how far a stage is.
+        json_output: whether to write one JSON document to stdout, and tables to stderr.
+        debug: whether to show the traceback of an error.
+        seconds_between_lines: seconds between two lines of progress if stderr is not a terminal.
 
     Attributes:
-        seconds: duration of each stage that `stage` timed.
+        debug: whether to show the traceback of an error.
+        seconds: duration of each stage, in seconds.
     """
 
     def __init__(
         self, json_output: bool = False, debug: bool = False, seconds_between_lines: float = SECONDS_BETWEEN_LINES
     ) -> None:
-        self._json, self._debug, self._interval = json_output, debug, seconds_between_lines
-        self._errors = rich.console.Console(stderr=True, highlight=False)
-        self._output = self._errors if json_output else rich.console.Console(highlight=False)
+        self._json, self.debug, self._interval = json_output, debug, seconds_between_lines
         self.seconds: dict[str, float] = {}
         self._rank = 0
 
+    @cached_property
+    def _errors(self) -> rich.console.Console:
+        import rich.console
+
+        return rich.console.Console(stderr=True, highlight=False)
+
+    @cached_property
+    def _output(self) -> rich.console.Console:
+        import rich.console
+
+        return self._errors if self._json else rich.console.Console(highlight=False)
+
+    def begin(self, debug: bool) -> None:
+        """Prepare for a command. rich is imported now: an import may fail once memory or open files run out."""
+        self.debug = debug
+        self._output.quiet = self._errors.quiet = False
+
     def speak_as(self, rank: int) -> None:
-        """Be one of several processes that run the same command: all but process 0 print nothing but errors."""
+        """Set the rank of this process among those that run the command; ranks above 0 print only errors."""
         self._rank = rank
         self._json = self._json and rank == 0
         self._output.quiet = self._errors.quiet = rank > 0
 
     @contextmanager
     def stage(self, name: str) -> Iterator[ProgressCallback]:
-        """Time a stage and show how far it is."""
+        """Time a stage and show its progress."""
         start = time.perf_counter()
         with self._shown(name) as show:
             yield show
@@ -59,8 +75,10 @@ class Console:
     def _shown(self, name: str) -> AbstractContextManager[ProgressCallback]:
         if self._errors.quiet:
             return nullcontext(silent)
-        # A setting that asks for colours makes no file a terminal.
+        # FORCE_COLOR makes rich call a file interactive.
         if self._errors.is_interactive and sys.stderr.isatty():
+            from rocr.cli.bars import bars
+
             return bars(name, self._errors)
         return plain_lines(name, self._line, self._interval)
 
@@ -72,11 +90,16 @@ class Console:
         self._output.print(visible(sentence), markup=False, soft_wrap=True)
 
     def warn(self, sentence: str) -> None:
-        """Print a line that wants attention."""
+        """Print a warning."""
+        from rich.text import Text
+
         self._errors.print(Text(visible(sentence), style="yellow"), soft_wrap=True)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Print a table of the result; numbers stand right."""
+        """Print a table of the result; columns of numbers are aligned right."""
+        from rich.table import Table
+        from rich.text import Text
+
         table = Table(
             title=title, title_justify="left", title_style="bold", show_lines=any("\n" in c for r in rows for c in r)
         )
@@ -90,8 +113,10 @@ class Console:
     def fail(
         self, sentence: str, exit_code: int, details: dict[str, Any] | None = None, error: BaseException | None = None
     ) -> None:
-        """Print an error, with --debug its traceback too; details go to the JSON document only."""
-        trace = "".join(traceback.format_exception(error)) if self._debug and error is not None else ""
+        """Print an error, and its traceback with --debug; details go to the JSON document only."""
+        from rich.text import Text
+
+        trace = "".join(traceback.format_exception(error)) if self.debug and error is not None else ""
         document = {"error": sentence, "exit_code": exit_code, **(details or {})}
         speaker = f"rocr, process {self._rank}: " if self._rank else "rocr: "
         self._errors.quiet = False
@@ -101,7 +126,7 @@ class Console:
         self.print_json(document | ({"traceback": trace} if trace else {}))
 
     def print_json(self, document: Any) -> None:
-        """Put the JSON document on stdout, where one is asked for."""
+        """Write the JSON document to stdout if --json is given."""
         if not self._json or document is None:
             return
         sys.stdout.write(json_text(document, 2, sys.stdout.encoding or "utf-8") + "\n")

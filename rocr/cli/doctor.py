@@ -1,27 +1,22 @@
-"""`rocr doctor`: what this machine offers to rocr."""
+"""`rocr doctor`: show devices, kernels and packages of this machine."""
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import platform
 from typing import TYPE_CHECKING, Any
 
 from rocr.cli.console import Console
+from rocr.cli.parsing import Arguments, command
 from rocr.io.boundary import calling
 
 if TYPE_CHECKING:
     from rocr.cli.installation import Installation
 
 
-def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
-    """Add the command."""
-    parser = subparsers.add_parser("doctor", parents=[common], help="show devices, backends and versions")
-    parser.set_defaults(run=run)
-
-
-def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Show devices with their backends, optional packages, and versions."""
+@command("doctor")
+def doctor(arguments: Arguments, console: Console) -> dict[str, Any]:
+    """Show devices, backends and versions."""
     import torch
 
     from rocr import ops
@@ -36,9 +31,9 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     found = find_installation()
     console.say(f"rocr {found.version} in {found.folder}" + (", a source tree" if found.source_tree else ""))
     rows = [(device, name, ", ".join(backends[device])) for device, name in devices.items()]
-    console.table("Devices", ("device", "name", "backends, the fastest first"), rows)
+    console.table("Devices", ("device", "name", "backends, fastest first"), rows)
     console.table("Versions", ("package", "version"), list(versions().items()))
-    console.table("Optional packages", ("package", "there"), [(n, "yes" if e else "no") for n, e in extras.items()])
+    console.table("Optional packages", ("package", "installed"), [(n, "yes" if e else "no") for n, e in extras.items()])
     notes = _notes(found, torch.get_num_threads())
     for note in notes:
         console.say(note)
@@ -63,8 +58,8 @@ def _notes(found: Installation, threads: int) -> list[str]:
     notes = [f"torch uses {threads} threads, and so do the compiled kernels."]
     if found.hidden is not None:
         notes.append(
-            f"Another rocr is installed in {found.hidden}; this one hides it: Python looks into the current folder "
-            "or PYTHONPATH first."
+            f"Another rocr is installed in {found.hidden}; this one hides it, because Python searches the current "
+            "folder and PYTHONPATH first."
         )
     if found.kernels_flaw is not None:
         notes.append(

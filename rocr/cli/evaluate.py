@@ -1,8 +1,7 @@
-"""`rocr eval`: does a model forget in every form of a question, and keep the rest?"""
+"""`rocr eval`: measure what a model answers in each form of a question, before and after an edit."""
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,19 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rocr.cli.arguments import (
-    COUNT,
-    SEED,
-    add_chat,
-    add_model,
-    chat_of,
-    claim_output,
-    files_read,
-    load,
-    share,
-    source_of,
-)
+from rocr.cli import options
+from rocr.cli.arguments import chat_of, claim_output, files_read, load, source_of
 from rocr.cli.console import Console
+from rocr.cli.parsing import Arguments, command, flag, option
+from rocr.cli.values import COUNT, DIR, FILE
 from rocr.concepts import check_names
 from rocr.errors import InputError
 from rocr.io.output import check_output
@@ -37,55 +28,38 @@ if TYPE_CHECKING:
     from rocr.evaluation import EvaluateOptions, Evaluation, Probe
     from rocr.model.load import LoadedModel
 
-DEFAULT_PROBES = Path(__file__).parent.parent / "data" / "probes.jsonl"
 PERPLEXITY_TOKENS = 8192
-NEIGHBOURS = "keep only the N subjects that the model holds nearest to each target: the hardest retain set"
 
 
-def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
-    """Add the command."""
-    parser = subparsers.add_parser("eval", parents=[common], help="ask a model in every form, before and after an edit")
-    add_model(parser)
-    add_chat(parser)
-    parser.add_argument(
-        "--probes",
-        default=str(DEFAULT_PROBES),
-        metavar="FILE",
-        help="a .jsonl file, a folder of RWKU or ORT, or hf:OWNER/NAME (default: 300 questions about 50 people)",
-    )
-    parser.add_argument("--edit", metavar="FILE", help="an edit file: evaluate without and with it")
-    parser.add_argument("--forms", default="qa,fb,mcp,subtoken", help="such as qa,mcp (default: %(default)s)")
-    parser.add_argument("--targets", nargs="+", metavar="NAME", help="subjects to forget (default: those of the edit)")
-    parser.add_argument("--neighbours", type=COUNT, metavar="N", help=NEIGHBOURS)
-    parser.add_argument("--known", type=share, metavar="P", help="count only probes that the model knows, such as 0.5")
-    parser.add_argument("--orders", type=COUNT, default=1, metavar="N", help="orders of multiple-choice options")
-    parser.add_argument("--seed", type=SEED, default=0, metavar="N", help="of the order of options (default: 0)")
-    parser.add_argument("--generate", action="store_true", help="let the model answer in free text too")
-    parser.add_argument("--text", nargs="+", metavar="FILE", help="ordinary text: perplexity, and divergence by --edit")
-    parser.add_argument(
-        "--utility", nargs="+", metavar="FILE", help=".jsonl files of multiple-choice questions about anything"
-    )
-    parser.add_argument("--suites", nargs="+", metavar="NAME", help="tasks of lm-evaluation-harness, such as mmlu")
-    parser.add_argument("--suite-folder", metavar="DIR", help="further tasks, as YAML files of the harness")
-    parser.add_argument("--suite-limit", type=COUNT, metavar="N", help="ask the first N questions of each task")
-    parser.add_argument(
-        "--attacks", nargs="+", metavar="NAME", help="of relearn, 4-bit, 8-bit, prefixes, examples; or all"
-    )
-    parser.add_argument("--out", required=True, metavar="FILE", help="the report, JSON; it must not exist")
-    parser.add_argument("--html", metavar="FILE", help="the report as one page with plots, too")
-    parser.add_argument("--overwrite", action="store_true", help="replace reports that exist")
-    parser.set_defaults(run=run)
+@command("eval")
+@options.model
+@options.out("Report to write, JSON")
+@option("--html", "Write the report as one HTML page with plots too.", type=FILE)
+@option("--edit", "An edit file: evaluate the model without and with it.", type=FILE)
+@option("--targets", "Subjects to forget (default: the concepts of --edit).", several=True, metavar="NAME")
+@options.scoring
+@option("--orders", "Orders of multiple-choice options.", type=COUNT, default=1)
+@options.seed
+@flag("--generate", "Let the model answer in free text too.")
+@option("--text", "Ordinary text: measure perplexity, and with --edit divergence.", type=FILE, several=True)
+@option("--utility", "Multiple-choice questions on any subject, .jsonl.", type=FILE, several=True)
+@option("--suites", "Tasks of lm-evaluation-harness, such as mmlu.", several=True, metavar="NAME")
+@option("--suite-folder", "Folder with further tasks, as YAML files of the harness.", type=DIR)
+@option("--suite-limit", "Ask the first N questions of each task.", type=COUNT)
+@option("--attacks", "Attacks: relearn, 4-bit, 8-bit, prefixes, examples, or all.", several=True, metavar="NAME")
+@options.chat
+def evaluate(arguments: Arguments, console: Console) -> dict[str, Any]:
+    """Ask a model in each form of a question, before and after an edit.
 
-
-def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Evaluate, going on where an interrupted run with the same arguments stopped."""
+    An interrupted run continues if it is started again with the same arguments.
+    """
     from rocr.evaluation.probes.load import load_probes
     from rocr.evaluation.probes.probe import split_by_subject
     from rocr.evaluation.report import report_json, write_html, write_json
 
     attacks = _attack_names(arguments.attacks)
     arguments.chat = chat_of(arguments)
-    check_names("--targets", arguments.targets or [])
+    check_names("--targets", arguments.targets)
     forms = form_names(arguments.forms)
     _check_packages(arguments, attacks)
     if arguments.text:
@@ -101,8 +75,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
         probes = split_by_subject(probes, targets)
     with console.stage("load"):
         loaded = load(arguments, source)
-    if arguments.neighbours:
-        probes = _keep_nearest(arguments, loaded, probes)
+    probes = _nearest(arguments, loaded, probes)
     before, after = _evaluate(arguments, loaded, probes, forms, edit, console)
     found = _attack(arguments, loaded, probes, after, edit, attacks, console)
     document = report_json(after, before, found)
@@ -118,50 +91,41 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
 
 
 def _evaluate(
-    arguments: argparse.Namespace,
+    arguments: Arguments,
     loaded: LoadedModel,
     probes: list[Probe],
     forms: list[str],
     edit: Edit | None,
     console: Console,
 ) -> tuple[Evaluation | None, Evaluation]:
-    """The scores without the edit, where there is one, and with it."""
+    """Scores before the edit, or None without an edit file, and scores of the model with it."""
     from rocr.evaluation import evaluate
-    from rocr.evaluation.text_measures import divergence
+    from rocr.evaluation.measures import divergence
 
-    options = _options(arguments, loaded)
+    settings = _evaluate_options(arguments, loaded)
+
+    def ask(stage: str, probes: list[Probe], journal: Path, known: float | None = None) -> Evaluation:
+        given = replace(settings, journal=journal)
+        with console.stage(stage) as progress:
+            return evaluate(
+                loaded.model, loaded.tokenizer, probes, forms, known=known, options=given, progress=progress
+            )
+
     first_journal, second_journal = _journals(arguments)
-    with console.stage("questions") as progress:
-        first = evaluate(
-            loaded.model,
-            loaded.tokenizer,
-            probes,
-            forms,
-            known=arguments.known,
-            options=replace(options, journal=first_journal),
-            progress=progress,
-        )
+    first = ask("questions", probes, first_journal, arguments.known)
     _add_suites(arguments, loaded, first, console)
     if edit is None:
         return None, first
     kept = sorted({item.probe for item in first.items})
     edit.apply(loaded.model)
-    with console.stage("questions after the edit") as progress:
-        second = evaluate(
-            loaded.model,
-            loaded.tokenizer,
-            [probes[i] for i in kept],
-            forms,
-            options=replace(options, journal=second_journal),
-            progress=progress,
-        )
+    second = ask("questions after the edit", [probes[i] for i in kept], second_journal)
     numbered = [replace(item, probe=kept[item.probe]) for item in second.items]
     second = replace(
         second, items=numbered, probes=first.probes, known=first.known, known_threshold=first.known_threshold
     )
-    if options.text is not None:
+    if settings.text is not None:
         second.measures["KL divergence"] = divergence(
-            loaded.model, options.text, partial(_reverted, edit, loaded.model)
+            loaded.model, settings.text, partial(_reverted, edit, loaded.model)
         )
     _add_suites(arguments, loaded, second, console)
     return first, second
@@ -169,7 +133,7 @@ def _evaluate(
 
 @contextmanager
 def _reverted(edit: Edit, model: nn.Module) -> Iterator[None]:
-    """The model without the edit that is applied to it."""
+    """Revert an applied edit inside the context."""
     edit.revert(model)
     try:
         yield
@@ -177,7 +141,7 @@ def _reverted(edit: Edit, model: nn.Module) -> Iterator[None]:
         edit.apply(model)
 
 
-def _add_suites(arguments: argparse.Namespace, loaded: LoadedModel, evaluation: Evaluation, console: Console) -> None:
+def _add_suites(arguments: Arguments, loaded: LoadedModel, evaluation: Evaluation, console: Console) -> None:
     from rocr.evaluation.suites import suite_scores
 
     if arguments.suites:
@@ -193,15 +157,22 @@ def _add_suites(arguments: argparse.Namespace, loaded: LoadedModel, evaluation: 
         evaluation.measures.update(scores)
 
 
-def _keep_nearest(arguments: argparse.Namespace, loaded: LoadedModel, probes: list[Probe]) -> list[Probe]:
+def _nearest(arguments: Arguments, loaded: LoadedModel, probes: list[Probe]) -> list[Probe]:
+    """The probes about the targets and, with --neighbours, only their nearest other subjects."""
     from rocr.evaluation.neighbours import keep_nearest
 
+    if not arguments.neighbours:
+        return probes
     targets = list(dict.fromkeys(probe.subject for probe in probes if probe.split == "forget"))
     return keep_nearest(loaded.model, loaded.tokenizer, probes, targets, arguments.neighbours, arguments.chat)
 
 
 def form_names(text: str) -> list[str]:
-    """The forms such as "qa,mcp"; refused before anything is loaded where there is no such one."""
+    """Forms such as "qa,mcp".
+
+    Raises:
+        InputError: a form is unknown.
+    """
     from rocr.evaluation.forms import check_forms
 
     forms = [form.strip() for form in text.split(",")]
@@ -210,12 +181,21 @@ def form_names(text: str) -> list[str]:
 
 
 def check_package(module: str, extra: str, what: str) -> None:
-    """Refuse what needs a package that is not installed, before anything is loaded."""
+    """Check that an optional package is installed.
+
+    Args:
+        module: name of the package's module.
+        extra: rocr's extra that installs it.
+        what: what needs it, as a message calls it.
+
+    Raises:
+        InputError: it is not installed.
+    """
     if importlib.util.find_spec(module) is None:
         raise InputError(f"{what} needs the package {module}: pip install 'rocr[{extra}]'.")
 
 
-def _check_packages(arguments: argparse.Namespace, attacks: Sequence[str]) -> None:
+def _check_packages(arguments: Arguments, attacks: Sequence[str]) -> None:
     if arguments.html:
         check_package("matplotlib", "report", "--html")
     if arguments.suites:
@@ -224,12 +204,10 @@ def _check_packages(arguments: argparse.Namespace, attacks: Sequence[str]) -> No
         check_package("peft", "lora", "The attack relearn")
 
 
-def _attack_names(names: list[str] | None) -> tuple[str, ...]:
-    """The attacks that are asked for; refused before anything is loaded where there is no such one."""
+def _attack_names(names: Sequence[str]) -> tuple[str, ...]:
+    """Names of the attacks to run, with "all" expanded."""
     from rocr.evaluation.attacks.suite import ATTACKS
 
-    if not names:
-        return ()
     unknown = [name for name in names if name not in (*ATTACKS, "all")]
     if unknown:
         raise InputError(f"Unknown attacks: {', '.join(unknown)}; they are all, {', '.join(ATTACKS)}.")
@@ -237,7 +215,7 @@ def _attack_names(names: list[str] | None) -> tuple[str, ...]:
 
 
 def _attack(
-    arguments: argparse.Namespace,
+    arguments: Arguments,
     loaded: LoadedModel,
     probes: list[Probe],
     after: Evaluation,
@@ -245,14 +223,14 @@ def _attack(
     names: tuple[str, ...],
     console: Console,
 ) -> dict[str, Evaluation]:
-    """Attack the model as it is, by the probes that count; without an edit file all layers are rounded."""
+    """Attack the model with the probes that count; without an edit file, all layers are rounded."""
     if not names:
         return {}
     from rocr.evaluation import EvaluateOptions
     from rocr.evaluation.attacks.suite import AttackOptions, attack
 
     kept = sorted({item.probe for item in after.items})
-    options = AttackOptions(evaluate=EvaluateOptions(seed=arguments.seed, orders=arguments.orders, chat=arguments.chat))
+    settings = EvaluateOptions(seed=arguments.seed, orders=arguments.orders, chat=arguments.chat)
     with console.stage("attacks") as progress:
         return attack(
             loaded.model,
@@ -261,15 +239,14 @@ def _attack(
             names,
             after.forms,
             layers=edit.layers if edit is not None else None,
-            options=options,
+            options=AttackOptions(evaluate=settings),
             progress=progress,
         )
 
 
-def _options(arguments: argparse.Namespace, loaded: LoadedModel) -> EvaluateOptions:
+def _evaluate_options(arguments: Arguments, loaded: LoadedModel) -> EvaluateOptions:
     from rocr.evaluation import EvaluateOptions
-    from rocr.evaluation.text_measures import TextSample
-    from rocr.evaluation.utility import load_choice_questions
+    from rocr.evaluation.measures import TextSample, load_choice_questions
     from rocr.statistics.corpus import read_texts
 
     text = None
@@ -281,7 +258,7 @@ def _options(arguments: argparse.Namespace, loaded: LoadedModel) -> EvaluateOpti
         generate=arguments.generate,
         text=text,
         chat=arguments.chat,
-        utility=[question for path in arguments.utility or () for question in load_choice_questions(path)],
+        utility=[question for path in arguments.utility for question in load_choice_questions(path)],
     )
 
 
@@ -291,7 +268,7 @@ def _load_edit(path: str | None) -> Edit | None:
     return Edit.load(path) if path is not None else None
 
 
-def _journals(arguments: argparse.Namespace) -> tuple[Path, Path]:
+def _journals(arguments: Arguments) -> tuple[Path, Path]:
     return Path(f"{arguments.out}.journal-before"), Path(f"{arguments.out}.journal-after")
 
 
@@ -304,4 +281,4 @@ def _show(after: Evaluation, before: Evaluation | None, attacks: dict[str, Evalu
     if attacks:
         console.table("Forget set under attack", attack_columns(after), attack_rows(after, before, attacks))
     if after.known is not None:
-        console.say(f"{after.known} of {after.probes} probes are known to the model and count.")
+        console.say(f"{after.known} of {after.probes} probes are known to the model; only these count.")

@@ -1,12 +1,13 @@
-"""`rocr info`: what a statistics file, an edit file or a report holds."""
+"""`rocr info`: show the contents of a statistics file, an edit file or a report."""
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 from rocr.cli.console import Console
+from rocr.cli.parsing import Arguments, argument, command
+from rocr.cli.values import FILE
 from rocr.errors import InputError
 from rocr.io.bounded import read_bounded
 from rocr.io.json_values import parse_json
@@ -14,15 +15,10 @@ from rocr.io.json_values import parse_json
 MAX_REPORT_BYTES = 64 * 2**20
 
 
-def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
-    """Add the command."""
-    parser = subparsers.add_parser("info", parents=[common], help="say what a file of rocr holds")
-    parser.add_argument("file", metavar="FILE", help="a statistics file, an edit file, or an output folder")
-    parser.set_defaults(run=run)
-
-
-def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Show a file's header; tensors are not read."""
+@command("info")
+@argument("file", "A statistics file, an edit file, a report or an output folder.", type=FILE)
+def info(arguments: Arguments, console: Console) -> dict[str, Any]:
+    """Show what a file written by rocr contains."""
     path = Path(arguments.file)
     if path.is_dir():
         path = path / "edit.safetensors" if (path / "edit.safetensors").is_file() else path / "report.json"

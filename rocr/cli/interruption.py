@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM unwind a command, so that temporary files are removed."""
+"""Raise an exception on SIGINT and SIGTERM, so that a command removes its temporary files."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ SECONDS_UNTIL_AGAIN = 0.01
 
 
 class SaidElsewhere(SystemExit):
-    """The command ends with an exit code and no word of its own: another process of it says what is wrong."""
+    """Exit without a message, because another process of the command reports the error."""
 
 
 class Interrupted(BaseException):
-    """SIGINT or SIGTERM came.
+    """SIGINT or SIGTERM was received.
 
-    Not a KeyboardInterrupt: Python ends a process by SIGINT, whatever its exit code, once one has passed
-    through code that was compiled at run time, as the import of torch does.
+    Not a KeyboardInterrupt: once one has passed through code compiled at run time, as in the import of torch, Python
+    ends the process by SIGINT, whatever its exit code.
     """
 
 
 @contextmanager
 def signals_raise() -> Iterator[None]:
-    """Let SIGINT and SIGTERM raise Interrupted inside the context, wherever it is just then, and end it with that.
+    """Raise Interrupted inside the context on SIGINT and SIGTERM.
 
-    What is raised in a callback of the garbage collector, of a weak reference or in `__del__` gets no further than
-    Python's hook for exceptions that cannot be raised. There the signal is sent again, or the run would go on. What
-    is raised while compiled code calls back may come out of it as an error of another kind, which it then replaces.
+    An exception raised in `__del__` or in a callback of the garbage collector or of a weak reference reaches only
+    `sys.unraisablehook`; the hook sends the signal again, or the run would continue. Compiled code that calls back
+    into Python may turn Interrupted into an error of another type; it is replaced by Interrupted.
     """
     came: list[int] = []
     hook = sys.unraisablehook
@@ -59,7 +59,7 @@ def signals_raise() -> Iterator[None]:
 
 def _send_again(hook: Callable[[Any], object], unraisable: Any) -> None:
     if issubclass(unraisable.exc_type, Interrupted):
-        # Not through threading, whose locks the interrupted code may hold.
+        # Not with threading: the interrupted code may hold its locks.
         _thread.start_new_thread(_send, ())
     else:
         hook(unraisable)
@@ -67,5 +67,5 @@ def _send_again(hook: Callable[[Any], object], unraisable: Any) -> None:
 
 def _send() -> None:
     time.sleep(SECONDS_UNTIL_AGAIN)
-    if callable(signal.getsignal(signal.SIGTERM)):  # else the command has come to its end
+    if callable(signal.getsignal(signal.SIGTERM)):  # else the command has ended
         os.kill(os.getpid(), signal.SIGTERM)

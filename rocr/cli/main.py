@@ -1,45 +1,79 @@
-"""From arguments to exit code. Nothing heavy is imported before a command needs it."""
+"""From arguments to an exit code. Heavy imports happen inside the commands that need them."""
 
 from __future__ import annotations
 
-import argparse
 import errno
 import io
+import itertools
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
-from typing import Any, NoReturn
+from typing import Any
+
+import click
 
 from rocr import __version__
-from rocr.cli import compare, doctor, edits, evaluate, info, redirects, stats, unlearn, verify
+from rocr.cli.apply import apply
+from rocr.cli.compare import compare
 from rocr.cli.console import Console
+from rocr.cli.doctor import doctor
+from rocr.cli.evaluate import evaluate
+from rocr.cli.info import info
 from rocr.cli.interruption import Interrupted, SaidElsewhere, signals_raise
+from rocr.cli.parsing import CONTEXT, Program
+from rocr.cli.redirects import redirects
+from rocr.cli.revert import revert
+from rocr.cli.stats import stats
+from rocr.cli.unlearn import unlearn
+from rocr.cli.verify import verify
 from rocr.errors import RocrError
-from rocr.io.boundary import is_of_code, is_out_of_memory, reason_of
+from rocr.io.boundary import is_code_error, is_out_of_memory, reason_of
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
-COMMANDS = (unlearn, stats, edits, evaluate, redirects, compare, info, verify, doctor)
+MAX_USAGE_ERROR = 300
+COMPLETION = "_ROCR_COMPLETE"
+EPILOG = f"""\
+Exit codes: 0 done, 1 failed, 2 bad input, 3 verification failed, 4 refused by a guard, 130 interrupted.
 
-_EPILOGUE = (
-    """exit codes: 0 done, 1 failed, 2 bad input, 3 verification failed, 4 refused by a guard, 130 interrupted"""
+Shell completion: eval "$({COMPLETION}=bash_source rocr)" in bash, zsh_source in zsh.
+"""
+
+program = Program(
+    "rocr",
+    commands=(unlearn, stats, apply, revert, evaluate, redirects, compare, info, verify, doctor),
+    help="Unlearn concepts from language models, in closed form.",
+    epilog=EPILOG,
+    context_settings=CONTEXT,
+    no_args_is_help=False,
 )
+click.version_option(__version__, message="rocr %(version)s")(program)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code."""
+    """Run one command.
+
+    Args:
+        arguments: words of the command line, without the name of the program (default: those of the process).
+
+    Returns:
+        The exit code.
+    """
     _write_any_character()
-    words = sys.argv[1:] if arguments is None else arguments
-    # Also abbreviated, as argparse takes it.
-    parsed = build_parser(any(len(word) > 2 and "--json".startswith(word) for word in words)).parse_args(words)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if COMPLETION in os.environ:
+        from click.shell_completion import shell_complete
+
+        return shell_complete(program, {}, "rocr", COMPLETION, os.environ[COMPLETION])
     os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' own bars; rocr shows one for each stage
-    console = Console(json_output=parsed.json, debug=parsed.debug)
+    console = Console(json_output=_asks_for_json(words))
     try:
-        with signals_raise(), ExitStack() as parsed.until_the_end:
-            console.print_json(parsed.run(parsed, console))
+        with signals_raise(), program.make_context("rocr", words, obj=console) as context:
+            console.print_json(program.invoke(context))
         return 0
+    except click.exceptions.Exit as ended:  # after --help or --version
+        return ended.exit_code
     except (Interrupted, KeyboardInterrupt):
         console.fail("Interrupted; nothing was left half-written.", EXIT_INTERRUPTED)
         return EXIT_INTERRUPTED
@@ -47,20 +81,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return EXIT_FAILED
     except BaseException as error:
-        if isinstance(error, SaidElsewhere) or not is_of_code(error):
+        if isinstance(error, SaidElsewhere) or not is_code_error(error):
             raise
         sentence, code, details = _judged(error)
         console.fail(sentence, code, details, error)
         return code
 
 
+def _asks_for_json(words: Sequence[str]) -> bool:
+    """Whether --json is given, which must be known even if the words cannot be parsed; also abbreviated."""
+    options = itertools.takewhile(lambda word: word != "--", words)
+    return any(len(word) > 2 and "--json".startswith(word) for word in options)
+
+
 def _judged(error: BaseException) -> tuple[str, int, dict[str, Any]]:
-    """What is said of an exception that ends a command, its exit code, and JSON values beside them."""
+    """The sentence that describes an exception, its exit code, and further values for the JSON document."""
     if isinstance(error, RocrError):
         return str(error), error.exit_code, error.details
+    if isinstance(error, click.UsageError):
+        return _usage_error(error), EXIT_BAD_INPUT, {}
     if isinstance(error, SystemExit):
         return (
-            f"Code that rocr called, of the model or of a library, ended the run by {reason_of(error)}.",
+            f"Code of the model or of a library ended the run with {reason_of(error)}.",
             EXIT_FAILED,
             {},
         )
@@ -68,52 +110,28 @@ def _judged(error: BaseException) -> tuple[str, int, dict[str, Any]]:
         return "The input is nested too deeply.", EXIT_BAD_INPUT, {}
     if isinstance(error, OSError):
         code = EXIT_BAD_INPUT if error.errno in (errno.ENAMETOOLONG, errno.ELOOP) else EXIT_FAILED
-        return f"The system refused: {str(error)[:1000]}.", code, {}
+        return f"The operating system reported an error: {str(error)[:1000]}.", code, {}
     if is_out_of_memory(error):
         return f"Out of memory: {str(error)[:1000] or 'the system has no more'}.", EXIT_FAILED, {}
     return (
-        f"An error that rocr does not expect, {reason_of(error)}: this is a bug of rocr. Run the command again with "
-        "--debug to see where it happens, and report that.",
+        f"Unexpected {reason_of(error)}: this is a bug of rocr. Run the command again with --debug and report the "
+        "traceback.",
         EXIT_FAILED,
         {},
     )
 
 
+def _usage_error(error: click.UsageError) -> str:
+    """What is wrong with the arguments, and where they are explained."""
+    message = " ".join(error.format_message().split())
+    if len(message) > MAX_USAGE_ERROR:
+        message = f"{message[:MAX_USAGE_ERROR]}..."
+    path = error.ctx.command_path if error.ctx is not None else "rocr"
+    return f"{message} See {path} --help."
+
+
 def _write_any_character() -> None:
-    """Let a name that the terminal cannot show, or that is not UTF-8, be written as its code."""
+    """Write characters that the terminal's encoding lacks as escape codes."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are JSON documents too, where these are asked for."""
-
-    json_output = False
-
-    def error(self, message: str) -> NoReturn:
-        Console(self.json_output).print_json({"error": f"{self.prog}: {message}", "exit_code": EXIT_BAD_INPUT})
-        super().error(message)
-
-
-def build_parser(json_output: bool = False) -> argparse.ArgumentParser:
-    """The parser of all commands.
-
-    Args:
-        json_output: whether an error in the arguments is put on stdout as a JSON document.
-    """
-    parser = _Parser(
-        prog="rocr",
-        description="Unlearn concepts from language models, in closed form.",
-        epilog=_EPILOGUE,
-    )
-    parser.add_argument("--version", action="version", version=f"rocr {__version__}")
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--debug", action="store_true", help="show the traceback of an error too")
-    common.add_argument("--json", action="store_true", help="put one JSON document on stdout")
-    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in COMMANDS:
-        command.add_parsers(subparsers, common)
-    for below in (parser, *subparsers.choices.values()):
-        below.json_output = json_output
-    return parser

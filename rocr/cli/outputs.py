@@ -1,13 +1,13 @@
-"""Write an output folder: the model, what undoes and repeats the edit, an adapter, a report and a model card."""
+"""Write an output folder: the model, the edit, an adapter, a report and a model card."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rocr.cli.console import Console
+from rocr.cli.parsing import Arguments
 from rocr.io.output import new_directory
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ EDIT_FILE = "edit.safetensors"
 
 
 def write_output(
-    arguments: argparse.Namespace,
+    arguments: Arguments,
     loaded: LoadedModel,
     edit: Edit,
     parts: Sequence[str],
@@ -28,22 +28,26 @@ def write_output(
     reverted: bool = False,
     **more: Any,
 ) -> dict[str, Any]:
-    """Write --out, complete or not at all, and return its report.
+    """Write the folder --out, completely or not at all.
 
     Args:
         arguments: of the command.
-        loaded: the model; see `rocr.export.folder.save_edited`.
-        edit: what was done to it, or undone.
-        parts: of model, lora, edit, originals.
-        console: what timed the stages before.
-        answers: before and after.
-        reverted: whether the edit is taken off.
+        loaded: the model; see `rocr.saving.save_edited`.
+        edit: the edit that was applied or reverted.
+        parts: what to write, of model, lora, edit, originals.
+        console: has the seconds of the stages before.
+        answers: answers before and after the edit.
+        reverted: whether the edit was reverted.
         more: further fields of the report.
+
+    Returns:
+        The report.
     """
     from rocr.export.folder import Saved, save_edited
+    from rocr.export.manifest import write_records
     from rocr.export.model_card import write_card
     from rocr.export.originals import save_originals
-    from rocr.export.report import build_report, file_digests, write_report
+    from rocr.export.report import build_report
     from rocr.model.own_names import own_names
 
     with (
@@ -62,28 +66,27 @@ def write_output(
         if adapter:
             report["lora"] = [asdict(layer) for layer in adapter]
         write_card(report, loaded.source, parts, partial)
-        report["files"] = file_digests(partial, [*linked, *stored]) | stored
-        write_report(report, partial)
+        write_records(report, partial, stored)
     _say_what_differs(report, console)
     return report
 
 
 def _say_what_differs(report: dict[str, Any], console: Console) -> None:
-    """Say where files and loaded model are not the same."""
+    """Warn if the files hold other dtypes or other weights than the loaded model."""
     other = [weight for weight in report.get("weights", ()) if weight["loaded"] not in (weight["dtype"], None)]
     if other:
         console.warn(
-            f"The files hold {other[0]['parameter']} as {other[0]['dtype']}, loaded as {other[0]['loaded']}: the "
-            f"output keeps {other[0]['dtype']}."
+            f"{other[0]['parameter']} is stored as {other[0]['dtype']} and loaded as {other[0]['loaded']}: the output "
+            f"keeps {other[0]['dtype']}."
         )
     left_out = report.get("left_out")
     if left_out:
         shown = ", ".join(left_out[:5]) + (f" and {len(left_out) - 5} more" if len(left_out) > 5 else "")
-        console.warn(f"Weights that are not loaded with the model are not in the output: {shown}.")
+        console.warn(f"The output lacks weights that the model does not load: {shown}.")
 
 
 def show_adapter(report: dict[str, Any], console: Console) -> None:
-    """Show an adapter's ranks, what a smaller rank left out, and what vLLM has to be told."""
+    """Show an adapter's ranks, its truncation errors, and the setting of vLLM that it needs."""
     from rocr.edit.lora import VLLM_DEFAULT_RANK, VLLM_RANKS, vllm_rank
 
     layers = report.get("lora")
@@ -98,10 +101,10 @@ def show_adapter(report: dict[str, Any], console: Console) -> None:
         )
         for layer in layers
     ]
-    console.table("LoRA adapter", ("layer", "rank", "left out of the update", "left out at the keys"), rows)
+    console.table("LoRA adapter", ("layer", "rank", "error of the update", "error at the keys"), rows)
     rank = max(layer["rank"] for layer in layers)
     allowed = vllm_rank(rank)
     if allowed is None:
-        console.warn(f"vLLM takes ranks up to {VLLM_RANKS[-1]}, and this adapter has {rank}: give --lora-rank.")
+        console.warn(f"vLLM supports ranks up to {VLLM_RANKS[-1]}, and this adapter has {rank}: give --lora-rank.")
     elif allowed > VLLM_DEFAULT_RANK:
-        console.say(f"vLLM takes ranks up to {VLLM_DEFAULT_RANK} unless it is told: --max-lora-rank {allowed}.")
+        console.say(f"vLLM supports ranks up to {VLLM_DEFAULT_RANK} by default: run it with --max-lora-rank {allowed}.")

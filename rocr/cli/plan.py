@@ -1,14 +1,13 @@
-"""`--dry-run`: what would be read, held and written, and about how long it takes."""
+"""`--dry-run`: estimate what a run reads, holds in memory and writes, and its seconds."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rocr.cli.arguments import DTYPES
 from rocr.cli.console import Console
+from rocr.cli.parsing import Arguments
 from rocr.concepts import Concept
 
 if TYPE_CHECKING:
@@ -18,34 +17,34 @@ if TYPE_CHECKING:
 
 
 def show_plan(
-    arguments: argparse.Namespace,
+    arguments: Arguments,
     concepts: Sequence[Concept],
     source: ModelSource,
     config: EditConfig,
-    save: tuple[str, ...],
     questions: int,
     last_layer: int | None,
     console: Console,
 ) -> dict[str, Any]:
-    """Show what `rocr unlearn` would do; no weights are loaded and nothing is written.
+    """Show what `rocr unlearn` would do, without loading weights or writing files.
 
     Raises:
-        InputError: the model or a name cannot be used, or the disk is too small.
+        InputError: the model or a name cannot be used, or there is too little free disk space.
     """
+    from rocr.export.duration import DISK_BYTES_PER_SECOND, estimate_seconds, measure_speed
     from rocr.export.forecast import forecast, weight_dtype
-    from rocr.export.speed import DISK_BYTES_PER_SECOND, estimate_seconds, measure_speed
     from rocr.io.disk_space import check_space, free_space
     from rocr.model.load_partial import free_memory
 
-    job = _job(arguments, concepts, source, config, save, questions, last_layer)
+    job = _job(arguments, concepts, source, config, questions, last_layer)
     sizes = forecast(job)
     speed = measure_speed(job.architecture, weight_dtype(job))
     seconds = estimate_seconds(job, speed, sizes)
     free = {"memory": free_memory(), "disk": free_space(arguments.out or ".")}
     basis = (
-        f"An estimate for the CPU. Measured now: {1e6 * speed.layer:,.1f} µs a token of one decoder layer "
-        f"({weight_dtype(job)}, made-up weights), {speed.products / 1e9:,.0f} GFLOP/s in float32, memory at "
-        f"{speed.memory / 1e9:,.1f} GB/s. Assumed: files at {DISK_BYTES_PER_SECOND / 1e6:,.0f} MB/s."
+        "The seconds are an estimate for the CPU, without the time to import libraries. Measured now: "
+        f"{1e6 * speed.layer:,.1f} µs per token of one decoder layer ({weight_dtype(job)}, random weights), matrix "
+        f"products at {speed.products / 1e9:,.0f} GFLOP/s in float32. Assumed: files at "
+        f"{DISK_BYTES_PER_SECOND / 1e6:,.0f} MB/s."
     )
     loaded = "all of it" if last_layer is None else f"the embedding and the layers 0 to {last_layer}"
     rows = [
@@ -56,7 +55,7 @@ def show_plan(
         ("read", f"{_parts(sizes.read)}\nof the model: {loaded}"),
         ("held at most", f"{_parts(sizes.held)}\n{_mapped(sizes)}free now: {_bytes(free['memory'])}"),
         ("written", f"{_parts(sizes.written)}\nhard links: {sizes.linked}\nto {arguments.out or 'no folder yet'}"),
-        ("seconds", "\n".join([f"{sum(seconds.values()):,.1f}", *(f"{s}: {v:,.1f}" for s, v in seconds.items())])),
+        ("seconds", f"about {seconds:,.0f}" if seconds >= 1 else "less than 1"),
     ]
     console.table("Dry run: no weights are loaded, nothing is written", ("what", "how much"), rows)
     console.say(basis)
@@ -75,22 +74,21 @@ def show_plan(
         "written": sizes.written,
         "linked": sizes.linked,
         "free": free,
-        "seconds": seconds,
+        "seconds": {"total": seconds},
         "basis": basis,
     }
 
 
 def _mapped(sizes: Forecast) -> str:
-    """A line about weights that stay in the pages of their files."""
-    return f"in the model's own files, in memory as far as it goes: {_bytes(sizes.mapped)}\n" if sizes.mapped else ""
+    """A line about weights that are mapped from their files."""
+    return f"mapped from the model's files, cached as memory allows: {_bytes(sizes.mapped)}\n" if sizes.mapped else ""
 
 
 def _job(
-    arguments: argparse.Namespace,
+    arguments: Arguments,
     concepts: Sequence[Concept],
     source: ModelSource,
     config: EditConfig,
-    save: tuple[str, ...],
     questions: int,
     last_layer: int | None,
 ) -> Job:
@@ -99,20 +97,19 @@ def _job(
     import transformers
 
     from rocr.export.forecast import Job
+    from rocr.io.dtypes import torch_dtype
     from rocr.keys.plan import plan_keys
     from rocr.model.architecture import find_architecture
     from rocr.model.check_folder import check_model_folder
     from rocr.model.layers import chosen_layers
-    from rocr.model.load import DTYPES as TORCH_DTYPES
     from rocr.model.load import load_tokenizer
     from rocr.model.load_partial import empty_model
 
-    assert tuple(TORCH_DTYPES) == DTYPES
     transformers.utils.logging.disable_progress_bar()
-    if source.folder is not None and source.gguf is None:
-        check_model_folder(source.folder)
+    if source.checkpoint_folder is not None:
+        check_model_folder(source.checkpoint_folder)
     architecture = find_architecture(empty_model(source, arguments.trust_remote_code))
-    config = dataclasses.replace(config, layers=chosen_layers(config, architecture.model))
+    config = dataclasses.replace(config, layers=chosen_layers(config, architecture))
     tokenizer = load_tokenizer(source, arguments.trust_remote_code)
     return Job(
         source,
@@ -120,13 +117,13 @@ def _job(
         concepts,
         config,
         plan_keys(tokenizer, concepts, config),
-        save,
+        arguments.save,
         Path(arguments.out) if arguments.out else None,
         last_layer,
-        TORCH_DTYPES[arguments.dtype] if arguments.dtype else None,
+        torch_dtype(arguments.dtype) if arguments.dtype else None,
         arguments.device,
         Path(arguments.statistics) if arguments.statistics else None,
-        [Path(text) for text in arguments.text or ()],
+        [Path(text) for text in arguments.text],
         arguments.tokens,
         questions,
         arguments.answer_tokens,

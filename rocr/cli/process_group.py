@@ -1,4 +1,4 @@
-"""The process group of a command that torchrun started several times."""
+"""The process group of a command that torchrun starts in several processes."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from rocr.errors import InputError, RocrError
 from rocr.io.boundary import calling
 
 if TYPE_CHECKING:
-    from rocr.statistics.distributed import Ranks
+    from rocr.statistics.distributed import Distributed
 
 TIMEOUT = timedelta(minutes=30)
-"""How long a process waits for one that hangs; one that has ended is noticed at once. A batch must take less."""
+"""Longest wait for another process, so also the longest time of a batch; the end of a process is noticed at once."""
 
 
 @contextmanager
-def process_group(device: str | None) -> Iterator[Ranks]:
-    """Join the processes that torchrun started with this one; alone where the environment knows of none.
+def process_group(device: str | None) -> Iterator[Distributed]:
+    """Join the processes that torchrun started; a process started without it is alone.
 
     Args:
-        device: where the model goes: on "cuda" and what begins like it, the processes talk by nccl, else by gloo.
+        device: device of the model; the backend is nccl if it begins with "cuda", else gloo.
 
     Raises:
-        InputError: the environment is not as torchrun sets it.
-        RocrError: the others are not there.
+        InputError: a variable of the environment is not as torchrun sets it.
+        RocrError: the other processes cannot be reached.
     """
-    from rocr.statistics.distributed import Ranks
+    from rocr.statistics.distributed import Distributed
 
     size = _number("WORLD_SIZE", 1)
     if size < 2:
-        yield Ranks()
+        yield Distributed()
         return
     import torch
     import torch.distributed as dist
@@ -47,14 +47,14 @@ def process_group(device: str | None) -> Iterator[Ranks]:
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0][:300]
-        raise RocrError(f"The {size} processes cannot be joined: {reason}. Start them by torchrun.") from error
-    yield Ranks.of_group()
-    # Only after success: where another process is lost, an orderly end would wait for it.
+        raise RocrError(f"The {size} processes cannot be joined: {reason}. Start them with torchrun.") from error
+    yield Distributed.default_group()
+    # Only after success: this call waits for the other processes, of which one may be lost.
     dist.destroy_process_group()
 
 
 def own_device(device: str | None) -> str | None:
-    """The device of this process: of "cuda" without a number, the GPU that torchrun means for it."""
+    """The device of this process; for "cuda" without a number, the GPU of its LOCAL_RANK."""
     if device == "cuda" and _number("WORLD_SIZE", 1) > 1:
         return f"cuda:{_number('LOCAL_RANK', 0)}"
     return device
@@ -63,5 +63,5 @@ def own_device(device: str | None) -> str | None:
 def _number(name: str, default: int | None) -> int:
     text = os.environ.get(name, "" if default is None else str(default))
     if not text.isdecimal():
-        raise InputError(f"The environment's {name} is {text[:40]!r}, not a number: start the processes by torchrun.")
+        raise InputError(f"The environment's {name} is {text[:40]!r}, not a number: start the processes with torchrun.")
     return int(text)

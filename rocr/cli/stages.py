@@ -1,4 +1,4 @@
-"""How far the stages of a command are: bars on a terminal, a plain line now and then elsewhere."""
+"""Progress of a command's stages, and its display as lines; `rocr.cli.bars` has that of a terminal."""
 
 from __future__ import annotations
 
@@ -8,33 +8,29 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-import rich.console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
-from rich.text import Text
-
 from rocr.progress import Progress as Step
 from rocr.progress import ProgressCallback
 
 SECONDS_OF_A_LAST_LINE = 1.0
-"""How long the end of a stage waits for a line that is being written."""
+"""How long the end of a stage waits for a line that is being written, in seconds."""
 
 
 @dataclass
 class Count:
-    """How far one part of a stage is, from its steps alone.
+    """Progress of one part of a stage.
 
-    A part may run several times, as an evaluation does that asks every question about each candidate: units and
-    seconds of the earlier rounds count towards the rate.
+    A part may run several times, such as the questions about each candidate of `rocr redirects`. The rate is that of
+    all rounds.
 
     Attributes:
-        begun: when the round began, in seconds of a clock.
-        told: when its last step was.
-        done: units that are done of the round.
-        total: units of the round; None: not known.
+        begun: start of the current round, in seconds of a monotonic clock.
+        told: time of its last step.
+        done: units done in the round.
+        total: units of the round; None: unknown.
         unit: what is counted.
         resumed: units that an earlier run of the command had done.
-        earlier_units: of the rounds before.
-        earlier_seconds: of the rounds before.
+        earlier_units: units of the rounds before.
+        earlier_seconds: seconds of the rounds before.
     """
 
     begun: float
@@ -47,7 +43,7 @@ class Count:
     earlier_seconds: float = 0.0
 
     def take(self, step: Step, previous: float, now: float) -> None:
-        """Note a step; what comes after a step of the same part that was further is a new round."""
+        """Record a step; a step behind the last one begins a new round."""
         if step.done < self.done or (step.done == self.done == self.total):
             self.earlier_units, self.earlier_seconds = self.units, self.seconds
             self.begun = previous
@@ -56,25 +52,25 @@ class Count:
 
     @property
     def units(self) -> int:
-        """Units that this run of the command has done."""
+        """Units done by this run of the command."""
         return self.earlier_units + self.done - self.resumed
 
     @property
     def seconds(self) -> float:
-        """How long they took."""
+        """Seconds that they took."""
         return self.earlier_seconds + self.told - self.begun
 
     @property
     def rate(self) -> float | None:
-        """Units a second, up to the last step.
+        """Units per second up to the last step; None: unknown.
 
-        Steps come in bursts, one for each question of a batch: the time between two steps says nothing.
+        Steps come in bursts, one for each question of a batch, so the time between two steps is not used.
         """
         return self.units / self.seconds if self.units > 0 and self.seconds > 0 else None
 
     @property
     def left(self) -> float | None:
-        """Seconds to the end of the round, counted from the last step."""
+        """Seconds from the last step to the end of the round; None: unknown."""
         return (self.total - self.done) / self.rate if self.total is not None and self.rate else None
 
     def counted(self) -> str:
@@ -82,7 +78,7 @@ class Count:
         return f"{self.done:,}" + (f" of {self.total:,}" if self.total else "") + f" {self.unit}"
 
     def speed(self) -> str:
-        """Such as "0.42 tokens/s"; empty where it is not known."""
+        """Such as "0.42 tokens/s"; empty if unknown."""
         rate = self.rate
         if rate is None:
             return ""
@@ -94,9 +90,9 @@ class Stage:
 
     Attributes:
         name: of the stage.
-        begun: when it began.
-        parts: how far each part is, by name, in the order in which they began.
-        current: the name of the part of the last step; None: there was no step.
+        begun: its start, in seconds of a monotonic clock.
+        parts: progress of each part, by name, in the order in which they began.
+        current: name of the part of the last step; None: there was no step.
     """
 
     def __init__(self, name: str, now: float) -> None:
@@ -106,7 +102,7 @@ class Stage:
         self.current: str | None = None
 
     def take(self, step: Step, now: float) -> Count:
-        """Note a step; a part begins where the step before it ended."""
+        """Record a step; a new part begins at the time of the step before."""
         count = self.parts.get(step.stage)
         if count is None:
             count = self.parts[step.stage] = Count(self._told, self._told)
@@ -115,7 +111,7 @@ class Stage:
         return count
 
     def line(self, now: float) -> str:
-        """Where the stage is: part, units done and in all, rate, time left; without steps, that it still runs."""
+        """Part, units done and in total, rate and time left; without steps, how long the stage has been running."""
         if self.current is None:
             return f"{self.name}: running for {duration(now - self.begun)}"
         count = self.parts[self.current]
@@ -123,7 +119,7 @@ class Stage:
         return f"{self._named(self.current)}: " + ", ".join(filter(None, (count.counted(), count.speed(), left)))
 
     def last_lines(self, now: float) -> list[str]:
-        """What each part of a finished stage did, and how long it took."""
+        """Units, seconds and rate of each part of a finished stage."""
         if not self.parts:
             return [f"{self.name}: {duration(now - self.begun)}"]
         return [
@@ -138,11 +134,11 @@ class Stage:
 
 @contextmanager
 def plain_lines(name: str, write: Callable[[str], None], interval: float) -> Iterator[ProgressCallback]:
-    """Show a stage where there is no terminal: a line every `interval` seconds, and lines at its end."""
+    """Show a stage without a terminal: a line every `interval` seconds, and lines at its end."""
     stage = Stage(name, time.monotonic())
     ticker = _Ticker(lambda: write(stage.line(time.monotonic())), interval)
     try:
-        with suppress(RuntimeError):  # no more threads can be started: the work goes on without lines
+        with suppress(RuntimeError):  # no thread can be started: continue without lines
             ticker.start()
         yield lambda step: _ignored(stage.take(step, time.monotonic()))
     finally:
@@ -151,43 +147,8 @@ def plain_lines(name: str, write: Callable[[str], None], interval: float) -> Ite
         write(line)
 
 
-@contextmanager
-def bars(name: str, console: rich.console.Console) -> Iterator[ProgressCallback]:
-    """Show a stage on a terminal: a bar for each part."""
-    stage = Stage(name, time.monotonic())
-    columns = (TextColumn("{task.description}"), BarColumn(), _CountColumn())
-    with Progress(*columns, console=console) as display:
-        tasks = {name: display.add_task(name, total=None, count=None)}
-
-        def show(step: Step) -> None:
-            count = stage.take(step, time.monotonic())
-            if step.stage not in tasks:
-                # The stage's own line was a placeholder until its first step.
-                display.update(tasks[name], visible=name in stage.parts)
-                tasks[step.stage] = display.add_task(step.stage, total=step.total, count=count)
-            display.update(tasks[step.stage], total=step.total, completed=step.done, count=count)
-
-        yield show
-        for task in display.tasks:
-            display.update(task.id, total=task.completed or 1, completed=task.completed or 1)
-
-
-class _CountColumn(ProgressColumn):
-    """Units done, rate, and the time left, or taken where a part is finished."""
-
-    def render(self, task: Task) -> Text:
-        count: Count | None = task.fields["count"]
-        known = [count.counted(), count.speed()] if count is not None else []
-        left = None if count is None else count.left
-        if task.finished or left is None:
-            seconds = duration(task.elapsed or 0.0)
-        else:
-            seconds = f"{duration(max(0.0, left - (time.monotonic() - (count.told if count else 0.0))))} left"
-        return Text("  ".join(filter(None, [*known, seconds])))
-
-
 class _Ticker(threading.Thread):
-    """Calls a function at an interval until it is ended; a signal to the process is raised elsewhere, as ever."""
+    """Calls a function at an interval until it is ended."""
 
     def __init__(self, call: Callable[[], None], interval: float) -> None:
         super().__init__(daemon=True, name="rocr-progress")
@@ -200,7 +161,7 @@ class _Ticker(threading.Thread):
                 self._call()
 
     def end(self) -> None:
-        """Stop calling; returns when nothing is being called any more."""
+        """Stop calling, and wait for a call that is running."""
         self._ended.set()
         if self.is_alive():
             self.join(SECONDS_OF_A_LAST_LINE)
@@ -218,4 +179,4 @@ def duration(seconds: float) -> str:
 
 
 def _ignored(_: object) -> None:
-    """Nothing: a callback returns nothing."""
+    """Discard a value, because a callback returns None."""

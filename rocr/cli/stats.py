@@ -1,103 +1,83 @@
-"""`rocr stats`: statistics of ordinary text, for many edits of one model."""
+"""`rocr stats`: collect key statistics of ordinary text, which serve many edits of one model."""
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rocr.cli import options
 from rocr.cli.arguments import (
-    add_chat,
-    add_model,
-    add_partial,
-    add_text,
     chat_of,
     check_text,
     claim_output,
-    layer_list,
+    collect,
+    collect_options,
+    last_layer_to_load,
     load,
-    loads_partially,
     source_of,
-    whole_number,
 )
 from rocr.cli.console import Console
 from rocr.cli.interruption import SaidElsewhere
+from rocr.cli.parsing import Arguments, command, option
 from rocr.cli.process_group import own_device, process_group
-from rocr.errors import InputError, RocrError
-from rocr.statistics.corpus import read_texts, text_digest
+from rocr.cli.values import Number
+from rocr.errors import RocrError
 
 if TYPE_CHECKING:
-    from rocr.model.load import ModelSource
-    from rocr.statistics.collect import CollectOptions
-    from rocr.statistics.distributed import Ranks
+    from rocr.statistics.distributed import Distributed
 
 
-def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
-    """Add the command."""
-    parser = subparsers.add_parser("stats", parents=[common], help="collect key statistics from text")
-    add_model(parser)
-    add_partial(parser)
-    add_text(parser)
-    add_chat(parser)
-    parser.add_argument("--layers", type=layer_list, help="such as 4,5,6 (default: chosen from the depth)")
-    parser.add_argument(
-        "--length",
-        type=whole_number(1, 2**20),
-        default=512,
-        metavar="N",
-        help="tokens of a sequence of --text (default: 512)",
-    )
-    parser.add_argument(
-        "--batch-tokens",
-        type=whole_number(1, 2**24),
-        default=8192,
-        metavar="N",
-        help="tokens run at once (default: 8192)",
-    )
-    parser.add_argument("--out", required=True, metavar="FILE", help="file to write; it must not exist")
-    parser.add_argument("--overwrite", action="store_true", help="replace the output file if it exists")
-    parser.set_defaults(run=run)
+@command("stats")
+@options.model
+@options.out("File to write")
+@options.layers
+@option("--length", "Tokens of a sequence of --text.", type=Number(1, 2**20), default=512)
+@option("--batch-tokens", "Tokens of a batch.", type=Number(1, 2**24), default=8192)
+@options.partial_model
+@options.text
+@options.chat
+def stats(arguments: Arguments, console: Console) -> dict[str, Any]:
+    """Collect key statistics from text.
 
-
-def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Collect statistics, going on where an interrupted run with the same arguments stopped.
-
-    Of the processes that torchrun started, each takes a share; process 0 writes, and says what is wrong.
+    An interrupted run continues if it is started again with the same arguments. With torchrun, each process reads a
+    share of the text, and process 0 writes the file and reports errors.
     """
     arguments.chat = chat_of(arguments)
     arguments.device = own_device(arguments.device)
-    with process_group(arguments.device) as ranks:
-        console.speak_as(ranks.rank)
+    with process_group(arguments.device) as distributed:
+        console.speak_as(distributed.rank)
         try:
-            return _run(arguments, console, ranks)
+            return _run(arguments, console, distributed)
         except RocrError as error:
-            if ranks.rank and error.told:
+            if distributed.rank and error.is_broadcast:
                 raise SaidElsewhere(error.exit_code) from None
             raise
 
 
-def _run(arguments: argparse.Namespace, console: Console, ranks: Ranks) -> dict[str, Any]:
-    from rocr.statistics.collect import collect_statistics
+def _run(arguments: Arguments, console: Console, distributed: Distributed) -> dict[str, Any]:
+    from rocr.config import EditConfig
 
-    texts = list(arguments.text or ())
-    with ranks.together():
+    # Only text from files is read again from where a run stopped.
+    checkpoint = Path(f"{arguments.out}.checkpoint") if arguments.text else None
+    with distributed.collective():
         source = source_of(arguments)
-        if ranks.rank == 0:
+        if distributed.rank == 0:
             claim_output(arguments, source.inputs)
         check_text(arguments)
-        options, checkpoint = _options(arguments, texts, ranks)
-    with ranks.together(), console.stage("load"):
-        loaded = load(arguments, source, _last_layer(arguments, source))
-    if checkpoint is not None and checkpoint.exists():
-        console.warn(f"Going on from {checkpoint}.")
-    with console.stage("statistics") as progress:
-        documents = read_texts(texts) if texts else None
-        statistics = collect_statistics(loaded.model, loaded.tokenizer, documents, arguments.layers, options, progress)
-    with ranks.together():
-        if ranks.rank == 0:
+        reading = collect_options(
+            arguments, length=arguments.length, batch_tokens=arguments.batch_tokens, checkpoint=checkpoint
+        )
+        own = distributed.checkpoint(checkpoint)
+    with distributed.collective(), console.stage("load"):
+        loaded = load(arguments, source, last_layer_to_load(arguments, source, EditConfig(layers=arguments.layers)))
+    if own is not None and own.exists():
+        console.warn(f"Continuing from {own}.")
+    statistics = collect(arguments, loaded, arguments.layers, console, reading)
+    with distributed.collective():
+        if distributed.rank == 0:
             statistics.save(arguments.out, overwrite=arguments.overwrite)
-    if checkpoint is not None:
-        checkpoint.unlink(missing_ok=True)
+    if own is not None:
+        own.unlink(missing_ok=True)
     layers = ", ".join(map(str, statistics.layers))
     console.say(f"{arguments.out}: {statistics.tokens:,} tokens at layers {layers}.")
     return {
@@ -107,41 +87,6 @@ def _run(arguments: argparse.Namespace, console: Console, ranks: Ranks) -> dict[
         "text": statistics.text,
         "fingerprint": statistics.fingerprint.to_json(),
         "provenance": None if statistics.provenance is None else statistics.provenance.to_json(),
-        "processes": ranks.size,
+        "processes": distributed.size,
         "seconds": console.seconds,
     }
-
-
-def _options(arguments: argparse.Namespace, texts: list[str], ranks: Ranks) -> tuple[CollectOptions, Path | None]:
-    """How the text is read, and the file of this process's own checkpoint."""
-    from rocr.statistics.collect import CollectOptions
-
-    checkpoint = Path(f"{arguments.out}.checkpoint") if texts else None
-    options = CollectOptions(
-        tokens=arguments.tokens,
-        length=arguments.length,
-        batch_tokens=arguments.batch_tokens,
-        seed=arguments.seed,
-        text_sha256=text_digest(texts) if texts else None,
-        text_bytes=sum(Path(text).stat().st_size for text in texts) or None,
-        checkpoint=checkpoint,
-        chat=arguments.chat,
-    )
-    return options, ranks.checkpoint(checkpoint)
-
-
-def _last_layer(arguments: argparse.Namespace, source: ModelSource) -> int | None:
-    """The last layer to load; None: the whole model."""
-    if not loads_partially(arguments, source):
-        return None
-    if not arguments.text:
-        raise InputError(
-            "Only the beginning of the model is loaded, so it cannot write ordinary text itself: give --text, or load "
-            "the --whole model."
-        )
-    from rocr.config import EditConfig
-    from rocr.model.layers import chosen_layers
-    from rocr.model.load_partial import empty_model
-
-    last = max(chosen_layers(EditConfig(layers=arguments.layers), empty_model(source, arguments.trust_remote_code)))
-    return last if loads_partially(arguments, source, last) else None

@@ -1,4 +1,4 @@
-"""Tables of reports, for a person."""
+"""Tables of a report."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SHOWN_PAIRS = 5
 
 
 def show_report(report: dict[str, Any], console: Console, place: str | None) -> None:
-    """Show what came of an edit: concepts, answers, layers, seconds, and where it lies."""
+    """Show a report: concepts, answers, layers, seconds, and the folder of the result."""
     _show_concepts(report, console)
     _show_collisions(report["collisions"], console)
     _show_neighbours(report["neighbours"], console)
@@ -63,11 +63,9 @@ def _show_collisions(found: dict[str, Any] | None, console: Console) -> None:
         )
         for names, pair in sorted(pairs.items(), key=lambda item: -(item[1]["cosine"] + item[1]["conflict"]))
     ]
-    console.table(
-        "Concepts that get in each other's way", ("concept", "and", "cosine of keys", "conflict", "inside it"), rows
-    )
+    console.table("Concepts that conflict", ("concept", "and", "cosine of keys", "conflict", "inside it"), rows)
     console.say(
-        f"Pairs with nearly the same key: {found['collinear']:,}, of these with redirects that disagree: "
+        f"Pairs with nearly the same key: {found['collinear']:,}, of these with different redirects: "
         f"{found['conflicting']:,}; with one name inside another: {found['inside']:,}. The worst are in report.json."
     )
 
@@ -81,7 +79,7 @@ def _show_neighbours(found: dict[str, Any] | None, console: Console) -> None:
         for harm in found["worst"][:SHOWN_PAIRS]
     ]
     console.table(
-        f"Concepts that move {kind} most", ("name that stays", "moved by", "layer", "of its output, at most"), rows
+        f"Concepts that move {kind} most", ("kept name", "moved by", "layer", "share of its output, at most"), rows
     )
     worst = found["moved"][0]
     console.say(

@@ -1,30 +1,18 @@
-"""`rocr unlearn`: a model and a list of concepts in, an edited model out."""
+"""`rocr unlearn`: redirect concepts and write the edited model."""
 
 from __future__ import annotations
 
-import argparse
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rocr.cli.arguments import (
-    COUNT,
-    add_chat,
-    add_model,
-    add_partial,
-    add_text,
-    chat_of,
-    check_save,
-    check_text,
-    claim_output,
-    layer_list,
-    load,
-    loads_partially,
-    source_of,
-    whole_number,
-)
+from rocr.cli import options
+from rocr.cli.arguments import chat_of, check_text, claim_output, collect, last_layer_to_load, load, source_of
 from rocr.cli.console import Console
 from rocr.cli.outputs import show_adapter, write_output
+from rocr.cli.parsing import Arguments, argument, choice, command, flag, option
 from rocr.cli.tables import show_report
+from rocr.cli.values import COUNT, DIR, FILE, Number, save_parts
 from rocr.concepts import (
     MAX_CONCEPTS,
     Concept,
@@ -36,7 +24,6 @@ from rocr.concepts import (
 )
 from rocr.errors import InputError
 from rocr.io.output import check_output
-from rocr.statistics.corpus import read_texts, text_digest
 
 if TYPE_CHECKING:
     from rocr.config import EditConfig
@@ -46,75 +33,81 @@ if TYPE_CHECKING:
     from rocr.statistics.statistics import Statistics
 
 SHOWN_CONCEPTS = 10
+setting = partial(option, group="Settings")
+answering = partial(option, group="Answers before and after")
 
 
-def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
-    """Add the command."""
-    parser = subparsers.add_parser("unlearn", parents=[common], help="redirect concepts and save the edited model")
-    add_model(parser)
-    add_partial(parser)
-    parser.add_argument("concepts", metavar="CONCEPTS", nargs="?", help="a .txt, .csv or .jsonl list of concepts")
-    parser.add_argument("--concept", action="append", metavar="NAME", help="in place of a list; may be repeated")
-    parser.add_argument(
-        "--allow-long-list", action="store_true", help=f"allow more than {MAX_CONCEPTS:,} concepts: see --dry-run first"
-    )
-    parser.add_argument("--redirect", metavar="NAME", help="what concepts without a redirect of their own become")
-    parser.add_argument("--out", metavar="DIR", help="folder to write; it must not exist")
-    parser.add_argument(
-        "--save",
-        default="model,edit",
-        metavar="PARTS",
-        help="of model, lora, edit, originals: the first bytes, for `rocr revert` (default: model,edit)",
-    )
-    parser.add_argument(
-        "--lora-rank", type=COUNT, metavar="N", help="cut the adapter to this rank, such as vLLM's limit of 16"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace the output folder if it exists")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, say what would be done, and stop")
-    settings = parser.add_argument_group("settings")
-    settings.add_argument("--layers", type=layer_list, help="such as 4,5,6 (default: chosen from the depth)")
-    settings.add_argument("--method", choices=("whitened", "projected"))
-    settings.add_argument("--official", action="store_true", help="the authors' settings, as a baseline")
-    for name in ("ridge", "gamma", "threshold", "strength", "held-weight"):
-        settings.add_argument(f"--{name}", type=float, metavar="X")
-    settings.add_argument("--key-tokens", choices=("last", "all"))
-    settings.add_argument("--keys-per-concept", choices=("mean", "all"))
-    settings.add_argument("--reach", choices=("gradual", "whole"))
-    settings.add_argument("--force", action="store_true", help="go on past the limits of an edit; it is recorded")
-    settings.add_argument(
-        "--template",
-        action="append",
-        metavar="TEXT",
-        help="a context in which names are read, with {} once: a user's message, or with --no-chat a text as the model "
-        "reads it; may be repeated, in place of the default contexts",
-    )
-    add_chat(parser)
-    statistics = parser.add_argument_group("statistics of ordinary text")
-    statistics.add_argument("--statistics", metavar="FILE", help="made by `rocr stats`")
-    add_text(statistics)
-    shown = parser.add_argument_group("answers before and after")
-    shown.add_argument("--ask", default="Who is {}?", metavar="QUESTION", help='(default: "Who is {}?")')
-    shown.add_argument(
-        "--control",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help="ask about these too, and measure what the edit does to them: they should not change",
-    )
-    shown.add_argument("--answer-tokens", type=whole_number(1, 65_536), default=32, metavar="N")
-    shown.add_argument("--no-answers", action="store_true", help="ask nothing")
-    parser.set_defaults(run=run)
+@command("unlearn")
+@options.model
+@argument("concepts", "A list of concepts: .txt, .csv or .jsonl.", type=FILE, required=False)
+@option("--concept", "A concept, in place of a list. May be repeated.", multiple=True, metavar="NAME")
+@option("--redirect", "Redirect of concepts that have none of their own.", metavar="NAME")
+@flag("--allow-long-list", f"Allow more than {MAX_CONCEPTS:,} concepts. Try --dry-run first.")
+@options.out("Folder to write", DIR, required=False)
+@option(
+    "--save",
+    "Parts to write: model, lora, edit, originals. originals are the original bytes, for `rocr revert`.",
+    type=save_parts,
+    default="model,edit",
+    metavar="PARTS",
+)
+@option("--lora-rank", "Truncate the adapter to rank N, such as 16, the default limit of vLLM.", type=COUNT)
+@flag("--dry-run", "Check all inputs, show what would be done, and stop.")
+@options.partial_model
+@options.layers
+@setting("--method", "Metric that protects ordinary keys (default: whitened).", type=choice("whitened", "projected"))
+@flag("--official", "Use the settings of the paper's authors, as a baseline.", group="Settings")
+@setting("--ridge", "Ridge λ of the linear system (default: 1).", type=float)
+@setting("--gamma", "Weight γ of ordinary keys, for whitened (default: 10).", type=float)
+@setting("--threshold", "Eigenvalues below it are free to use, for projected (default: 0.02).", type=float)
+@setting("--strength", "Share of the way from a concept to its redirect (default: 1).", type=float)
+@setting(
+    "--held-weight",
+    "Weight of the templates' own tokens beside ordinary text (default: 0.03 for long lists, else 0).",
+    type=float,
+)
+@setting("--key-tokens", "Tokens of a name that become keys (default: all).", type=choice("last", "all"))
+@setting(
+    "--keys-per-concept",
+    "Average the keys of a concept over the templates, or use all of them (default: mean).",
+    type=choice("mean", "all"),
+)
+@setting(
+    "--reach",
+    "Send the first tokens of a name only part of the way, or all tokens the whole way (default: gradual for long "
+    "lists, else whole).",
+    type=choice("gradual", "whole"),
+)
+@flag("--force", "Continue past the safety limits of an edit; the report says so.", group="Settings")
+@setting(
+    "--template",
+    "Context in which names are read, with {} once: a user's message, or plain text with --no-chat. Replaces the "
+    "default contexts. May be repeated.",
+    multiple=True,
+)
+@options.chat
+@options.statistics
+@options.text
+@answering("--ask", "Question to ask, with {} for a name.", default="Who is {}?", metavar="QUESTION")
+@answering(
+    "--control",
+    "Names that should not change: they are asked about too, and the effect of the edit on them is measured.",
+    several=True,
+    metavar="NAME",
+)
+@answering("--answer-tokens", "Tokens of an answer.", type=Number(1, 65_536), default=32)
+@flag("--no-answers", "Ask no questions.", group="Answers before and after")
+def unlearn(arguments: Arguments, console: Console) -> dict[str, Any]:
+    """Redirect concepts and save the edited model.
 
-
-def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Check everything that can be checked, then load, edit, save and report."""
+    All inputs are checked before the model is loaded.
+    """
     arguments.chat = chat_of(arguments)
     concepts = _concepts(arguments)
     check_length(len(concepts), _most(arguments, concepts))
-    save = check_save(arguments.save)
     source = source_of(arguments)
     _check_output(arguments, source)
-    _check_parts(arguments, source, save)
+    _check_parts(arguments, source)
     check_text(arguments)
 
     from rocr.model.generate import fill_question
@@ -123,55 +116,55 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     questions = [] if arguments.no_answers else fill_question(arguments.ask, _asked(arguments, concepts))
     config = _config(arguments)
     statistics = _load_statistics(arguments)
-    last_layer = _last_layer(arguments, source, config, statistics)
+    last_layer = last_layer_to_load(arguments, source, config, statistics)
     if last_layer is not None and questions:
-        console.warn("Only the beginning of the model is loaded, so nothing is asked before and after.")
+        console.warn("Only the first layers of the model are loaded, so nothing is asked before and after.")
         questions = []
     if arguments.dry_run:
         from rocr.cli.plan import show_plan
 
         with console.stage("dry run"):
-            return show_plan(arguments, concepts, source, config, save, len(questions), last_layer, console)
+            return show_plan(arguments, concepts, source, config, len(questions), last_layer, console)
     with console.stage("load"):
         loaded = load(arguments, source, last_layer)
     config = _with_layers(config, loaded)
-    if "model" in save:
+    if "model" in arguments.save:
         from rocr.export.folder import check_output_possible
 
-        check_output_possible(loaded, config.layers or (), Path(arguments.out))
+        check_output_possible(loaded, config.layer_numbers, Path(arguments.out))
     before = _ask(loaded, questions, arguments, console, "answers before")
     if statistics is None:
-        statistics = _collect(loaded, config, arguments, console)
+        statistics = collect(arguments, loaded, config.layer_numbers, console)
     edit = _edit(loaded, concepts, statistics, config, arguments, console)
     after = _ask(loaded, questions, arguments, console, "answers after")
     answers = _answers(arguments, concepts, questions, before, after)
-    report = write_output(arguments, loaded, edit, save, console, answers)
+    report = write_output(arguments, loaded, edit, arguments.save, console, answers)
     show_report(report, console, arguments.out)
     show_adapter(report, console)
     return report
 
 
-def _concepts(arguments: argparse.Namespace) -> list[Concept]:
+def _concepts(arguments: Arguments) -> list[Concept]:
     if (arguments.concepts is None) == (not arguments.concept):
-        raise InputError("Give a list of concepts, or --concept NAME, one of the two.")
+        raise InputError("Give either a list of concepts or --concept NAME.")
     if arguments.concepts is not None:
         return load_concepts(arguments.concepts, default_redirect=arguments.redirect)
     if not arguments.redirect:
-        raise InputError("--concept needs --redirect NAME: what the concept is turned into.")
+        raise InputError("--concept needs a redirect: give --redirect NAME.")
     concepts = [Concept(name, arguments.redirect) for name in arguments.concept]
     check_concepts(concepts)
     return concepts
 
 
-def _most(arguments: argparse.Namespace, concepts: list[Concept]) -> int:
-    """How many concepts are allowed."""
+def _most(arguments: Arguments, concepts: list[Concept]) -> int:
+    """Maximum number of concepts."""
     return max(MAX_CONCEPTS, len(concepts)) if arguments.allow_long_list else MAX_CONCEPTS
 
 
-def _check_output(arguments: argparse.Namespace, source: ModelSource) -> None:
+def _check_output(arguments: Arguments, source: ModelSource) -> None:
     if arguments.out is None:
         if not arguments.dry_run:
-            raise InputError("--out DIR is needed: where the edited model goes.")
+            raise InputError("Give --out DIR, the folder for the edited model.")
         return
     if arguments.dry_run:
         check_output(arguments.out, inputs=source.inputs, overwrite=arguments.overwrite)
@@ -179,28 +172,27 @@ def _check_output(arguments: argparse.Namespace, source: ModelSource) -> None:
         claim_output(arguments, source.inputs)
 
 
-def _check_parts(arguments: argparse.Namespace, source: ModelSource, save: tuple[str, ...]) -> None:
-    if arguments.lora_rank and "lora" not in save:
-        raise InputError("--lora-rank is of the adapter, which --save does not name: add lora to it.")
-    if "model" in save:
+def _check_parts(arguments: Arguments, source: ModelSource) -> None:
+    if arguments.lora_rank and "lora" not in arguments.save:
+        raise InputError("--lora-rank applies to the adapter: add lora to --save.")
+    if "model" in arguments.save:
         from rocr.export.copying import check_carried
 
         check_carried(source)
-    if "originals" in save:
+    if "originals" in arguments.save:
         from rocr.export.originals import original_files
 
         original_files(source)
 
 
-def _asked(arguments: argparse.Namespace, concepts: list[Concept]) -> list[str]:
-    controls: list[str] = arguments.control
-    return [concept.name for concept in concepts[:SHOWN_CONCEPTS]] + controls
+def _asked(arguments: Arguments, concepts: list[Concept]) -> list[str]:
+    return [*(concept.name for concept in concepts[:SHOWN_CONCEPTS]), *arguments.control]
 
 
-def _config(arguments: argparse.Namespace) -> EditConfig:
+def _config(arguments: Arguments) -> EditConfig:
     import dataclasses
 
-    from rocr.config import EditConfig, Template
+    from rocr.config import EditConfig, Template, with_new_setting_names
 
     numbers = ("ridge", "gamma", "threshold", "strength", "held_weight", "seed")
     names = (*numbers, "layers", "method", "key_tokens", "keys_per_concept", "reach")
@@ -208,10 +200,10 @@ def _config(arguments: argparse.Namespace) -> EditConfig:
     if arguments.template:
         given["templates"] = tuple(Template(text, chat=True) for text in arguments.template)
     config = EditConfig.official() if arguments.official else EditConfig()
-    return dataclasses.replace(config, chat=arguments.chat, **given)
+    return dataclasses.replace(config, chat=arguments.chat, **with_new_setting_names(given))
 
 
-def _load_statistics(arguments: argparse.Namespace) -> Statistics | None:
+def _load_statistics(arguments: Arguments) -> Statistics | None:
     if arguments.statistics is None:
         return None
     from rocr.statistics.statistics import Statistics
@@ -219,46 +211,10 @@ def _load_statistics(arguments: argparse.Namespace) -> Statistics | None:
     return Statistics.load(arguments.statistics)
 
 
-def _last_layer(
-    arguments: argparse.Namespace, source: ModelSource, config: EditConfig, statistics: Statistics | None
-) -> int | None:
-    """The last layer to load; None: the whole model."""
-    if not loads_partially(arguments, source):
-        return None
-    if statistics is None and not arguments.text:
-        raise InputError(
-            "Only the beginning of the model is loaded, so it cannot write ordinary text itself: give --text or "
-            "--statistics, or load the --whole model."
-        )
-    from rocr.model.layers import chosen_layers
-    from rocr.model.load_partial import empty_model
-
-    layers = chosen_layers(config, empty_model(source, arguments.trust_remote_code))
-    last = max(layers) if statistics is None else max(*layers, statistics.fingerprint.layer)
-    return last if loads_partially(arguments, source, last) else None
-
-
 def _with_layers(config: EditConfig, loaded: LoadedModel) -> EditConfig:
     from rocr.model.layers import resolve_layers
 
-    return resolve_layers(config, loaded.model)
-
-
-def _collect(loaded: LoadedModel, config: EditConfig, arguments: argparse.Namespace, console: Console) -> Statistics:
-    from rocr.statistics.collect import CollectOptions, collect_statistics
-
-    texts = list(arguments.text or ())
-    options = CollectOptions(
-        tokens=arguments.tokens,
-        seed=arguments.seed,
-        text_sha256=text_digest(texts) if texts else None,
-        text_bytes=sum(Path(text).stat().st_size for text in texts) or None,
-        chat=config.chat,
-    )
-    with console.stage("statistics") as progress:
-        return collect_statistics(
-            loaded.model, loaded.tokenizer, read_texts(texts) if texts else None, config.layers, options, progress
-        )
+    return resolve_layers(config, loaded.architecture)
 
 
 def _edit(
@@ -266,7 +222,7 @@ def _edit(
     concepts: list[Concept],
     statistics: Statistics,
     config: EditConfig,
-    arguments: argparse.Namespace,
+    arguments: Arguments,
     console: Console,
 ) -> Edit:
     from rocr.edit.guards import Guards
@@ -283,15 +239,13 @@ def _edit(
     return edit
 
 
-def _neighbours(arguments: argparse.Namespace, concepts: list[Concept]) -> list[str] | None:
-    """The names to keep that were given; one on the list may be asked about, but is not kept."""
+def _neighbours(arguments: Arguments, concepts: list[Concept]) -> list[str] | None:
+    """Names of --control that are not concepts of the list; only these are measured as neighbours."""
     listed = {folded(name) for concept in concepts for name in concept.names}
     return [name for name in arguments.control if folded(name) not in listed] or None
 
 
-def _ask(
-    loaded: LoadedModel, questions: list[str], arguments: argparse.Namespace, console: Console, stage: str
-) -> list[str]:
+def _ask(loaded: LoadedModel, questions: list[str], arguments: Arguments, console: Console, stage: str) -> list[str]:
     from rocr.model.generate import ask
 
     if not questions:
@@ -301,7 +255,7 @@ def _ask(
 
 
 def _answers(
-    arguments: argparse.Namespace, concepts: list[Concept], questions: list[str], before: list[str], after: list[str]
+    arguments: Arguments, concepts: list[Concept], questions: list[str], before: list[str], after: list[str]
 ) -> list[Answer]:
     from rocr.export.report import Answer
 

@@ -1,34 +1,33 @@
-"""`rocr verify`: does an output folder hold what its own records say?"""
+"""`rocr verify`: check an output folder against its own records."""
 
 from __future__ import annotations
 
-import argparse
 from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
 from rocr.cli.console import Console
+from rocr.cli.parsing import Arguments, argument, command, option
+from rocr.cli.values import DIR, FILE
 from rocr.errors import VerificationError
 
 
-def add_parsers(subparsers: Any, common: argparse.ArgumentParser) -> None:
-    """Add the command."""
-    parser = subparsers.add_parser("verify", parents=[common], help="check an output folder against its own records")
-    parser.add_argument("folder", metavar="DIR", help="what unlearn, apply or revert wrote, or the adapter in it")
-    parser.add_argument("--edit", metavar="EDIT", help="the edit file of a reverted output (default: DIR's own)")
-    parser.set_defaults(run=run)
+@command("verify")
+@argument("folder", "A folder written by unlearn, apply or revert, or the adapter in it.", type=DIR, metavar="DIR")
+@option("--edit", "The edit file of a reverted output (default: the one in DIR).", type=FILE)
+def verify(arguments: Arguments, console: Console) -> dict[str, Any]:
+    """Check an output folder against its own records.
 
-
-def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Check everything, show all of it, and fail where something does not match."""
+    All checks are run and shown; the exit code is 3 if one fails.
+    """
+    from rocr.export.manifest import FAILED, PASSED, UNCHECKED
     from rocr.export.verify import verify_output
-    from rocr.export.verify_files import FAILED, PASSED, UNCHECKED
 
     with console.stage("verify") as progress:
         checks = verify_output(arguments.folder, arguments.edit, progress)
     console.table(
         arguments.folder,
-        ("of", "what", "result", "found"),
+        ("subject", "check", "result", "found"),
         [(check.subject, check.what, check.state, check.detail) for check in checks],
     )
     counts = Counter(check.state for check in checks)
@@ -46,6 +45,6 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
             summary,
         )
     console.say(
-        f"{arguments.folder} matches its records: {counts[PASSED]} checks passed, {counts[UNCHECKED]} impossible."
+        f"{arguments.folder} matches its records: {counts[PASSED]} checks passed, {counts[UNCHECKED]} not possible."
     )
     return summary

@@ -1,4 +1,4 @@
-"""Put updates onto a model's weights, and take them off again to the last bit."""
+"""Apply updates to the weights of a model, and revert them bit for bit."""
 
 from __future__ import annotations
 
@@ -21,24 +21,28 @@ from rocr.statistics.provenance import computed_with, different
 
 Result = TypeVar("Result")
 BLOCK_ELEMENTS = 1 << 24
-"""Numbers of a weight that are held in float32 at a time (64 MiB)."""
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Largest number of entries of a weight that are converted to float32 at a time (64 MiB)."""
+_INTEGER_OF_WIDTH = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def apply_updates(
     projections: Sequence[DownProjection],
     updates: Sequence[Factors],
-    keep: Callable[[list[Applied]], object] = list,
+    record: Callable[[list[Applied]], object] = list,
 ) -> list[Applied]:
-    """Add an update to each weight in place, with one rounding.
+    """Add one update to each weight in place, rounding once.
 
     Args:
-        projections: the down-projections to change.
-        updates: one for each.
-        keep: gets the records before this function returns: an interruption behind that may lose what is returned.
+        projections: The down-projections to change.
+        updates: One update per projection.
+        record: Called with the records before this function returns, since an interruption after that may lose the
+            returned value.
+
+    Returns:
+        One record per projection.
 
     Raises:
-        GuardError: a weight would not be finite. On any exception all are left as they were.
+        GuardError: A weight would not be finite. After any exception all weights have their former bits.
     """
     parameters = [projection.parameter.data for projection in projections]
     before = [parameter.clone() for parameter in parameters]
@@ -54,7 +58,7 @@ def apply_updates(
             if update.matrix is not None:
                 _add(own(projection.weight), own_part(update.matrix, projection.weight))
         applied = [_applied(*each) for each in zip(projections, before, strict=True)]
-        keep(applied)
+        record(applied)
         return applied
     except BaseException:
         with writing(*parameters):
@@ -64,7 +68,7 @@ def apply_updates(
 
 
 def _add(weight: Tensor, update: Tensor) -> None:
-    """Add a float32 matrix to a weight (d_out, d_in), in blocks of rows, each rounded once to the weight's dtype."""
+    """Add a float32 matrix to a weight (d_out, d_in) in blocks of rows, rounding once to the dtype of the weight."""
     rows = max(1, BLOCK_ELEMENTS // max(1, weight.shape[1]))
     for start in range(0, len(weight), rows):
         block = weight[start : start + rows]
@@ -72,11 +76,11 @@ def _add(weight: Tensor, update: Tensor) -> None:
 
 
 def undo_updates(projections: Sequence[DownProjection], applied: Sequence[Applied | None]) -> None:
-    """Give weights back the bits they had before their updates.
+    """Restore the bits that weights had before their updates.
 
     Raises:
-        VerificationError: a weight is not as the update left it; nothing is changed.
-        InputError: the bits were not kept; nothing is changed.
+        VerificationError: A weight differs from the result of its update; no weight is changed.
+        InputError: The undo bits were not kept; no weight is changed.
     """
     undos = [_checked_undo(projection, record) for projection, record in zip(projections, applied, strict=True)]
     for projection, undo in zip(projections, undos, strict=True):
@@ -84,10 +88,10 @@ def undo_updates(projections: Sequence[DownProjection], applied: Sequence[Applie
 
 
 def holds_updates(projections: Sequence[DownProjection], applied: Sequence[Applied | None]) -> bool:
-    """Whether weights are as their updates left them; False where all are as they were before.
+    """Return True if all weights have the bits after their updates, False if all have the bits before them.
 
     Raises:
-        VerificationError: they are neither.
+        VerificationError: Neither is the case.
     """
     if all(record is None for record in applied):
         return False
@@ -96,27 +100,32 @@ def holds_updates(projections: Sequence[DownProjection], applied: Sequence[Appli
         if all(r is not None and digest == getattr(r, name) for digest, r in zip(found, applied, strict=True)):
             return state
     raise VerificationError(
-        f"{', '.join(projection.parameter_name for projection in projections)} are neither as this edit left them nor "
-        "as they were before it; take later edits off first, or load the model again."
+        f"{', '.join(projection.parameter_name for projection in projections)} match neither the weights after this "
+        "edit nor those before it. Revert later edits first, or load the model again."
     )
 
 
 @plain_arithmetic()
-def take_back(architecture: Architecture, updates: Sequence[LayerUpdate]) -> None:
-    """Undo updates, the newest first, but for those whose weights are as they were before."""
+def revert_updates(architecture: Architecture, updates: Sequence[LayerUpdate]) -> None:
+    """Undo updates, the newest first. Updates whose weights have the bits before them are skipped."""
     for update in reversed(updates):
         projections = [architecture.down_projection(update.layer)]
         if holds_updates(projections, [update.applied]):
             undo_updates(projections, [update.applied])
 
 
-def put_in_place_of(
+def replace_updates(
     projections: Sequence[DownProjection], applied: Sequence[Applied | None], change: Callable[[], Result]
 ) -> Result:
-    """Take updates off, call what changes the weights otherwise, and put them back where it raises.
+    """Undo updates and call a function that changes the weights; restore the updates if it raises.
+
+    Args:
+        projections: The down-projections.
+        applied: The records of the updates, one per projection.
+        change: The function.
 
     Raises:
-        VerificationError: the weights are neither as the updates left them nor as they were before.
+        VerificationError: The weights match neither those after the updates nor those before them.
     """
     held = holds_updates(projections, applied)
     try:
@@ -131,59 +140,60 @@ def put_in_place_of(
 
 
 def _flip(parameter: Tensor, undo: Tensor) -> None:
-    """Change the bits of a weight that are set in `undo`."""
+    """Flip the bits of a weight that are set in `undo`."""
     with writing(parameter):
         bits(own(parameter)).bitwise_xor_(own_part(undo, parameter))
 
 
 def _applied(projection: DownProjection, original: Tensor) -> Applied:
+    """Return the record of a change; raise GuardError if the weight is not finite."""
     parameter, original = whole(projection.parameter.data), whole(original)
     if not torch.isfinite(parameter).all():
         raise GuardError(
-            f"The update makes {projection.parameter_name} overflow {parameter.dtype}; nothing was applied."
+            f"The update makes {projection.parameter_name} overflow {parameter.dtype}. No update was applied."
         )
     before, after = tensor_digest(original), tensor_digest(parameter)
     return Applied(str(parameter.dtype), before, after, bits(original).bitwise_xor(bits(parameter)).cpu())
 
 
 def _checked_undo(projection: DownProjection, applied: Applied | None) -> Tensor:
-    """The bits that undo an update, which is known to be on the weight.
+    """Return the bits that undo an update, after checking that the weight carries it.
 
     Raises:
-        VerificationError: the weight is not as the update left it.
-        InputError: the bits were not kept, or are not those of such a weight.
+        VerificationError: The weight differs from the result of the update.
+        InputError: The bits were not kept, or do not fit the weight.
     """
     name, parameter = projection.parameter_name, projection.parameter.data
     if applied is None:
-        raise InputError(f"The update of {name} was never applied, so there is nothing to undo.")
+        raise InputError(f"The update of {name} was never applied, so it cannot be undone.")
     if applied.undo is None:
         raise InputError(
-            f"The edit was saved without what undoes it at {name}; use a copy of the model it was made from."
+            f"The edit was saved without the undo data of {name}. Use a copy of the original model instead."
         )
     found = tensor_digest(parameter)
     if found != applied.after:
         raise VerificationError(
-            f"{name} is not as the edit left it: its sha256 is {found[:12]}, recorded was {applied.after[:12]}. "
-            "Take later edits off first, or use the model that this edit was applied to."
+            f"{name} is not the weight after this edit: its sha256 is {found[:12]}, expected {applied.after[:12]}. "
+            "Revert later edits first, or use the model that this edit was applied to."
         )
-    if applied.undo.shape != parameter.shape or applied.undo.dtype != _BITS[parameter.element_size()]:
+    if applied.undo.shape != parameter.shape or applied.undo.dtype != _INTEGER_OF_WIDTH[parameter.element_size()]:
         raise InputError(
-            f"What undoes the edit at {name} is {applied.undo.dtype} of shape {tuple(applied.undo.shape)}, which does "
-            f"not fit the weight, {parameter.dtype} of shape {tuple(parameter.shape)}."
+            f"The undo data of {name} is {applied.undo.dtype} of shape {tuple(applied.undo.shape)}, which does not fit "
+            f"the weight, {parameter.dtype} of shape {tuple(parameter.shape)}."
         )
     return applied.undo
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """A view of a floating-point tensor as integers of the same width."""
-    return tensor.view(_BITS[tensor.element_size()])
+    """Return a view of a floating-point tensor as integers of the same width."""
+    return tensor.view(_INTEGER_OF_WIDTH[tensor.element_size()])
 
 
 def down_projections(architecture: Architecture, updates: Sequence[LayerUpdate]) -> list[DownProjection]:
-    """The weights that updates belong to.
+    """Return the down-projections that updates belong to.
 
     Raises:
-        InputError: the model has no such layer, or its down-projection has another name or shape.
+        InputError: The model has no such layer, or its down-projection has another name or shape.
     """
     found = []
     for update in updates:
@@ -191,7 +201,7 @@ def down_projections(architecture: Architecture, updates: Sequence[LayerUpdate])
         expected = update.factors.shape
         if projection.parameter_name != update.parameter or tuple(projection.weight.shape) != expected:
             raise InputError(
-                f"The edit is of {update.parameter} {expected}, but layer {update.layer} of this model has "
+                f"The edit changes {update.parameter} {expected}, but layer {update.layer} of this model has "
                 f"{projection.parameter_name} {tuple(projection.weight.shape)}."
             )
         found.append(projection)
@@ -199,21 +209,21 @@ def down_projections(architecture: Architecture, updates: Sequence[LayerUpdate])
 
 
 def revert_edit(edit: EditRecord, model: nn.Module) -> None:
-    """Give a model back its weights; see `rocr.Edit.revert`."""
+    """Restore the weights of a model; see `rocr.Edit.revert`."""
     undo_updates(down_projections(find_architecture(model), edit.updates), [update.applied for update in edit.updates])
 
 
 def apply_edit(edit: EditRecord, model: nn.Module, allow_fingerprint_mismatch: bool = False) -> None:
-    """Add an edit to a model; see `rocr.Edit.apply`."""
+    """Apply an edit to a model; see `rocr.Edit.apply`."""
     architecture = find_architecture(model)
     if not allow_fingerprint_mismatch:
         _check_model(edit, architecture)
     projections = down_projections(architecture, edit.updates)
-    apply_updates(projections, [update.factors for update in edit.updates], edit.keep)
+    apply_updates(projections, [update.factors for update in edit.updates], edit.set_applied)
 
 
 def mismatch(edit: EditRecord, model: nn.Module) -> str | None:
-    """Describe how a model differs from the one that an edit was made for; None where it does not."""
+    """Return a sentence on how a model differs from the one that an edit was made for; None if it does not."""
     found = model_digest(find_architecture(model), edit.fingerprint.layer, edit.fingerprint.model)
     if found != edit.fingerprint.model:
         return f"The edit was made for {edit.fingerprint}, but this model's fingerprint is {found[:12]}."
@@ -222,10 +232,13 @@ def mismatch(edit: EditRecord, model: nn.Module) -> str | None:
 
 
 def _check_model(edit: EditRecord, architecture: Architecture) -> None:
+    """Raise InputError if a model is not the one that an edit was made for, or has the edit applied."""
     differs = mismatch(edit, architecture.model)
     if differs is not None:
-        raise InputError(f"{differs} Allow a mismatch only for a close relative of that model.")
+        raise InputError(
+            f"{differs} Apply it to that model, or allow a mismatch if this one is a close relative of it."
+        )
     projections = down_projections(architecture, edit.updates)
     for projection, update in zip(projections, edit.updates, strict=True):
         if update.applied and tensor_digest(projection.parameter.data) == update.applied.after:
-            raise InputError(f"{update.parameter} holds this edit already.")
+            raise InputError(f"{update.parameter} holds this edit already. Apply it to a model without the edit.")

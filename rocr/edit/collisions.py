@@ -1,4 +1,4 @@
-"""Concepts of one list that get in each other's way: nearly the same key, other targets, a name inside another."""
+"""Collisions: pairs of concepts with nearly the same keys and different targets, or with one name inside the other."""
 
 from __future__ import annotations
 
@@ -15,26 +15,29 @@ from rocr.edit.update import LayerUpdate
 from rocr.io.json_values import list_of, numbers_of, text_of, whole_number_of
 
 COLLINEAR = 0.95
-"""Cosine of two keys under the metric from which on the update hardly tells them apart."""
+"""Cosine of two keys under the metric from which they count as collinear: the update hardly distinguishes them."""
 CONFLICT = 0.1
-"""Share of two wanted moves that cancels from which on redirects disagree."""
-KEPT = 20
+"""Value of `Collision.conflict` from which a pair counts as conflicting."""
+MAX_REPORTED = 20
+"""Largest number of pairs in each list of a report."""
 BLOCK_ENTRIES = 1 << 22
+"""Largest number of cosines that are computed at a time."""
 _NO_SPACES = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
 _WORD = re.compile(rf"[{_NO_SPACES}]|(?:(?![{_NO_SPACES}])\w)+")
-"""A word, or a character of a script that is written without spaces."""
+"""A word, or one character of a script that is written without spaces."""
 
 
 @dataclass(frozen=True)
 class Collision:
-    """Two concepts that get in each other's way.
+    """A pair of concepts that interfere with each other.
 
     Attributes:
-        first, second: their names; of a name inside another, the inner one first.
-        cosine: largest cosine of a key of one to a key of the other under the metric, k M k' / (|k| |k'|), which is
-            what the solve sees of their angle; 1: the update cannot tell them apart.
-        conflict: of their keys at least COLLINEAR alike, the largest |r - r'| / (|r| + |r'|) of the residuals: the
-            share of the two wanted moves that no common one can serve. 0: the same move, 1: opposite ones.
+        first: Name of one concept. If one name is inside the other, it is the inner one.
+        second: Name of the other concept.
+        cosine: Largest cosine of a key of one concept to a key of the other under the metric, with the inner product
+            k M k'ᵀ. The update cannot distinguish keys with cosine 1.
+        conflict: Maximum of |r - r'| / (|r| + |r'|) over the residuals of their keys with a cosine of at least
+            `COLLINEAR`. 0 for equal residuals, 1 for opposite ones. 0 if there are no such keys.
     """
 
     first: str
@@ -44,7 +47,7 @@ class Collision:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Collision:
-        """Raises: as `EditReport.from_json`."""
+        """Return the object with these JSON values; raises as `EditReport.from_json`."""
         found = cls(**values)
         text_of(found.first, "first")
         text_of(found.second, "second")
@@ -54,15 +57,15 @@ class Collision:
 
 @dataclass(frozen=True)
 class Collisions:
-    """The collisions of a list of concepts, counted, and the worst of them.
+    """Numbers of collisions in a list of concepts, and the worst of them.
 
     Attributes:
-        layer: where the keys were measured: the first edited layer, before any weight changed.
-        collinear: pairs of concepts with keys at least COLLINEAR alike.
-        conflicting: those of them with a conflict of at least CONFLICT.
-        inside: pairs of concepts with a name of one inside a name of the other, word by word.
-        worst: the collinear pairs with the largest sum of cosine and conflict, at most 20.
-        nested: the pairs of `inside` with the largest sum, at most 20.
+        layer: The layer of the compared keys: the first edited layer, before any weight changes.
+        collinear: Number of pairs of concepts with a cosine of at least `COLLINEAR`.
+        conflicting: Number of these pairs with a conflict of at least `CONFLICT`.
+        inside: Number of pairs of concepts with a name of one, as whole words, inside a name of the other.
+        worst: The collinear pairs with the largest sum of cosine and conflict, at most 20.
+        nested: The pairs of `inside` with the largest sum, at most 20.
     """
 
     layer: int
@@ -74,7 +77,7 @@ class Collisions:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Collisions:
-        """Raises: as `EditReport.from_json`."""
+        """Return the object with these JSON values; raises as `EditReport.from_json`."""
         pairs = {
             name: [Collision.from_json(pair) for pair in list_of(values[name], name)] for name in ("worst", "nested")
         }
@@ -85,12 +88,12 @@ class Collisions:
 
 
 def find_collisions(concepts: Sequence[Concept], concept_of: Sequence[int], update: LayerUpdate) -> Collisions:
-    """Compare every concept's keys with those of every other, in blocks of bounded memory.
+    """Compare the keys of all pairs of concepts, in blocks of bounded memory.
 
     Args:
-        concepts: the concepts.
-        concept_of: for each key, the index of its concept.
-        update: of the first edited layer, with the system that it was solved from.
+        concepts: The concepts.
+        concept_of: For each key, the index of its concept.
+        update: The update of the first edited layer, with its system.
     """
     rows = _Rows(concept_of, update)
     worst = _Worst()
@@ -112,7 +115,7 @@ def find_collisions(concepts: Sequence[Concept], concept_of: Sequence[int], upda
 
 
 def names_inside(concepts: Sequence[Concept]) -> list[tuple[int, int]]:
-    """Pairs (inner, outer) of concepts with a name of one inside a name of the other, word by word."""
+    """Return the pairs (inner, outer) of concepts with a name of one, as whole words, inside a name of the other."""
     words = [[tuple(_WORD.findall(folded(name))) for name in concept.names] for concept in concepts]
     owner = {name: i for i, names in enumerate(words) for name in names if name}
     lengths = sorted({len(name) for name in owner})
@@ -128,7 +131,7 @@ def names_inside(concepts: Sequence[Concept]) -> list[tuple[int, int]]:
 
 
 def nearest_keys(keys: Tensor) -> tuple[int, int]:
-    """The two rows of keys (n >= 2, d_in) with the largest cosine, in blocks of bounded memory."""
+    """Return the indices of the two rows of keys (n >= 2, d_in) with the largest cosine. Memory is bounded."""
     plain = torch.nn.functional.normalize(keys.double(), dim=1)
     best, pair = -2.0, (0, 0)
     step = max(1, BLOCK_ENTRIES // len(keys))
@@ -143,11 +146,11 @@ def nearest_keys(keys: Tensor) -> tuple[int, int]:
 
 
 class _Rows:
-    """Keys and residuals in the order of their concepts, keys as unit vectors under the metric."""
+    """Keys and residuals sorted by concept; the keys are unit vectors under the metric."""
 
     def __init__(self, concept_of: Sequence[int], update: LayerUpdate) -> None:
         keys, system = update.keys, update.system
-        assert system is not None, "an update that was just solved has its system"
+        assert system is not None, "a solved update has its system"
         owners = torch.tensor(concept_of)
         order = torch.argsort(owners, stable=True)
         self.owners = owners[order].to(keys.device)
@@ -157,7 +160,7 @@ class _Rows:
             self.left = torch.nn.functional.normalize(system.metric.root(keys[order]).float(), dim=1)
             self.right = self.left
         else:
-            assert system.product is not None, "a system holds a product or a metric"
+            assert system.product is not None, "a system has a product or a metric"
             self.left, self.right = keys[order], system.product.to(keys)[order]
             length = (self.left * self.right).sum(dim=1, keepdim=True).clamp(min=1e-30).sqrt()
             self.left, self.right = self.left / length, self.right / length
@@ -165,7 +168,7 @@ class _Rows:
         self.sizes = self.residuals.norm(dim=1)
 
     def blocks(self) -> list[tuple[int, int]]:
-        """Ranges of rows that cut no concept in two, small enough for a block of all their cosines."""
+        """Return ranges of rows, each of whole concepts and of bounded memory for its cosines to all rows."""
         most = max(1, BLOCK_ENTRIES // len(self.owners))
         ranges = [(0, 0)]
         for end in self.starts[1:]:
@@ -177,7 +180,10 @@ class _Rows:
         return ranges
 
     def collinear_pairs(self, start: int, end: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Pairs of a block's concepts with later ones, as first * count + second, their cosines and conflicts."""
+        """Return the collinear pairs of a block's concepts and later ones, with cosines and conflicts.
+
+        A pair is encoded as first * count + second.
+        """
         cosines = self.left[start:end] @ self.right[start:].T
         near = (cosines >= COLLINEAR) & (self.owners[start:end, None] < self.owners[None, start:])
         rows, columns = near.nonzero(as_tuple=True)
@@ -191,7 +197,7 @@ class _Rows:
         return pairs.cpu(), _largest(values, place, len(pairs)).cpu(), _largest(conflicts, place, len(pairs)).cpu()
 
     def compare(self, inner: int, outers: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Cosines and conflicts of one concept with some others."""
+        """Return the cosines and conflicts of one concept with some others."""
         own = slice(self.starts[inner], self.starts[inner + 1])
         others = [row for outer in outers for row in range(self.starts[outer], self.starts[outer + 1])]
         sizes = torch.tensor([self.starts[outer + 1] - self.starts[outer] for outer in outers])
@@ -206,6 +212,7 @@ class _Rows:
 
 
 def _find_nested(concepts: Sequence[Concept], rows: _Rows) -> tuple[int, _Worst]:
+    """Return the number of pairs with one name inside the other, and the worst of them."""
     pairs = names_inside(concepts)
     by_inner: dict[int, list[int]] = {}
     for inner, outer in pairs:
@@ -218,22 +225,22 @@ def _find_nested(concepts: Sequence[Concept], rows: _Rows) -> tuple[int, _Worst]
 
 @dataclass
 class _Worst:
-    """The pairs with the largest sums of cosine and conflict so far: pair, cosine, conflict."""
+    """The pairs with the largest sums of cosine and conflict so far, as (pair, cosine, conflict)."""
 
     rows: list[tuple[int, float, float]] = field(default_factory=list)
 
     def add(self, pairs: Tensor, cosines: Tensor, conflicts: Tensor) -> None:
-        best = (cosines + conflicts).topk(min(KEPT, len(pairs))).indices
+        best = (cosines + conflicts).topk(min(MAX_REPORTED, len(pairs))).indices
         found = zip(pairs[best].tolist(), cosines[best].tolist(), conflicts[best].tolist(), strict=True)
-        self.rows = sorted([*self.rows, *found], key=lambda row: -(row[1] + row[2]))[:KEPT]
+        self.rows = sorted([*self.rows, *found], key=lambda row: -(row[1] + row[2]))[:MAX_REPORTED]
 
 
 def _largest(values: Tensor, place: Tensor, count: int) -> Tensor:
-    """The largest value of each place."""
+    """Return the largest value for each index in `place`, of `count`."""
     return values.new_full((count,), -2.0).scatter_reduce(0, place, values, "amax").clamp(-1.0, 1.0)
 
 
 def _conflict(dots: Tensor, sizes: Tensor, others: Tensor) -> Tensor:
-    """|r - r'| / (|r| + |r'|) from products and lengths."""
+    """Return |r - r'| / (|r| + |r'|) from inner products and lengths."""
     distance = (sizes.square() + others.square() - 2 * dots).clamp(min=0).sqrt()
     return distance / (sizes + others).clamp(min=1e-30)

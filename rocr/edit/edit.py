@@ -1,4 +1,4 @@
-"""An edit: what was done to a model, so that it can be reverted, repeated, saved and exported."""
+"""An edit of a model, which can be applied, reverted, changed, saved and exported."""
 
 from __future__ import annotations
 
@@ -24,31 +24,53 @@ from rocr.statistics.statistics import Statistics
 
 @dataclass
 class Edit(EditRecord):
-    """The redirection of some concepts in one model; its fields are those of `EditRecord`."""
+    """An edit: the updates that redirect some concepts in one model.
+
+    `rocr.unlearn` returns it, and `load` reads it from a file.
+
+    Attributes:
+        concepts: The concepts and their redirects.
+        config: The settings, with the layers that are edited.
+        fingerprint: Digests of the model and the tokenizer that the edit was made for.
+        updates: One update per edited layer, in ascending order: left (d_out, r) and right (r, d_in), float32.
+        concept_of: For each key (row of `keys` of an update), the index of its concept.
+        report: Measurements, see `EditReport`.
+        computed_with: Settings of the model that the keys depend on. Empty if they are not known.
+        rendered: The templates of the settings as the model reads them. Empty if they are not known.
+    """
 
     @plain_arithmetic()
     def revert(self, model: nn.Module) -> None:
-        """Give the model back the weights it had before this edit, bit for bit.
+        """Restore the weights that the model had before this edit, bit for bit.
+
+        Args:
+            model: A model that has this edit, and no later one, applied. It is changed in place.
 
         Raises:
-            VerificationError: a weight is not as this edit left it; nothing is changed.
-            InputError: the edit was saved without what undoes it.
+            VerificationError: A weight differs from the one after this edit; no weight is changed.
+            InputError: The edit was saved without undo data, or the model has other layers.
         """
         revert_edit(self, model)
 
     @plain_arithmetic()
     def apply(self, model: nn.Module, allow_fingerprint_mismatch: bool = False) -> None:
-        """Put the edit onto another copy of the model it was made for, or back onto the same.
+        """Apply the edit to a copy of the model that it was made for, or again to the same model.
+
+        Args:
+            model: The model, without this edit. It is changed in place: Δ is added to each edited weight and rounded
+                once to the dtype of the weight.
+            allow_fingerprint_mismatch: Whether the model may differ from the one that the edit was made for, as a
+                close relative with the same shapes does.
 
         Raises:
-            InputError: it is another model, unless a mismatch is allowed; or it holds this edit already.
-            GuardError: a weight would overflow; the model is left as it was.
+            InputError: The model is not the one that the edit was made for, or has the edit applied already.
+            GuardError: A weight would overflow; no weight is changed.
         """
         apply_edit(self, model, allow_fingerprint_mismatch)
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[nn.Module]:
-        """The model with this edit inside the context, and without it after."""
+        """Return a context in which the model has this edit applied; raises as `apply` and `revert`."""
         self.apply(model)
         try:
             yield model
@@ -57,23 +79,27 @@ class Edit(EditRecord):
 
     @plain_arithmetic()
     def remove(self, names: str | Sequence[str], model: nn.Module | None = None) -> Edit:
-        """The edit without some of its concepts, solved again from what it holds: no text, no statistics.
+        """Return the edit without some of its concepts, solved again from what the edit holds.
 
-        What it equals, to rounding: the same solve without the removed concepts' keys. That is the edit that
-        `unlearn` makes of the remaining concepts alone where their keys and residuals were measured before any
-        weight changed: always in the first edited layer, so in edits of one layer, and in every layer with
-        `EditConfig(measure="once")`. With "each", the keys and residuals of later layers were measured in a model
-        in which the removed concepts were redirected already, and keep that trace: nothing but measuring them
-        again (`revert`, then `unlearn`) takes it out. Settings that the number of concepts chose stay as they were;
-        where it would now choose others, no layer is equal. `report.inexact` names the layers that are not.
+        Neither text nor statistics are needed. The result equals, up to rounding, the same solve without the keys of
+        the removed concepts. That is the edit that `unlearn` makes of the remaining concepts alone if their keys and
+        residuals were measured before any weight changed: in the first edited layer, and with
+        `EditConfig(measure="once")` in all layers. With "each", keys and residuals of later layers were measured in a
+        model in which the removed concepts were already redirected; to measure them again, revert the edit and call
+        `unlearn`. Settings that were chosen by the number of concepts keep their values; if other values are the
+        default for the new number, no layer is equal. `report.inexact` lists the layers that are not equal.
 
         Args:
-            names: names or aliases of the concepts to remove.
-            model: the model this edit is applied to, which then carries the new one instead; None: only solve.
+            names: Names or aliases of the concepts to remove.
+            model: The model that has this edit applied, or neither edit. It then has the new edit applied instead.
+                None only solves.
+
+        Returns:
+            The new edit. This one stays as it is.
 
         Raises:
-            InputError: a name is not in the edit, none would be left, or the edit lacks what it is solved from.
-            VerificationError: the model is neither as this edit left it nor as it was before.
+            InputError: A name is not in the edit, no concept would be left, or the edit was saved without its systems.
+            VerificationError: The weights of the model match neither those after this edit nor those before it.
         """
         return remove_concepts(self, names, model)
 
@@ -87,71 +113,81 @@ class Edit(EditRecord):
         progress: ProgressCallback = silent,
         guards: Guards | None = None,
     ) -> Edit:
-        """The edit with further concepts, applied to the model in place of this one.
+        """Return the edit with further concepts, applied to the model in place of this one.
 
-        The concepts already there are not read again: their stored keys and residuals are solved together with the
-        new ones. It equals `unlearn` of all of them under the same conditions as `remove`.
+        The stored keys and residuals of the concepts in the edit are solved together with those of the new ones, and
+        are not measured again. The result equals `unlearn` of all concepts under the same conditions as for `remove`.
 
         Args:
-            concepts: the new ones.
-            model: with this edit or without it, and with no other.
-            tokenizer: of the model.
-            statistics: those that this edit was made with.
-            progress: told how far each stage is.
-            guards: the limits that the whole edit must stay within; None: `Guards()`.
+            concepts: The new concepts.
+            model: The model with this edit applied, or with no edit. It is changed in place.
+            tokenizer: Its tokenizer.
+            statistics: The statistics that this edit was made with.
+            progress: Called with the progress of each stage.
+            guards: The limits that the whole edit must stay within. None is `Guards()`.
+
+        Returns:
+            The new edit. This one stays as it is.
 
         Raises:
-            InputError: a concept is there already, or model, statistics or rendered templates differ from the edit's.
-            VerificationError: the model carries another edit.
-            GuardError: as `unlearn`. On any exception the model is as it was.
+            InputError: A concept is in the edit already, or model, statistics or rendered templates differ from those
+                of the edit.
+            VerificationError: The model has another edit applied.
+            GuardError: As `unlearn`. After any exception the model has its former weights, bit for bit.
         """
-        # Through the package: adding concepts is unlearning, which makes edits and so is imported after them.
+        # Imported here, since `rocr.unlearn` imports this module.
         from rocr import add_concepts
 
         return add_concepts(self, concepts, model, tokenizer, statistics, progress, guards)
 
     @plain_arithmetic()
     def merge(self, other: Edit, model: nn.Module | None = None) -> Edit:
-        """One edit of the concepts of two that were made, each by itself, on the same unedited model.
+        """Return one edit of the concepts of two edits that were made, each by itself, on the same unedited model.
 
-        Solved together, each one's keys are protected from the other, which edits applied one after the other do
-        not give. Either order gives the same update to rounding, and under the conditions of `remove` it equals
-        `unlearn` of all concepts. Applied one after the other instead, edits simply add up: in any order to
-        rounding, and `revert`, which is exact, takes them off in the reverse order only.
+        The concepts are solved together, so that the update of each is protected from the keys of the others. Edits
+        that are applied one after the other are not: they only add up. Both orders give the same update up to
+        rounding, and the result equals `unlearn` of all concepts under the conditions of `remove`.
 
         Args:
-            other: the second edit, of the same layers, settings and statistics.
-            model: the model this edit is applied to, and the other not, or neither; None: only solve.
+            other: The second edit, with the same layers, settings and statistics.
+            model: The model that has this edit applied, and not the other one, or neither. It then has the new edit
+                applied instead. None only solves.
+
+        Returns:
+            The new edit. Both others stay as they are.
 
         Raises:
-            InputError: models, settings, layers or statistics differ, both hold a concept, or one was made in a model
-                that carried the other.
-            VerificationError: the model is neither as this edit left it nor as it was before.
+            InputError: Models, settings, layers or statistics differ, a concept is in both edits, or one edit was made
+                in a model that had the other one applied.
+            VerificationError: The weights of the model match neither those after this edit nor those before it.
         """
         return merge_edits(self, other, model)
 
     @plain_arithmetic()
     def save(self, path: str | os.PathLike[str], undo: bool = True, overwrite: bool = False) -> None:
-        """Write one safetensors file.
+        """Write the edit to one safetensors file, completely or not at all.
 
         Args:
-            path: the file.
-            undo: whether it holds what restores the first weights bit for bit.
-            overwrite: whether a file that is there is replaced.
+            path: The file.
+            undo: Whether to include the undo data, without which a loaded edit cannot be reverted.
+            overwrite: Whether to replace an existing file.
 
         Raises:
-            InputError: the file exists and `overwrite` is not set.
-            RocrError: it cannot be written.
+            InputError: The file exists and `overwrite` is not set.
+            RocrError: The file cannot be written.
         """
         save_edit(self, path, undo, overwrite)
 
     @classmethod
     @plain_arithmetic()
     def load(cls, path: str | os.PathLike[str]) -> Edit:
-        """Read a file that `save` wrote.
+        """Read an edit from a file that `save` or `rocr unlearn` wrote.
+
+        Args:
+            path: The file. No code in it is run.
 
         Raises:
-            InputError: it is missing, damaged, or not an edit file.
+            InputError: The file is missing, damaged, or not an edit file.
         """
         return cls(**vars(load_edit(path)))
 
@@ -161,25 +197,26 @@ class Edit(EditRecord):
     ) -> list[AdapterLayer]:
         """Write the edit as a PEFT adapter: a folder that peft and vLLM load without rocr.
 
-        Its rank at a layer is the number of keys, or the size of the weight where that is smaller. vLLM takes ranks
-        up to its `max_lora_rank`: 16 unless set, 512 at most (`rocr.edit.lora.VLLM_RANKS`).
+        Without a smaller `rank`, the rank at a layer is the number of keys, or min(d_out, d_in) if that is smaller.
+        vLLM supports ranks up to its setting `max_lora_rank`: 16 by default, at most 512 (`rocr.edit.lora.VLLM_RANKS`).
 
         Args:
-            path: the folder.
-            rank: the largest rank wanted, for which as little as possible is left out at the concepts' keys; None:
-                nothing is left out.
-            overwrite: whether a folder that is there is replaced.
+            path: The folder.
+            rank: Largest rank. Of all updates of this rank, the adapter has the one with the smallest error at the
+                concepts' keys. None leaves nothing out.
+            overwrite: Whether to replace an existing folder.
 
         Returns:
-            For each layer its rank, and what a smaller one left out.
+            One `AdapterLayer` per layer, with its rank and truncation errors.
 
         Raises:
-            InputError: the folder exists and `overwrite` is not set, the rank is none, or the disk is too small.
-            RocrError: it cannot be written.
+            InputError: The folder exists and `overwrite` is not set, the rank is not a whole number of at least 1, or
+                there is too little free disk space.
+            RocrError: The folder cannot be written.
         """
         return export_lora(self, path, rank, overwrite)
 
     @plain_arithmetic()
     def mismatch(self, model: nn.Module) -> str | None:
-        """Describe how the model differs from the one that the edit was made for; None where it does not."""
+        """Return a sentence on how the model differs from the one that the edit was made for; None if it does not."""
         return mismatch(self, model)

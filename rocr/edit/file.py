@@ -1,4 +1,4 @@
-"""The edit file: safetensors with a JSON header, nothing that runs."""
+"""The edit file: safetensors with a JSON header. Reading it runs no code from the file."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from rocr.edit.record import EditRecord
 from rocr.edit.system_file import pack_system, unpack_system
 from rocr.edit.update import Applied, LayerUpdate
 from rocr.errors import InputError
+from rocr.io.dtypes import SUPPORTED_DTYPES, torch_dtype
 from rocr.io.json_values import flag_of, list_of, text_of, whole_number_of
 from rocr.io.tensors import read_tensors, write_tensors
 from rocr.keys.prompts import RenderedTemplate
@@ -28,11 +29,11 @@ from rocr.statistics.provenance import config_of
 
 FORMAT = "rocr edit 1"
 _ROWS = ("keys", "residuals")
-_WIDTHS = {"torch.float32": 4, "torch.bfloat16": 2, "torch.float16": 2}
+_WIDTHS = {f"torch.{name}": torch_dtype(name).itemsize for name in SUPPORTED_DTYPES}
 
 
 def save_edit(edit: EditRecord, path: str | os.PathLike[str], undo: bool, overwrite: bool) -> None:
-    """Write an edit, complete or not at all; see `Edit.save`."""
+    """Write an edit file, completely or not at all; see `Edit.save`."""
     tensors: dict[str, Tensor] = {}
     layers = []
     for update in edit.updates:
@@ -60,7 +61,7 @@ def save_edit(edit: EditRecord, path: str | os.PathLike[str], undo: bool, overwr
         "fingerprint": edit.fingerprint.to_json(),
         "layers": layers,
         "concept_of": edit.concept_of,
-        # The seconds would make the files of two equal edits differ.
+        # Without the seconds, which differ between two runs that make the same edit.
         "report": {name: value for name, value in edit.report.to_json().items() if name != "seconds"},
     }
     if edit.computed_with:
@@ -71,7 +72,7 @@ def save_edit(edit: EditRecord, path: str | os.PathLike[str], undo: bool, overwr
 
 
 def load_edit(path: str | os.PathLike[str]) -> EditRecord:
-    """Read an edit; see `Edit.load`."""
+    """Read an edit file; see `Edit.load`."""
     header, tensors = read_tensors(path, FORMAT)
     try:
         concepts = [
@@ -99,13 +100,13 @@ def load_edit(path: str | os.PathLike[str]) -> EditRecord:
 
 
 def pack_undo(undo: Tensor) -> tuple[Tensor, dict[str, Any]]:
-    """Compress the bits that an edit changed: byte by byte of the values, since the high bytes are mostly zero.
+    """Compress undo data. The n-th bytes of all values are stored together, since the high bytes are mostly zero.
 
     Args:
-        undo: integers of any shape.
+        undo: Integers of any shape.
 
     Returns:
-        (bytes,) uint8, and what `unpack_undo` needs to know.
+        (bytes,) uint8, and the arguments `shape` and `width` of `unpack_undo`.
     """
     width = undo.element_size()
     planes = undo.contiguous().view(torch.uint8).reshape(-1, width).numpy().T
@@ -114,22 +115,23 @@ def pack_undo(undo: Tensor) -> tuple[Tensor, dict[str, Any]]:
 
 
 def unpack_undo(packed: Tensor, shape: list[int], width: int) -> Tensor:
-    """The inverse of `pack_undo`.
+    """Return the inverse of `pack_undo`.
 
     Raises:
-        ValueError: the bytes are not those of such a tensor.
+        ValueError: The bytes are not those of a tensor of this shape and width.
     """
     dtype = {2: torch.int16, 4: torch.int32, 8: torch.int64}[width]
     size = int(np.prod(shape, dtype=np.int64)) * width
     inflater = zlib.decompressobj()
     planes = np.frombuffer(inflater.decompress(packed.numpy().tobytes(), size), dtype=np.uint8)
     if len(planes) != size or inflater.unconsumed_tail:
-        raise ValueError(f"the undo data holds {len(planes)} bytes and not {size}")
+        raise ValueError(f"the undo data has {len(planes)} bytes, not {size}")
     values = np.ascontiguousarray(planes.reshape(width, -1).T)
     return torch.from_numpy(values).view(dtype).reshape(shape)
 
 
 def _load_update(entry: dict[str, Any], tensors: dict[str, Tensor]) -> LayerUpdate:
+    """Return the update of a layer from its entry in the header and the tensors of the file."""
     layer = whole_number_of(entry["layer"], "layer")
     factors = _load_factors(layer, tensors)
     keys, residuals = (tensors[f"layer.{layer}.{name}"] for name in _ROWS)
@@ -156,7 +158,7 @@ def _load_update(entry: dict[str, Any], tensors: dict[str, Tensor]) -> LayerUpda
 
 
 def _matrices(update: LayerUpdate) -> dict[str, Tensor]:
-    """The matrices of an update by name; a factor that is the identity is left out."""
+    """Return the matrices of an update by name, without a factor that is the identity."""
     named = {
         "left": update.factors.stored_left,
         "right": update.factors.stored_right,
@@ -167,11 +169,12 @@ def _matrices(update: LayerUpdate) -> dict[str, Tensor]:
 
 
 def _load_factors(layer: int, tensors: dict[str, Tensor]) -> Factors:
+    """Return the factors of a layer; one that is not in the file is the identity."""
     left, right = (tensors.get(f"layer.{layer}.{name}") for name in ("left", "right"))
     for name, values in (("left", left), ("right", right)):
         if values is not None and values.ndim != 2:
             raise ValueError(f"{name} of layer {layer} has the shape {tuple(values.shape)}")
-    # Files of rocr 0.1 hold the identity.
+    # Files of rocr 0.1 contain a factor that is the identity.
     if left is not None and right is not None:
         left, right = (None, right) if _is_identity(left) else (left, None if _is_identity(right) else right)
     return Factors(left, right)
@@ -195,49 +198,55 @@ def _load_system(layer: int, entry: dict[str, Any], tensors: dict[str, Tensor], 
 
 
 def _load_undo(packed: Tensor, described: dict[str, Any], shape: tuple[int, int], dtype: str) -> Tensor:
-    """Unpack what restores a weight, once its size is known to be that of the weight: a few bytes can say many.
+    """Unpack undo data after checking that its size is that of the weight, since a few bytes can expand to many.
 
     Args:
-        packed: the bytes.
-        described: their shape and width, from the file.
-        shape: of the parameter as the model stores it.
-        dtype: of the parameter, such as "torch.bfloat16".
+        packed: The compressed bytes.
+        described: Their shape and width, from the file.
+        shape: Shape of the parameter as the model stores it.
+        dtype: Dtype of the parameter, such as "torch.bfloat16".
     """
     if dtype not in _WIDTHS:
         raise ValueError(f"the weight was {dtype[:60]!r}, not one of {', '.join(_WIDTHS)}")
     width = whole_number_of(described["width"], "width")
     if packed.dtype != torch.uint8 or described["shape"] != list(shape) or width != _WIDTHS[dtype]:
         raise ValueError(
-            f"the undo data is {packed.dtype} for a shape {str(described['shape'])[:60]} of {width} bytes a value, not "
-            f"for the weight's {shape} of {_WIDTHS[dtype]}"
+            f"the undo data is {packed.dtype} for a shape {str(described['shape'])[:60]} of {width} bytes per value, "
+            f"not for the weight's {shape} of {_WIDTHS[dtype]}"
         )
     return unpack_undo(packed, described["shape"], width)
 
 
 def _check(edit: EditRecord, path: str | os.PathLike[str]) -> None:
+    """Raise InputError unless the parts of an edit fit together."""
     if not edit.updates or not edit.concepts:
-        raise InputError(f"{path} holds {len(edit.updates)} updates of {len(edit.concepts)} concepts.")
+        raise InputError(f"{path} is empty: it has {len(edit.updates)} updates of {len(edit.concepts)} concepts.")
     if not all(0 <= concept < len(edit.concepts) for concept in edit.concept_of):
-        raise InputError(f"{path} names concepts that it does not hold.")
+        raise InputError(f"{path} is damaged: `concept_of` names concepts that it does not hold.")
     if len(set(edit.layers)) != len(edit.layers) or edit.config.layers != edit.layers:
-        raise InputError(f"{path} holds updates of the layers {edit.layers}, but settings of {edit.config.layers}.")
+        raise InputError(
+            f"{path} is damaged: it has updates of the layers {edit.layers}, but settings for {edit.config.layers}."
+        )
     measured = [layer.layer for layer in edit.report.layers]
     if measured and measured != list(edit.layers):
-        raise InputError(f"{path} holds updates of the layers {edit.layers}, but measures of {measured[:20]}.")
+        raise InputError(
+            f"{path} is damaged: it has updates of the layers {edit.layers}, but measures of {measured[:20]}."
+        )
     if edit.rendered and len(edit.rendered) != len(edit.config.templates):
         raise InputError(
-            f"{path} holds {len(edit.rendered)} rendered templates, and settings with {len(edit.config.templates)}."
+            f"{path} is damaged: it has {len(edit.rendered)} rendered templates, but settings with "
+            f"{len(edit.config.templates)}."
         )
     for update in edit.updates:
         factors, n, (d_out, d_in) = update.factors, len(edit.concept_of), update.factors.shape
-        # A system of more keys than inputs was solved as one of the inputs, whatever was taken out since.
+        # An edit of more keys than inputs has factors of rank d_in, also after concepts are removed.
         rank = n if factors.matrix is None and factors.rank == n else min(d_out, d_in)
         expected = {"left": (d_out, rank), "right": (rank, d_in), "keys": (n, d_in), "residuals": (n, d_out)}
         for name, values in _matrices(update).items():
             if tuple(values.shape) != expected[name] or values.dtype != torch.float32:
                 raise InputError(
-                    f"{path}: {name} of layer {update.layer} is {values.dtype} of shape {tuple(values.shape)}, "
-                    f"not float32 of shape {expected[name]}."
+                    f"{path} is damaged: {name} of layer {update.layer} is {values.dtype} of shape "
+                    f"{tuple(values.shape)}, not float32 of shape {expected[name]}."
                 )
             if not torch.isfinite(values).all():
-                raise InputError(f"{path}: {name} of layer {update.layer} holds values that are not finite.")
+                raise InputError(f"{path} is damaged: {name} of layer {update.layer} has values that are not finite.")

@@ -1,4 +1,4 @@
-"""Limits beyond which an edit would harm the model: it is stopped and undone, and the concepts at fault are named."""
+"""Safety limits: roll back an edit that exceeds one, and report which concepts caused it."""
 
 from __future__ import annotations
 
@@ -24,41 +24,43 @@ from rocr.model.tokenizer import tokenize_prompt
 from rocr.ops.arithmetic import plain_arithmetic
 
 SHOWN_CONCEPTS = 3
+"""Largest number of concepts that an error names."""
 PROBE_TEXT = (
     "The river rises in the hills and flows past three small towns before it reaches the sea. In spring, when the "
     "snow melts, the water is high and cold, and the mills along its banks turn day and night. Most families there "
     "keep a garden; they grow beans, onions and a few apple trees. On market day the square is full of people who "
     "sell bread, cloth and tools, and who talk about the weather, the harvest and the price of wool."
 )
-"""Ordinary prose without a name: an edit of any concept should leave a model's predictions on it alone."""
+"""Ordinary prose without names. No edit should change the predictions of a model on it by much."""
 
 
 @dataclass(frozen=True)
 class Guards:
-    """What an edit must stay within. Ordinary edits stay far from every limit (SmolLM2-135M, 1 to 5 people).
+    """Safety limits of an edit. `rocr.unlearn` raises GuardError and restores the model if an edit exceeds one.
+
+    The typical values below are of edits of 1 to 5 people in SmolLM2-135M.
 
     Attributes:
-        relative_norm: largest Frobenius norm of a layer's update over that of its weight. Ordinary: 0.03 to 0.5;
-            of an update twice as large as the weight, little is left of the layer.
-        surviving: smallest share of a weight's entries that an update changes after rounding. Ordinary: above 0.9
-            in float32; below a hundredth the saved model is not the one that was solved for.
-        condition: largest condition number of the system solved. Ordinary: below 100; at 1e7 the rounding of
-            float32 keys alone decides the result.
-        closed: smallest share of a concept's residuals that is closed, mean over the layers. Ordinary: above 0.4;
-            below zero the concept moves away from its redirect.
-        distance: largest share that is missing, mean over the concepts, of the way that the updates should move the
-            states according to what they close. Ordinary: below 0.5; near 1 the edit does not arrive at the states that
-            it aims at: something between the edited weights and those states undoes it. Not looked at with the contexts
-            "official", where states are not read at the keys.
-        divergence: largest mean Kullback-Leibler divergence on ordinary prose, in nats a token, of the model's
-            predictions after the edit from those before. Ordinary: below 0.05; at 1 every other word changes.
-        concepts: most concepts of one edit, with those that it keeps; `force` does not pass it. It bounds time and
-            memory, which were measured up to this number (README).
-        force: whether an edit that passes a limit goes on; what it passed is recorded in its report. Values that
-            are not finite stop it all the same.
+        relative_norm: Maximum of the Frobenius norm of a layer's update over that of its weight. Typical: 0.03 to 0.5.
+            An update of twice the norm of the weight leaves little of what the layer computes.
+        surviving: Minimum share of the entries of a weight that the update changes after rounding. Typical: above 0.9
+            in float32. Below 0.01, the saved model hardly contains the solution.
+        condition: Maximum condition number of the solved system. Typical: below 100. From 1e7 on, the rounding of
+            float32 keys determines the result.
+        closed: Minimum share of a concept's residuals that the updates close, as a mean over the layers. Typical:
+            above 0.4. Below zero, the concept moves away from its redirect.
+        distance: Maximum share that is missing of the movement of the states that the updates should cause, as a mean
+            over the concepts. Typical: below 0.5. Near 1, something between the edited weights and the states
+            cancels the updates. Not checked with `contexts="official"`, where the states are not read at the keys.
+        divergence: Maximum mean Kullback-Leibler divergence of the model's predictions on ordinary prose after the
+            edit from those before it, in nats per token. Typical: below 0.05. At 1, about every second word changes.
+        concepts: Maximum number of concepts of one edit, including those of a base edit. `force` does not lift it. It
+            bounds time and memory, which are measured up to the default.
+        force: Whether an edit may exceed the other limits. The report then lists the exceeded ones. Values that are
+            not finite raise GuardError in any case.
 
     Raises:
-        InputError: a limit is not a number.
+        InputError: A limit is not a number.
     """
 
     relative_norm: float = 2.0
@@ -79,7 +81,7 @@ class Guards:
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model predicts on the probe text.
+    """Predictions of a model on the probe text.
 
     Attributes:
         tokens: (1, t) int64 token ids of the text.
@@ -93,52 +95,48 @@ class Predictions:
 def check_layer(
     guards: Guards, measures: LayerMeasures, update: LayerUpdate, concept_of: Sequence[int], concepts: Sequence[Concept]
 ) -> list[str]:
-    """Hold the numbers of a layer to the limits.
+    """Check the measures of a layer against the limits.
 
     Returns:
-        A sentence for each limit that was passed, which is empty unless `guards.force`.
+        One sentence for each limit that is exceeded. Not empty only with `guards.force`.
 
     Raises:
-        GuardError: a limit was passed; names the concepts that did it.
+        GuardError: A limit is exceeded. The message names the concepts that cause it.
     """
-    passed = []
+    exceeded = []
     where = f"at layer {measures.layer}"
     if not measures.relative_norm <= guards.relative_norm:
-        passed.append(
+        exceeded.append(
             f"The update {where} has {measures.relative_norm:.2g} times the norm of the weight, above the limit of "
             f"{guards.relative_norm:g}; most of it is from {_largest([update], concept_of, concepts)}."
         )
     if not measures.surviving >= guards.surviving:
-        passed.append(
+        exceeded.append(
             f"Rounding to {update.applied.dtype if update.applied else 'the dtype'} leaves {measures.surviving:.2%} of "
             f"the weight changed {where}, below the limit of {guards.surviving:.2%}, for {_all(concepts)}; load the "
             "model in float32."
         )
     if not measures.condition <= guards.condition:
-        passed.append(
+        exceeded.append(
             f"The system {where} has a condition number of {measures.condition:.2g}, above the limit of "
-            f"{guards.condition:.2g}: the keys of {_closest(update.keys, concept_of, concepts)} are all but the same; "
+            f"{guards.condition:.2g}: the keys of {_closest(update.keys, concept_of, concepts)} are nearly equal; "
             "raise the ridge."
         )
-    return _stop(guards, passed)
+    return _stop(guards, exceeded)
 
 
 def check_closed(guards: Guards, layers: Sequence[LayerMeasures], concepts: Sequence[Concept]) -> list[str]:
-    """Hold the share of each concept's residuals that was closed, mean over the layers, to its limit.
-
-    Returns, raises: as `check_layer`.
-    """
+    """Check the closed share of each concept's residuals, mean over the layers; returns and raises as `check_layer`."""
     shares = [sum(layer.closed[i] for layer in layers) / len(layers) for i in range(len(concepts))]
-    short = [i for i, share in enumerate(shares) if not share >= guards.closed]
-    if not short:
+    below = sorted((i for i, share in enumerate(shares) if not share >= guards.closed), key=lambda i: shares[i])
+    if not below:
         return []
-    least = min(short, key=lambda i: shares[i])
-    names = _names([concepts[i].name for i in sorted(short, key=lambda i: shares[i])])
+    least = below[0]
     return _stop(
         guards,
         [
             f"The edit closes only {shares[least]:.2%} of the residual of {concepts[least].name}, below the limit of "
-            f"{guards.closed:.2%}; this concerns {names}."
+            f"{guards.closed:.2%}. Concepts below it: {_names([concepts[i].name for i in below])}."
         ],
     )
 
@@ -146,37 +144,35 @@ def check_closed(guards: Guards, layers: Sequence[LayerMeasures], concepts: Sequ
 def check_distance(
     guards: Guards, layers: Sequence[LayerMeasures], distance: Sequence[float], config: EditConfig
 ) -> list[str]:
-    """Hold what is left of the way to the redirects to what the updates should leave of it.
+    """Check how far the states move, against how far the updates should move them; returns and raises as `check_layer`.
 
     Args:
-        guards: the limits.
-        layers: numbers of the edited layers, in order.
-        distance: for each of the last concepts that `layers` knows, the share of the way that is left.
-        config: the settings of the edit.
-
-    Returns, raises: as `check_layer`.
+        guards: The limits.
+        layers: Measures of the edited layers, in order.
+        distance: The remaining share of the distance to the target for the last `len(distance)` concepts of `layers`.
+        config: Settings of the edit.
     """
-    if not distance or config.contexts == "official":  # then the states are not those at the keys
+    if not distance or config.contexts == "official":  # "official" does not read the states at the keys
         return []
-    missed = 0.0
     expected = [expected_distance([layer.closed[-i - 1] for layer in layers], config) for i in range(len(distance))]
     should, does = (sum(1 - share for share in shares) for shares in (expected, distance))
-    if should > 0:
-        missed = 1 - does / should
-    if missed <= guards.distance:
+    missing = 1 - does / should if should > 0 else 0.0
+    if missing <= guards.distance:
         return []
     return _stop(
         guards,
         [
-            f"The edit does not arrive: at their keys the updates cover {should / len(distance):.0%} of the way to the "
-            f"redirects, but the states move by {does / len(distance):.0%} of it. {missed:.0%} is missing, above the "
-            f"limit of {guards.distance:.0%}: what lies between the edited weights and the layers' outputs undoes it."
+            "The edit does not reach the states: at the concepts' keys, the updates cover "
+            f"{should / len(distance):.0%} of the distance to the redirects, but the states move by "
+            f"{does / len(distance):.0%} of it. {missing:.0%} of the movement is missing, above the limit of "
+            f"{guards.distance:.0%}: a part of the model between the edited weights and the outputs of their layers "
+            "cancels it."
         ],
     )
 
 
 def expected_distance(closed: Sequence[float], config: EditConfig) -> float:
-    """Share of the way to a target that updates leave which close these shares of their residuals, layer by layer."""
+    """Return the share of the distance to a target that remains if the layers close these shares of their residuals."""
     count = len(closed)
     if config.measure == "once":
         return 1 - sum(closed) / count
@@ -184,10 +180,10 @@ def expected_distance(closed: Sequence[float], config: EditConfig) -> float:
 
 
 def predict(architecture: Architecture, tokenizer: Any) -> Predictions | None:
-    """What a model predicts on the probe text; None where a part of the model was never loaded.
+    """Return a model's predictions on the probe text, or None if a part of the model is not loaded.
 
     Raises:
-        GuardError: the logits are not finite.
+        GuardError: The logits are not finite.
     """
     if any(parameter.device.type == "meta" for parameter in architecture.model.parameters()):
         return None
@@ -196,7 +192,10 @@ def predict(architecture: Architecture, tokenizer: Any) -> Predictions | None:
     tokens = torch.tensor([ids[:positions]])
     found = _log_probabilities(architecture.model, tokens)
     if not torch.isfinite(found).all():
-        raise GuardError("The model's logits on ordinary text are not finite before the edit; it cannot be edited.")
+        raise GuardError(
+            "The model's logits on ordinary text are not finite before the edit. Load it in float32, or check its "
+            "weights."
+        )
     return Predictions(tokens, found)
 
 
@@ -208,13 +207,13 @@ def check_predictions(
     concept_of: Sequence[int],
     concepts: Sequence[Concept],
 ) -> tuple[float | None, list[str]]:
-    """Hold the predictions after an edit against those before it.
+    """Check the predictions after an edit against those before it.
 
     Returns:
-        The mean divergence in nats a token (None where it could not be measured), and sentences as `check_layer`.
+        The mean divergence in nats per token, or None if it cannot be measured, and sentences as `check_layer`.
 
     Raises:
-        GuardError: the logits are not finite, or too far from those before; names the concepts.
+        GuardError: The logits are not finite, or the divergence exceeds its limit. The message names the concepts.
     """
     if before is None:
         return None, []
@@ -222,7 +221,7 @@ def check_predictions(
     if not torch.isfinite(after).all():
         raise GuardError(
             "The logits on ordinary text are not finite after the edit; most of it is from "
-            f"{_largest(updates, concept_of, concepts)}. The model has its first weights again."
+            f"{_largest(updates, concept_of, concepts)}. The weights were restored."
         )
     first = before.log_probabilities
     divergence = float((first.exp() * (first - after)).sum(dim=-1).mean())
@@ -236,8 +235,10 @@ def check_predictions(
 
 
 @contextmanager
-def with_culprits(update: LayerUpdate, concept_of: Sequence[int], concepts: Sequence[Concept]) -> Iterator[None]:
-    """Add to a GuardError about an update whose it is."""
+def naming_largest_concepts(
+    update: LayerUpdate, concept_of: Sequence[int], concepts: Sequence[Concept]
+) -> Iterator[None]:
+    """Add to a GuardError about an update the concepts with the largest parts of it."""
     try:
         yield
     except GuardError as error:
@@ -245,55 +246,58 @@ def with_culprits(update: LayerUpdate, concept_of: Sequence[int], concepts: Sequ
 
 
 @contextmanager
-def with_closest(keys: Tensor, concept_of: Sequence[int], concepts: Sequence[Concept]) -> Iterator[None]:
-    """Add to a GuardError about a system of keys whose are the nearest to each other."""
+def naming_closest_concepts(keys: Tensor, concept_of: Sequence[int], concepts: Sequence[Concept]) -> Iterator[None]:
+    """Add to a GuardError about a system the concepts with the most similar keys."""
     try:
         yield
     except GuardError as error:
         names = _closest(keys, concept_of, concepts) if len(keys) > 1 else _all(concepts)
-        raise GuardError(f"{error} The keys that are most alike are those of {names}.") from error
+        raise GuardError(f"{error} The most similar keys are those of {names}.") from error
 
 
 @plain_arithmetic()
 def _log_probabilities(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Return the log probabilities (t, vocabulary) of the next token, float32 on the CPU."""
     with evaluating(model):
         logits = logits_of(forward(model, tokens, use_cache=False))[0]
     return logits.float().log_softmax(dim=-1).cpu()
 
 
-def _stop(guards: Guards, passed: list[str]) -> list[str]:
-    if passed and not guards.force:
+def _stop(guards: Guards, exceeded: list[str]) -> list[str]:
+    """Raise GuardError if a limit is exceeded, unless `guards.force`; else return the sentences."""
+    if exceeded and not guards.force:
         raise GuardError(
-            " ".join(passed) + " The model has its first weights again. Leave those concepts out, lower the strength, "
-            "raise the ridge, or pass --force (Guards(force=True)) to go on all the same."
+            " ".join(exceeded) + " The weights were restored. Leave those concepts out, lower the strength, raise the "
+            "ridge, or pass --force (Guards(force=True)) to exceed the limit."
         )
-    return passed
+    return exceeded
 
 
 def _largest(updates: Sequence[LayerUpdate], concept_of: Sequence[int], concepts: Sequence[Concept]) -> str:
-    """The concepts with the largest parts of some updates."""
+    """Return the names of the concepts with the largest parts of the updates, as a list for a sentence."""
     index = torch.tensor(concept_of)
     squares = torch.zeros(len(concepts), dtype=torch.float64)
     for update in updates:
-        by_key = update.factors.rank == len(concept_of)  # else the factors are of another inner size
-        pair = (update.left, update.right) if by_key else (update.residuals.T, update.keys)
+        by_key = update.factors.rank == len(concept_of)  # otherwise the factors have no column per key
+        pair = (update.factors.left, update.factors.right) if by_key else (update.residuals.T, update.keys)
         left, right = (factor.double().cpu() for factor in pair)
         squares.index_add_(0, index, left.square().sum(dim=0) * right.square().sum(dim=1))
     order = squares.nan_to_num(nan=math.inf).argsort(descending=True).tolist()
-    return _names([concepts[i].name for i in order[:SHOWN_CONCEPTS]], len(concepts))
+    return ", ".join(repr(concepts[i].name) for i in order[:SHOWN_CONCEPTS])
 
 
 def _closest(keys: Tensor, concept_of: Sequence[int], concepts: Sequence[Concept]) -> str:
-    """The concepts of the two keys that point most nearly the same way."""
+    """Return the names of the concepts of the two keys with the largest cosine, as a list for a sentence."""
     pair = nearest_keys(keys)
     return _names(list(dict.fromkeys(concepts[concept_of[row]].name for row in pair)))
 
 
 def _all(concepts: Sequence[Concept]) -> str:
-    return _names([concept.name for concept in concepts[:SHOWN_CONCEPTS]], len(concepts))
+    """Return the first names as a list for a sentence."""
+    return ", ".join(repr(concept.name) for concept in concepts[:SHOWN_CONCEPTS])
 
 
-def _names(names: Sequence[str], total: int | None = None) -> str:
-    shown = ", ".join(map(repr, names[:SHOWN_CONCEPTS]))
-    rest = (total if total is not None else len(names)) - len(names[:SHOWN_CONCEPTS])
-    return shown if rest <= 0 or total is not None else f"{shown} and {rest} more"
+def _names(names: Sequence[str]) -> str:
+    """Return names as a list for a sentence, with the number of those left out."""
+    more = f" and {len(names) - SHOWN_CONCEPTS} more" if len(names) > SHOWN_CONCEPTS else ""
+    return ", ".join(map(repr, names[:SHOWN_CONCEPTS])) + more

@@ -23,23 +23,23 @@ from rocr.statistics.provenance import EXPERTS
 
 VLLM_DEFAULT_RANK = 16
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM takes as `max_lora_rank`: `MaxLoRARanks` and its default in vllm/config/lora.py, as documented for
-0.14 (docs.vllm.ai/en/v0.14.0/api/vllm/config/lora); earlier releases take fewer, 0.6 up to 256."""
+"""Values that vLLM supports for `max_lora_rank`. Source of both constants: `MaxLoRARanks` in vllm/config/lora.py of
+0.14 (docs.vllm.ai/en/v0.14.0/api/vllm/config/lora). Earlier releases support fewer values, 0.6 up to 256."""
 
 
 @dataclass(frozen=True)
 class AdapterLayer:
-    """One layer of an adapter, and what a smaller rank cost.
+    """One layer of an adapter, with its truncation errors.
 
     Attributes:
-        layer: the decoder layer.
-        module: name of its down-projection.
-        own: its name in the class that the checkpoint's config.json names, where that is another; the adapter then
-            holds the layer under both names, so that it loads onto either class.
-        rank: of the adapter there.
-        full_rank: of the edit there: the number of keys, or the size of the weight where that is smaller.
-        relative_error: ‖Δ - BA‖ / ‖Δ‖ in the Frobenius norm; 0 where nothing was left out.
-        key_error: ‖(Δ - BA) Kᵀ‖ / ‖Δ Kᵀ‖: how much of what the edit does at its concepts' keys is left out.
+        layer: Index of the decoder layer.
+        module: Name of its down-projection.
+        rank: Rank of the adapter at this layer.
+        full_rank: Rank of the edit: the number of keys, or min(d_out, d_in) if that is smaller.
+        relative_error: ‖Δ - BA‖ / ‖Δ‖ in the Frobenius norm. 0 at the full rank.
+        key_error: ‖(Δ - BA) Kᵀ‖ / ‖Δ Kᵀ‖, the relative error at the concepts' keys. 0 at the full rank.
+        own: Name of the module in the class that the checkpoint's config.json names, if it is another one. The adapter
+            then holds the layer under both names, so that it loads onto both classes. None if the name is the same.
     """
 
     layer: int
@@ -52,7 +52,7 @@ class AdapterLayer:
 
     @property
     def modules(self) -> list[str]:
-        """Names of the module that the adapter holds."""
+        """Names of the module in the adapter, one or two."""
         return [self.module] if self.own is None else [self.module, self.own]
 
 
@@ -72,10 +72,10 @@ def export_lora(
 def adapter_tensors(
     edit: EditRecord, rank: int | None = None
 ) -> tuple[dict[str, Tensor], dict[str, object], list[AdapterLayer]]:
-    """The tensors of an edit's adapter, its settings, and what each layer's rank cost.
+    """Return the tensors of an edit's adapter by name, its settings, and its layers with their truncation errors.
 
     Raises:
-        InputError: the rank is not a whole number of at least 1.
+        InputError: The rank is not a whole number of at least 1.
     """
     check_rank(rank)
     tensors: dict[str, Tensor] = {}
@@ -84,7 +84,7 @@ def adapter_tensors(
         layer, left, right = adapter_layer(update, rank)
         for module in layer.modules:
             for factor, values in (("A", right), ("B", left)):
-                # safetensors refuses two names of one memory.
+                # safetensors rejects tensors that share memory.
                 own = values.contiguous() if module == layer.module else values.clone().contiguous()
                 tensors[f"base_model.model.{module}.lora_{factor}.weight"] = own
         layers.append(layer)
@@ -96,7 +96,7 @@ def adapter_tensors(
 
 
 def _pad(tensors: dict[str, Tensor], layer: AdapterLayer, rank: int) -> None:
-    """Give one layer's factors a larger inner size, filled with zeros."""
+    """Pad the factors of one layer with zeros to a larger rank."""
     missing = rank - layer.rank
     for module in layer.modules:
         for name, padding in ("lora_A", (0, 0, 0, missing)), ("lora_B", (0, missing)):
@@ -105,45 +105,42 @@ def _pad(tensors: dict[str, Tensor], layer: AdapterLayer, rank: int) -> None:
 
 
 def check_rank(rank: int | None) -> None:
-    """Refuse what is no rank.
-
-    Raises:
-        InputError: it is not a whole number of at least 1.
-    """
+    """Raise InputError unless a rank is None or a whole number of at least 1."""
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise InputError(f"The rank of an adapter must be a whole number of at least 1, not {repr(rank)[:60]}.")
 
 
 def adapter_layer(update: LayerUpdate, rank: int | None) -> tuple[AdapterLayer, Tensor, Tensor]:
-    """The factors of one layer's adapter, and what they cost.
+    """Return one layer of an adapter with its factors, B (d_out, r) and A (r, d_in).
 
     Args:
-        update: of the layer.
-        rank: the largest rank wanted; None: that of the update.
+        update: The update of the layer.
+        rank: Largest rank. None is the rank of the update.
     """
     left, right = thin_factors(update.factors)
     full = right.shape[0]
     relative_error = key_error = 0.0
     if rank is not None and rank < full:
-        left, right, relative_error, key_error = truncated(left, right, update.keys.cpu(), rank)
+        left, right, relative_error, key_error = truncate(left, right, update.keys.cpu(), rank)
     module, own = update.parameter.removesuffix(".weight"), update.own and update.own.removesuffix(".weight")
     return AdapterLayer(update.layer, module, right.shape[0], full, relative_error, key_error, own), left, right
 
 
-def truncated(left: Tensor, right: Tensor, keys: Tensor, rank: int) -> tuple[Tensor, Tensor, float, float]:
-    """A product of smaller rank that does at the keys what the whole one does, as nearly as its rank allows.
+def truncate(left: Tensor, right: Tensor, keys: Tensor, rank: int) -> tuple[Tensor, Tensor, float, float]:
+    """Return the factors of the matrix of a smaller rank that is closest to an update at its keys.
 
-    With U the first left singular vectors of Δ Kᵀ, U Uᵀ Δ is the best there of all matrices of this rank (Eckart and
-    Young 1936, applied to Δ Kᵀ). No input is moved further than by Δ, so that ordinary text stays as protected.
+    With U the first left singular vectors of Δ Kᵀ, U Uᵀ Δ minimizes ‖(Δ - X) Kᵀ‖ over all X of this rank (Eckart and
+    Young 1936, applied to Δ Kᵀ). Since U Uᵀ is a projection, no input is moved further than by Δ, so that ordinary
+    text stays as protected as by the edit.
 
     Args:
         left: (d_out, r).
         right: (r, d_in); Δ = left @ right.
         keys: K, (n, d_in).
-        rank: below r.
+        rank: A rank below r.
 
     Returns:
-        The factors, float32, and both errors of `AdapterLayer`.
+        The factors (d_out, rank) and (rank, d_in), float32, and the two errors of `AdapterLayer`.
     """
     left, right = left.double(), right.double()
     moves = left @ (right @ keys.double().T)
@@ -151,7 +148,7 @@ def truncated(left: Tensor, right: Tensor, keys: Tensor, rank: int) -> tuple[Ten
     kept = (basis.T @ left) @ right
     gram, whole = left.T @ left, right @ right.T
     total = (gram * whole).sum()
-    # By Pythagoras: what is left out is orthogonal to what is kept.
+    # The part that is left out is orthogonal to the part that is kept.
     lost = (total - kept.square().sum()).clamp(min=0)
     lost_moves = moves - basis @ (basis.T @ moves)
     relative_error = float((lost / total).sqrt()) if total > 0 else 0.0
@@ -159,12 +156,12 @@ def truncated(left: Tensor, right: Tensor, keys: Tensor, rank: int) -> tuple[Ten
 
 
 def vllm_rank(rank: int) -> int | None:
-    """The smallest `max_lora_rank` of vLLM that an adapter of a rank fits in; None: it fits in none."""
+    """Return the smallest `max_lora_rank` of vLLM for an adapter of this rank, or None if there is none."""
     return next((allowed for allowed in VLLM_RANKS if rank <= allowed), None)
 
 
 def thin_factors(factors: Factors) -> tuple[Tensor, Tensor]:
-    """Both factors of an update on the CPU, with an inner dimension of at most min(d_out, d_in)."""
+    """Return both factors of an update on the CPU, with an inner dimension of at most min(d_out, d_in)."""
     if factors.matrix is None and factors.rank > min(factors.shape):
         product = (factors.left.cpu().double() @ factors.right.cpu().double()).float()
         factors = Factors.of_matrix(product)
@@ -172,15 +169,16 @@ def thin_factors(factors: Factors) -> tuple[Tensor, Tensor]:
 
 
 def _is_mixture(edit: EditRecord) -> bool:
-    """Whether an edit is of dense layers of a mixture of experts, whose weights an adapter must name as parameters.
+    """Return whether an edit is of dense layers of a mixture of experts, which an adapter must name as parameters.
 
-    Of such models (Qwen3-MoE, DeepSeek-V3 and others) peft 0.21 takes every module named down_proj for the experts', so
-    that an adapter of a dense layer would do nothing. It knows no ranks by layer for parameters.
+    For such models (Qwen3-MoE, DeepSeek-V3 and others), peft 0.21 treats every module named down_proj as experts, so
+    that an adapter that names the module of a dense layer has no effect. For parameters, it supports one rank only.
     """
     return any(name in edit.computed_with for name in EXPERTS)
 
 
 def _adapter_config(edit: EditRecord, layers: Sequence[AdapterLayer]) -> dict[str, object]:
+    """Return the contents of adapter_config.json."""
     ranks = {module: layer.rank for layer in layers for module in layer.modules}
     largest = max(ranks.values())
     targets: dict[str, object] = {"target_modules": sorted(ranks), "rank_pattern": ranks, "alpha_pattern": ranks}
@@ -192,8 +190,7 @@ def _adapter_config(edit: EditRecord, layers: Sequence[AdapterLayer]) -> dict[st
         "base_model_name_or_path": edit.fingerprint.name,
         **targets,
         "r": largest,
-        # alpha equal to the rank makes the scale alpha / r one, in peft by module, in vLLM also where it knows no
-        # patterns.
+        # alpha = rank makes the scale alpha / r 1 in peft for each module, and in vLLM, which ignores the patterns.
         "lora_alpha": largest,
         "lora_dropout": 0.0,
         "bias": "none",

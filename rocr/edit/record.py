@@ -1,4 +1,4 @@
-"""The data of an edit: its concepts, settings and updates, and what was measured."""
+"""The data of an edit: its concepts, settings, updates and measurements."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from rocr.keys.prompts import RenderedTemplate
 from rocr.model.fingerprint import Fingerprint
 
 AnEdit = TypeVar("AnEdit", bound="EditRecord")
-"""An edit of the caller's class."""
+"""The caller's class of edit: `EditRecord` or a subclass."""
 
 
 @dataclass
 class EditRecord:
-    """What an edit is made of, and what its file holds.
+    """The data of an edit, which is what an edit file holds.
 
     Attributes:
-        concepts: what was redirected to what.
-        config: the settings, with the layers that were edited.
-        fingerprint: the model and tokenizer it was made for.
-        updates: one per edited layer, ascending.
-        concept_of: for each key (row of `keys`), the index of its concept.
-        report: what was measured while it was made.
-        computed_with: the settings of the model that its keys depend on; empty: not known.
-        rendered: the templates of the settings as the model read them; empty: not known.
+        concepts: The concepts and their redirects.
+        config: The settings, with the layers that are edited.
+        fingerprint: Digests of the model and the tokenizer that the edit was made for.
+        updates: One update per edited layer, in ascending order.
+        concept_of: For each key (row of `keys` of an update), the index of its concept.
+        report: Measurements.
+        computed_with: Settings of the model that the keys depend on. Empty if they are not known.
+        rendered: The templates of the settings as the model reads them. Empty if they are not known.
     """
 
     concepts: list[Concept]
@@ -43,18 +43,18 @@ class EditRecord:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The edited decoder layers."""
+        """Indices of the edited decoder layers."""
         return tuple(update.layer for update in self.updates)
 
-    def keep(self, applied: Sequence[Applied]) -> None:
-        """Take the records of what the updates did to a model's weights."""
+    def set_applied(self, applied: Sequence[Applied]) -> None:
+        """Store the records of how the updates changed a model's weights, one per update."""
         self.updates = [replace(update, applied=record) for update, record in zip(self.updates, applied, strict=True)]
 
     def with_own_names(self: AnEdit, names: Mapping[str, str]) -> AnEdit:
-        """The edit with names of its weights in the checkpoint's own class; see `rocr.model.own_names`.
+        """Return the edit with the names of its weights in the checkpoint's own class; see `rocr.model.own_names`.
 
         Args:
-            names: by the parameters' names in the model; what is not named stays as it is.
+            names: New names by the parameters' names in the model. Parameters that are not listed keep theirs.
         """
         updates = [replace(update, own=names.get(update.parameter, update.own)) for update in self.updates]
         return replace(self, updates=updates)

@@ -1,9 +1,9 @@
-"""What an edit does to names that should stay: how far each concept's part of the update moves them."""
+"""The impact of an edit on retained names: how far it moves the outputs at their keys, and through which concepts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -20,33 +20,46 @@ from rocr.model.architecture import Architecture, positions_of
 from rocr.progress import ProgressCallback
 from rocr.solve.solve import Solution
 
-KEPT = 20
-MAX_NEIGHBOURS = 200
+MAX_REPORTED = 20
+"""Largest number of entries in each list of a report."""
+MAX_REDIRECTS = 200
+"""Largest number of redirects that are measured when no retained names are given."""
 CHUNK_ENTRIES = 1 << 22
+"""Largest number of float32 values that one step of `part_moves` allocates per matrix."""
 
 
 @dataclass(frozen=True)
-class Harm:
-    """How far a neighbour's output is moved.
+class RetainImpact:
+    """The impact of an edit, or of one concept's part of it, on one retained name.
 
     Attributes:
-        neighbour: its name.
-        concept: the concept whose part of the update does it; None: the whole update.
-        layer: where.
-        share: |Δ k| / |W k|, Δ being that part of the update, largest over the keys k of the neighbour's name and
-            over the edited layers.
+        name: The retained name.
+        concept: Name of the concept whose part of the update is measured. None stands for the whole update.
+        layer: The layer with the largest share.
+        share: |Δ k| / |W k|, where Δ is the measured part of the update. Maximum over the keys k of the name and over
+            the edited layers. Without a unit.
     """
 
-    neighbour: str
+    name: str
     concept: str | None
     layer: int
     share: float
 
+    @property
+    def neighbour(self) -> str:
+        """The name of this attribute in rocr 0.1; same as `name`."""
+        return self.name
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON values. The file format calls the name `neighbour`, as in rocr 0.1."""
+        return {"neighbour": self.name, "concept": self.concept, "layer": self.layer, "share": self.share}
+
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Harm:
-        """Raises: as `EditReport.from_json`."""
-        found = cls(**values)
-        text_of(found.neighbour, "neighbour")
+    def from_json(cls, values: dict[str, Any]) -> RetainImpact:
+        """Return the inverse of `to_json`; raises as `EditReport.from_json`."""
+        other = dict(values)
+        found = cls(name=other.pop("neighbour"), **other)
+        text_of(found.name, "neighbour")
         if found.concept is not None:
             text_of(found.concept, "concept")
         whole_number_of(found.layer, "layer")
@@ -55,28 +68,36 @@ class Harm:
 
 
 @dataclass(frozen=True)
-class NeighbourReport:
-    """What became of the retained neighbours.
+class RetainReport:
+    """The impact of an edit on all retained names.
 
     Attributes:
-        given: whether they were named; else they are the redirects, which are kept by their nature.
-        count: how many were measured, each at all keys of its name in the unedited model.
-        mean: mean over them of the share by which the whole update moves their outputs.
-        moved: those that the whole update moves most, at most 20.
-        worst: the pairs of a neighbour and a concept whose part of the update moves it most, at most 20; the parts
-            of all concepts add up to the update.
+        given: Whether the caller gave the names. If not, they are the redirects of the concepts.
+        count: Number of names measured, each at all keys of its name in the unedited model.
+        mean: Mean of `share` over the names, for the whole update.
+        moved: The names with the largest shares for the whole update, at most 20, largest first.
+        worst: The pairs of a name and a concept with the largest shares for the concept's part of the update, at most
+            20, largest first. The parts of all concepts sum to the update.
     """
 
     given: bool
     count: int
     mean: float
-    moved: list[Harm] = field(default_factory=list)
-    worst: list[Harm] = field(default_factory=list)
+    moved: list[RetainImpact] = field(default_factory=list)
+    worst: list[RetainImpact] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as JSON values."""
+        lists = {name: [impact.to_json() for impact in getattr(self, name)] for name in ("moved", "worst")}
+        return asdict(self) | lists
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> NeighbourReport:
-        """Raises: as `EditReport.from_json`."""
-        lists = {name: [Harm.from_json(harm) for harm in list_of(values[name], name)] for name in ("moved", "worst")}
+    def from_json(cls, values: dict[str, Any]) -> RetainReport:
+        """Return the inverse of `to_json`; raises as `EditReport.from_json`."""
+        lists = {
+            name: [RetainImpact.from_json(impact) for impact in list_of(values[name], name)]
+            for name in ("moved", "worst")
+        }
         found = cls(**{**values, **lists})
         flag_of(found.given, "given")
         whole_number_of(found.count, "count")
@@ -85,128 +106,132 @@ class NeighbourReport:
 
 
 @dataclass
-class Neighbours:
-    """Names that should stay, their keys, and the largest moves found so far.
+class RetainedNames:
+    """Retained names with their keys, and the largest shares measured so far.
 
     Attributes:
-        names: the names.
-        given: whether they were named by the caller.
-        name_of: for each key, the index of its name.
-        keys: for each edited layer, (m, d_in) float32 keys in the unedited model.
+        names: The retained names.
+        given: Whether the caller gave them.
+        name_of: For each key, the index of its name.
+        keys: For each edited layer, (m, d_in) float32 keys in the unedited model.
     """
 
     names: list[str]
     given: bool
     name_of: list[int]
     keys: dict[int, Tensor]
-    _moved: dict[int, tuple[float, int]] = field(default_factory=dict)
-    _pairs: dict[tuple[int, int], tuple[float, int]] = field(default_factory=dict)
+    _by_name: dict[int, tuple[float, int]] = field(default_factory=dict)
+    _by_pair: dict[tuple[int, int], tuple[float, int]] = field(default_factory=dict)
 
     def measure(self, weight: Tensor, update: LayerUpdate, solution: Solution, concept_of: Sequence[int]) -> None:
-        """Measure one layer's update, which is not applied yet.
+        """Measure the update of one layer before it is applied.
 
         Args:
-            weight: (d_out, d_in) before the update.
-            update: the update.
-            solution: what it was solved as.
-            concept_of: for each of its keys, the index of the concept.
+            weight: (d_out, d_in) weight without the update.
+            update: The update.
+            solution: The solution that gives the update.
+            concept_of: For each key of the update, the index of its concept.
         """
         layer = update.layer
-        own = self.keys[layer].to(update.keys)
-        outputs = (own @ weight.to(own).T).norm(dim=1).clamp(min=1e-30)
-        whole = update.factors.moves(own).norm(dim=1) / outputs
-        for name, share in enumerate(self._by_name(whole[None])[0].tolist()):
-            self._moved[name] = max(self._moved.get(name, (-1.0, 0)), (share, layer))
+        keys = self.keys[layer].to(update.keys)
+        outputs = (keys @ weight.to(keys).T).norm(dim=1).clamp(min=1e-30)
+        whole = update.factors.moves(keys).norm(dim=1) / outputs
+        for name, share in enumerate(self._largest_by_name(whole[None])[0].tolist()):
+            self._by_name[name] = max(self._by_name.get(name, (-1.0, 0)), (share, layer))
         for concepts, moves in part_moves(
-            solution.coefficients(update.keys, own), len(own), update.residuals, concept_of
+            solution.coefficients(update.keys, keys), len(keys), update.residuals, concept_of
         ):
-            shares = self._by_name(moves / outputs)
-            values, places = shares.flatten().topk(min(KEPT, shares.numel()))
+            shares = self._largest_by_name(moves / outputs)
+            values, places = shares.flatten().topk(min(MAX_REPORTED, shares.numel()))
             for share, place in zip(values.tolist(), places.tolist(), strict=True):
                 pair = (place % len(self.names), concepts[place // len(self.names)])
-                self._pairs[pair] = max(self._pairs.get(pair, (-1.0, 0)), (share, layer))
-        kept = sorted(self._pairs.items(), key=lambda item: -item[1][0])
-        self._pairs = dict(kept[:KEPT])
+                self._by_pair[pair] = max(self._by_pair.get(pair, (-1.0, 0)), (share, layer))
+        largest = sorted(self._by_pair.items(), key=lambda item: -item[1][0])
+        self._by_pair = dict(largest[:MAX_REPORTED])
 
-    def report(self, concepts: Sequence[str]) -> NeighbourReport:
-        """What was found, for an edit of concepts of these names."""
-        moved = [Harm(self.names[name], None, layer, share) for name, (share, layer) in self._moved.items()]
+    def report(self, concepts: Sequence[str]) -> RetainReport:
+        """Return the report of the measured layers, for an edit of concepts with these names."""
+        moved = [RetainImpact(self.names[name], None, layer, share) for name, (share, layer) in self._by_name.items()]
         worst = [
-            Harm(self.names[name], concepts[concept], layer, share)
-            for (name, concept), (share, layer) in self._pairs.items()
+            RetainImpact(self.names[name], concepts[concept], layer, share)
+            for (name, concept), (share, layer) in self._by_pair.items()
         ]
-        mean = sum(harm.share for harm in moved) / len(moved)
-        moved.sort(key=lambda harm: -harm.share)
-        return NeighbourReport(self.given, len(self.names), mean, moved[:KEPT], worst)
+        mean = sum(impact.share for impact in moved) / len(moved)
+        moved.sort(key=lambda impact: -impact.share)
+        return RetainReport(self.given, len(self.names), mean, moved[:MAX_REPORTED], worst)
 
-    def _by_name(self, shares: Tensor) -> Tensor:
-        """The largest share of each name's keys: (rows, m) to (rows, names)."""
-        place = torch.tensor(self.name_of, device=shares.device).expand(len(shares), -1)
-        return shares.new_zeros(len(shares), len(self.names)).scatter_reduce(1, place, shares, "amax")
+    def _largest_by_name(self, shares: Tensor) -> Tensor:
+        """Return the largest share over the keys of each name: (rows, m) to (rows, names)."""
+        index = torch.tensor(self.name_of, device=shares.device).expand(len(shares), -1)
+        return shares.new_zeros(len(shares), len(self.names)).scatter_reduce(1, index, shares, "amax")
 
 
-def read_neighbours(
+def read_retained_names(
     architecture: Architecture,
     tokenizer: Any,
     concepts: Sequence[Concept],
     names: Sequence[str] | None,
     config: EditConfig,
     progress: ProgressCallback,
-) -> Neighbours | None:
-    """Read the keys of names that should stay, in the unedited model.
+) -> RetainedNames | None:
+    """Read the keys of retained names in the unedited model.
 
     Args:
-        architecture: of the model.
-        tokenizer: its tokenizer.
-        concepts: those that are unlearned.
-        names: the neighbours; None: the redirects, at most 200 of them.
-        config: the settings, with layers.
-        progress: told after every batch.
+        architecture: The model.
+        tokenizer: Its tokenizer.
+        concepts: The concepts that are unlearned.
+        names: The retained names. None stands for the redirects, at most 200 of them.
+        config: The settings, with layers.
+        progress: Called after every batch.
 
     Returns:
-        None where there is no name to measure.
+        The names with their keys. None if there is no name to measure.
 
     Raises:
-        InputError: a name is not as a list of concepts may have it, is on the list, has no token that can be a key, or
-            is longer than the model's positions.
+        InputError: `names` is no list of names, a name breaks the rules for a name of a concept, is itself unlearned,
+            has no token that can be a key, or exceeds the positions of the model.
     """
-    chosen = list(dict.fromkeys(concept.redirect for concept in concepts))[:MAX_NEIGHBOURS]
+    chosen = list(dict.fromkeys(concept.redirect for concept in concepts))[:MAX_REDIRECTS]
     if names is not None:
         chosen = _checked_names(names, concepts)
     if not chosen:
         return None
     reading, name_of = plan_names(tokenizer, chosen, config)
     reading.check_positions([chosen[name] for name in name_of], positions_of(architecture.model))
-    layers = config.layers or ()
-    states = read_layers(architecture, reading, max(layers), layers, progress=progress, stage="neighbours")
+    layers = config.layer_numbers or ()
+    states = read_layers(architecture, reading, max(layers), layers, progress=progress, stage="retained names")
     keys = {layer: found.keys for layer, found in states.items() if found.keys is not None}
-    return Neighbours(chosen, names is not None, name_of, keys)
+    return RetainedNames(chosen, names is not None, name_of, keys)
 
 
 def _checked_names(names: Sequence[str], concepts: Sequence[Concept]) -> list[str]:
+    """Return the names without duplicates; raise InputError unless all can be retained."""
     if isinstance(names, str) or not all(isinstance(name, str) and name.strip() for name in names):
-        raise InputError(f"neighbours must be a list of names, not {repr(names)[:100]}.")
-    check_names("neighbour", names)
-    listed = {folded(name) for concept in concepts for name in concept.names}
-    wrong = [name for name in names if folded(name) in listed]
+        raise InputError(f"The retained names must be a list of names, not {repr(names)[:100]}.")
+    check_names("retained name", names)
+    unlearned = {folded(name) for concept in concepts for name in concept.names}
+    wrong = [name for name in names if folded(name) in unlearned]
     if wrong:
         shown = ", ".join(map(repr, wrong[:5]))
-        raise InputError(f"{shown}: a neighbour that is itself to be unlearned cannot be kept; take it off one list.")
+        raise InputError(
+            f"{shown}: a name cannot be both unlearned and retained. Remove it from the concepts or from the retained "
+            "names."
+        )
     return list(dict.fromkeys(names))
 
 
 def part_moves(
     coefficients: Callable[[Tensor], Tensor], count: int, residuals: Tensor, concept_of: Sequence[int]
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """How far each concept's part of an update moves outputs: |residualsᵀ a| over its own rows.
+    """Compute how far each concept's part of an update moves the outputs: |residualsᵀ a| over the concept's own rows.
 
-    The squared length is aᵀ (R Rᵀ) a with the few rows R of a concept, so that no output is ever formed.
+    The squared length is aᵀ (R Rᵀ) a, where R are the few rows of one concept, so no output (d_out,) is formed.
 
     Args:
-        coefficients: gives for rows of keys their coefficients a at m other keys, (rows, m).
+        coefficients: Maps row indices of keys to their coefficients a at m other keys, (rows, m).
         count: m.
         residuals: (n, d_out).
-        concept_of: for each row, the index of its concept.
+        concept_of: For each row, the index of its concept.
 
     Yields:
         Indices of some concepts, and their moves (concepts, m).

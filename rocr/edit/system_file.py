@@ -1,4 +1,4 @@
-"""How the systems that updates can be solved from again are kept in an edit file."""
+"""The part of an edit file that holds the systems from which updates can be solved again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rocr.solve.solve import System
 
 
 def pack_system(system: System) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A system as JSON values, and its tensors by name."""
+    """Return a system as JSON values, and its tensors by name."""
     entry: dict[str, Any] = {"ridge": system.ridge}
     metric = system.metric
     if isinstance(metric, WhitenedMetric):
@@ -23,19 +23,19 @@ def pack_system(system: System) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if isinstance(metric, ProjectedMetric):
         entry |= {"metric": "projected", "protected": metric.protected, "ordinary": metric.ordinary}
         return entry, {"metric": metric.basis}
-    assert system.product is not None, "a system holds a product or a metric"
+    assert system.product is not None, "a system has a product or a metric"
     return entry, {"product": system.product}
 
 
 def unpack_system(entry: dict[str, Any], tensors: dict[str, Tensor], n: int, d_in: int) -> System:
-    """The inverse of `pack_system`, for a layer with n keys of size d_in.
+    """Return the inverse of `pack_system`, for a layer with n keys of size d_in.
 
     Raises:
-        KeyError, TypeError, ValueError: the values or tensors are not those of such a system.
+        KeyError, TypeError, ValueError: The values or tensors are not those of such a system.
     """
     (ridge,) = numbers_of([entry["ridge"]], "ridge", 1)
     if not 0 < ridge < math.inf:
-        raise ValueError(f"the ridge is {ridge}")
+        raise ValueError(f"the ridge is {ridge}, not a positive finite number")
     if "metric" not in entry:
         return System(ridge, product=_checked(tensors["product"], (n, d_in)))
     (ordinary,) = numbers_of([entry["ordinary"]], "ordinary", 1)
@@ -43,12 +43,12 @@ def unpack_system(entry: dict[str, Any], tensors: dict[str, Tensor], n: int, d_i
         (gamma,) = numbers_of([entry["gamma"]], "gamma", 1)
         return System(ridge, metric=WhitenedMetric(_checked(tensors["metric"], (d_in, d_in)), gamma, ordinary))
     if entry["metric"] != "projected":
-        raise ValueError(f"the metric is {entry['metric'][:60]!r}")
+        raise ValueError(f"the metric is {entry['metric'][:60]!r}, not 'whitened' or 'projected'")
     basis = _checked(tensors["metric"], (d_in, tensors["metric"].shape[-1]))
     return System(ridge, metric=ProjectedMetric(basis, flag_of(entry["protected"], "protected"), ordinary))
 
 
 def _checked(values: Tensor, shape: tuple[int, int]) -> Tensor:
     if tuple(values.shape) != shape or values.dtype != torch.float32 or not torch.isfinite(values).all():
-        raise ValueError(f"a system holds {values.dtype} of shape {tuple(values.shape)}, not finite float32 of {shape}")
+        raise ValueError(f"a system has {values.dtype} of shape {tuple(values.shape)}, not finite float32 of {shape}")
     return values

@@ -1,4 +1,4 @@
-"""The update of one layer, and the record of what it did to a weight."""
+"""The update of one layer, and the record of how it changed a weight."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from rocr.solve.solve import Solution, System
 
 @dataclass(frozen=True)
 class LayerUpdate:
-    """The update of one layer, Δ = left @ right, and what it was solved from.
+    """The update of one layer, Δ = left @ right, and the system that it is the solution of.
 
     Attributes:
-        layer: the decoder layer.
-        parameter: name of its down-projection's weight in the model's state dict.
-        factors: left (d_out, n) and right (n, d_in) float32; Δ itself where there are more keys than inputs.
+        layer: Index of the decoder layer.
+        parameter: Name of the weight of its down-projection in the model's state dict.
+        factors: left (d_out, n) and right (n, d_in) float32; Δ itself if there are more keys than inputs.
         keys: (n, d_in) float32.
         residuals: (n, d_out) float32.
-        transposed: whether the model stores the weight as (d_in, d_out), as GPT-2 does.
-        applied: what it did to a weight; None before it is applied.
-        system: what it can be solved from again with other keys; None where that was not kept.
-        base: sha256 of the weight that keys and residuals were measured with; None where that was not kept.
-        own: name of the weight in the class that the checkpoint's config.json names, where the model was loaded as
-            another class, as the language model of a vision-language checkpoint is; None: the same name.
+        transposed: Whether the model stores the weight as (d_in, d_out), as GPT-2 does.
+        applied: Record of the change of a weight. None before the update is applied.
+        system: What the update can be solved from again with other keys. None if it was not kept.
+        base: sha256 of the weight that keys and residuals were measured with. None if it was not kept.
+        own: Name of the weight in the class that the checkpoint's config.json names, if the model was loaded as
+            another class, such as the language model of a vision-language checkpoint. None if the name is the same.
     """
 
     layer: int
@@ -54,33 +54,28 @@ class LayerUpdate:
         )
 
     def after(self, applied: Applied) -> LayerUpdate:
-        """Return the update with the record of what it did to the weight that keys and residuals were read with."""
+        """Return the update with the record of its first application, to the weight that the keys were read with."""
         return replace(self, applied=applied, base=applied.before)
-
-    @property
-    def left(self) -> Tensor:
-        """(d_out, r) float32."""
-        return self.factors.left
-
-    @property
-    def right(self) -> Tensor:
-        """(r, d_in) float32."""
-        return self.factors.right
 
 
 @dataclass(frozen=True)
 class Applied:
-    """What an update did to a weight.
+    """The record of how an update changed a weight.
 
     Attributes:
-        dtype: of the weight, such as "torch.bfloat16".
+        dtype: Dtype of the weight, such as "torch.bfloat16".
         before: sha256 of the weight's bytes before the update.
-        after: sha256 of the weight's bytes after it.
-        undo: exclusive or of the bits before and after, in the parameter's own shape, as integers on the CPU;
-            None where it was not kept.
+        after: sha256 of the weight's bytes after the update.
+        undo: Exclusive or of the bits before and after, as integers on the CPU in the shape in which the model stores
+            the parameter. None if it was not kept.
     """
 
     dtype: str
     before: str
     after: str
     undo: Tensor | None
+
+    @property
+    def surviving(self) -> float | None:
+        """Share of the weight's entries that the update changed after rounding. None if `undo` was not kept."""
+        return None if self.undo is None else float((self.undo != 0).double().mean())

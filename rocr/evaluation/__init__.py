@@ -1,12 +1,11 @@
-"""Evaluation: does a model forget in every form of a question, and keep the rest?"""
+"""Evaluate how much a model knows of the forget set and the retain set, asked in several forms."""
 
-from rocr.evaluation.compare import Comparison, FormChange, compare_evaluations
 from rocr.evaluation.evaluate import EvaluateOptions, evaluate
 from rocr.evaluation.forms import FORMS, ORT_FORMS
 from rocr.evaluation.probes.load import load_probes
 from rocr.evaluation.probes.probe import Probe, Wording
 from rocr.evaluation.redirects import RedirectChoice, choose_redirects
-from rocr.evaluation.scores import Evaluation
+from rocr.evaluation.scores import Comparison, Evaluation, FormChange, compare_evaluations
 
 __all__ = [
     "FORMS",

@@ -1,4 +1,4 @@
-"""Evaluate a model: ask every probe in every form, score the answers, and measure what else is wanted."""
+"""Evaluate a model: ask every probe in every form, score the answers, and take the other measures."""
 
 from __future__ import annotations
 
@@ -10,41 +10,46 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
 
 from torch import nn
 
 from rocr.concepts import folded
 from rocr.config import DEFAULT, ChatSettings
-from rocr.errors import InputError
+from rocr.errors import InputError, RocrError
 from rocr.evaluation.forms import ORT_FORMS, Item, PromptStyle, build_items, item_texts
-from rocr.evaluation.generation import contained_answers
-from rocr.evaluation.journal import Journal
+from rocr.evaluation.measures import ChoiceQuestion, TextSample, choice_accuracy, contained_answers, perplexity
 from rocr.evaluation.probes.probe import Probe, check_probes, split_by_subject
 from rocr.evaluation.scores import Evaluation, ItemScore
 from rocr.evaluation.scoring import TOKEN_BUDGET, AnswerScore, score_answers, tokenize_questions
-from rocr.evaluation.text_measures import TextSample, perplexity
-from rocr.evaluation.utility import ChoiceQuestion, choice_accuracy
-from rocr.model.chat import settled
+from rocr.io.bounded import read_bounded
+from rocr.io.json_values import parse_json
+from rocr.model.chat import with_date
 from rocr.model.fingerprint import tensor_digest, tokenizer_digest
 from rocr.ops.arithmetic import plain_arithmetic
 from rocr.progress import Progress, ProgressCallback, silent
 
+MAX_JOURNAL_BYTES = 1024 * 2**20
+
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """What is measured beside the forms, and how.
+    """Settings of an evaluation, and further measures to take.
 
     Attributes:
-        seed: of the order of multiple-choice options and of misspellings.
-        orders: in how many orders the options of a multiple-choice question are asked.
-        token_budget: tokens that run together, padding included.
-        generate: whether questions are also answered in free text: containment of the answer, n-gram entropy.
-        text: ordinary text, for the perplexity.
-        utility: multiple-choice questions about anything, for the accuracy.
-        journal: a file of the scores so far, from which an interrupted evaluation goes on.
-        style: prompt details; None: the authors', by the model's name.
-        chat: what chat templates are given.
+        seed: Seed of the order of multiple-choice options and of misspellings.
+        orders: Number of orders (cyclic shifts) in which the options of a multiple-choice question are asked.
+        token_budget: Maximum number of tokens in a batch, padding included.
+        generate: Whether the model also answers the questions in free text, to measure the share of answers that
+            contain the right one, and their n-gram entropy.
+        text: Ordinary text, to measure perplexity; None leaves it out.
+        utility: Multiple-choice questions about any subject, to measure accuracy; none leave it out.
+        journal: File to which the scores are written as they are computed. If it exists, the evaluation continues from
+            it.
+        style: Details of the prompts; None uses those of ORT's authors for the model's name.
+        chat: Settings of the chat template.
     """
 
     seed: int = 0
@@ -71,23 +76,37 @@ def evaluate(
     options: EvaluateOptions | None = None,
     progress: ProgressCallback = silent,
 ) -> Evaluation:
-    """Score a model's answers in every form, as ORT does (Ye, Zhang and Wu, arXiv 2506.07795, section V).
+    """Score how well a model answers probes, asked in several forms.
+
+    The score of an answer is exp(-mean negative log-likelihood of its tokens), from 0 to 1. It is averaged over the
+    items of each target, then over targets, for each form and split.
 
     Args:
-        model: a causal language model of transformers.
-        tokenizer: its tokenizer.
-        probes: what to ask; see `load_probes`.
-        forms: of `FORMS`.
-        targets: subjects to forget, all others being to be kept; None: as the probes say.
-        known: keep only probes that the base model knows, with a score of at least this, 0 to 1.
-        base: an evaluation of the base model by the same probes and settings, which `known` looks at;
-            None: this model is the base.
-        options: what else is measured, and how.
-        progress: told after every item.
+        model: Causal language model of transformers. It is set to evaluation mode for the time of the call.
+        tokenizer: Its tokenizer.
+        probes: Questions with known answers; see `load_probes`.
+        forms: Forms in which the probes are asked, from `rocr.evaluation.FORMS`: "qa" (the plain question), "fb" (fill
+            in the blank), "mcp" (multiple choice), "subtoken" (the answer character by character), "adversarial",
+            "translated", "misspelt", "abbreviated", "described". A probe that cannot be asked in a form is left out
+            there.
+        targets: Subjects whose probes form the forget set; all other probes form the retain set. None uses the `split`
+            of each probe.
+        known: Score from 0 to 1; only probes that the base model knows with at least this score are kept. None keeps
+            all probes.
+        base: Evaluation of the base model with the same probes and settings, for `known`; None uses the evaluation of
+            `model` itself.
+        options: Settings and further measures; None uses the defaults of `EvaluateOptions`.
+        progress: Function that is called after every item.
+
+    Returns:
+        The scores of every item, their means by form, split and target, and the further measures.
 
     Raises:
-        InputError: bad probes, forms or settings; or nothing is left of the forget set.
-        RocrError: a score is not a number.
+        InputError: If probes, forms or settings are invalid, or if `known` leaves no probe of the forget set.
+        RocrError: If a score is not a finite number, or the journal cannot be written.
+
+    Source:
+        ORT: Ye, Zhang and Wu, "LLM Unlearning Should Be Form-Independent", arXiv 2506.07795, section V.
     """
     options = options or EvaluateOptions()
     if known is not None and not 0 <= known <= 1:
@@ -96,10 +115,10 @@ def evaluate(
     if targets is not None:
         probes = split_by_subject(probes, targets)
     start = time.perf_counter()
-    options = replace(options, chat=settled(options.chat, tokenizer))
+    options = replace(options, chat=with_date(options.chat, tokenizer))
     items = build_items(probes, forms, options.style or PromptStyle.of(model), options.seed, options.orders)
     scores = _scores(model, tokenizer, items, options, progress)
-    # Spellings of one subject are one subject: it bears the name that it has first.
+    # Spellings of a subject that `folded` makes equal are one target, named as in the first of its probes.
     subjects: dict[str, str] = {}
     for probe in probes:
         subjects.setdefault(folded(probe.subject), probe.subject)
@@ -119,12 +138,12 @@ def evaluate(
 def _scores(
     model: nn.Module, tokenizer: Any, items: Sequence[Item], options: EvaluateOptions, progress: ProgressCallback
 ) -> dict[int, list[AnswerScore]]:
-    """The scores of every item's answers, from the journal or the model."""
+    """Return the scores of every item's answers, read from the journal or computed."""
     texts = item_texts(tokenizer, items, options.chat)
     questions = tokenize_questions(tokenizer, texts, [item.answers for item in items])
     scores: dict[int, list[AnswerScore]] = {}
     identity = _identity(model, tokenizer, items, options.chat) if options.journal is not None else {}
-    with Journal(options.journal, identity) if options.journal is not None else nullcontext() as journal:
+    with _Journal(options.journal, identity) if options.journal is not None else nullcontext() as journal:
         resumed = len(journal.done) if journal is not None else 0
         if journal is not None:
             scores = {i: [AnswerScore(*values) for values in found] for i, found in journal.done.items()}
@@ -141,7 +160,7 @@ def _scores(
 
 
 def _identity(model: nn.Module, tokenizer: Any, items: Sequence[Item], chat: ChatSettings) -> dict[str, Any]:
-    """What a journal is of: every weight, since an edit leaves most of them alone, and every question."""
+    """Return the digests that identify an evaluation; all weights count, because an edit changes only a few of them."""
     weights = hashlib.sha256("".join(tensor_digest(parameter) for parameter in model.parameters()).encode())
     asked = hashlib.sha256(json.dumps([asdict(item) for item in items], sort_keys=True).encode())
     return {
@@ -153,6 +172,7 @@ def _identity(model: nn.Module, tokenizer: Any, items: Sequence[Item], chat: Cha
 
 
 def _item_score(item: Item, probe: Probe, answers: list[AnswerScore], subjects: Mapping[str, str]) -> ItemScore:
+    """Return the score of an item; `subjects` maps folded names of subjects to the names to report."""
     right = answers[item.correct]
     probabilities = [math.exp(-answer.nll) for answer in answers]
     total = sum(probabilities)
@@ -173,6 +193,7 @@ def _item_score(item: Item, probe: Probe, answers: list[AnswerScore], subjects: 
 def _measures(
     model: nn.Module, tokenizer: Any, probes: Sequence[Probe], options: EvaluateOptions, progress: ProgressCallback
 ) -> dict[str, Any]:
+    """Take the further measures that the options ask for."""
     measures: dict[str, Any] = {}
     if options.generate:
         measures.update(contained_answers(model, tokenizer, probes, progress, options.chat))
@@ -181,3 +202,67 @@ def _measures(
     if options.utility:
         measures["utility"] = choice_accuracy(model, tokenizer, options.utility, options.token_budget, options.chat)
     return measures
+
+
+class _Journal:
+    """A file of the scores so far, from which an interrupted evaluation continues.
+
+    Its first line is a JSON object that identifies the evaluation, and every other line is the list [item, scores].
+    """
+
+    def __init__(self, path: str | os.PathLike[str], identity: Mapping[str, Any]) -> None:
+        """Open the file and read its scores, or create it.
+
+        Raises:
+            InputError: If the file is not a journal of this evaluation.
+            RocrError: If it cannot be written.
+        """
+        self.done: dict[int, Any] = {}
+        self._path = Path(path)
+        self._file: IO[str] | None = None
+        head = json.dumps(dict(identity), sort_keys=True)
+        try:
+            whole = self._read(head) if self._path.exists() else 0
+            self._file = self._path.open("a", encoding="utf-8", newline="\n")
+            if whole:
+                self._file.truncate(whole)  # removes an incomplete last line, left by a process that was killed
+            else:
+                self._file.write(head + "\n")
+        except OSError as error:
+            raise RocrError(f"The journal {path} cannot be written: {error.strerror or error}.") from error
+
+    def __enter__(self) -> _Journal:
+        return self
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def add(self, item: int, scores: Any) -> None:
+        """Write the scores of an item and flush them to the operating system."""
+        assert self._file is not None
+        self.done[item] = scores
+        self._file.write(json.dumps([item, scores]) + "\n")
+        self._file.flush()
+
+    def _read(self, head: str) -> int:
+        """Read the scores of an existing journal; return the length in bytes of its complete lines."""
+        data = read_bounded(self._path, MAX_JOURNAL_BYTES)
+        whole = data.rfind(b"\n") + 1
+        first, *rest = data[:whole].decode("utf-8", "replace").split("\n") if whole else ("",)
+        if data and first != head:
+            raise InputError(
+                f"The journal {self._path} is of another evaluation (other model, probes or settings); remove it or "
+                "choose another file."
+            )
+        for number, line in enumerate(filter(None, rest), start=2):
+            try:
+                item, scores = parse_json(line)
+                self.done[int(item)] = scores
+            except (ValueError, TypeError, OverflowError):
+                raise InputError(
+                    f"{self._path}:{number}: is not a line of a journal; remove the file to start again."
+                ) from None
+        return whole

@@ -1,8 +1,8 @@
-"""The forms in which a fact is asked, after ORT (Ye, Zhang and Wu, arXiv 2506.07795): a probe becomes prompts.
+"""Turn probes into prompts, in the forms of ORT (Ye, Zhang and Wu, arXiv 2506.07795) and some others.
 
-The wording is that of the authors' evaluation. What differs from their code: no second BOS where the chat
-template writes one already; no token of the answer is dropped for any tokenizer; multiple-choice options are
-shuffled by a seed; and a question to complete that is derived from a plain question says so.
+The wording of the prompts is that of the authors' evaluation. Differences from their code: a chat template that writes
+a BOS token gets no second one; no token of the answer is dropped, whatever the tokenizer; a seed sets the order of
+multiple-choice options; and items that are derived from a probe of another form are marked as derived.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ _DIRECT = "Please provide direct answers without any explanations or additional 
 
 
 def no_prefix(_probe: Probe) -> str:
-    """Nothing before the question."""
+    """Return an empty prefix."""
     return ""
 
 
 @dataclass(frozen=True)
 class PromptStyle:
-    """What the authors do differently for some models.
+    """Details of the prompts that depend on the model or on the attack.
 
     Attributes:
-        direct: ask for direct answers first (Mistral).
-        subtoken_example: show how an answer is written character by character (all but Llama).
-        prefix: what the message about a probe begins with, such as an instruction to forget.
+        direct: Whether prompts begin by asking for direct answers; the authors do so for Mistral.
+        subtoken_example: Whether prompts of the form "subtoken" show an example; the authors leave it out for Llama.
+        prefix: Function that returns the text before the question of a probe, such as an instruction to forget.
     """
 
     direct: bool = False
@@ -61,24 +61,24 @@ class PromptStyle:
 
     @classmethod
     def of(cls, model: nn.Module) -> PromptStyle:
-        """The style for a model, by the name it calls itself, as in the authors' code."""
+        """Return the style of the authors for a model, by `config.name_or_path`."""
         name = str(getattr(getattr(model, "config", None), "name_or_path", "")).lower()
         return cls(direct="mistral" in name, subtoken_example="llama" not in name)
 
 
 @dataclass(frozen=True)
 class Item:
-    """One prompt with the answers to score after it.
+    """A probe asked in one form: a prompt, and the answers to score after it.
 
     Attributes:
-        probe: index of the probe it comes from.
-        form: one of FORMS.
-        message: what the user says.
-        suffix: how the answer begins, after the chat template's opening of it.
-        answers: texts to score; more than one where the model chooses.
-        correct: index of the right answer.
-        derived: whether the question was made from one of another form.
-        chance: score of a uniform guess; None where there is nothing to guess among.
+        probe: Index of the probe.
+        form: Form of the question, one of FORMS.
+        message: Message of the user.
+        answers: Answers to score: the right one, or all options of a multiple-choice question.
+        suffix: Text after the rendered message, with which the reply begins.
+        correct: Index of the right answer in `answers`.
+        derived: Whether the question is derived from a probe of another form.
+        chance: Score of a uniform guess; None if there are no options.
     """
 
     probe: int
@@ -92,10 +92,10 @@ class Item:
 
 
 def item_texts(tokenizer: Any, items: Sequence[Item], chat: ChatSettings = DEFAULT) -> list[str]:
-    """The prompts of items in the tokenizer's chat format; as they are where there is none.
+    """Return the prompts of items, rendered by the tokenizer's chat template if it has one.
 
     Raises:
-        InputError: the chat template fails.
+        InputError: If the chat template fails.
     """
     messages = render_chats(tokenizer, [item.message for item in items], chat)
     return [message + item.suffix for message, item in zip(messages, items, strict=True)]
@@ -108,18 +108,18 @@ def build_items(
     seed: int = 0,
     orders: int = 1,
 ) -> list[Item]:
-    """Ask every probe in every form that it has.
+    """Return the items of every probe in every form that it can be asked in.
 
     Args:
-        probes: what to ask.
-        forms: of FORMS.
-        style: what the model needs.
-        seed: of the order of multiple-choice options, and of misspellings.
-        orders: in how many orders the options of a multiple-choice question are asked: cyclic shifts, so that
-            with as many orders as options a preference for a letter cancels.
+        probes: Questions with known answers.
+        forms: Forms, from FORMS.
+        style: Details of the prompts; None uses the defaults of `PromptStyle`.
+        seed: Seed of the order of multiple-choice options and of misspellings.
+        orders: Number of orders (cyclic shifts) in which the options of a multiple-choice question are asked. With as
+            many orders as options, a preference of the model for a letter cancels.
 
     Raises:
-        InputError: an unknown form, or no probe has any of the forms.
+        InputError: If a form is unknown, `orders` is less than 1, or no probe can be asked in any of the forms.
     """
     forms = tuple(dict.fromkeys(forms))
     check_forms(forms)
@@ -133,22 +133,22 @@ def build_items(
         for item in _items(index, probe, form, style, seed, orders)
     ]
     if not items:
-        raise InputError(f"None of the {len(probes)} probes can be asked in the forms {', '.join(forms)}.")
+        raise InputError(
+            f"None of the {len(probes)} probes can be asked in the forms {', '.join(forms)}; choose other forms or "
+            "probes."
+        )
     return items
 
 
 def check_forms(forms: Sequence[str]) -> None:
-    """What `build_items` asks of its forms, before a model is there.
-
-    Raises:
-        InputError: an unknown form, or none.
-    """
+    """Raise InputError if a form is unknown or none is given."""
     unknown = [form for form in forms if form not in FORMS]
     if unknown or not forms:
         raise InputError(f"Unknown forms: {', '.join(unknown) or 'none given'}; the forms are {', '.join(FORMS)}.")
 
 
 def _items(index: int, probe: Probe, form: str, style: PromptStyle, seed: int, orders: int) -> Iterator[Item]:
+    """Yield the items of one probe in one form; none if the probe cannot be asked in it."""
     opening = style.prefix(probe) + (_DIRECT if style.direct else "")
     if form == "qa" and probe.form == "qa":
         yield Item(index, form, opening + _QA.format(probe.query), (f" {probe.answer}",))
@@ -168,12 +168,14 @@ def _items(index: int, probe: Probe, form: str, style: PromptStyle, seed: int, o
 
 
 def _cloze(probe: Probe) -> tuple[str, bool]:
+    """Return the question of a probe with a blank, and whether it is derived from a plain question."""
     if probe.form == "fb":
         return probe.query, False
     return (probe.cloze, False) if probe.cloze is not None else (DERIVED_CLOZE.format(probe.query), True)
 
 
 def _subtoken(index: int, probe: Probe, style: PromptStyle) -> Item:
+    """Return the item whose answer is written character by character, without spaces."""
     question = (_FB if probe.form == "fb" else _QA).format(probe.query)
     message = style.prefix(probe) + (_SUBTOKEN_WITH_EXAMPLE if style.subtoken_example else _SUBTOKEN).format(question)
     answer = "".join(f"{character}\n" for character in "".join(probe.answer.split()))
@@ -181,7 +183,7 @@ def _subtoken(index: int, probe: Probe, style: PromptStyle) -> Item:
 
 
 def _multiple_choice(index: int, probe: Probe, opening: str, seed: int, orders: int) -> Iterator[Item]:
-    """Three distractors beside the answer, or fewer where there are fewer; none: the query holds its options."""
+    """Yield multiple-choice items with at most three distractors; without distractors the query lists its options."""
     if not probe.distractors:
         if probe.form == "mcp":
             count = sum(f"\n{letter}. " in probe.query for letter in LETTERS) or 4
@@ -202,7 +204,10 @@ def _multiple_choice(index: int, probe: Probe, opening: str, seed: int, orders: 
 
 
 def _wording(probe: Probe, variant: str, seed: int) -> tuple[Wording | None, bool]:
-    """The probe's own wording, or the name misspelt or abbreviated in its question; None where neither exists."""
+    """Return a wording of a probe and whether it is derived; None if the probe has none and none can be derived.
+
+    Only "misspelt" and "abbreviated" can be derived, by changing the subject's name in the question.
+    """
     for given, wording in probe.wordings.items():
         if given == variant:
             return wording, False
@@ -216,7 +221,10 @@ def _wording(probe: Probe, variant: str, seed: int) -> tuple[Wording | None, boo
 
 
 def misspelt(name: str, seed: int = 0) -> str:
-    """A name with two neighbouring letters of its longest word swapped."""
+    """Return a name with two adjacent letters of its longest word swapped, but not the first letter of the word.
+
+    A name without two such letters that differ is returned unchanged.
+    """
     words = name.split(" ")
     longest = max(range(len(words)), key=lambda i: len(words[i]))
     word = words[longest]
@@ -229,6 +237,6 @@ def misspelt(name: str, seed: int = 0) -> str:
 
 
 def abbreviated(name: str, _seed: int = 0) -> str:
-    """A name with an initial for its first word; a name of one word stays."""
+    """Return a name with its first word replaced with an initial; a name of one word is returned unchanged."""
     first, space, rest = name.partition(" ")
     return f"{first[0]}. {rest}" if space and len(first) > 1 else name

@@ -1,14 +1,14 @@
-"""Train LoRA adapters on questions: the unlearning methods that rocr is compared to, and relearning as an attack.
+"""Train LoRA adapters on questions, for the unlearning methods that rocr is compared to and for relearning attacks.
 
-Settings are those of ORT's authors for Llama-3 (LoRA on q_proj and v_proj, 5 epochs, cosine schedule, warm-up of 20
-steps, seed 42). Needs peft.
+The settings are those of ORT's authors (arXiv 2506.07795) for Llama-3: LoRA on q_proj and v_proj, 5 epochs, a cosine
+schedule with a warm-up of 20 steps, seed 42. Training needs the package peft.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,8 +16,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from rocr.config import DEFAULT, ChatSettings
 from rocr.errors import InputError, RocrError
-from rocr.evaluation.scoring import check_vocabulary
+from rocr.evaluation.forms import PromptStyle, build_items, item_texts
+from rocr.evaluation.probes.probe import Probe
+from rocr.evaluation.scoring import check_vocabulary, tokenize_questions
 from rocr.io.boundary import calling
 from rocr.model.forward import forward, logits_of
 from rocr.model.hub import offline
@@ -29,7 +32,13 @@ Loss = Literal["learn", "ascent", "npo", "dpo"]
 
 @dataclass(frozen=True)
 class Example:
-    """A tokenised prompt with the answer to raise or lower, and for "dpo" the answer to prefer to it."""
+    """A tokenised prompt and answer to train on.
+
+    Attributes:
+        prompt: Token ids of the prompt.
+        answer: Token ids of the answer whose probability the loss raises ("learn") or lowers (all others).
+        preferred: Token ids of the answer that "dpo" prefers to `answer`; empty for other losses.
+    """
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
@@ -38,19 +47,20 @@ class Example:
 
 @dataclass(frozen=True)
 class Training:
-    """How an adapter is trained.
+    """Settings of the training of an adapter.
 
     Attributes:
-        loss: "learn": mean NLL of the answer; "ascent": minus that (GA, Jang et al., arXiv 2210.01504); "npo": negative
-            preference (Zhang et al., arXiv 2404.05868); "dpo": direct preference (Rafailov et al., arXiv 2305.18290).
-        learning_rate: at the end of the warm-up.
-        batch: examples of an optimiser step.
-        epochs: passes over the examples.
-        warmup: optimiser steps of linear warm-up; at most half of all.
-        beta: inverse temperature of "npo" and "dpo".
-        rank: of the adapter.
-        seed: of the adapter and of the order of examples.
-        least_steps: optimiser steps at least; with few examples there are more epochs, until there are as many.
+        loss: "learn": mean negative log-likelihood of the answer; "ascent": its negative (gradient ascent, Jang et al.,
+            arXiv 2210.01504); "npo": negative preference optimisation (Zhang et al., arXiv 2404.05868); "dpo": direct
+            preference optimisation (Rafailov et al., arXiv 2305.18290).
+        learning_rate: Learning rate at the end of the warm-up.
+        batch: Examples of an optimiser step.
+        epochs: Passes over the examples.
+        warmup: Optimiser steps of linear warm-up, limited to half of all steps.
+        beta: Inverse temperature of "npo" and "dpo".
+        rank: Rank of the adapter.
+        seed: Seed of the adapter's initial weights and of the order of examples.
+        least_steps: Minimum number of optimiser steps; epochs are added until it is reached.
     """
 
     loss: Loss
@@ -70,27 +80,62 @@ REJECTION = Training("learn", 5e-5, batch=8)
 DIRECT_PREFERENCE = Training("dpo", 1e-4, batch=8)
 
 
+def question_examples(
+    tokenizer: Any,
+    probes: Sequence[Probe],
+    preferred: Callable[[Probe], str] | None = None,
+    style: PromptStyle | None = None,
+    chat: ChatSettings = DEFAULT,
+) -> list[Example]:
+    """Tokenise the probes of the form "qa" as examples.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+        probes: Questions with their answers; other forms are left out.
+        preferred: Function that gives the preferred answer to a probe; None leaves it empty.
+        style: Details of the prompts; None uses the defaults of `PromptStyle`.
+        chat: Settings of the chat template.
+
+    Raises:
+        InputError: If there are no probes of the form "qa", or tokenizer or chat template fail.
+    """
+    probes = [probe for probe in probes if probe.form == "qa"]
+    items = build_items(probes, ["qa"], style)
+    texts = item_texts(tokenizer, items, chat)
+    answers = [(*item.answers, *((f" {preferred(probes[item.probe])}",) if preferred else ())) for item in items]
+    questions = tokenize_questions(tokenizer, texts, answers)
+    return [Example(q.prompt, q.answers[0], q.answers[1] if preferred else ()) for q in questions]
+
+
 @contextmanager
 def trained(
     model: nn.Module, examples: Sequence[Example], training: Training, progress: ProgressCallback = silent
 ) -> Iterator[nn.Module]:
-    """Within the context the model with a trained adapter; after it the model as it was, its weights never touched.
+    """Train an adapter on examples, and yield the model with it; leaving the context removes the adapter.
+
+    The weights of the model itself do not change.
+
+    Args:
+        model: Causal language model of transformers.
+        examples: One or more examples.
+        training: Settings of the training.
+        progress: Function that is called after every optimiser step.
 
     Raises:
-        InputError: peft is missing, there are no examples, or the model has no q_proj and v_proj or was loaded in
-            inference mode.
-        RocrError: the loss is not a number.
+        InputError: If peft is not installed, there are no examples, the model has no modules q_proj and v_proj, or it
+            was loaded in inference mode.
+        RocrError: If the loss is not a finite number.
     """
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
         raise InputError("Training adapters needs the package peft: pip install 'rocr[lora]'.") from None
     if not examples:
-        raise InputError("There are no examples to train on.")
+        raise InputError("There are no examples to train on: training needs probes of the form qa.")
     if any(parameter.is_inference() for parameter in model.parameters()):
         raise InputError(
-            "The model was loaded in torch.inference_mode(), where torch keeps nothing that training needs; load it "
-            "outside."
+            "The model was loaded inside torch.inference_mode(), so its parameters cannot be trained; load it outside "
+            "of this context."
         )
     frozen = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     with torch.random.fork_rng():
@@ -98,9 +143,9 @@ def trained(
         config = LoraConfig(
             r=training.rank, lora_alpha=2 * training.rank, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
         )
-        adapting = calling("The attempt to put an adapter on this model")
+        adapting = calling("Adding a LoRA adapter to this model")
         with offline(), adapting, plain_arithmetic(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of peft's use of transformers
+            warnings.simplefilter("ignore", FutureWarning)  # peft uses transformers in ways that it warns about
             adapted = get_peft_model(model, config)
         try:
             with plain_arithmetic(), torch.enable_grad():
@@ -116,7 +161,7 @@ def trained(
 
 
 def _train(model: Any, examples: Sequence[Example], training: Training, progress: ProgressCallback) -> None:
-    """Optimise the adapter; each example runs alone and its gradient is added, so memory does not grow with batch."""
+    """Optimise the adapter; examples run one by one, so that memory does not grow with the batch."""
     reference = _reference(model, examples) if training.loss in ("npo", "dpo") else {}
     model.train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -133,7 +178,10 @@ def _train(model: Any, examples: Sequence[Example], training: Training, progress
             for index in group:
                 loss = _loss(model, examples[index], training, reference.get(index)) / len(group)
                 if not torch.isfinite(loss):
-                    raise RocrError("The training loss is not a number; lower the learning rate.")
+                    raise RocrError(
+                        "The training loss is not a finite number; lower the learning rate, which is "
+                        f"{training.learning_rate:g}."
+                    )
                 with calling("The model's backward pass"):
                     loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -144,7 +192,9 @@ def _train(model: Any, examples: Sequence[Example], training: Training, progress
             progress(Progress("training", done, steps, "steps"))
 
 
-def _cosine(warmup: int, steps: int) -> Any:
+def _cosine(warmup: int, steps: int) -> Callable[[int], float]:
+    """Return the factor of the learning rate by step: a linear warm-up, then half a cosine to 0."""
+
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / (warmup + 1)
@@ -154,6 +204,7 @@ def _cosine(warmup: int, steps: int) -> Any:
 
 
 def _loss(model: nn.Module, example: Example, training: Training, reference: tuple[float, float] | None) -> Tensor:
+    """Return the loss of an example; `reference` has the two values of `_reference` for "npo" and "dpo"."""
     nll = _answer_nll(model, example.prompt, example.answer)
     if training.loss == "learn":
         return nll / len(example.answer)
@@ -169,7 +220,7 @@ def _loss(model: nn.Module, example: Example, training: Training, reference: tup
 
 @plain_arithmetic()
 def _reference(model: Any, examples: Sequence[Example]) -> dict[int, tuple[float, float]]:
-    """NLL of each answer and preferred answer without the adapter."""
+    """Return the negative log-likelihoods of each answer and preferred answer without the adapter, in nats."""
     with model.disable_adapter():
         return {
             i: (
@@ -181,7 +232,7 @@ def _reference(model: Any, examples: Sequence[Example]) -> dict[int, tuple[float
 
 
 def _answer_nll(model: nn.Module, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
-    """Sum of the negative log-likelihoods of an answer's tokens, in nats."""
+    """Return the sum of the negative log-likelihoods of an answer's tokens, in nats."""
     tokens = torch.tensor([[*prompt, *answer]])
     logits = logits_of(forward(model, tokens, use_cache=False))[0, len(prompt) - 1 : -1].float()
     check_vocabulary(answer, logits)

@@ -1,4 +1,4 @@
-"""Subjects that a model holds to be alike: the hardest ones to keep when one of them is to be forgotten."""
+"""Find the neighbours of a target: the subjects nearest to it in a model's hidden states, and hardest to retain."""
 
 from __future__ import annotations
 
@@ -26,18 +26,28 @@ def nearest_subjects(
     count: int = 10,
     chat: ChatSettings = DEFAULT,
 ) -> list[tuple[str, float]]:
-    """The subjects nearest to a target, with the cosine of the angle to it, the nearest first.
+    """Return the neighbours of a target with their cosine similarities, the nearest first.
 
-    A subject is the hidden state at the last token of its name after the layers that are edited by default,
-    averaged over the default templates, less the mean over all subjects.
+    A subject is represented by its state from `name_states`, minus the mean over all subjects.
+
+    Args:
+        model: Causal language model of transformers.
+        tokenizer: Its tokenizer.
+        target: Name of the target.
+        others: Names of other subjects, two or more; duplicates and the target itself are left out.
+        count: Maximum number of neighbours.
+        chat: Settings of the chat template.
 
     Raises:
-        InputError: there are fewer than two other subjects, or one is no name as a list of concepts may have it.
+        InputError: If there are fewer than two other subjects, or a name is invalid in a list of concepts.
     """
     others = list({folded(name): name for name in others if folded(name) != folded(target)}.values())
     check_names("subject", [target, *others])
     if len(others) < 2:
-        raise InputError(f"{len(others)} other subjects are too few to find the nearest to {target!r}.")
+        raise InputError(
+            f"{len(others)} other subjects are too few to find the neighbours of {target!r}; give probes about two or "
+            "more."
+        )
     states = name_states(model, tokenizer, [target, *others], chat)
     centred = nn.functional.normalize(states - states.mean(dim=0), dim=1)
     cosines = centred[1:] @ centred[0]
@@ -53,26 +63,36 @@ def keep_nearest(
     count: int = 10,
     chat: ChatSettings = DEFAULT,
 ) -> list[Probe]:
-    """Probes split by target, with only the `count` subjects nearest to each target to be kept: the hardest ones.
+    """Split probes by target, and keep only the retain probes about the `count` neighbours of each target.
+
+    Args:
+        model: Causal language model of transformers.
+        tokenizer: Its tokenizer.
+        probes: Probes about the targets and other subjects.
+        targets: Names of the targets.
+        count: Maximum number of neighbours of each target.
+        chat: Settings of the chat template.
 
     Raises:
-        InputError: no probe is about a target, or there are fewer than two other subjects.
+        InputError: If no probe is about a target, or there are fewer than two other subjects.
     """
     probes = split_by_subject(probes, targets)
     others = list({folded(probe.subject): probe.subject for probe in probes if probe.split == "retain"}.values())
-    kept = {
+    neighbours = {
         folded(name)
         for target in targets
         for name, _ in nearest_subjects(model, tokenizer, target, others, count, chat)
     }
-    return [probe for probe in probes if probe.split == "forget" or folded(probe.subject) in kept]
+    return [probe for probe in probes if probe.split == "forget" or folded(probe.subject) in neighbours]
 
 
 def name_states(model: nn.Module, tokenizer: Any, names: Sequence[str], chat: ChatSettings = DEFAULT) -> Tensor:
-    """Hidden states (names, d_out) float32 at the last token of names, averaged over the default templates.
+    """Return the hidden states (names, d_out), float32, at the last token of each name.
+
+    They are read after the last of the layers that are edited by default, and averaged over the default templates.
 
     Raises:
-        InputError: tokenizer or chat template fail, or a name is longer than the model's positions.
+        InputError: If tokenizer or chat template fail, or a prompt is longer than the model's maximum length.
     """
     architecture = find_architecture(model)
     prompts: list[Prompt] = []

@@ -1,4 +1,4 @@
-"""Plots of an evaluation as PNG images; needs matplotlib."""
+"""Draw plots of an evaluation as PNG images. Needs the package matplotlib."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ SHOWN_TARGETS = 40
 _SPLITS = ("forget", "retain")
 _BEFORE, _AFTER, _ALONE = "#7a8ba8", "#d95f02", "#1b6ca8"
 _COLOURS = ("#1b6ca8", "#d95f02", "#3a923a", "#8e4ec6", "#b8860b", "#c0392b", "#17807e", "#555555", "#e377c2")
-_LABEL = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # readable where it meets the line of chance
-_WIDTH = 8.0  # inches; the page shows a picture at most as wide as its text
+_LABEL = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # readable on top of the line of chance
+_WIDTH = 8.0  # inches
 _CURVE = re.compile(r"relearn (\d+) epochs")
 
 
 def draw_plots(
     evaluation: Evaluation, before: Evaluation | None = None, attacks: Mapping[str, Evaluation] | None = None
 ) -> list[tuple[str, bytes]]:
-    """Captions and PNG images: scores by form, by target, of forget against retain set, and under attacks.
+    """Return captions and PNG images: scores by form, by target, of forget against retain set, and under attacks.
 
     Raises:
-        InputError: matplotlib is not installed.
+        InputError: If matplotlib is not installed.
     """
     try:
         from matplotlib import rc_context
-        from matplotlib.figure import Figure  # not pyplot: no window, no global state
+        from matplotlib.figure import Figure  # pyplot keeps global state
     except ImportError:
         raise InputError("Plots need the package matplotlib: pip install 'rocr[report]'.") from None
-    # A name may hold dollar signs, which are no formula.
-    with calling("matplotlib"), rc_context({"text.parse_math": False}):
+    # A name can contain dollar signs, which matplotlib would parse as a formula.
+    with calling("Drawing plots with matplotlib"), rc_context({"text.parse_math": False}):
         return [(caption, _png(figure)) for caption, figure in _figures(Figure, evaluation, before, attacks or {})]
 
 
@@ -80,7 +80,7 @@ def _forms(figure_class: Any, splits: Sequence[str], evaluation: Evaluation, bef
 
 
 def _targets(figure_class: Any, evaluation: Evaluation, before: Evaluation | None) -> tuple[str, Figure]:
-    """A line for each target from its score before to that after; those that remember most stand on top."""
+    """Draw a line for each target from its score before to its score after, those with the highest scores on top."""
     means = {subject: mean(scores.values()) for subject, scores in evaluation.by_target().items()}
     shown = sorted(means, key=lambda subject: means[subject])[-SHOWN_TARGETS:]
     figure, (axes,) = _new(figure_class, 1.1 + 0.27 * len(shown))
@@ -105,7 +105,7 @@ def _targets(figure_class: Any, evaluation: Evaluation, before: Evaluation | Non
 
 
 def _against(figure_class: Any, evaluation: Evaluation, before: Evaluation | None) -> Figure:
-    """An arrow for each form from before to after: straight left is forgetting, down is loss."""
+    """Draw an arrow for each form from before to after the edit: to the left for forgetting, down for damage."""
     figure, (axes,) = _new(figure_class, 5.2)
     drawn = (e.form_score(form, split) for e in (before, evaluation) if e for form in e.forms for split in _SPLITS)
     highest = max((score.score for score in drawn if score is not None), default=0) or 1.0
@@ -122,9 +122,9 @@ def _against(figure_class: Any, evaluation: Evaluation, before: Evaluation | Non
             arrow = {"arrowstyle": "->", "color": colour, "linewidth": 1.5, "shrinkA": 5, "shrinkB": 5}
             axes.annotate("", (forget.score, retain.score), xytext=start, arrowprops=arrow)
     for limit in (axes.set_xlim, axes.set_ylim):
-        limit(-0.02 * highest, 1.1 * highest)  # from 0 on, as near as the scores allow
+        limit(-0.02 * highest, 1.1 * highest)  # from 0 to a little above the highest score
     axes.set_xlabel("score of the forget set (lower is better)")
-    axes.set_ylabel("score of the retain set (as before is better)")
+    axes.set_ylabel("score of the retain set (unchanged is better)")
     axes.grid(alpha=0.3)
     _legend_above(figure, [axes], "form (hollow: before)" if before is not None else "form")
     return figure
@@ -134,7 +134,7 @@ def _attacks(
     figure_class: Any, evaluation: Evaluation, before: Evaluation | None, attacks: Mapping[str, Evaluation]
 ) -> Figure:
     names = (
-        {"before\nthe edit": before, "after\nthe edit": evaluation} if before is not None else {"as it is": evaluation}
+        {"before\nthe edit": before, "after\nthe edit": evaluation} if before is not None else {"no attack": evaluation}
     )
     models = {name: scores for name, scores in {**names, **attacks}.items() if scores is not None}
     forms = evaluation.forms
@@ -168,7 +168,7 @@ def _curve(figure_class: Any, curve: Mapping[int, Evaluation]) -> Figure:
 
 
 def _series(evaluation: Evaluation, before: Evaluation | None) -> list[tuple[float, str, str, Evaluation]]:
-    """Offset of the bars, label, colour and scores of what is drawn."""
+    """Return offset of the bars, label, colour and scores of each evaluation to draw."""
     if before is None:
         return [(0.0, "score", _ALONE, evaluation)]
     return [(-0.2, "before", _BEFORE, before), (0.2, "after", _AFTER, evaluation)]
@@ -183,7 +183,7 @@ def _new(figure_class: Any, height: float, columns: int = 1) -> tuple[Figure, Se
 
 
 def _legend_above(figure: Figure, all_axes: Sequence[Any], title: str | None = None) -> None:
-    """One legend over all axes, outside of them, with each label once."""
+    """Add one legend above all axes with each label once."""
     entries: dict[str, Any] = {}
     for axes in all_axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):

@@ -1,8 +1,8 @@
-"""Choose redirects by asking the model, before any edit, a subject's questions about each candidate.
+"""Choose redirects by asking the unedited model the questions about a subject with the names of candidates instead.
 
-An edit lets a model read the redirect in a subject's place. What it still answers right then is nearly what the model
-as it is answers about the redirect: what the question gives away, and what subject and redirect share
-(benches/search_defaults.py, "about NAME, no edit").
+An edited model reads the redirect in place of the subject. The share of its right answers is therefore close to the
+share that the unedited model gives about the redirect: what the question reveals, and what subject and redirect have
+in common. benches/search_defaults.py measures this ("about NAME, no edit").
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from rocr.progress import ProgressCallback, silent
 
 FORMS = ("qa", "fb", "mcp")
 LEAST_KNOWN = 0.05
-"""Score above chance below which a form says little about what a model knows: shares are of this at least."""
+"""Minimum of the score above chance that shares are relative to, because shares of a smaller score are unreliable."""
 
 
 @dataclass(frozen=True)
 class RedirectChoice:
-    """The redirect of one subject.
+    """The redirect chosen for one subject.
 
     Attributes:
-        concept: the subject and what it is best redirected to.
-        left: for each candidate, what would be left of what the model knows of the subject: the score of the subject's
-            answers when the candidate is asked about, over their score when the subject is, both above chance and
-            means over its questions, then the mean over forms.
-        questions: how many name the subject and were asked.
+        concept: The subject and the candidate with the lowest value in `left`.
+        left: For each candidate, the predicted share of the model's knowledge about the subject that an edit leaves:
+            the score of the subject's answers when asked about the candidate, divided by their score when asked about
+            the subject. Both are scores above chance, averaged over questions; the share is averaged over forms.
+        questions: Number of questions that contain the subject's name and were asked.
     """
 
     concept: Concept
@@ -54,22 +54,26 @@ def choose_redirects(
     progress: ProgressCallback = silent,
     chat: ChatSettings = DEFAULT,
 ) -> list[RedirectChoice]:
-    """Give each subject of the probes the candidate about which its questions are answered right the least.
+    """Choose for each subject the candidate about which its questions get the fewest right answers.
 
-    Every form counts alike, whatever the size of its scores: as a share of what the model knows of the subject there.
+    All forms have the same weight: their scores count relative to the score of the subject in the same form.
 
     Args:
-        model: a causal language model of transformers, not edited.
-        tokenizer: its tokenizer.
-        probes: questions about the subjects; those that do not hold the subject's name say nothing and are left out.
-        candidates: names that a subject may be redirected to, two or more.
-        forms: in which the questions are asked.
-        progress: told after every question.
-        chat: what chat templates are given.
+        model: Causal language model of transformers, not edited.
+        tokenizer: Its tokenizer.
+        probes: Questions about the subjects; those that do not contain the subject's name are left out.
+        candidates: Two or more possible redirects.
+        forms: Forms in which the questions are asked, from `rocr.evaluation.FORMS`.
+        progress: Function that is called after every item.
+        chat: Settings of the chat template.
+
+    Returns:
+        One choice for each subject, in the order of the probes.
 
     Raises:
-        InputError: a subject has no question with its name, or a candidate is a subject or stands there twice.
-        RocrError: a score is not a number.
+        InputError: If no question contains the name of a subject, a candidate is also a subject, or two candidates are
+            the same.
+        RocrError: If a score is not a finite number.
     """
     check_candidates(probes, candidates)
     named = [probe for probe in probes if holds_name(probe.query, probe.subject)]
@@ -80,7 +84,7 @@ def choose_redirects(
         return _scores(asked, evaluate(model, tokenizer, asked, forms, options=options, progress=progress))
 
     known = scores_of(named)
-    scores = {candidate: scores_of([about(probe, candidate) for probe in named]) for candidate in candidates}
+    scores = {candidate: scores_of([replace_subject(probe, candidate) for probe in named]) for candidate in candidates}
     found = []
     for subject in subjects:
         left = {candidate: _share(scores[candidate][subject], known[subject]) for candidate in candidates}
@@ -90,31 +94,31 @@ def choose_redirects(
 
 
 def check_candidates(probes: Sequence[Probe], candidates: Sequence[str]) -> None:
-    """What `choose_redirects` asks of its probes and candidates, before a model is there.
-
-    Raises:
-        InputError: as there.
-    """
+    """Raise InputError unless probes and candidates are valid for `choose_redirects`."""
     if len({folded(candidate) for candidate in candidates}) < max(2, len(candidates)):
-        raise InputError(f"A choice needs two different redirects or more, not {', '.join(map(repr, candidates))}.")
+        raise InputError(
+            f"A choice needs two or more different redirects, not {', '.join(map(repr, candidates)) or 'none'}."
+        )
     subjects = dict.fromkeys(probe.subject for probe in probes)
     without = subjects.keys() - {probe.subject for probe in probes if holds_name(probe.query, probe.subject)}
     if without or not subjects:
         named = ", ".join(map(repr, sorted(without)[:5])) or "any subject"
-        raise InputError(f"No question holds the name of {named}: leave them out (--targets), or write one.")
+        raise InputError(
+            f"No question contains the name of {named}; leave the subject out (--targets) or add such a question."
+        )
     for candidate in candidates:
         check_concepts([Concept(subject, candidate) for subject in subjects])
 
 
-def about(probe: Probe, name: str) -> Probe:
-    """A probe's question with another name in the place of its subject's."""
+def replace_subject(probe: Probe, name: str) -> Probe:
+    """Return a probe whose question has another name in place of its subject's."""
     cloze = None if probe.cloze is None else with_name(probe.cloze, probe.subject, name)
     query = with_name(probe.query, probe.subject, name)
     return replace(probe, query=query, cloze=cloze, wordings={}, split="forget")
 
 
 def _scores(probes: Sequence[Probe], evaluation: Evaluation) -> dict[str, dict[str, float]]:
-    """For each subject and form the mean over questions of what its answers score above chance."""
+    """Return the mean score above chance over the questions of each subject and form."""
     above: dict[str, dict[str, list[float]]] = {}
     for item in evaluation.items:
         by_form = above.setdefault(probes[item.probe].subject, {})
@@ -126,6 +130,6 @@ def _scores(probes: Sequence[Probe], evaluation: Evaluation) -> dict[str, dict[s
 
 
 def _share(left: Mapping[str, float], known: Mapping[str, float]) -> float:
-    """Mean over forms of what is left above chance, as a share of what was known there."""
+    """Return the mean over forms of `left` relative to `known`, both scores above chance."""
     shares = [max(left[form], 0.0) / max(known[form], LEAST_KNOWN) for form in known]
     return sum(shares) / len(shares)

@@ -1,4 +1,4 @@
-"""Reports of an evaluation: rows for a table, JSON, and one HTML page that needs no other file."""
+"""Report an evaluation as tables, as JSON, and as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rocr.evaluation.compare import compare_evaluations, relative_fall
-from rocr.evaluation.scores import Evaluation
+from rocr.evaluation.scores import Evaluation, compare_evaluations, relative_fall
 from rocr.io.json_values import json_text
 from rocr.io.output import new_file
 from rocr.io.visible import visible
@@ -29,7 +28,7 @@ img { max-width: 100%; }
 def report_json(
     evaluation: Evaluation, before: Evaluation | None = None, attacks: Mapping[str, Evaluation] | None = None
 ) -> dict[str, Any]:
-    """Everything that was measured, as JSON values."""
+    """Return an evaluation, its comparison with the one before the edit, and its attacks as JSON values."""
     document: dict[str, Any] = {"format": "rocr evaluation 1", "evaluation": evaluation.to_json()}
     if before is not None:
         document["before"] = before.to_json()
@@ -40,18 +39,18 @@ def report_json(
 
 
 def write_json(document: dict[str, Any], path: str | os.PathLike[str], overwrite: bool = False) -> None:
-    """Write a report as JSON, complete or not at all.
+    """Write a report as a JSON file; if writing fails, no file is left.
 
     Raises:
-        InputError: the file exists and `overwrite` is not set.
-        RocrError: it cannot be written.
+        InputError: If the file exists and `overwrite` is false.
+        RocrError: If it cannot be written.
     """
     with new_file(path, overwrite=overwrite) as partial:
         partial.write_text(json_text(document, indent=1) + "\n", encoding="utf-8")
 
 
 def table_rows(evaluation: Evaluation, before: Evaluation | None = None) -> list[tuple[str, ...]]:
-    """A row for each split and form, under COLUMNS; without `before` its columns are empty."""
+    """Return a row for each split and form, with the cells of COLUMNS; without `before` some are empty."""
     comparison = compare_evaluations(before, evaluation) if before is not None else None
     rows: list[tuple[str, ...]] = []
     for split in ("forget", "retain"):
@@ -80,28 +79,28 @@ def table_rows(evaluation: Evaluation, before: Evaluation | None = None) -> list
 def score_table(
     evaluation: Evaluation, before: Evaluation | None = None
 ) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Headings and rows of `table_rows`, without the columns that are empty."""
+    """Return headings and rows of `table_rows`, without empty columns."""
     return _without_empty(COLUMNS, table_rows(evaluation, before), before is None)
 
 
 def measure_table(
     evaluation: Evaluation, before: Evaluation | None = None
 ) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Headings and rows of `measure_rows`, without the columns that are empty."""
+    """Return headings and rows of `measure_rows`, without empty columns."""
     return _without_empty(("measure", "before", "after"), measure_rows(evaluation, before), before is None)
 
 
 def _without_empty(
     columns: Sequence[str], rows: Sequence[tuple[str, ...]], alone: bool
 ) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Where there is nothing before, "after" is the score."""
+    """Return headings and rows without empty columns; `alone` renames the column "after" to "score"."""
     kept = [i for i in range(len(columns)) if any(row[i] for row in rows)]
     names = tuple("score" if alone and columns[i] == "after" else columns[i] for i in kept)
     return names, [tuple(row[i] for i in kept) for row in rows]
 
 
 def _worst_row(evaluation: Evaluation, before: Evaluation | None) -> list[tuple[str, ...]]:
-    """The row of the form that remembers most after, for each target; before: that which remembered most then."""
+    """Return the row of `Evaluation.worst_score`; the worst form of a target can differ before and after the edit."""
     score = evaluation.worst_score()
     old = before.worst_score() if before is not None else None
     if score is None:
@@ -110,11 +109,11 @@ def _worst_row(evaluation: Evaluation, before: Evaluation | None) -> list[tuple[
     shown = f"{old:.3f}" if old is not None else ""
     targets = evaluation.worst()
     count = sum(item.split == "forget" and item.subject in targets for item in evaluation.items)
-    return [("forget", "worst form of each", shown, f"{score:.3f}", gone, "", str(count), str(len(targets)))]
+    return [("forget", "worst form of each target", shown, f"{score:.3f}", gone, "", str(count), str(len(targets)))]
 
 
 def measure_rows(evaluation: Evaluation, before: Evaluation | None = None) -> list[tuple[str, str, str]]:
-    """Name, before and after of each further measure."""
+    """Return the name and the values before and after of each further measure."""
     old = _flat(before.measures) if before is not None else {}
     return [
         (name, f"{old[name]:.4g}" if name in old else "", f"{value:.4g}")
@@ -123,16 +122,16 @@ def measure_rows(evaluation: Evaluation, before: Evaluation | None = None) -> li
 
 
 def attack_columns(evaluation: Evaluation) -> tuple[str, ...]:
-    """Headings of `attack_rows`."""
-    return ("model", *evaluation.forms, "worst form of each", "questions")
+    """Return the headings of `attack_rows`."""
+    return ("model", *evaluation.forms, "worst form of each target", "questions")
 
 
 def attack_rows(
     evaluation: Evaluation, before: Evaluation | None, attacks: Mapping[str, Evaluation]
 ) -> list[tuple[str, ...]]:
-    """Scores of the forget set before the edit, after it, and under each attack."""
+    """Return rows with the scores of the forget set before the edit, after it, and under each attack."""
     models = (
-        {"before the edit": before, "after the edit": evaluation} if before is not None else {"as it is": evaluation}
+        {"before the edit": before, "after the edit": evaluation} if before is not None else {"no attack": evaluation}
     )
     rows = []
     for name, scores in {**models, **attacks}.items():
@@ -146,14 +145,26 @@ def attack_rows(
 
 
 def write_html(
-    title: str, evaluation: Evaluation, path: str | os.PathLike[str], before: Evaluation | None = None,
-    overwrite: bool = False, attacks: Mapping[str, Evaluation] | None = None,
-) -> None:  # fmt: skip
-    """Write one page with tables and plots embedded; nothing in it is fetched from elsewhere.
+    title: str,
+    evaluation: Evaluation,
+    path: str | os.PathLike[str],
+    before: Evaluation | None = None,
+    overwrite: bool = False,
+    attacks: Mapping[str, Evaluation] | None = None,
+) -> None:
+    """Write an HTML page with embedded tables and plots, which loads nothing from elsewhere.
+
+    Args:
+        title: Title of the page.
+        evaluation: Evaluation of the edited model, or of a model without an edit.
+        path: File to write.
+        before: Evaluation before the edit; None if there is no edit.
+        overwrite: Whether an existing file is replaced.
+        attacks: Evaluations under attack, by the name of the attack.
 
     Raises:
-        InputError: the file exists and `overwrite` is not set, or matplotlib is not installed.
-        RocrError: it cannot be written.
+        InputError: If the file exists and `overwrite` is false, or matplotlib is not installed.
+        RocrError: If the page cannot be written.
     """
     from rocr.evaluation.plots import draw_plots
 
@@ -171,7 +182,7 @@ def write_html(
         parts.append(f'<h2>{text}</h2><img alt="{text}" src="data:image/png;base64,{data}">')
     worst = [(subject, form, f"{score:.3f}") for subject, (form, score) in evaluation.worst().items()]
     if worst:
-        parts.append("<h2>The form that remembers most, by target</h2>")
+        parts.append("<h2>The form with the highest score, by target</h2>")
         parts.append(_table(("target", "form", "score"), worst))
     parts.append(f"<p>Settings: {_escaped(json.dumps(evaluation.settings))}</p>")
     page = (
@@ -183,10 +194,11 @@ def write_html(
 
 
 def _filter_sentence(evaluation: Evaluation) -> str:
+    """Return a paragraph that says which probes count."""
     if evaluation.known is None:
-        return f"<p>{evaluation.probes} probes, all of them counted.</p>"
+        return f"<p>All {evaluation.probes} probes count.</p>"
     return (
-        f"<p>{evaluation.known} of {evaluation.probes} probes are known to the model before "
+        f"<p>The model before the edit knows {evaluation.known} of {evaluation.probes} probes "
         f"(score of at least {evaluation.known_threshold:g}); only these count.</p>"
     )
 
@@ -202,7 +214,7 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _escaped(text: str) -> str:
-    """A text of others as HTML, with characters that hide or steer a terminal written as their codes."""
+    """Return text as HTML, with invisible and control characters written as their code points."""
     return html.escape(visible(text))
 
 
@@ -215,6 +227,7 @@ def _is_number(text: str) -> bool:
 
 
 def _flat(measures: dict[str, Any]) -> dict[str, float]:
+    """Return measures with those of nested ones named "outer inner"."""
     flat: dict[str, float] = {}
     for name, value in measures.items():
         if isinstance(value, dict):

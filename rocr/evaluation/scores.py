@@ -1,4 +1,8 @@
-"""Scores of forms: mean over a target's items, then over targets, forget and retain apart, as ORT's authors do."""
+"""Scores of an evaluation, and the comparison of two: before and after an edit.
+
+The score of a form is the mean over the items of each target, then over targets, for each split, as in ORT (Ye, Zhang
+and Wu, arXiv 2506.07795).
+"""
 
 from __future__ import annotations
 
@@ -9,24 +13,22 @@ from typing import Any
 
 from rocr.errors import InputError, RocrError
 
-OPEN_FORMS = ("qa", "fb", "subtoken")
-
 
 @dataclass(frozen=True)
 class ItemScore:
-    """What a model makes of one item.
+    """The scores of one item: a probe that is asked in one form.
 
     Attributes:
-        probe: index of the probe.
-        subject: what the probe is about.
-        form: how it was asked.
+        probe: Index of the probe.
+        subject: Subject of the probe.
+        form: Form of the question.
         split: "forget" or "retain".
-        score: exp(-mean NLL of the right answer's tokens), 0 to 1.
-        accuracy: share of the right answer's tokens that the model prefers.
-        extraction: extraction strength of the right answer, 0 to 1.
-        choice: probability of the right option among the options; None where there are none.
-        derived: whether the question was made from one of another form.
-        chance: score of a guess; None where there is nothing to guess among.
+        score: exp(-mean negative log-likelihood of the right answer's tokens), from 0 to 1.
+        accuracy: Share of the right answer's tokens with the highest logit, each token given the true ones before it.
+        extraction: Extraction strength of the right answer (Carlini et al., arXiv 2012.07805), from 0 to 1.
+        choice: Probability of the right option relative to all options; None if there are no options.
+        derived: Whether the question was derived from a probe of another form.
+        chance: Score of a uniform guess; None if there are no options.
     """
 
     probe: int
@@ -43,7 +45,18 @@ class ItemScore:
 
 @dataclass(frozen=True)
 class FormScore:
-    """The mean scores of one form and split: over each target's items, then over targets."""
+    """The mean scores of one form and split, over the items of each target, then over targets.
+
+    Attributes:
+        score: Mean of `ItemScore.score`.
+        accuracy: Mean of `ItemScore.accuracy`.
+        extraction: Mean of `ItemScore.extraction`.
+        choice: Mean of `ItemScore.choice`; None if no item has options.
+        chance: Mean of `ItemScore.chance`; None if no item has options.
+        items: Number of items.
+        derived: Number of items whose question was derived from a probe of another form.
+        targets: Number of targets.
+    """
 
     score: float
     accuracy: float
@@ -57,16 +70,16 @@ class FormScore:
 
 @dataclass
 class Evaluation:
-    """All scores of a model.
+    """The scores of a model.
 
     Attributes:
-        items: the scores, item by item.
-        probes: number of probes that were asked.
-        known: number of probes that the model to compare with knows, and that count; None: no filter.
-        known_threshold: what score counts as known.
-        measures: further numbers, such as perplexity.
-        settings: forms, seed and what else was chosen.
-        seconds: duration.
+        items: Scores of every item.
+        probes: Number of probes that were asked.
+        known: Number of probes that the base model knows; only these count. None if all probes count.
+        known_threshold: Score from which a probe counts as known.
+        measures: Further measures by name, such as "perplexity".
+        settings: Forms, seed and other settings of the evaluation.
+        seconds: Duration of the evaluation.
     """
 
     items: list[ItemScore]
@@ -79,15 +92,19 @@ class Evaluation:
 
     @property
     def forms(self) -> tuple[str, ...]:
-        """The forms that were asked, in order."""
+        """The forms that were asked, in the order of the items."""
         return tuple(dict.fromkeys(item.form for item in self.items))
 
     def select(self, form: str, split: str) -> list[ItemScore]:
-        """The items of one form and split."""
+        """Return the items of one form and split."""
         return [item for item in self.items if item.form == form and item.split == split]
 
     def form_score(self, form: str, split: str) -> FormScore | None:
-        """The mean scores of a form; None where it has no items."""
+        """Return the mean scores of one form and split; None if it has no items.
+
+        Raises:
+            RocrError: If a score is not a finite number.
+        """
         items = self.select(form, split)
         if not items:
             return None
@@ -103,7 +120,7 @@ class Evaluation:
         )
 
     def by_target(self, split: str = "forget") -> dict[str, dict[str, float]]:
-        """For each target the mean score of each of its forms."""
+        """Return the mean score of each form of each target, as `{target: {form: score}}`."""
         result: dict[str, dict[str, float]] = {}
         for form in self.forms:
             for subject, items in by_subject(self.select(form, split)).items():
@@ -111,9 +128,10 @@ class Evaluation:
         return result
 
     def worst(self, split: str = "forget") -> dict[str, tuple[str, float]]:
-        """For each target the form that remembers most, with its score; multiple choice is left out.
+        """Return the form with the highest score, and this score, for each target.
 
-        A guess scores 1/4 there, so its scores do not compare with those of answers in words.
+        Multiple choice ("mcp") is left out: a guess among four options scores 1/4, so its scores cannot be compared
+        with those of answers in words.
         """
         result = {}
         for subject, scores in self.by_target(split).items():
@@ -123,14 +141,15 @@ class Evaluation:
         return result
 
     def worst_score(self, split: str = "forget") -> float | None:
-        """Mean over targets of the form that remembers most; None where there is none."""
+        """Return the mean over targets of the scores of `worst`; None if there are none."""
         found = [score for _, score in self.worst(split).values()]
         return mean(found) if found else None
 
     def known_probes(self, threshold: float) -> set[int]:
-        """Indices of the probes that the model knows.
+        """Return the indices of the probes that the model knows: those with a score of at least `threshold`.
 
-        Multiple choice decides where it was asked (mean over the orders of the options), else the best form.
+        The score is that of multiple choice (mean over the orders of the options) if the probe was asked in this form,
+        or else the highest score of its forms.
         """
         known = set()
         probes: dict[int, list[ItemScore]] = {}
@@ -143,23 +162,27 @@ class Evaluation:
         return known
 
     def restricted(self, probes: set[int], threshold: float) -> Evaluation:
-        """The same scores without those of other probes.
+        """Return the scores of some probes only.
+
+        Args:
+            probes: Indices of the probes to keep.
+            threshold: Score from which a probe counts as known, for `known_threshold`.
 
         Raises:
-            InputError: nothing about the forget set is left.
+            InputError: If no item of the forget set is left.
         """
         items = [item for item in self.items if item.probe in probes]
         if not any(item.split == "forget" for item in items):
             raise InputError(
                 f"The model knows none of the {self.probes} probes to forget (scores of at least {threshold:g}); "
-                "lower --known, or ask about better-known subjects."
+                "lower --known, or give probes about better-known subjects."
             )
         return Evaluation(
             items, self.probes, len(probes), threshold, dict(self.measures), dict(self.settings), self.seconds
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The scores as JSON values, with the means."""
+        """Return the scores and their means as JSON values."""
         splits = [split for split in ("forget", "retain") if any(item.split == split for item in self.items)]
         means = {split: {form: self.form_score(form, split) for form in self.forms} for split in splits}
         return {
@@ -180,19 +203,19 @@ class Evaluation:
 
 
 def mean(values: Iterable[float]) -> float:
-    """The arithmetic mean.
+    """Return the arithmetic mean of one or more values.
 
     Raises:
-        RocrError: a value is not a finite number, which a mean would hide.
+        RocrError: If a value is not a finite number.
     """
     found = list(values)
     if not all(map(math.isfinite, found)):
-        raise RocrError(f"{sum(not math.isfinite(v) for v in found)} of {len(found)} scores are not numbers.")
+        raise RocrError(f"{sum(not math.isfinite(v) for v in found)} of {len(found)} scores are not finite numbers.")
     return math.fsum(found) / len(found)
 
 
 def by_subject(items: Iterable[ItemScore]) -> dict[str, list[ItemScore]]:
-    """The items of each subject."""
+    """Return the items of each subject."""
     result: dict[str, list[ItemScore]] = {}
     for item in items:
         result.setdefault(item.subject, []).append(item)
@@ -200,10 +223,97 @@ def by_subject(items: Iterable[ItemScore]) -> dict[str, list[ItemScore]]:
 
 
 def mean_over_targets(items: Iterable[ItemScore], value: Callable[[ItemScore], float]) -> float:
-    """Mean over each target's items, then over targets."""
+    """Return the mean of a value over the items of each target, then over targets."""
     return mean(mean(map(value, group)) for group in by_subject(items).values())
 
 
 def _optional_mean(items: list[ItemScore], value: Callable[[ItemScore], float | None]) -> float | None:
     present = [item for item in items if value(item) is not None]
     return mean_over_targets(present, lambda item: value(item) or 0.0) if present else None
+
+
+@dataclass(frozen=True)
+class FormChange:
+    """The change of the score of one form and split.
+
+    Attributes:
+        form: Form of the questions.
+        split: "forget" or "retain".
+        before: Score before the edit.
+        after: Score after the edit.
+        chance: Score of a uniform guess; None if there are no options.
+        fall: Relative decrease (before - after) / (before - chance), with a chance of 0 if there are no options; 0 if
+            the score before does not exceed chance.
+        items: Number of items.
+        targets: Number of targets.
+        derived: Number of items whose question was derived from a probe of another form.
+    """
+
+    form: str
+    split: str
+    before: float
+    after: float
+    chance: float | None
+    fall: float
+    items: int
+    targets: int
+    derived: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The comparison of two evaluations of the same items.
+
+    Attributes:
+        changes: The change of each split and form.
+        worst: For each target the form with the highest score after the edit, and this score; see `Evaluation.worst`.
+        measures: The values before and after of each further measure.
+    """
+
+    changes: list[FormChange]
+    worst: dict[str, tuple[str, float]]
+    measures: dict[str, tuple[Any, Any]]
+
+    def change(self, form: str, split: str) -> FormChange | None:
+        """Return the change of one form and split; None if it was not asked."""
+        return next((c for c in self.changes if (c.form, c.split) == (form, split)), None)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the comparison as JSON values."""
+        return {
+            "changes": [asdict(change) for change in self.changes],
+            "worst": {s: {"form": form, "score": score} for s, (form, score) in self.worst.items()},
+            "measures": {name: {"before": pair[0], "after": pair[1]} for name, pair in self.measures.items()},
+        }
+
+
+def compare_evaluations(before: Evaluation, after: Evaluation) -> Comparison:
+    """Compare two evaluations of the same items.
+
+    Args:
+        before: Evaluation of the model before the edit.
+        after: Evaluation of the edited model.
+
+    Raises:
+        InputError: If the items of the two evaluations differ.
+    """
+    if [(i.probe, i.form, i.split) for i in before.items] != [(i.probe, i.form, i.split) for i in after.items]:
+        raise InputError(
+            f"The evaluations are of different items ({len(before.items)} and {len(after.items)}): "
+            "use the same probes, forms, seed and known probes for both."
+        )
+    changes = []
+    for split in ("forget", "retain"):
+        for form in before.forms:
+            old, new = before.form_score(form, split), after.form_score(form, split)
+            if old is not None and new is not None:
+                fall = relative_fall(old.score, new.score, old.chance or 0.0)
+                counts = (old.items, old.targets, old.derived)
+                changes.append(FormChange(form, split, old.score, new.score, old.chance, fall, *counts))
+    measures = {name: (value, after.measures.get(name)) for name, value in before.measures.items()}
+    return Comparison(changes, after.worst(), measures)
+
+
+def relative_fall(before: float, after: float, chance: float = 0.0) -> float:
+    """Return the relative decrease (before - after) / (before - chance); 0 unless `before` exceeds chance."""
+    return (before - after) / (before - chance) if before > chance else 0.0

@@ -1,4 +1,4 @@
-"""Score answers after prompts: one batched path in which the tokens that a batch begins with run once."""
+"""Score answers after prompts in batches; tokens that all rows of a batch begin with run through the model once."""
 
 from __future__ import annotations
 
@@ -11,18 +11,23 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from rocr.errors import InputError, RocrError
-from rocr.model.forward import forward, input_device, is_of_transformers, logits_of, takes
+from rocr.model.forward import accepts, forward, input_device, is_of_transformers, logits_of
 from rocr.model.tokenizer import opening_tokens, tokenize
 from rocr.ops.arithmetic import plain_arithmetic
 
 TOKEN_BUDGET = 2048
 MIN_SHARED_TOKENS = 8
-"""A shorter common beginning is not worth a forward pass of its own."""
+"""A shorter common prefix costs more in a separate forward pass than it saves."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """A tokenised prompt and the tokenised answers to score after it; each answer has at least one token."""
+    """A tokenised prompt and the tokenised answers to score after it.
+
+    Attributes:
+        prompt: Token ids of the prompt, with the tokenizer's opening tokens.
+        answers: Token ids of each answer; every answer has at least one token.
+    """
 
     prompt: tuple[int, ...]
     answers: tuple[tuple[int, ...], ...]
@@ -30,13 +35,14 @@ class Question:
 
 @dataclass(frozen=True)
 class AnswerScore:
-    """What a model makes of one answer.
+    """The scores of one answer.
 
     Attributes:
-        nll: mean negative log-likelihood of the answer's tokens, in nats.
-        accuracy: share of the answer's tokens that the model prefers to all others, each after the right ones.
-        extraction: extraction strength (Carlini et al., arXiv 2012.07805): 1 - k/T for the shortest beginning of
-            k of the T tokens after which the greedy rest is right; 0 when not even the last token follows.
+        nll: Mean negative log-likelihood of the answer's tokens, in nats.
+        accuracy: Share of the answer's tokens with the highest logit, each token given the true tokens before it.
+        extraction: Extraction strength (Carlini et al., arXiv 2012.07805): 1 - k/T, where T is the number of tokens
+            of the answer and k is the length of the shortest prefix after which greedy decoding gives the rest of the
+            answer; 0 if even the last token is not predicted.
     """
 
     nll: float
@@ -46,7 +52,14 @@ class AnswerScore:
 
 @dataclass(frozen=True)
 class _Row:
-    """A token sequence to run, and the answers that are read off it: (question, answer) indices."""
+    """A token sequence to run.
+
+    Attributes:
+        question: Index of the question.
+        tokens: Token ids of the prompt and of an answer without its last token.
+        prompt_length: Number of tokens of the prompt.
+        answers: Indices of the question's answers that are scored with the logits of this row.
+    """
 
     question: int
     tokens: tuple[int, ...]
@@ -55,10 +68,17 @@ class _Row:
 
 
 def tokenize_questions(tokenizer: Any, texts: Sequence[str], answers: Sequence[Sequence[str]]) -> list[Question]:
-    """Tokenise prompts with the tokenizer's own opening, never doubled, and answers without it.
+    """Tokenise prompts and their answers.
+
+    The tokenizer's opening tokens, such as BOS, precede every prompt once; answers have none.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+        texts: Prompts.
+        answers: Answers to each prompt.
 
     Raises:
-        InputError: the tokenizer fails, or an answer has no tokens.
+        InputError: If the tokenizer fails, or gives no token for an answer.
     """
     if not texts:
         return []
@@ -66,12 +86,15 @@ def tokenize_questions(tokenizer: Any, texts: Sequence[str], answers: Sequence[S
     opening = opening_tokens(tokenizer, texts[0])
     prompts, tokens = tokenize(tokenizer, texts), [tuple(ids) for ids in tokenize(tokenizer, flat)]
     if (len(prompts), len(tokens)) != (len(texts), len(flat)):
-        raise InputError(f"The tokenizer gives {len(prompts) + len(tokens)} texts for {len(texts) + len(flat)}.")
+        raise InputError(
+            f"The tokenizer returns {len(prompts) + len(tokens)} token sequences for {len(texts) + len(flat)} texts; "
+            "it must return one for each text."
+        )
     questions, rest = [], iter(tokens)
     for prompt, group in zip(prompts, answers, strict=True):
         found = tuple(next(rest) for _ in group)
         if not all(found):
-            raise InputError(f"The tokenizer gives no token to an answer among {list(group)}.")
+            raise InputError(f"The tokenizer gives no token for an answer among {list(group)}; change the answer.")
         questions.append(Question((*opening, *prompt), found))
     return questions
 
@@ -86,14 +109,14 @@ def score_answers(
     """Score the answers of every question, in batches of similar length.
 
     Args:
-        model: a causal language model of transformers.
-        questions: prompts and answers.
-        receive: called with a question's index and the scores of its answers, when it is done.
-        token_budget: tokens of a batch, padding included.
+        model: Causal language model of transformers.
+        questions: Prompts and answers.
+        receive: Function that is called once for each question, with its index and the scores of its answers.
+        token_budget: Maximum number of tokens in a batch, padding included.
 
     Raises:
-        InputError: the model fails on a question.
-        RocrError: a score is not a number.
+        InputError: If the model fails on a question.
+        RocrError: If a score is not a finite number.
     """
     training = model.training
     model.eval()
@@ -112,21 +135,24 @@ def score_answers(
 
 
 def _rows(questions: Sequence[Question]) -> list[_Row]:
-    """All answers of one token are read off one run of the prompt; the longest other answer lets them ride along."""
+    """Return the sequences to run: one for each answer of several tokens, with all answers of one token in the first.
+
+    The scores of a one-token answer need only the logits at the end of the prompt, which every row has.
+    """
     rows = []
     for index, question in enumerate(questions):
         single = tuple(i for i, answer in enumerate(question.answers) if len(answer) == 1)
         longer = [i for i, answer in enumerate(question.answers) if len(answer) > 1]
         groups = [(longer[0], *single), *((i,) for i in longer[1:])] if longer else [single]
         for group in groups:
-            # The last token of an answer predicts nothing that is scored.
+            # The last token of an answer is left out: the logits after it are not scored.
             tokens = (*question.prompt, *question.answers[group[0]][:-1])
             rows.append(_Row(index, tokens, len(question.prompt), group))
     return rows
 
 
 def _batches(rows: Sequence[_Row], token_budget: int) -> Iterator[list[_Row]]:
-    """Rows of similar length; those with one prompt stay together, so that it runs once for all of them."""
+    """Yield batches of rows of similar length; rows with the same prompt are not separated."""
     prompts: dict[tuple[int, int], list[_Row]] = {}
     for row in rows:
         prompts.setdefault((row.question, row.prompt_length), []).append(row)
@@ -143,8 +169,8 @@ def _batches(rows: Sequence[_Row], token_budget: int) -> Iterator[list[_Row]]:
 
 
 def _answer_logits(model: nn.Module, batch: Sequence[_Row]) -> Iterator[Tensor]:
-    """For each row the logits (answer tokens, vocabulary) that predict its answer, float32."""
-    # The last token of each prompt predicts the first of its answer, so it must run in the row itself.
+    """Yield the logits (answer tokens, vocabulary), float32, that predict the answer of each row."""
+    # The last token of a prompt predicts the first token of its answer, so it is not part of the shared prefix.
     shared = _common_prefix([row.tokens[: row.prompt_length - 1] for row in batch])
     if len(batch) == 1 or shared < MIN_SHARED_TOKENS or not _keeps_cache(model):
         shared = 0
@@ -154,7 +180,7 @@ def _answer_logits(model: nn.Module, batch: Sequence[_Row]) -> Iterator[Tensor]:
     for i, row in enumerate(batch):
         tokens[i, : len(row.tokens)] = torch.tensor(row.tokens)
         mask[i, : len(row.tokens)] = 1
-    # Positions are the same for all rows: from the earliest end of a prompt on.
+    # The model returns logits for the same positions of all rows: from the end of the shortest prompt.
     first = min(row.prompt_length for row in batch) - 1 - shared
     arguments: dict[str, Any] = {"attention_mask": mask.to(input_device(model)), "use_cache": bool(shared)}
     if shared:
@@ -169,7 +195,7 @@ def _answer_logits(model: nn.Module, batch: Sequence[_Row]) -> Iterator[Tensor]:
 
 
 def _run_prefix(model: nn.Module, tokens: Tensor, rows: int) -> DynamicCache:
-    """Keys and values of a beginning that all rows share."""
+    """Return the attention cache of a prefix that all rows share, repeated for each row."""
     cache = DynamicCache(config=model.config)
     forward(model, tokens, past_key_values=cache, use_cache=True)
     cache.batch_repeat_interleave(rows)
@@ -177,38 +203,44 @@ def _run_prefix(model: nn.Module, tokens: Tensor, rows: int) -> DynamicCache:
 
 
 def check_vocabulary(answer: Sequence[int], logits: Tensor) -> None:
-    """Refuse an answer that the model cannot give: its last token is never an input, where the model would fail itself.
+    """Raise InputError unless every token of an answer has a logit.
 
-    Raises:
-        InputError: a token has no logit.
+    The last token of an answer is never an input of the model, so the model does not check it.
     """
     if max(answer) >= logits.shape[-1]:
         raise InputError(
-            f"The tokenizer gives token {max(answer):,}, but the model knows {logits.shape[-1]:,} tokens: they do not "
-            "belong together."
+            f"The tokenizer gives token {max(answer):,}, but the model has {logits.shape[-1]:,} tokens; use the "
+            "tokenizer of this model."
         )
 
 
 def _score(answer: Sequence[int], logits: Tensor) -> AnswerScore:
-    """Score an answer from the logits (at least its length, vocabulary) before each of its tokens."""
+    """Score an answer from the logits (>= answer tokens, vocabulary) that predict its tokens."""
     check_vocabulary(answer, logits)
     wanted = torch.tensor(answer, device=logits.device)
     logits = logits[: len(answer)]
     nll = float(nn.functional.cross_entropy(logits.double(), wanted))
     if nll != nll or nll == float("inf"):
-        raise RocrError("A score is not a number: the model's logits are not finite. Load it in float32 or bfloat16.")
+        raise RocrError(
+            "A score is not a finite number, because the model's logits are not finite; load the model in float32 or "
+            "bfloat16."
+        )
     right = (logits.argmax(dim=-1) == wanted).tolist()
     return AnswerScore(nll, sum(right) / len(right), extraction_strength(right))
 
 
 def extraction_strength(right: Sequence[bool]) -> float:
-    """1 - k/T for the T tokens of an answer, k of which must be given before the model goes on right to the end."""
+    """Return the extraction strength 1 - k/T of an answer of T tokens; see `AnswerScore`.
+
+    Args:
+        right: For each token of the answer, whether it has the highest logit.
+    """
     needed = max((i + 1 for i, ok in enumerate(right) if not ok), default=0)
     return 1 - needed / len(right)
 
 
 def _common_prefix(sequences: Sequence[Sequence[int]]) -> int:
-    first, last = min(map(tuple, sequences)), max(map(tuple, sequences))  # all others lie between these
+    first, last = min(map(tuple, sequences)), max(map(tuple, sequences))  # all others lie between in sorted order
     length = 0
     for a, b in zip(first, last, strict=False):
         if a != b:
@@ -218,5 +250,5 @@ def _common_prefix(sequences: Sequence[Sequence[int]]) -> int:
 
 
 def _keeps_cache(model: nn.Module) -> bool:
-    """Whether a model fills the cache that it is given: code that comes with a model may keep its own."""
-    return is_of_transformers(model) and takes(model, "past_key_values")
+    """Return whether a model fills the cache that it is given; code that is not of transformers may ignore it."""
+    return is_of_transformers(model) and accepts(model, "past_key_values")

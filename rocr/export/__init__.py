@@ -1,1 +1,1 @@
-"""What is written for others: model folders, reports and their verification."""
+"""Output folders: models, reports, model cards, and their verification."""

@@ -1,6 +1,6 @@
-"""Which files of a model's folder an edited copy has too, and how they get there: as hard links, or copied.
+"""Choose the files of a model's folder that an edited copy also holds, and link or copy them.
 
-A copy has holes where the first file has them, so that a sparse file takes no more room than before.
+A copy of a sparse file has the same holes, so that it takes no more disk space than the original.
 """
 
 from __future__ import annotations
@@ -16,26 +16,28 @@ from rocr.model.check_folder import INDEX_FILE, check_inside
 from rocr.model.load import ModelSource
 
 BLOCK = 2**20
+REPORT_FILE, CARD_FILE, EDIT_FILE, SUMS_FILE = "report.json", "README.md", "edit.safetensors", "SHA256SUMS"
+ORIGINALS_FOLDER, ADAPTER_FOLDER = "originals", "lora"
 MAX_CARRIED_BYTES = 2 * 2**30
-"""A file that holds no weights and is larger is refused: the largest tokenizers have some 50 MB."""
+"""Largest size of a file without weights that is copied. The largest tokenizers have about 50 MB."""
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".npz")
 _NOT_CARRIED = (*WEIGHTS, *(f"{ending}.index.json" for ending in WEIGHTS))
-_OWN_FILES = ("report.json", "README.md", INDEX_FILE)
-_OWN_FOLDERS = ("originals", "lora")
+_WRITTEN_FILES = (REPORT_FILE, CARD_FILE, SUMS_FILE, INDEX_FILE)
+_WRITTEN_FOLDERS = (ORIGINALS_FOLDER, ADAPTER_FOLDER)
 _NO_DATA, _UNKNOWN = (errno.ENXIO,), (errno.EINVAL, errno.EOPNOTSUPP)
 
 
 def carried_files(folder: Path) -> list[Path]:
-    """Files of a model's folder that an edited copy of it has too, besides weights and their index.
+    """Return the files of a model's folder that an edited copy also holds, besides weights and their index.
 
-    Those of folders below it count, such as further chat templates, but for folders whose names begin with a dot and
-    those that rocr writes itself.
+    Files in subfolders are included, such as further chat templates. Folders whose names begin with a dot, and the
+    files and folders that rocr itself writes, are not.
 
     Raises:
-        InputError: a file is larger than any such file can be, or a link leads out of the folder.
+        InputError: A file is too large, or a link leads out of the folder.
     """
     found = [path for path in _files_below(folder) if not path.name.endswith(_NOT_CARRIED)]
-    carried = [path for path in found if path.parent != folder or path.name not in _OWN_FILES]
+    carried = [path for path in found if path.parent != folder or path.name not in _WRITTEN_FILES]
     for path in carried:
         check_inside(folder, path)
         check_size(path, MAX_CARRIED_BYTES)
@@ -43,33 +45,29 @@ def carried_files(folder: Path) -> list[Path]:
 
 
 def check_carried(source: ModelSource) -> None:
-    """Refuse a model's folder that cannot be carried along, before anything of it is loaded; see `carried_files`."""
+    """Raise InputError if files of a model's folder cannot be copied; see `carried_files`. Nothing is loaded."""
     if source.folder is not None and source.gguf is None:
         carried_files(source.folder)
 
 
 def check_size(path: Path, limit: int) -> None:
-    """Refuse a file that would be copied and is too large, whatever room it takes on the disk.
-
-    Raises:
-        InputError: names the file and the limit.
-    """
+    """Raise InputError if the size of a file, holes included, exceeds a limit in bytes."""
     size = path.stat().st_size
     if size > limit:
         raise InputError(
-            f"{path} would be copied to the output and claims {size:,} bytes; the limit for a file that is not among "
-            f"the model's weights is {limit:,}. Move it out of the folder."
+            f"{path} would be copied to the output and has {size:,} bytes; the limit for a file that is not among the "
+            f"model's weights is {limit:,}. Move it out of the folder."
         )
 
 
 def other_weights(folder: Path, kept: Sequence[str]) -> list[str]:
-    """Files with weights that are not among those kept, by their paths in the folder; none is opened."""
+    """Return the files with weights, except those in `kept`, as paths relative to the folder. No file is opened."""
     names = (path.relative_to(folder).as_posix() for path in _files_below(folder) if path.name.endswith(WEIGHTS))
     return [name for name in names if name not in kept]
 
 
 def can_link(file: Path, out: Path) -> bool:
-    """Whether a hard link to a file can be made in a folder."""
+    """Return whether a hard link to a file can be made in a folder."""
     probe = out / f".link-{os.getpid()}"
     try:
         os.link(os.path.realpath(file), probe)
@@ -80,18 +78,18 @@ def can_link(file: Path, out: Path) -> bool:
 
 
 def may_link(folder: Path, out: Path | None) -> bool:
-    """Whether hard links from a folder to an output that is not there yet are to be expected."""
+    """Return whether hard links from a folder to an output that does not exist yet are expected to work."""
     parent = Path(os.path.abspath(out or ".")).parent
     return parent.is_dir() and os.stat(folder).st_dev == os.stat(parent).st_dev
 
 
 def bytes_to_copy(files: Sequence[Path], out: Path) -> int:
-    """Bytes that `link_or_copy` puts onto the disk for files of one folder."""
+    """Return the number of bytes that `link_or_copy` writes for files of one folder."""
     return sum(file.stat().st_size for file in files) if files and not can_link(files[0], out) else 0
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """A hard link to a file, or a copy where the file system has none."""
+    """Make a hard link to a file, or a copy if the file system does not support links."""
     target.parent.mkdir(parents=True, exist_ok=True)
     real = Path(os.path.realpath(source))
     try:
@@ -104,7 +102,7 @@ def copy_file(source: Path, target: Path) -> None:
     """Copy the bytes of a file to a new one.
 
     Raises:
-        OSError: the system refuses, or the file becomes shorter meanwhile.
+        OSError: A read or write fails, or the file shrinks during the copy.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with source.open("rb", buffering=0) as old, target.open("xb") as new:
@@ -114,13 +112,13 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 def copy_range(old: BinaryIO, new: BinaryIO, start: int, end: int) -> None:
-    """Copy the bytes from `start` to `end` to the same place of another file, and leave holes out.
+    """Copy the bytes from `start` to `end` to the same offsets of another file, and skip holes.
 
     Args:
-        old: open for reading without a buffer.
-        new: open for writing.
-        start: offset of the first byte.
-        end: offset behind the last one.
+        old: The source, open for reading without a buffer.
+        new: The target, open for writing.
+        start: Offset of the first byte.
+        end: Offset after the last byte.
     """
     for first, last in _extents(old.fileno(), start, end):
         old.seek(first)
@@ -128,21 +126,21 @@ def copy_range(old: BinaryIO, new: BinaryIO, start: int, end: int) -> None:
         while first < last:
             block = old.read(min(last - first, BLOCK))
             if not block:
-                raise OSError("the file became shorter while it was read")
+                raise OSError("the file shrank while it was read")
             new.write(block)
             first += len(block)
 
 
 def end_at(old: BinaryIO, new: BinaryIO, size: int) -> None:
-    """Give a copy its size, which a hole at the end does not give it."""
+    """Set the size of a copy, since a hole at the end is not written."""
     if os.fstat(old.fileno()).st_size < size:
-        raise OSError("the file became shorter while it was read")
+        raise OSError("the file shrank while it was read")
     new.flush()
     new.truncate(size)
 
 
 def _extents(descriptor: int, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """The parts of a range that hold data; the whole range where the system does not tell."""
+    """Yield the parts of a range that hold data, or the whole range if the system does not report holes."""
     if not hasattr(os, "SEEK_DATA"):
         yield start, end
         return
@@ -162,8 +160,8 @@ def _extents(descriptor: int, start: int, end: int) -> Iterator[tuple[int, int]]
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
-    """Plain files in a model's folder and below it; no link to a folder is followed."""
+    """Yield the regular files in a model's folder and below it. Links to folders are not followed."""
     for parent, folders, names in os.walk(folder):
         inside = Path(parent) != folder
-        folders[:] = sorted(n for n in folders if not n.startswith(".") and (inside or n not in _OWN_FOLDERS))
+        folders[:] = sorted(n for n in folders if not n.startswith(".") and (inside or n not in _WRITTEN_FOLDERS))
         yield from (path for path in (Path(parent, name) for name in sorted(names)) if path.is_file())

@@ -1,7 +1,7 @@
-"""Write an edited model as a folder: its files with the edited tensors rewritten, or as a whole where it has none.
+"""Write an edited model to a folder: as its own files with the edited tensors replaced, or as new files if it has none.
 
-The files' truth is kept: every tensor of them is in the output, byte for byte but for the edited ones, and these keep
-the dtype that they are stored in, also where the model was loaded in another one.
+All other tensors of the model's files keep their bytes. The edited ones keep their stored dtype, even if the model was
+loaded in another one.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from rocr.edit.apply import apply_updates, down_projections, undo_updates
@@ -20,9 +19,10 @@ from rocr.errors import InputError
 from rocr.export.copying import carried_files, may_link, other_weights
 from rocr.export.rewrite import files_beside, rewrite_model
 from rocr.io.disk_space import check_space
+from rocr.io.dtypes import dtype_name
 from rocr.io.safetensors_layout import StoredTensor
-from rocr.model.architecture import DownProjection, find_architecture
-from rocr.model.fingerprint import dtype_name, tensor_digest
+from rocr.model.architecture import DownProjection
+from rocr.model.fingerprint import tensor_digest
 from rocr.model.load import LoadedModel, save_model, saved_bytes
 from rocr.model.stored_weights import StoredNames, check_loaded, find_stored, find_weights, layout, stored_names
 from rocr.model.weight_files import WeightFiles, find_weight_files
@@ -36,13 +36,13 @@ class WrittenWeight:
     """An edited weight in the output.
 
     Attributes:
-        layer: the decoder layer.
-        parameter: its name in the loaded model.
-        stored: its names in the files.
-        dtype: that it is stored in.
-        loaded: the dtype that it was loaded in; None where it was not, since an edit was taken off.
-        surviving: share of its entries that the update changes after rounding to the stored dtype; None where an
-            edit was taken off.
+        layer: Index of the decoder layer.
+        parameter: Name of the weight in the loaded model.
+        stored: Names of the weight in the files.
+        dtype: The stored dtype.
+        loaded: The dtype in the loaded model. None if the weight was not loaded, to revert an edit.
+        surviving: Share of the entries that the update changes after rounding to the stored dtype. None if the edit
+            was reverted.
     """
 
     layer: int
@@ -55,12 +55,12 @@ class WrittenWeight:
 
 @dataclass(frozen=True)
 class Saved:
-    """A model that was written.
+    """A written model.
 
     Attributes:
-        edit: the edit, with the records of what it did to the weights that were written.
-        linked: weight files that are the input's own by hard links; their bytes were not read.
-        report: what the output's report says of its weights.
+        edit: The edit, with the records of how it changed the written weights.
+        linked: Names of the weight files that are hard links to those of the model. Their bytes were not read.
+        report: Fields of the output's report about its weights.
     """
 
     edit: Edit
@@ -69,18 +69,17 @@ class Saved:
 
 
 def check_output_possible(loaded: LoadedModel, layers: Sequence[int], out: Path) -> None:
-    """Refuse, before a model is edited, what could not be written afterwards.
+    """Check, before a model is edited, that the result can be written.
 
     Raises:
-        InputError: the files hold other weights than were loaded, an edited weight is stored otherwise than it is
-            held, a file is too large to be carried along, or the disk is too small; says how much is missing.
+        InputError: The files hold other weights than the loaded ones, an edited weight is stored in another shape, a
+            file is too large to be copied, or there is too little free disk space.
     """
     files = find_weights(loaded.source)
     if files is None:
         check_space(out, saved_bytes(loaded.model))
         return
-    architecture = find_architecture(loaded.model)
-    projections = [architecture.down_projection(layer) for layer in layers]
+    projections = [loaded.architecture.down_projection(layer) for layer in layers]
     names = stored_names(files, loaded.model)
     check_loaded(files, names, loaded.model, projections)
     check_space(out, bytes_written(files, names, projections, out))
@@ -89,7 +88,7 @@ def check_output_possible(loaded: LoadedModel, layers: Sequence[int], out: Path)
 def bytes_written(
     files: WeightFiles, names: StoredNames, projections: Sequence[DownProjection], out: Path | None
 ) -> int:
-    """Bytes of weights and other files that an edited copy of a folder puts onto the disk."""
+    """Return the number of bytes that writing an edited copy of a folder takes on the disk."""
     anew = weights_copied(files, names, projections, out)
     return sum((files.folder / name).stat().st_size for name in anew) + carried_bytes(files.folder)
 
@@ -97,31 +96,32 @@ def bytes_written(
 def weights_copied(
     files: WeightFiles, names: StoredNames, projections: Sequence[DownProjection], out: Path | None
 ) -> list[str]:
-    """Names of the weight files that take room in an edited copy: the others are hard links where there are such."""
+    """Return the names of the weight files that an edited copy does not hold as hard links."""
     if not may_link(files.folder, out):
         return [*files.files, *files_beside(files, _shapes(projections))]
     return sorted({place.file.name for projection in projections for place in find_stored(files, names, projection)})
 
 
 def carried_bytes(folder: Path) -> int:
-    """Bytes of configuration, tokenizer and whatever else lies in a folder."""
+    """Return the size in bytes of configuration, tokenizer and other files of a folder without weights."""
     return sum(path.stat().st_size for path in carried_files(folder))
 
 
 def save_edited(loaded: LoadedModel, edit: Edit, folder: Path, reverted: bool = False) -> Saved:
-    """Write a model with an edit, or without it, into a folder that exists.
+    """Write a model with an edit, or with the edit reverted, into a folder that exists.
 
     Args:
-        loaded: the model. With an edit it carries it; without, only its structure is used, where it lies in files.
-        edit: the edit.
-        folder: the folder to write to.
-        reverted: whether the edit is taken off: from the bytes of the files, whatever the model was loaded as.
+        loaded: The model, with the edit applied. To revert the edit of a model in safetensors files, only its
+            structure is used.
+        edit: The edit.
+        folder: The folder to write to.
+        reverted: Whether to revert the edit, in the bytes of the files.
 
     Raises:
-        InputError: the files are not those of the model; or the disk is too small.
-        VerificationError: a weight to be reverted is not as the edit left it.
-        GuardError: an edited weight overflows the dtype that it is stored in.
-        RocrError: the disk refuses.
+        InputError: The files are not those of the model, or there is too little free disk space.
+        VerificationError: A weight to revert differs from the one after the edit.
+        GuardError: An edited weight overflows the stored dtype.
+        RocrError: Writing fails.
     """
     files = find_weights(loaded.source)
     if files is None:
@@ -129,12 +129,14 @@ def save_edited(loaded: LoadedModel, edit: Edit, folder: Path, reverted: bool = 
         written = find_weight_files(folder)
         return Saved(edit, [], {} if written is None else {"tensors": layout(written)})
     names = stored_names(files, loaded.model)
-    projections = down_projections(find_architecture(loaded.model), edit.updates)
+    projections = down_projections(loaded.architecture, edit.updates)
     changes: dict[str, Tensor] = {}
     weights, updates = [], []
     for projection, update in zip(projections, edit.updates, strict=True):
         places = find_stored(files, names, projection)
-        values, record = _without(projection, update, places) if reverted else _with(projection, update, places)
+        values, record = (
+            _without_edit(projection, update, places) if reverted else _with_edit(projection, update, places)
+        )
         changes |= dict.fromkeys((place.name for place in places), values)
         updates.append(update if reverted else replace(update, applied=record))
         weights.append(_written(projection, update, places, None if reverted else record))
@@ -154,44 +156,50 @@ def save_edited(loaded: LoadedModel, edit: Edit, folder: Path, reverted: bool = 
 
 
 def holds_already(loaded: LoadedModel, edit: Edit) -> str | None:
-    """The first weight that the files hold with an edit in it; the loaded one shows it in the stored dtype only."""
+    """Return the name of the first weight that has an edit applied in the files, or None.
+
+    The loaded weight may have another dtype, in which the edit is not recognized.
+    """
     files = find_weights(loaded.source)
     if files is None:
         return None
     names = stored_names(files, loaded.model)
-    for projection, update in zip(
-        down_projections(find_architecture(loaded.model), edit.updates), edit.updates, strict=True
-    ):
+    for projection, update in zip(down_projections(loaded.architecture, edit.updates), edit.updates, strict=True):
         stored = find_stored(files, names, projection)[0]
         if update.applied is not None and tensor_digest(stored.read()) == update.applied.after:
             return update.parameter
     return None
 
 
-def _with(projection: DownProjection, update: LayerUpdate, places: Sequence[StoredTensor]) -> tuple[Tensor, Applied]:
-    """A weight as it is written: that of the model, or the stored one with the update, rounded once."""
+def _with_edit(
+    projection: DownProjection, update: LayerUpdate, places: Sequence[StoredTensor]
+) -> tuple[Tensor, Applied]:
+    """Return a weight to write: that of the model, or the stored one with the update added and rounded once."""
     values, loaded = places[0].read(), projection.parameter.data
     applied = update.applied
-    assert applied is not None, "the model carries the edit"
+    assert applied is not None, "the model has the edit applied"
     if tensor_digest(values.to(loaded.dtype)) != applied.before:
-        raise InputError(f"{places[0].file} does not hold {projection.parameter_name} as it was before the edit.")
+        raise InputError(
+            f"{places[0].file} does not hold {projection.parameter_name} as it was before the edit. Use the files "
+            "that the model was loaded from."
+        )
     if values.dtype == loaded.dtype:
         return loaded, applied
-    record = apply_updates([_holding(projection, values)], [update.factors])[0]
+    record = apply_updates([_with_values(projection, values)], [update.factors])[0]
     return values, record
 
 
-def _without(
+def _without_edit(
     projection: DownProjection, update: LayerUpdate, places: Sequence[StoredTensor]
 ) -> tuple[Tensor, Applied | None]:
-    """A stored weight as it was before the edit."""
+    """Return a stored weight with the edit reverted."""
     values = places[0].read()
-    undo_updates([_holding(projection, values)], [update.applied])
+    undo_updates([_with_values(projection, values)], [update.applied])
     return values, update.applied
 
 
-def _holding(projection: DownProjection, values: Tensor) -> DownProjection:
-    """A down-projection with other values in the place of its own, which stay as they are."""
+def _with_values(projection: DownProjection, values: Tensor) -> DownProjection:
+    """Return a down-projection with other values; the given one is not changed."""
     module = nn.Module()
     module.weight = nn.Parameter(values, requires_grad=False)
     return replace(projection, module=module)
@@ -200,16 +208,17 @@ def _holding(projection: DownProjection, values: Tensor) -> DownProjection:
 def _written(
     projection: DownProjection, update: LayerUpdate, places: Sequence[StoredTensor], record: Applied | None
 ) -> WrittenWeight:
-    undo = None if record is None else record.undo
+    """Return the entry of the report for a written weight."""
     return WrittenWeight(
         update.layer,
         update.parameter,
         [place.name for place in places],
         str(places[0].dtype).removeprefix("torch."),
-        None if projection.parameter.device.type == "meta" else dtype_name(projection.parameter),
-        None if undo is None else float((undo != 0).to(torch.float64).mean()),
+        None if projection.parameter.device.type == "meta" else dtype_name(projection.parameter.dtype),
+        None if record is None else record.surviving,
     )
 
 
 def _shapes(projections: Sequence[DownProjection]) -> set[tuple[int, ...]]:
+    """Return the shapes in which the model stores the weights."""
     return {tuple(projection.parameter.shape) for projection in projections}

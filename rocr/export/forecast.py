@@ -1,4 +1,4 @@
-"""What an edit will read, hold and write, worked out from headers and shapes before anything is loaded."""
+"""Estimate what an edit reads, holds in memory and writes, from headers and shapes, without loading a model."""
 
 from __future__ import annotations
 
@@ -18,42 +18,46 @@ from rocr.export.originals import original_files
 from rocr.keys.plan import KeyPlan
 from rocr.model.architecture import Architecture, DownProjection
 from rocr.model.load import ModelSource
-from rocr.model.load_partial import needed_tensors, stays_in_files
+from rocr.model.load_partial import must_map, needed_tensors
 from rocr.model.stored_weights import StoredNames, find_stored, find_weights, stored_names
 from rocr.model.weight_files import WeightFiles, stored_dtype
 
 UNDO_SHARE = {torch.float32: 0.77, torch.bfloat16: 0.55, torch.float16: 0.73}
-"""Bytes that undo an edit, compressed, over those of the weight: of updates of 2 to 35% of SmolLM2's weights 0.73 to
-0.84, 0.45 to 0.67 and 0.64 to 0.84 were measured."""
+"""Size of the compressed undo data over that of the weight. For updates of 2 to 35% of the norm of SmolLM2's weights,
+0.73 to 0.84, 0.45 to 0.67 and 0.64 to 0.84 were measured."""
 HEADER_BYTES, HEADER_BYTES_OF_CONCEPT = 30_000, 600
 BYTES_OF_TOKEN = 4
+"""Assumed bytes of text per token."""
 BATCH_TOKENS = {"statistics": 8192, "edit": 4096}
 SAMPLED_TOKENS = 8192
+"""Tokens of text that the model writes for statistics without a text."""
 CHECKED_TOKENS = 128
+"""Tokens of the prose on which predictions before and after the edit are compared."""
 TOKENIZER_FILES = 4 * 2**20
+"""Assumed bytes of configuration and tokenizer of a model without a folder."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """An edit that is to be made.
+    """An edit to be estimated.
 
     Attributes:
-        source: where the model is.
-        architecture: of the model; its parameters may be on the meta device.
-        concepts: what is to be redirected.
-        config: the settings, with the layers.
-        plan: which tokens are read.
-        parts: what is to be saved: of model, lora, edit, originals.
-        out: where; None: not known yet.
-        last_layer: the last layer that is loaded; None: the whole model.
-        dtype: of the loaded weights; None: as they are stored.
-        device: they are loaded to; None: the CPU.
-        statistics: the file of statistics; None: they are collected.
-        texts: what they are collected from; empty: the model's own text.
-        tokens: of it at most.
-        questions: asked before and after.
-        answer_tokens: of each answer.
-        lora_rank: the largest rank of the adapter.
+        source: Location of the model.
+        architecture: The model; its parameters may be on the meta device.
+        concepts: The concepts.
+        config: The settings, with layers.
+        plan: The tokens to read.
+        parts: The parts to save, of model, lora, edit, originals.
+        out: The output folder. None if it is not known yet.
+        last_layer: The last layer to load. None loads the whole model.
+        dtype: Dtype to load the weights in. None loads them as stored.
+        device: Device to load the weights to. None is the CPU.
+        statistics: The file of statistics. None collects them.
+        texts: Texts to collect statistics from. Empty uses text that the model writes.
+        tokens: Largest number of tokens to collect statistics from.
+        questions: Number of questions to ask before and after the edit.
+        answer_tokens: Number of tokens of each answer.
+        lora_rank: Largest rank of the adapter.
     """
 
     source: ModelSource
@@ -75,37 +79,37 @@ class Job:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The layers that are edited."""
-        assert self.config.layers is not None, "the layers are chosen before"
-        return self.config.layers
+        """The layers to edit."""
+        assert self.config.layer_numbers is not None, "the config has layers"
+        return self.config.layer_numbers
 
     @property
     def weights(self) -> list[Tensor]:
-        """The weights that are edited, (d_out, d_in)."""
+        """The weights to edit, (d_out, d_in)."""
         return [projection.weight for projection in self.projections]
 
     @property
     def keys(self) -> int:
-        """Rows of keys at each layer."""
+        """Number of keys at each layer."""
         return len(self.plan.concept_of)
 
     @cached_property
     def files(self) -> WeightFiles | None:
-        """The model's safetensors files; None where it has none."""
+        """The model's safetensors files. None if it has none."""
         return find_weights(self.source)
 
     @cached_property
     def names(self) -> StoredNames:
-        """How the model's parameters are called in its files."""
+        """The names of the model's parameters in its files."""
         return StoredNames() if self.files is None else stored_names(self.files, self.architecture.model)
 
     @property
     def projections(self) -> list[DownProjection]:
-        """The down-projections that are edited."""
+        """The down-projections to edit."""
         return [self.architecture.down_projection(layer) for layer in self.layers]
 
     def text_tokens(self) -> int:
-        """Tokens that the statistics are collected on."""
+        """Return the number of tokens to collect statistics from."""
         if not self.texts:
             return self.tokens or SAMPLED_TOKENS
         found = sum(text.stat().st_size for text in self.texts) // BYTES_OF_TOKEN
@@ -114,15 +118,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Forecast:
-    """Bytes of an edit, part by part.
+    """Sizes of an edit in bytes, by part.
 
     Attributes:
-        read: from the disk.
-        held: in memory at the worst moment, on top of what the process holds already.
-        mapped: of weights that stay in the pages of their files, which the system drops where memory is short.
-        written: to the disk.
-        linked: files of the output that are hard links and take no room.
-        worst: the stage at which most is held.
+        read: Bytes read from the disk.
+        held: Bytes held in memory at the peak, on top of what the process holds already.
+        mapped: Bytes of weights that are mapped from their files, which the system drops if memory is short.
+        written: Bytes written to the disk.
+        linked: Number of files of the output that are hard links and take no disk space.
     """
 
     read: dict[str, int] = field(default_factory=dict)
@@ -130,11 +133,10 @@ class Forecast:
     mapped: int = 0
     written: dict[str, int] = field(default_factory=dict)
     linked: int = 0
-    worst: str = ""
 
 
 def forecast(job: Job) -> Forecast:
-    """Work out what an edit reads, holds and writes."""
+    """Return the sizes of an edit."""
     written, linked, copied = _written(job)
     read = {"model": loaded_bytes(job)} | _text_bytes(job)
     if job.statistics is not None:
@@ -145,23 +147,23 @@ def forecast(job: Job) -> Forecast:
     if "originals" in job.parts:
         read["sha256 of the originals"] = sum(path.stat().st_size for path in original_files(job.source))
     stages = _stages(job)
-    worst = max(stages, key=lambda stage: stages[stage])
+    peak = max(stages, key=lambda stage: stages[stage])
     model, mapped = held_bytes(job), is_mapped(job)
     held = {"model": 0 if mapped else model, "second moments": sum(4 * w.shape[1] ** 2 for w in job.weights)}
-    held[f"while: {worst}"] = stages[worst]
-    return Forecast(read, held, model if mapped else 0, written, linked, worst)
+    held[f"while: {peak}"] = stages[peak]
+    return Forecast(read, held, model if mapped else 0, written, linked)
 
 
 def is_mapped(job: Job) -> bool:
-    """Whether the model's weights stay in the pages of their files."""
+    """Return whether the model's weights are mapped from their files."""
     files = job.files
     if files is None or job.last_layer is None:
         return False
-    return stays_in_files(files, job.architecture, job.last_layer, job.device)
+    return must_map(files, job.architecture, job.last_layer, job.device)
 
 
 def loaded_bytes(job: Job) -> int:
-    """Bytes of the model's files that are read to load it."""
+    """Return the number of bytes of the model's files that are read to load it."""
     files = job.files
     if files is None:
         path = None if job.source.folder is None else job.source.folder / (job.source.gguf or "")
@@ -172,7 +174,7 @@ def loaded_bytes(job: Job) -> int:
 
 
 def held_bytes(job: Job) -> int:
-    """Bytes of the loaded weights."""
+    """Return the size of the loaded weights in bytes."""
     files = job.files
     if files is not None and job.last_layer is not None:
         return sum(tensor.size for tensor in needed_tensors(files, job.architecture, job.last_layer))
@@ -182,7 +184,7 @@ def held_bytes(job: Job) -> int:
 
 
 def weight_dtype(job: Job) -> torch.dtype:
-    """Of the edited weights, once they are loaded."""
+    """Return the dtype of the edited weights after loading."""
     files = job.files
     if job.dtype is not None or files is None:
         return job.dtype or torch.float32
@@ -193,14 +195,14 @@ def weight_dtype(job: Job) -> torch.dtype:
 
 
 def written_dtype(job: Job) -> torch.dtype:
-    """Of the edited weights, as they are written and undone."""
+    """Return the dtype in which the edited weights are written."""
     if job.files is None or "model" not in job.parts:
         return weight_dtype(job)
     return find_stored(job.files, job.names, job.projections[0])[0].dtype
 
 
 def edit_bytes(job: Job, undo: bool = True) -> int:
-    """Bytes of the edit file, whose undo record is estimated; see `UNDO_SHARE`."""
+    """Return the estimated size of the edit file in bytes, with or without the undo data; see `UNDO_SHARE`."""
     n, dtype = job.keys, written_dtype(job)
     size = HEADER_BYTES + HEADER_BYTES_OF_CONCEPT * len(job.concepts)
     for weight in job.weights:
@@ -212,7 +214,7 @@ def edit_bytes(job: Job, undo: bool = True) -> int:
 
 
 def _written(job: Job) -> tuple[dict[str, int], int, int]:
-    """Bytes by part; how many files are links; how many bytes of weights are copied."""
+    """Return the bytes written by part, the number of links, and the bytes of weights that are copied."""
     written: dict[str, int] = {}
     linked = copied = 0
     if "model" in job.parts:
@@ -240,7 +242,7 @@ def _written(job: Job) -> tuple[dict[str, int], int, int]:
 
 
 def _text_bytes(job: Job) -> dict[str, int]:
-    """Text is read once for its sha256, and once more as far as it is used."""
+    """Return the bytes of text that are read: all for the sha256, and once more the part that is used."""
     if job.statistics is not None or not job.texts:
         return {}
     size = sum(text.stat().st_size for text in job.texts)
@@ -248,7 +250,7 @@ def _text_bytes(job: Job) -> dict[str, int]:
 
 
 def _stages(job: Job) -> dict[str, int]:
-    """Bytes that each stage needs besides the model and the second moments."""
+    """Return the memory of each stage in bytes, without the model and the second moments."""
     itemsize, n = weight_dtype(job).itemsize, job.keys
     weights = [weight.numel() for weight in job.weights]
     d_in = max(weight.shape[1] for weight in job.weights)
@@ -269,15 +271,17 @@ def _stages(job: Job) -> dict[str, int]:
 
 
 def _batch(job: Job, tokens: int) -> int:
-    """Bytes of a layer's states of a batch: the MLP's inner ones, and those of attention and residual stream.
+    """Return the memory in bytes of the states of one layer for a batch.
 
-    How many of each are held at once was measured on SmolLM2-135M: 600 MB for 8,192 tokens in float32.
+    The numbers of MLP states (d_in) and of other states (d_out) that are held at once were measured on SmolLM2-135M:
+    600 MB for 8,192 tokens in float32.
     """
     d_out, d_in = job.weights[0].shape
     return tokens * (6 * d_in + 16 * d_out) * 4
 
 
 def _logits(job: Job, tokens: int) -> int:
+    """Return the memory in bytes of the logits of some tokens and of their log probabilities."""
     if job.last_layer is not None:
         return 0
     embedding = job.architecture.embedding

@@ -1,4 +1,4 @@
-"""The model card of an output folder (README.md), made from its report: what was done, measured, and not proven."""
+"""The model card of an output folder (README.md), made from its report."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from rocr.export.copying import CARD_FILE, EDIT_FILE, ORIGINALS_FOLDER, REPORT_FILE, SUMS_FILE
 from rocr.io.visible import visible
 from rocr.model.load import ModelSource
 
-CARD_FILE = "README.md"
 SHOWN_CONCEPTS = 20
 MAX_CARD_BYTES = 2**20
 _INHERITED = ("license", "license_name", "license_link")
-UNDOING = (("edit", "edit.safetensors"), ("originals", "originals/"))
+UNDO_FILES = (("edit", EDIT_FILE), ("originals", f"{ORIGINALS_FOLDER}/"))
+"""Parts of an output, and their files from which the edit can be reverted."""
 _MARKUP = re.compile(r"([\\`*_{}\[\]<>|#$~])")
 
 NOT_PROOF = """## What this is not
 
-It is not proof of erasure. The figures above were measured once, on this model, with these settings; they do not show
-that nothing of the concepts can be drawn out by other questions, by probing hidden states, or by further training.
-The update is of low rank and in a few layers only, and whoever has the base model has what was there before."""
+It is not proof of erasure. The figures above were measured once, on this model, with these settings. They do not show
+that other questions, probes of hidden states, or further training cannot recover the concepts. The update has low rank
+and changes a few layers only, and the base model still has the concepts."""
 
 
 def write_card(report: Mapping[str, Any], source: ModelSource, parts: Sequence[str], folder: Path) -> None:
@@ -32,13 +33,13 @@ def write_card(report: Mapping[str, Any], source: ModelSource, parts: Sequence[s
 
 
 def build_card(report: Mapping[str, Any], source: ModelSource, parts: Sequence[str]) -> str:
-    """The card of a model, in Markdown with the hub's metadata before it; the same report gives the same bytes.
+    """Return a model card: the metadata of the hub in YAML, and Markdown. It depends on the arguments only.
 
     Args:
-        report: of the edit.
-        source: the model that was edited. Only a hub id becomes `base_model`: a folder's name is none. The licence
-            is that of the base model's own card, where it names one.
-        parts: what the folder holds: of model, lora, edit, originals.
+        report: The report of the edit.
+        source: The edited model. The metadata `base_model` is set if it is a hub id, or lies in the cache of the hub.
+            The licence is that of the base model's own card, if it names one.
+        parts: The parts of the output, of model, lora, edit, originals.
     """
     sections = [
         f"---\n{_metadata(source, parts).to_yaml()}\n---",
@@ -54,6 +55,7 @@ def build_card(report: Mapping[str, Any], source: ModelSource, parts: Sequence[s
 
 
 def _applied(report: Mapping[str, Any]) -> bool:
+    """Return whether the model of a report has the edit applied."""
     return bool(report.get("applied", True))
 
 
@@ -69,7 +71,7 @@ def _metadata(source: ModelSource, parts: Sequence[str]) -> ModelCardData:
 
 
 def _hub_id(folder: Path) -> str | None:
-    """The id of a model that lies in the hub's cache (models--owner--name/snapshots/commit); None elsewhere."""
+    """Return the id of a model in the hub's cache (models--owner--name/snapshots/commit), or None for other folders."""
     parts = folder.resolve().parts
     if len(parts) < 3 or parts[-2] != "snapshots" or not parts[-3].startswith("models--"):
         return None
@@ -77,21 +79,22 @@ def _hub_id(folder: Path) -> str | None:
 
 
 def _licence(source: ModelSource) -> dict[str, str]:
-    """What the base model's card says of its licence."""
-    if source.folder is None or source.gguf:
+    """Return the licence fields in the metadata of the base model's card."""
+    if source.checkpoint_folder is None:
         return {}
-    card = source.folder / CARD_FILE
+    card = source.checkpoint_folder / CARD_FILE
     try:
         if not card.is_file() or card.stat().st_size > MAX_CARD_BYTES:
             return {}
         data = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
-    except Exception:  # a card of others that is no card: YAML raises whatever it likes
+    except Exception:  # YAML raises many types of errors for a file that is no card
         return {}
     found = {name: data.get(name) for name in _INHERITED}
     return {name: value for name, value in found.items() if isinstance(value, str) and len(value) <= 200}
 
 
 def _title(source: ModelSource) -> str:
+    """Return the hub id or the name of the base model."""
     hub_id = None if source.folder is None else _hub_id(source.folder)
     return hub_id or (Path(source.name).resolve().name if source.folder else source.name)
 
@@ -102,18 +105,18 @@ def _done(report: Mapping[str, Any], source: ModelSource) -> str:
     layers = ", ".join(str(layer) for layer in report["config"]["layers"])
     if not _applied(report):
         return (
-            f"An edit of {concepts} in the layers {layers} was taken off again by rocr: every edited weight has the "
-            "sha256 that was recorded before the edit."
+            f"An edit of {concepts} in the layers {layers} was reverted by rocr: every edited weight has the sha256 "
+            "that was recorded before the edit."
         )
     done = (
         f"The MLP down-projections of the layers {layers} were changed in closed form, without training, so that the "
-        f"model reads something else in place of {concepts}: ROCR (Ye, Zhang and Wu, *LLM Unlearning Should Be "
+        f"model reads {concepts} as something else. The method is ROCR (Ye, Zhang and Wu, *LLM Unlearning Should Be "
         "Form-Independent*, [arXiv 2506.07795](https://arxiv.org/abs/2506.07795)). Every other weight is that of "
         "the base model."
     )
     mismatch = report.get("fingerprint_mismatch")
     if mismatch:
-        done += f"\n\n{_text(mismatch)} The figures below are those of the model that it was made for."
+        done += f"\n\n{_text(mismatch)} The figures below were measured on the model that it was made for."
     return done
 
 
@@ -125,7 +128,7 @@ def _concepts(report: Mapping[str, Any]) -> str:
     ]
     table = _table(("concept", "read as", "residual closed", "distance left"), rows)
     more = len(concepts) - len(rows)
-    return "## Concepts\n\n" + table + (f"\n\nand {more} more, in report.json." if more else "")
+    return "## Concepts\n\n" + table + (f"\n\nand {more} more, in {REPORT_FILE}." if more else "")
 
 
 def _measured(report: Mapping[str, Any]) -> str:
@@ -136,16 +139,16 @@ def _measured(report: Mapping[str, Any]) -> str:
     lines = [
         "## Measured",
         _table(("layer", "keys", "update / weight", "residual closed, mean"), rows),
-        "*Residual closed*: share of the way to the redirect that the update covers at the concepts' own keys. "
-        "*Distance left*: how far the state at the name still is from that of the redirect after the last edited "
-        "layer, as a share of before.",
+        "*Residual closed*: the share of the distance to the redirect that the update covers at the concepts' keys. "
+        "*Distance left*: the distance of the state at the name from that at the redirect after the last edited layer, "
+        "as a share of the distance before the edit.",
     ]
     if report["divergence"] is not None:
         lines.append(
-            f"On a passage of ordinary prose the model's predictions moved by {report['divergence']:.2e} nats a token "
-            "(Kullback-Leibler divergence)."
+            f"The edit changes the model's predictions on a passage of ordinary prose by {report['divergence']:.2e} "
+            "nats per token (Kullback-Leibler divergence)."
         )
-    lines += [f"A limit was passed and forced: {_text(sentence)}" for sentence in report["limits_passed"]]
+    lines += [f"The edit exceeds a limit, which was forced: {_text(sentence)}" for sentence in report["limits_passed"]]
     return "\n\n".join(lines)
 
 
@@ -162,7 +165,7 @@ def _adapter(report: Mapping[str, Any]) -> str:
     if not rows:
         return ""
     return "## Adapter\n\n`lora/` is a PEFT adapter of the base model.\n\n" + _table(
-        ("layer", "rank", "left out of the update", "left out at the keys"), rows
+        ("layer", "rank", "error of the update", "error at the keys"), rows
     )
 
 
@@ -173,10 +176,10 @@ def _settings(report: Mapping[str, Any]) -> str:
     lines = [
         "## Settings",
         f"{_text(settings)}; {len(report['config']['templates'])} context templates.",
-        f"Ordinary text that was protected: {text.get('tokens', 0):,} tokens ({_text(str(text.get('text', 'unknown')))}"
+        f"Ordinary text that is protected: {text.get('tokens', 0):,} tokens ({_text(str(text.get('text', 'unknown')))}"
         ").",
         _versions(report),
-        "report.json holds all figures, the templates, and the sha256 of every file that was written.",
+        f"{REPORT_FILE} holds all figures and the templates, and {SUMS_FILE} the sha256 of the written files.",
     ]
     return "\n\n".join(lines)
 
@@ -186,18 +189,19 @@ def _versions(report: Mapping[str, Any]) -> str:
 
 
 def _before_publishing(parts: Sequence[str]) -> str:
-    naming = ["this card", "report.json"] + (["edit.safetensors"] if "edit" in parts else [])
-    undoing = [f"`{name}`" for part, name in UNDOING if part in parts]
+    naming = ["This card", REPORT_FILE] + ([EDIT_FILE] if "edit" in parts else [])
+    reverting = [f"`{name}`" for part, name in UNDO_FILES if part in parts]
     lines = [
         "## Before publishing",
-        f"The concepts are named in {_listed(naming)}: leave them out where the list itself is private.",
+        f"{_listed(naming)} name the concepts. Do not publish them if the list itself is private.",
     ]
-    if undoing:
-        lines.append(f"To be left out where the edit must not be undone (`rocr revert`): {_listed(undoing)}.")
+    if reverting:
+        lines.append(f"Do not publish {_listed(reverting)} if others must not revert the edit with `rocr revert`.")
     return "\n\n".join(lines)
 
 
 def _listed(names: Sequence[str]) -> str:
+    """Return names as a list for a sentence."""
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
@@ -210,10 +214,11 @@ def _percent(share: float | None) -> str:
 
 
 def _text(text: str) -> str:
-    """A text of others as one line that Markdown, HTML and a terminal show as it is."""
+    """Return a text as one line without markup for Markdown and HTML and without control characters."""
     return _MARKUP.sub(r"\\\1", visible(" ".join(text.split()))).replace("\\<", "&lt;").replace("\\>", "&gt;")
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

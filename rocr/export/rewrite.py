@@ -1,7 +1,8 @@
-"""Write an edited copy of a model's folder by rewriting only the tensors that were edited.
+"""Write an edited copy of a model's folder, in which only the bytes of the edited tensors differ.
 
-Files without an edited tensor become hard links, or copies where the file system has none, and are never parsed.
-A file with one is streamed to a new file: every byte but the tensor's own is the same. Nothing is changed in place.
+Weight files without an edited tensor become hard links, or copies if the file system does not support links, and are
+not parsed. Other weight files are streamed to new files with the edited tensors replaced. The model's own files are not
+changed.
 """
 
 from __future__ import annotations
@@ -38,20 +39,20 @@ ADAPTER_FILE = "adapter_model.safetensors"
 def rewrite_model(
     files: WeightFiles, changes: Mapping[str, Tensor], out: Path, beside: Sequence[str] = ()
 ) -> list[str]:
-    """Write a folder's model with some tensors changed into a folder that exists.
+    """Write a copy of a model's folder with some tensors changed into a folder that exists.
 
     Args:
-        files: the first folder's weights.
-        changes: new values of tensors by their names in the files; dtype and shape as stored.
-        out: the folder to write to.
-        beside: weight files of the folder that are no part of the model and are written too; see `files_beside`.
+        files: The weight files of the model.
+        changes: New values of tensors by their names in the files, with the stored dtype and shape.
+        out: The folder to write to.
+        beside: Weight files of the folder that the model does not load and the copy also holds; see `files_beside`.
 
     Returns:
-        Names of the weight files that were written anew; the others are links or copies.
+        Names of the rewritten weight files. The others are links or copies.
 
     Raises:
-        InputError: a tensor is not there, or of another dtype or shape; or the disk is too small.
-        RocrError: the disk refuses.
+        InputError: A tensor is missing or has another dtype or shape, or there is too little free disk space.
+        RocrError: Writing fails.
     """
     places = {name: files.find(name) for name in changes}
     for name, place in places.items():
@@ -59,14 +60,15 @@ def rewrite_model(
         if values.dtype != place.dtype or tuple(values.shape) != place.shape:
             raise InputError(
                 f"{name} is stored as {place.dtype} of shape {place.shape}, but was edited as {values.dtype} of shape "
-                f"{tuple(values.shape)}."
+                f"{tuple(values.shape)}. Load the model from this folder and edit it again."
             )
     rewritten = sorted({files.file_of[name] for name in changes})
     linked = [name for name in [*files.files, *beside] if name not in rewritten]
     carried = carried_files(files.folder)
     try:
+        written = [*(files.folder / name for name in rewritten), *carried]
         copied = bytes_to_copy([files.folder / name for name in linked], out)
-        check_space(out, copied + sum((files.folder / name).stat().st_size for name in rewritten) + _size(carried))
+        check_space(out, copied + sum(path.stat().st_size for path in written))
         for file in rewritten:
             inside = [(place, changes[name]) for name, place in places.items() if files.file_of[name] == file]
             _stream(files.folder / file, inside, out / file)
@@ -81,15 +83,18 @@ def rewrite_model(
 
 
 def files_beside(files: WeightFiles, edited: Collection[tuple[int, ...]]) -> list[str]:
-    """Safetensors files beside the model's that an edited copy has too, such as a projector or a head.
+    """Return the safetensors files that the model does not load and an edited copy also holds, such as a projector.
 
-    Their tensors have other names than the model's, and none has the shape of an edited weight, stored as it is or
-    transposed: such a file could be another copy of what was unlearned. It stays out, as everything does that is
-    larger than the model itself or cannot be read.
+    A file that could be another copy of the unlearned weights is left out: one with a tensor that has the name of a
+    tensor of the model, or the shape of an edited weight or its transpose. Files that are larger than the model, or
+    cannot be read, are left out too.
 
     Args:
-        files: the model's own.
-        edited: shapes of the edited weights.
+        files: The weight files of the model.
+        edited: Shapes of the edited weights.
+
+    Returns:
+        Names of the files.
     """
     shapes = {tuple(sorted(shape)) for shape in edited}
     found = []
@@ -97,12 +102,13 @@ def files_beside(files: WeightFiles, edited: Collection[tuple[int, ...]]) -> lis
         path = files.folder / name
         if path.parent != files.folder or path.suffix != ".safetensors" or path.name == ADAPTER_FILE:
             continue
-        if path.stat().st_size <= files.size and not _is_of_rocr(path) and _is_apart(path, files, shapes):
+        if path.stat().st_size <= files.size and not _is_written_by_rocr(path) and _is_unrelated(path, files, shapes):
             found.append(name)
     return found
 
 
-def _is_of_rocr(path: Path) -> bool:
+def _is_written_by_rocr(path: Path) -> bool:
+    """Return whether a safetensors file is an edit or statistics."""
     try:
         read_header(path)
     except InputError:
@@ -110,7 +116,8 @@ def _is_of_rocr(path: Path) -> bool:
     return True
 
 
-def _is_apart(path: Path, files: WeightFiles, shapes: Collection[tuple[int, ...]]) -> bool:
+def _is_unrelated(path: Path, files: WeightFiles, shapes: Collection[tuple[int, ...]]) -> bool:
+    """Return whether no tensor of a file has the name of one of the model, or one of the sorted shapes."""
     try:
         layout = read_layout(path)
     except InputError:
@@ -118,12 +125,8 @@ def _is_apart(path: Path, files: WeightFiles, shapes: Collection[tuple[int, ...]
     return not any(name in files.file_of or tuple(sorted(place.shape)) in shapes for name, place in layout.items())
 
 
-def _size(paths: Sequence[Path]) -> int:
-    return sum(path.stat().st_size for path in paths)
-
-
 def _stream(source: Path, changed: list[tuple[StoredTensor, Tensor]], target: Path) -> None:
-    """Copy a file, with the bytes of some tensors replaced on the way."""
+    """Copy a file with the bytes of some tensors replaced."""
     with source.open("rb", buffering=0) as old, target.open("xb") as new:
         size, done = os.fstat(old.fileno()).st_size, 0
         for place, values in sorted(changed, key=lambda pair: pair[0].start):
@@ -138,7 +141,7 @@ def _stream(source: Path, changed: list[tuple[StoredTensor, Tensor]], target: Pa
 
 
 def _write_index(files: WeightFiles, out: Path) -> None:
-    """Name the weight files in an index, also a single one: loaders that glob would take the edit for weights."""
+    """Write an index, even for a single weight file, since loaders without one load the edit file as weights."""
     if files.index is not None:
         copy_file(files.folder / files.index, out / INDEX_FILE)
         return

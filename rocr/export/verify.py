@@ -1,13 +1,45 @@
-"""Check an output folder of rocr against its own records, and say what they cannot tell."""
+"""Check an output folder against its own records: its files, and its edit against the report, weights and adapter."""
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from rocr.export.verify_edit import edit_checks
-from rocr.export.verify_files import Check, file_checks, open_output
+import torch
+
+from rocr.edit.lora import adapter_tensors
+from rocr.edit.update import LayerUpdate
+from rocr.errors import InputError
+from rocr.export.copying import EDIT_FILE, REPORT_FILE
+from rocr.export.manifest import (
+    ADAPTER_SETTINGS,
+    FAILED,
+    PASSED,
+    UNCHECKED,
+    Check,
+    Output,
+    file_checks,
+    open_output,
+    shown,
+)
+from rocr.export.rewrite import ADAPTER_FILE
+from rocr.io.safetensors_layout import read_layout
+from rocr.model.check_folder import INDEX_FILE, SINGLE_FILE, check_model_folder
+from rocr.model.fingerprint import Fingerprint, model_digest, tensor_digest, tokenizer_digest
+from rocr.model.stored_weights import layout
+from rocr.model.weight_files import WeightFiles, find_weight_files
 from rocr.progress import Progress, ProgressCallback, silent
+
+if TYPE_CHECKING:
+    from rocr.edit.edit import Edit
+
+TRUNCATION_TOLERANCE = 1e-4
+"""Largest relative difference of an adapter of reduced rank from one made again: singular vectors have rounding."""
+NO_EDIT = "there is no readable edit file to compare with"
 
 
 def verify_output(
@@ -15,18 +47,246 @@ def verify_output(
     edit: str | os.PathLike[str] | None = None,
     progress: ProgressCallback = silent,
 ) -> list[Check]:
-    """Check what `rocr unlearn`, `apply` or `revert` wrote.
+    """Check a folder that `rocr unlearn`, `apply` or `revert` wrote.
 
     Args:
-        folder: the output, or the adapter inside one.
-        edit: an edit file elsewhere, which a reverted output needs for its weights; None: the output's own.
-        progress: told how many files are done.
+        folder: The output folder, or the adapter folder in it.
+        edit: An edit file elsewhere, which is needed to check the weights of a reverted output. None uses the edit
+            file of the output.
+        progress: Called after every file.
+
+    Returns:
+        All checks, failed ones included.
 
     Raises:
-        InputError: the folder is no output of rocr, or there is no such edit file.
+        InputError: The folder is no output of rocr, or there is no such edit file.
     """
     output, checks = open_output(Path(folder), None if edit is None else Path(edit))
+    total = len(output.names)
     for i, found in enumerate(file_checks(output)):
         checks.append(found)
-        progress(Progress("files", i + 1, len(output.recorded), "files"))
-    return checks + edit_checks(output)
+        progress(Progress("files", i + 1, total, "files"))
+    return checks + _edit_checks(output)
+
+
+def _edit_checks(output: Output) -> list[Check]:
+    """Check the edit file, and the report, the weights and the adapter against it."""
+    edit, checks = _load_edit(output)
+    if not output.part:
+        if edit is not None and output.report is not None:
+            checks.append(_report_check(edit, output.report))
+        checks += _model_checks(output, edit)
+    return [*checks, *_adapter_checks(output, edit)]
+
+
+def _load_edit(output: Output) -> tuple[Edit | None, list[Check]]:
+    """Read the edit file of an output, if there is one, and return it with the check of it."""
+    from rocr.edit.edit import Edit
+
+    name = EDIT_FILE if output.edit is None else shown(str(output.edit))
+    if output.edit is None:
+        reason = "a reverted output has no edit file; give one with --edit" if output.is_reverted else "none was saved"
+        return None, [] if EDIT_FILE in output.recorded else [Check(name, "consistent", UNCHECKED, reason)]
+    try:
+        return Edit.load(output.edit), [Check(name, "consistent", PASSED)]
+    except InputError as error:
+        return None, [Check(name, "consistent", FAILED, shown(str(error)))]
+
+
+def _report_check(edit: Edit, report: dict[str, Any]) -> Check:
+    """Compare the report with the edit file in the fields that both have."""
+    concepts = report.get("concepts")
+    plain = [
+        {name: concept.get(name) for name in ("name", "redirect", "aliases")} if isinstance(concept, dict) else concept
+        for concept in (concepts if isinstance(concepts, list) else [])
+    ]
+    both = {
+        "fingerprint": (edit.fingerprint.to_json(), report.get("fingerprint")),
+        "config": (edit.config.to_json(), report.get("config")),
+        "concepts": ([asdict(concept) for concept in edit.concepts], plain),
+        "layers": ([asdict(layer) for layer in edit.report.layers], report.get("layers")),
+        "statistics": (edit.report.statistics, report.get("statistics")),
+        "divergence": (edit.report.divergence, report.get("divergence")),
+        "limits_passed": (edit.report.limits_passed, report.get("limits_passed")),
+    }
+    # Compared as text, since NaN does not equal itself.
+    different = [name for name, values in both.items() if len({json.dumps(v, sort_keys=True) for v in values}) > 1]
+    if different:
+        return Check(REPORT_FILE, "agrees with the edit", FAILED, f"they differ in {', '.join(different)}")
+    return Check(REPORT_FILE, "agrees with the edit", PASSED)
+
+
+def _model_checks(output: Output, edit: Edit | None) -> Iterator[Check]:
+    """Check that the model can be read, and its tensors and fingerprint against the records."""
+    names = {*output.recorded, *output.files}
+    if not names & {INDEX_FILE, SINGLE_FILE, "config.json"}:
+        yield Check("model", "weights", UNCHECKED, "the output holds no model")
+        return
+    try:
+        check_model_folder(output.folder)
+        files = find_weight_files(output.folder)
+        if files is None:
+            raise InputError(f"there is no {SINGLE_FILE} and no {INDEX_FILE}.")
+    except (InputError, OSError) as error:
+        yield Check("model", "readable", FAILED, shown(str(error)))
+        return
+    yield Check("model", "readable", PASSED, f"config.json and {len(files.files)} weight files")
+    yield _layout_check(files, output.report)
+    if edit is None:
+        yield Check("edited tensors", "sha256", UNCHECKED, NO_EDIT)
+    else:
+        for update in edit.updates:
+            yield from _tensor_checks(files, update, _recorded_names(output.report, update), output.is_reverted)
+    yield from _fingerprint_checks(output, edit)
+
+
+def _layout_check(files: WeightFiles, report: dict[str, Any] | None) -> Check:
+    """Check that the weight files hold exactly the recorded tensors."""
+    recorded = (report or {}).get("tensors")
+    if not isinstance(recorded, dict) or not isinstance(recorded.get("of"), str):
+        return Check("tensors", "complete", UNCHECKED, "the report does not list them")
+    try:
+        if recorded["of"] != "names":
+            files.read_headers()
+        found = layout(files)
+    except (InputError, OSError) as error:
+        return Check("tensors", "complete", FAILED, shown(str(error)))
+    if found == recorded:
+        return Check("tensors", "complete", PASSED, f"{found['count']} by their {found['of']}")
+    counts = f"{found['count']} are there, recorded are {shown(str(recorded.get('count')))}"
+    return Check("tensors", "complete", FAILED, f"they differ in their {found['of']}: {counts}")
+
+
+def _recorded_names(report: dict[str, Any] | None, update: LayerUpdate) -> list[str]:
+    """Return the names of an edited weight in the files, from the report; without a record, its name in the model."""
+    weights = (report or {}).get("weights")
+    for weight in weights if isinstance(weights, list) else []:
+        if isinstance(weight, dict) and weight.get("parameter") == update.parameter:
+            stored = weight.get("stored")
+            if isinstance(stored, list) and stored and all(isinstance(name, str) for name in stored):
+                return stored
+    # A checkpoint of the base model without a head has names without the first part.
+    return [update.parameter, update.parameter.partition(".")[2]]
+
+
+def _tensor_checks(files: WeightFiles, update: LayerUpdate, recorded: list[str], is_reverted: bool) -> Iterator[Check]:
+    """Check that an edited weight has the recorded bytes and is finite."""
+    names = [name for name in recorded if name in files.file_of]
+    if not names:
+        yield Check(shown(update.parameter), "sha256", UNCHECKED, "the files hold no tensor of this name")
+    for name in names:
+        subject = shown(name)
+        try:
+            values = files.find(name).read()
+        except (InputError, OSError) as error:
+            yield Check(subject, "readable", FAILED, shown(str(error)))
+            continue
+        yield _digest_check(subject, values, update, is_reverted)
+        finite = bool(torch.isfinite(values).all())
+        yield Check(
+            subject, "finite", PASSED if finite else FAILED, "" if finite else "it has values that are not finite"
+        )
+
+
+def _digest_check(subject: str, values: torch.Tensor, update: LayerUpdate, is_reverted: bool) -> Check:
+    """Check the sha256 of an edited weight against the record of the update."""
+    applied = update.applied
+    if applied is None:
+        return Check(subject, "sha256", UNCHECKED, "the edit file has no record of an applied update")
+    if str(values.dtype) != applied.dtype:
+        return Check(subject, "sha256", FAILED, f"it is {values.dtype}, recorded is {shown(applied.dtype)}")
+    found = tensor_digest(values)
+    wanted, other = (applied.before, applied.after) if is_reverted else (applied.after, applied.before)
+    names = ("before", "after") if is_reverted else ("after", "before")
+    if found == wanted:
+        return Check(subject, "sha256", PASSED, f"as {names[0]} the edit")
+    reason = f"as {names[1]} the edit" if found == other else f"{found[:12]}, recorded is {shown(wanted)[:12]}"
+    return Check(subject, "sha256", FAILED, f"it is {reason}")
+
+
+def _fingerprint_checks(output: Output, edit: Edit | None) -> Iterator[Check]:
+    """Compare the fingerprint of the model, which samples the other weights, and of the tokenizer with the record."""
+    from rocr.model.architecture import find_architecture
+    from rocr.model.load import find_model
+    from rocr.model.load_partial import can_load_partially, load_partial
+
+    mark, reason = _recorded_fingerprint(output, edit)
+    try:
+        if mark is None:
+            yield Check("model", "fingerprint", UNCHECKED, reason)
+            return
+        source = find_model(str(output.folder))
+        if not can_load_partially(source, mark.layer):
+            yield Check("model", "fingerprint", UNCHECKED, "the model cannot be loaded in part")
+            return
+        # An edit made with --dtype float16 has the fingerprint of values that were rounded to float16.
+        for dtype in (None, torch.float16):
+            loaded = load_partial(source, mark.layer, dtype=dtype)
+            found = model_digest(find_architecture(loaded.model), mark.layer, mark.model)
+            if found == mark.model:
+                break
+        tokenizer = tokenizer_digest(loaded.tokenizer)
+    except Exception as error:  # transformers raises many types of errors for invalid files
+        yield Check("model", "fingerprint", FAILED, shown(f"it cannot be loaded: {error}"))
+        return
+    for name, digest, wanted in (("model", found, mark.model), ("tokenizer", tokenizer, mark.tokenizer)):
+        same = digest == wanted
+        detail = f"samples of layers 0 to {mark.layer}, without the edited weights" if name == "model" else ""
+        wrong = f"it is {digest[:12]}, recorded is {shown(wanted)[:12]}"
+        yield Check(name, "fingerprint", PASSED if same else FAILED, detail if same else wrong)
+
+
+def _recorded_fingerprint(output: Output, edit: Edit | None) -> tuple[Fingerprint | None, str]:
+    """Return the fingerprint in the edit or else the report, or None and the reason."""
+    if edit is not None:
+        return edit.fingerprint, ""
+    try:
+        return Fingerprint(**(output.report or {})["fingerprint"]), ""
+    except (KeyError, TypeError):
+        return None, "no readable record has it"
+
+
+def _adapter_checks(output: Output, edit: Edit | None) -> Iterator[Check]:
+    """Compare every adapter in the output with that of the edit."""
+    for name, path in output.files.items():
+        if Path(name).name != ADAPTER_FILE or not name.startswith(output.part):
+            continue
+        if edit is None:
+            yield Check(shown(name), "agrees with the edit", UNCHECKED, NO_EDIT)
+            continue
+        try:
+            found = {tensor: place.read() for tensor, place in read_layout(path).items()}
+            settings = json.loads((path.parent / ADAPTER_SETTINGS).read_bytes())
+            wrong = _adapter_flaw(edit, found, settings)
+        except (InputError, OSError, ValueError, RecursionError) as error:
+            wrong = shown(str(error))
+        yield Check(shown(name), "agrees with the edit", FAILED if wrong else PASSED, wrong)
+
+
+def _adapter_flaw(edit: Edit, found: dict[str, torch.Tensor], settings: Any) -> str:
+    """Return how an adapter differs from that of the edit; empty if it does not."""
+    rank = settings.get("r") if isinstance(settings, dict) else None
+    wanted, wanted_settings, layers = adapter_tensors(edit, rank)
+    if settings != wanted_settings:
+        return f"{ADAPTER_SETTINGS} is not that of the edit"
+    if set(found) != set(wanted):
+        return f"its {len(found)} tensors are not the {len(wanted)} tensors of the edit"
+    modules = [(module, layer) for layer in layers for module in layer.modules]
+    for module, layer in modules:
+        names = [f"base_model.model.{module}.lora_{factor}.weight" for factor in "BA"]
+        mine, theirs = ([tensors[name] for name in names] for tensors in (wanted, found))
+        if any(a.shape != b.shape for a, b in zip(mine, theirs, strict=True)):
+            return f"{module} has factors of other shapes than the edit"
+        if layer.rank == layer.full_rank:
+            different = [n for n, a, b in zip(names, mine, theirs, strict=True) if not torch.equal(a, b)]
+            if different:
+                return f"{different[0]} is not that of the edit"
+        elif _distance(mine, theirs) > TRUNCATION_TOLERANCE:
+            return f"{module} is not that of the edit at rank {layer.rank}"
+    return ""
+
+
+def _distance(mine: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
+    """Return ‖BA - B'A'‖ / ‖BA‖ for the factors of two adapters."""
+    product = mine[0].double() @ mine[1].double()
+    return float((product - theirs[0].double() @ theirs[1].double()).norm() / product.norm().clamp(min=1e-300))

@@ -1,1 +1,1 @@
-"""Files and text from outside: atomic output, locks, tensors, untrusted JSON, disk space."""
+"""Files and untrusted input: atomic output, locks, tensors, JSON, disk space, errors of other libraries."""

@@ -1,4 +1,4 @@
-"""Read a file from outside whole: a regular one only, and no more than a limit, whatever it says its size is."""
+"""Read an untrusted file completely, up to a limit of bytes."""
 
 from __future__ import annotations
 
@@ -9,16 +9,21 @@ from rocr.errors import InputError
 
 
 def read_bounded(path: str | os.PathLike[str], limit: int) -> bytes:
-    """The bytes of a file; never waits for a pipe, nor reads a device for ever.
+    """Return the bytes of a regular file. Pipes and devices, which may never end, are refused.
+
+    Args:
+        path: The path of the file.
+        limit: The largest number of bytes to read.
 
     Raises:
-        InputError: it is not there, is no regular file, cannot be read, or has more than `limit` bytes.
+        InputError: The file does not exist, is not a regular file, cannot be read, or has more than `limit` bytes.
     """
     place = Path(path)
     try:
         if not place.is_file():
-            flaw = "is not a regular file" if place.exists() else "does not exist"
-            raise InputError(f"{path} {flaw}.")
+            if place.is_dir():
+                raise InputError(f"{path} is a folder; give a file.")
+            raise InputError(f"{path} {'is not a regular file' if place.exists() else 'does not exist'}.")
         with place.open("rb") as file:
             data = file.read(limit + 1)
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the path

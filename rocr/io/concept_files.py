@@ -1,4 +1,4 @@
-"""Concept files as lines of raw fields: .txt, .csv and .jsonl. What the fields may hold is not known here."""
+"""Read concept files (.txt, .csv and .jsonl) as lines of fields, whose values are not checked here."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from rocr.errors import InputError
+from rocr.io.bounded import read_bounded
 
 MAX_FILE_BYTES = 64 * 2**20
 FIELDS = ("name", "redirect", "aliases")
@@ -21,41 +22,24 @@ _TXT_FORM = "write: name | alias | alias -> redirect"
 
 
 def read_fields(path: Path, report: Report) -> Iterator[tuple[int, Fields]]:
-    """Yield (line number from 1, the fields written there) of every concept in a file.
+    """Yield the line number (from 1) and the fields of every concept in a file.
 
     Args:
-        path: a .txt, .csv or .jsonl file.
-        report: called with a line's number and what is wrong with it; the line is left out.
+        path: A .txt, .csv or .jsonl file.
+        report: A function that is called with the number of a wrong line and what is wrong; the line is skipped.
 
     Raises:
-        InputError: the file as a whole cannot be read, or is none of the three kinds.
+        InputError: The file cannot be read, or its name has another ending.
     """
     parsers = {".txt": _parse_txt, ".csv": _parse_csv, ".jsonl": _parse_jsonl}
     parse = parsers.get(path.suffix.lower())
     if parse is None:
         raise InputError(f"{path} is not a concept file: its name must end in {', '.join(parsers)}.")
-    return parse(_decoded_lines(_contents(path), report), report)
-
-
-def _contents(path: Path) -> bytes:
-    try:
-        if path.is_dir():
-            raise InputError(f"{path} is a folder; a concept file is wanted.")
-        if path.exists() and not path.is_file():
-            raise InputError(f"{path} is not a regular file.")
-        with path.open("rb") as file:
-            contents = file.read(MAX_FILE_BYTES + 1)
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist.") from None
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
-        raise InputError(f"{path} cannot be read: {error}.") from error
-    if len(contents) > MAX_FILE_BYTES:
-        raise InputError(f"{path} is larger than {MAX_FILE_BYTES // 2**20} MiB, the limit for concept files.")
-    return contents
+    return parse(_decoded_lines(read_bounded(path, MAX_FILE_BYTES), report), report)
 
 
 def _decoded_lines(contents: bytes, report: Report) -> Iterator[tuple[int, str]]:
-    """Yield (number, text without its line end); a line that is not UTF-8 is reported and left out."""
+    """Yield the number and the text of each line, without its line end; report and skip lines that are not UTF-8."""
     offset = 0
     for number, line in enumerate(io.BytesIO(contents), start=1):
         try:
@@ -101,7 +85,7 @@ def _parse_csv(lines: _Lines, report: Report) -> Iterator[tuple[int, Fields]]:
 
 
 def _csv_rows(lines: _Lines, report: Report) -> Iterator[tuple[int, list[str]]]:
-    """Yield (number of its first line, stripped cells) of every row that is not blank."""
+    """Yield the number of the first line and the stripped cells of every row that is not blank."""
     pulled: list[int] = []
 
     def feed() -> Iterator[str]:
@@ -116,7 +100,7 @@ def _csv_rows(lines: _Lines, report: Report) -> Iterator[tuple[int, list[str]]]:
             row = [cell.strip(" \t") for cell in next(rows)]
         except StopIteration:
             return
-        except csv.Error as error:  # the reader goes on with the next line
+        except csv.Error as error:  # the reader continues with the next line
             report(pulled[0], f"is not valid CSV: {error}")
         else:
             if any(row):
@@ -125,7 +109,7 @@ def _csv_rows(lines: _Lines, report: Report) -> Iterator[tuple[int, list[str]]]:
 
 def _header_is_usable(number: int, header: list[str], report: Report) -> bool:
     flaws = [f"unknown column {column[:60]!r}" for column in header if column not in FIELDS]
-    flaws += [f"column {column!r} stands twice" for column in FIELDS if header.count(column) > 1]
+    flaws += [f"column {column!r} occurs twice" for column in FIELDS if header.count(column) > 1]
     flaws += [] if "name" in header else ["there is no column 'name'"]
     for flaw in flaws:
         report(number, f"{flaw}; the header names the columns {', '.join(FIELDS)}")
@@ -155,7 +139,7 @@ def _unique_fields(pairs: list[tuple[str, object]]) -> Fields:
     fields: Fields = {}
     for name, value in pairs:
         if name in fields:
-            raise ValueError(f"field {name[:60]!r} stands twice")
+            raise ValueError(f"field {name[:60]!r} occurs twice")
         fields[name] = value
     return fields
 

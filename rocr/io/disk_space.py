@@ -1,4 +1,4 @@
-"""Room on a disk, looked at before anything is written."""
+"""Check the free space of a disk before files are written."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ SPARE_BYTES = 16 * 2**20
 
 
 def check_space(place: str | os.PathLike[str], needed: int) -> None:
-    """Refuse a disk that is too small.
+    """Raise InputError unless a disk has enough free space.
 
     Args:
-        place: a folder on it, or a path in one, which need not be there yet.
-        needed: bytes that will be written; some are kept spare besides.
+        place: A path on the disk, which may not exist yet.
+        needed: The bytes that will be written; `SPARE_BYTES` are added.
 
     Raises:
-        InputError: the disk has less free space; says how much.
+        InputError: The disk has less free space; the message names both sizes.
     """
     free = free_space(place)
     if free is not None and needed + SPARE_BYTES > free:
         raise InputError(
             f"The disk of {place} has {free / 2**20:,.0f} MiB free, but {(needed + SPARE_BYTES) / 2**20:,.0f} MiB are "
-            "needed; nothing was written."
+            "needed; nothing was written. Free some space, or write to another disk."
         )
 
 
 def free_space(place: str | os.PathLike[str]) -> int | None:
-    """Bytes free on the disk of a place; None where the system does not say."""
+    """Return the free bytes on the disk of a path; None if the system does not report them."""
     path = Path(os.path.abspath(place))
     while not path.exists() and path != path.parent:
         path = path.parent

@@ -1,4 +1,4 @@
-"""One run at a time for each output: a file beside it says which process is making it."""
+"""Lock an output for one process with a file beside it that names the process."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Owner:
     """The process that holds a lock.
 
     Attributes:
-        pid: its number.
-        host: the machine it runs on.
-        started: when it began, in clock ticks since the machine's own start, which tells it from a later process
-            of the same number; None where the system does not say.
+        pid: The process id.
+        host: The name of the machine.
+        started: The start time of the process in clock ticks since the machine was booted, which distinguishes it
+            from a later process with the same id; None if the system does not report it.
     """
 
     pid: int
@@ -34,62 +34,65 @@ class Owner:
 
     @classmethod
     def of_this_process(cls) -> Owner:
-        """The owner that this process is."""
+        """Return the owner that describes this process."""
         return cls(os.getpid(), socket.gethostname(), _start_time(os.getpid()))
 
     def is_gone(self) -> bool:
-        """Whether the process has surely ended; of another machine's, this cannot be known."""
+        """Return whether the process has certainly ended. A process on another machine is assumed to be running."""
         if self.host != socket.gethostname():
             return False
         try:
             os.kill(self.pid, 0)
         except ProcessLookupError:
             return True
-        except OSError:  # it is there and is somebody else's
+        except OSError:  # the process exists and belongs to another user
             return False
         return self.started is not None and _start_time(self.pid) != self.started
 
 
 @contextmanager
 def locked(output: str | os.PathLike[str]) -> Iterator[None]:
-    """Hold `<output>.lock` inside the context, so that no second run makes the same output.
+    """Hold the lock file `<output>.lock` inside the context, so that no second run writes the same output.
 
-    A lock whose process has ended, killed for example, is taken over.
+    A lock whose process has ended, for example by being killed, is taken over.
 
     Raises:
-        InputError: another process holds it.
+        InputError: Another process holds the lock.
     """
     real = Path(os.path.realpath(output))
     lock = real.with_name(f"{real.name}.lock")
     mine = json.dumps(asdict(Owner.of_this_process()))
-    held, left = False, list[Path]()
+    held, not_removed = False, list[Path]()
     try:
         with postponed_signals():
-            held = _acquire(lock, mine, output, left)
+            held = _acquire(lock, mine, output, not_removed)
         yield
     finally:
         with postponed_signals():
-            # While this process lives its lock is not taken over; one that cannot be removed is taken over later.
-            for path in (*left, *([lock] if held else [])):
+            # A lock that cannot be removed is taken over by the next run, since this process has ended by then.
+            for path in (*not_removed, *([lock] if held else [])):
                 _remove(path, [])
 
 
-def _acquire(lock: Path, mine: str, output: str | os.PathLike[str], left: list[Path]) -> bool:
-    """Whether there is a lock now, which is not so on a file system that can have none.
+def _acquire(lock: Path, mine: str, output: str | os.PathLike[str], not_removed: list[Path]) -> bool:
+    """Create the lock file; return False if the file system does not allow it.
 
     Args:
-        lock: the file.
-        mine: what it is to say.
-        output: what it is for.
-        left: gets the files of other names that could not be removed.
+        lock: The path of the lock file.
+        mine: The contents of the lock file.
+        output: The output that is locked.
+        not_removed: Receives the temporary files that could not be removed.
+
+    Raises:
+        InputError: Another process holds the lock.
     """
     for _ in range(_ATTEMPTS):
-        made = _create(lock, mine, left)
+        made = _create(lock, mine, not_removed)
         if made is not False:
             return made is True
         found = _read(lock)
         if found is None:
-            continue  # given back meanwhile
+            continue  # released in the meantime
         owner = _parse(found)
         if owner is None or not owner.is_gone():
             who = f"process {owner.pid} on {owner.host}" if owner else "another process"
@@ -97,12 +100,16 @@ def _acquire(lock: Path, mine: str, output: str | os.PathLike[str], left: list[P
                 f"The output {output} is being made by {who}. Choose another name, or, if that process has ended, "
                 f"delete {lock}."
             )
-        _put_aside(lock, found, left)
-    raise InputError(f"The output {output} is wanted by several processes at once; choose another name.")
+        _remove_stale(lock, found, not_removed)
+    raise InputError(f"Several processes try to write the output {output} at once; choose another name.")
 
 
-def _create(lock: Path, mine: str, left: list[Path]) -> bool | None:
-    """Make the lock with all that it says, in one step; False where there is one, None where none can be made."""
+def _create(lock: Path, mine: str, not_removed: list[Path]) -> bool | None:
+    """Create the lock file with its contents in one step.
+
+    Returns:
+        True if it was created, False if it exists, None if the file system does not allow it.
+    """
     draft = lock.with_name(f"{lock.name}-{secrets.token_hex(4)}")
     try:
         draft.write_text(mine, encoding="utf-8")
@@ -110,32 +117,33 @@ def _create(lock: Path, mine: str, left: list[Path]) -> bool | None:
     except FileExistsError:
         return False
     except OSError:
-        # A file system without hard links, or one that cannot be written to: the output itself will say so.
+        # No hard links or no permission to write: writing the output raises the error, if there is one.
         return False if lock.exists() else None
     finally:
-        _remove(draft, left)
+        _remove(draft, not_removed)
     return True
 
 
-def _put_aside(lock: Path, stale: str, left: list[Path]) -> None:
-    """Remove a stale lock, but never the fresh one of somebody who removed it first."""
+def _remove_stale(lock: Path, stale: str, not_removed: list[Path]) -> None:
+    """Remove a stale lock file, but restore one that another process has created in its place."""
     aside = lock.with_name(f"{lock.name}-{secrets.token_hex(4)}")
     with suppress(OSError):
         os.rename(lock, aside)
         if _read(aside) != stale:
             os.link(aside, lock)
-    _remove(aside, left)
+    _remove(aside, not_removed)
 
 
-def _remove(path: Path, left: list[Path]) -> None:
-    """Remove a file if it is there; what the disk refuses to remove now is noted."""
+def _remove(path: Path, not_removed: list[Path]) -> None:
+    """Remove a file if it exists; add it to `not_removed` if that fails."""
     try:
         path.unlink(missing_ok=True)
     except OSError:
-        left.append(path)
+        not_removed.append(path)
 
 
 def _read(lock: Path) -> str | None:
+    """Read a lock file: None if it does not exist, an empty text if it cannot be read."""
     try:
         return lock.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -154,8 +162,8 @@ def _parse(text: str) -> Owner | None:
 
 def _start_time(pid: int) -> int | None:
     try:
-        # The name in parentheses may hold spaces; the state comes after it, and the start as the 19th after that.
+        # The process name in parentheses may hold spaces. After it come the state and, 19 fields later, the start time.
         state, *rest = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-        return None if state in "ZX" else int(rest[18])  # dead, but not yet collected by its parent
+        return None if state in "ZX" else int(rest[18])  # Z and X: dead, but the parent has not waited for it yet
     except (OSError, ValueError, IndexError):
         return None

@@ -1,4 +1,4 @@
-"""The header of a safetensors file: which tensors it holds, and where; nothing else of the file is read."""
+"""Read the header of a safetensors file: which tensors it holds, where they are, and its metadata."""
 
 from __future__ import annotations
 
@@ -13,38 +13,25 @@ import torch
 from torch import Tensor
 
 from rocr.errors import InputError
-from rocr.io.json_values import list_of, parse_json, text_of, whole_number_of
+from rocr.io.dtypes import STORED_DTYPES, torch_dtype
+from rocr.io.json_values import list_of, object_of, parse_json, text_of, whole_number_of
 
 MAX_HEADER_BYTES = 32 * 2**20
-"""Room for the names and numbers of a hundred thousand concepts; parsed, it takes some hundred MiB."""
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "BOOL": torch.bool,
-}
+"""Limit of a header: enough for a hundred thousand concepts. A parsed header takes some hundred MiB of memory."""
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies.
+    """A tensor in a safetensors file.
 
     Attributes:
-        name: its name in the file.
-        file: the file's path.
-        dtype: of its values.
-        shape: of its values.
-        start: offset of its first byte in the file.
-        size: its bytes.
-        kind: its dtype as the file calls it, such as "BF16".
+        name: The tensor's name in the file.
+        file: The path of the file.
+        dtype: The dtype of the values; uint8 if `kind` is not one of `STORED_DTYPES`.
+        shape: The shape of the values; (size,) if `kind` is not one of `STORED_DTYPES`.
+        start: The offset of the first byte in the file.
+        size: The number of bytes.
+        kind: The name of the dtype in the file, such as "BF16".
     """
 
     name: str
@@ -56,10 +43,10 @@ class StoredTensor:
     kind: str = ""
 
     def read(self) -> Tensor:
-        """Read the tensor, and nothing else of the file.
+        """Read the tensor into memory.
 
         Raises:
-            InputError: the file ends before it.
+            InputError: The file ends within the tensor.
         """
         values = torch.empty(self.shape, dtype=self.dtype)
         buffer: Any = values.reshape(-1).view(torch.uint8).numpy() if self.size else b""
@@ -74,13 +61,13 @@ class StoredTensor:
         return values
 
     def map(self) -> Tensor:
-        """The tensor in the file's own pages: read as they are used, and dropped again where memory is short.
+        """Memory-map the tensor: pages are read when they are used, and dropped when memory is short.
 
-        What is written to it stays in memory and never reaches the file. A tensor that lies across its own
-        alignment is read instead.
+        Writes to the tensor stay in memory and do not change the file. A tensor that is not aligned to its dtype is
+        read instead. A map holds an open file until the tensor is deleted.
 
         Raises:
-            InputError: the file ends before it.
+            InputError: The file ends within the tensor.
         """
         if not self.size or self.start % self.dtype.itemsize:
             return self.read()
@@ -93,43 +80,72 @@ class StoredTensor:
         return torch.frombuffer(pages, dtype=self.dtype, count=count, offset=self.start - begin).reshape(self.shape)
 
 
+@dataclass(frozen=True)
+class SafetensorsHeader:
+    """The header of a safetensors file.
+
+    Attributes:
+        tensors: The tensors by their names.
+        metadata: The texts that the writer of the file added.
+    """
+
+    tensors: dict[str, StoredTensor]
+    metadata: dict[str, str]
+
+
 def read_layout(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file, from its header.
+    """Return the tensors of a safetensors file by their names, from its header.
 
     Raises:
-        InputError: the file is damaged.
+        InputError: The file is damaged.
+        OSError: The file cannot be opened or read.
+    """
+    return read_safetensors_header(path).tensors
+
+
+def read_safetensors_header(path: Path) -> SafetensorsHeader:
+    """Read the header of a safetensors file, and nothing else of the file.
+
+    Raises:
+        InputError: The file is damaged.
+        OSError: The file cannot be opened or read.
     """
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
-                raise ValueError(f"its header is said to have {length:,} bytes, the file has {size:,}")
+                raise ValueError(
+                    f"its header claims {length:,} bytes, but the file has {size:,} and the limit is "
+                    f"{MAX_HEADER_BYTES:,}"
+                )
             header = parse_json(file.read(length))
         if not isinstance(header, dict):
-            raise ValueError("its header is not an object")
-        entries = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
-        found = {name: _stored(name, entry, path, 8 + length) for name, entry in entries}
-        _check_ranges(list(found.values()), 8 + length, size)
+            raise ValueError("its header is not a JSON object")
+        texts = object_of(header.pop("__metadata__", {}), "__metadata__")
+        metadata = {name: text_of(text, f"{name[:60]!r} in __metadata__") for name, text in texts.items()}
+        tensors = {name: _stored(name, entry, path, 8 + length) for name, entry in header.items()}
+        _check_ranges(list(tensors.values()), 8 + length, size)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{path} is not a safetensors file: {str(error)[:200]}.") from None
-    return found
+    return SafetensorsHeader(tensors, metadata)
 
 
 def _stored(name: str, entry: dict[str, Any], path: Path, base: int) -> StoredTensor:
     kind = text_of(entry["dtype"], "dtype")
     shape = tuple(whole_number_of(length, "a length") for length in list_of(entry["shape"], "shape"))
     start, end = (whole_number_of(offset, "an offset") for offset in list_of(entry["data_offsets"], "data_offsets"))
-    if kind not in DTYPES:
-        # Of another kind, such as F4: never read by rocr, but its bytes are carried along.
+    if kind not in STORED_DTYPES:
+        # Another kind, such as F4, is copied as bytes and its values are never used.
         return StoredTensor(name, path, torch.uint8, (end - start,), base + start, end - start, kind)
-    if end - start != math.prod(shape) * DTYPES[kind].itemsize:
-        raise ValueError(f"{name} is {kind} of shape {shape}, but has {end - start} bytes")
-    return StoredTensor(name, path, DTYPES[kind], shape, base + start, end - start, kind)
+    dtype = torch_dtype(STORED_DTYPES[kind])
+    if end - start != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{name} is {kind} of shape {shape}, but has {end - start:,} bytes")
+    return StoredTensor(name, path, dtype, shape, base + start, end - start, kind)
 
 
 def _check_ranges(tensors: list[StoredTensor], start: int, size: int) -> None:
-    """Refuse holes, overlaps and a file that is cut short or goes on."""
+    """Raise ValueError unless the tensors follow each other without holes or overlaps and fill the file."""
     for tensor in sorted(tensors, key=lambda tensor: (tensor.start, tensor.size)):
         if tensor.start != start:
             raise ValueError(f"{tensor.name} begins at byte {tensor.start:,}, not at {start:,}")

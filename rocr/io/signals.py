@@ -1,4 +1,4 @@
-"""Signals that wait until a step is done which must not be cut in two."""
+"""Postpone signals until a step that must not be interrupted is done."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from contextlib import ExitStack, contextmanager
 
 @contextmanager
 def postponed_signals() -> Iterator[None]:
-    """Let SIGINT and SIGTERM wait until the context ends; only the main thread ever gets them."""
+    """Postpone SIGINT and SIGTERM until the context ends. In other threads this does nothing: they get no signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    waiting: list[int] = []
+    postponed: list[int] = []
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    # A handler that Python did not install cannot be put back by it.
+    # Python cannot restore a handler that it did not install.
     handlers = {number: handler for number, handler in handlers.items() if handler is not None}
     try:
         with ExitStack() as stack:
             for number, handler in handlers.items():
-                # First of all how to put it back: the handler of the other signal may raise at any moment.
+                # Register the restoration first: the handler of the other signal may raise at any moment.
                 stack.callback(signal.signal, number, handler)
-                signal.signal(number, lambda number, _frame: waiting.append(number))
+                signal.signal(number, lambda number, _frame: postponed.append(number))
             yield
     finally:
-        for came in waiting:
+        for came in postponed:
             signal.raise_signal(came)

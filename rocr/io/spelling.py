@@ -1,4 +1,4 @@
-"""Which invisible characters belong to a spelling: joiners and selectors, in the scripts that use them."""
+"""Find invisible characters, except joiners and variation selectors that belong to the spelling of a word."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import re
 import unicodedata
 from collections.abc import Iterator
 
-_REFUSED_CATEGORIES = {
+_INVISIBLE_CATEGORIES = {
     "Cc": "a control character",
-    "Cf": "an invisible character",  # zero-width and bidirectional ones among them
+    "Cf": "an invisible character",  # includes zero-width and bidirectional characters
     "Cs": "half of a surrogate pair",
     "Zl": "a line separator",
     "Zp": "a paragraph separator",
 }
-# Unicode's property Default_Ignorable_Code_Point.
+# The Unicode property Default_Ignorable_Code_Point.
 _IGNORABLE = re.compile(
     "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f"
     "\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
 )
 _UNUSUAL = re.compile("[^ -~]")
 _NON_JOINER, _JOINER = "\u200c", "\u200d"
-# Scripts that write with joiners, as the names of their characters begin: those that join letters or stack them.
+# Scripts that use joiners because they join or stack letters, as the Unicode names of their characters begin.
 _JOINING_SCRIPTS = tuple(
     f"{script} "
     for script in (
@@ -37,45 +37,45 @@ _KEYCAP, _KEYCAP_BASES = "\u20e3", "#*0123456789"
 _OTHER_EMOJI = "\u203c\u2049\u2139\u2194\u25fb\u25fc\u25fd\u25fe\u2934\u2935\u3030"
 _SKIN_TONES = "\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff"
 _VIRAMA = 9
-"""The combining class of signs that take a consonant's vowel away."""
+"""The combining class of signs that remove the vowel of a consonant."""
 
 
-def hidden(text: str) -> Iterator[tuple[int, str]]:
-    """The characters of a text that a reader cannot see and that do not belong to its spelling.
+def hidden_characters(text: str) -> Iterator[tuple[int, str]]:
+    """Find the characters of a text that are not visible and do not belong to its spelling.
 
-    Part of the spelling are: the zero-width joiner and non-joiner between letters of scripts that write with them
-    (Persian, the scripts of India), also behind a virama (Malayalam's chillus), and the joiner between emoji; a
-    variation selector behind an ideograph or emoji, of the numbers that are in use there; Mongolian's own selectors.
+    These characters belong to the spelling: zero-width joiners and non-joiners between letters of scripts that use
+    them (Persian, the scripts of India) and after a virama (Malayalam's chillus); joiners between emoji; variation
+    selectors after ideographs and emoji, with the numbers that are in use there; Mongolian's own selectors.
 
     Yields:
-        The index of each such character, and what it is, in words.
+        The index of each hidden character and a description of it.
     """
     for found in _UNUSUAL.finditer(text):
         index, character = found.start(), found[0]
-        kind = _REFUSED_CATEGORIES.get(unicodedata.category(character))
+        kind = _INVISIBLE_CATEGORIES.get(unicodedata.category(character))
         if kind is None and _IGNORABLE.match(character):
-            kind = "an invisible character"  # of the category of a letter or mark
+            kind = "an invisible character"  # in the category of letters or marks
         if kind is not None and not _is_spelling(text, index):
             yield index, kind
 
 
 def without_ignorable(text: str) -> str:
-    """A text without Unicode's default ignorable code points: joiners, selectors and all else that is not seen."""
+    """Return a text without Unicode's default ignorable code points, such as joiners and variation selectors."""
     return text if text.isascii() else _IGNORABLE.sub("", text)
 
 
-def is_seen(text: str) -> bool:
-    """Whether a text holds anything but white space and characters that are not seen."""
+def has_visible_character(text: str) -> bool:
+    """Return whether a text holds anything but white space and invisible characters."""
     return bool(without_ignorable(text).strip())
 
 
-def is_of_a_word(text: str) -> bool:
-    """Whether a text holds a letter, a digit or a mark on one, and not punctuation, symbols, space or joiners alone."""
+def has_word_character(text: str) -> bool:
+    """Return whether a text holds a letter, a digit or a mark, and not only punctuation, symbols, space or joiners."""
     return any(unicodedata.category(character)[0] in "LNM" for character in without_ignorable(text))
 
 
 def _is_spelling(text: str, index: int) -> bool:
-    """Whether the invisible character at an index belongs to the spelling, by those on either side of it."""
+    """Return whether the invisible character at an index belongs to the spelling, by the characters around it."""
     before, character, after = text[max(index - 1, 0) : index], text[index], text[index + 1 : index + 2]
     if character in (_NON_JOINER, _JOINER):
         return _joins(before, character, after)
@@ -96,12 +96,12 @@ def _joins(before: str, character: str, after: str) -> bool:
     if character == _JOINER and after and _is_emoji(after):
         return bool(before) and (_is_emoji(before) or before in "\ufe0f" + _SKIN_TONES)
     letters = _is_letter(before) and _is_letter(after)
-    # One side is enough: Persian hangs its endings on words in Latin letters.
+    # One side is enough: Persian adds its endings to words in Latin letters.
     return letters and (_is_letter_of(before, _JOINING_SCRIPTS) or _is_letter_of(after, _JOINING_SCRIPTS))
 
 
 def _selects(before: str, number: int, after: str) -> bool:
-    """Whether variation selector `number` has a base that it is in use with."""
+    """Return whether variation selector `number` is in use with the character before it."""
     if not before:
         return False
     if unicodedata.name(before, "").startswith(_IDEOGRAPHS):
@@ -112,12 +112,12 @@ def _selects(before: str, number: int, after: str) -> bool:
 
 
 def _is_emoji(character: str) -> bool:
-    """Whether a character is, or may well be, an emoji: Python's tables do not say more."""
+    """Return whether a character is likely an emoji: Python has no table of the property Emoji."""
     return unicodedata.category(character) == "So" or character in _OTHER_EMOJI
 
 
 def _is_letter(character: str) -> bool:
-    """Whether there is a character, and it is a letter or a mark that is seen."""
+    """Return whether there is a character, and it is a visible letter or mark."""
     return bool(character) and unicodedata.category(character)[0] in "LM" and not _IGNORABLE.match(character)
 
 

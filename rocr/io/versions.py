@@ -1,4 +1,4 @@
-"""Versions of what the results of rocr depend on."""
+"""Versions of the packages that results depend on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rocr import __version__
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the result depends on."""
+    """Return the versions of rocr, Python and the installed packages that results depend on."""
     found = {"rocr": __version__, "python": platform.python_version()}
     for package in ("torch", "transformers", "tokenizers", "safetensors", "numpy", "triton"):
         try:

@@ -1,23 +1,23 @@
-"""Texts of others as they can be shown: what would steer a terminal, or hide in a page, is written as its code."""
+"""Make untrusted text safe to show: control and invisible characters are written as their codes."""
 
 from __future__ import annotations
 
 import unicodedata
 
-from rocr.io.spelling import hidden
+from rocr.io.spelling import hidden_characters
 
 MAX_SHOWN = 20_000
-"""Characters of one text: fifty errors with names of the allowed length are fewer."""
+"""Limit of the characters of one text; a message of fifty errors with long names is shorter."""
 
 
 def visible(text: str) -> str:
-    """The text with characters that would steer the terminal, or hide in it, written as their codes.
+    r"""Return a text in which control and invisible characters are written as their codes, such as \u200b.
 
-    Joiners and selectors that belong to a word's spelling stay.
+    Joiners and variation selectors that belong to the spelling of a word are kept.
     """
     if len(text) > MAX_SHOWN:
         text = text[:MAX_SHOWN] + "…"
-    unseen = {index for index, _ in hidden(text)}
+    unseen = {index for index, _ in hidden_characters(text)}
     return "".join(
         f"\\u{ord(character):04x}"
         if character not in "\n\t" and (index in unseen or unicodedata.category(character) in ("Co", "Cn"))

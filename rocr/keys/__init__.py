@@ -1,1 +1,1 @@
-"""Which tokens become keys, and reading keys and states from a model."""
+"""Choose the tokens that become keys, and read keys and states from a model."""

@@ -1,4 +1,4 @@
-"""Cut a reading's prompts into batches: of one shared prefix each, of similar length, no longer than is read."""
+"""Cut the prompts of a reading into batches of similar length that share one prefix each."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from rocr.keys.plan import Reading
 from rocr.keys.prompts import Prompt
 
 MIN_SAVED_TOKENS = 256
-"""Tokens that sharing a prefix must save: below, one batch of whole prompts is faster than several of their ends."""
+"""Minimum number of tokens that sharing a prefix must save; below it, one batch of whole prompts is faster."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts to run together.
+    """Prompts that are run together.
 
     Attributes:
-        prompts: their indices in the reading.
-        tokens: (prompts, t) int64, each without the prefix and padded on the right, where causal attention never
-            looks back at padding.
-        mask: (prompts, prefix and t), 1 for tokens and 0 for padding; None where there is no padding.
-        prefix: the tokens before all of them; empty where they are whole.
+        prompts: The indices of the prompts in the reading.
+        tokens: (prompts, t) int64, the tokens after the prefix, padded on the right: with causal attention, no token
+            attends to padding behind it.
+        mask: (prompts, prefix + t) int64, 1 for tokens and 0 for padding. None if there is no padding.
+        prefix: The tokens before those of all prompts; empty if no prefix is shared.
     """
 
     prompts: list[int]
@@ -34,14 +34,15 @@ class Batch:
 
 
 def batches(reading: Reading, token_budget: int, share: bool = True) -> Iterator[Batch]:
-    """Batches of a reading, those of one prefix one after the other.
+    """Yield the batches of a reading; batches with the same prefix follow each other.
 
-    A prompt ends at the last position that is read: causal attention makes all that follows it immaterial.
+    Each prompt is cut after its last read position, since later tokens cannot change a state with causal attention.
 
     Args:
-        reading: what is read where.
-        token_budget: tokens of a batch, padding included and prefix not; a longer prompt is a batch of its own.
-        share: whether prefixes may be left out.
+        reading: The tokens to read.
+        token_budget: Maximum number of tokens of a batch, with padding but without the prefix. A longer prompt is a
+            batch of its own.
+        share: Whether a prefix that prompts share is run once for all of them.
     """
     first, end = _read_range(reading)
     groups: dict[tuple[int, ...], list[int]] = {}
@@ -58,7 +59,7 @@ def batches(reading: Reading, token_budget: int, share: bool = True) -> Iterator
 
 
 def _read_range(reading: Reading) -> tuple[list[int], list[int]]:
-    """For each prompt the first position that is read and the one after the last."""
+    """Return for each prompt the first position that is read, and the one after the last."""
     first = [len(prompt.tokens) for prompt in reading.prompts]
     end = [1] * len(reading.prompts)
     for prompt, position in zip(reading.prompt_of, reading.position_of, strict=True):
@@ -70,9 +71,10 @@ def _read_range(reading: Reading) -> tuple[list[int], list[int]]:
 def _cut(
     prompts: Sequence[Prompt], members: Sequence[int], end: Sequence[int], prefix: tuple[int, ...], token_budget: int
 ) -> Iterator[Batch]:
-    """Batches of prompts with one prefix, of ascending length, so that the newest is the longest of its batch."""
+    """Yield batches of prompts with one prefix, in ascending order of length."""
     start = len(prefix)
     batch: list[int] = []
+    # In ascending order, the newest prompt is the longest of its batch and determines the padding.
     for i in sorted(members, key=lambda i: end[i]):
         if batch and (len(batch) + 1) * (end[i] - start) > token_budget:
             yield _padded(batch, [prompts[j].tokens[start : end[j]] for j in batch], prefix)
@@ -83,6 +85,7 @@ def _cut(
 
 
 def _padded(batch: list[int], rows: Sequence[tuple[int, ...]], prefix: tuple[int, ...]) -> Batch:
+    """Return the batch of some rows of tokens, each without the prefix."""
     longest = max(map(len, rows))
     tokens = torch.tensor([row + (0,) * (longest - len(row)) for row in rows])
     if min(map(len, rows)) == longest:

@@ -1,4 +1,4 @@
-"""The beginning that the prompts of a template share, run once: its attention keys and values serve all of them."""
+"""Run the prefix that prompts share once, and reuse its attention keys and values for all of them."""
 
 from __future__ import annotations
 
@@ -15,20 +15,26 @@ ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 class PrefixLayer(DynamicLayer):  # type: ignore[misc]
-    """One layer's attention keys and values of a prefix: every row of every batch reads them, none adds to them.
+    """A read-only cache layer: the attention keys and values of a prefix, for one layer of a model.
 
-    Nothing is kept of a batch, so one cache serves all, and memory is that of one layer of one batch. It holds the
-    whole prefix also where attention slides: the model's own mask then hides what is too far back.
+    The states of a batch are not added to it, so one cache serves all batches, and the memory that a batch needs is
+    that of one layer. With sliding attention it still holds the whole prefix; the model's own mask hides the tokens
+    that are too far back.
     """
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
-        """keys, values: (1, heads, tokens, features)."""
+        """Store the states of a prefix.
+
+        Args:
+            keys: (1, heads, tokens, features).
+            values: (1, heads, tokens, features).
+        """
         super().__init__()
         self.lazy_initialization(keys, values)
         self.keys, self.values = keys, values
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """The prefix followed by a batch's own states, each (batch, heads, tokens, features)."""
+        """Return the prefix followed by the states of a batch, (batch, heads, tokens, features) each."""
         return _joined(self.keys, key_states), _joined(self.values, value_states)
 
 
@@ -37,9 +43,9 @@ def _joined(prefix: Tensor, own: Tensor) -> Tensor:
 
 
 def can_share(architecture: Architecture) -> bool:
-    """Whether a model's layers remember a text by attention keys and values alone, kept in a cache of transformers.
+    """Return whether all state of a model's layers is attention keys and values in a cache of transformers.
 
-    State-space and linear attention layers do not, and code that comes with a model may keep them in its own way.
+    State-space and linear attention layers have other states, and remote code may store them in another way.
     """
     model = architecture.model
     kinds = getattr(text_config(model), "layer_types", None) or ()
@@ -48,13 +54,13 @@ def can_share(architecture: Architecture) -> bool:
 
 
 def run_prefix(architecture: Architecture, layer: int, tokens: tuple[int, ...]) -> Cache:
-    """A cache of a prefix for decoder layers 0 to `layer`, for `run_through` of what follows it.
+    """Return the cache of a prefix for decoder layers 0 to `layer`, for use with `run_through`.
 
     Args:
-        architecture: of a model that can share.
-        layer: the last layer that will run.
-        tokens: of the prefix.
+        architecture: The architecture of a model for which `can_share` is true.
+        layer: The last decoder layer to run.
+        tokens: The token ids of the prefix.
     """
-    grown = DynamicCache()
-    run_through(architecture, layer, torch.tensor([tokens]), cache=grown)
-    return Cache(layers=[PrefixLayer(kept.keys, kept.values) for kept in grown.layers])
+    filled = DynamicCache()
+    run_through(architecture, layer, torch.tensor([tokens]), cache=filled)
+    return Cache(layers=[PrefixLayer(each.keys, each.values) for each in filled.layers])

@@ -1,7 +1,7 @@
-"""Put a concept's name into context templates, and find its tokens there.
+"""Insert a concept's name into templates, and find the tokens of the name in the text.
 
-A name's tokens are found by the tokenizer's offsets, never by counting: a name may merge with what follows it
-("Jr." before a full stop), and it is split differently at the start of a text and after a space.
+The tokens are found by the tokenizer's offsets, not by counting: a name may merge with the text that follows it
+("Jr." before a full stop), and a tokenizer splits it differently at the start of a text and after a space.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 
 from rocr.config import DEFAULT, ChatSettings, Template
 from rocr.errors import InputError
-from rocr.io.spelling import is_of_a_word, is_seen
-from rocr.model.chat import WAY_ROUND, ChatFormat, find_chat_format, times_written
+from rocr.io.spelling import has_visible_character, has_word_character
+from rocr.model.chat import TEMPLATE_ADVICE, ChatFormat, find_chat_format, not_written_once
 from rocr.model.tokenizer import PART, check_tokenizer, opening_tokens, token_texts, tokenize_with_offsets
 
 
@@ -22,12 +22,12 @@ class Prompt:
     """A tokenised text.
 
     Attributes:
-        tokens: token ids, with the tokenizer's own opening tokens.
-        name: positions of the name's tokens among them, ascending; never 0, since the first token of a text is
-            an attention sink with keys unlike all others.
-        words: those of them that can become keys: before the last one, none that holds punctuation, space or joiners
-            alone, such as the comma of "Harry, Duke of Sussex", which belongs to every text.
-        shared: how many leading tokens all prompts of the template have in common, before the first of a name.
+        tokens: Token ids, with the tokenizer's own opening tokens.
+        name: Positions of the name's tokens, ascending. Position 0 is left out, since the first token of a text is
+            an attention sink, whose key is unlike all others.
+        words: The positions of `name` that can become keys. Tokens that contain only punctuation, spaces or joiners,
+            such as the comma of "Harry, Duke of Sussex", are left out unless they are the last one.
+        shared: Number of leading tokens that all prompts of the template share, before the first token of a name.
     """
 
     tokens: tuple[int, ...]
@@ -41,11 +41,11 @@ class RenderedTemplate:
     """A template as the model reads it: `before` + name + `after`.
 
     Attributes:
-        before: the text before the name.
-        after: the text behind it.
-        context: the template's own text, with `{}` for the name; used with `chat`.
-        chat: the chat format that the context is put into; None: none, and names are read as they are written.
-        answer: what `after` ends with beyond the chat.
+        before: The text before the name.
+        after: The text after the name.
+        context: The template's own text, with `{}` for the name; used with `chat`.
+        chat: The chat format of the context. None: plain text, in which names are read as they are written.
+        answer: The end of `after` that follows the chat format.
     """
 
     before: str
@@ -55,12 +55,12 @@ class RenderedTemplate:
     answer: str = field(default="", compare=False)
 
     def around(self, name: str) -> tuple[str, str, str]:
-        """The text before a name, the name as the model reads it, and the text behind it.
+        """Return the text before a name, the name as the model reads it, and the text after it.
 
-        A chat template may change what it writes, as to upper case, or count it.
+        A chat template may change the message, for example to upper case, or write its length.
 
         Raises:
-            InputError: the name is not found in what the chat template writes.
+            InputError: The name is not found in the text that the chat template renders.
         """
         if self.chat is None:
             return self.before, name, self.after
@@ -70,38 +70,39 @@ class RenderedTemplate:
         start, end = _span(text, self.before, self.after, name)
         if start == end:
             raise InputError(
-                f"The tokenizer's chat template does not write the name {name!r} as one can find it. {WAY_ROUND}"
+                f"The name {name!r} is not found in the text that the tokenizer's chat template renders. "
+                f"{TEMPLATE_ADVICE}"
             )
         return text[:start], text[start:end], text[end:]
 
     def to_json(self) -> dict[str, str]:
-        """What the model reads around a name, as JSON values."""
+        """Return the text around a name as JSON values."""
         return {"before": self.before, "after": self.after}
 
 
 def render_template(tokenizer: Any, template: Template, settings: ChatSettings = DEFAULT) -> RenderedTemplate:
-    """Put a template into the tokenizer's chat format where it asks for it.
+    """Render a template, in the tokenizer's chat format if `template.chat`.
 
     Raises:
-        InputError: the chat template refuses the message, or does not write it once.
+        InputError: The chat template fails, or does not write the message exactly once.
     """
     chat = find_chat_format(tokenizer, settings) if template.chat else None
     parts = template.text.split("{}") if chat is None else chat.parts(template.text)
     if len(parts) != 2:
-        raise InputError(times_written(len(parts) - 1))
+        raise InputError(not_written_once(len(parts) - 1))
     return RenderedTemplate(parts[0], parts[1] + template.answer, template.text, chat, template.answer)
 
 
 def build_prompts(tokenizer: Any, template: RenderedTemplate, names: Sequence[str]) -> list[Prompt]:
-    """Tokenise a template around each name.
+    """Tokenise a template with each name in its place.
 
     Raises:
-        InputError: the tokenizer fails or reports no offsets, or a name has no token in its text.
+        InputError: The tokenizer fails or reports no offsets, or a name has no token in its text.
     """
     if not names:
         return []
     check_tokenizer(tokenizer)
-    different = list(dict.fromkeys(names))  # many concepts may have one redirect
+    different = list(dict.fromkeys(names))  # many concepts may share a redirect
     written = [template.around(name) for name in different]
     texts = ["".join(parts) for parts in written]
     opening = opening_tokens(tokenizer, texts[0])
@@ -118,20 +119,20 @@ def build_prompts(tokenizer: Any, template: RenderedTemplate, names: Sequence[st
 
 @dataclass(frozen=True)
 class _Part:
-    """What a token holds of a name: `own` is the token's own text, `covered` the name's characters that it covers."""
+    """The part of a name in a token: `own` is the text of the token, `covered` the characters of the name."""
 
     own: str
     covered: str
 
     @property
     def is_of_the_name(self) -> bool:
-        """Whether it is more than a space mark that the tokenizer puts before a name and counts as its first letter."""
-        return PART in self.own or is_seen(self.own) or not is_seen(self.covered)
+        """Whether it is more than a space mark to which the tokenizer assigns the first letter of a name."""
+        return PART in self.own or has_visible_character(self.own) or not has_visible_character(self.covered)
 
     @property
-    def is_of_a_word(self) -> bool:
-        """Whether it holds a letter or digit of the name, or some of the bytes of one."""
-        return is_of_a_word(self.covered) and (PART in self.own or is_of_a_word(self.own))
+    def has_word_character(self) -> bool:
+        """Whether it contains a letter or a digit of the name, or some bytes of one."""
+        return has_word_character(self.covered) and (PART in self.own or has_word_character(self.own))
 
 
 def _parts(
@@ -142,7 +143,7 @@ def _parts(
     text: str,
     own_text: Callable[[int], str],
 ) -> dict[int, _Part]:
-    """The tokens that cover characters from `start` to `end` of a text, by their positions."""
+    """Return the tokens that cover characters from `start` to `end` of a text, by position."""
     found = {
         i: _Part(own_text(tokens[i]), text[max(first, start) : min(last, end)])
         for i, (first, last) in enumerate(offsets)
@@ -152,21 +153,22 @@ def _parts(
 
 
 def _prompt(name: str, opening: Sequence[int], tokens: Sequence[int], parts: Mapping[int, _Part]) -> Prompt:
-    last = max((i for i, part in parts.items() if is_seen(part.covered)), default=None)
+    """Return the prompt of a text, given the tokens that cover its name."""
+    last = max((i for i, part in parts.items() if has_visible_character(part.covered)), default=None)
     if last is None:
-        raise InputError(f"The tokenizer gives no token to the name {name!r}.")
-    # A selector behind the last letter has tokens of its own: the name is read before them.
+        raise InputError(f"The tokenizer gives no token for the name {name!r}: change the name, or its template.")
+    # A variation selector after the last letter has tokens of its own, which are not read.
     covered = {i + len(opening): part for i, part in parts.items() if i <= last and i + len(opening) > 0}
-    words = tuple(i for i, part in covered.items() if i == last + len(opening) or part.is_of_a_word)
+    words = tuple(i for i, part in covered.items() if i == last + len(opening) or part.has_word_character)
     return Prompt((*opening, *tokens), tuple(covered), words)
 
 
 def _common_prefix(prompts: Sequence[Prompt]) -> int:
-    """How many leading tokens are the same in all prompts, and belong to a name in none."""
+    """Return the number of leading tokens that are equal in all prompts and belong to no name."""
     first = prompts[0].tokens
     shared = len(first)
     for prompt in prompts:
-        # Where a name begins the text, its first token, the sink, may count as shared: it is never read.
+        # The first token of a name at the start of the text may count as shared, since it is never read.
         shared = min(shared, prompt.name[0] if prompt.name else 0)
         while prompt.tokens[:shared] != first[:shared]:
             shared -= 1
@@ -174,13 +176,13 @@ def _common_prefix(prompts: Sequence[Prompt]) -> int:
 
 
 def _span(text: str, before: str, after: str, name: str) -> tuple[int, int]:
-    """Where a name is in a text that differs from before + name + after: start and end; equal where it is not found."""
+    """Return start and end of a name in a text other than before + name + after; equal if it is not found."""
     start = _common_length(text, before)
     end = len(text) - _common_length(text[start:][::-1], after[::-1])
     middle = text[start:end]
     if start == len(before) and len(text) - end == len(after):
         return start, end
-    # The chat template changed its own words too: look for the name among them.
+    # The chat template changed the text around the name too: search for the name in the difference.
     for found, wanted in ((middle, name), (middle.casefold(), name.casefold())):
         if len(found) == len(middle) and found.count(wanted) == 1:
             place = start + found.index(wanted)
@@ -189,5 +191,5 @@ def _span(text: str, before: str, after: str, name: str) -> tuple[int, int]:
 
 
 def _common_length(one: str, other: str) -> int:
-    """How many characters two texts begin with in common."""
+    """Return the length of the common beginning of two texts."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

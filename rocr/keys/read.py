@@ -1,4 +1,4 @@
-"""Measure keys and states in a model: one batched pass that stops after the last edited layer."""
+"""Read keys and states from a model in one batched pass that stops after the last edited layer."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from rocr.keys.batches import Batch, batches
 from rocr.keys.plan import Reading
 from rocr.keys.prefix_cache import can_share, run_prefix
 from rocr.model.architecture import Architecture
-from rocr.model.capture import as_sequence, check_seen, hidden_hook, input_hook, run_through
-from rocr.model.passage import LayerCall, measure_gains, recording
-from rocr.model.smaller_batches import halving
+from rocr.model.capture import as_sequence, check_called, hidden_hook, input_hook, run_through
+from rocr.model.gains import LayerCall, measure_gains, recording
+from rocr.model.smaller_batches import retry_with_smaller_batch
 from rocr.progress import Progress, ProgressCallback, silent
 
 
 @dataclass(frozen=True)
 class States:
-    """What a reading found, averaged by group; float32, on the device of the layer they come from.
+    """Means of states over the groups of a reading: float32, on the device of the layer that they are read at.
 
     Attributes:
-        hidden: (groups, d_out) output of the decoder layer that was asked for.
-        keys: (groups, d_in) input of the down-projection, where one was asked for.
-        gains: (groups, d_out) share of a small change of that down-projection's output that arrives at its layer's
-            output, where it was measured; see `rocr.model.passage`.
+        hidden: (groups, d_out), the output of a decoder layer.
+        keys: (groups, d_in), the input of a down-projection. None: not read.
+        gains: (groups, d_out), the share of a small change of that down-projection's output that reaches the output
+            of its decoder layer; see `rocr.model.gains`. None: not measured.
     """
 
     hidden: Tensor
@@ -47,22 +47,25 @@ def read_states(
     stage: str = "states",
     share: bool = True,
 ) -> States:
-    """Run a reading's prompts through the layers up to `hidden_layer` and average the states by group.
+    """Run the prompts of a reading up to a decoder layer and average the states by group.
 
     Args:
-        architecture: of the model to read.
-        reading: what to read where.
-        hidden_layer: the decoder layer whose output is read; the last to run.
-        key_layer: the layer whose keys are read as well; at most `hidden_layer`.
-        token_budget: tokens of a batch, padding included; a prefix that prompts share does not count. Half as many
-            each time the memory of a GPU runs out.
-        progress: told after every batch.
-        stage: what to call this in progress reports.
-        share: whether a prefix that prompts share may be run once for all of them, where the model can; the states
-            are the same but for rounding.
+        architecture: The architecture of the model.
+        reading: The tokens to read.
+        hidden_layer: The decoder layer whose output is read; later layers do not run.
+        key_layer: The layer whose keys are also read, at most `hidden_layer`. None reads no keys.
+        token_budget: Maximum number of tokens of a batch, with padding but without a shared prefix. It is halved
+            after each CUDA out-of-memory error.
+        progress: Called after every batch.
+        stage: The name of the stage in progress reports.
+        share: Whether a prefix that prompts share is run once for all of them, if the model allows it. The states
+            then differ by rounding only.
+
+    Raises:
+        InputError: A module that is read runs more than once in a forward pass, or does not run at all.
     """
     layers = [] if key_layer is None else [key_layer]
-    hidden, found = halving(
+    hidden, found = retry_with_smaller_batch(
         lambda budget: _read(architecture, reading, hidden_layer, layers, budget, progress, stage, share), token_budget
     )
     return States(hidden) if key_layer is None else found[key_layer]
@@ -78,8 +81,11 @@ def read_layers(
     stage: str = "states",
     measured: Collection[int] = (),
 ) -> dict[int, States]:
-    """The states of several key layers from one pass, with the gains of the `measured` ones; see `read_states`."""
-    return halving(
+    """Read the states of several key layers in one pass, with the gains of the `measured` layers.
+
+    The other arguments are those of `read_states`.
+    """
+    return retry_with_smaller_batch(
         lambda budget: _read(
             architecture, reading, hidden_layer, key_layers, budget, progress, stage, True, set(measured)
         )[1],
@@ -98,7 +104,7 @@ def _read(
     share: bool,
     measured: Collection[int] = (),
 ) -> tuple[Tensor, dict[int, States]]:
-    """The hidden states, and for each key layer its states with them."""
+    """Return the hidden states, and for each key layer its states."""
     projections = {f"keys {layer}": architecture.down_projection(layer) for layer in key_layers}
     wanted = {"hidden": f"decoder layer {architecture.layers_name}.{hidden_layer}"}
     wanted |= {name: projection.name for name, projection in projections.items()}
@@ -121,7 +127,7 @@ def _read(
             for call in calls.values():
                 recording(stack, call)
             run_through(architecture, hidden_layer, batch.tokens, batch.mask, cache)
-        check_seen(found, wanted)
+        check_called(found, wanted)
         for name, call in calls.items():
             found[name] = measure_gains(architecture.model, call, shape)
             call.forget()
@@ -135,7 +141,7 @@ def _read(
 
 
 class _GroupMeans:
-    """Running means of the states of a reading's groups: memory for the groups, not for the tokens."""
+    """Running means over the groups of a reading, in memory proportional to the number of groups."""
 
     def __init__(self, reading: Reading) -> None:
         self._reading = reading
@@ -148,9 +154,9 @@ class _GroupMeans:
         self._sums: Tensor | None = None
 
     def add(self, states: Tensor, batch: Batch) -> None:
-        """Take the read tokens of a batch from its states (batch, tokens, features)."""
+        """Add the read tokens of a batch to the means, given its states (batch, tokens, features)."""
         reading, skipped = self._reading, len(batch.prefix)
-        # Each round holds a group at most once, so that it is summed in a fixed order, unlike index_add_ on a GPU.
+        # A round contains each group at most once: the order of summation is fixed, unlike that of index_add_ on CUDA.
         rounds: list[tuple[list[int], list[int], list[int]]] = []
         seen: dict[int, int] = {}
         for row, prompt in enumerate(batch.prompts):
@@ -170,11 +176,13 @@ class _GroupMeans:
             self._sums[groups] += shares
 
     def result(self) -> Tensor:
+        """Return the means (groups, features)."""
         assert self._sums is not None, "a reading has at least one prompt"
         return self._sums
 
 
 def _receive(found: dict[str, Tensor], name: str, shape: torch.Size, what: str, states: Tensor) -> None:
+    """Store the states that a hook of a module received."""
     if name in found:
-        raise InputError(f"{what} runs more than once in a forward pass, so that a token has several keys there.")
-    found[name] = as_sequence(states, shape, f"What flows through {what}")
+        raise InputError(f"{what} runs more than once in a forward pass: a token has several keys there.")
+    found[name] = as_sequence(states, shape, f"The tensor that flows through {what}")

@@ -1,7 +1,7 @@
-"""Find what rocr edits by the structure of a model: its decoder layers and their MLP down-projections.
+"""Find the decoder layers of a model and their MLP down-projections, which are what rocr edits.
 
-No table of model names: a family that transformers adds tomorrow is found if it is built like the others,
-and refused with a reason if it is not.
+They are found by the structure of the model, without a table of model names: a new family of transformers is supported
+if it is built like the others, and refused with a reason if it is not.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ CROSS_ATTENTION_NAMES = ("cross_attn", "cross_attention")
 
 @dataclass(frozen=True)
 class DownProjection:
-    """The matrix that gives a layer's MLP its output: output (d_out) = weight (d_out, d_in) @ key (d_in).
+    """The last matrix of a layer's MLP: output (d_out) = weight (d_out, d_in) @ key (d_in).
 
     Attributes:
-        layer: the decoder layer.
-        name: of the module in the state dict of the model without wrappers and adapters.
-        module: what holds the weight; below an adapter of peft, the base layer.
-        transposed: whether the weight is stored as (d_in, d_out).
+        layer: The decoder layer.
+        name: The name of the module in the state dict of the model without wrappers and adapters.
+        module: The module that holds the weight; under an adapter of peft, the base layer.
+        transposed: Whether the weight is stored as (d_in, d_out).
     """
 
     layer: int
@@ -40,7 +40,7 @@ class DownProjection:
 
     @property
     def parameter(self) -> nn.Parameter:
-        """The parameter as the model stores it: (d_out, d_in), or (d_in, d_out) where `transposed`."""
+        """The parameter as the model stores it: (d_out, d_in), or (d_in, d_out) if `transposed`."""
         parameter = self.module.weight
         assert isinstance(parameter, nn.Parameter)
         return parameter
@@ -59,13 +59,13 @@ class DownProjection:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Where the decoder layers of a model are.
+    """The decoder layers of a model.
 
     Attributes:
-        model: the model of transformers inside its wrappers, which is what is run: with the adapters that are active
-            in it, and never through a compiled copy, which runs no hooks.
-        layers_name: of the list of layers in the model's state dict.
-        layers: the list.
+        model: The model of transformers without wrappers, with the active adapters. rocr runs this model and never a
+            compiled copy, which does not call hooks.
+        layers_name: The name of the list of layers in the model's state dict.
+        layers: The list of layers.
     """
 
     model: nn.Module
@@ -74,7 +74,7 @@ class Architecture:
 
     @property
     def depth(self) -> int:
-        """Number of decoder layers."""
+        """The number of decoder layers."""
         return len(self.layers)
 
     @property
@@ -84,32 +84,33 @@ class Architecture:
         return embedding
 
     def down_projection(self, layer: int) -> DownProjection:
-        """The down-projection of one layer.
+        """Return the down-projection of one layer.
 
         Raises:
-            InputError: the layer is out of range, or its MLP has no dense down-projection.
+            InputError: The layer is out of range, or its MLP has no dense down-projection.
         """
         name, mlp = self._mlp(layer)
         matrix = find_matrix(name, mlp, self.hidden_size)
         return DownProjection(layer, matrix.name, matrix.module, matrix.is_transposed)
 
     def check_down_projection(self, layer: int) -> None:
-        """Run a few states through a layer's MLP, to make sure that its down-projection is all that an edit needs.
+        """Run random states through a layer's MLP, to check that an edit of its down-projection works as intended.
 
         Raises:
-            InputError: the MLP's output is not the down-projection's, or that is more than a matrix product.
+            InputError: The output of the MLP is not that of its down-projection, or the output of the down-projection
+                is not its input times its weight.
         """
         name, mlp = self._mlp(layer)
         check_matrix(name, mlp, find_matrix(name, mlp, self.hidden_size), self.hidden_size)
 
     @property
     def hidden_size(self) -> int:
-        """Features of the residual stream."""
+        """The number of features of the residual stream."""
         size: int = text_config(self.model).hidden_size
         return size
 
     def _mlp(self, layer: int) -> tuple[str, nn.Module]:
-        """Name and module of a layer's dense MLP."""
+        """Return the name and the module of a layer's dense MLP."""
         if not 0 <= layer < self.depth:
             raise InputError(
                 f"Layer {layer} is out of range: the model has {self.depth} decoder layers, 0 to {self.depth - 1}."
@@ -119,33 +120,37 @@ class Architecture:
         child = next((child for child in MLP_NAMES if child in children), None)
         if child is None:
             raise InputError(
-                f"{name} has no MLP of its own: its children are {', '.join(children) or 'none'}. "
-                "rocr edits dense decoders."
+                f"{name} has no MLP ({', '.join(MLP_NAMES)}): its children are {', '.join(children) or 'none'}. "
+                "rocr edits decoder layers with a dense MLP."
             )
         if any(cross in children for cross in CROSS_ATTENTION_NAMES) and "self_attn" not in children:
             raise InputError(
-                f"{name} attends to images alone and is left out where there is only text, so that it has no keys. "
-                "Edit other layers (layers, --layers)."
+                f"{name} attends to images only and is skipped for text, so it has no keys. Edit other layers (layers, "
+                "--layers)."
             )
         mlp = unwrapped(children[child])
         if _is_mixture(mlp):
             raise InputError(
-                f"{name}.{child} is a mixture of experts: it has no single dense down-projection, "
-                "so a concept has no single key there. rocr edits dense layers."
+                f"{name}.{child} is a mixture of experts, which has no single dense down-projection. rocr edits dense "
+                "layers."
             )
         return f"{name}.{child}", mlp
 
 
 def text_config(model: nn.Module) -> Any:
-    """The configuration of the language model, also inside a multimodal one or a wrapper."""
+    """Return the configuration of the language model, also of one inside a multimodal model or a wrapper.
+
+    Raises:
+        InputError: The model has no configuration.
+    """
     config = getattr(base_of(model), "config", None)
     if config is None:
-        raise InputError(f"{type(model).__name__} has no `config`; rocr edits Hugging Face causal language models.")
+        raise InputError(f"{type(model).__name__} has no `config`: rocr edits causal language models of transformers.")
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def positions_of(model: nn.Module) -> int | None:
-    """The number of positions that a model has; None where its configuration names no number."""
+    """Return the number of positions of a model; None if its configuration does not name it."""
     found = getattr(text_config(model), "max_position_embeddings", None)
     try:
         return max(1, int(found))  # type: ignore[arg-type]
@@ -157,17 +162,17 @@ def find_architecture(model: nn.Module) -> Architecture:
     """Find the decoder layers: the language model's module list whose length is the number of hidden layers.
 
     Args:
-        model: a causal language model of transformers, also inside `torch.compile`, data parallelism or peft.
+        model: A causal language model of transformers, which may be inside `torch.compile`, data parallelism or peft,
+            and on the meta device.
 
     Raises:
-        InputError: there is no such list, or more than one, or the model is an encoder-decoder.
+        InputError: There is no such list, or more than one, or the model is an encoder-decoder.
     """
     depth = getattr(text_config(model), "num_hidden_layers", None)
     base = base_of(model)
     if getattr(base.config, "is_encoder_decoder", False):
         raise InputError(
-            f"{type(base).__name__} has an encoder that reads the text and a decoder that writes another: rocr edits "
-            "models that read and write in one decoder."
+            f"{type(base).__name__} is an encoder-decoder: rocr edits models that read and write text in one decoder."
         )
     modules = {name: module for name, module, _ in own_modules(base)}
     found = [
@@ -180,8 +185,7 @@ def find_architecture(model: nn.Module) -> Architecture:
         which = f": {', '.join(found)}" if found else ""
         raise InputError(
             f"{type(base).__name__} has {len(found)} lists of {depth} decoder layers with an MLP "
-            f"(a child named {', '.join(MLP_NAMES)}){which}; rocr needs exactly one that belongs to the language model "
-            "to know where to edit."
+            f"(a child named {', '.join(MLP_NAMES)}){which}; rocr needs exactly one that belongs to the language model."
         )
     layers = modules[chosen[0]]
     assert isinstance(layers, nn.ModuleList)
@@ -189,7 +193,7 @@ def find_architecture(model: nn.Module) -> Architecture:
 
 
 def _of_the_language_model(base: nn.Module, modules: Mapping[str, nn.Module], lists: list[str]) -> list[str]:
-    """Of some lists of layers, those that belong to the model with the text's configuration, not to a vision tower."""
+    """Return the lists of layers that belong to the model with the text configuration, not to a vision tower."""
     kind = type(text_config(base))
     of_text = [name for name in lists if type(_owner(modules, name).config) is kind]
     if len(lists) == 1:
@@ -202,20 +206,20 @@ def _of_the_language_model(base: nn.Module, modules: Mapping[str, nn.Module], li
 
 
 def _owner(modules: Mapping[str, nn.Module], name: str) -> nn.Module:
-    """The model that a module belongs to: the nearest one around it that has a configuration."""
+    """Return the model that a module belongs to: the innermost module around it that has a configuration."""
     while name and not hasattr(modules[name], "config"):
         name = name.rpartition(".")[0]
     return modules[name]
 
 
 def default_layers(depth: int) -> tuple[int, ...]:
-    """The layers to edit where none are given: two from a fourteenth of the depth, with one between: 2 and 4 of 28.
+    """Return the default layers to edit: layers n and n + 2 with n = depth / 14, which are 2 and 4 of 28.
 
-    A name is recognised there already, and few later tokens have read it yet: on Qwen2.5-Coder-1.5B edits there
-    forget more, above all in multiple choice, than those of layers 3 to 5 or 4 to 6, of one person and of a hundred;
-    those of layers 2 to 4 forget as much and cost more (benches/search_defaults.py). Never layer 0 of a model that
-    has others, since it knows no context. Every model keeps at least one layer after the last edited one if it has
-    two.
+    The model recognises a name in these layers, and few later tokens have read it yet. On Qwen2.5-Coder-1.5B, edits of
+    these layers forget more than edits of layers 3 to 5 or 4 to 6, for one person and for a hundred, and most of all in
+    multiple choice; edits of layers 2 to 4 forget as much and take longer (benches/search_defaults.py). Layer 0 has no
+    context and is chosen only if there is no other. A model of two layers or more keeps a layer after the last edited
+    one.
     """
     first = max(1, depth // 14)
     last = min(first + 2, max(depth - 2, 0))
@@ -223,7 +227,11 @@ def default_layers(depth: int) -> tuple[int, ...]:
 
 
 def authors_layers(depth: int) -> tuple[int, ...]:
-    """The layers that the authors edit: 4 to 6 of 28 to 32 (Acruxos/ORT, rocr_hparams, Llama-3-8B and Mistral-7B)."""
+    """Return the layers that the authors of the paper edit: 4 to 6 of 28 to 32.
+
+    Source:
+        The repository Acruxos/ORT, rocr_hparams for Llama-3-8B and Mistral-7B.
+    """
     first = max(0, min(depth // 7, depth - 4))
     return tuple(range(first, min(first + 3, max(depth - 1, 1))))
 

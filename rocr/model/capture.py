@@ -1,4 +1,4 @@
-"""Record what flows through a model: the inputs of down-projections and the outputs of decoder layers."""
+"""Record the inputs of down-projections and the outputs of decoder layers during a forward pass."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 from rocr.errors import InputError
 from rocr.io.boundary import calling
 from rocr.model.architecture import Architecture
-from rocr.model.forward import taken
+from rocr.model.forward import accepted
 from rocr.model.hooks import evaluating, hooked, input_of
 from rocr.model.tensor_parallel import whole, whole_input
 from rocr.model.wrappers import uncompiled
@@ -22,12 +22,12 @@ from rocr.ops.arithmetic import plain_arithmetic
 
 
 class _StopForward(BaseException):
-    """Ends a forward pass once the last wanted layer has run. No Exception: a model's own code may catch those."""
+    """Ends a forward pass after the last wanted layer. Not an Exception, which the code of a model may catch."""
 
 
 @contextmanager
 def input_hook(module: nn.Module, receive: Callable[[Tensor], None]) -> Iterator[None]:
-    """Within the context, `receive` gets the module's input, (batch, tokens, features)."""
+    """Call `receive` with each input of a module, (batch, tokens, features), inside the context."""
 
     def hook(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         receive(whole_input(module, input_of(inputs, named).detach()))
@@ -38,7 +38,7 @@ def input_hook(module: nn.Module, receive: Callable[[Tensor], None]) -> Iterator
 
 @contextmanager
 def hidden_hook(architecture: Architecture, layer: int, receive: Callable[[Tensor], None]) -> Iterator[None]:
-    """Within the context, `receive` gets the decoder layer's output, (batch, tokens, d_out)."""
+    """Call `receive` with each output of a decoder layer, (batch, tokens, d_out), inside the context."""
 
     def hook(_module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
         receive(whole(first_tensor(output).detach()))
@@ -51,17 +51,17 @@ def hidden_hook(architecture: Architecture, layer: int, receive: Callable[[Tenso
 def run_through(
     architecture: Architecture, layer: int, tokens: Tensor, mask: Tensor | None = None, cache: Cache | None = None
 ) -> None:
-    """Run the embedding and the decoder layers 0 to `layer`, and nothing after them: no logits.
+    """Run the embedding and the decoder layers 0 to `layer`, without later layers and logits.
 
     Args:
-        architecture: of the model to run.
-        layer: the last layer to run.
+        architecture: The architecture of the model to run.
+        layer: The last layer to run.
         tokens: (batch, tokens) int64 token ids, padded on the right.
-        mask: (batch, cached and given tokens), 1 for tokens and 0 for padding; None where there is no padding.
-        cache: attention keys and values of the tokens before these, which the layers read and write.
+        mask: (batch, cached and given tokens), 1 for tokens and 0 for padding; None if there is no padding.
+        cache: Attention keys and values of the tokens before these, which the layers read and extend; None for none.
 
     Raises:
-        InputError: the model's code raises an exception, or the layer does not run as a module.
+        InputError: The model's code raises an exception, or the layer is not called as a module.
     """
 
     def stop(_module: nn.Module, _inputs: tuple[Any, ...], _output: Any) -> None:
@@ -74,74 +74,76 @@ def run_through(
         arguments["past_key_values"] = cache
     if mask is not None:
         arguments["attention_mask"] = mask.to(device)
-    # The stop must be the layer's last hook, so that recording hooks have run before it.
+    # The hook that stops must be the layer's last one, so that the recording hooks run before it.
     stopping = hooked(architecture.layers[layer].register_forward_hook, stop)
     with uncompiled(), evaluating(architecture.model), stopping:
         try:
             with calling(f"The forward pass of {type(architecture.model).__name__}"):
-                architecture.model(**taken(architecture.model, arguments))
+                architecture.model(**accepted(architecture.model, arguments))
         except _StopForward:
             is_stopped = True
         else:
             is_stopped = False
     if not is_stopped:
-        raise InputError(unseen(f"decoder layer {architecture.layers_name}.{layer}"))
+        raise InputError(not_called(f"decoder layer {architecture.layers_name}.{layer}"))
 
 
-def check_seen(found: Collection[object], wanted: Mapping[Any, str]) -> None:
-    """Make sure that a pass has shown everything that it was to show.
+def check_called(found: Collection[object], modules: Mapping[Any, str]) -> None:
+    """Raise InputError unless a forward pass has called every module that is recorded.
 
     Args:
-        found: what was received, by name.
-        wanted: what is to be received: for each name the module in words.
+        found: The keys of the modules whose values were received.
+        modules: A description of each recorded module, by its key.
 
     Raises:
-        InputError: something is missing; names the module.
+        InputError: A module was not called; the message names it.
     """
-    for name, module in wanted.items():
-        if name not in found:
-            raise InputError(unseen(module))
+    for key, module in modules.items():
+        if key not in found:
+            raise InputError(not_called(module))
 
 
-def unseen(module: str) -> str:
-    """Say that a pass did not call a module."""
+def not_called(module: str) -> str:
+    """Return the error message for a module that a forward pass did not call."""
     return (
-        f"The forward pass ended without a call of {module}, so that nothing can be read there. Its weight is probably "
-        "used directly, by a fused kernel or by compiled code: load the model without them (use_kernels=False, no "
-        "torch.compile)."
+        f"The forward pass did not call {module}, so its values cannot be read. A fused kernel or compiled code "
+        "probably uses its weight directly: load the model without them (use_kernels=False, no torch.compile)."
     )
 
 
 def as_sequence(states: Tensor, shape: torch.Size, what: str) -> Tensor:
-    """States as (batch, tokens, width), which modules that flatten the tokens return as (batch * tokens, width).
+    """Return states as (batch, tokens, width). Some modules return them as (batch * tokens, width).
 
     Args:
-        states: the states.
+        states: The states.
         shape: (batch, tokens) of the pass.
-        what: what they are, for the message.
+        what: A description of the states for the error message.
 
     Raises:
-        InputError: they have another shape.
+        InputError: The states have another shape.
     """
     if states.ndim == 2 and states.shape[0] == shape.numel():
         states = states.view(*shape, -1)
     if states.ndim != 3 or states.shape[:2] != shape:
         raise InputError(
             f"{what} has the shape {tuple(states.shape)} for (batch, tokens) = {tuple(shape)}, not (batch, tokens, "
-            "width): rocr cannot edit models of such layers."
+            "width): rocr cannot edit such layers."
         )
     return states
 
 
 def first_tensor(output: Any) -> Tensor:
-    """The hidden states of a layer's output, which is a tensor or a tuple that starts with one.
+    """Return the hidden states of a layer's output, which is a tensor or a tuple that starts with one.
 
     Raises:
-        InputError: it is neither.
+        InputError: The output is neither.
     """
     found = output
     while isinstance(found, (tuple, list)) and found:
         found = found[0]
     if not isinstance(found, Tensor):
-        raise InputError(f"A decoder layer returns {type(output).__name__}, not a tensor or a tuple with one first.")
+        raise InputError(
+            f"A decoder layer returns {type(output).__name__}, not a tensor or a tuple that starts with one: rocr "
+            "cannot edit such layers."
+        )
     return found

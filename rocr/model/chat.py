@@ -1,4 +1,4 @@
-"""Chats as a model reads them: the one place that renders chat templates, the same on any day."""
+"""Render chats with a tokenizer's chat template, with a fixed date and fixed random numbers."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from rocr.errors import InputError
 from rocr.io.boundary import calling
 
 MAX_RENDERED = 2**20
-"""Characters of a chat."""
-WAY_ROUND = (
-    "Give the template what it asks for with --system TEXT or --template-variable NAME=VALUE, or do without it: "
+"""Limit of the characters of a rendered chat."""
+TEMPLATE_ADVICE = (
+    "Give the template what it asks for with --system TEXT or --template-variable NAME=VALUE, or do not use it: "
     "--no-chat, and --template TEXT for each context in which names are read (in Python rocr.ChatSettings, and "
     "EditConfig.templates)."
 )
-# Each stands for a message while a chat template is rendered, so that its place is known whatever else the template
-# writes: a private-use character, and words for templates that strip it or change the case of words.
-_MARKS = ("\ue000", "zqxjk", "ZQXJK", "Zqxjk")
+# Placeholders for a message, to find its place in a rendered chat: a private-use character, and words for templates
+# that strip it or change the case of words.
+_PLACEHOLDERS = ("\ue000", "zqxjk", "ZQXJK", "Zqxjk")
 _MONTHS = (
     "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
     "December",
@@ -33,13 +33,13 @@ _DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Su
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """A tokenizer's chat template with settings that it takes; see `find_chat_format`.
+    """A tokenizer's chat template with settings that it accepts; see `find_chat_format`.
 
     Attributes:
-        tokenizer: the tokenizer.
-        arguments: what the template is given besides the messages.
-        system: the system message; None: none.
-        as_parts: whether a message's content is a list of parts, as some templates want it, and not a text.
+        tokenizer: The tokenizer.
+        arguments: The variables of the template, besides the messages.
+        system: The system message; None for none.
+        as_parts: Whether the content of a message is a list of parts, as some templates need it, or a text.
     """
 
     tokenizer: Any
@@ -48,29 +48,30 @@ class ChatFormat:
     as_parts: bool
 
     def render(self, message: str) -> str:
-        """A user's message in the chat format, up to the opening of the answer.
+        """Render a user's message, up to the opening of the answer.
 
         Raises:
-            InputError: the template refuses it, or writes too much.
+            InputError: The template refuses the message, or writes more than `MAX_RENDERED` characters.
         """
         turns = [("system", self.system), ("user", message)]
         chat = [{"role": role, "content": self._content(text)} for role, text in turns if text is not None]
-        with calling("The tokenizer's chat template", WAY_ROUND), _pinned_random():
+        with calling("The tokenizer's chat template", TEMPLATE_ADVICE), _fixed_random():
             text = self.tokenizer.apply_chat_template(
                 chat, tokenize=False, add_generation_prompt=True, **self.arguments
             )
         if not isinstance(text, str) or len(text) > MAX_RENDERED:
             size = f"{len(text):,} characters" if isinstance(text, str) else type(text).__name__
             raise InputError(
-                f"The tokenizer's chat template gives {size} for a message of {len(message):,}. {WAY_ROUND}"
+                f"The tokenizer's chat template writes {size} for a message of {len(message):,} characters; the limit "
+                f"is {MAX_RENDERED:,}. {TEMPLATE_ADVICE}"
             )
         return text
 
     def parts(self, context: str) -> list[str]:
-        """What a chat writes around the `{}` of a context; two parts where it writes the message once."""
+        """Return the rendered text around the `{}` of a context: two parts if the template writes the message once."""
         best: list[str] = [""]
-        for mark in (mark for mark in _MARKS if mark not in context):
-            parts = self.render(context.replace("{}", mark)).split(mark)
+        for placeholder in (each for each in _PLACEHOLDERS if each not in context):
+            parts = self.render(context.replace("{}", placeholder)).split(placeholder)
             if len(parts) == 2:
                 return parts
             best = max(best, parts, key=len)
@@ -80,36 +81,43 @@ class ChatFormat:
         return [{"type": "text", "text": text}] if self.as_parts else text
 
 
-def settled(settings: ChatSettings, tokenizer: Any) -> ChatSettings:
-    """The settings with the date written down, where the tokenizer's chat template reads one."""
+def with_date(settings: ChatSettings, tokenizer: Any) -> ChatSettings:
+    """Return the settings with the date filled in, if the tokenizer's chat template reads one."""
     if not settings.enabled or settings.date is not None:
         return settings
     return replace(settings, date=CLOCK_DATE) if _reads_date(_template_of(tokenizer) or "") else settings
 
 
 def find_chat_format(tokenizer: Any, settings: ChatSettings = DEFAULT) -> ChatFormat | None:
-    """The chat format of a tokenizer; None where it has no chat template, or it is not to be used.
+    """Find the chat format of a tokenizer.
+
+    Args:
+        tokenizer: A tokenizer of transformers.
+        settings: The variables, system message and date of the chat template, and whether it is used.
+
+    Returns:
+        The chat format; None if the tokenizer has no chat template, or the settings switch it off.
 
     Raises:
-        InputError: the template refuses a user's message, does not write it, or a setting has no effect on it.
+        InputError: The template refuses a user's message or does not write it, or a setting has no effect on it.
     """
     template = _template_of(tokenizer) if settings.enabled else None
     if template is None:
         given = settings.to_json().keys() - {"enabled"}
         if given:
-            raise InputError(f"The tokenizer has no chat template, so that no {', '.join(sorted(given))} can be given.")
+            raise InputError(f"The tokenizer has no chat template: leave out {', '.join(sorted(given))}.")
         return None
     for name in settings.variables:
         if not _names(template, name):
-            raise InputError(f"The tokenizer's chat template names no variable {name!r}: leave it out.")
+            raise InputError(f"The tokenizer's chat template does not use the variable {name!r}: leave it out.")
     if settings.date is not None and not _reads_date(template):
-        raise InputError("The tokenizer's chat template reads no date: leave --date out.")
+        raise InputError("The tokenizer's chat template does not use a date: leave --date out.")
     first_error = None
     for as_parts in (False, True):
         found = ChatFormat(tokenizer, _arguments(template, settings), settings.system, as_parts)
         try:
             if len(found.parts("{}")) < 2:
-                raise InputError(times_written(0))
+                raise InputError(not_written_once(0))
         except InputError as error:
             first_error = first_error or error
             continue
@@ -120,28 +128,31 @@ def find_chat_format(tokenizer: Any, settings: ChatSettings = DEFAULT) -> ChatFo
 
 
 def render_chat(tokenizer: Any, message: str, settings: ChatSettings = DEFAULT) -> str:
-    """A user's message in the tokenizer's chat format, up to the opening of the answer; as it is where there is none.
+    """Render a user's message in the tokenizer's chat format, up to the opening of the answer.
+
+    Returns:
+        The rendered message; the message itself if there is no chat format.
 
     Raises:
-        InputError: as `find_chat_format`.
+        InputError: As `find_chat_format`.
     """
     return render_chats(tokenizer, [message], settings)[0]
 
 
 def render_chats(tokenizer: Any, messages: Sequence[str], settings: ChatSettings = DEFAULT) -> list[str]:
-    """Each message as `render_chat` gives it."""
+    """Render each message as `render_chat` does."""
     chat = find_chat_format(tokenizer, settings) if messages else None
     return list(messages) if chat is None else [chat.render(message) for message in messages]
 
 
-def times_written(times: int) -> str:
-    """The sentence about a chat template that does not write the user's message once."""
-    return f"The tokenizer's chat template writes the user's message {times} times instead of once. {WAY_ROUND}"
+def not_written_once(times: int) -> str:
+    """Return the error message for a chat template that does not write the user's message exactly once."""
+    return f"The tokenizer's chat template writes the user's message {times} times instead of once. {TEMPLATE_ADVICE}"
 
 
 @contextmanager
-def _pinned_random() -> Iterator[None]:
-    """Within the context, what a template draws at random (`random`, `lipsum`) is the same in every run."""
+def _fixed_random() -> Iterator[None]:
+    """Make the random functions of templates (`random`, `lipsum`) return the same values in every run."""
     state = random.getstate()
     random.seed(0)
     try:
@@ -151,7 +162,7 @@ def _pinned_random() -> Iterator[None]:
 
 
 def _arguments(template: str, settings: ChatSettings) -> dict[str, Any]:
-    """The template's variables, and the template itself where it has to be told the date."""
+    """Return the template's variables, and a changed template if it reads the clock."""
     today = datetime.date.fromisoformat(settings.date or CLOCK_DATE)
     arguments = dict(settings.variables)
     if _names(template, "date_string"):
@@ -162,23 +173,23 @@ def _arguments(template: str, settings: ChatSettings) -> dict[str, Any]:
 
 
 def _check_system(chat: ChatFormat) -> None:
-    """Refuse a system message that a template leaves out."""
+    """Raise InputError if the template does not write the system message."""
     if chat.system is None:
         return
     try:
         without = replace(chat, system=None).render("")
     except InputError:
-        return  # the template asks for one
+        return  # the template needs a system message
     if chat.render("") == without:
-        raise InputError("The tokenizer's chat template leaves a system message out: do without --system.")
+        raise InputError("The tokenizer's chat template does not write a system message: leave --system out.")
 
 
 def _template_of(tokenizer: Any) -> str | None:
-    """The tokenizer's chat template as a text; None where it has none."""
+    """Return the tokenizer's chat template as a text; None if it has none."""
     template = getattr(tokenizer, "chat_template", None)
     if not template or isinstance(template, str):
         return template or None
-    with calling("The tokenizer's choice of a chat template", WAY_ROUND):
+    with calling("The tokenizer's choice of a chat template", TEMPLATE_ADVICE):
         return str(tokenizer.get_chat_template())
 
 
@@ -191,13 +202,13 @@ def _reads_date(template: str) -> bool:
 
 
 def _with_clock(template: str, today: datetime.date) -> str:
-    """A template whose `strftime_now` says a given day: a macro of its own, since transformers takes no function."""
+    """Return a template whose `strftime_now` is a macro for a fixed day, since transformers accepts no function."""
     filters = "".join(f"|replace({code!r}, {text!r})" for code, text in _codes(today).items())
     return f"{{% macro strftime_now(format) %}}{{{{ format{filters} }}}}{{% endmacro %}}\n{template}"
 
 
 def _codes(today: datetime.date) -> dict[str, str]:
-    """What the codes of strftime give at midnight of a day, in English whatever the locale."""
+    """Return the values of the codes of strftime at midnight of a day, in English for every locale."""
     month, weekday = _MONTHS[today.month - 1], _DAYS[today.weekday()]
     year, day, of_year = f"{today.year:04}", f"{today.day:02}", today.timetuple().tm_yday
     number, clock = f"{today.month:02}", "00:00:00"

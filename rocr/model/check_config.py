@@ -1,6 +1,6 @@
-"""What a config.json may say: nothing that lets transformers build what the weights cannot fill, and no odd kinds.
+"""Check the fields of an untrusted config.json against the weight files.
 
-Sizes are compared with the weight files, since memory would be taken for them before that is found out.
+Sizes that the weights cannot fill are refused here, because transformers would allocate memory for them first.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rocr.errors import InputError
+from rocr.io.dtypes import SUPPORTED_DTYPES
 
 DEPTHS = ("num_hidden_layers", "n_layer", "num_layers")
 WIDTHS = ("hidden_size", "n_embd", "vocab_size")
@@ -22,36 +23,41 @@ COUNTS = (
     *("num_attention_heads", "n_head", "n_heads", "num_key_value_heads", "head_dim", "rotary_dim"),
     *("num_experts", "num_local_experts", "n_routed_experts", "n_shared_experts", "num_nextn_predict_layers"),
 )
-"""Sizes that are no longer than the longest dimension of any tensor; some families write 0 or null where they have no
-such part."""
-DEEPEST_ELSEWHERE, MOST_ELSEWHERE = 1_000, 1_000_000
-"""What the depth and other sizes of a part may be whose tensors need not be in the files, such as a vision tower."""
+"""Sizes that are at most the longest dimension of any tensor. Families without such a part may write 0 or null."""
+MAX_OTHER_DEPTH, MAX_OTHER_SIZE = 1_000, 1_000_000
+"""Limits for parts whose tensors may be missing in the files, such as a vision tower."""
 MAX_LABELS = 100_000
 DROPOUT = re.compile(r"(^|_)(dropout|pdrop|layerdrop)(_prob|_p|_rate)?$")
-LOADED_DTYPES = ("float32", "float", "bfloat16", "float16", "half", "auto")
-PLAIN_KINDS = frozenset({"float64", "float32", "float16", "bfloat16"})
+LOADED_DTYPES = (*SUPPORTED_DTYPES, "float", "half", "auto")
+UNQUANTIZED_DTYPES = frozenset({"float64", *SUPPORTED_DTYPES})
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What the headers of the weight files say.
+    """A summary of the headers of the weight files.
 
     Attributes:
-        tensors: how many there are.
-        longest: the largest dimension of any; None where the files were not looked at.
-        kinds: dtypes, such as "bfloat16"; empty where the files were not looked at.
+        tensors: The number of tensors.
+        longest: The largest dimension of any tensor; None if the headers were not read.
+        dtypes: The dtypes, such as "bfloat16"; empty if the headers were not read.
     """
 
     tensors: int
     longest: int | None
-    kinds: frozenset[str]
+    dtypes: frozenset[str]
 
 
 def check_config(path: Path, config: Mapping[str, Any], weights: Weights) -> None:
-    """Refuse a configuration that the weights cannot be of, by the name of the field and its value.
+    """Raise InputError if a configuration does not fit the weights.
+
+    Args:
+        path: The path of config.json, for the error message.
+        config: The fields of config.json.
+        weights: The summary of the weight files.
 
     Raises:
-        InputError: a size, a count of labels, a dropout, the dtype or the quantisation cannot be meant.
+        InputError: A size, the number of labels, a dropout, the dtype or the quantisation is impossible; the message
+            names the field and its value.
     """
     for prefix, part in _parts(config):
         own = prefix in ("", "text_config.")
@@ -62,31 +68,38 @@ def check_config(path: Path, config: Mapping[str, Any], weights: Weights) -> Non
 
 
 def _flaw(name: str, value: Any, weights: Weights, own: bool) -> str:
-    """What is wrong with a field, as the end of a sentence; empty: nothing. `own`: the weights are of its part."""
+    """Return what is wrong with a field, as the end of a sentence; empty for nothing.
+
+    Args:
+        name: The name of the field.
+        value: Its value.
+        weights: The summary of the weight files.
+        own: Whether the weight files hold the part of the model that the field describes.
+    """
     if name in DEPTHS:
-        return _size_flaw(value, weights.tensors if own else DEEPEST_ELSEWHERE, least=int(own))
+        return _size_flaw(value, weights.tensors if own else MAX_OTHER_DEPTH, least=int(own))
     if name in (*WIDTHS, *COUNTS):
-        most = MOST_ELSEWHERE if weights.longest is None or not own else weights.longest
+        most = MAX_OTHER_SIZE if weights.longest is None or not own else weights.longest
         return _size_flaw(value, most, least=int(own and name in WIDTHS))
     if name == "num_labels":
         right = value is None or (_is_whole(value) and 0 <= value <= MAX_LABELS)
-        return "" if right else f"that must be a whole number of at most {MAX_LABELS:,}"
+        return "" if right else f"it must be a whole number of at most {MAX_LABELS:,}"
     if name in ("id2label", "label2id"):
         right = value is None or (isinstance(value, dict) and len(value) <= MAX_LABELS)
-        return "" if right else f"that must be an object of at most {MAX_LABELS:,} labels"
+        return "" if right else f"it must be an object of at most {MAX_LABELS:,} labels"
     if name in ("dtype", "torch_dtype"):
         return "" if _is_loaded(value) else "rocr loads weights as float32, bfloat16 or float16: save it again as one"
     if name in ("quantization_config", "compression_config"):
-        return _quantization_flaw(value, weights.kinds)
+        return _quantization_flaw(value, weights.dtypes)
     if name.endswith(("attn_implementation", "experts_implementation")):
-        return "code of a repository is not run" if "/" in str(value) else ""
+        return "rocr does not run code of a repository: remove the field" if "/" in str(value) else ""
     if DROPOUT.search(name):
         return "" if _is_share(value) else "a dropout is a number from 0 to 1"
     return ""
 
 
 def _parts(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """A configuration and those within it, such as text_config and vision_config."""
+    """Yield a configuration and those inside it, such as text_config and vision_config, with their prefixes."""
     yield prefix, config
     for name, value in config.items():
         if isinstance(value, dict) and name.endswith("_config") and not name.startswith(("quant", "compression")):
@@ -97,21 +110,21 @@ def _size_flaw(value: Any, most: int, least: int) -> str:
     sizes = value if isinstance(value, list) else [value]  # some families have a size for each layer
     if all(size is None or (_is_whole(size) and least <= size <= most) for size in sizes):
         return ""
-    return f"that must be a whole number of at most {most:,}, by the size of the weights"
+    return f"it must be a whole number of at most {most:,}, by the size of the weights"
 
 
-def _quantization_flaw(value: Any, kinds: frozenset[str]) -> str:
+def _quantization_flaw(value: Any, dtypes: frozenset[str]) -> str:
     if value is None:
         return ""
     if not isinstance(value, dict) or not isinstance(value.get("quant_method", ""), str):
-        return "that must be an object with a text as quant_method"
-    if kinds and kinds <= PLAIN_KINDS:
-        return f"the files hold plain {' and '.join(sorted(kinds))}: remove the field if nothing is quantised"
+        return "it must be an object with a text as quant_method"
+    if dtypes and dtypes <= UNQUANTIZED_DTYPES:
+        return f"the files hold plain {' and '.join(sorted(dtypes))}: remove the field if nothing is quantised"
     return ""
 
 
 def _is_loaded(value: Any) -> bool:
-    if isinstance(value, dict):  # of the parts of a composite model
+    if isinstance(value, dict):  # one dtype for each part of a composite model
         return all(map(_is_loaded, value.values()))
     return value is None or (isinstance(value, str) and value.removeprefix("torch.") in LOADED_DTYPES)
 

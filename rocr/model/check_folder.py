@@ -1,4 +1,4 @@
-"""A model folder is looked over before anything loads it: plain files, safetensors only, nothing outside."""
+"""Check a model folder before it is loaded: plain files of limited size, safetensors only, no links to the outside."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from rocr.errors import InputError
+from rocr.io.dtypes import dtype_name
 from rocr.io.json_values import parse_json
 from rocr.io.safetensors_layout import MAX_HEADER_BYTES, StoredTensor, read_layout
 from rocr.model.check_config import Weights, check_config
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-TOKENIZER_BYTES = 128 * 2**20  # one of 256,000 tokens has some 30 MB
+TOKENIZER_BYTES = 128 * 2**20  # a tokenizer of 256,000 tokens has about 30 MB
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model",
     "sentencepiece.bpe.model", "tekken.json",
@@ -23,19 +24,19 @@ PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 
 
 def check_model_folder(folder: Path, whole: bool = True) -> None:
-    """Refuse a folder that is no complete and harmless safetensors model, without loading it.
+    """Raise InputError unless a folder holds a complete and harmless safetensors model. Nothing is loaded.
 
     Args:
-        folder: the folder.
-        whole: whether the headers of all weight files are looked at; else only that the files of an index are there.
+        folder: The folder.
+        whole: Whether the headers of all weight files are checked; else only that the files of an index exist.
 
     Raises:
-        InputError: a file is damaged, missing, too large or outside the folder, or the weights are pickled.
+        InputError: A file is damaged, missing, too large or outside the folder, or the weights are pickled.
     """
     for path in sorted(folder.iterdir()):
         check_inside(folder, path)
     if (folder / "adapter_config.json").exists():
-        raise InputError(f"{folder} is an adapter (it holds adapter_config.json); merge it into its model first.")
+        raise InputError(f"{folder} is an adapter: it holds adapter_config.json. Merge it into its model first.")
     config = _read_object(folder / "config.json", SETTINGS_BYTES)
     for name in ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json"):
         if (folder / name).exists():
@@ -49,35 +50,32 @@ def check_model_folder(folder: Path, whole: bool = True) -> None:
 
 
 def _weights(folder: Path, whole: bool) -> Weights:
-    """What the weight files hold, as far as `check_model_folder` looks at them."""
+    """Summarise the weight files, as far as `check_model_folder` reads them."""
     if not whole and (folder / INDEX_FILE).exists() and not (folder / SINGLE_FILE).is_file():
         return Weights(sum(map(len, _read_index(folder).values())), None, frozenset())
     found = _check_weights(folder)
     longest = max((size for tensor in found.values() for size in tensor.shape), default=0)
-    return Weights(
-        len(found), longest, frozenset(str(tensor.dtype).removeprefix("torch.") for tensor in found.values())
-    )
+    return Weights(len(found), longest, frozenset(dtype_name(tensor.dtype) for tensor in found.values()))
 
 
 def check_inside(folder: Path, path: Path) -> None:
-    """A link may lead within the folder, or to the blobs of a hub's cache, and nowhere else."""
+    """Raise InputError if a path is a link to a place outside the folder and the blobs of a hub's cache."""
     if not path.is_symlink():
         return
     try:
         target, home = path.resolve(), folder.resolve()
-    except (OSError, RuntimeError):  # RuntimeError: so it is called before Python 3.13
-        raise InputError(f"{path} is a link that leads round in a circle.") from None
+    except (OSError, RuntimeError):  # RuntimeError: Python before 3.13
+        raise InputError(f"{path} is a link in a circle of links.") from None
     allowed = [home] + ([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])
     if not any(target.is_relative_to(place) for place in allowed):
         raise InputError(f"{path} is a link to {target}, outside the model's folder; put the file itself there.")
     if not target.exists():
-        raise InputError(f"{path} is a link to {target}, which is not there.")
+        raise InputError(f"{path} is a link to {target}, which does not exist.")
 
 
 def _read_object(path: Path, limit: int) -> dict[str, Any]:
     try:
-        if not path.is_file():
-            raise InputError(f"{path} is not there, or not a file.")
+        _require_file(path)
         _check_size(path, limit)
         value = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
@@ -90,11 +88,11 @@ def _read_object(path: Path, limit: int) -> dict[str, Any]:
 def _check_size(path: Path, limit: int) -> None:
     size = path.stat().st_size if path.exists() else 0
     if size > limit:
-        raise InputError(f"{path} has {size:,} bytes; the limit is {limit:,}.")
+        raise InputError(f"{path} has {size:,} bytes, and the limit is {limit:,}.")
 
 
 def _check_weights(folder: Path) -> dict[str, StoredTensor]:
-    """Look over the weight files; returns their tensors, of the one file where there is an index too."""
+    """Check the weight files and return the tensors that transformers loads."""
     indexed = _check_index(folder) if (folder / INDEX_FILE).exists() else None
     if (folder / SINGLE_FILE).is_file():  # transformers loads it, whatever an index names
         return _read_header(folder / SINGLE_FILE)
@@ -104,7 +102,7 @@ def _check_weights(folder: Path) -> dict[str, StoredTensor]:
     if pickled:
         raise InputError(
             f"{folder} holds its weights in {pickled[0]}, a pickle, which can run code when it is loaded; rocr reads "
-            "safetensors only. Load it with transformers where you trust it, and save it again."
+            "safetensors only. If you trust it, load it with transformers and save it again."
         )
     raise InputError(f"{folder} holds no {SINGLE_FILE} and no {INDEX_FILE}.")
 
@@ -124,15 +122,18 @@ def _check_index(folder: Path) -> dict[str, StoredTensor]:
 
 
 def _read_index(folder: Path) -> dict[str, set[str]]:
-    """The tensors that an index puts into each weight file; the files are there."""
+    """Return the names of the tensors that an index puts into each weight file, after a check that the files exist."""
     place = folder / INDEX_FILE
     weights = _read_object(place, MAX_HEADER_BYTES).get("weight_map")
     if not isinstance(weights, dict) or not weights:
-        raise InputError(f"{place} has no weight_map that names tensors.")
+        raise InputError(f"{place} has no weight_map with the files of the tensors.")
     shards: dict[str, set[str]] = {}
     for tensor, name in weights.items():
         if not isinstance(name, str) or not name.endswith(".safetensors") or Path(name).name != name or "\\" in name:
-            raise InputError(f"{place} puts {tensor[:60]!r} into {repr(name)[:100]}, which is no file of this folder.")
+            raise InputError(
+                f"{place} puts {tensor[:60]!r} into {repr(name)[:100]}, which is not the name of a safetensors file of "
+                "this folder."
+            )
         shards.setdefault(name, set()).add(tensor)
     for name in shards:
         _require_file(folder / name)
@@ -140,7 +141,7 @@ def _read_index(folder: Path) -> dict[str, set[str]]:
 
 
 def _read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a weight file, from its header: nothing is mapped, whatever size the file claims."""
+    """Return the tensors of a weight file. Only the header is read, whatever size the file claims."""
     _require_file(path)
     try:
         return read_layout(path)
@@ -150,8 +151,8 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
 
 def _require_file(path: Path) -> None:
     try:
-        there = path.is_file()
-    except OSError:  # a name that is too long, or a folder that is closed
-        there = False
-    if not there:
-        raise InputError(f"{path} is not there, or not a file.")
+        is_file = path.is_file()
+    except OSError:  # a name that is too long, or a folder without permission
+        is_file = False
+    if not is_file:
+        raise InputError(f"{path} does not exist or is not a file.")

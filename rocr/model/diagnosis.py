@@ -1,4 +1,4 @@
-"""Before and after a model fails to load: which field of its config.json is the reason."""
+"""Check a configuration before a model is loaded, and name the field of config.json that made loading fail."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ import torch
 
 from rocr.errors import InputError
 from rocr.io.json_values import parse_json
-from rocr.model.hub import Loading, build_skeleton
+from rocr.model.hub import Loading, skeleton_of_fields
 from rocr.model.source import ModelSource
 from rocr.model.weight_files import find_weight_files
 
 SPARE_BYTES = 2**30
 LARGEST_GROWTH = 16
-"""A model in memory has at most so many times the bytes of its files, and some spare: a GGUF file of 2 bits a weight
-has that many in float32."""
+"""A model in memory has at most this many times the bytes of its files, plus `SPARE_BYTES`. A GGUF file of 2 bits a
+weight grows 16 times in float32."""
 SETTINGS = {"return_dict": True, "output_hidden_states": False, "output_attentions": False, "torchscript": False}
-"""What rocr's passes depend on, whatever a configuration says."""
-PATIENCE = 20.0
-"""Seconds in which the reason of a failure is looked for."""
+"""Settings that rocr's forward passes need."""
+SEARCH_SECONDS = 20.0
+"""Time limit of the search for the field that makes loading fail."""
 
 
 def set_settings(config: Any) -> dict[str, Any]:
-    """Set what rocr's passes depend on, in a configuration and its text part; returns what was set before."""
+    """Apply `SETTINGS` to a configuration and its text part; return the values that were replaced."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     before = {name: getattr(config, name) for name, value in SETTINGS.items() if getattr(config, name, value) != value}
     for part in (config, text):
@@ -40,59 +40,56 @@ def set_settings(config: Any) -> dict[str, Any]:
 
 
 def stored_bytes(source: ModelSource) -> int | None:
-    """Bytes of a model's weight files; None for a hub id."""
-    if source.folder is None:
-        return None
-    if source.gguf is not None:
+    """Return the bytes of a model's weight files; None for a hub id."""
+    if source.folder is not None and source.gguf is not None:
         return (source.folder / source.gguf).stat().st_size
-    files = find_weight_files(source.folder)
+    files = find_weight_files(source.checkpoint_folder)
     return files.size if files is not None else None
 
 
 def check_memory(library: Loading, config: Any) -> None:
-    """Refuse a configuration that makes tensors which the weight files cannot fill.
+    """Raise InputError if a configuration describes more bytes of tensors than the weight files can fill.
 
     Args:
-        library: what loads the model.
-        config: its configuration.
+        library: The means to load the model.
+        config: The model's configuration.
 
     Raises:
-        InputError: names the largest tensor.
+        InputError: The tensors are too large; the message names the largest one.
     """
     stored = stored_bytes(library.source)
     if stored is None:
         return
     try:
-        with torch.device("meta"):
-            model = library.structure(copy.deepcopy(config))
+        model = library.skeleton(copy.deepcopy(config))
     except InputError:
-        return  # loading itself says why, with the field
+        return  # loading fails too, with a message that names the field
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
     if sum(tensor.nbytes for tensor in tensors.values()) <= LARGEST_GROWTH * stored + SPARE_BYTES:
         return
     name, largest = max(tensors.items(), key=lambda item: item[1].nbytes)
     raise InputError(
         f"{library.source.name} cannot be loaded: its configuration makes {name} a tensor of {largest.nbytes:,} bytes "
-        f"(shape {tuple(largest.shape)}), but its weights have {stored:,} bytes in all."
+        f"(shape {tuple(largest.shape)}), but its weight files have {stored:,} bytes in total."
     )
 
 
 @contextmanager
 def naming_the_field(source: ModelSource, trust_remote_code: bool) -> Iterator[None]:
-    """Add to a failure to load a folder's model which field of its config.json is the reason, where that is found."""
+    """If loading a folder's model fails inside the context, name the field of config.json that is the reason."""
     try:
         yield
     except InputError as error:
-        if source.folder is None or source.gguf is not None or trust_remote_code:
+        if source.checkpoint_folder is None or trust_remote_code:
             raise
-        sentence = _sentence(source, source.folder, str(error))
-        if not sentence:
+        message = _message_with_field(source.name, source.checkpoint_folder, str(error))
+        if not message:
             raise
-        raise InputError(sentence) from error.__cause__
+        raise InputError(message) from error.__cause__
 
 
-def _sentence(source: ModelSource, folder: Path, message: str) -> str:
-    """A better message for a failure; empty: there is none."""
+def _message_with_field(model_name: str, folder: Path, message: str) -> str:
+    """Return an error message that names the field which made loading fail; empty if no field is found."""
     try:
         config = parse_json((folder / "config.json").read_bytes())
     except (OSError, ValueError):
@@ -100,25 +97,26 @@ def _sentence(source: ModelSource, folder: Path, message: str) -> str:
     model = _built(config)
     if model is not None:
         mismatch = _mismatch(folder, model)
-        return f"{source.name} cannot be loaded: {mismatch}" if mismatch else ""
-    name, value = _suspect(config)
+        return f"{model_name} cannot be loaded: {mismatch}" if mismatch else ""
+    name, value = _field_to_remove(config)
     if not name or f"{name!r}" in message:
         return ""
     shown = json.dumps(value)
     shown = shown if len(shown) <= 60 else f"{shown[:60]}…"
-    return f"{message} Without the field {name} ({shown}) of config.json it can be built."
+    return f"{message} The model can be built without the field {name} ({shown}) of config.json."
 
 
 def _built(fields: Mapping[str, Any]) -> torch.nn.Module | None:
+    """Build the skeleton of a model from the fields of a config.json; None if that fails."""
     try:
-        return build_skeleton(copy.deepcopy(dict(fields)))
-    except Exception:  # what it raises is known already: only whether it does is asked here
+        return skeleton_of_fields(copy.deepcopy(dict(fields)))
+    except Exception:  # the error itself was raised before: only whether there is one matters
         return None
 
 
-def _suspect(config: Mapping[str, Any]) -> tuple[str, Any]:
-    """The first field without which the model can be built; an empty name where there is none."""
-    end = time.monotonic() + PATIENCE
+def _field_to_remove(config: Mapping[str, Any]) -> tuple[str, Any]:
+    """Return the name and value of the first field without which the model can be built; an empty name for none."""
+    end = time.monotonic() + SEARCH_SECONDS
     text = config.get("text_config")
     within = text if isinstance(text, dict) else {}
     trials = [(name, {key: config[key] for key in config if key != name}, config[name]) for name in config]
@@ -135,10 +133,10 @@ def _suspect(config: Mapping[str, Any]) -> tuple[str, Any]:
 
 
 def _mismatch(folder: Path, model: torch.nn.Module) -> str:
-    """The first tensor that is stored in another shape than the configuration makes it."""
+    """Describe the first tensor whose stored shape differs from the one in the configuration; empty for none."""
     files = find_weight_files(folder)
     for name, tensor in model.state_dict().items():
         if files is not None and name in files.file_of and files.find(name).shape != tuple(tensor.shape):
             stored = files.find(name).shape
-            return f"{name} has the shape {stored} in the files, but config.json makes it {tuple(tensor.shape)}."
+            return f"{name} has the shape {stored} in the files, but {tuple(tensor.shape)} by config.json."
     return ""

@@ -1,4 +1,4 @@
-"""Short identities of models, tokenizers and weights, so that no file is used with what it was not made for."""
+"""Digests of models, tokenizers and weights, to check that a file is used with the model that it was made for."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from rocr.model.tensor_parallel import whole
 from rocr.model.wrappers import adapter_parameters, base_of, own_buffers, own_parameters
 
 SAMPLED_VALUES = 512
-"""Of each tensor of a fingerprint."""
+"""The number of values of each tensor that a fingerprint covers."""
 SAMPLED_OF_EDITED = 4096
-"""Of each down-projection: an edit may change few of the values that are rounded to bfloat16."""
+"""The same for down-projections: after rounding to bfloat16, an edit may change few values."""
 PREFIX = "2:"
-"""What the digests of a fingerprint begin with; those of rocr 0.1 have none. They took every n-th value of a tensor, in
-many shapes those of a single column."""
+"""The prefix of the model digests. Those of rocr 0.1 have none; they cover every n-th value of a tensor, which for many
+shapes are the values of a single column."""
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What a model and its tokenizer are.
+    """The identity of a model and its tokenizer.
 
     Attributes:
-        model: sha256 over the names, shapes and some values of the embedding and of the layers 0 to `layer`, buffers
-            included that are stored, all but the down-projections, which are what edits change, and adapters. The
-            values are rounded to bfloat16, so that one model has one fingerprint in float32 and bfloat16.
-        layer: the last decoder layer that `model` covers.
-        tokenizer: sha256 over the tokenizer's definition.
-        name: what the model calls itself, for messages.
+        model: The sha256 of the names, shapes and some values of the embedding and of the layers 0 to `layer`, with
+            stored buffers, and without adapters and down-projections, which edits change. The values are rounded to
+            bfloat16, so that a model has the same fingerprint in float32 and bfloat16.
+        layer: The last decoder layer that `model` covers.
+        tokenizer: The sha256 of the tokenizer's definition.
+        name: The name in the model's configuration, for messages.
     """
 
     model: str
@@ -52,11 +52,11 @@ class Fingerprint:
 
     @property
     def is_old(self) -> bool:
-        """Whether `model` was computed as rocr 0.1 did."""
+        """Whether `model` was computed by rocr 0.1."""
         return not self.model.startswith(PREFIX)
 
     def to_json(self) -> dict[str, Any]:
-        """The fingerprint as JSON values."""
+        """Return the fingerprint as JSON values."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -64,13 +64,16 @@ class Fingerprint:
 
 
 def fingerprint(architecture: Architecture, tokenizer: Any, layer: int, like: Fingerprint | None = None) -> Fingerprint:
-    """The fingerprint of a model up to a decoder layer, and of its tokenizer.
+    """Compute the fingerprint of a model up to a decoder layer, and of its tokenizer.
 
     Args:
-        architecture: of the model.
-        tokenizer: its tokenizer.
-        layer: the last decoder layer to cover.
-        like: a fingerprint that this one is to be compared with, maybe one of rocr 0.1; None: none.
+        architecture: The architecture of the model.
+        tokenizer: The model's tokenizer.
+        layer: The last decoder layer to cover.
+        like: A fingerprint to compare with, which may be one of rocr 0.1; None for none.
+
+    Raises:
+        InputError: A weight is on the meta device.
     """
     config = getattr(architecture.model, "config", None)
     name = getattr(config, "name_or_path", "") or type(architecture.model).__name__
@@ -79,12 +82,15 @@ def fingerprint(architecture: Architecture, tokenizer: Any, layer: int, like: Fi
 
 
 def model_digest(architecture: Architecture, layer: int, like: str = PREFIX) -> str:
-    """The `model` part of a fingerprint; of a shallower model, all of its layers.
+    """Compute the `model` part of a fingerprint.
 
     Args:
-        architecture: of the model.
-        layer: the last decoder layer to cover.
-        like: a digest that this one is to be compared with: one of rocr 0.1 is computed as rocr 0.1 did.
+        architecture: The architecture of the model.
+        layer: The last decoder layer to cover; a model with fewer layers is covered completely.
+        like: A digest to compare with. If it is one of rocr 0.1, the digest is computed as rocr 0.1 did.
+
+    Raises:
+        InputError: A weight is on the meta device.
     """
     is_old = not like.startswith(PREFIX)
     values = _evenly_spaced if is_old else _sampled
@@ -100,10 +106,10 @@ def model_digest(architecture: Architecture, layer: int, like: str = PREFIX) -> 
 
 
 def down_projection_digests(architecture: Architecture, layer: int) -> tuple[str, ...]:
-    """For each decoder layer before `layer`, sha256 over values of its down-projection, rounded to bfloat16.
+    """Return the sha256 of values of the down-projection of each decoder layer before `layer`, rounded to bfloat16.
 
-    The keys of a layer depend on the down-projections before it, which a fingerprint leaves out. Of a layer without a
-    dense down-projection the digest is empty: the fingerprint covers it.
+    The keys of a layer depend on the down-projections before it, which a fingerprint does not cover. The digest of a
+    layer without a dense down-projection is empty: the fingerprint covers that layer.
     """
     found = []
     for i in range(min(layer, architecture.depth)):
@@ -116,9 +122,9 @@ def down_projection_digests(architecture: Architecture, layer: int) -> tuple[str
 
 
 def adapter_digest(model: nn.Module) -> str | None:
-    """sha256 over values of the adapters of peft that are active in a model; None where there is none.
+    """Return the sha256 of values of the active adapters of peft in a model; None if there are none.
 
-    A merged adapter is a part of the weights, and no longer one of these.
+    A merged adapter is part of the weights and does not count.
     """
     digest, found = hashlib.sha256(), False
     for name, parameter, scale in adapter_parameters(base_of(model)):
@@ -128,25 +134,20 @@ def adapter_digest(model: nn.Module) -> str | None:
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """sha256 over a tokenizer's vocabulary, rules and chat template."""
+    """Return the sha256 of a tokenizer's vocabulary, rules and chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = json.loads(backend.to_str()) if backend is not None else {"vocabulary": tokenizer.get_vocab()}
-    # How the last batch was padded and cut is the tokenizer's state, not what it is.
+    # The padding and truncation of the last batch are state of the tokenizer, not part of its definition.
     definition = {name: value for name, value in rules.items() if name not in ("padding", "truncation")}
     definition["chat_template"] = getattr(tokenizer, "chat_template", None)
     return hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()
 
 
 def tensor_digest(tensor: Tensor) -> str:
-    """sha256 over a tensor's bytes in row-major order."""
+    """Return the sha256 of a tensor's bytes in row-major order."""
     plain = whole(tensor).detach().cpu().contiguous().reshape(-1)
     buffer: Any = plain.view(torch.uint8).numpy()
     return hashlib.sha256(buffer).hexdigest()
-
-
-def dtype_name(tensor: Tensor) -> str:
-    """A tensor's dtype as files and messages call it, such as "bfloat16"."""
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _down_projection(architecture: Architecture, layer: int) -> DownProjection | None:
@@ -166,7 +167,7 @@ def _add_module(
     for name, parameter in own_parameters(module):
         if all(parameter is not each for each in left_out):
             _add(digest, f"{title} {name}", parameter, values)
-    if values is not _evenly_spaced:  # rocr 0.1 left them out
+    if values is not _evenly_spaced:  # rocr 0.1 does not cover buffers
         for name, buffer in own_buffers(module):
             _add(digest, f"{title} {name}", buffer, values)
 
@@ -174,8 +175,8 @@ def _add_module(
 def _add(digest: Any, title: str, parameter: Tensor, values: Callable[[Tensor, int], Tensor]) -> None:
     if parameter.device.type == "meta":
         raise InputError(
-            f"{title} is on the meta device: its values were never loaded, or lie on the CPU or disk until its layer "
-            "runs (offloading by a device_map). Put the model up to the last edited layer onto a device."
+            f"{title} is on the meta device: it is not loaded, or a device_map offloads it to the CPU or disk until "
+            "its layer runs. Load the model up to the last edited layer onto a device."
         )
     data = whole(parameter).detach()
     digest.update(f"{title} {tuple(data.shape)}\n".encode())
@@ -183,7 +184,7 @@ def _add(digest: Any, title: str, parameter: Tensor, values: Callable[[Tensor, i
 
 
 def _sampled(flat: Tensor, count: int) -> Tensor:
-    """Values at places that are drawn by the size of a tensor alone, so that they lie in all its rows and columns."""
+    """Return values at random places, with the tensor's size as seed, so that they are spread over rows and columns."""
     size = flat.numel()
     if size <= count:
         return flat

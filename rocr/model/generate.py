@@ -1,4 +1,4 @@
-"""Ask a model the same question about many names, in one batch."""
+"""Generate answers of a model to questions, in one batch."""
 
 from __future__ import annotations
 
@@ -21,24 +21,27 @@ from rocr.model.tokenizer import calling_tokenizer, tokenize_prompt
 from rocr.ops.arithmetic import plain_arithmetic
 
 MAX_QUESTION = 2_000
-"""Characters of a question; each is asked of many names at once."""
+"""Limit of the characters of a question."""
 
 
 @plain_arithmetic()
 def ask(
     model: nn.Module, tokenizer: Any, questions: Sequence[str], max_tokens: int = 40, chat: ChatSettings = DEFAULT
 ) -> list[str]:
-    """Greedy answers to questions, each asked as a user's message where the tokenizer has a chat template.
+    """Generate greedy answers to questions. Each is a user's message if the tokenizer has a chat template.
 
     Args:
-        model: a causal language model of transformers.
-        tokenizer: its tokenizer; its own padding settings are not used.
-        questions: the questions, all in one batch.
-        max_tokens: of an answer.
-        chat: what the chat template is given.
+        model: A causal language model of transformers.
+        tokenizer: The model's tokenizer; its padding settings are not used.
+        questions: The questions, which are asked in one batch.
+        max_tokens: The largest number of tokens of an answer.
+        chat: The settings of the chat template.
+
+    Returns:
+        An answer for each question, with runs of white space replaced by one space.
 
     Raises:
-        InputError: the tokenizer, its chat template or the model's own code fails.
+        InputError: The tokenizer, its chat template or the model's own code fails.
     """
     if not questions:
         return []
@@ -52,7 +55,7 @@ def ask(
         answers: Any = tokenizer.batch_decode(written, skip_special_tokens=True)
     if not isinstance(answers, list) or list(map(type, answers)) != [str] * len(questions):
         raise InputError(
-            f"The tokenizer ({type(tokenizer).__name__}) does not decode {len(questions)} answers to texts."
+            f"The tokenizer ({type(tokenizer).__name__}) does not decode {len(questions)} answers to as many texts."
         )
     return [" ".join(answer.split()) for answer in answers]
 
@@ -60,19 +63,21 @@ def ask(
 def _generate(
     model: nn.Module, prompts: Sequence[list[int]], ends: int | list[int] | None, max_tokens: int
 ) -> list[list[int]]:
-    """What transformers' own generation writes after each prompt, in one batch."""
+    """Generate the tokens after each prompt with transformers' `generate`, in one batch."""
     longest = max(map(len, prompts))
-    # Generation appends on the right, so padding stands on the left, masked.
+    # Generation appends on the right, so the padding is on the left, masked.
     tokens = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     device = input_device(model)
-    # Finished rows are filled up with the end token, which decoding leaves out.
+    # Finished rows are padded with the end token, which decoding omits.
     filler = ends[0] if isinstance(ends, list) else ends
     settings = GenerationConfig(
         max_new_tokens=max_tokens, do_sample=False, eos_token_id=ends, pad_token_id=0 if filler is None else filler
     )
-    writing = calling(f"generate of {type(model).__name__}", "Let it write nothing: --no-answers, and no --generate.")
-    with writing, _no_settings_of_its_own(model):
+    generating = calling(
+        f"generate of {type(model).__name__}", "Do not generate: use --no-answers, without --generate."
+    )
+    with generating, _default_generation_config(model):
         written = model.generate(  # type: ignore[operator]
             tokens.to(device), attention_mask=mask.to(device), generation_config=settings
         )
@@ -81,13 +86,13 @@ def _generate(
 
 
 def _greedy(model: nn.Module, prompt: list[int], ends: int | list[int] | None, max_tokens: int) -> list[int]:
-    """The same for code that comes with a model, which may not take what transformers' generation gives it."""
+    """Generate the tokens after a prompt with a model's own code, which may not work with `generate`."""
     stops = {ends} if isinstance(ends, int) else set(ends or ())
     written: list[int] = []
     state = None
     with evaluating(model):
         while len(written) < max_tokens and not stops.intersection(written):
-            # A model that keeps nothing of its text reads all of it again.
+            # A model without a cache reads the whole text again.
             fresh = [*prompt, *written] if state is None else written[-1:]
             output = forward(model, torch.tensor([fresh]), past_key_values=state, use_cache=True)
             state = cache_of(model, output)
@@ -96,15 +101,15 @@ def _greedy(model: nn.Module, prompt: list[int], ends: int | list[int] | None, m
 
 
 def _end_tokens(model: nn.Module) -> list[int]:
-    """The tokens that end an answer, by the model's generation settings; empty where these name none."""
+    """Return the end-of-text tokens of the model's generation settings; empty if there are none."""
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     found: list[Any] = ends if isinstance(ends, list) else [ends]
     return found if all(isinstance(token, int) and not isinstance(token, bool) for token in found) else []
 
 
 @contextmanager
-def _no_settings_of_its_own(model: nn.Module) -> Iterator[None]:
-    """Within the context, generation takes nothing from the model's own settings, such as beams, penalties or texts."""
+def _default_generation_config(model: nn.Module) -> Iterator[None]:
+    """Replace the model's generation settings, such as beams and penalties, by the defaults inside the context."""
     own = getattr(model, "generation_config", None)
     model.generation_config = GenerationConfig()  # type: ignore[assignment]
     try:
@@ -114,12 +119,12 @@ def _no_settings_of_its_own(model: nn.Module) -> Iterator[None]:
 
 
 def fill_question(question: str, names: Sequence[str]) -> list[str]:
-    """Put names into a question with `{}`.
+    """Return a question for each name, with the name in place of `{}`.
 
     Raises:
-        InputError: the question has no `{}`, is too long, or was not UTF-8.
+        InputError: The question does not have exactly one `{}`, is too long, or is not UTF-8.
     """
     check_text("The question", question, MAX_QUESTION)
     if question.count("{}") != 1:
-        raise InputError(f"The question {question!r} needs {{}} once, where the name goes.")
+        raise InputError(f"The question {question!r} must have {{}} once, in the place of the name.")
     return [question.replace("{}", name) for name in names]

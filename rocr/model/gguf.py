@@ -1,9 +1,9 @@
-"""Read a GGUF file quickly, and nothing that lies beside it.
+"""Read a GGUF file fast, and no other file beside it.
 
-transformers opens a GGUF file with the reader of the package gguf once each for the configuration, the tokenizer and
-the weights. That reader makes several numpy views of every entry of a vocabulary: with 262,144 tokens, each with a
-score and a type, the three passes take more than a minute. Here an array is cut into its entries with struct, the
-file is read once, and the map of tensor names, which transformers builds anew for every module, is built once.
+transformers opens a GGUF file with the reader of the package gguf three times: for the configuration, the tokenizer
+and the weights. That reader makes several numpy views of every entry of a vocabulary: with 262,144 tokens, each with a
+score and a type, this takes more than a minute. Here arrays are split into their entries with struct, the file is read
+once, and the map of tensor names, which transformers builds again for every module, is built once.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from typing import Any
 from rocr.errors import InputError
 
 FORMATS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
-"""How struct calls the numbers in an array, by the number of their type in a GGUF file."""
+"""The struct formats of the numbers in an array, by the number of their type in a GGUF file."""
 
 
 def check_gguf_support() -> None:
-    """Make sure that transformers can read GGUF files.
+    """Raise InputError unless the packages that transformers reads GGUF files with are installed.
 
     Raises:
-        InputError: a package is missing.
+        InputError: A package is missing.
     """
     missing = [name for name in ("gguf", "accelerate") if find_spec(name) is None]
     if missing:
@@ -36,11 +36,11 @@ def check_gguf_support() -> None:
 
 
 @contextmanager
-def alone(path: Path) -> Iterator[Path]:
-    """Yield a link to a file, in a folder that holds nothing else.
+def isolated_link(path: Path) -> Iterator[Path]:
+    """Yield a link to a file in a temporary folder that holds nothing else.
 
-    transformers reads configurations, adapters, templates and code that lie beside a file, and prefers a file of the
-    same name in the current folder.
+    transformers reads configurations, adapters, templates and code beside a file, and prefers a file of the same name
+    in the current folder.
     """
     with tempfile.TemporaryDirectory(prefix="rocr-") as folder:
         link = Path(folder) / path.name
@@ -49,13 +49,13 @@ def alone(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def quick_reading() -> Iterator[None]:
-    """Within the context, the package gguf reads a file once, and makes no view of every entry of an array."""
+def fast_reader() -> Iterator[None]:
+    """Make the package gguf read a file once, without a view of every entry of an array, inside the context."""
     import gguf
 
     reader, name_map = gguf.GGUFReader, gguf.get_tensor_name_map
     patched: Any = gguf
-    patched.GGUFReader = functools.cache(_quick_reader(reader))
+    patched.GGUFReader = functools.cache(_fast_reader_class(reader))
     patched.get_tensor_name_map = functools.cache(name_map)
     try:
         yield
@@ -63,11 +63,11 @@ def quick_reading() -> Iterator[None]:
         patched.GGUFReader, patched.get_tensor_name_map = reader, name_map
 
 
-def _quick_reader(reader: type[Any]) -> type[Any]:
-    """The reader of the package gguf, with arrays of texts and numbers read in one go."""
+def _fast_reader_class(reader: type[Any]) -> type[Any]:
+    """Return a subclass of the reader of the package gguf that splits arrays of texts and numbers with struct."""
     from gguf import GGUFValueType
 
-    class QuickReader(reader):  # type: ignore[misc]
+    class FastReader(reader):  # type: ignore[misc]
         def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], list[int], list[Any]]:
             start, data = int(orig_offs), memoryview(self.data)
             if int(raw_type) == GGUFValueType.ARRAY and self.byte_order == "I" and sys.byteorder == "little":
@@ -79,17 +79,17 @@ def _quick_reader(reader: type[Any]) -> type[Any]:
             found: tuple[int, list[Any], list[int], list[Any]] = super()._get_field_parts(orig_offs, raw_type)
             return found
 
-    return QuickReader
+    return FastReader
 
 
 def _read_array(data: memoryview, start: int, kind: int, count: int) -> tuple[int, list[Any]]:
-    """The end of an array, and its entries: bytes of texts, or tuples of one number.
+    """Return the end of an array and its entries: the bytes of texts, or tuples of one number.
 
     Raises:
-        ValueError: it goes beyond the file.
+        ValueError: The array extends beyond the end of the file.
     """
     place = start + struct.calcsize("<IQ")
-    beyond = ValueError(f"the array of {count:,} entries at byte {start:,} goes beyond the file")
+    beyond = ValueError(f"the array of {count:,} entries at byte {start:,} extends beyond the end of the file")
     if kind in FORMATS:
         end = place + count * struct.calcsize(FORMATS[kind])
         if end > len(data):

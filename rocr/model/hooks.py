@@ -1,4 +1,4 @@
-"""What running modules with hooks needs: the mode they run in, hooks that end with a context, and a call's input."""
+"""Helpers to run modules with hooks: evaluation mode, hooks that end with a context, and the input of a call."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off inside, the modules' own modes restored after."""
+    """Put a model in evaluation mode inside the context, and restore the mode of each module afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -24,7 +24,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def hooked(register: Callable[..., RemovableHandle], hook: Callable[..., None]) -> Iterator[None]:
-    """Within the context a module has a hook. An interruption at its end may leave it there, but never at work."""
+    """Register a hook inside the context. If removing it is interrupted, the hook stays registered but does nothing."""
     active = [True]
 
     def while_active(*arguments: Any) -> None:
@@ -42,6 +42,6 @@ def hooked(register: Callable[..., RemovableHandle], hook: Callable[..., None]) 
 
 
 def input_of(inputs: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
-    """The first argument of a module's call, which may be named, as in `linear(input=states)`."""
+    """Return the first argument of a module's call, which may be a keyword argument, as in `linear(input=states)`."""
     found: Tensor = (*inputs, *named.values())[0]
     return found

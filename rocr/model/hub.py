@@ -1,15 +1,15 @@
-"""The one place where libraries are called that could reach a hub.
+"""Calls of the libraries that can connect to a hub, with connections switched off unless they are allowed.
 
-transformers, peft, datasets and lm-evaluation-harness open connections of their own accord: for code that a
-configuration names in another repository, for the base model of an adapter, for files that are missing. Every such
-call stands here or inside `offline`.
+transformers, peft, datasets and lm-evaluation-harness may connect without being asked: for code that a configuration
+names in another repository, for the base model of an adapter, for missing files. rocr makes every such call in this
+module or inside `offline`.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,30 +21,29 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from rocr.errors import InputError
 from rocr.io.boundary import calling
 from rocr.model.check_tokenizer import check_tokenizer_file
-from rocr.model.gguf import alone, check_gguf_support, quick_reading
+from rocr.model.gguf import check_gguf_support, fast_reader, isolated_link
 from rocr.model.source import ModelSource
 
 SWITCHES = (
     ("huggingface_hub.constants", "HF_HUB_OFFLINE"),
-    ("transformers.utils.hub", "_is_offline_mode"),  # transformers 4 keeps a copy from the time of its import
+    ("transformers.utils.hub", "_is_offline_mode"),  # transformers 4 copies the value when it is imported
     ("datasets.config", "HF_HUB_OFFLINE"),
     ("datasets.config", "HF_DATASETS_OFFLINE"),
     ("evaluate.config", "HF_EVALUATE_OFFLINE"),
 )
-"""Module and name of every variable by which these libraries decide whether they may connect."""
-
+"""Module and name of each variable that tells one of these libraries whether it may connect."""
 
 _DTYPE = "dtype" if tuple(map(int, transformers.__version__.split(".")[:2])) >= (4, 56) else "torch_dtype"
 
 
 @contextmanager
 def offline(unless: bool = False) -> Iterator[None]:
-    """No connections to a hub inside: `local_files_only` alone still looks the hub's address up.
+    """Prevent connections to a hub inside the context. `local_files_only` alone still resolves the hub's address.
 
-    Libraries that are imported inside remember what they found, so they are imported before.
+    Import the libraries before: a library that is imported inside the context stays offline afterwards.
 
     Args:
-        unless: leave everything as it is. An environment that says HF_HUB_OFFLINE stays offline.
+        unless: Change nothing. With HF_HUB_OFFLINE in the environment, the libraries stay offline.
     """
     if unless:
         yield
@@ -63,7 +62,7 @@ def offline(unless: bool = False) -> Iterator[None]:
 
 
 def _forget_sessions() -> None:
-    """huggingface_hub before 1.0 decides when a session is made, and keeps it."""
+    """Drop the sessions of huggingface_hub before 1.0, which reads the switch only when it makes a session."""
     from huggingface_hub import utils
 
     reset = getattr(utils, "reset_sessions", None)
@@ -73,13 +72,13 @@ def _forget_sessions() -> None:
 
 @dataclass(frozen=True)
 class Loading:
-    """What transformers can load from a source.
+    """Loads the parts of a model with transformers; see `loading`.
 
     Attributes:
-        source: where the model comes from.
-        place: the folder or hub id that transformers is given.
-        options: of every call of from_pretrained.
-        advice: what to do about a failure; empty: nothing.
+        source: Where the model comes from.
+        place: The folder or hub id that transformers is given.
+        options: The options of every call of `from_pretrained`.
+        advice: What to do about a failure, as a sentence; empty for none.
     """
 
     source: ModelSource
@@ -88,10 +87,10 @@ class Loading:
     advice: str
 
     def config(self) -> Any:
-        """The model's configuration.
+        """Load the model's configuration.
 
         Raises:
-            InputError: there is none that transformers can load.
+            InputError: transformers cannot load it.
         """
         with self._calling("configuration"):
             config = AutoConfig.from_pretrained(self.place, **self.options)
@@ -99,28 +98,28 @@ class Loading:
         return config
 
     def tokenizer(self) -> Any:
-        """The model's tokenizer.
+        """Load the model's tokenizer.
 
         Raises:
-            InputError: there is none that transformers can load.
+            InputError: transformers cannot load it, or its rules are refused by `check_tokenizer_file`.
         """
-        if self.source.folder is not None and self.source.gguf is None:
-            check_tokenizer_file(self.source.folder / "tokenizer.json")
+        if self.source.checkpoint_folder is not None:
+            check_tokenizer_file(self.source.checkpoint_folder / "tokenizer.json")
         with self._calling("tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(self.place, **self.options)
         tokenizer.name_or_path = tokenizer.init_kwargs["name_or_path"] = self.source.place
         return tokenizer
 
     def model(self, config: Any, dtype: torch.dtype | str, device: str | None) -> tuple[nn.Module, dict[str, Any]]:
-        """The model with its weights, and what transformers says about them: missing and mismatched tensors.
+        """Load the model, and return it with transformers' record of missing and mismatched tensors.
 
         Args:
-            config: from `config`.
-            dtype: of the weights; "auto": as the configuration says.
-            device: a device map of transformers; None: the CPU.
+            config: The configuration, from `config`.
+            dtype: The dtype of the weights; "auto" for the one that the configuration names.
+            device: A device map of transformers; None for the CPU.
 
         Raises:
-            InputError: the files are not those of a causal language model that transformers can load.
+            InputError: The files are not those of a causal language model that transformers can load.
         """
         plain = {} if self.source.gguf else {"use_safetensors": True}  # never a pickle
         with self._calling("model"):
@@ -136,17 +135,14 @@ class Loading:
         model.config.name_or_path = self.source.place
         return model, found
 
-    def structure(self, config: Any) -> nn.Module:
-        """The model as its configuration describes it, with new weights.
+    def skeleton(self, config: Any, with_buffers: bool = False) -> nn.Module:
+        """Build the model without its weights; see `build_skeleton`.
 
         Raises:
-            InputError: the configuration is not one of a causal language model.
+            InputError: The configuration is not one of a causal language model.
         """
         with self._calling("structure"):
-            model: nn.Module = AutoModelForCausalLM.from_config(
-                config, trust_remote_code=self.options["trust_remote_code"]
-            )
-        return model
+            return build_skeleton(config, with_buffers, self.options["trust_remote_code"])
 
     @contextmanager
     def _calling(self, what: str) -> Iterator[None]:
@@ -154,21 +150,19 @@ class Loading:
             with calling(f"Loading the {what} of {self.source.name}", self.advice):
                 yield
         except MemoryError as error:
-            raise InputError(
-                f"Loading the {what} of {self.source.name} failed: the memory does not suffice."
-            ) from error
+            raise InputError(f"Loading the {what} of {self.source.name} failed: not enough memory.") from error
 
 
 @contextmanager
 def loading(source: ModelSource, trust_remote_code: bool = False) -> Iterator[Loading]:
-    """Within the context, load parts of a model; no connection is tried unless the source allows downloads.
+    """Yield the means to load parts of a model, without connections unless the source allows downloads.
 
     Args:
-        source: from `find_model`. Of a GGUF file nothing else in its folder is read.
-        trust_remote_code: whether code that comes with the model may run.
+        source: The source, from `find_model`. For a GGUF file, no other file of its folder is read.
+        trust_remote_code: Whether code that comes with the model may run.
 
     Raises:
-        InputError: the source is a GGUF file, and a package that reads it is missing.
+        InputError: The source is a GGUF file, and a package that reads it is missing.
     """
     options = {"trust_remote_code": trust_remote_code, "local_files_only": not source.download}
     may_download = source.folder is not None or source.download
@@ -178,28 +172,63 @@ def loading(source: ModelSource, trust_remote_code: bool = False) -> Iterator[Lo
             yield Loading(source, source.place, options, advice)
             return
         check_gguf_support()
-        with alone(source.folder / source.gguf) as link, quick_reading():
+        with isolated_link(source.folder / source.gguf) as link, fast_reader():
             yield Loading(source, str(link.parent), options | {"gguf_file": str(link)}, advice)
 
 
-def build_skeleton(fields: Mapping[str, Any]) -> nn.Module:
-    """A model of transformers itself on the meta device, from the fields of a config.json; may raise anything."""
-    with offline(), torch.device("meta"):
-        config = AutoConfig.for_model(**fields)
-        model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+def build_skeleton(config: Any, with_buffers: bool = False, trust_remote_code: bool = False) -> nn.Module:
+    """Build a model without its weights: its parameters are on the meta device.
+
+    Args:
+        config: The model's configuration.
+        with_buffers: Whether buffers are on the CPU with the values that the model's code computes for them; else
+            they are on the meta device too.
+        trust_remote_code: Whether code that comes with the model may run.
+    """
+    device: AbstractContextManager[object] = parameters_on_meta() if with_buffers else torch.device("meta")
+    with device:
+        model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     return model
 
 
+def skeleton_of_fields(fields: Mapping[str, Any]) -> nn.Module:
+    """Build the skeleton of a model of transformers itself from the fields of a config.json; may raise anything."""
+    with offline():
+        return build_skeleton(AutoConfig.for_model(**fields))
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Put parameters that are registered inside the context on the meta device, and leave buffers as they are."""
+    original = nn.Module.register_parameter
+
+    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and parameter.device.type != "meta":
+            parameter = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+        original(module, name, parameter)
+
+    nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original  # type: ignore[method-assign]
+
+
 def load_dataset(name: str, configuration: str | None, download: bool) -> Any:
-    """The splits of a dataset of a hub, or of a folder in its layout.
+    """Load the splits of a dataset from a hub, or from a folder in the layout of a hub's dataset.
+
+    Args:
+        name: The id or the folder of the dataset.
+        configuration: The configuration of the dataset; None for its default.
+        download: Whether the dataset may be downloaded.
 
     Raises:
-        InputError: the package datasets is missing, or the dataset cannot be had.
+        InputError: The package datasets is missing, or the dataset cannot be loaded.
     """
     try:
         import datasets
     except ImportError:
         raise InputError("Hugging Face datasets need the package datasets: pip install 'rocr[datasets]'.") from None
-    advice = "" if download else "Without --download only what was downloaded before is looked at."
+    advice = "" if download else "Without --download only datasets that were downloaded before are found."
     with calling(f"Reading the dataset {name}", advice), offline(unless=download):
         return datasets.load_dataset(name, configuration)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from torch import nn
 
 from rocr.errors import InputError, RocrError
 from rocr.io.disk_space import check_space
+from rocr.io.safetensors_layout import read_layout
+from rocr.model.architecture import Architecture, find_architecture
 from rocr.model.check_folder import INDEX_FILE, SINGLE_FILE, check_model_folder
 from rocr.model.check_tokenizer import check_token_ids
 from rocr.model.diagnosis import check_memory, naming_the_field, set_settings
@@ -23,9 +25,7 @@ from rocr.model.hub import loading, offline
 from rocr.model.source import ModelSource, find_model
 from rocr.model.weight_files import find_weight_files, stored_dtype
 
-__all__ = ["DTYPES", "LoadedModel", "ModelSource", "find_model", "load_model", "load_tokenizer", "save_model"]
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+__all__ = ["LoadedModel", "ModelSource", "find_model", "load_model", "load_tokenizer", "save_model"]
 
 
 @dataclass(frozen=True)
@@ -33,16 +33,25 @@ class LoadedModel:
     """A model, its tokenizer, and where they come from.
 
     Attributes:
-        model: the model, in evaluation mode.
-        tokenizer: its tokenizer.
-        source: where they come from.
-        own_settings: fields of the configuration that rocr's passes do not allow, as they are stored.
+        model: The model, in evaluation mode.
+        tokenizer: Its tokenizer.
+        source: Where they come from.
+        own_settings: The stored values of fields of the configuration that loading replaced; see `set_settings`.
     """
 
     model: nn.Module
     tokenizer: Any
     source: ModelSource
     own_settings: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        """The architecture of the model.
+
+        Raises:
+            InputError: rocr cannot edit models of this structure; see `find_architecture`.
+        """
+        return find_architecture(self.model)
 
 
 def load_model(
@@ -54,17 +63,17 @@ def load_model(
     """Load a causal language model and its tokenizer.
 
     Args:
-        source: from `find_model`.
-        dtype: of the weights; None: the one that most values of the files' matrices are stored in, whatever
-            config.json says, and float32 for a GGUF file.
-        device: such as "cpu", "cuda:0", or "auto" to spread the layers over all devices; None: the CPU.
-        trust_remote_code: whether code that comes with the model may run.
+        source: The source, from `find_model`.
+        dtype: The dtype of the weights; None for the one that most values of the files' matrices are stored in,
+            whatever config.json says, and for float32 if the source is a GGUF file.
+        device: A device such as "cuda:0", or "auto" to spread the layers over all devices; None for the CPU.
+        trust_remote_code: Whether code that comes with the model may run.
 
     Raises:
-        InputError: the files are not those of a causal language model that transformers can load.
+        InputError: The files are not those of a causal language model that transformers can load.
     """
-    if source.folder is not None and source.gguf is None:
-        check_model_folder(source.folder)
+    if source.checkpoint_folder is not None:
+        check_model_folder(source.checkpoint_folder)
     with loading(source, trust_remote_code) as library:
         with naming_the_field(source, trust_remote_code):
             config = library.config()
@@ -76,48 +85,50 @@ def load_model(
             model, found = library.model(config, chosen, None if device in (None, "cpu") else device)
     _check_complete(source, found)
     if getattr(model.config, "is_encoder_decoder", False):
-        raise InputError(f"{source.name} says is_encoder_decoder true: it is no causal language model.")
+        raise InputError(
+            f"{source.name} is not a causal language model: is_encoder_decoder of its configuration is true."
+        )
     check_token_ids(tokenizer, embedding_rows(model), source.name)
     model.eval()
     return LoadedModel(_without_quantizer(model), tokenizer, source, own_settings)
 
 
 def load_tokenizer(source: ModelSource, trust_remote_code: bool = False) -> Any:
-    """Load a model's tokenizer, and nothing else of it.
+    """Load a model's tokenizer without the model.
 
     Raises:
-        InputError: there is none that transformers can load.
+        InputError: transformers cannot load the tokenizer.
     """
     with loading(source, trust_remote_code) as library:
         return library.tokenizer()
 
 
 def embedding_rows(model: nn.Module) -> int:
-    """How many tokens a model's embedding has rows for."""
+    """Return the number of rows of a model's embedding."""
     return int(input_embedding(model).weight.shape[0])
 
 
 def _stored_dtype(source: ModelSource) -> torch.dtype | None:
-    """The dtype that a model's files store it in; None where there are no such files."""
-    files = None if source.folder is None else find_weight_files(source.folder)
+    """Return the dtype that a model is stored in; None if there are no safetensors files."""
+    files = find_weight_files(source.checkpoint_folder)
     return None if files is None else stored_dtype(files)
 
 
 def _check_complete(source: ModelSource, found: dict[str, Any]) -> None:
-    """Refuse a model with weights that were made up because the file has none, or others."""
+    """Raise InputError if tensors are missing or have other shapes: transformers fills them with random values."""
     missing = sorted(map(str, found.get("missing_keys") or ()))
     if missing:
         raise InputError(f"{source.name} lacks {len(missing)} of the model's tensors, such as {missing[0][:100]}.")
     if found.get("mismatched_keys"):
-        raise InputError(f"{source.name} holds tensors of other shapes than its config.json says.")
+        raise InputError(f"{source.name} holds tensors whose shapes differ from those of its config.json.")
 
 
 def save_model(loaded: LoadedModel, folder: Path) -> None:
-    """Write model and tokenizer into a folder that exists, as files that transformers, vLLM and others load.
+    """Write the model and the tokenizer into an existing folder, as files that transformers, vLLM and others load.
 
     Raises:
-        InputError: the disk is too small.
-        RocrError: they cannot be written.
+        InputError: The disk has too little free space.
+        RocrError: The files cannot be written.
     """
     check_space(folder, saved_bytes(loaded.model))
     try:
@@ -131,7 +142,7 @@ def save_model(loaded: LoadedModel, folder: Path) -> None:
 
 @contextmanager
 def _settings(config: Any, own: dict[str, Any]) -> Iterator[None]:
-    """Within the context, a configuration has the fields that the model came with."""
+    """Give a configuration the values that the model was stored with, inside the context."""
     loaded = {name: getattr(config, name) for name in own}
     for name, value in own.items():
         setattr(config, name, value)
@@ -143,25 +154,22 @@ def _settings(config: Any, own: dict[str, Any]) -> Iterator[None]:
 
 
 def saved_bytes(model: nn.Module) -> int:
-    """Bytes of a model's weights in files; tied ones are stored once."""
+    """Return the bytes of a model's weights in files, where tied weights are stored once."""
     return sum(parameter.nbytes for parameter in model.parameters()) + sum(buffer.nbytes for buffer in model.buffers())
 
 
 def _write_index(folder: Path) -> None:
-    """Name the one weight file in an index too: loaders that glob *.safetensors would take the edit for weights."""
+    """Write an index for a single weight file: loaders that glob *.safetensors would read the edit file as weights."""
     single = folder / SINGLE_FILE
     if not single.is_file() or (folder / INDEX_FILE).exists():
         return
-    from safetensors import safe_open
-
-    with safe_open(single, framework="pt") as file:
-        names = list(file.keys())
-    index = {"metadata": {"total_size": os.path.getsize(single)}, "weight_map": dict.fromkeys(names, SINGLE_FILE)}
+    names = sorted(read_layout(single))
+    index = {"metadata": {"total_size": single.stat().st_size}, "weight_map": dict.fromkeys(names, SINGLE_FILE)}
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _without_quantizer(model: nn.Module) -> nn.Module:
-    """Forget that a GGUF's weights were quantised: they are dense now, and save_pretrained refuses otherwise."""
+    """Remove the quantizer of a model from a GGUF file: its weights are dense now, and save_pretrained needs that."""
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and "gguf" in type(quantizer).__name__.lower():
         model.hf_quantizer = None  # type: ignore[assignment]

@@ -1,15 +1,13 @@
-"""Load the embedding and the first decoder layers of a model, and leave the rest on the disk.
+"""Load the embedding and the first decoder layers of a model, and leave the other layers on the disk.
 
-Keys and states of layers 0 to L need nothing after layer L. Where even this beginning takes much of the memory, its
-weights stay in the pages of their files: a model larger than the memory can be edited whatever its size.
+Keys and states of layers 0 to L do not depend on later layers. If even these layers take much of the memory, their
+weights are memory-mapped: a model that is larger than the memory can be edited.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -20,26 +18,26 @@ from rocr.model.architecture import Architecture, find_architecture, text_config
 from rocr.model.check_tokenizer import check_token_ids
 from rocr.model.diagnosis import check_memory, naming_the_field, set_settings
 from rocr.model.hub import loading
-from rocr.model.load import LoadedModel, ModelSource, embedding_rows, load_tokenizer
+from rocr.model.load import LoadedModel, embedding_rows, load_tokenizer
+from rocr.model.source import ModelSource
 from rocr.model.stored_weights import StoredNames, stored_names
 from rocr.model.weight_files import WeightFiles, find_weight_files, stored_dtype
 
 MEMORY_SHARE = 0.5
-"""Share of the free memory that a whole model may take before only its beginning is loaded, and that this beginning
-may take before it stays in its files."""
+"""Share of the free memory: a larger model is loaded in part, and a part that is larger is memory-mapped."""
 
 
 def can_load_partially(source: ModelSource, last_layer: int = 0) -> bool:
-    """Whether a model lies in safetensors files that hold each parameter up to a layer as a tensor of its own.
+    """Return whether safetensors files hold each parameter up to a layer as a tensor of its own.
 
     Args:
-        source: of the model.
-        last_layer: the last decoder layer to load. In a mixture of experts, layers may be stored in different ways.
+        source: Where the model comes from.
+        last_layer: The last decoder layer to load. The layers of one model may be stored in different ways.
 
     Raises:
-        InputError: the files are damaged.
+        InputError: The files are damaged.
     """
-    files = None if source.folder is None or source.gguf else find_weight_files(source.folder)
+    files = find_weight_files(source.checkpoint_folder)
     if files is None:
         return False
     try:
@@ -53,13 +51,13 @@ def can_load_partially(source: ModelSource, last_layer: int = 0) -> bool:
 
 
 def is_large(source: ModelSource) -> bool:
-    """Whether a model's files take more than half of the free memory."""
-    files = None if source.folder is None or source.gguf else find_weight_files(source.folder)
+    """Return whether a model's weight files take more than `MEMORY_SHARE` of the free memory."""
+    files = find_weight_files(source.checkpoint_folder)
     return files is not None and files.size > MEMORY_SHARE * free_memory()
 
 
 def free_memory() -> int:
-    """Bytes of memory that can be had without swapping."""
+    """Return the bytes of memory that are available without swapping."""
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             for line in file:
@@ -80,29 +78,29 @@ def load_partial(
 ) -> LoadedModel:
     """Load a model's embedding and decoder layers 0 to `last_layer`.
 
-    What comes after is on the meta device: it cannot be run. Tensors of another dtype, such as norms in float32, are
+    Later layers stay on the meta device and cannot be run. Tensors of another dtype, such as norms in float32, are
     cast as `load_model` casts them, since modules compute in one dtype.
 
     Args:
-        source: a folder with safetensors files.
-        last_layer: the last decoder layer to load.
-        device: where to put them; None: the CPU.
-        trust_remote_code: whether code that comes with the model may run.
-        mapped: whether weights stay in the pages of their files (`StoredTensor.map`), which must not be changed
-            meanwhile, instead of being read into memory of their own; None: where they take too much of it.
-        dtype: of the weights; None: the one that most of them are stored in.
+        source: A folder with safetensors files.
+        last_layer: The last decoder layer to load.
+        device: The device to load to; None for the CPU.
+        trust_remote_code: Whether code that comes with the model may run.
+        mapped: Whether weights are memory-mapped (`StoredTensor.map`) instead of read; the files must then not be
+            changed while the model is used. None: map them if they take more than `MEMORY_SHARE` of the free memory.
+        dtype: The dtype of the weights; None for the one that most of them are stored in.
 
     Raises:
-        InputError: a tensor is missing, or its shape is not the model's.
+        InputError: A tensor is missing, or its shape is not that of the model's parameter.
     """
-    files = None if source.folder is None or source.gguf else find_weight_files(source.folder)
+    files = find_weight_files(source.checkpoint_folder)
     if files is None:
-        raise InputError(f"{source.name} has no safetensors files: only such a model can be loaded in part.")
+        raise InputError(f"{source.name} cannot be loaded in part: it has no safetensors files.")
     model = empty_model(source, trust_remote_code)
     architecture = find_architecture(model)
     architecture.down_projection(last_layer)
     if mapped is None:
-        mapped = stays_in_files(files, architecture, last_layer, device)
+        mapped = must_map(files, architecture, last_layer, device)
     names = stored_names(files, model)
     needed = _needed(architecture, last_layer, names)
     dtype = dtype or stored_dtype(files, [names.of(name) for name in needed])
@@ -119,37 +117,37 @@ def load_partial(
 
 
 def empty_model(source: ModelSource, trust_remote_code: bool = False) -> nn.Module:
-    """A model's structure: its buffers are there, as they are first computed, its parameters on the meta device.
+    """Build a model without its weights: parameters on the meta device, buffers with the values that code computes.
 
     Raises:
-        InputError: the configuration is not one of a causal language model.
+        InputError: The configuration is not one of a causal language model, or describes tensors that the weight
+            files cannot fill.
     """
     with naming_the_field(source, trust_remote_code), loading(source, trust_remote_code) as library:
         config = library.config()
         set_settings(config)
         check_memory(library, config)
-        with parameters_on_meta():
-            model = library.structure(config)
+        model = library.skeleton(config, with_buffers=True)
     model.config.name_or_path = source.place  # type: ignore[union-attr]
     return model
 
 
 def needed_tensors(files: WeightFiles, architecture: Architecture, last_layer: int) -> list[StoredTensor]:
-    """What `load_partial` reads."""
+    """Return the stored tensors that `load_partial` reads."""
     names = stored_names(files, architecture.model)
     return [files.find(names.of(name)) for name in _needed(architecture, last_layer, names)]
 
 
-def stays_in_files(files: WeightFiles, architecture: Architecture, last_layer: int, device: str | None) -> bool:
-    """Whether the beginning of a model takes so much of the free memory that it is left in its files."""
+def must_map(files: WeightFiles, architecture: Architecture, last_layer: int, device: str | None) -> bool:
+    """Return whether `load_partial` memory-maps the layers 0 to `last_layer`: if they take much of the free memory."""
     size = sum(stored.size for stored in needed_tensors(files, architecture, last_layer))
     return device in (None, "cpu") and size > MEMORY_SHARE * free_memory()
 
 
 def _needed(architecture: Architecture, last_layer: int, names: StoredNames) -> list[str]:
-    """Parameters of the decoder but for later layers, and those of its buffers that are stored, as scalars of a layer.
+    """Return the names of the parameters and stored buffers of the decoder, except those of later layers.
 
-    What stands around the layers is small or needed.
+    Parameters outside the layers are the embedding, which is needed, and norms, which are small.
     """
     decoder = architecture.layers_name.rpartition(".")[0]
     prefix, layers = f"{decoder}." if decoder else "", f"{architecture.layers_name}."
@@ -179,7 +177,9 @@ def _set(
     parameter = getattr(module, leaf)
     expected = tuple(parameter.shape)
     if stored.shape != expected:
-        raise InputError(f"{stored.file}: {stored.name} has the shape {stored.shape}, but the model's is {expected}.")
+        raise InputError(
+            f"{stored.name} in {stored.file} has the shape {stored.shape}, but the model's parameter has {expected}."
+        )
     values = stored.map() if mapped else stored.read()
     if dtype is not None and parameter.is_floating_point():
         values = values.to(_loaded_dtype(model, name, parameter, dtype))
@@ -191,27 +191,10 @@ def _set(
 
 
 def _loaded_dtype(model: nn.Module, name: str, parameter: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
-    """The dtype that transformers loads a parameter in: the model's, but for those that the class itself keeps."""
+    """Return the dtype that transformers loads a parameter in: `dtype`, unless the model's class keeps another."""
     plan: dict[str, torch.dtype] = getattr(model, "_get_dtype_plan", lambda _: {})(dtype)
     for pattern, kept in plan.items():
         if re.search(pattern.replace("*", ".*"), name):
             return kept
     made_in = getattr(model.config, "dtype", None) or torch.get_default_dtype()
     return dtype if parameter.dtype == made_in else parameter.dtype
-
-
-@contextmanager
-def parameters_on_meta() -> Iterator[None]:
-    """Parameters registered inside hold no memory; buffers, which are computed and not loaded, are real."""
-    original = nn.Module.register_parameter
-
-    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and parameter.device.type != "meta":
-            parameter = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
-        original(module, name, parameter)
-
-    nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = original  # type: ignore[method-assign]

@@ -1,7 +1,7 @@
-"""What edited weights are called in the class that a checkpoint is of, where it was loaded as another one.
+"""The names of weights in the class that a checkpoint's config.json names, if the model was loaded as another class.
 
-A vision-language checkpoint is edited as the language model inside it. Whoever loads the checkpoint's own class, as
-its config.json names it, finds the same weights under other names.
+A vision-language checkpoint is edited as the language model inside it. The checkpoint's own class has the same
+weights under other names.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from transformers import PreTrainedModel
 
 from rocr.errors import InputError
 from rocr.io.boundary import calling
-from rocr.model.hub import loading
+from rocr.model.hub import loading, parameters_on_meta
 from rocr.model.load import LoadedModel
-from rocr.model.load_partial import parameters_on_meta
 from rocr.model.source import ModelSource
 from rocr.model.stored_weights import find_weights, stored_names
 
 
 def own_names(loaded: LoadedModel, parameters: Iterable[str]) -> dict[str, str]:
-    """For parameters of a loaded model their names in the checkpoint's own class, where these differ.
+    """Map names of parameters of a loaded model to their names in the checkpoint's own class.
 
     Args:
-        loaded: the model.
-        parameters: names of some of its parameters.
+        loaded: The model.
+        parameters: The names of some of its parameters.
 
     Returns:
-        Nothing where the class is the same, is not one of transformers, or cannot be made from the configuration.
+        The names that differ; empty if the class is the same, is not one of transformers, or cannot be built from the
+        configuration.
     """
     files = find_weights(loaded.source)
     own = None if files is None else _own_class(loaded.source, loaded.model)
@@ -42,7 +42,7 @@ def own_names(loaded: LoadedModel, parameters: Iterable[str]) -> dict[str, str]:
 
 
 def _own_class(source: ModelSource, model: nn.Module) -> nn.Module | None:
-    """The checkpoint's own class without weights; None where the model is of it, or it cannot be made."""
+    """Build the checkpoint's own class without weights; None if the model is of it, or it cannot be built."""
     try:
         with loading(source) as library, calling(f"The configuration of {source.name}"):
             config = library.config()

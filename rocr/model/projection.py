@@ -1,7 +1,7 @@
-"""Find the down-projection of an MLP by what it does, and make sure that it is a plain matrix product.
+"""Find the down-projection of an MLP by running the MLP, and check that it is a plain matrix product.
 
-A few random states are run through the MLP alone. The down-projection is the matrix whose output is the MLP's output,
-up to a factor and an offset that do not depend on the input.
+A few random states are run through the MLP without the rest of the model. The down-projection is the matrix whose
+output is the MLP's output, up to a factor and an offset that do not depend on the input.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from transformers.pytorch_utils import Conv1D
 
 from rocr.errors import InputError
 from rocr.io.boundary import calling
+from rocr.io.dtypes import is_supported
 from rocr.model.hooks import evaluating, input_of
 from rocr.model.tensor_parallel import flaw_of, is_sharded, whole, whole_input
 from rocr.model.wrappers import own_modules, uncompiled
 
 PROBE_TOKENS = 8
 PROBE_ROWS = 64
-LEAST_TOLERANCE = 1e-3
-"""Relative error that TF32 stays below; a matrix that does something else is off by a tenth or more."""
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MIN_TOLERANCE = 1e-3
+"""Relative error that TF32 products stay below. The error of a module with another function is a tenth or more."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class Matrix:
     """A module of an MLP that multiplies by a matrix.
 
     Attributes:
-        name: in the model's state dict, without `.weight`.
-        module: what holds the weight.
-        outer: the module around it whose output the MLP uses, as of peft; else the module itself.
+        name: The name in the model's state dict, without `.weight`.
+        module: The module that holds the weight.
+        outer: The wrapper around it whose output the MLP uses, such as one of peft; else the module itself.
     """
 
     name: str
@@ -51,9 +51,9 @@ class Matrix:
 
     @property
     def features(self) -> int | None:
-        """Size of its output; None where the module does not say."""
+        """The size of the output; None if the module does not name it."""
         weight: Any = getattr(self.module, "weight", None)
-        is_plain = isinstance(weight, Tensor) and weight.ndim == 2 and weight.dtype in DTYPES
+        is_plain = isinstance(weight, Tensor) and weight.ndim == 2 and is_supported(weight.dtype)
         if is_plain and isinstance(self.module, (nn.Linear, Conv1D)):
             return int(weight.shape[1 if self.is_transposed else 0])
         for name in ("out_features", "nf"):
@@ -65,24 +65,24 @@ class Matrix:
 
 @dataclass(frozen=True)
 class _Run:
-    """What an MLP did with some states.
+    """A run of an MLP on some states.
 
     Attributes:
-        states: (tokens, hidden size) its input.
-        output: (tokens, hidden size).
-        calls: for each matrix that was called, by its place in a list, what went through it, in the order of calls.
+        states: (tokens, hidden size) the input.
+        output: (tokens, hidden size) the output.
+        calls: The call of each matrix by its index in a list, in the order of the calls.
     """
 
     states: Tensor
     output: Tensor
     calls: dict[int, _Call]
 
-    def ends_in(self, place: int) -> bool:
-        """Whether the output is a matrix's, up to a factor and an offset for each feature.
+    def ends_in(self, index: int) -> bool:
+        """Return whether the output is that of a matrix, up to a factor and an offset for each feature.
 
-        Some MLPs, as CPM-Ant's, add the states themselves.
+        Some MLPs, such as CPM-Ant's, add the states to it.
         """
-        last = self.calls[place].outer
+        last = self.calls[index].outer
         if last is None or last.shape != self.output.shape:
             return False
         states, output, last = (values.cpu().double() for values in (self.states, self.output, last))
@@ -94,12 +94,12 @@ class _Run:
 
 @dataclass
 class _Call:
-    """What went through a matrix.
+    """A call of a matrix.
 
     Attributes:
-        key: (tokens, d_in) its input.
-        output: (tokens, d_out) of its module.
-        outer: (tokens, d_out) of the module around it.
+        key: (tokens, d_in) the input.
+        output: (tokens, d_out) the output of the module.
+        outer: (tokens, d_out) the output of the wrapper around it; None until that was called.
     """
 
     key: Tensor
@@ -108,15 +108,16 @@ class _Call:
 
 
 def find_matrix(name: str, mlp: nn.Module, hidden_size: int) -> Matrix:
-    """The down-projection of an MLP.
+    """Find the down-projection of an MLP.
 
     Args:
-        name: of the MLP in the model's state dict.
-        mlp: the MLP. On the meta device it cannot be run: of several matrices that fit, the last is taken.
-        hidden_size: features of the residual stream.
+        name: The name of the MLP in the model's state dict.
+        mlp: The MLP. If it is on the meta device and cannot be run, the last matrix of the right size is returned.
+        hidden_size: The number of features of the residual stream.
 
     Raises:
-        InputError: there is none, its weight is not dense or not whole, or no single matrix gives the MLP's output.
+        InputError: There is no down-projection, its weight is not dense or is split along its outputs, or the MLP's
+            output is not that of a single matrix.
     """
     found = [
         Matrix(f"{name}.{child}" if child else name, module, outer)
@@ -124,7 +125,10 @@ def find_matrix(name: str, mlp: nn.Module, hidden_size: int) -> Matrix:
         if _is_matrix(module)
     ]
     if not found:
-        raise InputError(f"{name} has no dense matrix; its modules are {[type(m).__name__ for m in mlp.modules()]}.")
+        raise InputError(
+            f"{name} has no dense matrix, so rocr cannot edit it; its modules are "
+            f"{[type(module).__name__ for module in mlp.modules()]}."
+        )
     fitting = [matrix for matrix in found if matrix.features in (hidden_size, None)]
     chosen = fitting[-1] if fitting else found[-1]
     if len(fitting) > 1 and _can_run(mlp):
@@ -132,20 +136,26 @@ def find_matrix(name: str, mlp: nn.Module, hidden_size: int) -> Matrix:
     _check_dense(chosen)
     if chosen.features != hidden_size:
         raise InputError(
-            f"{chosen.name} returns {chosen.features} features, but the hidden size is {hidden_size}: "
-            "it is not a down-projection that rocr knows how to edit."
+            f"{chosen.name} returns {chosen.features} features, but the hidden size is {hidden_size}: it is not a "
+            "down-projection, and rocr cannot edit this layer."
         )
     return chosen
 
 
 def check_matrix(name: str, mlp: nn.Module, matrix: Matrix, hidden_size: int) -> None:
-    """Make sure that the MLP's output is its down-projection's, and that this is its input times its weight.
+    """Raise InputError unless the MLP's output is that of its down-projection, and this is its input times its weight.
 
-    Values that are not finite pass: reading the model then tells. Of an MLP that cannot be run alone, the product is
-    checked and not the output.
+    Values that are not finite pass: reading keys reports them. If the MLP cannot be run alone, only the product is
+    checked.
+
+    Args:
+        name: The name of the MLP in the model's state dict.
+        mlp: The MLP.
+        matrix: The down-projection, from `find_matrix`.
+        hidden_size: The number of features of the residual stream.
 
     Raises:
-        InputError: the MLP does something else; says what.
+        InputError: The MLP computes something else; the message says what.
     """
     if not _can_run(mlp):
         return
@@ -156,26 +166,27 @@ def check_matrix(name: str, mlp: nn.Module, matrix: Matrix, hidden_size: int) ->
         return
     if not run.calls:
         raise InputError(
-            f"{name} computes its output without calling {matrix.name}, as a fused kernel does, so that the keys "
-            "cannot be read. Load the model with MLPs that call their modules."
+            f"{name} computes its output without calling {matrix.name}, as a fused kernel does, so its keys cannot be "
+            "read. Load the model with MLPs that call their modules."
         )
     if not run.ends_in(0):
         raise InputError(
-            f"The output of {name} is not that of its last matrix {matrix.name}, also not up to a factor: an edit of "
-            "that weight alone would not move it as it is meant to. rocr edits MLPs that end in one matrix."
+            f"The output of {name} is not that of its last matrix {matrix.name}, even up to a factor: an edit of that "
+            "weight would not have the intended effect. rocr edits MLPs that end in one matrix."
         )
     _check_product(matrix, run.calls[0])
 
 
 def _is_matrix(module: nn.Module) -> bool:
-    """Whether a module multiplies by a matrix, quantised or not."""
+    """Return whether a module multiplies by a matrix, quantised or not."""
     return isinstance(module, (nn.Linear, Conv1D)) or hasattr(module, "qweight") or "Linear" in type(module).__name__
 
 
 def _can_run(mlp: nn.Module) -> bool:
-    """Whether an MLP is loaded and has some weights that are not quantised, in whose dtype states can be made."""
+    """Return whether an MLP is loaded and has a weight that is not quantised, whose dtype the states can have."""
     parameters = list(mlp.parameters())
-    return all(each.device.type != "meta" for each in parameters) and any(each.dtype in DTYPES for each in parameters)
+    is_loaded = all(parameter.device.type != "meta" for parameter in parameters)
+    return is_loaded and any(is_supported(parameter.dtype) for parameter in parameters)
 
 
 def _check_dense(matrix: Matrix) -> None:
@@ -184,9 +195,9 @@ def _check_dense(matrix: Matrix) -> None:
     if (
         not isinstance(module, (nn.Linear, Conv1D))
         or not isinstance(weight, nn.Parameter)
-        or weight.dtype not in DTYPES
+        or not is_supported(weight.dtype)
         or weight.ndim != 2
-        # Quantised weights of torchao and quanto are tensors of a class of their own that call themselves bfloat16.
+        # Quantised weights of torchao and quanto are tensors of another class whose dtype is bfloat16.
         or not (type(weight.data) is Tensor or is_sharded(weight))
     ):
         held = "no plain weight"
@@ -196,42 +207,42 @@ def _check_dense(matrix: Matrix) -> None:
                 held = f"a {type(weight).__name__} that stands for {held}"
         raise InputError(
             f"{matrix.name} is a {type(module).__name__} that holds {held}: only dense float32, bfloat16 and float16 "
-            "weights can be edited, and no quantised ones. Load the model with such weights."
+            "weights can be edited, not quantised ones. Load the model with such weights."
         )
     flaw = flaw_of(weight)
     if flaw is not None:
         raise InputError(
-            f"{matrix.name} {flaw}: rocr edits weights that are whole, or split along their inputs by tensor "
+            f"{matrix.name} {flaw}: rocr edits weights that are in one process, or split along their inputs by tensor "
             "parallelism. Load the model in one process, or with a tp_plan."
         )
 
 
 def _of_output(name: str, mlp: nn.Module, matrices: Sequence[Matrix], hidden_size: int) -> Matrix:
-    """Of several matrices, the one whose output is the MLP's; the last where values that are not finite tell nothing.
+    """Return the matrix whose output is the MLP's output; the last one called if several fit or values are not finite.
 
     Raises:
-        InputError: there is none, or the MLP cannot be run.
+        InputError: There is no such matrix, or the MLP cannot be run.
     """
     run = _run(name, mlp, matrices, hidden_size)
     fitting = [matrices[i] for i in run.calls if run.ends_in(i)]
     if not fitting:
         names = ", ".join(matrix.name.removeprefix(f"{name}.") for matrix in matrices)
         raise InputError(
-            f"{name} has several matrices that return {hidden_size} features ({names}), and its output is that of none "
-            "of them, as of a sum of branches: there is no single down-projection to edit. rocr edits MLPs that end in "
-            "one matrix."
+            f"{name} has several matrices that return {hidden_size} features ({names}), and its output is not that of "
+            "one of them, as if branches are added: there is no single down-projection to edit. rocr edits MLPs that "
+            "end in one matrix."
         )
     return fitting[-1]
 
 
 @torch.no_grad()
 def _run(name: str, mlp: nn.Module, matrices: Sequence[Matrix], hidden_size: int) -> _Run:
-    """Run random states through an MLP alone.
+    """Run random states through an MLP, without the rest of the model.
 
     Raises:
-        InputError: the MLP raised an exception.
+        InputError: The MLP raises an exception.
     """
-    parameter = next(parameter for parameter in mlp.parameters() if parameter.dtype in DTYPES)
+    parameter = next(parameter for parameter in mlp.parameters() if is_supported(parameter.dtype))
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(1, PROBE_TOKENS, hidden_size, generator=generator).to(parameter.device, parameter.dtype)
     calls: dict[int, _Call] = {}
@@ -242,13 +253,13 @@ def _run(name: str, mlp: nn.Module, matrices: Sequence[Matrix], hidden_size: int
         stack.enter_context(uncompiled())
         for i, matrix in enumerate(matrices):
             stack.enter_context(_recorded(matrix, i, calls))
-        # Not by calling the module: a call would go to a compiled copy, which runs no hooks.
+        # Use `forward`: calling the module could run a compiled copy, which does not call hooks.
         output = mlp.forward(states, *[torch.zeros_like(states)] * _other_inputs(mlp.forward))
         return _Run(_rows(states), _rows(output), calls)
 
 
 def _other_inputs(forward: Callable[..., Any]) -> int:
-    """How many tensors an MLP needs besides the states, such as the residual that Bloom's adds to its output."""
+    """Return how many tensors an MLP needs besides the states, such as the residual that Bloom's MLP adds."""
     needed = [
         parameter
         for parameter in inspect.signature(forward).parameters.values()
@@ -258,21 +269,21 @@ def _other_inputs(forward: Callable[..., Any]) -> int:
 
 
 @contextmanager
-def _recorded(matrix: Matrix, place: int, calls: dict[int, _Call]) -> Iterator[None]:
-    """Within the context, what goes through a matrix is recorded."""
+def _recorded(matrix: Matrix, index: int, calls: dict[int, _Call]) -> Iterator[None]:
+    """Record the last call of a matrix in `calls[index]`, inside the context."""
 
-    def keep(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-        calls.pop(place, None)
-        calls[place] = _Call(_rows(whole_input(module, input_of(inputs, named))), _rows(output))
+    def record(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+        calls.pop(index, None)  # to keep the order of the last calls
+        calls[index] = _Call(_rows(whole_input(module, input_of(inputs, named))), _rows(output))
 
-    def keep_outer(_module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
-        if place in calls:
-            calls[place].outer = _rows(output)
+    def record_outer(_module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
+        if index in calls:
+            calls[index].outer = _rows(output)
 
     handles: list[RemovableHandle] = []
     try:
-        handles.append(matrix.module.register_forward_hook(keep, with_kwargs=True))
-        handles.append(matrix.outer.register_forward_hook(keep_outer))
+        handles.append(matrix.module.register_forward_hook(record, with_kwargs=True))
+        handles.append(matrix.outer.register_forward_hook(record_outer))
         yield
     finally:
         for handle in handles:
@@ -280,7 +291,7 @@ def _recorded(matrix: Matrix, place: int, calls: dict[int, _Call]) -> Iterator[N
 
 
 def _rows(output: Any) -> Tensor:
-    """A module's output, or the first of several, as (tokens, features)."""
+    """Return a module's output, or the first of several, as (tokens, features)."""
     while not isinstance(output, Tensor):
         output = output[0]
     values = whole(output)
@@ -288,12 +299,12 @@ def _rows(output: Any) -> Tensor:
 
 
 def _is_multiple(values: Tensor, of: Tensor, allowed: Tensor) -> bool:
-    """Whether values (tokens, features) are others times a factor, and an offset, for each feature.
+    """Return whether values are others times a factor plus an offset, both for each feature.
 
     Args:
-        values: float64.
-        of: float64.
-        allowed: norm of what may be left over by rounding; it is never most of the values.
+        values: (tokens, features) float64.
+        of: (tokens, features) float64.
+        allowed: The norm of the difference that rounding may cause; at most a third of the values' norm is allowed.
     """
     values, of = values - values.mean(dim=0), of - of.mean(dim=0)
     factor = (values * of).sum(dim=0) / of.square().sum(dim=0).clamp(min=1e-300)
@@ -302,7 +313,7 @@ def _is_multiple(values: Tensor, of: Tensor, allowed: Tensor) -> bool:
 
 @torch.no_grad()
 def _alone(matrix: Matrix) -> _Call:
-    """What goes through a matrix that is called on random keys."""
+    """Call a matrix on random keys, without the rest of the MLP."""
     weight = matrix.module.weight
     assert isinstance(weight, Tensor)
     generator = torch.Generator().manual_seed(0)
@@ -316,14 +327,14 @@ def _check_product(matrix: Matrix, call: _Call) -> None:
     error = _product_error(matrix, call)
     if error > _tolerance(call.output):
         raise InputError(
-            f"The output of {matrix.name}, a {type(matrix.module).__name__}, is not its input times its weight, but "
-            f"{error:.2g} of its norm away: the weight is packed, scaled or computed from others. Only plain dense "
+            f"The output of {matrix.name}, a {type(matrix.module).__name__}, is not its input times its weight: the "
+            f"relative error is {error:.2g}, so the weight is packed, scaled or computed from others. Only plain dense "
             "weights can be edited; load the model with such weights."
         )
 
 
 def _product_error(matrix: Matrix, call: _Call) -> float:
-    """How far some features of a module's output are from its input times its weight, as a share of their norm."""
+    """Return the relative error of some features of a module's output against its input times its weight."""
     weight = whole(matrix.module.weight).detach()  # type: ignore[arg-type]
     weight = weight.T if matrix.is_transposed else weight
     step = max(1, len(weight) // PROBE_ROWS)
@@ -338,5 +349,5 @@ def _product_error(matrix: Matrix, call: _Call) -> float:
 
 
 def _tolerance(values: Tensor) -> float:
-    """Relative error of a product in the dtype of its result, with room."""
-    return max(LEAST_TOLERANCE, 2 * torch.finfo(values.dtype).eps)
+    """Return the relative error that a product may have by rounding in the dtype of its result."""
+    return max(MIN_TOLERANCE, 2 * torch.finfo(values.dtype).eps)

@@ -1,4 +1,4 @@
-"""Retry with smaller batches after a device runs out of memory."""
+"""Retry with smaller batches after a CUDA out-of-memory error."""
 
 from __future__ import annotations
 
@@ -10,11 +10,19 @@ import torch
 T = TypeVar("T")
 
 
-def halving(run: Callable[[int], T], size: int, least: int = 1) -> T:
-    """Return run(size); each time memory runs out, retry with half the size.
+def retry_with_smaller_batch(run: Callable[[int], T], size: int, least: int = 1) -> T:
+    """Retry with smaller batches after a CUDA out-of-memory error.
+
+    Args:
+        run: A function of the batch size.
+        size: The first batch size to try; each retry halves it.
+        least: The smallest batch size to try.
+
+    Returns:
+        The result of the first call that does not run out of memory.
 
     Raises:
-        torch.OutOfMemoryError: it does not even do for `least`.
+        torch.OutOfMemoryError: The memory does not suffice for a batch of `least`.
     """
     while True:
         try:
@@ -22,5 +30,5 @@ def halving(run: Callable[[int], T], size: int, least: int = 1) -> T:
         except torch.cuda.OutOfMemoryError:
             if size <= least:
                 raise
-        # Outside the handler, whose traceback holds what the failed run had allocated.
+        # Retry outside the handler: the traceback there keeps the tensors of the failed run alive.
         size = max(least, size // 2)

@@ -1,4 +1,4 @@
-"""What a MODEL argument means: a folder, a GGUF file or a hub id."""
+"""The source of a model: a folder, a GGUF file or the id of a model on a hub."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ class ModelSource:
     """Where a model comes from.
 
     Attributes:
-        name: what the user called it.
-        folder: the folder it lies in; None for a hub id.
-        gguf: name of the GGUF file in that folder, where it is one.
-        download: whether the network may be used.
+        name: The name that the user gave.
+        folder: The folder that holds the model; None for a hub id.
+        gguf: The name of the GGUF file in that folder; None if the source is not a GGUF file.
+        download: Whether the network may be used.
     """
 
     name: str
@@ -26,22 +26,31 @@ class ModelSource:
 
     @property
     def inputs(self) -> tuple[Path, ...]:
-        """Paths that must never be written to."""
+        """The paths that must never be written to."""
         if self.folder is None:
             return ()
         return (self.folder / self.gguf,) if self.gguf else (self.folder,)
 
     @property
     def place(self) -> str:
-        """The folder or hub id, as a model's configuration calls it."""
+        """The folder or hub id, as `name_or_path` of a model's configuration holds it."""
         return self.name if self.folder is None else str(self.folder)
+
+    @property
+    def checkpoint_folder(self) -> Path | None:
+        """The local folder of config.json and weight files; None for a GGUF file and for a hub id."""
+        return None if self.gguf else self.folder
 
 
 def find_model(name: str, download: bool = False) -> ModelSource:
-    """Decide what a MODEL argument means, without loading anything.
+    """Find out whether a name is a folder, a GGUF file or a hub id, without loading anything.
+
+    Args:
+        name: A path, or the id of a model on a hub.
+        download: Whether a hub id may be downloaded.
 
     Raises:
-        InputError: it is a path that holds no model, or not there.
+        InputError: The path does not exist or holds no model, or the name is neither a path nor a hub id.
     """
     path = Path(name)
     try:
@@ -50,17 +59,17 @@ def find_model(name: str, download: bool = False) -> ModelSource:
         raise InputError(f"{name[:100]!r} cannot be examined: {getattr(error, 'strerror', None) or error}.") from None
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise InputError(f"{name} is not there, or not a file.")
+            raise InputError(f"{name} does not exist or is not a file.")
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
-                raise InputError(f"{name} does not begin like a GGUF file.")
+                raise InputError(f"{name} is not a GGUF file: it does not begin with the bytes 'GGUF'.")
         return ModelSource(name, path.parent, path.name)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise InputError(f"{name} is a folder without config.json, so it holds no Hugging Face model.")
+            raise InputError(f"{name} holds no Hugging Face model: the folder has no config.json.")
         return ModelSource(name, path)
     if path.exists():
-        raise InputError(f"{name} is a file, but neither a .gguf file nor a folder with a Hugging Face model.")
+        raise InputError(f"{name} is neither a .gguf file nor a folder with a Hugging Face model.")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise InputError(f"{name} is not there, and is not the id of a model on a hub (owner/name) either.")
+        raise InputError(f"{name} does not exist and is not the id of a model on a hub (owner/name).")
     return ModelSource(name, None, download=download)

@@ -1,7 +1,7 @@
-"""Where the weights of a loaded model lie in its files, and whether the files hold what was loaded.
+"""Where the weights of a loaded model are stored in its files, and whether the files hold the loaded values.
 
-transformers decides which files are loaded, under which names and in which dtype. What is written has to be the
-same tensors: names are found by transformers' own rules, and confirmed by the values.
+transformers decides which files are loaded, under which names and in which dtype. An edit has to be written to the
+same tensors: their names are found by the rules of transformers, and confirmed by comparing values.
 """
 
 from __future__ import annotations
@@ -17,41 +17,42 @@ from typing import Any
 from torch import Tensor, nn
 
 from rocr.errors import InputError
+from rocr.io.dtypes import SUPPORTED_KINDS
 from rocr.io.safetensors_layout import StoredTensor
 from rocr.model.architecture import DownProjection
-from rocr.model.load import ModelSource
+from rocr.model.source import ModelSource
 from rocr.model.tensor_parallel import is_sharded
-from rocr.model.weight_files import EDITED_KINDS, WeightFiles, find_weight_files
+from rocr.model.weight_files import WeightFiles, find_weight_files
 
 RUNS, RUN_LENGTH = 16, 32
-"""How much of a tensor is compared: evenly spaced runs of neighbouring values, so that few pages of a file are read."""
+"""The part of a tensor that is compared: evenly spaced runs of consecutive values, so that few pages are read."""
 
 
 @dataclass
 class StoredNames:
-    """How the parameters of a model are called in its files.
+    """The names that the parameters of a model have in its files.
 
     Attributes:
-        plain: for each parameter the tensors that it is loaded from as they are; more than one where it is stored
-            under several names.
-        converted: for each parameter that is put together from tensors of another layout (joined, split, transposed
-            or dequantised), their names.
+        plain: For each parameter that is loaded without a change of layout, the names of its tensors: more than one
+            if it is stored under several names.
+        converted: For each parameter that is joined, split, transposed or dequantised from other tensors, their
+            names.
     """
 
     plain: dict[str, list[str]] = field(default_factory=dict)
     converted: dict[str, list[str]] = field(default_factory=dict)
 
     def of(self, parameter: str) -> str:
-        """The tensor of a parameter; the parameter's own name where the files hold none."""
+        """Return the name of a parameter's tensor; the parameter's own name if the files hold none."""
         return self.plain.get(parameter, [parameter])[0]
 
 
 def stored_names(files: WeightFiles, model: nn.Module) -> StoredNames:
-    """Find what each parameter of a model, which need not be loaded, is called in its files.
+    """Find the names that the parameters of a model have in its files.
 
     Args:
-        files: of the model's folder. All headers are read where the index alone lacks a parameter.
-        model: a model of transformers.
+        files: The files of the model's folder. If the index lacks a parameter, all headers are read.
+        model: A model of transformers, which may be on the meta device.
     """
     parameters = model.state_dict(keep_vars=True)
     found = _names(files.file_of, parameters, model)
@@ -66,36 +67,35 @@ def stored_names(files: WeightFiles, model: nn.Module) -> StoredNames:
 
 
 def find_weights(source: ModelSource) -> WeightFiles | None:
-    """The safetensors files that a model is loaded from; None for a GGUF file and what is not on this machine.
+    """Find the safetensors files that a model is loaded from; None if it has none on this machine.
 
     Raises:
-        InputError: the files are damaged.
+        InputError: The files are damaged.
     """
-    folder = source.folder or _cached(source)
-    return None if folder is None or source.gguf else find_weight_files(folder)
+    return find_weight_files(source.checkpoint_folder or _cached(source))
 
 
 def find_stored(files: WeightFiles, names: StoredNames, projection: DownProjection) -> list[StoredTensor]:
-    """The tensors that an edited weight has to be written to.
+    """Find the tensors that an edited weight has to be written to.
 
     Raises:
-        InputError: it is not stored as a tensor of its own, of its own shape and of a dtype that can be edited.
+        InputError: The weight is not stored as a tensor of its own, of its own shape and of a dtype that can be edited.
     """
     name = projection.parameter_name
     if name not in names.plain:
         others = names.converted.get(name)
-        stored = f"is put together from {others[0]} and is stored otherwise" if others else "is in none of the files"
+        reason = f"store it in another layout, as {others[0]}" if others else "do not hold it"
         raise InputError(
-            f"{name} {stored} of {files.folder}, so that an edited copy of these files cannot be written. Save the "
+            f"An edited copy of {files.folder} cannot be written: {name} is edited, and the files {reason}. Save the "
             "model unquantised and in the layout of its class with save_pretrained, or write only the edit and the "
             "adapter (--save edit,lora)."
         )
     places = [files.find(stored) for stored in names.plain[name]]
     for place in places:
-        if place.kind not in EDITED_KINDS or place.shape != tuple(projection.parameter.shape):
+        if place.kind not in SUPPORTED_KINDS or place.shape != tuple(projection.parameter.shape):
             raise InputError(
-                f"{place.name} is stored in {place.file} as {place.kind} of shape {place.shape}: rocr writes float32, "
-                f"bfloat16 and float16 of the shape {tuple(projection.parameter.shape)} that is loaded."
+                f"{place.name} is stored in {place.file} as {place.kind} of shape {place.shape}, but rocr writes "
+                f"float32, bfloat16 and float16 of shape {tuple(projection.parameter.shape)}, the one that was loaded."
             )
     return places
 
@@ -103,13 +103,13 @@ def find_stored(files: WeightFiles, names: StoredNames, projection: DownProjecti
 def check_loaded(
     files: WeightFiles, names: StoredNames, model: nn.Module, projections: Iterable[DownProjection]
 ) -> None:
-    """Make sure that a model that was not edited yet holds what its files hold, so that these can be written.
+    """Raise InputError unless a model that was not edited yet holds the values of its files.
 
-    Edited weights are compared whole, all others by some of their values. Parameters that are not loaded, or are
-    put together from several tensors, are left out.
+    Weights that will be edited are compared completely, all others by some of their values. Parameters that are not
+    loaded, and those that are converted from other tensors, are skipped.
 
     Raises:
-        InputError: an edited weight cannot be written, or a weight differs; names it.
+        InputError: A weight that will be edited cannot be written, or a weight differs; the message names it.
     """
     for projection in projections:
         for place in find_stored(files, names, projection):
@@ -119,12 +119,12 @@ def check_loaded(
         if parameter.device.type == "meta" or is_sharded(parameter) or name not in names.plain:
             continue
         for place in (files.find(stored) for stored in names.plain[name]):
-            if place.kind in EDITED_KINDS and not _same_samples(parameter.data, place):
+            if place.kind in SUPPORTED_KINDS and not _same_samples(parameter.data, place):
                 raise _differs(name, place)
 
 
 def same_values(loaded: Tensor, stored: Tensor) -> bool:
-    """Whether a loaded tensor is what a stored one becomes in its dtype; NaNs are equal."""
+    """Return whether a loaded tensor equals a stored one that is cast to its dtype; NaN counts as equal to NaN."""
     if loaded.shape != stored.shape:
         return False
     mine, theirs = loaded.detach().cpu(), stored.to(loaded.dtype)
@@ -132,9 +132,9 @@ def same_values(loaded: Tensor, stored: Tensor) -> bool:
 
 
 def layout(files: WeightFiles) -> dict[str, Any]:
-    """What tensors the files of a model hold, for a report: how many, and a digest.
+    """Describe the tensors in the files of a model for a report: their number and a digest.
 
-    It is of names, dtypes and shapes where all headers were read, and else of the names in the index.
+    The digest is of names, dtypes and shapes if all headers were read, and else of the names in the index.
     """
     if files.is_complete:
         said: Any = sorted((name, stored.kind, stored.shape) for name, stored in files.read_headers().items())
@@ -146,9 +146,9 @@ def layout(files: WeightFiles) -> dict[str, Any]:
 
 def _differs(name: str, place: StoredTensor) -> InputError:
     return InputError(
-        f"{name} was loaded with other values than {place.name} of {place.file} holds. transformers loaded another "
-        "file, or converted it: which weights an edited copy should hold cannot be known. Put one set of weights into "
-        "the folder, or write only the edit and the adapter (--save edit,lora)."
+        f"{name} was loaded with other values than {place.name} in {place.file}: transformers loaded another file, or "
+        "converted the values, so an edited copy of the files cannot be written. Keep one set of weights in the "
+        "folder, or write only the edit and the adapter (--save edit,lora)."
     )
 
 
@@ -165,7 +165,7 @@ def _same_samples(loaded: Tensor, place: StoredTensor) -> bool:
 
 
 def _cached(source: ModelSource) -> Path | None:
-    """The folder in the hub's cache that a model with an id was loaded from."""
+    """Return the folder of a hub model in the hub's cache; None for a local model, and if it is not in the cache."""
     from huggingface_hub import try_to_load_from_cache
 
     config = try_to_load_from_cache(source.name, "config.json") if source.folder is None else None
@@ -185,7 +185,7 @@ def _names(stored: Iterable[str], parameters: dict[str, Any], model: nn.Module) 
 
 
 def _renaming(model: nn.Module, parameters: dict[str, Any]) -> Callable[[str], tuple[str, bool]]:
-    """The rules by which transformers finds the parameter of a stored tensor, and whether its layout is changed."""
+    """Return transformers' mapping from a stored tensor to its parameter and whether the layout is changed."""
     prefix = getattr(model, "base_model_prefix", "")
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping

@@ -1,7 +1,7 @@
-"""Weights that are spread over processes by tensor parallelism, as torch's DTensors.
+"""Read and write weights that tensor parallelism splits over processes, as torch's DTensors.
 
-What is read of them becomes whole in every process; what is written goes to each process's own part. Reading is a
-step that all processes of the mesh must take together.
+Reading gathers the full tensor in every process, so all processes of the mesh must read at the same time. Writing
+changes the part that each process holds.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 def is_sharded(tensor: Tensor | None) -> bool:
-    """Whether a tensor is a DTensor, so that this process may hold only a part of it."""
+    """Return whether a tensor is a DTensor, of which this process may hold only a part."""
     if tensor is None or not dist.is_available() or type(tensor) is Tensor:
         return False
     from torch.distributed.tensor import DTensor
@@ -23,26 +23,26 @@ def is_sharded(tensor: Tensor | None) -> bool:
 
 
 def is_parallel(model: nn.Module) -> bool:
-    """Whether a model is spread over processes, which must then run it together."""
+    """Return whether a model is split over processes, which must then run it together."""
     return any(is_sharded(parameter) for parameter in model.parameters())
 
 
 def flaw_of(weight: Tensor) -> str | None:
-    """What is wrong with how a down-projection (d_out, d_in) is spread; None where rocr can edit it.
+    """Describe why rocr cannot edit a down-projection (d_out, d_in) that is split as it is; None if it can.
 
-    Edited are weights that are split along their inputs, as transformers and Megatron-LM (arXiv 1909.08053,
-    section 3) split them, and copies. Anything else, such as FSDP's parts of rows, is not.
+    rocr edits weights that are replicated, or split along their inputs as transformers and Megatron-LM (arXiv
+    1909.08053, section 3) split them. Other placements, such as the rows of FSDP, are not supported.
     """
     if not is_sharded(weight):
         return None
     placements: tuple[Any, ...] = weight.placements  # type: ignore[attr-defined]
     if all(placement.is_replicate() or placement.is_shard(1) for placement in placements):
         return None
-    return f"is spread over processes as {', '.join(map(repr, placements))}"
+    return f"is split over processes as {', '.join(map(repr, placements))}"
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, in the memory of this process; a plain tensor is itself."""
+    """Return the full tensor, in the memory of this process; a plain tensor is returned unchanged."""
     if not is_sharded(tensor):
         return tensor
     full: Tensor = tensor.detach().full_tensor()  # type: ignore[attr-defined]
@@ -50,7 +50,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def own(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process holds, sharing its memory."""
+    """Return the part of a tensor that this process holds, as a view."""
     if not is_sharded(tensor):
         return tensor
     local: Tensor = tensor.detach().to_local()  # type: ignore[attr-defined]
@@ -58,11 +58,11 @@ def own(tensor: Tensor) -> Tensor:
 
 
 def own_part(values: Tensor, like: Tensor) -> Tensor:
-    """Of a whole matrix that every process holds, the part that belongs to its part of another.
+    """Return the part of a full matrix that corresponds to this process's part of a weight.
 
     Args:
-        values: (rows, columns); where `like` is split along its columns, it is split likewise.
-        like: a weight; its device is where the part goes.
+        values: (rows, columns) the full matrix, which every process holds. It is split as `like` is.
+        like: The weight; the result is on its device.
     """
     if not is_sharded(like):
         return values.to(like.device)
@@ -73,7 +73,7 @@ def own_part(values: Tensor, like: Tensor) -> Tensor:
 
 
 def whole_input(module: nn.Module, values: Tensor) -> Tensor:
-    """All features of a module's input (..., d_in), of which a process gets those of its own part of the weight."""
+    """Gather all features of a module's input (..., d_in): each process gets those of its part of the weight only."""
     if is_sharded(values):
         return whole(values)
     weight = getattr(module, "weight", None)

@@ -1,4 +1,4 @@
-"""Calls of a tokenizer: what it raises becomes a sentence, and its opening tokens are never doubled."""
+"""Call a tokenizer: errors become an InputError, and opening tokens such as BOS are never doubled."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from rocr.errors import InputError
 from rocr.io.boundary import calling
 
 PART = "\ufffd"
-"""Stands in a token's text for a character of which the token holds some bytes only."""
-_SPACE_MARK = "\u2581"  # of SentencePiece
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # of SentencePiece, for characters that it has no token for
+"""Replaces a character in a token's text of which the token holds only some bytes."""
+_SPACE_MARK = "\u2581"  # SentencePiece writes a space as this character
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # SentencePiece writes characters without a token as bytes
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """The token ids of texts, without what the tokenizer puts before or behind a text.
+    """Return the token ids of texts, without special tokens before or after a text.
 
     Raises:
-        InputError: the tokenizer fails.
+        InputError: The tokenizer fails.
     """
     with calling_tokenizer(tokenizer):
-        # Not verbose: a text may well be longer than the model's context.
+        # verbose=False: no warning if a text is longer than the model's context.
         found: list[list[int]] = tokenizer(
             list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
         )["input_ids"]
@@ -32,19 +32,19 @@ def tokenize(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
 
 
 def tokenize_prompt(tokenizer: Any, text: str) -> list[int]:
-    """The token ids of a text for a model to go on from: with the tokenizer's opening, never doubled.
+    """Return the token ids of a text that a model continues: with the tokenizer's opening tokens, never doubled.
 
     Raises:
-        InputError: the tokenizer fails.
+        InputError: The tokenizer fails.
     """
     return opening_tokens(tokenizer, text) + tokenize(tokenizer, [text])[0]
 
 
 def tokenize_with_offsets(tokenizer: Any, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
-    """For each text its token ids, and for each of them the range of characters that it covers.
+    """Return for each text its token ids and the range of characters that each token covers.
 
     Raises:
-        InputError: the tokenizer fails, or reports no offsets.
+        InputError: The tokenizer fails, or reports no offsets.
     """
     check_tokenizer(tokenizer)
     with calling_tokenizer(tokenizer):
@@ -53,12 +53,12 @@ def tokenize_with_offsets(tokenizer: Any, texts: Sequence[str]) -> list[tuple[li
 
 
 def opening_tokens(tokenizer: Any, text: str) -> list[int]:
-    """The tokens that the tokenizer puts before a text (its BOS, if it adds one), unless the text has them already.
+    """Return the tokens that the tokenizer puts before a text, such as BOS; none if the text already has them.
 
-    A chat template usually writes the BOS itself; adding it again would make it double.
+    A chat template usually writes the BOS token itself, which must not be added again.
 
     Raises:
-        InputError: the tokenizer fails.
+        InputError: The tokenizer fails.
     """
     with calling_tokenizer(tokenizer):
         plain = tokenizer("a", add_special_tokens=False)["input_ids"]
@@ -69,23 +69,23 @@ def opening_tokens(tokenizer: Any, text: str) -> list[int]:
 
 
 def check_tokenizer(tokenizer: Any) -> None:
-    """Refuse a tokenizer that cannot say which characters a token covers."""
+    """Raise InputError if a tokenizer does not report which characters a token covers."""
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(
-            f"{type(tokenizer).__name__} reports no character offsets, which rocr needs to find a name's tokens; "
-            "load the tokenizer with AutoTokenizer.from_pretrained(..., use_fast=True)."
+            f"{type(tokenizer).__name__} reports no character offsets, which rocr needs to find the tokens of a name. "
+            "Load the tokenizer with AutoTokenizer.from_pretrained(..., use_fast=True)."
         )
 
 
 def calling_tokenizer(tokenizer: Any) -> AbstractContextManager[None]:
-    """The boundary to a tokenizer; see `rocr.io.boundary.calling`."""
+    """Turn exceptions of a tokenizer into an InputError; see `rocr.io.boundary.calling`."""
     return calling(f"The tokenizer ({type(tokenizer).__name__})")
 
 
 def token_texts(tokenizer: Any) -> Callable[[int], str]:
-    """A function that gives a token's own text, with `PART` for what is only some bytes of a character.
+    """Return a function from a token id to the token's text, with `PART` for an incomplete character.
 
-    Decoding a single token does not do: some decoders strip its space, and some tokenizers have none.
+    Decoding a single token does not work: some decoders strip its space, and some tokenizers have no decoder.
     """
     with calling_tokenizer(tokenizer):
         is_byte_level = any(
@@ -110,7 +110,7 @@ def token_texts(tokenizer: Any) -> Callable[[int], str]:
 
 @functools.cache
 def _bytes_of_characters() -> dict[str, int]:
-    """The bytes that the characters of a byte-level token stand for: those that are no letter are moved up by 256."""
+    """Map the characters of byte-level tokens to bytes: unprintable bytes are written as characters from 256."""
     plain = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     moved = [byte for byte in range(256) if byte not in plain]
     return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(moved)}

@@ -1,7 +1,6 @@
-"""The weight files of a model's folder: which tensor lies in which safetensors file, and where.
+"""The safetensors files of a model's folder: which file holds which tensor, and where.
 
-Only headers are read here, and of every file no more than that; names, shapes and offsets are checked before
-anything is trusted.
+Only the headers of the files are read. Names, shapes and offsets are checked before they are used.
 """
 
 from __future__ import annotations
@@ -14,12 +13,10 @@ from pathlib import Path
 import torch
 
 from rocr.errors import InputError
+from rocr.io.dtypes import SUPPORTED_KINDS, torch_dtype
 from rocr.io.json_values import parse_json
-from rocr.io.safetensors_layout import DTYPES, StoredTensor, read_layout
+from rocr.io.safetensors_layout import StoredTensor, read_layout
 from rocr.model.check_folder import INDEX_FILE, SINGLE_FILE, check_model_folder
-
-EDITED_KINDS = ("F32", "BF16", "F16")
-"""What a weight must be stored as to be edited."""
 
 
 @dataclass
@@ -27,9 +24,9 @@ class WeightFiles:
     """The safetensors files of a folder.
 
     Attributes:
-        folder: where they lie.
-        file_of: for each tensor the name of its file; of an index, what the index says until `read_headers`.
-        index: name of the index that names the files; None where it is one file.
+        folder: The folder.
+        file_of: The file name of each tensor. With an index, these are the names in the index until `read_headers`.
+        index: The name of the index; None if the model is one file.
     """
 
     folder: Path
@@ -39,49 +36,56 @@ class WeightFiles:
 
     @property
     def files(self) -> list[str]:
-        """Names of the files, ascending."""
+        """The names of the files, in ascending order."""
         return sorted(set(self.file_of.values()))
 
     @property
     def size(self) -> int:
-        """Bytes of all files."""
+        """The bytes of all files."""
         return sum((self.folder / name).stat().st_size for name in self.files)
 
     @property
     def is_complete(self) -> bool:
-        """Whether all headers were read, so that every tensor is known with its dtype and shape."""
+        """Whether all headers were read, so that the dtype and shape of every tensor are known."""
         return set(self._headers) >= set(self.file_of.values())
 
     def find(self, name: str) -> StoredTensor:
-        """Where a tensor lies; reads its file's header once.
+        """Return where a tensor is stored; read the header of its file if that was not done before.
 
         Raises:
-            InputError: no file holds it, or the file is damaged.
+            InputError: No file holds the tensor, or the file is damaged.
         """
         if name not in self.file_of:
             raise InputError(f"{self.folder} holds no tensor {name}.")
         file = self.file_of[name]
         if name not in self._header(file):
-            raise InputError(f"{self.folder / file} does not hold {name}, though the index says so.")
+            raise self._missing(file, name)
         return self._header(file)[name]
 
     def read_headers(self) -> dict[str, StoredTensor]:
-        """Every tensor of every file by its name, also those that the index leaves out, which loaders read too.
+        """Return every tensor of every file by its name, with those that the index omits and loaders read too.
 
         Raises:
-            InputError: a file is damaged, or two files hold a tensor of one name.
+            InputError: A file is damaged, two files hold a tensor of the same name, or a file lacks a tensor that the
+                index puts there.
         """
         found: dict[str, StoredTensor] = {}
         for file in self.files:
             for name, stored in self._header(file).items():
                 if name in found:
-                    raise InputError(f"{stored.file} holds {name[:100]!r}, which {found[name].file.name} holds too.")
+                    raise InputError(
+                        f"{stored.file} and {found[name].file.name} both hold the tensor {name[:100]!r}; keep one of "
+                        "them."
+                    )
                 found[name] = stored
         for name, file in self.file_of.items():
             if name not in found:
-                raise InputError(f"{self.folder / file} does not hold {name}, though the index says so.")
+                raise self._missing(file, name)
         self.file_of = {name: stored.file.name for name, stored in found.items()}
         return found
+
+    def _missing(self, file: str, name: str) -> InputError:
+        return InputError(f"{self.folder / file} does not hold {name[:100]!r}, which {self.index} puts there.")
 
     def _header(self, file: str) -> dict[str, StoredTensor]:
         if file not in self._headers:
@@ -89,15 +93,20 @@ class WeightFiles:
         return self._headers[file]
 
 
-def find_weight_files(folder: Path) -> WeightFiles | None:
-    """The safetensors files that transformers loads from a folder; None where it has no such weights.
+def find_weight_files(folder: Path | None) -> WeightFiles | None:
+    """Find the safetensors files that transformers loads from a folder.
 
-    It takes `model.safetensors` where that is there, whatever an index names, and else the files of the index. Of
-    many files none is opened here: `WeightFiles.find` looks at the header of the one that it needs.
+    These are `model.safetensors` if it exists, whatever an index names, and else the files of the index. The files of
+    an index are not opened here; `WeightFiles.find` reads the header of the one that it needs.
+
+    Returns:
+        The files; None if the folder holds no such files, or is None.
 
     Raises:
-        InputError: the folder is not a complete and harmless model: see `check_model_folder`.
+        InputError: The folder is not a complete and harmless model; see `check_model_folder`.
     """
+    if folder is None:
+        return None
     if not (folder / INDEX_FILE).exists() and not (folder / SINGLE_FILE).exists():
         return None
     check_model_folder(folder, whole=False)
@@ -108,23 +117,23 @@ def find_weight_files(folder: Path) -> WeightFiles | None:
 
 
 def stored_dtype(files: WeightFiles, names: Iterable[str] | None = None) -> torch.dtype | None:
-    """The dtype to load weights in: that of most values in matrices of float32, bfloat16 or float16.
+    """Return the dtype to load weights in: of float32, bfloat16 and float16, the one of most values in matrices.
 
-    config.json may name another one, as where a model was trained in float32 and its settings say bfloat16.
+    config.json may name another one, for example if a model was trained in float32 and its settings say bfloat16.
 
     Args:
-        files: the model's files.
-        names: the tensors that count; None: all.
+        files: The model's files.
+        names: The names of the tensors to count; None for all.
 
     Returns:
-        None where config.json says that the model is quantised, or no matrix is of these dtypes.
+        The dtype; None if the model is quantised by its config.json, or no matrix has one of the three dtypes.
     """
     if parse_json((files.folder / "config.json").read_bytes()).get("quantization_config"):
         return None
     stored = files.read_headers().values() if names is None else [files.find(name) for name in names]
-    values = dict.fromkeys(EDITED_KINDS, 0)
+    values = dict.fromkeys(SUPPORTED_KINDS, 0)
     for tensor in stored:
         if tensor.kind in values and len(tensor.shape) > 1:
             values[tensor.kind] += math.prod(tensor.shape)
     kind = max(values, key=lambda kind: values[kind])
-    return DTYPES[kind] if values[kind] else None
+    return torch_dtype(SUPPORTED_KINDS[kind]) if values[kind] else None

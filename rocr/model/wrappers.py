@@ -1,7 +1,7 @@
-"""The model inside its wrappers: modules and parameters under the names that its own state dict gives them.
+"""The model inside wrappers: its modules and parameters under the names of its own state dict.
 
-peft, torch.compile, data parallelism and activation checkpointing put modules around others, which adds parts to
-names. Classes are told by name, so that no library has to be imported.
+peft, torch.compile, data parallelism and activation checkpointing wrap modules in others, which adds parts to names.
+Classes are recognised by name, so that these libraries need not be imported.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import nn
 
 from rocr.errors import InputError
 
-_HELD_AS = {
+_INNER_ATTRIBUTES = {
     "OptimizedModule": "_orig_mod",
     "DataParallel": "module",
     "DistributedDataParallel": "module",
@@ -26,48 +26,48 @@ _HELD_AS = {
     "BaseTunerLayer": "base_layer",
     "AuxiliaryTrainingWrapper": "original_module",
 }
-"""For each class of wrappers, subclasses included, the attribute that holds the module inside."""
+"""The attribute that holds the inner module, for each class of wrappers and its subclasses."""
 
 _ADAPTERS = {"BaseTunerLayer", "AuxiliaryTrainingWrapper"}
-"""Classes of peft that put trained parameters beside or in place of those of a module."""
+"""Classes of peft that add trained parameters to a module or replace the module's own."""
 
 
 def base_of(model: nn.Module) -> nn.Module:
-    """The model of transformers inside wrappers; layers of an active adapter stay in it and run with it.
+    """Return the model of transformers inside wrappers. Layers of an active adapter stay in it and run with it.
 
     Raises:
-        InputError: the wrapper changes more than modules.
+        InputError: The wrapper adds tokens or states to every text.
     """
-    if "PeftModel" in kinds(model) and "BaseTuner" not in kinds(held := model.get_submodule("base_model")):
+    if "PeftModel" in kinds(model) and "BaseTuner" not in kinds(inner := model.get_submodule("base_model")):
         raise InputError(
-            f"{type(model).__name__} around {type(held).__name__} adds tokens or states of its own to every text, as "
-            "prompt and prefix tuning do: its keys are not those of the text. Give the model inside it."
+            f"{type(model).__name__} around {type(inner).__name__} adds tokens or states to every text, as prompt and "
+            "prefix tuning do, so its keys are not those of the text. Give the model inside it."
         )
     return unwrapped(model)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The innermost module that wrappers hold; a module that is no wrapper is itself."""
+    """Return the innermost module inside wrappers; a module without a wrapper is returned unchanged."""
     while True:
-        attribute = next((_HELD_AS[kind] for kind in kinds(module) if kind in _HELD_AS), None)
+        attribute = next((_INNER_ATTRIBUTES[kind] for kind in kinds(module) if kind in _INNER_ATTRIBUTES), None)
         if attribute is None:
             return module
         module = getattr(module, attribute)
 
 
 def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
-    """Each module of a model as it is without wrappers: its name, the module, and its outermost wrapper or itself.
+    """Yield each module of a model without wrappers: its name, the module, and its outermost wrapper or itself.
 
-    The order is that of `named_modules`, and a module that stands in several places is given once.
+    The order is that of `named_modules`. A module that is used in several places is yielded once.
 
     Raises:
-        InputError: a wrapper keeps parameters in a form of its own.
+        InputError: A wrapper stores parameters in another form.
     """
     yield from _own_modules("", model, set())
 
 
 def own_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Each parameter of a model as it is without wrappers and adapters, in the order of `named_parameters`."""
+    """Yield each parameter of a model without wrappers and adapters, in the order of `named_parameters`."""
     seen: set[int] = set()
     for name, module, _ in own_modules(model):
         for leaf, parameter in module.named_parameters(recurse=False):
@@ -77,7 +77,7 @@ def own_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def own_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each buffer that a model's files hold, such as a scalar of a layer, named as those of `own_parameters`."""
+    """Yield each buffer that a model's files store, such as a scalar of a layer, named as in `own_parameters`."""
     for name, module, _ in own_modules(model):
         for leaf, buffer in module.named_buffers(recurse=False):
             if leaf not in module._non_persistent_buffers_set:
@@ -85,7 +85,7 @@ def own_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, float]]:
-    """What adapters that are active and not merged add: a name without the adapter's own, a parameter, its scale."""
+    """Yield each parameter of active adapters that are not merged: a name without the adapter's, itself, its scale."""
     for path, module in model.named_modules():
         if not kinds(module) & _ADAPTERS or getattr(module, "disable_adapters", False):
             continue
@@ -102,18 +102,18 @@ def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, fl
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """Within the context, what is compiled runs as it was written, so that hooks that came later run.
+    """Run compiled modules without compilation inside the context, so that hooks that were added later are called.
 
-    Before torch 2.6, which cannot do this, it runs compiled.
+    torch before 2.6 cannot do this, and runs them compiled.
     """
     set_stance = getattr(torch.compiler, "set_stance", None)
-    is_compiled = "torch._dynamo" in sys.modules  # else nothing is
+    is_compiled = "torch._dynamo" in sys.modules  # otherwise no module is compiled
     with set_stance("force_eager") if is_compiled and set_stance else nullcontext():
         yield
 
 
 def kinds(module: nn.Module) -> set[str]:
-    """Names of a module's class and of those that it inherits from."""
+    """Return the names of a module's class and of its base classes."""
     return {kind.__name__ for kind in type(module).__mro__}
 
 
@@ -121,7 +121,7 @@ def _own_modules(name: str, outer: nn.Module, seen: set[int]) -> Iterator[tuple[
     module = unwrapped(outer)
     if "FullyShardedDataParallel" in kinds(module):
         raise InputError(
-            f"{name or 'The model'} is inside FullyShardedDataParallel, which keeps parameters in flat pieces without "
+            f"{name or 'The model'} is inside FullyShardedDataParallel, which stores parameters in flat parts without "
             "their shapes. Load the model in one process, or with a tp_plan."
         )
     if id(module) in seen:

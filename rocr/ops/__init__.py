@@ -1,4 +1,4 @@
-"""The operations that cost time, each on the fastest backend that is available."""
+"""The expensive operations of rocr, each with several backends."""
 
 from rocr.ops.dispatch import (
     accumulate_second_moment,

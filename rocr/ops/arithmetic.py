@@ -1,8 +1,8 @@
-"""The state of torch that arithmetic depends on: what a caller has set must not change a result.
+"""A context with torch's default arithmetic, so that the state set by a caller does not change a result.
 
 Autocast, TF32 and other reduced precisions, the default dtype and device, inference mode, gradients and the flushing
-of denormal numbers act on all that a thread or the process computes. Every public function of rocr runs inside
-`plain_arithmetic`, which sets them all and puts back what it found.
+of denormal numbers affect all computations of a thread or of the process. Every public function of rocr runs inside
+`plain_arithmetic`, which sets all of them and restores them at the end.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ Result = TypeVar("Result")
 AUTOCAST_DEVICES = tuple(
     filter(torch.amp.is_autocast_available, ("cpu", "cuda", "xpu", "mps", "mtia", "hpu", "xla", "privateuseone"))
 )
-"""Device types that this version of torch has autocast for."""
+"""Device types for which this version of torch supports autocast."""
 
 PRECISIONS = (
     *(("generic", "all"), ("cuda", "all"), ("cuda", "matmul"), ("cuda", "conv"), ("cuda", "rnn")),
     *(("mkldnn", "all"), ("mkldnn", "matmul"), ("mkldnn", "conv"), ("mkldnn", "rnn")),
 )
-"""Where torch 2.9 and later keep the precision of float32 products; one without its own has that of "all" before it."""
+"""Settings of the precision of float32 products in torch 2.9 and later. A setting of "none" inherits from "all"."""
 
 REDUCED_SUMS = (
     "cublas_allow_fp16_reduced_precision_reduction",
@@ -40,18 +40,18 @@ REDUCED_SUMS = (
     "cpu_allow_fp16_reduced_precision_reduction",
     "math_sdp_allow_fp16_bf16_reduction",
 )
-"""Flags that allow sums of 16-bit products in less than float32; older versions of torch lack some."""
+"""Flags that allow sums of 16-bit products in less than float32. Older versions of torch do not have all of them."""
 
 
 class plain_arithmetic:
-    """Within the context, or the decorated function, results are those of torch as it starts, without gradients.
+    """Context manager and decorator in which torch computes with its default settings, without gradients.
 
-    Autocast, reduced precisions, inference mode, gradients and the flushing of denormals are off, and the defaults are
-    float32 and the CPU. At the end all are as they were at the beginning, also after an exception; autocast forgets
-    the casts that it kept, so that it sees weights that changed. Training enables gradients inside.
+    Autocast, reduced precisions, inference mode, gradients and the flushing of denormals are off; the default dtype is
+    float32 and the default device the CPU. All settings are restored at the end, also after an exception. The autocast
+    cache of weights is cleared, since weights may have changed. Code that trains enables gradients inside the context.
 
-    Flags of the process hold for every thread: they are set while any thread is inside. Inside a function that
-    torch.compile traces, gradients alone are switched off.
+    Flags of the process apply to all threads; they are set while any thread is inside the context. In a function that
+    torch.compile traces, only gradients are switched off.
     """
 
     def __init__(self) -> None:
@@ -71,7 +71,7 @@ class plain_arithmetic:
         self._restore()
 
     def __call__(self, function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-        """Decorate a function that is no generator."""
+        """Decorate a function, which must not be a generator."""
 
         @functools.wraps(function)
         def plain(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
@@ -84,7 +84,7 @@ class plain_arithmetic:
         return plain
 
     def _set_thread(self) -> None:
-        """Set what belongs to this thread."""
+        """Set the state of this thread."""
         casting = [device for device in AUTOCAST_DEVICES if torch.is_autocast_enabled(device)]
         if casting:
             self._undo.append(torch.clear_autocast_cache)
@@ -93,7 +93,7 @@ class plain_arithmetic:
             torch.set_autocast_enabled(device, False)
         if torch.is_inference_mode_enabled():
             self._enter(torch.inference_mode(False))
-        # After inference mode, whose end switches gradients on.
+        # After inference mode, since leaving it enables gradients.
         self._undo.append(functools.partial(torch._C._set_grad_enabled, torch.is_grad_enabled()))
         torch._C._set_grad_enabled(False)
         if torch._C._len_torch_function_stack() and torch.get_default_device().type != "cpu":
@@ -110,7 +110,7 @@ class plain_arithmetic:
         try:
             self._put_back()
         finally:
-            # What an interruption has left of it; else there is nothing to do.
+            # Completes a restoration that was interrupted; otherwise nothing is left to do.
             self._put_back()
 
     def _put_back(self) -> None:
@@ -120,7 +120,7 @@ class plain_arithmetic:
 
 
 def writing(*tensors: Tensor) -> AbstractContextManager[object]:
-    """The context in which tensors can be changed in place: those that were made in inference mode only inside it."""
+    """Return a context in which tensors can be changed in place: inference mode if one of them was created in it."""
     return torch.inference_mode() if any(tensor.is_inference() for tensor in tensors) else nullcontext()
 
 
@@ -129,9 +129,9 @@ class _Flag:
     """A flag of the process.
 
     Attributes:
-        read: returns it; None where other flags have overruled it.
-        write: sets it.
-        plain: from its value, the one for full precision.
+        read: Returns the value, or None if other flags override it.
+        write: Sets the value.
+        plain: Returns the value for full precision, given the current one.
     """
 
     read: Callable[[], Any]
@@ -140,7 +140,7 @@ class _Flag:
 
 
 class _Flags:
-    """The flags of the process, shared by threads: the last holder puts back what the first one found."""
+    """The flags of the process, shared by threads. The last holder restores the values that the first one found."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -155,13 +155,13 @@ class _Flags:
             if self._found is None:
                 self._found = [flag.read() for flag in self._flags]
             for flag in self._flags:
-                value = flag.read()  # anew: a flag before this one may have set it
+                value = flag.read()  # read again, since an earlier flag may have set it
                 plain = flag.plain(value)
                 if value != plain:
                     flag.write(plain)
 
     def release(self, holder: plain_arithmetic) -> None:
-        """Put back what was found, unless there is another holder; a second call does nothing."""
+        """Restore the flags unless there is another holder. A second call has no effect."""
         with self._lock:
             self._holders.discard(holder)
             if self._holders or self._found is None:
@@ -173,7 +173,7 @@ class _Flags:
 
 
 def _flags() -> tuple[_Flag, ...]:
-    """Those that this version of torch has; a flag comes before those that it sets as well."""
+    """Return the flags of this version of torch. A flag precedes those that are set along with it."""
     getters = torch._C
     found = [
         _Flag(torch.get_default_dtype, torch.set_default_dtype, lambda _: torch.float32),
@@ -192,7 +192,7 @@ def _flags() -> tuple[_Flag, ...]:
 
 
 def _unless_mixed(read: Callable[[], Any]) -> Callable[[], Any]:
-    """Return None where torch raises: the flag says otherwise than the newer ones of `PRECISIONS`, which count."""
+    """Let a getter return None where torch raises an error, since the flag contradicts those of `PRECISIONS`."""
 
     def reading() -> Any:
         try:
@@ -212,7 +212,7 @@ def _ieee(value: str) -> str:
 
 
 def _off(value: Any) -> Any:
-    """False; of a pair the second says whether sums may be split, which costs no precision."""
+    """Return False. The second element of a pair allows split sums, which does not reduce the precision; it stays."""
     if value is None:
         return None
     return (False, *value[1:]) if isinstance(value, tuple) else False
@@ -222,4 +222,4 @@ def _write_parts(write: Callable[..., object], value: Any) -> None:
     write(*value) if isinstance(value, tuple) else write(value)
 
 
-_FLAGS = _Flags()  # one for the process, as the flags are
+_FLAGS = _Flags()  # one instance, since the flags belong to the process

@@ -1,4 +1,4 @@
-"""What the operations accept; whatever does not fit is refused in a sentence with its numbers."""
+"""Checks of the operands of the operations."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from rocr.errors import InputError
-
-NUMBER_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from rocr.io.dtypes import is_supported
 
 
 def check_second_moment(total: Tensor, keys: Tensor) -> None:
-    """Raise InputError unless total (d, d) can take the second moment of keys (t, d)."""
+    """Raise InputError unless total (d, d) and keys (t, d) are valid operands of a second moment."""
     _check_layer(total, keys)
     _check_apart({"total": [total], "keys": [keys]}, written=1)
 
 
 def _check_layer(total: Tensor, keys: Tensor) -> None:
+    """Raise InputError unless shapes, dtypes and devices of a total and its keys are valid."""
     check_square("total", total)
     if keys.dim() != 2 or keys.shape[1] != total.shape[0]:
         raise InputError(
@@ -32,7 +32,7 @@ def _check_layer(total: Tensor, keys: Tensor) -> None:
 
 
 def check_second_moments(totals: Sequence[Tensor], keys: Sequence[Tensor]) -> None:
-    """Raise InputError unless every total (d, d) can take the second moment of its keys (t, d)."""
+    """Raise InputError unless every total (d, d) and its keys (t, d) are valid operands of a second moment."""
     if len(totals) != len(keys):
         raise InputError(f"There must be keys for each total, but there are {len(totals)} totals and {len(keys)} keys.")
     for total, each in zip(totals, keys, strict=True):
@@ -46,7 +46,7 @@ def check_square(name: str, total: Tensor) -> None:
     if total.dim() != 2 or total.shape[0] != total.shape[1]:
         raise InputError(f"{name} must be a square matrix, but is {_shape(total)}.")
     if total.dtype != torch.float32:
-        raise InputError(f"{name} must be float32, but is {total.dtype}; sums of low precision lose tokens.")
+        raise InputError(f"{name} must be float32, but is {total.dtype}: a sum of lower precision loses tokens.")
 
 
 def check_low_rank_update(weights: Sequence[Tensor], lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> None:
@@ -59,13 +59,13 @@ def check_low_rank_update(weights: Sequence[Tensor], lefts: Sequence[Tensor], ri
     one_device = len({tensor.device for tensor in (*weights, *lefts, *rights)}) == 1
     for index, (weight, left, right) in enumerate(zip(weights, lefts, rights, strict=True)):
         _check_shapes_of_update(index, weight, left, right)
-        if weight.dtype not in NUMBER_DTYPES:
+        if not is_supported(weight.dtype):
             _check_dtype(f"weights[{index}]", weight)
         if not weight.is_contiguous():
             _check_memory(f"weights[{index}]", weight)
         for name, factor in (("lefts", left), ("rights", right)):
             if not factor.is_floating_point():
-                raise InputError(f"{name}[{index}] must be of floating point, but is {factor.dtype}.")
+                raise InputError(f"{name}[{index}] must be of a floating-point dtype, but is {factor.dtype}.")
             if not one_device:
                 _check_same_device(f"weights[{index}]", weight, f"{name}[{index}]", factor)
         if not one_device:
@@ -74,6 +74,7 @@ def check_low_rank_update(weights: Sequence[Tensor], lefts: Sequence[Tensor], ri
 
 
 def _check_shapes_of_update(index: int, weight: Tensor, left: Tensor, right: Tensor) -> None:
+    """Raise InputError unless weight, left and right are (d_out, d_in), (d_out, n) and (n, d_in)."""
     outer, inner, narrow = weight.shape, right.shape, left.shape
     if len(outer) == len(narrow) == len(inner) == 2 and (*outer, narrow[1]) == (narrow[0], inner[1], inner[0]):
         return
@@ -86,7 +87,7 @@ def _check_shapes_of_update(index: int, weight: Tensor, left: Tensor, right: Ten
 
 
 def check_solve(keys: Tensor, residuals: Tensor, ridge: float) -> None:
-    """Raise InputError unless keys (n, d_in), residuals (n, d_out) and ridge make a system to solve."""
+    """Raise InputError unless keys (n, d_in), residuals (n, d_out) and ridge are valid operands of a solve."""
     if keys.dim() != 2 or residuals.dim() != 2 or keys.shape[0] != residuals.shape[0]:
         raise InputError(
             f"keys and residuals must be (n, d_in) and (n, d_out) with the same n, but are {_shape(keys)} "
@@ -94,14 +95,14 @@ def check_solve(keys: Tensor, residuals: Tensor, ridge: float) -> None:
         )
     for name, tensor in (("keys", keys), ("residuals", residuals)):
         if not tensor.is_floating_point():
-            raise InputError(f"{name} must be of floating point, but are {tensor.dtype}.")
+            raise InputError(f"{name} must be of a floating-point dtype, but are {tensor.dtype}.")
     _check_same_device("keys", keys, "residuals", residuals)
     if not 0 <= ridge < float("inf"):
         raise InputError(f"ridge is {ridge}, but must be finite and at least 0.")
 
 
 def check_metric(metric: Tensor, keys: Tensor) -> None:
-    """Raise InputError unless metric is a (d_in, d_in) matrix beside keys (n, d_in)."""
+    """Raise InputError unless metric is a matrix (d_in, d_in) on the device of keys (n, d_in)."""
     size = keys.shape[1]
     if metric.shape != (size, size):
         raise InputError(f"metric must be ({size}, {size}) for keys of {_shape(keys)}, but is {_shape(metric)}.")
@@ -113,7 +114,7 @@ def _shape(tensor: Tensor) -> str:
 
 
 def _check_dtype(name: str, tensor: Tensor) -> None:
-    if tensor.dtype not in NUMBER_DTYPES:
+    if not is_supported(tensor.dtype):
         raise InputError(f"{name} must be float32, bfloat16 or float16, but has dtype {tensor.dtype}.")
 
 
@@ -123,7 +124,7 @@ def _check_same_device(first_name: str, first: Tensor, second_name: str, second:
 
 
 def _check_memory(name: str, tensor: Tensor) -> None:
-    """Refuse a matrix to be written whose elements may share memory with each other."""
+    """Raise InputError if elements of a matrix that is written may share memory."""
     if tensor.layout != torch.strided:
         raise InputError(f"{name} must be a dense tensor, but has the layout {tensor.layout}.")
     outer, inner = sorted(zip(tensor.stride(), tensor.shape, strict=True), reverse=True)
@@ -135,24 +136,26 @@ def _check_memory(name: str, tensor: Tensor) -> None:
 
 
 def _check_apart(groups: Mapping[str, Sequence[Tensor]], written: int) -> None:
-    """Refuse tensors that overlap in memory where the first `written` are to be written, and odd addresses.
+    """Raise InputError if a written tensor overlaps with another tensor, or an address is not aligned.
 
-    Tensors go by the name of their group, with their place in it where the name is of several.
+    Args:
+        groups: The tensors, by the name of their group.
+        written: Number of tensors that are written, counted from the first.
     """
     tensors = [tensor for group in groups.values() for tensor in group]
     spans = []
     for index, tensor in enumerate(tensors):
-        numbers = tensor.numel() if tensor.is_contiguous() else _reach(tensor)
-        if not numbers:
+        elements = tensor.numel() if tensor.is_contiguous() else _span_elements(tensor)
+        if not elements:
             continue
         start, width = _address(tensor), tensor.element_size()
         if start % width:
             raise InputError(
-                f"{_name(groups, index)} begins at an address that is no multiple of the {width} bytes of a number; "
-                "pass a clone."
+                f"{_name(groups, index)} begins at an address that is not a multiple of the {width} bytes of an "
+                "element; pass a clone."
             )
-        spans.append((start, start + numbers * width, index))
-    furthest = furthest_written = (0, 0)  # where the spans so far end, and the tensor that does
+        spans.append((start, start + elements * width, index))
+    furthest = furthest_written = (0, 0)  # the largest end of the spans so far, and the index of its tensor
     for start, end, index in sorted(spans):
         reached, other = furthest if index < written else furthest_written
         if start < reached:
@@ -164,26 +167,26 @@ def _check_apart(groups: Mapping[str, Sequence[Tensor]], written: int) -> None:
 
 
 def _name(groups: Mapping[str, Sequence[Tensor]], index: int) -> str:
-    """What the tensor of that number is called, such as "weights[2]"; "total" and its keys are alone."""
-    is_alone = "total" in groups
-    names = [name if is_alone else f"{name}[{place}]" for name, group in groups.items() for place in range(len(group))]
+    """Return the name of a tensor by its index, such as "weights[2]", or "total" and "keys" for a single layer."""
+    is_single = "total" in groups
+    names = [name if is_single else f"{name}[{place}]" for name, group in groups.items() for place in range(len(group))]
     return names[index]
 
 
-def _reach(tensor: Tensor) -> int:
-    """How many numbers lie between the first and the last of a tensor, both counted."""
+def _span_elements(tensor: Tensor) -> int:
+    """Return the number of elements from the first to the last one of a tensor in memory, inclusive."""
     if not tensor.numel():
         return 0
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is memory at an address and nothing more: neither traced, nor one that says how it looks."""
+    """Return whether a tensor is an ordinary tensor with memory, not a subclass, a traced or a meta tensor."""
     return type(tensor) in (Tensor, Parameter) and not tensor.is_meta
 
 
 def _address(tensor: Tensor) -> int:
-    """Where a tensor begins; one without memory, as torch.compile traces with, begins in a place of its storage's."""
+    """Return the address of a tensor. A tensor without memory gets one that is unique to its storage."""
     if is_plain(tensor):
         return tensor.data_ptr()
     storage = tensor.untyped_storage()

@@ -1,4 +1,4 @@
-"""The operations through the compiled kernels of csrc/ (rocr._C), for the CPU."""
+"""The operations in the compiled kernels of csrc/ (rocr._C), for the CPU."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import Tensor
 from rocr.errors import InputError
 
 SIMD_VARIABLE = "ROCR_SIMD"
-"""Environment variable that names an instruction set, in place of the fastest that the machine has."""
+"""Environment variable with the name of an instruction set, which replaces the fastest one of the machine."""
 
 
 def is_available(device: torch.device) -> bool:
-    """Whether rocr._C was compiled, and the device is the CPU."""
+    """Return whether the device is the CPU and rocr._C is compiled."""
     return device.type == "cpu" and import_error() is None and bool(simd_names())
 
 
 def import_error() -> str | None:
-    """What the import of rocr._C says where it fails; None where it does not."""
+    """Return the message of a failed import of rocr._C, or None if the import succeeds."""
     try:
         import rocr._C  # noqa: F401
     except ImportError as error:
@@ -30,7 +30,7 @@ def import_error() -> str | None:
 
 
 def simd_names() -> list[str]:
-    """Names of the instruction sets that this machine can run, the fastest first."""
+    """Return the names of the instruction sets that this machine supports, the fastest first."""
     import rocr._C as kernels
 
     names: list[str] = kernels.simd_names()
@@ -38,10 +38,10 @@ def simd_names() -> list[str]:
 
 
 def _wanted_simd() -> str:
-    """The instruction set that `SIMD_VARIABLE` names; empty for the fastest.
+    """Return the instruction set in `SIMD_VARIABLE`, or an empty string for the fastest.
 
     Raises:
-        InputError: rocr has no such instruction set, or this machine cannot run it.
+        InputError: There is no such instruction set, or this machine does not support it.
     """
     name = os.environ.get(SIMD_VARIABLE, "")
     if name and name not in (names := simd_names()):
@@ -65,7 +65,7 @@ def low_rank_update(
     rounding: str,
     seed: int,
 ) -> None:
-    """Add scale * left @ right to every weight, all in one call; a transposed weight by swapping its factors."""
+    """Add scale * left @ right to every weight, in one call."""
     low_rank_update_op(list(weights), list(lefts), list(rights), scale, rounding == "stochastic", seed)
 
 
@@ -82,7 +82,7 @@ def second_moment_op(total: Tensor, keys: Tensor) -> None:
         keys_stride=_row_stride(keys),
         tokens=keys.shape[0],
         size=keys.shape[1],
-        number=_number(keys),
+        dtype=_dtype(keys),
         threads=torch.get_num_threads(),
         simd=_wanted_simd(),
     )
@@ -92,7 +92,7 @@ def second_moment_op(total: Tensor, keys: Tensor) -> None:
 
 @torch.library.custom_op("rocr::cpp_low_rank_update", mutates_args=("weights",))
 def low_rank_update_op(
-    weights: list[Tensor], lefts: list[Tensor], rights: list[Tensor], scale: float, at_random: bool, seed: int
+    weights: list[Tensor], lefts: list[Tensor], rights: list[Tensor], scale: float, stochastic: bool, seed: int
 ) -> None:
     """Add scale * left @ right to every weight; factors are float32 and contiguous."""
     import rocr._C as kernels
@@ -101,7 +101,7 @@ def low_rank_update_op(
     kernels.low_rank_update(
         updates=[_describe(*each) for each in operands],
         scale=scale,
-        stochastic=at_random,
+        stochastic=stochastic,
         seed=seed,
         threads=torch.get_num_threads(),
         simd=_wanted_simd(),
@@ -118,13 +118,13 @@ def _(total: Tensor, keys: Tensor) -> None:
 
 @low_rank_update_op.register_fake
 def _(
-    weights: list[Tensor], lefts: list[Tensor], rights: list[Tensor], scale: float, at_random: bool, seed: int
+    weights: list[Tensor], lefts: list[Tensor], rights: list[Tensor], scale: float, stochastic: bool, seed: int
 ) -> None:
     return None
 
 
 def _by_rows(weight: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the same update of a weight whose rows lie in memory one number after the other."""
+    """Return the operands of the same update for a weight with unit stride along its rows."""
     if weight.stride(1) != 1 and weight.stride(0) == 1:
         return weight.T, right.T.contiguous(), left.T.contiguous()
     return _with_rows(weight), left, right
@@ -135,7 +135,7 @@ def _describe(weight: Tensor, left: Tensor, right: Tensor) -> Any:
 
     return kernels.LowRankUpdate(
         weight=weight.data_ptr(),
-        number=_number(weight),
+        dtype=_dtype(weight),
         rows=weight.shape[0],
         columns=weight.shape[1],
         stride=_row_stride(weight),
@@ -150,11 +150,11 @@ def _with_rows(matrix: Tensor) -> Tensor:
 
 
 def _row_stride(matrix: Tensor) -> int:
-    """Distance of two rows; a single row has any stride in torch."""
+    """Return the stride of the rows. In torch, a single row can have any stride."""
     return matrix.stride(0) if matrix.shape[0] > 1 else matrix.shape[1]
 
 
-def _number(tensor: Tensor) -> Any:
+def _dtype(tensor: Tensor) -> Any:
     import rocr._C as kernels
 
-    return getattr(kernels.Number, str(tensor.dtype).removeprefix("torch."))
+    return getattr(kernels.DType, str(tensor.dtype).removeprefix("torch."))

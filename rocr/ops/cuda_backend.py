@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rocr.errors import InputError, RocrError
-from rocr.ops.direct import call_directly
+from rocr.ops.direct import bypass_dispatcher
 
 TILE_WIDTH = 256
 """Width of the square tiles of csrc/second_moment_sm90.cuh."""
@@ -51,7 +51,7 @@ def accumulate_second_moments(totals: Sequence[Tensor], keys: Sequence[Tensor]) 
         for first in range(0, len(indices), MAXIMUM_LAYERS):
             batch = indices[first : first + MAXIMUM_LAYERS]
             of_batch = [totals[index] for index in batch], [keys[index] for index in batch]
-            call_directly(second_moments_op, _add_second_moments, *of_batch)
+            bypass_dispatcher(second_moments_op, _add_second_moments, *of_batch)
 
 
 def low_rank_update(
@@ -65,8 +65,8 @@ def low_rank_update(
     """Add scale * left @ right to every weight, alike layers in one launch."""
     has_unit_stride = [1 in weight.stride() for weight in weights]
     rows = [weight if fits else weight.contiguous() for weight, fits in zip(weights, has_unit_stride, strict=True)]
-    at_random = rounding == "stochastic"
-    call_directly(low_rank_update_op, _update_low_rank, rows, list(lefts), list(rights), scale, at_random, seed)
+    stochastic = rounding == "stochastic"
+    bypass_dispatcher(low_rank_update_op, _update_low_rank, rows, list(lefts), list(rights), scale, stochastic, seed)
     for weight, updated in zip(weights, rows, strict=True):
         if updated is not weight:
             weight.copy_(updated)
@@ -74,10 +74,9 @@ def low_rank_update(
 
 def _add_second_moments(totals: list[Tensor], keys: list[Tensor]) -> None:
     """Add keysᵀ keys to the lower triangle of each total, at most MAXIMUM_LAYERS of one shape, stride and dtype."""
-    from rocr_kernels.schedule import make_schedule
-
     import rocr._C as kernels
 
+    make_schedule = _load_schedule()
     tokens, width = keys[0].shape
     blocks = -(-width // TILE_WIDTH)
     with torch.cuda.device(totals[0].get_device()):
@@ -88,7 +87,7 @@ def _add_second_moments(totals: list[Tensor], keys: list[Tensor]) -> None:
         slices = torch.zeros(max(1, schedule.slices) * TILE_WIDTH**2, device=totals[0].device)
         code = kernels.cuda_accumulate_second_moments(
             layers=[(each.data_ptr(), total.data_ptr()) for each, total in zip(keys, totals, strict=True)],
-            number=_number(keys[0].dtype),
+            dtype=_dtype(keys[0].dtype),
             tokens=tokens,
             width=width,
             key_stride=keys[0].stride(0),
@@ -105,7 +104,7 @@ def _add_second_moments(totals: list[Tensor], keys: list[Tensor]) -> None:
 
 
 def _update_low_rank(
-    weights: list[Tensor], lefts: list[Tensor], rights: list[Tensor], scale: float, at_random: bool, seed: int
+    weights: list[Tensor], lefts: list[Tensor], rights: list[Tensor], scale: float, stochastic: bool, seed: int
 ) -> None:
     """Add scale * left @ right to every weight; a weight has unit stride along its rows or its columns."""
     import rocr._C as kernels
@@ -121,13 +120,29 @@ def _update_low_rank(
         with torch.cuda.device(weights[0].get_device()):
             code = kernels.cuda_low_rank_update(
                 updates=updates,
-                number=_number(dtype),
+                dtype=_dtype(dtype),
                 scale=scale,
-                stochastic=at_random,
+                stochastic=stochastic,
                 seed=seed,
                 stream=torch.cuda.current_stream().cuda_stream,
             )
         _raise_unless_done(code, "low-rank update")
+
+
+def _load_schedule() -> Any:
+    """Return make_schedule, which the Triton kernels share.
+
+    Raises:
+        InputError: Triton is not installed.
+    """
+    try:
+        from rocr_kernels._common import make_schedule
+    except ImportError as error:
+        raise InputError(
+            f"The CUDA second moment shares its schedule with the Triton kernels, whose import failed ({error}). "
+            "Install triton, or use the backend 'torch'."
+        ) from None
+    return make_schedule
 
 
 second_moments_op = torch.library.custom_op("rocr::cuda_second_moments", _add_second_moments, mutates_args=("totals",))
@@ -141,7 +156,7 @@ def _(totals: list[Tensor], keys: list[Tensor]) -> None:
 
 @low_rank_update_op.register_fake
 def _(
-    weights: list[Tensor], lefts: list[Tensor], rights: list[Tensor], scale: float, at_random: bool, seed: int
+    weights: list[Tensor], lefts: list[Tensor], rights: list[Tensor], scale: float, stochastic: bool, seed: int
 ) -> None:
     return None
 
@@ -185,10 +200,10 @@ def _describe(layer: int, weight: Tensor, left: Tensor, right: Tensor) -> tuple[
     )
 
 
-def _number(dtype: torch.dtype) -> Any:
+def _dtype(dtype: torch.dtype) -> Any:
     import rocr._C as kernels
 
-    return getattr(kernels.Number, str(dtype).removeprefix("torch."))
+    return getattr(kernels.DType, str(dtype).removeprefix("torch."))
 
 
 def _raise_unless_done(code: int, work: str) -> None:

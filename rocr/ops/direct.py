@@ -1,4 +1,4 @@
-"""Kernels called past torch's dispatcher, where nothing listens there: its way costs more than a small launch."""
+"""Calls that bypass torch's dispatcher, whose overhead is longer than a small kernel launch."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from rocr.ops.checks import is_plain
 
 
-def call_directly(
+def bypass_dispatcher(
     operator: Callable[..., Any], function: Callable[..., None], written: list[Tensor], *rest: Any
 ) -> None:
-    """Call the function that an operator of torch was made from, or that operator where the call is to be traced.
+    """Call function directly, or the torch operator made from it where torch traces or intercepts the call.
 
     Args:
         operator: torch.library.custom_op of the function.
         function: changes the tensors of its first argument in place.
-        written: that argument.
-        rest: the others.
+        written: tensors that the function changes.
+        rest: the other arguments.
     """
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or not all(map(is_plain, written)):
         operator(written, *rest)
         return
     function(written, *rest)
     for tensor in written:
-        # As the operator does: autograd is to know that what it saved has changed.
+        # The operator does this too: autograd then knows that saved tensors have changed.
         torch.autograd.graph.increment_version(tensor)

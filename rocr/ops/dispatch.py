@@ -1,7 +1,7 @@
-"""The few operations that cost time, each on the fastest backend that is there.
+"""The expensive operations, dispatched to a backend.
 
-Every operation exists as a float64 formula ("reference"), in torch, and where they were built as C++ ("cpp"),
-Triton and CUDA kernels; this module alone chooses among them. Rows are samples.
+Every operation is implemented as a float64 formula ("reference") and in torch, and, if they are built, as C++ ("cpp"),
+Triton and CUDA kernels. This module chooses the backend. Rows are samples.
 """
 
 from __future__ import annotations
@@ -17,34 +17,35 @@ from rocr.errors import InputError
 from rocr.ops import checks
 from rocr.ops.arithmetic import plain_arithmetic, writing
 from rocr.ops.rounding import check_rounding
-from rocr.ops.system import Metric, apply_metric, require_finite, solve_small
+from rocr.ops.system import Metric, apply_metric, require_finite, solve_weighted
 from rocr.ops.torch_backend import MAXIMUM_TOKENS
 
 BACKENDS = ("triton", "cpp", "torch", "cuda", "reference")
-"""Every backend, the one to prefer first.
+"""All backends, in order of preference.
 
-cuda comes behind torch: on an H200 Triton is faster in large work of every kind (README, "On a GPU"), and cuda's second
-moment is for compute capability 9.0 and 16-bit keys alone.
+cuda follows torch: on an H200, Triton is faster for all large operations, and the second moment of cuda requires
+compute capability 9.0 and 16-bit keys.
 """
 
 SMALL_PRODUCT = 1.6e11
-"""Operations of keysᵀ keys, on a GPU, below which cuBLAS is done before half a product saves what Triton's start costs.
+"""Number of operations of keysᵀ keys on a GPU below which the full product of cuBLAS is faster than Triton.
 
-On an H200: 8192 x 1536 0.14 ms against 0.23, 8192 x 3072 0.27 against 0.43, but 8192 x 4096 0.40 against 0.37.
+Triton computes only the lower triangle, but its launch takes longer. On an H200, cuBLAS takes 0.14 ms against 0.23 ms
+of Triton for keys of 8192 x 1536, 0.27 against 0.43 for 8192 x 3072, but 0.40 against 0.37 for 8192 x 4096.
 """
 
 SMALL_PRODUCTS = 2
-"""Most products, of 8,192 tokens each, that cuBLAS is given one after the other; three take it as long as Triton."""
+"""Maximum number of consecutive cuBLAS products of 8,192 tokens each; three take as long as Triton."""
 
 SYMMETRIZED_ROWS = 1024
-"""Rows that are mirrored at once: whole, three more matrices of the same size would be held."""
+"""Number of rows that are mirrored at a time; mirroring a whole matrix needs three more of its size."""
 
 
 class Backend(Protocol):
-    """What a module rocr.ops.*_backend offers; its operands are checked already."""
+    """The interface of the modules rocr.ops.*_backend. The operands are checked before a call."""
 
     def is_available(self, device: torch.device) -> bool:
-        """Whether the backend is built, and runs on the device."""
+        """Return whether the backend is built and runs on the device."""
         ...
 
     def accumulate_second_moment(self, total: Tensor, keys: Tensor) -> None:
@@ -66,7 +67,7 @@ class Backend(Protocol):
 
 @runtime_checkable
 class LayersBackend(Protocol):
-    """What a backend offers that computes several layers at a time."""
+    """The interface of a backend that computes the second moments of several layers in one call."""
 
     def accumulate_second_moments(self, totals: Sequence[Tensor], keys: Sequence[Tensor]) -> None:
         """Add keysᵀ keys to the lower triangle of each total."""
@@ -74,26 +75,34 @@ class LayersBackend(Protocol):
 
 
 def available_backends(device: str | torch.device) -> list[str]:
-    """Names of the backends that run on the device here, the one to prefer first."""
+    """Return the names of the backends that run on a device, in order of preference.
+
+    Args:
+        device: A torch device or its name, such as "cpu" or "cuda".
+
+    Returns:
+        Names among "triton", "cpp", "torch", "cuda" and "reference".
+    """
     device = torch.device(device)
     return [name for name in BACKENDS if (backend := _load(name)) and backend.is_available(device)]
 
 
 @plain_arithmetic()
 def accumulate_second_moment(total: Tensor, keys: Tensor, backend: str | None = None) -> Tensor:
-    """Add keysᵀ keys to the lower triangle of total, in place; the rest of total is left as it is.
+    """Add keysᵀ keys to the lower triangle of total, in place. The upper triangle is not changed.
+
+    Products are accumulated in float32, with at most 8,192 tokens in an accumulator before it is added to total.
 
     Args:
-        total: (d, d), float32: a running sum over any number of calls.
-        keys: (t, d), float32, bfloat16 or float16, on the same device; no accumulator
-            holds more than 8,192 tokens.
-        backend: one of available_backends(device), or None for the fastest.
+        total: (d, d) float32, a running sum over any number of calls.
+        keys: (t, d) float32, bfloat16 or float16, on the device of total.
+        backend: A name of `available_backends(device)`. None chooses the fastest.
 
     Returns:
-        total itself.
+        total.
 
     Raises:
-        InputError: a dtype, shape, device or backend that does not fit, or memory shared by the operands.
+        InputError: A dtype, shape, device or backend is not valid, or the operands share memory.
     """
     checks.check_second_moment(total, keys)
     chosen = _choose(second_moment_backend([keys]) if backend is None else backend, total.device)
@@ -106,15 +115,17 @@ def accumulate_second_moment(total: Tensor, keys: Tensor, backend: str | None = 
 
 @plain_arithmetic()
 def accumulate_second_moments(totals: Sequence[Tensor], keys: Sequence[Tensor], backend: str | None = None) -> None:
-    """Do accumulate_second_moment for several layers; on a GPU, layers of one shape share a launch.
+    """Add keysᵀ keys to the lower triangle of each total, in place, for several layers.
+
+    On a GPU, layers of the same shape share a kernel launch.
 
     Args:
-        totals: one (d, d) for each layer.
-        keys: one (t, d) for each total.
-        backend: one of available_backends(device), or None for the fastest.
+        totals: A running sum (d, d) float32 for each layer, all on one device.
+        keys: Keys (t, d) float32, bfloat16 or float16 for each total.
+        backend: A name of `available_backends(device)`. None chooses the fastest.
 
     Raises:
-        InputError: as accumulate_second_moment does, or a total that occurs twice.
+        InputError: As for `accumulate_second_moment`, or a total occurs twice.
     """
     checks.check_second_moments(totals, keys)
     layers = [(total, _with_rows(each)) for total, each in zip(totals, keys, strict=True) if each.numel()]
@@ -132,7 +143,14 @@ def accumulate_second_moments(totals: Sequence[Tensor], keys: Sequence[Tensor], 
 
 
 def second_moment_backend(keys: Sequence[Tensor]) -> str | None:
-    """Name the backend for the second moments of some layers' keys: torch for cuBLAS; None for the first that runs."""
+    """Return the fastest backend for the second moments of keys of some layers.
+
+    Args:
+        keys: Keys (t, d) for each layer.
+
+    Returns:
+        "torch" for small products on a GPU, where cuBLAS is fastest; None for the first available backend.
+    """
     if keys[0].device.type != "cuda" or any(each.dtype == torch.float32 for each in keys):
         return None
     operations = sum(2.0 * each.shape[0] * each.shape[1] ** 2 for each in keys)
@@ -142,7 +160,17 @@ def second_moment_backend(keys: Sequence[Tensor]) -> str | None:
 
 @plain_arithmetic()
 def symmetrize(total: Tensor) -> Tensor:
-    """Copy the lower triangle of total (d, d) over its upper one, in place, and return total."""
+    """Copy the lower triangle of a matrix to its upper triangle, in place.
+
+    Args:
+        total: (d, d) float32.
+
+    Returns:
+        total.
+
+    Raises:
+        InputError: total is not square or not float32.
+    """
     checks.check_square("total", total)
     with writing(total):
         for start in range(0, len(total), SYMMETRIZED_ROWS):
@@ -164,20 +192,23 @@ def low_rank_update(
     seed: int = 0,
     backend: str | None = None,
 ) -> None:
-    """Add scale * left @ right to every weight, in place, in float32 with one rounding to the weight's dtype.
+    """Add scale * left @ right to every weight, in place.
+
+    The sum is computed in float32 and rounded once to the dtype of the weight.
 
     Args:
-        weights: matrices (d_out, d_in), float32, bfloat16 or float16, or one; transposed
-            views are fine.
-        lefts: one (d_out, n) for each weight, floating point, used as float32.
-        rights: one (n, d_in) for each weight.
-        scale: a finite factor.
-        rounding: "nearest" (ties to even), or "stochastic": to one of the two neighbours, right on average.
-        seed: of stochastic rounding; same operands, seed and backend, same bytes.
-        backend: one of available_backends(device), or None for the fastest.
+        weights: Matrices (d_out, d_in), float32, bfloat16 or float16; one, or a sequence. Transposed views are
+            allowed.
+        lefts: A matrix (d_out, n) of floating point for each weight; it is converted to float32.
+        rights: A matrix (n, d_in) of floating point for each weight; it is converted to float32.
+        scale: A finite factor.
+        rounding: "nearest" rounds to nearest, ties to even. "stochastic" rounds to one of the two nearest values, so
+            that the expectation is the exact value; float32 weights are always rounded to nearest.
+        seed: Seed of stochastic rounding, 0 to 2**63 - 1. Equal operands, seed and backend give equal bytes.
+        backend: A name of `available_backends(device)`. None chooses the fastest.
 
     Raises:
-        InputError: a dtype, shape, device, number or backend that does not fit, or memory used twice.
+        InputError: A dtype, shape, device, scale, rounding, seed or backend is not valid, or operands share memory.
     """
     weights, lefts, rights = ([each] if isinstance(each, Tensor) else each for each in (weights, lefts, rights))
     checks.check_low_rank_update(weights, lefts, rights)
@@ -197,44 +228,49 @@ def low_rank_update(
 def solve_update(
     keys: Tensor, residuals: Tensor, metric: Tensor | Metric | None, ridge: float
 ) -> tuple[Tensor, Tensor]:
-    """Return the factors of Δ = residualsᵀ (K M Kᵀ + λ I)⁻¹ K M, solved as an (n, n) system in float64.
-
-    It is the authors' (d_in, d_in) solve pushed through to (n, n): Ye, Zhang and Wu, arXiv 2506.07795.
+    """Solve the update Δ = Rᵀ (K M Kᵀ + λI)⁻¹ K M, as an (n, n) system in float64.
 
     Args:
         keys: K (n, d_in), floating point.
-        residuals: (n, d_out): what the weight's output at each key is to gain.
-        metric: M: None for the identity, a dense symmetric (d_in, d_in), or an object with apply(keys).
-        ridge: λ >= 0, in units of a squared key norm; 0 only where the keys are independent under M.
+        residuals: R (n, d_out), floating point: the wanted change of the output at each key.
+        metric: M, symmetric: a matrix (d_in, d_in), an object with a method `apply(keys)` that returns keys @ M, or
+            None for the identity.
+        ridge: λ >= 0, in units of a squared key. It can be 0 only if the keys are linearly independent under M.
 
     Returns:
-        left (d_out, n) and right (n, d_in) with Δ = left @ right, in the dtype of keys, float32 at least.
+        left (d_out, n) and right (n, d_in) with Δ = left @ right, in the dtype of keys but at least float32.
 
     Raises:
-        InputError: shapes, dtypes or ridge that do not fit, a metric that is not symmetric, or a CUDA graph's capture.
-        GuardError: numbers that are not finite, or a system too close to singular.
+        InputError: A shape, dtype, device or the ridge is not valid, the metric is not symmetric, or a CUDA graph is
+            being captured.
+        GuardError: Elements are not finite, or the system is singular to working precision.
+
+    Source:
+        Ye, Zhang and Wu, arXiv 2506.07795. The authors solve a (d_in, d_in) system; this is the same update by the
+        push-through identity.
     """
     checks.check_solve(keys, residuals, ridge)
     if keys.is_cuda and torch.cuda.is_current_stream_capturing():
         raise InputError(
-            "solve_update cannot be captured in a CUDA graph: it waits for the device to check its numbers."
+            "solve_update cannot be captured in a CUDA graph, since it waits for the device to check values: call it "
+            "outside of the capture."
         )
     require_finite("keys", keys)
     require_finite("residuals", residuals)
     weighted_keys = apply_metric(metric, keys)
     require_finite("keys @ metric", weighted_keys)
-    left, right, _ = solve_small(keys, residuals, weighted_keys, ridge)
+    left, right, _ = solve_weighted(keys, residuals, weighted_keys, ridge)
     return left, right
 
 
 def _with_rows(keys: Tensor) -> Tensor:
-    """Return keys whose rows lie one after the other, each in one piece."""
+    """Return keys whose rows are contiguous and do not overlap."""
     has_rows = keys.stride(1) == 1 and (keys.stride(0) >= keys.shape[1] or keys.shape[0] == 1)
     return keys if has_rows else keys.contiguous()
 
 
 def _load(name: str) -> Backend | None:
-    """Import a backend's module, or return None where it is not part of this installation."""
+    """Import the module of a backend, or return None if it is not installed."""
     module = "rocr.ops.reference" if name == "reference" else f"rocr.ops.{name}_backend"
     try:
         backend: Backend = importlib.import_module(module)  # type: ignore[assignment]
@@ -244,9 +280,9 @@ def _load(name: str) -> Backend | None:
 
 
 def _choose(name: str | None, device: torch.device) -> Backend:
-    """Return the named backend, or the fastest one, for the device."""
+    """Return the named backend, or the fastest one for the device if the name is None."""
     if name is not None and name not in BACKENDS:
-        raise InputError(f"There is no backend {name!r}; rocr has {', '.join(BACKENDS)}.")
+        raise InputError(f"There is no backend {name!r}; choose one of {', '.join(BACKENDS)}.")
     for candidate in BACKENDS if name is None else (name,):
         backend = _load(candidate)
         if backend and backend.is_available(device):

@@ -1,4 +1,4 @@
-"""The formulas in float64: slow, plain, without options; every fast path is measured against them.
+"""The formulas in float64, which all other backends are tested against.
 
 Rows are samples everywhere: keys (n, d_in) and residuals (n, d_out), the transposes of the papers' K and R.
 """
@@ -14,23 +14,23 @@ from rocr.ops.rounding import round_into
 
 
 def is_available(device: torch.device) -> bool:
-    """Whether this backend runs on the device: anywhere that has float64."""
+    """Return whether this backend runs on the device: on all that support float64."""
     return device.type != "mps"
 
 
 def second_moment(keys: Tensor) -> Tensor:
-    """Sum of k kᵀ over the rows of keys (t, d): (d, d), float64, both triangles."""
+    """Return the sum of k kᵀ over the rows of keys (t, d): (d, d) float64, both triangles."""
     exact = keys.double()
     return exact.T @ exact
 
 
 def updated_weight(weight: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
-    """Weight + scale * left @ right, in float64 and not rounded: (d_out, d_in)."""
+    """Return weight + scale * left @ right, (d_out, d_in) float64, not rounded."""
     return weight.double() + scale * (left.double() @ right.double())
 
 
 def accumulate_second_moment(total: Tensor, keys: Tensor) -> None:
-    """Add the second moment of keys (t, d) to the lower triangle of total (d, d), rounded once."""
+    """Add the second moment of keys (t, d) to the lower triangle of total (d, d), with one rounding."""
     rows, columns = torch.tril_indices(*total.shape, device=total.device)
     total[rows, columns] = (total.double() + second_moment(keys))[rows, columns].to(total.dtype)
 
@@ -43,16 +43,17 @@ def low_rank_update(
     rounding: str,
     seed: int,
 ) -> None:
-    """Write updated_weight into every weight, rounded once to its dtype."""
+    """Write `updated_weight` to every weight, with one rounding to its dtype."""
     generator = torch.Generator(weights[0].device).manual_seed(seed) if weights else None
     for weight, left, right in zip(weights, lefts, rights, strict=True):
         round_into(weight, updated_weight(weight, left, right, scale), rounding, generator)
 
 
 def dense_update(keys: Tensor, residuals: Tensor, metric: Tensor | None, ridge: float) -> Tensor:
-    """Solve the authors' (d_in, d_in) system [M Kᵀ K + λ I] X = M Kᵀ R; the update is Xᵀ (d_out, d_in).
+    """Return the update Xᵀ (d_out, d_in) of the authors' (d_in, d_in) system [M Kᵀ K + λI] X = M Kᵀ R.
 
-    Source: Ye, Zhang and Wu, arXiv 2506.07795, with the metric M in place of the projector P.
+    Source:
+        Ye, Zhang and Wu, arXiv 2506.07795, with the metric M in place of the projector P.
     """
     keys, residuals = keys.double(), residuals.double()
     identity = torch.eye(keys.shape[1], dtype=torch.float64, device=keys.device)

@@ -1,4 +1,4 @@
-"""Rounding of exact values to a weight's dtype: to nearest even, or up or down at random without bias."""
+"""Rounding of exact values to the dtype of a weight: to nearest even, or stochastically without bias."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def round_into(weight: Tensor, exact: Tensor, rounding: str, generator: torch.Ge
     A float32 weight is always rounded to nearest: its last bit is far below any update worth making.
     """
     if rounding == "stochastic" and weight.dtype != torch.float32:
-        exact = _neighbour_at_random(exact.float(), weight.dtype, generator)
+        exact = _stochastic_neighbour(exact.float(), weight.dtype, generator)
     weight.copy_(exact)
 
 
-def _neighbour_at_random(exact: Tensor, dtype: torch.dtype, generator: torch.Generator | None) -> Tensor:
-    """One of the two values of dtype beside each float32, the nearer one in proportion more often.
+def _stochastic_neighbour(exact: Tensor, dtype: torch.dtype, generator: torch.Generator | None) -> Tensor:
+    """Round each float32 to one of its two neighbours in dtype, with the expectation of the float32.
 
     floor(x / q + u) q has the expectation x for u uniform in [0, 1) and q the spacing of dtype at x;
     in float64 all of it is exact.

@@ -1,4 +1,4 @@
-"""The (n, n) system that an update is solved from, in float64: metric, Gram matrix, Cholesky factor, and refusals."""
+"""The (n, n) system of an update in float64: metric, Gram matrix, Cholesky factor and checks."""
 
 from __future__ import annotations
 
@@ -11,38 +11,39 @@ from torch import Tensor
 from rocr.errors import GuardError, InputError
 from rocr.ops import checks
 
-SMALL_SYSTEM = 64
-"""Size of a system from which a GPU solves it by its inverse."""
+INVERSE_SIZE = 64
+"""Minimum size of a system that is solved by its inverse on a GPU."""
 
 
 class Metric(Protocol):
-    """A symmetric positive semidefinite matrix M (d_in, d_in) that need not be stored as one."""
+    """A symmetric positive semidefinite matrix M (d_in, d_in), which need not be stored as a matrix."""
 
     def apply(self, keys: Tensor) -> Tensor:
         """Return keys @ M for keys (n, d_in)."""
         ...
 
 
-def solve(factor: Tensor, columns: Tensor) -> Tensor:
+def solve_by_factor(factor: Tensor, columns: Tensor) -> Tensor:
     """Return (L Lᵀ)⁻¹ columns (n, d) for the lower factor L (n, n), both float64.
 
-    On a GPU by the inverse: triangular solves of so many columns take it three times as long as products. What an
-    inverse loses, 1e-16 times the condition number, is far below what float32 keys hold.
+    On a GPU, the inverse of the factor is used: triangular solves of many columns take three times as long as
+    products there. The error of the inverse, 1e-16 times the condition number, is far below the precision of float32
+    keys.
     """
-    if factor.is_cuda and len(factor) >= SMALL_SYSTEM:
+    if factor.is_cuda and len(factor) >= INVERSE_SIZE:
         return solve_by_inverse(factor, columns)
     return torch.cholesky_solve(columns, factor)
 
 
 def solve_by_inverse(factor: Tensor, columns: Tensor) -> Tensor:
-    """Return the same, by products."""
+    """Return (L Lᵀ)⁻¹ columns (n, d), by products with the inverse of L."""
     identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
     inverse: Tensor = torch.linalg.solve_triangular(factor, identity, upper=False)
     return inverse.T @ inverse @ columns
 
 
 def apply_metric(metric: Tensor | Metric | None, keys: Tensor) -> Tensor:
-    """Return keys @ metric (n, d_in), in the dtype it comes in."""
+    """Return keys @ metric (n, d_in), where a metric of None is the identity."""
     if metric is None:
         return keys
     if isinstance(metric, Tensor):
@@ -57,55 +58,60 @@ def apply_metric(metric: Tensor | Metric | None, keys: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class FactoredGram:
-    """A Gram matrix and the system that was made of it.
+    """A Gram matrix, and the Cholesky factor of the system that it is part of.
 
     Attributes:
         gram: (m, m) float64, symmetric.
-        factor: lower Cholesky factor (m, m) float64 of gram + λI.
+        factor: Lower Cholesky factor (m, m) float64 of gram + λI.
     """
 
     gram: Tensor
     factor: Tensor
 
 
-def solve_small(
+def solve_weighted(
     keys: Tensor, residuals: Tensor, weighted_keys: Tensor, ridge: float
 ) -> tuple[Tensor, Tensor, FactoredGram]:
-    """Solve Δ = residualsᵀ (K M Kᵀ + λI)⁻¹ K M from K M.
+    """Solve Δ = Rᵀ (K M Kᵀ + λI)⁻¹ K M, given K M.
 
     Args:
-        keys: K, (n, d_in), floating point.
-        residuals: (n, d_out).
-        weighted_keys: K M, (n, d_in).
+        keys: K (n, d_in), floating point.
+        residuals: R (n, d_out), floating point.
+        weighted_keys: K M (n, d_in), floating point.
         ridge: λ >= 0.
 
     Returns:
-        left (d_out, n) and right (n, d_in) with Δ = left @ right, in the dtype of keys, float32 at least; and the
-        system.
+        left (d_out, n) and right (n, d_in) with Δ = left @ right, in the dtype of keys but at least float32; and the
+        system in float64.
 
     Raises:
         InputError: K M Kᵀ is not symmetric.
-        GuardError: numbers that are not finite, or a system too close to singular.
+        GuardError: The Gram matrix is not finite, or the system is singular to working precision.
     """
     weighted_keys = weighted_keys.double()
     dtype = torch.promote_types(keys.dtype, torch.float32)
-    # A clone: the transpose of a single row is contiguous already, and would share its memory.
+    # clone, since contiguous would return the memory of the residuals for a single row.
     left = residuals.T.to(dtype).clone(memory_format=torch.contiguous_format)
     solved = factor_gram(keys.double() @ weighted_keys.T, ridge, len(keys))
-    return left, solve(solved.factor, weighted_keys).to(dtype).contiguous(), solved
+    return left, solve_by_factor(solved.factor, weighted_keys).to(dtype).contiguous(), solved
 
 
 def factor_gram(gram: Tensor, ridge: float, keys: int) -> FactoredGram:
-    """Factor gram (m, m) float64 + λI, made of so many keys.
+    """Factor gram + λI.
+
+    Args:
+        gram: (m, m) float64, K M Kᵀ or Bᵀ Kᵀ K B.
+        ridge: λ >= 0.
+        keys: Number of keys, for the message.
 
     Raises:
-        InputError: the Gram matrix is not symmetric.
-        GuardError: it is not finite, or the system is too close to singular.
+        InputError: The Gram matrix is not symmetric.
+        GuardError: The Gram matrix is not finite, or the system is singular to working precision.
     """
     require_finite("the Gram matrix of the keys", gram)
     if not gram.numel():
         return FactoredGram(gram, gram)
-    # One wait for the device, not two.
+    # One transfer from the device, not two.
     largest, asymmetry = torch.stack((gram.abs().max(), (gram - gram.T).abs().max())).tolist()
     if asymmetry > 1e-3 * largest:
         raise InputError(
@@ -118,22 +124,22 @@ def factor_gram(gram: Tensor, ridge: float, keys: int) -> FactoredGram:
     factor: Tensor
     factor, failed_at = torch.linalg.cholesky_ex(system)
     pivots = factor.diagonal()
-    # The pivots of an exactly singular system come out as rounding errors of its largest element.
+    # The smallest pivot of a singular system is a rounding error of its largest element.
     smallest = 0.0 if failed_at.item() else (pivots.min() ** 2 / system.diagonal().max()).item()
     if smallest <= len(system) * torch.finfo(torch.float64).eps:
         raise GuardError(
             f"The system of {keys} keys is singular (smallest relative pivot {smallest:.3g}, "
-            f"ridge {ridge:.3g}, largest element {largest:.3g}): keys repeat or the metric removes them; "
+            f"ridge {ridge:.3g}, largest element {largest:.3g}): keys are equal or the metric removes them; "
             "raise the ridge."
         )
     return FactoredGram(gram, factor)
 
 
 def require_finite(name: str, tensor: Tensor) -> None:
-    """Raise GuardError if a number of a tensor is not finite."""
-    # One number that is not finite makes the sum so; counting them takes six times as long.
+    """Raise GuardError unless all elements of a tensor are finite."""
+    # A sum is finite only if all elements are; counting those that are not takes six times as long.
     if tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)).isfinite():
         return
     bad = tensor.numel() - int(tensor.isfinite().sum())
     if bad:
-        raise GuardError(f"{bad} of {tensor.numel()} numbers of {name} are not finite; nothing was solved.")
+        raise GuardError(f"{bad} of {tensor.numel()} elements of {name} are not finite; no update was computed.")

@@ -1,4 +1,4 @@
-"""The operations in plain torch: for any device, and for a machine without a compiler."""
+"""The operations in torch, for all devices and without compiled kernels."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from torch import Tensor
 from rocr.ops.rounding import round_into
 
 MAXIMUM_TOKENS = 8192
-"""Tokens that one float32 accumulator may hold before it is added to the total."""
+"""Maximum number of tokens that a float32 accumulator sums before it is added to the total."""
 
 PANEL_ROWS = 384
-"""Rows of the lower triangle that one product fills: a compromise of wasted squares and small products."""
+"""Number of rows of the lower triangle for each product, a compromise between wasted work and small products."""
 
 CUDA_PANEL_ROWS = 2048
-"""The same on a GPU, which small products leave idle."""
+"""Number of rows for each product on a GPU, which needs larger products."""
 
 OLDEST_WIDE_PRODUCT = (2, 10)
-"""The first torch whose addmm(out_dtype=) adds 16-bit products to a float32 matrix, on CUDA alone."""
+"""First version of torch whose addmm(out_dtype=) adds 16-bit products to a float32 matrix; CUDA only."""
 
 BLOCK_ELEMENTS = 1 << 24
-"""Elements of a weight that are held in float32 at a time (64 MiB)."""
+"""Number of elements of a weight that are converted to float32 at a time (64 MiB)."""
 
 
 def is_available(device: torch.device) -> bool:
-    """Whether this backend runs on the device: always."""
+    """Return True: this backend runs on all devices."""
     return True
 
 
 def accumulate_second_moment(total: Tensor, keys: Tensor) -> None:
     """Add keysᵀ keys to the lower triangle of total, panel by panel.
 
-    The products are of float32, or on CUDA of the 16-bit keys themselves, which cuBLAS adds up in float32.
+    The products are computed in float32, or on CUDA from 16-bit keys with float32 accumulation in cuBLAS.
     """
     panel_rows = CUDA_PANEL_ROWS if total.is_cuda else PANEL_ROWS
     for first in range(0, keys.shape[0], MAXIMUM_TOKENS):
@@ -45,12 +45,12 @@ def accumulate_second_moment(total: Tensor, keys: Tensor) -> None:
             _add_product(total[rows, :start], panel, tokens[:, :start])
             square = total[rows, rows]
             is_lower = torch.ones_like(square, dtype=torch.bool).tril_()
-            # Above the diagonal every bit stays: adding 0 would change -0.0 and signalling NaNs.
+            # The bits above the diagonal must not change; adding 0 would change -0.0 and signalling NaNs.
             square.copy_(torch.where(is_lower, square + _product(panel, panel), square))
 
 
 def multiplies_in_16_bits(keys: Tensor) -> bool:
-    """Whether torch can sum products of 16-bit keys in float32."""
+    """Return whether torch can accumulate products of these keys in float32 without converting them."""
     version = torch.__version__.split(".")
     return keys.is_cuda and keys.dtype != torch.float32 and (int(version[0]), int(version[1])) >= OLDEST_WIDE_PRODUCT
 
@@ -77,7 +77,7 @@ def low_rank_update(
     seed: int,
 ) -> None:
     """Add scale * left @ right to every weight in float32, rounded once, in blocks of rows."""
-    # Only where it is used: no seed can be set while a CUDA graph is captured.
+    # Created only if it is used, since a seed cannot be set during the capture of a CUDA graph.
     draws = rounding == "stochastic" and len(weights) > 0
     generator = torch.Generator(weights[0].device).manual_seed(seed) if draws else None
     for weight, left, right in zip(weights, lefts, rights, strict=True):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rocr.errors import InputError
-from rocr.ops.direct import call_directly
+from rocr.ops.direct import bypass_dispatcher
 
 OLDEST_TRITON = (3, 6)
 """The first version that the kernels are compiled with in the tests."""
@@ -43,7 +43,7 @@ def accumulate_second_moment(total: Tensor, keys: Tensor) -> None:
 def accumulate_second_moments(totals: Sequence[Tensor], keys: Sequence[Tensor]) -> None:
     """Add keysᵀ keys to the lower triangle of each total, alike layers in one launch."""
     rows = [_with_rows(total) for total in totals]
-    call_directly(second_moments_op, _add_second_moments, rows, list(keys))
+    bypass_dispatcher(second_moments_op, _add_second_moments, rows, list(keys))
     for total, updated in zip(totals, rows, strict=True):
         if updated is not total:
             total.copy_(updated)
@@ -59,8 +59,8 @@ def low_rank_update(
 ) -> None:
     """Add scale * left @ right to every weight, alike layers in one launch."""
     rows = [weight if weight.stride(0) == 1 else _with_rows(weight) for weight in weights]
-    at_random = rounding == "stochastic"
-    call_directly(low_rank_update_op, _update_low_rank, rows, list(lefts), list(rights), scale, at_random, seed)
+    stochastic = rounding == "stochastic"
+    bypass_dispatcher(low_rank_update_op, _update_low_rank, rows, list(lefts), list(rights), scale, stochastic, seed)
     for weight, updated in zip(weights, rows, strict=True):
         if updated is not weight:
             weight.copy_(updated)
@@ -73,7 +73,7 @@ def _with_rows(matrix: Tensor) -> Tensor:
 @contextmanager
 def _no_capture() -> Iterator[None]:
     """Turn the kernels' refusal of a CUDA graph's capture into an InputError."""
-    from rocr_kernels.launch import CaptureError
+    from rocr_kernels._common import CaptureError
 
     try:
         yield
@@ -95,13 +95,13 @@ def _add_second_moments(totals: list[Tensor], keys: list[Tensor]) -> None:
 
 
 def _update_low_rank(
-    weights: list[Tensor], lefts: list[Tensor], rights: list[Tensor], scale: float, at_random: bool, seed: int
+    weights: list[Tensor], lefts: list[Tensor], rights: list[Tensor], scale: float, stochastic: bool, seed: int
 ) -> None:
     """Add scale * left @ right to every weight; a weight has unit stride along its rows or its columns."""
     from rocr_kernels.low_rank_update import update_low_rank
 
     with _no_capture(), torch.cuda.device(weights[0].get_device()):
-        update_low_rank(weights, lefts, rights, scale, at_random, seed)
+        update_low_rank(weights, lefts, rights, scale, stochastic, seed)
 
 
 # torch.compile then leaves them out of its CUDA graphs; older versions of torch have no such tag.
@@ -124,6 +124,6 @@ def _(totals: list[Tensor], keys: list[Tensor]) -> None:
 
 @low_rank_update_op.register_fake
 def _(
-    weights: list[Tensor], lefts: list[Tensor], rights: list[Tensor], scale: float, at_random: bool, seed: int
+    weights: list[Tensor], lefts: list[Tensor], rights: list[Tensor], scale: float, stochastic: bool, seed: int
 ) -> None:
     return None

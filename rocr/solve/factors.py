@@ -1,4 +1,4 @@
-"""The factors of an update: Δ = left @ right, where a factor that is the identity is not stored."""
+"""The factors of an update, Δ = left @ right. A factor that is the identity matrix is not stored."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ class Factors:
     """An update Δ (d_out, d_in).
 
     Attributes:
-        stored_left: (d_out, r) float32; None: the identity, so that `stored_right` is Δ itself.
-        stored_right: (r, d_in) float32; None: the identity, so that `stored_left` is Δ itself.
+        stored_left: (d_out, r) float32. None is the identity: `stored_right` is then Δ itself.
+        stored_right: (r, d_in) float32. None is the identity: `stored_left` is then Δ itself.
+
+    Raises:
+        ValueError: Both factors are None.
     """
 
     stored_left: Tensor | None
@@ -22,26 +25,26 @@ class Factors:
 
     def __post_init__(self) -> None:
         if self.stored_left is None and self.stored_right is None:
-            raise ValueError("an update has at least one factor")
+            raise ValueError("stored_left and stored_right cannot both be None")
 
     @classmethod
     def of_matrix(cls, update: Tensor) -> Factors:
-        """Of an update (d_out, d_in) that is at hand as a whole."""
+        """Return the factors of an update (d_out, d_in) that is one matrix."""
         return cls(None, update) if update.shape[0] <= update.shape[1] else cls(update, None)
 
     @property
     def left(self) -> Tensor:
-        """(d_out, r); an identity is made anew at each call."""
+        """(d_out, r) float32. An identity matrix is allocated at each access."""
         return _identity_beside(self.stored_right, 0) if self.stored_left is None else self.stored_left
 
     @property
     def right(self) -> Tensor:
-        """(r, d_in); an identity is made anew at each call."""
+        """(r, d_in) float32. An identity matrix is allocated at each access."""
         return _identity_beside(self.stored_left, 1) if self.stored_right is None else self.stored_right
 
     @property
     def matrix(self) -> Tensor | None:
-        """Δ itself where it is stored as a whole; None where it is a product."""
+        """Δ itself if it is stored as one matrix, or None if it is stored as a product."""
         if self.stored_left is None:
             return self.stored_right
         return self.stored_left if self.stored_right is None else None
@@ -59,14 +62,14 @@ class Factors:
         return min(self.shape) if self.matrix is not None else self.left.shape[1]
 
     def moves(self, keys: Tensor) -> Tensor:
-        """What the update adds to a weight's outputs at keys (n, d_in): (n, d_out), in the dtype of the keys."""
+        """Return keys @ Δᵀ (n, d_out), the change of the outputs at keys (n, d_in), in the dtype of the keys."""
         for factor in (self.stored_right, self.stored_left):
             if factor is not None:
                 keys = keys @ factor.to(keys).T
         return keys
 
     def norm(self) -> float:
-        """Frobenius norm of Δ, which is never formed."""
+        """Return the Frobenius norm of Δ, without computing the product."""
         matrix = self.matrix
         if matrix is not None:
             return float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
@@ -75,5 +78,6 @@ class Factors:
 
 
 def _identity_beside(other: Tensor | None, side: int) -> Tensor:
+    """Return the identity matrix that is multiplied with the other factor, on side 0 (left) or 1 (right) of it."""
     assert other is not None, "only one factor can be the identity"
     return torch.eye(other.shape[side], dtype=other.dtype, device=other.device)

@@ -1,4 +1,4 @@
-"""The metric M that protects ordinary keys: what a key has in common with them is weakened or removed."""
+"""The metric M, which weakens or removes what a key shares with ordinary keys, to protect them from an update."""
 
 from __future__ import annotations
 
@@ -14,19 +14,22 @@ from rocr.errors import GuardError
 from rocr.ops.system import Metric
 
 TRACE_PROBES = 64
+"""Number of random vectors of the estimator of a trace."""
 ROWS_AT_ONCE = 1024
+"""Number of rows of a matrix that are checked for finiteness at a time."""
 EIGEN_PROBES = 4
+"""Number of random vectors that an eigendecomposition is checked with."""
 
 
 class FactoredMetric(Metric, Protocol):
-    """A metric M that knows a root B with M = B Bᵀ, and what ordinary keys are under it."""
+    """A metric M with a factor B, M = B Bᵀ, and with the mean length of ordinary keys under it."""
 
     def root(self, keys: Tensor) -> Tensor:
-        """Return keys @ B, (n, d_in), for one B with M = B Bᵀ."""
+        """Return keys @ B, (n, d_in), for keys (n, d_in)."""
         ...
 
     def root_transposed(self, rows: Tensor) -> Tensor:
-        """Return rows @ Bᵀ, (m, d_in), for the same B."""
+        """Return rows @ Bᵀ, (m, d_in), for rows (m, d_in)."""
         ...
 
     @property
@@ -35,7 +38,7 @@ class FactoredMetric(Metric, Protocol):
         ...
 
     def describe(self) -> str:
-        """Say in a few words what the metric does, for reports."""
+        """Return a short description for reports."""
         ...
 
 
@@ -44,9 +47,9 @@ class WhitenedMetric:
     """M = (γ C / mean(diag C) + I)⁻¹, as in ROME (arXiv 2202.05262, eq. 2) and MEMIT, with the identity as floor.
 
     Attributes:
-        factor: (d_in, d_in) lower Cholesky factor of M⁻¹.
+        factor: (d_in, d_in) lower Cholesky factor L of M⁻¹.
         gamma: γ, the weight of ordinary keys.
-        ordinary: tr(C M), estimated.
+        ordinary: Estimate of tr(C M).
     """
 
     factor: Tensor
@@ -54,7 +57,7 @@ class WhitenedMetric:
     ordinary: float
 
     def apply(self, keys: Tensor) -> Tensor:
-        """Return keys @ M by two triangular solves."""
+        """Return keys @ M, by two triangular solves."""
         return _solve(self.factor, keys.to(self.factor).T).T
 
     def root(self, keys: Tensor) -> Tensor:
@@ -68,7 +71,7 @@ class WhitenedMetric:
         return expanded
 
     def describe(self) -> str:
-        """Say how strongly ordinary keys are weighed."""
+        """Return the method and γ."""
         return f"whitened, γ = {self.gamma:g}"
 
 
@@ -76,11 +79,11 @@ class WhitenedMetric:
 class ProjectedMetric:
     """M = P, the projector on the eigenvectors of C below a threshold (ROCR, arXiv 2506.07795, and AlphaEdit).
 
-    P is never formed: the thinner of two bases is kept.
+    P is not computed; the smaller of the bases of the free and of the protected directions is stored.
 
     Attributes:
-        basis: (d_in, r) orthonormal columns.
-        protected: whether `basis` spans the protected directions (P = I - UUᵀ) or the free ones (P = UUᵀ).
+        basis: U (d_in, r), with orthonormal columns.
+        protected: Whether U spans the protected directions (P = I - UUᵀ) or the free ones (P = UUᵀ).
         ordinary: tr(C P), the sum of the free eigenvalues.
     """
 
@@ -109,30 +112,33 @@ class ProjectedMetric:
         return size - rank if self.protected else rank
 
     def describe(self) -> str:
-        """Say how many directions the update may use."""
+        """Return the method and the number of directions that are free for the update."""
         if self.free_directions == self.basis.shape[0]:
             return f"projected, all {self.free_directions} directions free: ordinary keys are not protected"
         return f"projected, {self.free_directions} of {self.basis.shape[0]} directions free"
 
 
 def build_metric(
-    second_moment: Tensor, config: EditConfig, held: Tensor | None = None
+    second_moment: Tensor, config: EditConfig, template_keys: Tensor | None = None
 ) -> WhitenedMetric | ProjectedMetric:
-    """Build the configured metric from the mean second moment of ordinary keys.
+    """Build the metric of the settings from the mean second moment of ordinary keys.
 
     Args:
-        second_moment: (d_in, d_in) symmetric, float32 or float64: C = sum(k kᵀ) / tokens.
-        config: method, gamma, threshold, held_weight.
-        held: (h, d_in) keys that are protected besides, as `config.held_weight` says; None: none.
+        second_moment: C = sum(k kᵀ) / tokens, (d_in, d_in), symmetric, float32 or float64.
+        config: The settings; method, gamma, threshold, relative_threshold and template_weight are used.
+        template_keys: (h, d_in) keys of the templates' own tokens, which are protected too, with the weight
+            `config.template_weight`. None protects only ordinary keys.
 
     Raises:
-        GuardError: C is not finite or zero, γ C is indefinite by its rounding, or no direction lies below the
-            threshold.
+        GuardError: C is zero or not finite, template keys are not finite, M⁻¹ is not positive definite because of
+            rounding, or no eigenvalue of C lies below the threshold.
     """
     scale = second_moment.diagonal().mean()
     if not all_finite(second_moment) or scale <= 0:
-        raise GuardError("The second moment is not finite or zero: collect the statistics again on ordinary text.")
-    rows = _held_rows(second_moment, config, held)
+        raise GuardError(
+            "The second moment of ordinary keys is not finite or zero: collect the statistics again, on ordinary text."
+        )
+    rows = _template_rows(second_moment, config, template_keys)
     if config.method == "whitened":
         factor = _cholesky(second_moment, config.gamma / float(scale), rows)
         return WhitenedMetric(factor, config.gamma, _trace_of_product(second_moment, factor))
@@ -141,57 +147,61 @@ def build_metric(
     return _projected(second_moment, config.threshold * float(scale) if config.relative_threshold else config.threshold)
 
 
-def _held_rows(second_moment: Tensor, config: EditConfig, held: Tensor | None) -> Tensor | None:
-    """The rows H (h, d_in) for which C + HᵀH is what the metric is built from; None: C alone."""
-    if held is None or not len(held) or not config.held_weight:
+def _template_rows(second_moment: Tensor, config: EditConfig, keys: Tensor | None) -> Tensor | None:
+    """Return the rows H (h, d_in) for which C + HᵀH takes the place of C; None for C itself."""
+    if keys is None or not len(keys) or not config.template_weight:
         return None
-    if not all_finite(held):
+    if not all_finite(keys):
         raise GuardError(
             "The keys of the templates' own tokens are not finite: the model overflows there. Load it in float32 or "
             "bfloat16."
         )
-    rows: Tensor = held.to(second_moment) * math.sqrt(config.held_weight / len(held))
+    rows: Tensor = keys.to(second_moment) * math.sqrt(config.template_weight / len(keys))
     return rows
 
 
 def _cholesky(second_moment: Tensor, weight: float, rows: Tensor | None) -> Tensor:
-    """Lower factor of weight (C + HᵀH) + I, in float64 where C's precision does not do; one matrix of memory."""
+    """Return the lower Cholesky factor of weight (C + HᵀH) + I, computed in place in one matrix.
+
+    The factorisation is repeated in float64 if it fails in the precision of C.
+    """
     for dtype in (second_moment.dtype, torch.float64):
         matrix = second_moment.to(dtype).mul(weight)
         if rows is not None:
             matrix.addmm_(rows.to(dtype).T, rows.to(dtype), alpha=weight)
         matrix.diagonal().add_(1.0)
-        # Symmetric, so that its transpose is itself in the order that LAPACK overwrites.
+        # LAPACK overwrites column-major matrices, and the matrix is symmetric.
         factor, failed = matrix.T, torch.zeros((), dtype=torch.int32, device=matrix.device)
         torch.linalg.cholesky_ex(factor, out=(factor, failed))
         if failed == 0:
             return factor.to(second_moment.dtype)
     raise GuardError(
-        f"The second moment, times {weight:.3g} and plus one, is not positive definite to its own precision: "
+        f"The matrix {weight:.3g} C + I of the second moment C is not positive definite to its own precision: "
         "lower gamma, or collect the statistics on more text."
     )
 
 
 def _trace_of_product(second_moment: Tensor, factor: Tensor) -> float:
-    """tr(C M) within about a percent, by Hutchinson's estimator: the exact trace needs the whole inverse."""
+    """Return tr(C M) to about 1%, by Hutchinson's estimator; the exact trace would need the inverse of M⁻¹."""
     generator = torch.Generator().manual_seed(0)
     signs = torch.randint(0, 2, (len(factor), TRACE_PROBES), generator=generator).to(factor) * 2 - 1
     return float((signs * _solve(factor, second_moment @ signs)).sum() / TRACE_PROBES)
 
 
 def _solve(factor: Tensor, columns: Tensor) -> Tensor:
-    """(L Lᵀ)⁻¹ columns; unlike torch.cholesky_solve, without a copy of the factor."""
+    """Return (L Lᵀ)⁻¹ columns, without the copy of the factor that torch.cholesky_solve makes."""
     halfway = torch.linalg.solve_triangular(factor, columns, upper=False)
     solved: Tensor = torch.linalg.solve_triangular(factor.T, halfway, upper=True)
     return solved
 
 
 def all_finite(matrix: Tensor) -> bool:
-    """Whether all numbers of a large matrix are finite; torch.isfinite would take twice its memory at once."""
+    """Return whether all elements of a large matrix are finite, without a mask of its size."""
     return all(bool(torch.isfinite(rows).all()) for rows in torch.split(matrix, ROWS_AT_ONCE))
 
 
 def _projected(second_moment: Tensor, threshold: float) -> ProjectedMetric:
+    """Return the projector on the eigenvectors of the second moment with an eigenvalue below the threshold."""
     values, vectors = _eigenpairs(second_moment)
     free = int((values < threshold).sum())
     size = len(values)
@@ -207,10 +217,10 @@ def _projected(second_moment: Tensor, threshold: float) -> ProjectedMetric:
 
 
 def _eigenpairs(second_moment: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, ascending, and eigenvectors in columns; in float64 where float32 does not do.
+    """Return the eigenvalues, ascending, and the eigenvectors in columns.
 
-    LAPACK raises on some ill-conditioned matrices; cuSOLVER may return without a word what are no eigenvectors
-    (pytorch issues 94772 and 105359).
+    The decomposition is repeated in float64 if it fails. LAPACK raises an error for some ill-conditioned matrices;
+    cuSOLVER may return wrong eigenvectors without an error (pytorch issues 94772 and 105359).
     """
     for dtype in (second_moment.dtype, torch.float64):
         matrix = second_moment.to(dtype)
@@ -229,7 +239,7 @@ def _eigenpairs(second_moment: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _are_eigenpairs(matrix: Tensor, values: Tensor, vectors: Tensor) -> bool:
-    """Whether V Λ Vᵀ x is the matrix times x, and V Vᵀ x is x, for some vectors x."""
+    """Return whether V Λ Vᵀ x is the matrix times x, and V Vᵀ x is x, for random vectors x."""
     generator = torch.Generator().manual_seed(0)
     probes = torch.randn(len(matrix), EIGEN_PROBES, generator=generator, dtype=torch.float64).to(matrix)
     coordinates = vectors.T @ probes

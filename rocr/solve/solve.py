@@ -1,4 +1,4 @@
-"""Solve one layer's update from keys, residuals and metric, refusing what is not finite."""
+"""Solve the update of one layer from keys, residuals and metric."""
 
 from __future__ import annotations
 
@@ -10,23 +10,26 @@ from torch import Tensor
 
 from rocr.concepts import Concept
 from rocr.errors import GuardError
-from rocr.ops.system import FactoredGram, factor_gram, solve, solve_small
+from rocr.ops.system import FactoredGram, factor_gram, solve_by_factor, solve_weighted
 from rocr.solve.factors import Factors
 from rocr.solve.metric import FactoredMetric
 
 CHUNK_ROWS = 4096
+"""Number of keys that are converted to float64 at a time."""
 EXACT_CONDITION_SIZE = 512
+"""Maximum size of a system whose condition number is computed by its eigenvalues."""
 CONDITION_STEPS = 50
+"""Number of steps of the power iteration for larger systems."""
 
 
 @dataclass(frozen=True)
 class System:
-    """What an update can be solved from again with other rows of keys and residuals, without statistics.
+    """The part of a system that is needed to solve an update again for other keys, without the statistics.
 
     Attributes:
-        ridge: λ > 0, in squared key units.
-        product: K M, (n, d_in) float32, where there are at most as many keys as inputs; its rows belong to the keys.
-        metric: M itself where there are more keys than inputs, so that it is the smaller of the two.
+        ridge: λ > 0, in units of a squared key.
+        product: K M (n, d_in) float32, one row for each key, if n <= d_in.
+        metric: M, if n > d_in; it is then smaller than K M.
     """
 
     ridge: float
@@ -36,15 +39,14 @@ class System:
 
 @dataclass(frozen=True)
 class Solution:
-    """An update and the system it came from.
+    """An update and the system that it was solved from.
 
     Attributes:
-        factors: of the update: its inner size is the number of keys, or where there are more keys than inputs it is
-            whole.
-        condition: condition number of K M Kᵀ + λI, or of Bᵀ Kᵀ K B + λI (M = B Bᵀ), which has the same largest
-            and smallest eigenvalues but for λ itself; estimated where the system has more than 512 rows.
-        system: what the update can be solved from again.
-        factor: lower Cholesky factor (d_in, d_in) float64 of Bᵀ Kᵀ K B + λI, where there are more keys than inputs.
+        factors: The update Δ (d_out, d_in), as a product of inner size n if n <= d_in, otherwise as one matrix.
+        condition: Condition number of K M Kᵀ + λI if n <= d_in, otherwise of Bᵀ Kᵀ K B + λI with M = B Bᵀ, which has
+            the same eigenvalues except λ itself. It is an estimate if the system has more than 512 rows.
+        system: The part of the system that is needed to solve the update again.
+        factor: Lower Cholesky factor (d_in, d_in) float64 of Bᵀ Kᵀ K B + λI, if n > d_in.
     """
 
     factors: Factors
@@ -53,50 +55,47 @@ class Solution:
     factor: Tensor | None = None
 
     @property
-    def left(self) -> Tensor:
-        """(d_out, r) float32."""
-        return self.factors.left
-
-    @property
-    def right(self) -> Tensor:
-        """(r, d_in) float32; the update is left @ right."""
-        return self.factors.right
-
-    @property
     def ridge(self) -> float:
-        """λ, in squared key units."""
+        """λ, in units of a squared key."""
         return self.system.ridge
 
     def coefficients(self, keys: Tensor, at: Tensor) -> Callable[[Tensor], Tensor]:
-        """How the update answers other keys: its move there is residualsᵀ a with a = (K M Kᵀ + λI)⁻¹ K M k.
+        """Return the coefficients a = (K M Kᵀ + λI)⁻¹ K M k of other keys k.
+
+        The change of the output at k is residualsᵀ a.
 
         Args:
-            keys: K, (n, d_in), that the update was solved for.
-            at: (m, d_in) the other keys k.
+            keys: K (n, d_in), the keys that the update was solved for.
+            at: The other keys k, (m, d_in).
 
         Returns:
-            A function of row numbers of K that gives those rows of a, (rows, m).
+            A function that takes indices of rows of K and returns these rows of a, (rows, m).
         """
         if self.factor is None:
-            return lambda rows: self.right[rows] @ at.to(self.right).T
-        # The same a, pushed through: K B (Bᵀ Kᵀ K B + λI)⁻¹ Bᵀ k.
+            right = self.factors.right
+            return lambda rows: right[rows] @ at.to(right).T
+        # By the push-through identity, a = K B (Bᵀ Kᵀ K B + λI)⁻¹ Bᵀ k.
         metric = self.system.metric
-        assert metric is not None, "a system of more keys than inputs holds its metric"
+        assert metric is not None, "a system of more keys than inputs contains its metric"
         response = torch.cholesky_solve(metric.root(at).double().T, self.factor)
         return lambda rows: metric.root(keys[rows]).double() @ response
 
 
 def solve_layer(keys: Tensor, residuals: Tensor, metric: FactoredMetric, ridge: float) -> Solution:
-    """Solve Δ = residualsᵀ (K M Kᵀ + λI)⁻¹ K M.
+    """Solve the update Δ = Rᵀ (K M Kᵀ + λI)⁻¹ K M of one layer.
 
     Args:
-        keys: K, (n, d_in) float32.
-        residuals: (n, d_out) float32.
+        keys: K (n, d_in) float32.
+        residuals: R (n, d_out) float32.
         metric: M.
-        ridge: λ > 0.
+        ridge: λ > 0, in units of a squared key.
 
     Raises:
-        GuardError: the system is not finite, or too close to singular.
+        GuardError: The system is not finite, or is singular to working precision.
+
+    Source:
+        Ye, Zhang and Wu, arXiv 2506.07795. The authors solve a (d_in, d_in) system (Acruxos/ORT); this is the same
+        update by the push-through identity.
     """
     if len(keys) > keys.shape[1]:
         return solve_again(keys, residuals, System(ridge, metric=metric))
@@ -104,27 +103,28 @@ def solve_layer(keys: Tensor, residuals: Tensor, metric: FactoredMetric, ridge: 
 
 
 def solve_again(keys: Tensor, residuals: Tensor, system: System) -> Solution:
-    """Solve an update from a system that is at hand.
+    """Solve an update from a stored system.
 
     Args:
-        keys: K, (n, d_in) float32, the rows that `system.product` belongs to.
-        residuals: (n, d_out) float32.
+        keys: K (n, d_in) float32, the keys of the rows of `system.product`.
+        residuals: R (n, d_out) float32.
         system: K M or M, and λ.
 
     Raises:
-        GuardError: the system is not finite, or too close to singular.
+        GuardError: The system is not finite, or is singular to working precision.
     """
     if system.metric is not None:
         return _solve_wide(keys, residuals, system.metric, system)
-    assert system.product is not None, "a system holds a product or a metric"
-    left, right, solved = solve_small(keys, residuals, system.product, system.ridge)
+    assert system.product is not None, "a system contains a product or a metric"
+    left, right, solved = solve_weighted(keys, residuals, system.product, system.ridge)
     return Solution(Factors(left, right), _condition(solved, system.ridge), system)
 
 
 def _solve_wide(keys: Tensor, residuals: Tensor, metric: FactoredMetric, system: System) -> Solution:
-    """The same update as a (d_in, d_in) system: Δ = residualsᵀ G (GᵀG + λI)⁻¹ Bᵀ with G = K B, M = B Bᵀ.
+    """Solve the same update as a (d_in, d_in) system: Δ = Rᵀ G (GᵀG + λI)⁻¹ Bᵀ with G = K B, M = B Bᵀ.
 
-    Memory is two float64 matrices (d_in, d_in) and a chunk of rows, whatever the number of keys.
+    It needs the memory of one (d_in, d_in) and one (d_out, d_in) float64 matrix and of a chunk of rows, for any number
+    of keys.
     """
     d_in, d_out = keys.shape[1], residuals.shape[1]
     moment = torch.zeros(d_in, d_in, dtype=torch.float64, device=keys.device)
@@ -135,12 +135,12 @@ def _solve_wide(keys: Tensor, residuals: Tensor, metric: FactoredMetric, system:
         moment.addmm_(reduced.T, reduced)
         cross.addmm_(residuals[rows].double().T, reduced)
     solved = factor_gram(moment, system.ridge, len(keys))
-    update = metric.root_transposed(solve(solved.factor, cross.T).T.float()).float().contiguous()
+    update = metric.root_transposed(solve_by_factor(solved.factor, cross.T).T.float()).float().contiguous()
     return Solution(Factors.of_matrix(update), _condition(solved, system.ridge), system, solved.factor)
 
 
 def _condition(solved: FactoredGram, ridge: float) -> float:
-    """Condition number of gram + ridge, exact for small systems, else by power iteration from both ends."""
+    """Return the condition number of gram + λI: exact for small systems, otherwise by power iteration."""
     gram, factor = solved.gram, solved.factor
     if len(gram) <= EXACT_CONDITION_SIZE:
         eigenvalues = torch.linalg.eigvalsh(gram).clamp(min=0) + ridge
@@ -157,17 +157,14 @@ def _condition(solved: FactoredGram, ridge: float) -> float:
 
 
 def check_finite(what: str, layer: int, values: Tensor, concept_of: Sequence[int], concepts: Sequence[Concept]) -> None:
-    """Refuse values that are not finite, naming the concepts they belong to.
+    """Raise GuardError, naming the concepts, unless all values are finite.
 
     Args:
-        what: what the values are, such as "keys".
-        layer: the decoder layer they were read at.
-        values: (n, features), a row for each key.
-        concept_of: for each row, the index of its concept.
-        concepts: the concepts.
-
-    Raises:
-        GuardError: some value is not finite.
+        what: The name of the values in the message, such as "keys".
+        layer: The decoder layer at which they were read.
+        values: (n, features), one row for each key.
+        concept_of: For each row, the index of its concept.
+        concepts: The concepts.
     """
     bad = (~torch.isfinite(values).all(dim=1)).nonzero().flatten().tolist()
     if bad:
@@ -175,5 +172,5 @@ def check_finite(what: str, layer: int, values: Tensor, concept_of: Sequence[int
         shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
         raise GuardError(
             f"The {what} at layer {layer} are not finite for {shown}: the model overflows there. "
-            "Nothing was changed; load it in float32 or bfloat16."
+            "The model is unchanged; load it in float32 or bfloat16."
         )

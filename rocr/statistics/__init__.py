@@ -1,1 +1,1 @@
-"""Second moments of ordinary keys: collecting, storing and merging them."""
+"""Collect, store and merge the second moments of ordinary keys."""

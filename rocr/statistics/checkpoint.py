@@ -1,4 +1,4 @@
-"""The state of an interrupted collection of statistics, on disk."""
+"""Checkpoints of the collection of statistics."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ FORMAT = "rocr checkpoint 1"
 
 @dataclass
 class Checkpoint:
-    """Sums of the batches so far. Batches are the same in every run, so a resumed run ends in the same bytes.
+    """The sums of the batches so far.
 
-    Of several processes that share the batches, each has a checkpoint, which counts its own batches and tokens.
+    The batches are the same in every run, so a resumed run gives the same bytes as one without an interruption. Each
+    of several processes has its own checkpoint, which counts only the batches and tokens of that process.
 
     Attributes:
-        path: the file; None: nothing is ever saved.
-        identity: what the collection is; a checkpoint of another one is refused.
-        sums: for each layer the running sum, (d_in, d_in) float32; shared with the collection.
-        batches: number of batches that are in every sum.
-        tokens: number of tokens in these batches.
-        added: for each layer the batches in its sum: one more than `batches` where a batch is half done.
-        torn: whether a sum holds a part of a batch, so that it cannot be used.
+        path: The file. None never saves the state.
+        identity: Description of the collection. A checkpoint with another one is refused.
+        sums: For each layer the running sum, (d_in, d_in) float32, shared with the collection.
+        batches: Number of batches that are in all sums.
+        tokens: Number of tokens of these batches.
+        added: For each layer the number of batches in its sum: `batches`, or one more while a batch is added.
+        torn: Whether a sum contains a part of a batch and cannot be used.
     """
 
     path: Path | None
@@ -47,10 +48,10 @@ class Checkpoint:
     def open(
         cls, path: str | os.PathLike[str] | None, identity: dict[str, Any], sums: Mapping[int, Tensor]
     ) -> Checkpoint:
-        """Start a collection, or go on with the one whose checkpoint lies at `path`.
+        """Start a collection, or resume it from the checkpoint at `path` if there is one.
 
         Raises:
-            InputError: the file is damaged or of another collection.
+            InputError: The file is damaged, or is the checkpoint of another collection.
         """
         state = cls(None if path is None else Path(path), identity, sums, added=dict.fromkeys(sums, 0))
         if state.path is not None and state.path.exists():
@@ -58,12 +59,12 @@ class Checkpoint:
         return state
 
     def unfinished(self) -> list[int]:
-        """Layers whose sums lack the batch that comes after `batches`."""
+        """Return the layers whose sums do not contain the batch after `batches`."""
         return [layer for layer, added in self.added.items() if added == self.batches]
 
     @contextmanager
     def adding(self, layer: int) -> Iterator[Tensor]:
-        """A layer's sum, to which all of a batch is added inside; signals wait until that is done."""
+        """Yield the sum of a layer, to which the context adds a whole batch; signals are postponed until its end."""
         with postponed_signals():
             self.torn = True
             yield self.sums[layer]
@@ -71,14 +72,14 @@ class Checkpoint:
             self.torn = False
 
     def finish_batch(self, tokens: int) -> None:
-        """Count a batch that is in every sum."""
+        """Count a batch that is in all sums."""
         with postponed_signals():
             self.batches += 1
             self.tokens += tokens
             self.added = dict.fromkeys(self.sums, self.batches)
 
     def save(self) -> None:
-        """Write the state, complete or not at all; an earlier file stays where a sum is torn."""
+        """Write the state atomically. If a sum is torn, an earlier file stays as it is."""
         if self.path is None or self.torn or not any(self.added.values()):
             return
         header = {
@@ -92,7 +93,7 @@ class Checkpoint:
         write_tensors(self.path, header, tensors, overwrite=True)
 
     def close(self) -> None:
-        """Save the state for the last time: the sums are about to become something else."""
+        """Save the state for the last time, before the sums are changed in place."""
         self.save()
         self.torn = True
 
@@ -101,8 +102,8 @@ class Checkpoint:
         header, tensors = read_tensors(self.path, FORMAT)
         if header.get("identity") != json.loads(json.dumps(self.identity)):
             raise InputError(
-                f"{self.path} is the checkpoint of another collection: the model, the text, the layers, the cutting, "
-                "the dtype, the device, a setting or a version differ. Delete it to start afresh."
+                f"{self.path} is the checkpoint of another collection: the model, the text, the layers, the lengths, "
+                "the dtype, the device, a setting or a version differs. Delete the file to start again."
             )
         try:
             self.batches, self.tokens = int(header["batches"]), int(header["tokens"])

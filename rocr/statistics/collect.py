@@ -1,4 +1,4 @@
-"""Collect key statistics from text in one pass over all layers, stopping after the last edited one."""
+"""Collect the second moments of keys from text, in one pass over all layers up to the last wanted one."""
 
 from __future__ import annotations
 
@@ -17,47 +17,51 @@ from torch import Tensor, nn
 from rocr import ops
 from rocr.config import DEFAULT, ChatSettings
 from rocr.errors import GuardError, InputError, RocrError
+from rocr.io.dtypes import dtype_name
 from rocr.model.architecture import Architecture, default_layers, find_architecture, positions_of
-from rocr.model.capture import as_sequence, check_seen, input_hook, run_through
+from rocr.model.capture import as_sequence, check_called, input_hook, run_through
 from rocr.model.causality import check_causal
-from rocr.model.chat import settled
-from rocr.model.fingerprint import down_projection_digests, dtype_name, fingerprint
-from rocr.model.smaller_batches import halving
+from rocr.model.chat import with_date
+from rocr.model.fingerprint import down_projection_digests, fingerprint
+from rocr.model.smaller_batches import retry_with_smaller_batch
 from rocr.model.tensor_parallel import is_parallel
 from rocr.ops.arithmetic import plain_arithmetic
 from rocr.progress import Progress, ProgressCallback, silent
 from rocr.statistics.checkpoint import Checkpoint
 from rocr.statistics.corpus import pack_tokens, token_batches
-from rocr.statistics.distributed import Ranks
+from rocr.statistics.distributed import Distributed
 from rocr.statistics.provenance import Provenance, computed_with, versions_now
 from rocr.statistics.self_generated import sample_sequences
 from rocr.statistics.statistics import Statistics
 
 DEFAULT_SAMPLED_TOKENS = 8_192
 MAX_SAMPLED_TOKENS = 2**20
-"""The model writes all of its sequences at once, so that memory grows with them."""
+"""Maximum number of tokens that the model writes: it writes all sequences at once, so memory grows with them."""
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
 FIRST_TOKENS = 1
-"""Tokens at the beginning of a sequence whose keys are left out."""
+"""Number of tokens at the beginning of a sequence whose keys are left out."""
 
 
 @dataclass(frozen=True)
 class CollectOptions:
-    """How text is cut and read.
+    """How text is cut into sequences and read.
 
     Attributes:
-        tokens: keys to collect at most; None: all of the text, or 8,192 where the model writes the text.
-        length: tokens of a sequence, or fewer where the model has fewer positions. The first of each is left
-            out: it is an attention sink.
-        batch_tokens: tokens that are run together.
-        seed: of the sampled text.
-        text_sha256: what identifies the text, where the caller knows; else the texts themselves are hashed.
-        text_bytes: size of the text, for the time left; None: unknown.
-        checkpoint: file that holds the state of an interrupted collection; needs `text_sha256`. Of several
-            processes each has its own, `<checkpoint>.<rank>-of-<number>`.
-        distributed: whether the processes of an initialised torch.distributed group share the work. All of them
-            must then call with the same model, text and options, and all get the result.
-        chat: what the chat template is given where the model writes the text, half of it as chats.
+        tokens: Maximum number of keys to collect. None is all of the text, or 8,192 if the model writes the text.
+        length: Number of tokens of a sequence, at most the number of positions of the model. The key of the first
+            token of each sequence is left out, since that token is an attention sink.
+        batch_tokens: Number of tokens that are run together.
+        seed: Seed of the text that the model writes.
+        text_sha256: Identifier of the text. None hashes the texts while they are read.
+        text_bytes: Size of the text in bytes, for the estimate of the remaining time. None: unknown.
+        checkpoint: Path of the checkpoint of an interrupted collection. It requires `text_sha256`. With several
+            processes, each one writes `<checkpoint>.<rank>-of-<size>`.
+        distributed: Whether the processes of an initialised torch.distributed group share the work. All of them must
+            then call with the same model, text and options, and all of them get the result.
+        chat: Inputs of the chat template for text that the model writes, half of which are chats.
+
+    Raises:
+        InputError: A value is out of its range, or a checkpoint is given without `text_sha256`.
     """
 
     tokens: int | None = None
@@ -72,13 +76,13 @@ class CollectOptions:
 
     def __post_init__(self) -> None:
         if self.length < 2:
-            raise InputError(f"length must be at least 2 tokens, since the first is left out, not {self.length}.")
+            raise InputError(f"length must be at least 2, since the first token is left out, not {self.length}.")
         if self.tokens is not None and self.tokens < 1:
             raise InputError(f"tokens must be at least 1, not {self.tokens}.")
         if self.batch_tokens < 1:
             raise InputError(f"batch_tokens must be at least 1, not {self.batch_tokens}.")
         if self.checkpoint is not None and self.text_sha256 is None:
-            raise InputError("A checkpoint needs text_sha256, or it could be resumed on another text.")
+            raise InputError("A checkpoint needs text_sha256, to detect that it is resumed with another text.")
 
 
 @plain_arithmetic()
@@ -90,37 +94,47 @@ def collect_statistics(
     options: CollectOptions | None = None,
     progress: ProgressCallback = silent,
 ) -> Statistics:
-    """Collect the second moments of a model's keys on ordinary text.
+    """Collect the second moments of the keys of a model on ordinary text.
 
-    Inside a torch.distributed process group, every process runs its share of the batches, which are those of a
-    single process, and the sums are added up once at the end: the same result to rounding.
+    For each layer, the result is C = sum(k kᵀ) / tokens over the inputs k (d_in,) of the down-projection:
+    (d_in, d_in), float32, not centred. No float32 accumulator sums more than 8,192 tokens.
+
+    In a torch.distributed process group, each process runs a share of the batches, and the sums of all processes are
+    added in float64 at the end. The result equals that of a single process up to rounding.
 
     Args:
-        model: a causal language model of transformers.
-        tokenizer: its tokenizer.
-        texts: documents; None: text that the model itself writes, by `options.seed`.
-        layers: decoder layers whose keys are collected; None: those that are edited by default.
-        options: how text is cut and read.
-        progress: told after every batch.
+        model: A causal language model of transformers with dense MLPs.
+        tokenizer: The tokenizer of the model.
+        texts: The documents. None is text that the model itself writes, drawn with `options.seed`.
+        layers: The decoder layers whose keys are collected. None is the layers that are edited by default.
+        options: How the text is cut into sequences and read. None is `CollectOptions()`.
+        progress: Called after every batch.
+
+    Returns:
+        The statistics, with the fingerprint of the model and with how the text was read.
 
     Raises:
-        InputError: the layers do not exist, the text is empty, more tokens are wanted than the model writes, or a
-            checkpoint is of another collection.
-        GuardError: a key is not finite.
-        RocrError: another process failed or was lost; the checkpoints stay.
+        InputError: A layer does not exist or cannot be edited, the text is empty, more tokens are wanted than the
+            model can write, or the checkpoint is that of another collection.
+        GuardError: Keys are not finite, or all keys of a layer are zero.
+        RocrError: Another process failed or is lost; the checkpoints are kept.
+
+    Source:
+        The second moment of keys is that of ROME (arXiv 2202.05262, eq. 2), from ordinary text.
     """
     options = options or CollectOptions()
     if texts is None:
         check_sampled(options.tokens)
-        options = replace(options, chat=settled(options.chat, tokenizer))
-    # Processes that hold one model between them run every batch together.
-    ranks = Ranks.of_group() if options.distributed and not is_parallel(model) else Ranks()
-    source = _Source(texts, options, ranks)
-    with ranks.together():
+        options = replace(options, chat=with_date(options.chat, tokenizer))
+    # The processes of a tensor-parallel model run every batch together.
+    is_shared = options.distributed and not is_parallel(model)
+    distributed = Distributed.default_group() if is_shared else Distributed()
+    source = _Source(texts, options, distributed)
+    with distributed.collective():
         architecture = find_architecture(model)
         chosen = tuple(sorted(layers)) if layers is not None else default_layers(architecture.depth)
         if not chosen:
-            raise InputError("layers is empty: name the decoder layers whose keys are to be collected.")
+            raise InputError("layers is empty: give the numbers of the decoder layers whose keys are to be collected.")
         for layer in chosen:
             architecture.check_down_projection(layer)
         sums = {layer: _zeros(architecture, layer) for layer in chosen}
@@ -129,62 +143,59 @@ def collect_statistics(
         before = down_projection_digests(architecture, max(chosen))
         check_causal(architecture, max(chosen))
     identity = {
-        # Without the name: the same model may lie elsewhere by now.
+        # Without the name, since the model may have been moved.
         "model": [mark.model, mark.layer, mark.tokenizer, list(before)],
         "text": source.name(),
         "layers": list(chosen),
         "cut": [options.tokens, options.length, options.batch_tokens],
-        # A sum of keys that were computed in two ways is the sum of no single run.
-        "computed": [dtype_name(weight), weight.device.type, computed_with(model), versions_now()],
+        # Keys of one sum must be computed in the same way.
+        "computed": [dtype_name(weight.dtype), weight.device.type, computed_with(model), versions_now()],
     }
-    ranks.check_same("models, texts, layers or options", identity)
-    with ranks.together():
-        state = Checkpoint.open(ranks.checkpoint(options.checkpoint), identity | ranks.share(), sums)
+    distributed.check_same("models, texts, layers or options", identity)
+    with distributed.collective():
+        state = Checkpoint.open(distributed.checkpoint(options.checkpoint), identity | distributed.share(), sums)
     saved_at = time.monotonic()
     try:
         resumed, finished = 0, state.batches
-        for number, batch in enumerate(source.batches(architecture.model, tokenizer, progress)):
+        for number, batch in enumerate(source.batches(architecture, tokenizer, progress)):
             done = batch.before + batch.count
-            if number // ranks.size < finished:
+            if number // distributed.size < finished:
                 resumed = done
-            elif ranks.owns(number):
+            elif distributed.owns(number):
                 state.finish_batch(_accumulate(architecture, state, batch))
                 progress(Progress("statistics", done, source.estimate(done), "tokens", resumed))
                 if time.monotonic() - saved_at > SECONDS_BETWEEN_CHECKPOINTS:
                     state.save()
                     saved_at = time.monotonic()
-            if ranks.ends_round(number):
-                ranks.meet()
-        ranks.meet(finished=True)
-        ranks.check_same("texts", source.name())
-        tokens = sum(ranks.gather(state.tokens))
+            if distributed.ends_round(number):
+                distributed.barrier()
+        distributed.barrier(finished=True)
+        distributed.check_same("texts", source.name())
+        tokens = sum(distributed.gather(state.tokens))
         if tokens == 0:
             raise InputError(
-                f"The text gave no tokens to collect: {source.documents} documents of {source.bytes} bytes."
+                f"The text gave no tokens to collect: {source.documents} documents of {source.bytes} bytes. Give more "
+                "text."
             )
-        if ranks.size > 1:
+        if distributed.size > 1:
             state.close()
             for layer in chosen:
-                ranks.add_up(sums[layer])
+                distributed.sum_lower_triangle(sums[layer])
     except BaseException as error:
         state.save()
-        ranks.tell(error)
+        distributed.broadcast_error(error)
         raise
     moments = {layer: _finished(total, tokens, layer) for layer, total in sums.items()}
-    read = replace(source.provenance(dtype_name(weight), computed_with(model)), down_projections=before)
+    read = replace(source.provenance(dtype_name(weight.dtype), computed_with(model)), down_projections=before)
     return Statistics(moments, tokens, source.name(), mark, read)
 
 
 def check_sampled(tokens: int | None) -> None:
-    """Refuse to let a model write more than it can at once.
-
-    Raises:
-        InputError: it is more than 1,048,576 tokens.
-    """
+    """Raise InputError if a model is to write more than 1,048,576 tokens, which it writes all at once."""
     if tokens is not None and tokens > MAX_SAMPLED_TOKENS:
         raise InputError(
-            f"Without text the model writes its own, at most {MAX_SAMPLED_TOKENS:,} tokens, not {tokens:,}: "
-            "give text files (--text), or ask for fewer tokens (--tokens)."
+            f"Without text files, the model writes at most {MAX_SAMPLED_TOKENS:,} tokens of text itself, not {tokens:,}"
+            ": give text files (--text), or fewer tokens (--tokens)."
         )
 
 
@@ -193,9 +204,9 @@ class _Batch:
     """Sequences of equal length.
 
     Attributes:
-        sequences: token ids.
-        before: number of keys that the batches before it give.
-        count: number of keys to take from it, from its beginning: no first tokens, nothing beyond the limit.
+        sequences: Token ids.
+        before: Number of keys of all batches before it.
+        count: Number of keys to collect, from the beginning of the batch; first tokens do not count.
     """
 
     sequences: list[list[int]]
@@ -205,30 +216,30 @@ class _Batch:
 
 @dataclass
 class _Source:
-    """The text: counted and hashed while it is read."""
+    """The text, which is counted and hashed while it is read."""
 
     texts: Iterable[str] | None
     options: CollectOptions
-    ranks: Ranks
+    distributed: Distributed
     length: int = 2
     documents: int = 0
     bytes: int = 0
     digest: Any = field(default_factory=hashlib.sha256)
 
-    def batches(self, model: nn.Module, tokenizer: Any, progress: ProgressCallback) -> Iterator[_Batch]:
-        """The batches of all processes, no more than the wanted tokens need."""
+    def batches(self, architecture: Architecture, tokenizer: Any, progress: ProgressCallback) -> Iterator[_Batch]:
+        """Yield the batches of all processes, up to the wanted number of tokens."""
         options = self.options
         if self.texts is None:
             wanted = options.tokens or DEFAULT_SAMPLED_TOKENS
-            # Chips of other kinds may draw otherwise.
-            written = self.ranks.of_first(
-                sample_sequences(model, tokenizer, wanted, options.seed, progress, options.chat)
+            # Processes on other hardware may draw other tokens.
+            written = self.distributed.from_first(
+                sample_sequences(architecture.model, tokenizer, wanted, options.seed, progress, options.chat)
             )
             self.length, self.documents = max(map(len, written)), len(written)
             sequences: Iterable[list[int]] = written
         else:
-            self.length = min(options.length, positions_of(model) or options.length)
-            vocabulary = len(find_architecture(model).embedding.weight)  # type: ignore[arg-type]
+            self.length = min(options.length, positions_of(architecture.model) or options.length)
+            vocabulary = len(architecture.embedding.weight)  # type: ignore[arg-type]
             sequences = pack_tokens(self._counted(self.texts), tokenizer, self.length, vocabulary)
         before = 0
         for batch in token_batches(sequences, options.batch_tokens):
@@ -242,17 +253,17 @@ class _Source:
                 before += count
 
     def name(self) -> str:
-        """What the statistics say of their text."""
+        """Return the identifier of the text for the statistics."""
         if self.texts is None:
             return f"written by the model, seed {self.options.seed}" + self.options.chat.described()
         return self.options.text_sha256 or self.digest.hexdigest()
 
     def provenance(self, dtype: str, config: dict[str, Any]) -> Provenance:
-        """How the text was read, once it was."""
+        """Return how the text was read; valid after all batches."""
         return Provenance(dtype, self.length, FIRST_TOKENS, config, self.documents, versions_now())
 
     def estimate(self, tokens: int) -> int | None:
-        """The total number of tokens, from the bytes read so far."""
+        """Return the estimated total number of tokens, from the bytes read so far; None: unknown."""
         if self.texts is None:
             return self.options.tokens or DEFAULT_SAMPLED_TOKENS
         known = None
@@ -275,27 +286,26 @@ def _zeros(architecture: Architecture, layer: int) -> Tensor:
 
 
 def _accumulate(architecture: Architecture, state: Checkpoint, batch: _Batch) -> int:
-    """Add a batch's keys to the sums; returns how many tokens that were."""
+    """Add the keys of a batch to the sums, and return their number."""
     if batch.count == 0:
         return 0
-
-    halving(partial(_accumulate_pieces, architecture, state, batch), len(batch.sequences))
+    retry_with_smaller_batch(partial(_accumulate_pieces, architecture, state, batch), len(batch.sequences))
     return batch.count
 
 
 def _accumulate_pieces(architecture: Architecture, state: Checkpoint, batch: _Batch, size: int) -> None:
-    """Run a batch, so many sequences at a time; its keys are added up at once, so that no layer has a part of them."""
-    held: dict[int, list[Tensor]] = {layer: [] for layer in state.unfinished()}
-    projections = {layer: architecture.down_projection(layer) for layer in held}
+    """Run a batch in pieces of `size` sequences. Each layer's keys are added in one step, after the last piece."""
+    pending: dict[int, list[Tensor]] = {layer: [] for layer in state.unfinished()}
+    projections = {layer: architecture.down_projection(layer) for layer in pending}
 
     def receive(layer: int, keys: Tensor) -> None:
         name = projections[layer].name
-        if layer not in held or len(held[layer]) > done:
-            raise InputError(f"{name} runs more than once in a forward pass, so that a token has several keys there.")
-        keys = as_sequence(keys, pieces[done].shape, f"What flows through {name}")
-        held[layer].append(keys[:, FIRST_TOKENS:].reshape(-1, keys.shape[-1]))
+        if layer not in pending or len(pending[layer]) > done:
+            raise InputError(f"{name} runs more than once in a forward pass: a token has several keys there.")
+        keys = as_sequence(keys, pieces[done].shape, f"The tensor that flows through {name}")
+        pending[layer].append(keys[:, FIRST_TOKENS:].reshape(-1, keys.shape[-1]))
         if done == len(pieces) - 1:
-            keys = torch.cat(held.pop(layer)) if len(pieces) > 1 else held.pop(layer)[0]
+            keys = torch.cat(pending.pop(layer)) if len(pieces) > 1 else pending.pop(layer)[0]
             _add(state, layer, keys[: batch.count])
 
     pieces = torch.split(torch.tensor(batch.sequences), size)  # type: ignore[no-untyped-call]
@@ -304,28 +314,40 @@ def _accumulate_pieces(architecture: Architecture, state: Checkpoint, batch: _Ba
             stack.enter_context(input_hook(projection.module, partial(receive, layer)))
         for done, piece in enumerate(pieces):  # noqa: B007 (`receive` reads it)
             run_through(architecture, max(state.sums), piece)
-    check_seen(projections.keys() - held.keys(), {layer: projection.name for layer, projection in projections.items()})
+    check_called(
+        projections.keys() - pending.keys(), {layer: projection.name for layer, projection in projections.items()}
+    )
 
 
 def _add(state: Checkpoint, layer: int, keys: Tensor) -> None:
+    """Add the second moment of keys (t, d_in) to the sum of a layer."""
     try:
         with state.adding(layer) as total:
             ops.accumulate_second_moment(total, keys)
-    except torch.cuda.OutOfMemoryError as error:  # the sum may hold a part of the keys: no second try
-        raise RocrError(f"Memory ran out at layer {layer}: collect fewer layers at a time. {error}") from error
+    except torch.cuda.OutOfMemoryError as error:  # not retried: the sum may contain a part of the keys
+        raise RocrError(
+            f"The GPU ran out of memory at layer {layer}: collect fewer layers at a time. {error}"
+        ) from error
 
 
 def _finished(total: Tensor, tokens: int, layer: int) -> Tensor:
+    """Return the mean second moment of a layer, in place of its sum."""
     ops.symmetrize(total)
     if not torch.isfinite(total.diagonal()).all():
-        raise GuardError(f"Some keys of layer {layer} are not finite: the model does not compute on this text.")
+        raise GuardError(
+            f"Some keys of layer {layer} are not finite: the model overflows on this text. "
+            "Load it in float32 or bfloat16."
+        )
     if not total.diagonal().any():
-        raise GuardError(f"All keys of layer {layer} are zero: the layer's MLP does nothing on this text.")
+        raise GuardError(
+            f"All keys of layer {layer} are zero on this text, so there is no metric. "
+            "Choose other layers, or give more text."
+        )
     return total.div_(tokens)
 
 
 def _equal_lengths(batch: list[list[int]]) -> Iterator[list[list[int]]]:
-    """Split a batch where the length changes, so that nothing is padded."""
+    """Split a batch into runs of sequences of equal length, so that no padding is needed."""
     start = 0
     for i in range(1, len(batch) + 1):
         if i == len(batch) or len(batch[i]) != len(batch[start]):

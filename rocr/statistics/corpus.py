@@ -1,4 +1,4 @@
-"""Ordinary text from files, packed into token sequences: a stream that never holds a whole corpus."""
+"""Read ordinary text from files and pack it into token sequences, as a stream."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ Paths = Iterable[str | os.PathLike[str]]
 def read_texts(paths: Paths) -> Iterator[str]:
     """Yield the documents of text files, one file after the other.
 
-    A document is a paragraph of a `.txt` file (what stands between blank lines, in parts where it has more
-    than a million characters), the field `text` of a line of a `.jsonl` file, or a row of the column `text`
-    of a `.parquet` file.
+    A document is a paragraph of a `.txt` file (paragraphs are separated by blank lines, and split if they have more
+    than a million characters), the field `text` of a line of a `.jsonl` file, or a row of the column `text` of a
+    `.parquet` file.
 
     Raises:
-        InputError: a file cannot be read or is of another kind, text is not UTF-8, a `text` is missing;
-            names file and line. Raised when the stream gets there: `check_texts` finds most of it at once.
+        InputError: A file cannot be read or has another extension, its text is not UTF-8, or a `text` is missing. The
+            message gives file and line. It is raised when the stream reaches the error; `check_texts` finds most
+            errors at once.
     """
     readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
     for path in map(Path, paths):
@@ -40,7 +41,7 @@ def read_texts(paths: Paths) -> Iterator[str]:
             raise InputError(f"{path} is not a text file for rocr: its name must end in {', '.join(readers)}.")
         try:
             if not path.is_file():
-                flaw = "is a folder or device; a text file is wanted" if path.exists() else "does not exist"
+                flaw = "is a folder or a device; give a text file" if path.exists() else "does not exist"
                 raise InputError(f"{path} {flaw}.")
             yield from read(path)
         except OSError as error:
@@ -48,14 +49,15 @@ def read_texts(paths: Paths) -> Iterator[str]:
 
 
 def check_texts(paths: Paths) -> None:
-    """Read the first document of every file, so that what is wrong shows before a model is loaded.
+    """Read the first document of every file, to report errors before a model is loaded.
 
     Raises:
-        InputError: there are no files, or files that are missing, unreadable, empty or of another kind.
+        InputError: There are no files, or files are missing, unreadable, empty or of another kind; the message names
+            all of them.
     """
     paths = list(paths)
     if not paths:
-        raise InputError("No text files were given.")
+        raise InputError("No text files were given: give at least one.")
     problems: list[str] = []
     for path in paths:
         try:
@@ -86,23 +88,23 @@ def text_digest(paths: Paths) -> str:
 def pack_tokens(
     texts: Iterable[str], tokenizer: Any, length: int, vocabulary: int | None = None
 ) -> Iterator[list[int]]:
-    """Yield sequences of `length` tokens cut from the documents, joined by the end-of-text token.
+    """Yield sequences of `length` tokens of the documents, which are joined by the end-of-text token.
 
-    Every sequence begins with one BOS token where the tokenizer adds one to a text, and none does where it
-    adds none. The last sequence may be shorter; with fewer than 2 tokens it is left out.
+    Every sequence begins with one BOS token if the tokenizer adds one to a text, and with none otherwise. The last
+    sequence may be shorter; it is left out if it has fewer than 2 tokens.
 
     Args:
-        texts: the documents.
-        tokenizer: of the model.
-        length: tokens of a sequence.
-        vocabulary: number of tokens that the model embeds; None: not known. A tokenizer that was converted from
-            a GGUF file can have an end-of-text token beyond them, which then joins nothing.
+        texts: The documents.
+        tokenizer: The tokenizer of the model.
+        length: Number of tokens of a sequence, at least 2.
+        vocabulary: Number of tokens that the model embeds. None: unknown. The end-of-text token of a tokenizer that
+            was converted from a GGUF file can lie beyond them; documents are then joined without it.
 
     Raises:
-        InputError: length < 2, or the tokenizer fails.
+        InputError: The length is below 2, or the tokenizer fails.
     """
     if length < 2:
-        raise InputError(f"A sequence of {length} tokens is too short: at least 2 are needed.")
+        raise InputError(f"A sequence of {length} tokens is too short: give a length of at least 2.")
     start = _start_token(tokenizer)
     head = [] if start is None else [start]
     separator = _end_of_text(tokenizer, vocabulary)
@@ -124,13 +126,13 @@ def pack_tokens(
 
 
 def token_batches(sequences: Iterable[list[int]], budget: int) -> Iterator[list[list[int]]]:
-    """Yield groups of whole sequences of at most `budget` tokens in all, and of at least one sequence.
+    """Yield batches of at least one sequence, with at most `budget` tokens if they have several.
 
     Raises:
-        InputError: budget < 1.
+        InputError: The budget is below 1.
     """
     if budget < 1:
-        raise InputError(f"A token budget of {budget} is too small: at least 1 is needed.")
+        raise InputError(f"A token budget of {budget} is too small: give at least 1.")
     batch: list[list[int]] = []
     tokens = 0
     for sequence in sequences:
@@ -144,14 +146,14 @@ def token_batches(sequences: Iterable[list[int]], budget: int) -> Iterator[list[
 
 
 def _start_token(tokenizer: Any) -> int | None:
-    """Return the BOS token if the tokenizer puts it before a text by itself."""
+    """Return the BOS token if the tokenizer adds it to a text; None otherwise."""
     with calling_tokenizer(tokenizer):
         start: int | None = tokenizer.bos_token_id
         return start if start is not None and tokenizer("a")["input_ids"][:1] == [start] else None
 
 
 def _end_of_text(tokenizer: Any, vocabulary: int | None) -> int | None:
-    """Return the token that ends a document; a chat model's EOS token ends a turn, so it comes second."""
+    """Return the token that ends a document: an end-of-text token, or else EOS, which ends a turn in chat models."""
     with calling_tokenizer(tokenizer):
         for text in _END_OF_TEXT:
             token: int | None = tokenizer.convert_tokens_to_ids(text)
@@ -164,19 +166,20 @@ def _end_of_text(tokenizer: Any, vocabulary: int | None) -> int | None:
 
 
 def _after_start(tokens: list[int], position: int, start: int | None) -> int:
-    """Step over BOS tokens that the text itself brings to where a sequence begins."""
+    """Return the position after any BOS tokens of the text itself at the beginning of a sequence."""
     while start is not None and position < len(tokens) and tokens[position] == start:
         position += 1
     return position
 
 
 def _tokenised(texts: Iterable[str], tokenizer: Any) -> Iterator[list[int]]:
-    """Yield the tokens of each document that has any; documents go to the tokenizer in batches for speed."""
+    """Yield the tokens of each document that has any. Documents are tokenised in batches, for speed."""
     for batch in _document_batches(texts):
         yield from filter(None, tokenize(tokenizer, batch))
 
 
 def _document_batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Yield batches of documents, limited in their number and their characters."""
     batch: list[str] = []
     characters = 0
     for text in texts:
@@ -192,18 +195,18 @@ def _document_batches(texts: Iterable[str]) -> Iterator[list[str]]:
 def _lines(path: Path, limit: int) -> Iterator[tuple[int, str, bool]]:
     """Yield (line number from 1, text with its line end, whether it is the whole line).
 
-    A line of more than `limit` bytes comes in pieces of that size.
+    A line of more than `limit` bytes is yielded in pieces of that size.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     number, offset = 1, 0
     with path.open("rb") as file:
         while True:
             piece = file.readline(limit)
-            kept = len(decoder.getstate()[0])
+            undecoded = len(decoder.getstate()[0])
             try:
                 text = decoder.decode(piece, final=not piece)
             except UnicodeDecodeError as error:
-                byte = f"byte 0x{error.object[error.start]:02x} at offset {offset - kept + error.start:,}"
+                byte = f"byte 0x{error.object[error.start]:02x} at offset {offset - undecoded + error.start:,}"
                 raise InputError(f"{path}:{number}: is not UTF-8: {byte} ({error.reason})") from None
             if not piece:
                 return
@@ -240,11 +243,11 @@ def _read_jsonl(path: Path) -> Iterator[str]:
         except json.JSONDecodeError as error:
             flaw = f"is not valid JSON: {error.msg} at character {error.colno}"
         except UnicodeEncodeError:
-            flaw = "field 'text' holds half of a surrogate pair, which no tokenizer takes"
+            flaw = "field 'text' holds half of a surrogate pair, which is not valid text"
         except RecursionError:
             flaw = "is nested too deeply"
         except (KeyError, TypeError, AttributeError, ValueError):
-            flaw = "must be an object with a field 'text' that holds text"
+            flaw = "must be an object with a field 'text' whose value is text"
         else:
             if text.strip():
                 yield text

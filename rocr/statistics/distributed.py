@@ -1,7 +1,7 @@
-"""The processes that collect statistics together: torch.distributed, where the caller has initialised it.
+"""Collection of statistics by several processes, with torch.distributed.
 
-They meet after every round of batches, one batch each. A meeting says whether all are still there, so that no
-process waits for a lost one longer than a batch takes, however much of its own share is done already.
+In each round, every process runs one batch; a barrier follows. The barrier detects a lost process, so that no process
+waits for one longer than a batch takes.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from torch import Tensor
 from rocr.errors import InputError, RocrError
 
 T = TypeVar("T")
-BLOCK_NUMBERS = 2**23
-"""Numbers of a sum that are added up at once: 64 MiB in float64."""
+BLOCK_ELEMENTS = 2**23
+"""Number of elements of a matrix that are summed over the processes at a time: 64 MiB in float64."""
 
 
 class OtherRankError(RocrError):
-    """Another process has ended the collection of all."""
+    """The error of another process, which ended the collection in all processes."""
 
-    told = True
+    is_broadcast = True
 
     def __init__(self, sentence: str, exit_code: int) -> None:
         super().__init__(sentence)
@@ -36,13 +36,13 @@ class OtherRankError(RocrError):
 
 
 @dataclass
-class Ranks:
-    """This process among those that work together; by itself where there are no others.
+class Distributed:
+    """This process in a group of processes that share work; by default a group of one.
 
     Attributes:
-        rank: its number, from 0.
-        size: how many there are.
-        lost: whether one of them cannot be reached any more.
+        rank: The number of this process, from 0.
+        size: The number of processes.
+        lost: Whether a process of the group can no longer be reached.
     """
 
     rank: int = 0
@@ -50,33 +50,33 @@ class Ranks:
     lost: bool = False
 
     @classmethod
-    def of_group(cls) -> Ranks:
-        """The processes of torch's default group, where there is one."""
+    def default_group(cls) -> Distributed:
+        """Return the default process group of torch.distributed, or a group of one if none is initialised."""
         if not (dist.is_available() and dist.is_initialized()):
             return cls()
         return cls(dist.get_rank(), dist.get_world_size())
 
     def share(self) -> dict[str, Any]:
-        """What tells a process's share from the whole and from other shares."""
+        """Return JSON values that identify the share of this process; empty for a single process."""
         return {"share": [self.rank, self.size]} if self.size > 1 else {}
 
     def owns(self, number: int) -> bool:
-        """Whether a batch is this process's to run."""
+        """Return whether this process runs a batch."""
         return number % self.size == self.rank
 
     def ends_round(self, number: int) -> bool:
-        """Whether a batch is the last one of a round."""
+        """Return whether a batch is the last one of a round."""
         return number % self.size == self.size - 1
 
-    def meet(self, finished: bool = False, error: Exception | None = None) -> None:
-        """Wait until all have come here.
+    def barrier(self, finished: bool = False, error: Exception | None = None) -> None:
+        """Wait until all processes call this method.
 
         Args:
-            finished: whether this process has come to the end of the text.
-            error: what ends this process.
+            finished: Whether this process has reached the end of the text.
+            error: The error that ends this process, or None.
 
         Raises:
-            RocrError: one of them failed (with its sentence), was lost, or has another text.
+            RocrError: A process failed, is lost, or has read less text than the others.
         """
         if self.size == 1:
             return
@@ -84,78 +84,83 @@ class Ranks:
         if failed_count:
             self._raise_first(self.gather(_as_message(error)), error)
         if finished_count not in (0, self.size):
-            raise _told(InputError(f"{self._name()} did not read as much text as the others: give all the same."))
+            raise _as_broadcast(
+                InputError(f"{self._name()} did not read as much text as the others: give all of them the same text.")
+            )
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        """A step that all take; where it fails in one of them, all raise.
+    def collective(self) -> Iterator[None]:
+        """Run a step in all processes; if it fails in one of them, all of them raise an error.
 
         Raises:
-            OtherRankError: another process failed.
+            OtherRankError: The step failed in another process.
         """
         try:
             yield
         except Exception as caught:
-            self.tell(caught)
+            self.broadcast_error(caught)
             raise
-        self.meet()
+        self.barrier()
 
-    def tell(self, error: BaseException) -> None:
-        """Let the others know that this process fails, unless they know or it is being stopped from outside."""
-        known = getattr(error, "told", False) or self.lost
+    def broadcast_error(self, error: BaseException) -> None:
+        """Send an error of this process to the others, unless they have it or the process is interrupted."""
+        known = getattr(error, "is_broadcast", False) or self.lost
         if self.size > 1 and isinstance(error, Exception) and not known:
             with suppress(RocrError):
-                self.meet(error=error)
+                self.barrier(error=error)
 
     def check_same(self, what: str, value: Any) -> None:
-        """Refuse to go on where the processes differ in what must be the same.
+        """Raise InputError, in all processes, unless they have the same value.
 
-        Raises:
-            InputError: they differ.
+        Args:
+            what: The name of the value in the message.
+            value: The value of this process.
         """
         values = self.gather(value)
         if any(other != values[0] for other in values):
-            raise _told(InputError(f"The {self.size} processes have different {what}: give all of them the same."))
+            raise _as_broadcast(
+                InputError(f"The {self.size} processes have different {what}: give all of them the same.")
+            )
 
     def gather(self, value: T) -> list[T]:
-        """The values of all processes, by rank."""
+        """Return the values of all processes, by rank."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        with self._reaching():
+        with self._detecting_loss():
             dist.all_gather_object(values, value)
         return values
 
-    def of_first(self, value: T) -> T:
-        """Process 0's value, in all of them."""
+    def from_first(self, value: T) -> T:
+        """Return the value of process 0, in all processes."""
         if self.size == 1:
             return value
         values: list[Any] = [value]
-        with self._reaching():
+        with self._detecting_loss():
             dist.broadcast_object_list(values, src=0)
         first: T = values[0]
         return first
 
-    def add_up(self, total: Tensor) -> None:
-        """Replace the lower triangle of a matrix by its sum over all processes, which is rounded once.
+    def sum_lower_triangle(self, total: Tensor) -> None:
+        """Replace the lower triangle of a matrix by its sum over all processes.
 
-        Sums of float32 are all but exact in float64, so that the order of the processes leaves no trace.
+        The sum is computed in float64, where the order of float32 terms hardly matters, and rounded once.
 
         Args:
-            total: (d, d) float32; its upper triangle is undefined afterwards.
+            total: (d, d) float32. Its upper triangle is undefined afterwards.
         """
         if self.size == 1:
             return
-        rows = max(1, BLOCK_NUMBERS // max(1, len(total)))
+        rows = max(1, BLOCK_ELEMENTS // max(1, len(total)))
         for start in range(0, len(total), rows):
             block = total[start : start + rows, : start + rows]
             block.copy_(self._sum(block))
 
     def checkpoint(self, path: str | os.PathLike[str] | None) -> Path | None:
-        """The file of this process's own state, where that of a collection is to lie at `path`.
+        """Return the path of this process's own checkpoint, for a collection with the checkpoint `path`.
 
         Raises:
-            InputError: states lie there of a collection by another number of processes.
+            InputError: There are checkpoints of a collection by another number of processes.
         """
         if path is None:
             return None
@@ -167,33 +172,35 @@ class Ranks:
             size = int(match[1] or 1) if match else self.size
             if size != self.size:
                 raise InputError(
-                    f"{path.with_name(name)} is the state of an interrupted collection by {_processes(size)}, and this "
-                    f"one has {self.size}: go on with {size}, or delete it."
+                    f"{path.with_name(name)} is the checkpoint of an interrupted collection by {_processes(size)}, but "
+                    f"this one has {self.size}: continue with {size}, or delete the file."
                 )
         return own
 
     def _sum(self, values: Tensor) -> Tensor:
-        """The sum over all processes, in float64 or int64."""
+        """Return the sum over all processes, in float64 or int64."""
         wide = torch.float64 if values.is_floating_point() else torch.int64
         found = values.to(_device()).to(wide).contiguous()
-        with self._reaching():
+        with self._detecting_loss():
             dist.all_reduce(found)
         return found
 
     @contextmanager
-    def _reaching(self) -> Iterator[None]:
+    def _detecting_loss(self) -> Iterator[None]:
+        """Turn the failure of a collective operation into a RocrError."""
         try:
             yield
         except RuntimeError as error:
             self.lost = True
             raise RocrError(
-                f"{self._name()} cannot reach another one, which has ended or hangs. Start all again: with a "
-                "checkpoint they go on where they were."
+                f"{self._name()} cannot reach another process, which has ended or hangs. Start all processes again: "
+                "with a checkpoint, they resume the collection."
             ) from error
 
     def _raise_first(self, messages: list[tuple[str, int] | None], error: Exception | None) -> None:
+        """Raise the error of the process with the lowest rank that has one."""
         if isinstance(error, RocrError):
-            _told(error)
+            _as_broadcast(error)
         for rank, message in enumerate(messages):
             if message is not None:
                 sentence, exit_code = message
@@ -203,8 +210,9 @@ class Ranks:
         return f"Process {self.rank} of {self.size}"
 
 
-def _told(error: RocrError) -> RocrError:
-    error.told = True
+def _as_broadcast(error: RocrError) -> RocrError:
+    """Mark an error as one that all processes have."""
+    error.is_broadcast = True
     return error
 
 
@@ -219,7 +227,7 @@ def _processes(size: int) -> str:
 
 
 def _device() -> torch.device:
-    """Where the group's backend wants its tensors: on the CPU wherever it takes them there."""
+    """Return the device for tensors of collective operations: the CPU if the group's backend supports it."""
     if "nccl" in dist.get_backend_config() and "cpu" not in dist.get_backend_config():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")

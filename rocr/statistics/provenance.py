@@ -1,4 +1,4 @@
-"""How the text of statistics was read: what changes a key besides the model, its tokenizer and the text."""
+"""How the text of statistics was read: everything that changes a key besides model, tokenizer and text."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from typing import Any
 from torch import nn
 
 from rocr.errors import InputError
+from rocr.io.dtypes import SUPPORTED_DTYPES
 from rocr.io.json_values import text_of, whole_number_of
 from rocr.io.versions import versions
 from rocr.model.architecture import text_config
 from rocr.model.fingerprint import adapter_digest
 
 EXPERTS = ("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
-"""Names of the number of experts that a token is sent to: a configuration that has one is of a mixture of experts."""
+"""Configuration fields of the number of experts for each token; a mixture of experts has one of them."""
 
 COMPUTED_WITH = (
     "model_type", "hidden_act", "hidden_activation", "activation_function", "num_attention_heads", "n_head",
@@ -26,16 +27,15 @@ COMPUTED_WITH = (
     "scale_attn_by_inverse_layer_idx", "use_parallel_residual", "attention_multiplier", "embedding_multiplier",
     "residual_multiplier", *EXPERTS,
 )  # fmt: skip
-"""What a configuration of transformers says of how keys are computed, besides the shapes of the weights."""
+"""Configuration fields that the computation of keys depends on, besides the shapes of the weights."""
 
 ADAPTER = "adapter"
-"""What the digest of a model's active adapters stands under beside its settings; a model without adapters has none."""
+"""The name of the digest of the active adapters among the settings; a model without adapters has none."""
 
 READ_BY = ("rocr", "torch", "transformers")
-DTYPES = ("float32", "bfloat16", "float16")
 MAX_VERSION = 500
 MAX_CONFIG = 20_000
-"""Characters of a configuration."""
+"""Maximum number of characters of a configuration."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,19 @@ class Provenance:
     """How a model read a text.
 
     Attributes:
-        dtype: of the weights that made the keys, such as "bfloat16".
-        length: tokens of a sequence at most. Documents are joined by the end-of-text token and cut there.
-        skipped: tokens at the beginning of each sequence whose keys were left out.
-        config: settings of the model, those of `COMPUTED_WITH` that it has.
-        documents: texts that were read, or sequences that the model wrote itself.
-        versions: of rocr, torch and transformers; several of one where statistics were merged.
-        down_projections: digests of those before the last layer that was read, which its keys depend on
-            (`rocr.model.fingerprint.down_projection_digests`); empty: not known, as of rocr 0.1, or there are none.
+        dtype: The dtype of the weights, such as "bfloat16".
+        length: Maximum number of tokens of a sequence. Documents are joined by the end-of-text token before they are
+            cut into sequences.
+        skipped: Number of tokens at the beginning of each sequence whose keys were left out.
+        config: The settings of the model among `COMPUTED_WITH`.
+        documents: Number of texts that were read, or of sequences that the model wrote.
+        versions: Versions of rocr, torch and transformers; merged statistics can have several of one.
+        down_projections: Digests of the down-projections before the last layer that was read, on which its keys
+            depend (`rocr.model.fingerprint.down_projection_digests`). Empty: unknown, as in files of rocr 0.1, or
+            there are none.
+
+    Raises:
+        ValueError: A value is of another type or out of its range.
     """
 
     dtype: str
@@ -62,8 +67,8 @@ class Provenance:
     down_projections: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {repr(self.dtype)[:60]}")
+        if self.dtype not in SUPPORTED_DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(SUPPORTED_DTYPES)}, not {repr(self.dtype)[:60]}")
         whole_number_of(self.length, "length", least=2)
         whole_number_of(self.skipped, "skipped")
         if self.skipped >= self.length:
@@ -82,28 +87,28 @@ class Provenance:
         object.__setattr__(self, "down_projections", tuple(self.down_projections))
 
     def to_json(self) -> dict[str, Any]:
-        """The provenance as JSON values."""
+        """Return the provenance as JSON values."""
         values = asdict(self)
         digests = list(values.pop("down_projections"))
         return values | {"down_projections": digests} if digests else values
 
     def merge(self, other: Provenance) -> Provenance:
-        """The provenance of both texts.
+        """Return the provenance of both texts together.
 
         Raises:
-            InputError: keys of the two are not of one kind; names what differs, on both sides.
+            InputError: The keys were computed in different ways; the message names the difference on both sides.
         """
         changed = changed_layers(self.down_projections, other.down_projections)
         if changed:
             raise InputError(
                 f"The models of these statistics have other down-projections at layer {_listed(changed)}: one of them "
-                "carried an edit, so that the keys of later layers are others. Collect one of them as the other."
+                "carried an edit, which changes the keys of later layers. Collect both on the same model."
             )
         mine, others = different(self._of_keys(), other._of_keys())
         if mine:
             raise InputError(
                 f"Statistics of texts that were read differently cannot be merged: {mine}, and {others}. "
-                "Collect one of them as the other."
+                "Collect both in the same way."
             )
         both = {name: _both(self.versions[name], other.versions[name]) for name in READ_BY}
         digests = self.down_projections or other.down_projections
@@ -114,22 +119,22 @@ class Provenance:
 
 
 def computed_with(model: nn.Module) -> dict[str, Any]:
-    """The settings of a model that its keys depend on, and the digest of its adapters, as JSON values."""
+    """Return the settings of a model that its keys depend on, and the digest of its adapters, as JSON values."""
     config = text_config(model)
     found = {name: _setting(config, name) for name in COMPUTED_WITH}
     found[ADAPTER] = adapter_digest(model)
     if found["rope_parameters"] is not None:
-        # transformers 5 gives them by their former name too, where they would differ from those of transformers 4.
+        # transformers 5 repeats them as rope_scaling, in another form than transformers 4.
         del found["rope_scaling"]
     plain: dict[str, Any] = json.loads(json.dumps({name: value for name, value in found.items() if value is not None}))
     return plain
 
 
 def config_of(value: object, label: str) -> dict[str, Any]:
-    """A value of a file that must be settings as `computed_with` gives them.
+    """Return a value of a file if it can be settings as `computed_with` returns them.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: It is not an object, or is too large.
     """
     if not isinstance(value, dict) or len(json.dumps(value)) > MAX_CONFIG:
         raise ValueError(f"{label} must be an object of at most {MAX_CONFIG:,} characters")
@@ -137,9 +142,9 @@ def config_of(value: object, label: str) -> dict[str, Any]:
 
 
 def different(mine: Mapping[str, Any], others: Mapping[str, Any]) -> tuple[str, str]:
-    """What differs on either side, in words; of names that only one side knows, nothing can be said.
+    """Return the differing settings of each side as text. Names that only one side has are not compared.
 
-    An adapter is the exception: settings that do not name one are of a model without.
+    An adapter is the exception: settings without one are those of a model without adapters.
     """
     if all("model_type" in side for side in (mine, others)) and ADAPTER in {*mine, *others}:
         mine, others = ({ADAPTER: "none", **side} for side in (mine, others))
@@ -149,18 +154,18 @@ def different(mine: Mapping[str, Any], others: Mapping[str, Any]) -> tuple[str, 
 
 
 def changed_layers(mine: Sequence[str], others: Sequence[str]) -> list[int]:
-    """The layers whose down-projections differ by their digests, as far as both sides know them."""
+    """Return the layers whose digests of down-projections differ, among the layers that both sides have."""
     return [layer for layer, (one, other) in enumerate(zip(mine, others, strict=False)) if one != other]
 
 
 def versions_now() -> dict[str, str]:
-    """Versions of what computes keys."""
+    """Return the versions of the packages that compute keys."""
     found = versions()
     return {name: found.get(name, "unknown") for name in READ_BY}
 
 
 def _setting(config: Any, name: str) -> Any:
-    """A setting of a configuration; None where it has none of that name, or one that differs by layer and raises."""
+    """Return a setting of a configuration; None if there is none, or if it differs by layer and raises an error."""
     try:
         return getattr(config, name, None)
     except Exception:
@@ -172,5 +177,5 @@ def _listed(layers: Sequence[int]) -> str:
 
 
 def _both(mine: str, others: str) -> str:
-    """Two lists of versions as one, without repetition."""
+    """Return the union of two comma-separated lists of versions."""
     return ", ".join(dict.fromkeys([*mine.split(", "), *others.split(", ")]))

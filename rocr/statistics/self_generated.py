@@ -1,4 +1,4 @@
-"""Text that a model writes itself: statistics without any corpus, and so without a network."""
+"""Text that a model writes itself, for statistics without a corpus."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rocr.ops.arithmetic import plain_arithmetic
 from rocr.progress import Progress, ProgressCallback, silent
 
 SEQUENCES = 128
-"""Many short texts rather than few long ones: a step costs about the same for one as for a hundred."""
+"""Number of sequences. Many short ones are faster than few long ones: a step takes about as long for 100 as for 1."""
 
 
 @plain_arithmetic()
@@ -29,13 +29,24 @@ def sample_sequences(
     progress: ProgressCallback = silent,
     chat: ChatSettings = DEFAULT,
 ) -> list[list[int]]:
-    """Let a model write `tokens` tokens or a few more at temperature 1, the same ones for the same seed.
+    """Sample at least `tokens` tokens from a model at temperature 1, deterministically for a seed.
 
-    Half of the sequences begin with nothing but the text's opening, half with the opening of a user's message
-    where there is a chat template: a model tuned on chats then writes the question and the answer.
+    Half of the sequences start with the tokenizer's opening tokens. If there is a chat template, the other half starts
+    with the opening of a user's message; a chat model then writes the question and the answer.
+
+    Args:
+        model: A causal language model of transformers.
+        tokenizer: The tokenizer of the model.
+        tokens: Number of tokens to write; a few more may be written.
+        seed: Seed of the random generator.
+        progress: Called after every step.
+        chat: Inputs of the chat template.
+
+    Returns:
+        The token ids of each sequence.
 
     Raises:
-        InputError: the tokenizer, its chat template or the model's own code fails.
+        InputError: The tokenizer, its chat template or the model's own code fails.
     """
     starts = _starts(model, tokenizer, chat)
     rows, length = _shape(model, starts, tokens)
@@ -46,7 +57,7 @@ def sample_sequences(
             written = torch.tensor([start] * rows)
             state = None
             for step in range(length):
-                # A model that keeps nothing of its text reads all of it again.
+                # A model without a cache reads the whole text again.
                 fresh = written if state is None else written[:, -1:]
                 output = forward(model, fresh, past_key_values=state, use_cache=True, logits_to_keep=1)
                 state = cache_of(model, output)
@@ -58,7 +69,7 @@ def sample_sequences(
 
 
 def _shape(model: nn.Module, starts: list[list[int]], tokens: int) -> tuple[int, int]:
-    """How many sequences to write from each start, and how many tokens of each: no more than there are positions."""
+    """Return the number of sequences for each start and the number of tokens of each, limited by the positions."""
     share = -(-tokens // len(starts))
     positions = positions_of(model) or share
     longest = max(1, positions - max(map(len, starts)))
@@ -67,14 +78,14 @@ def _shape(model: nn.Module, starts: list[list[int]], tokens: int) -> tuple[int,
 
 
 def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """One token for each row of logits (rows, vocabulary), by inverting the cumulative distribution."""
+    """Sample one token for each row of logits (rows, vocabulary), by inversion of the cumulative distribution."""
     cumulative = logits.cpu().double().softmax(dim=-1).cumsum(dim=-1)
     uniform = torch.rand(len(logits), 1, dtype=torch.float64, generator=generator) * cumulative[:, -1:]
     return torch.searchsorted(cumulative, uniform, right=True).clamp(max=logits.shape[-1] - 1)
 
 
 def _starts(model: nn.Module, tokenizer: Any, chat: ChatSettings) -> list[list[int]]:
-    """The beginnings to write on from, at least one token each."""
+    """Return the beginnings of the sequences, of at least one token each."""
     opening = opening_tokens(tokenizer, "")
     if not opening:
         config = getattr(model, "config", None)
@@ -83,6 +94,6 @@ def _starts(model: nn.Module, tokenizer: Any, chat: ChatSettings) -> list[list[i
     starts = [opening]
     chat_format = find_chat_format(tokenizer, chat)
     if chat_format is not None:
-        # A template may write nothing before the message.
+        # The text before the message may be empty.
         starts.append(tokenize_prompt(tokenizer, chat_format.parts("{}")[0]) or opening)
     return starts

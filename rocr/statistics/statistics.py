@@ -1,4 +1,4 @@
-"""Second moments of ordinary keys: what an edit must leave alone."""
+"""Second moments of ordinary keys, which an edit protects."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rocr.errors import InputError
-from rocr.io.json_values import MAX_NUMBER, text_of
+from rocr.io.json_values import MAX_INTEGER, text_of
 from rocr.io.tensors import read_tensors, write_tensors
 from rocr.model.fingerprint import Fingerprint
 from rocr.ops.arithmetic import plain_arithmetic
@@ -26,11 +26,11 @@ class Statistics:
     """Mean second moments of the keys of ordinary text, for some layers of one model.
 
     Attributes:
-        moments: for each layer the (d_in, d_in) float32 matrix C = sum(k kᵀ) / tokens, symmetric, not centred.
-        tokens: number of keys in each mean.
-        text: what the text was: sha256 of its bytes, or how it was drawn.
-        fingerprint: the model and tokenizer that read it.
-        provenance: how they read it; None: not known, as of moments from elsewhere or a file that does not say.
+        moments: For each layer the matrix C = sum(k kᵀ) / tokens, (d_in, d_in) float32, symmetric, not centred.
+        tokens: Number of keys in each mean.
+        text: Identifier of the text: the sha256 of its bytes, or how it was drawn.
+        fingerprint: The model and tokenizer that read the text.
+        provenance: How they read it. None: unknown, for example for moments from another program.
     """
 
     moments: Mapping[int, Tensor]
@@ -41,19 +41,19 @@ class Statistics:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The layers there are moments of, ascending."""
+        """The layers of the moments, ascending."""
         return tuple(sorted(self.moments))
 
     def summary(self) -> dict[str, Any]:
-        """What an edit's report says of them."""
+        """Return a description for the report of an edit, as JSON values."""
         read = {} if self.provenance is None else {"dtype": self.provenance.dtype, "length": self.provenance.length}
         return {"text": self.text, "tokens": self.tokens, **read}
 
     def second_moment(self, layer: int) -> Tensor:
-        """The mean second moment of one layer, (d_in, d_in) float32.
+        """Return the mean second moment of one layer, (d_in, d_in) float32.
 
         Raises:
-            InputError: the layer is not among them.
+            InputError: There is no second moment of the layer.
         """
         if layer not in self.moments:
             raise InputError(
@@ -69,23 +69,23 @@ class Statistics:
         config: Mapping[str, Any] | None = None,
         down_projections: Sequence[str] = (),
     ) -> None:
-        """Refuse a model that the statistics were not collected on.
+        """Raise InputError unless the statistics were collected on a model.
 
         Args:
-            other: fingerprint of that model, up to the layer `self.fingerprint.layer`, made like that.
-            dtype: of that model, such as "bfloat16"; None: not to be compared.
-            config: its settings (`rocr.statistics.provenance.computed_with`); None: not to be compared.
-            down_projections: digests of those before the last layer that statistics are used of
-                (`rocr.model.fingerprint.down_projection_digests`); empty: not to be compared.
+            other: The fingerprint of the model up to layer `self.fingerprint.layer`, in the same format.
+            dtype: The dtype of its weights, such as "bfloat16". None is not compared.
+            config: Its settings (`rocr.statistics.provenance.computed_with`). None is not compared.
+            down_projections: Digests of its down-projections before the last layer whose statistics are used
+                (`rocr.model.fingerprint.down_projection_digests`). Empty is not compared.
 
         Raises:
-            InputError: model, tokenizer, dtype, settings or down-projections differ; names both sides.
+            InputError: Model, tokenizer, dtype, settings or down-projections differ; the message names both sides.
         """
         mine = self.fingerprint
         if mine.is_old != other.is_old:
             raise InputError(
-                f"Of {mine} and {other}, one is a fingerprint of rocr 0.1, which took other values: the two cannot be "
-                "compared. Collect the older statistics again: rocr stats."
+                f"Of {mine} and {other}, one is a fingerprint of rocr 0.1, which hashed other values: the two cannot "
+                "be compared. Collect the older statistics again: rocr stats."
             )
         if (mine.model, mine.tokenizer) != (other.model, other.tokenizer):
             raise InputError(
@@ -98,32 +98,40 @@ class Statistics:
         collected, found = different({**self.provenance.config, "dtype": self.provenance.dtype}, asked)
         if collected:
             raise InputError(
-                f"These statistics were collected on {mine} with {collected}, but the model to edit has {found}, so "
-                "that its keys are others. Load it as it was (--dtype), or collect statistics on it: rocr stats."
+                f"These statistics were collected on {mine} with {collected}, but the model to edit has {found}, which "
+                "changes its keys. Load the model as it was then (--dtype), or collect statistics on it: rocr stats."
             )
         changed = changed_layers(self.provenance.down_projections, down_projections)
         if changed:
             raise InputError(
                 f"These statistics were collected on {mine} with other down-projections than those of the model to "
-                f"edit at layer {', '.join(map(str, changed))}: one of both carries an edit, so that the keys of later "
-                "layers are others. Take the edit off (revert), add the concepts to it (Edit.add), or collect "
-                "statistics on this model: rocr stats."
+                f"edit at layer {', '.join(map(str, changed))}: one of the two carries an edit, which changes the keys "
+                "of later layers. Undo the edit (revert), add the concepts to it (Edit.add), or collect statistics on "
+                "this model: rocr stats."
             )
 
     @plain_arithmetic()
     def merge(self, other: Statistics) -> Statistics:
-        """The statistics of both texts together: means weighted by their tokens.
+        """Return the statistics of both texts together: the means, weighted by their tokens.
+
+        Args:
+            other: Statistics of the same layers of the same model, on another text.
+
+        Returns:
+            The merged statistics; the sum is computed in float64 and rounded once to float32.
 
         Raises:
-            InputError: the models, the layers or how they read the texts differ.
+            InputError: The models or the layers differ, or the texts were read in different ways.
         """
         if self.layers != other.layers or self.fingerprint.layer != other.fingerprint.layer:
-            raise InputError(f"Statistics of layers {self.layers} cannot be merged with those of {other.layers}.")
+            raise InputError(
+                f"Statistics of layers {self.layers} cannot be merged with those of {other.layers}: collect both for "
+                "the same layers."
+            )
         self.check_model(other.fingerprint)
         if (self.provenance is None) != (other.provenance is None):
             raise InputError(
-                "Of one of these statistics it is not known how its text was read, so that they cannot be merged: "
-                "collect it again."
+                "One of these statistics has no provenance (how its text was read): collect it again before merging."
             )
         provenance = self.provenance.merge(other.provenance) if self.provenance and other.provenance else None
         tokens = self.tokens + other.tokens
@@ -139,11 +147,15 @@ class Statistics:
 
     @plain_arithmetic()
     def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
-        """Write one safetensors file, complete or not at all.
+        """Write the statistics to one safetensors file, atomically.
+
+        Args:
+            path: The file.
+            overwrite: Whether an existing file is replaced.
 
         Raises:
-            InputError: the file exists and `overwrite` is not set.
-            RocrError: it cannot be written.
+            InputError: The file exists and `overwrite` is false.
+            RocrError: The file cannot be written.
         """
         header: dict[str, Any] = {
             "format": FORMAT,
@@ -159,10 +171,13 @@ class Statistics:
     @classmethod
     @plain_arithmetic()
     def load(cls, path: str | os.PathLike[str]) -> Statistics:
-        """Read a file that `save` wrote.
+        """Read a file that `save` wrote, also one of rocr 0.1.
+
+        Args:
+            path: The file.
 
         Raises:
-            InputError: it is missing, damaged, or not a statistics file.
+            InputError: The file is missing or damaged, or is not a statistics file.
         """
         header, tensors = read_tensors(path, FORMAT)
         try:
@@ -180,8 +195,9 @@ class Statistics:
 
 
 def _check(statistics: Statistics, path: str | os.PathLike[str]) -> None:
+    """Raise InputError unless the contents of a file are valid."""
     tokens = statistics.tokens
-    if not statistics.moments or not isinstance(tokens, int) or not 0 < tokens <= MAX_NUMBER or tokens is True:
+    if not statistics.moments or not isinstance(tokens, int) or not 0 < tokens <= MAX_INTEGER or tokens is True:
         raise InputError(f"{path} holds {len(statistics.moments)} second moments of {str(tokens)[:60]} tokens.")
     for layer, moment in statistics.moments.items():
         if moment.dtype != torch.float32 or moment.ndim != 2 or moment.shape[0] != moment.shape[1]:
@@ -196,7 +212,8 @@ def _check(statistics: Statistics, path: str | os.PathLike[str]) -> None:
 
 
 def _layer_of(name: str) -> int:
+    """Return the layer of a tensor by its name in a file."""
     match = re.fullmatch(r"second_moment\.(0|[1-9][0-9]{0,5})", name)
     if match is None:
-        raise ValueError(f"it holds a tensor {name[:60]!r}")
+        raise ValueError(f"it contains a tensor {name[:60]!r}")
     return int(match[1])

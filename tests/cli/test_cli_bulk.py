@@ -26,7 +26,7 @@ def unlearn(command, files, crowded, out, *more):
 def test_collisions_and_harm_are_shown_in_short_and_written_down(command, files, crowded, tmp_path):
     done = unlearn(command, files, crowded, tmp_path / "out", "--control", "Ada Byron", "the engines", "Ada Lovelace")
     shown = " ".join(done.output.split())
-    assert "Concepts that get in each other's way" in shown and "with one name inside another: 5." in shown
+    assert "Concepts that conflict" in shown and "with one name inside another: 5." in shown
     assert "Concepts that move neighbours most" in shown and "the outputs of 2 neighbours" in shown
     rows = [line for line in done.output.splitlines() if line.strip(" │").startswith("Ada ") and "%" in line]
     assert len(rows) <= 30, "the worst few, and no dump"

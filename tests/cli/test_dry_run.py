@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from rocr.export.duration import Speed, measure_speed
 from rocr.export.forecast import UNDO_SHARE
-from rocr.export.speed import measure_speed
 from rocr.model.architecture import find_architecture
-from rocr.model.load_partial import parameters_on_meta
+from rocr.model.hub import parameters_on_meta
 
 ROOT = Path(__file__).parents[2]
 WRITTEN, READ, HELD = 0.03, 1.25, 2.0
@@ -72,7 +72,7 @@ def test_it_says_what_the_run_then_does(partial, large, files, tmp_path):
     mapped = plan["read"]["model"] if partial == "--whole" else 0
     assert 1 / READ <= planned["read"] / (found["read"] + mapped) <= READ
     assert 1 / HELD <= planned["held"] / found["held"] <= HELD
-    assert plan["seconds"]["edit"] > 0 and "Measured now" in plan["basis"]
+    assert plan["seconds"].keys() == {"total"} and plan["seconds"]["total"] > 0 and "Measured now" in plan["basis"]
 
 
 def test_nothing_is_made_and_a_small_disk_is_refused(files, concept, command, digests, tmp_path, monkeypatch):
@@ -80,7 +80,7 @@ def test_nothing_is_made_and_a_small_disk_is_refused(files, concept, command, di
     arguments = ("unlearn", files.model, *concept, "--text", files.text, "--out", tmp_path / "out", "--dry-run")
     done = command(*arguments)
     assert done.code == 0, done.errors
-    for word in ("model.layers.1.mlp.down_proj.weight (32, 48)", "hard links: 0", "free now", "An estimate"):
+    for word in ("model.layers.1.mlp.down_proj.weight (32, 48)", "hard links: 0", "free now", "are an estimate"):
         assert word in done.output
     monkeypatch.setattr("rocr.io.disk_space.SPARE_BYTES", 2**60)
     done = command(*arguments)
@@ -97,7 +97,7 @@ def test_a_beginning_that_takes_much_of_the_memory_stays_in_its_files(files, con
         out = tmp_path / str(memory)
         plan = command(*arguments, "--out", out, "--dry-run")
         assert plan.code == 0, plan.errors
-        assert ("in the model's own files" in plan.errors + plan.output) == (memory == 2**10)
+        assert ("mapped from the model's files" in plan.errors + plan.output) == (memory == 2**10)
         plan = json.loads(plan.output)
         assert (plan["mapped"] > 0) == (plan["held"]["model"] == 0) == (memory == 2**10)
         done = command(*arguments, "--out", out)
@@ -123,6 +123,26 @@ def test_speed_is_measured_and_leaves_model_and_random_state_alone(family, make_
     state = torch.get_rng_state()
     for dtype in UNDO_SHARE:
         speed = measure_speed(architecture, dtype)
-        assert min(speed.layer, speed.step) > 0 and min(speed.products, speed.memory) > 1e6
+        assert min(speed.layer, speed.step) > 0 and speed.products > 1e6
     assert torch.equal(torch.get_rng_state(), state)
     assert all(parameter.device.type == "meta" for parameter in architecture.model.parameters())
+
+
+def test_seconds_are_those_of_the_layers_that_run(files, command, tmp_path, monkeypatch):
+    """With a second per token and layer and all else free, seconds count tokens times layers."""
+    speed = Speed(layer=1.0, step=0.0, products=1e30)
+    monkeypatch.setattr("rocr.export.duration.measure_speed", lambda architecture, dtype: speed)
+    monkeypatch.setattr("rocr.export.duration.DISK_BYTES_PER_SECOND", 1e30)
+
+    def seconds(*more):
+        common = ("unlearn", files.model, *CONCEPT, "--whole", "--out", tmp_path / "out", "--dry-run", "--json")
+        done = command(*common, *more)
+        assert done.code == 0, done.errors
+        return json.loads(done.output)["seconds"]["total"]
+
+    text = ("--text", files.text, "--no-answers")
+    few, many = (seconds(*text, "--tokens", tokens) for tokens in (100, 300))
+    assert many - few == 200 * 4, "statistics of the layers 2 and 3 run the first four"
+    answers = [seconds(*text[:2], "--tokens", 100, "--answer-tokens", tokens) - few for tokens in (8, 16)]
+    assert 0 < answers[0] < answers[1] < 2 * answers[0]
+    assert seconds("--no-answers", "--tokens", 100) > few, "the model writes its own text"

@@ -90,6 +90,6 @@ def test_a_target_without_a_question_is_named_before_anything_is_trained(
     arguments += ["--redirect", "a gardener", "--forms", "qa", "--tokens", "200"]
     assert main([*arguments, "--out", str(tmp_path / "results.json")]) == 2
     errors = " ".join(capsys.readouterr().err.split())
-    assert "No probe that counts is about 'No One'" in errors
+    assert "No probe that counts asks about 'No One'" in errors
     assert "gradient ascent" not in errors
     assert not (tmp_path / "results.json").exists()

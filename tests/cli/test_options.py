@@ -4,13 +4,12 @@ An entry is a function that runs the command without and with the option and com
 does: "test_file.py::test_name".
 """
 
-import argparse
 import re
 from pathlib import Path
 
 import pytest
 
-from rocr.cli.main import build_parser
+from rocr.cli.main import program
 from tests.support.option_effects import (
     adds_what_was_before,
     answers_in_so_many_tokens,
@@ -49,7 +48,7 @@ from tests.support.option_effects import (
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TESTS = Path(__file__).parents[1]
-COMMON = {"-h", "--json", "--debug"}
+COMMON = {"--json", "--debug"}
 """Options of all commands: test_cli_errors.py holds --json and --debug."""
 OFFLINE = "test_no_code_no_network.py"
 MODEL = {
@@ -182,15 +181,11 @@ EFFECTS = {
 }
 
 
-def parsers():
-    return next(a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
-
-
 def test_no_option_is_missing_from_the_table():
-    assert EFFECTS.keys() == parsers().keys()
-    for command, parser in parsers().items():
-        names = {action.option_strings[0] if action.option_strings else action.dest for action in parser._actions}
-        assert names - COMMON == EFFECTS[command].keys(), command
+    assert EFFECTS.keys() == program.commands.keys()
+    for name, command in program.commands.items():
+        names = {parameter.opts[0] for parameter in command.params}
+        assert names - COMMON == EFFECTS[name].keys(), name
 
 
 def test_the_tests_that_the_table_names_are_there():

@@ -45,12 +45,12 @@ def test_the_redirect_is_the_one_whose_own_answers_are_right_the_least(model, to
 @pytest.mark.parametrize(
     ("probes", "among", "words"),
     [
-        (PROBES, AMONG[:1], "two different redirects or more, not 'Blaise Pascal'"),
-        (PROBES, ("rain", "Rain"), "two different redirects"),
+        (PROBES, AMONG[:1], "two or more different redirects, not 'Blaise Pascal'"),
+        (PROBES, ("rain", "Rain"), "two or more different redirects, not 'rain', 'Rain'"),
         (PROBES, ("rain", "ada  byron"), "is itself a target|the concept itself"),
         (PROBES, ("rain", "ro\u200bses"), "ZERO WIDTH SPACE"),
-        (PROBES[2:], AMONG, "No question holds the name of 'Ada Byron'"),
-        ([], AMONG, "No question holds the name of any subject"),
+        (PROBES[2:], AMONG, "No question contains the name of 'Ada Byron'"),
+        ([], AMONG, "No question contains the name of any subject"),
     ],
     ids=["one", "the same", "a subject", "invisible", "no name", "no probes"],
 )

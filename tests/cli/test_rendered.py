@@ -15,11 +15,11 @@ import rocr
 from rocr import ChatSettings, CollectOptions, Concept, Edit, EditConfig, InputError
 from rocr.config import CLOCK_DATE
 from rocr.evaluation import EvaluateOptions, Probe, choose_redirects, evaluate
-from rocr.evaluation.attacks.attacks import question_examples
 from rocr.evaluation.attacks.suite import AttackOptions
 from rocr.evaluation.attacks.suite import attack as attack_edit
+from rocr.evaluation.lora_training import question_examples
+from rocr.evaluation.measures import ChoiceQuestion
 from rocr.evaluation.neighbours import name_states
-from rocr.evaluation.utility import ChoiceQuestion
 from rocr.io.tensors import read_tensors, write_tensors
 from rocr.statistics.self_generated import sample_sequences
 
@@ -60,7 +60,7 @@ def test_the_same_inputs_give_the_same_bytes_on_any_day(model, make_tokenizer, t
     other = rocr.unlearn(
         copy.deepcopy(model), tokenizer, PASCAL, config=replace(CONFIG, chat=ChatSettings(date="2031-01-02"))
     )
-    assert not torch.equal(other.updates[0].left, edit.updates[0].left)
+    assert not torch.equal(other.updates[0].factors.left, edit.updates[0].factors.left)
 
 
 def test_rendered_templates_are_in_the_file_and_come_back(model, make_tokenizer, tmp_path, command):
@@ -150,7 +150,7 @@ USES = {
         m, t, None, [1], CollectOptions(tokens=40, chat=chat)
     ).second_moment(1).sum(),
     "text": lambda m, t, chat: sample_sequences(m, t, 40, 0, chat=chat),
-    "an edit": lambda m, t, chat: edited(copy.deepcopy(m), t, replace(CONFIG, chat=chat)).updates[0].left.sum(),
+    "an edit": lambda m, t, chat: edited(copy.deepcopy(m), t, replace(CONFIG, chat=chat)).updates[0].factors.left.sum(),
     "questions": lambda m, t, chat: [i.score for i in evaluate(m, t, PROBES, options=EvaluateOptions(chat=chat)).items],
     "free answers": lambda m, t, chat: evaluate(
         m, t, PROBES, ["qa"], options=EvaluateOptions(chat=chat, generate=True)
@@ -306,7 +306,7 @@ def test_names_given_to_other_commands_keep_the_rules_of_a_list(files, attack, c
 
 def test_neighbours_keep_the_rules_of_a_list(model, tokenizer, statistics):
     for names in (["\udce9"], ["Ada\u200b"], [3], "Ada", [LONG]):
-        with pytest.raises(InputError, match="neighbour"):
+        with pytest.raises(InputError, match="retained name"):
             rocr.unlearn(model, tokenizer, PASCAL, statistics, CONFIG, neighbours=names)
 
 

@@ -16,8 +16,9 @@ import rich.console
 
 import rocr.statistics.collect
 from rocr import Progress
+from rocr.cli.bars import bars
 from rocr.cli.console import Console
-from rocr.cli.stages import Stage, bars, duration, plain_lines
+from rocr.cli.stages import Stage, duration, plain_lines
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BATCH, SECONDS = 40, 60.0
@@ -174,7 +175,7 @@ def test_processes_but_the_first_print_no_lines():
 
 def test_a_bar_shows_the_rate_of_the_work(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("rocr.cli.stages.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("rocr.cli.bars.time", SimpleNamespace(monotonic=lambda: now[0]))
     terminal = rich.console.Console(file=io.StringIO(), force_terminal=True, width=120, color_system=None)
     with bars("questions", terminal) as show:
         for now[0], done in bursts(3):

@@ -1,15 +1,17 @@
 """`rocr verify`: a good output passes, and every kind of tampering is found and named."""
 
 import json
+import os
 import shutil
+import subprocess
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from rocr.errors import InputError
+from rocr.export.manifest import FAILED, PASSED, UNCHECKED, file_digest, write_records
 from rocr.export.report import report_digest
 from rocr.export.verify import verify_output
-from rocr.export.verify_files import FAILED, PASSED, UNCHECKED
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WEIGHT = "model.layers.1.mlp.down_proj.weight"
@@ -67,6 +69,20 @@ def states(checks):
     return {(check.subject, check.what): check.state for check in checks}
 
 
+def sha256sum(folder):
+    """What the program says of SHA256SUMS in a folder."""
+    arguments = ["sha256sum", "--check", "--strict", "SHA256SUMS"]
+    return subprocess.run(
+        arguments,
+        cwd=folder,
+        capture_output=True,
+        check=False,
+        text=True,
+        errors="replace",
+        env={**os.environ, "LC_ALL": "C"},
+    )
+
+
 def flip(path, offset=-5):
     data = bytearray(path.read_bytes())
     data[offset] ^= 16
@@ -94,6 +110,43 @@ def test_a_good_output_passes_every_check(outputs):
         ("lora/adapter_model.safetensors", "agrees with the edit"),
     }
     assert expected <= set(found)
+
+
+@pytest.mark.skipif(shutil.which("sha256sum") is None, reason="runs sha256sum")
+@pytest.mark.parametrize("name", ["whole", "applied", "reverted"])
+def test_sha256sum_checks_every_file_that_has_a_digest(outputs, name, tmp_path):
+    folder = shutil.copytree(outputs / name, tmp_path / name)
+    found = sha256sum(folder)
+    assert found.returncode == 0, found.stderr
+    report = json.loads((folder / "report.json").read_bytes())
+    listed = {line.removesuffix(": OK") for line in found.stdout.splitlines()}
+    assert listed == report["files"].keys() - {"SHA256SUMS"}
+    unlisted = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - listed
+    assert unlisted == {"SHA256SUMS", "report.json", *report["linked"]}
+    flip(folder / "model-1.safetensors")
+    found = sha256sum(folder)
+    assert found.returncode == 1 and "model-1.safetensors: FAILED" in found.stdout
+
+
+@pytest.mark.skipif(shutil.which("sha256sum") is None, reason="runs sha256sum")
+def test_sha256sum_understands_every_name(tmp_path):
+    names = [b"plain", b"two words", b"back\\slash", b"new\nline", b"return\r", "\u00e4".encode(), b"no UTF-8 \xff"]
+    for name in names:
+        (tmp_path / os.fsdecode(name)).write_bytes(name)
+    write_records({"linked": ["linked"]}, tmp_path, {})
+    found = sha256sum(tmp_path)
+    assert found.returncode == 0 and found.stdout.count(": OK") == len(names), found.stderr
+
+
+def test_an_edited_output_does_not_carry_the_digests_of_its_model(outputs, command, failures, tmp_path):
+    arguments = ("--concept", "Blaise Pascal", "--redirect", "a gardener", "--layers", "1", "--no-answers", "--force")
+    done = command("unlearn", outputs / "whole", *arguments, "--save", "model,originals", "--out", tmp_path / "twice")
+    assert done.code == 0, done.errors
+    first = (outputs / "whole" / "SHA256SUMS").read_bytes()
+    assert (tmp_path / "twice" / "SHA256SUMS").read_bytes() != first
+    assert not failures(tmp_path / "twice")
+    assert command("revert", tmp_path / "twice", "--out", tmp_path / "first").code == 0
+    assert (tmp_path / "first" / "SHA256SUMS").read_bytes() == first
 
 
 def test_the_other_outputs_pass(outputs, failures, command):
@@ -182,8 +235,6 @@ def test_swapped_shards_are_named(output, failures):
 
 @pytest.mark.parametrize("value", [0.5, float("nan")])
 def test_a_weight_that_was_changed_is_named_even_where_the_digest_of_its_file_was_too(output, failures, value):
-    from rocr.export.report import file_digest
-
     shard = output / "model-1.safetensors"
     tensors = load_file(shard)
     tensors[WEIGHT][3, 4] = value
@@ -194,8 +245,6 @@ def test_a_weight_that_was_changed_is_named_even_where_the_digest_of_its_file_wa
 
 
 def test_another_model_under_the_edit_shows_in_its_fingerprint(output, failures):
-    from rocr.export.report import file_digest
-
     shard = output / "model-0.safetensors"
     tensors = load_file(shard)
     shard.unlink()
@@ -222,8 +271,6 @@ def test_a_changed_report_is_named(output, failures):
 
 
 def test_an_adapter_of_another_edit_is_named(output, failures):
-    from rocr.export.report import file_digest
-
     path = output / "lora" / "adapter_model.safetensors"
     tensors = load_file(path)
     save_file({name: -values for name, values in tensors.items()}, path, metadata={"format": "pt"})

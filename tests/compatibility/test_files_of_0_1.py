@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import rocr
-from tests.support.of_0_1 import BFLOAT16, CLOSE, DATA, EDIT, done, read, run
+from tests.support.of_0_1 import BFLOAT16, CLOSE, DATA, EDIT, assert_alike, done, read, run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PACKAGES = ("rocr", "torch", "transformers")
@@ -175,22 +175,6 @@ class TestLists:
             ("Ada Byron", "qa", "forget", "programs"),
             ("Ada Byron", "fb", "retain", "air"),
         ]
-
-
-def assert_alike(found, expected, place=""):
-    """JSON values: every field of then is there, with its value; numbers are about the same."""
-    if isinstance(expected, dict):
-        assert expected.keys() <= found.keys(), place
-        for name in expected.keys() - {"seconds", "peak_bytes"}:
-            assert_alike(found[name], expected[name], f"{place}.{name}")
-    elif isinstance(expected, list):
-        assert len(found) == len(expected), place
-        for number, value in enumerate(expected):
-            assert_alike(found[number], value, f"{place}[{number}]")
-    elif isinstance(expected, float):
-        assert found == pytest.approx(expected, rel=CLOSE, abs=CLOSE), place
-    else:
-        assert found == expected, place
 
 
 class TestEvaluations:

@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import inspect
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -130,6 +132,10 @@ class TestOptions:
         with contextlib.suppress(SystemExit):
             assert main(["--version"]) == 0
         assert capsys.readouterr().out.split() == ["rocr", rocr.__version__]
+
+    def test_the_version_of_the_module(self):
+        found = subprocess.run([sys.executable, "-m", "rocr", "--version"], capture_output=True, text=True, check=True)
+        assert found.stdout.split() == ["rocr", rocr.__version__]
 
     def test_doctor(self):
         assert done("doctor", "--debug")["rocr"]["version"] == rocr.__version__

@@ -79,9 +79,9 @@ def test_an_edit_is_that_of_the_cpu(
 ) -> None:
     (_, there), (_, here) = (unlearn_on(each, model, tokenizer, texts, concepts, method) for each in (device, "cpu"))
     for ours, expected in zip(there.updates, here.updates, strict=True):
-        assert ours.left.device.type == device
-        exact = expected.left.double() @ expected.right.double()
-        error = (ours.left.double() @ ours.right.double()).cpu() - exact
+        assert ours.factors.left.device.type == device
+        exact = expected.factors.left.double() @ expected.factors.right.double()
+        error = (ours.factors.left.double() @ ours.factors.right.double()).cpu() - exact
         assert error.norm() <= ERROR_OF_TWO_FORWARD_PASSES * exact.norm()
 
 
@@ -92,7 +92,7 @@ def test_no_matrix_of_the_size_of_a_second_moment_comes_to_the_host(
 ) -> None:
     with CopiesToHost() as copies:
         _, edit = unlearn_on(device, model, tokenizer, texts, concepts, method)
-        size = edit.updates[0].right.shape[1]
+        size = edit.updates[0].factors.right.shape[1]
         assert copies.shapes, "the digests of weights, at least, are made on the host"
         assert (size, size) not in copies.shapes
         torch.zeros(size, size, device=device).cpu()

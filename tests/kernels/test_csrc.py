@@ -168,7 +168,7 @@ def test_second_moments_that_are_refused(change, words):
     sizes = {"total_stride": 4, "keys_stride": 4, "tokens": 3, "size": 4, "threads": 1} | change
     with pytest.raises(ValueError, match=words):
         kernels.accumulate_second_moment(
-            total=total.data_ptr(), keys=keys.data_ptr(), number=kernels.Number.float32, **sizes
+            total=total.data_ptr(), keys=keys.data_ptr(), dtype=kernels.DType.float32, **sizes
         )
     assert not total.any()
 
@@ -178,7 +178,7 @@ def test_updates_that_are_refused(change, words):
     weight, left, right = torch.zeros(3, 4), torch.ones(3, 2), torch.ones(2, 4)
     sizes = {"rows": 3, "columns": 4, "stride": 4, "rank": 2} | change
     pointers = {"weight": weight.data_ptr(), "left": left.data_ptr(), "right": right.data_ptr()}
-    update = kernels.LowRankUpdate(number=kernels.Number.float32, **pointers, **sizes)
+    update = kernels.LowRankUpdate(dtype=kernels.DType.float32, **pointers, **sizes)
     with pytest.raises(ValueError, match=words):
         kernels.low_rank_update(updates=[update], scale=1.0, stochastic=False, seed=0, threads=1)
     assert not weight.any()

@@ -64,7 +64,7 @@ def test_second_moment_keeps_its_accumulator_in_registers(tmp_path: Path) -> Non
 )
 def test_low_rank_update_spills_nothing_where_rows_are_whole_eights(tmp_path: Path, chips: tuple[str, ...]) -> None:
     reports = compile_for(chips, "low_rank_update.cu", tmp_path / "low_rank_update.o")
-    # update<number, aligned, at_random>: Lb1 is true.
+    # update<dtype, aligned, stochastic>: Lb1 is true.
     hot = {name: report for name, report in reports.items() if re.search(r"ELb1ELb[01]E", name)}
     assert len(hot) == 5 * len(chips)
     assert not any(spills(report) for report in hot.values())

@@ -11,7 +11,8 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from rocr_kernels.schedule import MAXIMUM_SPLITS, make_bands, make_schedule
+from rocr_kernels._common import MAXIMUM_SPLITS, make_schedule
+from rocr_kernels.low_rank_update import make_column_strips
 
 
 def test_the_kernels_are_right_in_the_interpreter() -> None:
@@ -59,16 +60,16 @@ def test_a_schedule_keeps_a_large_chip_busy(tiles: int, bound: float) -> None:
 @pytest.mark.parametrize("columns", [1, 12, 360, 528, 3584])
 @pytest.mark.parametrize("tiles", [1, 18, 64, 128])
 @pytest.mark.parametrize("programs", [3, 132, 528])
-def test_bands_cover_every_tile_of_every_column_once(columns: int, tiles: int, programs: int) -> None:
-    bands = make_bands(columns, tiles, programs)
-    assert bands.items == bands.whole + (columns - bands.whole) * bands.splits
-    assert bands.whole % programs == 0 or bands.whole == columns
-    shares = [min(bands.split_tiles, tiles - start) for start in range(0, tiles, bands.split_tiles)]
-    assert len(shares) == bands.splits and min(shares) > 0
+def test_column_strips_cover_every_tile_of_every_column_once(columns: int, tiles: int, programs: int) -> None:
+    strips = make_column_strips(columns, tiles, programs)
+    assert strips.items == strips.whole + (columns - strips.whole) * strips.splits
+    assert strips.whole % programs == 0 or strips.whole == columns
+    shares = [min(strips.split_tiles, tiles - start) for start in range(0, tiles, strips.split_tiles)]
+    assert len(shares) == strips.splits and min(shares) > 0
 
 
 @pytest.mark.parametrize(("columns", "tiles", "bound"), [(3584, 64, 1.01), (360, 18, 1.5), (112, 64, 1.2)])
-def test_bands_keep_a_large_chip_busy(columns: int, tiles: int, bound: float) -> None:
-    bands, programs = make_bands(columns, tiles, 132), 132
-    rest = -(-(bands.items - bands.whole) // programs) * bands.split_tiles / tiles
-    assert (bands.whole // programs + rest) / (columns / programs) <= bound
+def test_column_strips_keep_a_large_chip_busy(columns: int, tiles: int, bound: float) -> None:
+    strips, programs = make_column_strips(columns, tiles, 132), 132
+    rest = -(-(strips.items - strips.whole) // programs) * strips.split_tiles / tiles
+    assert (strips.whole // programs + rest) / (columns / programs) <= bound

@@ -103,6 +103,12 @@ def test_plain_tensors_go_past_the_dispatcher_and_autograd_knows(backend, monkey
     assert weight._version > before
 
 
+def test_a_cuda_second_moment_without_triton_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "rocr_kernels._common", None)  # its import fails, as where Triton is missing
+    with pytest.raises(InputError, match=r"shares its schedule with the Triton kernels.*Install triton, or use"):
+        backend_cuda._load_schedule()
+
+
 def test_several_layers_at_once_are_several_calls() -> None:
     keys = [torch.randn(20, 12).to(torch.bfloat16), torch.randn(33, 7), torch.empty(0, 5)]
     totals = [torch.randn(12, 12), torch.randn(7, 7), torch.randn(5, 5)]

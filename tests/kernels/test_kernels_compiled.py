@@ -34,7 +34,7 @@ PROCESSOR_BYTES = {90: 233_472, 100: 233_472}
 CHIPS = (80, 90, 100)
 """Every configuration is compiled for these, or for those of them that it is for."""
 
-ALWAYS = (90, "pointers 80", "tma_small 100", "resident_16 80", "resident_16 100", "parts 80")
+ALWAYS = (90, "pointers 80", "tma_small 100", "resident_16 80", "resident_16 100", "bf16_splits 80")
 """What is compiled in every run; the rest is slow: all configurations for one chip, and some for the others."""
 
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
@@ -67,9 +67,9 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, dict[str, Any]]
                 "add_slices",
                 "split_keys",
                 "split_factors",
-                "add_low_rank",
-                "add_low_rank_bands",
-                "add_low_rank_parts",
+                "add_low_rank_resident",
+                "add_low_rank_column_strips",
+                "add_low_rank_bf16_splits",
             ):
                 monkeypatch.setattr(module, name, Recorder(value, found))
     return found
@@ -127,10 +127,10 @@ def case(config: str, dtype: torch.dtype, *rest: Any, slow: bool | None = None) 
 MOMENTS = {
     "tma_wide": (BFLOAT16, 4096),
     "tma_small": (BFLOAT16, 576),
-    "tma_parts": (FLOAT32, 576),
+    "tma_bf16_splits": (FLOAT32, 576),
     "pointers": (BFLOAT16, 1536),
     "pointers_small": (BFLOAT16, 123),
-    "pointers_parts": (FLOAT32, 1536),
+    "pointers_bf16_splits": (FLOAT32, 1536),
 }
 """Keys of each configuration: their dtype and width."""
 
@@ -142,7 +142,7 @@ MOMENT_CASES = [
         if chip >= 90 or not second_moment.CONFIGS[name].tma
     ),
     case("pointers", BFLOAT16, 1536, 89),
-    case("pointers_parts", FLOAT32, 1536, 89),
+    case("pointers_bf16_splits", FLOAT32, 1536, 89),
     case("tma_wide", FLOAT16, 4096, 90, slow=True),
 ]
 
@@ -151,10 +151,10 @@ UPDATES = {
     "resident_32": (BFLOAT16, 32),
     "resident_16_float32": (FLOAT32, 16),
     "resident_32_float32": (FLOAT32, 32),
-    "bands_64": (BFLOAT16, 64),
-    "bands_128": (BFLOAT16, 128),
-    "parts": (BFLOAT16, 128),
-    "parts_float32": (FLOAT32, 128),
+    "column_strips_64": (BFLOAT16, 64),
+    "column_strips_128": (BFLOAT16, 128),
+    "bf16_splits": (BFLOAT16, 128),
+    "bf16_splits_float32": (FLOAT32, 128),
 }
 """Weights of each configuration: their dtype, and the rank of the update."""
 
@@ -163,19 +163,19 @@ UPDATE_CASES = [
         case(name, *update, False, chip)
         for name, update in UPDATES.items()
         for chip in CHIPS
-        if chip == 90 or low_rank_update.CONFIGS[name].kind != "bands"
+        if chip == 90 or low_rank_update.CONFIGS[name].kind != "column_strips"
     ),
-    case("bands_64", FLOAT16, 40, False, 90),
-    case("bands_128", BFLOAT16, 100, False, 90, slow=True),
+    case("column_strips_64", FLOAT16, 40, False, 90),
+    case("column_strips_128", BFLOAT16, 100, False, 90, slow=True),
     case("resident_16", BFLOAT16, 1, False, 90),
     case("resident_16", FLOAT16, 16, True, 90),
     case("resident_32", BFLOAT16, 32, True, 90, slow=True),
-    case("parts", BFLOAT16, 128, True, 80, slow=True),
-    case("parts", BFLOAT16, 128, False, 86),
-    case("parts_float32", FLOAT32, 128, False, 89),
+    case("bf16_splits", BFLOAT16, 128, True, 80, slow=True),
+    case("bf16_splits", BFLOAT16, 128, False, 86),
+    case("bf16_splits_float32", FLOAT32, 128, False, 89),
     case("resident_16", FLOAT16, 16, True, 89),
     case("resident_32", BFLOAT16, 32, True, 89),
-    case("parts", BFLOAT16, 128, True, 90, slow=True),
+    case("bf16_splits", BFLOAT16, 128, True, 90, slow=True),
 ]
 
 
@@ -235,7 +235,7 @@ def adds_outside_of_products(compiled: Any) -> bool:
     )
 
 
-@pytest.mark.parametrize(("config", "dtype", "rank", "at_random", "capability"), UPDATE_CASES)
+@pytest.mark.parametrize(("config", "dtype", "rank", "stochastic", "capability"), UPDATE_CASES)
 def test_low_rank_update_fits(
     launches: list[Any],
     monkeypatch: pytest.MonkeyPatch,
@@ -243,34 +243,34 @@ def test_low_rank_update_fits(
     config: str,
     dtype: torch.dtype,
     rank: int,
-    at_random: bool,
+    stochastic: bool,
     capability: int,
 ) -> None:
     monkeypatch.setattr(low_rank_update, "capability", lambda _: divmod(capability, 10))
     weights = [torch.empty(4096, 1536, dtype=dtype)] * 2
     lefts, rights = [torch.empty(4096, rank)] * 2, [torch.empty(rank, 1536)] * 2
-    LowRankPlan(weights, lefts, rights, low_rank_update.CONFIGS[config]).run(0.5, at_random, 1 << 40)
+    LowRankPlan(weights, lefts, rights, low_rank_update.CONFIGS[config]).run(0.5, stochastic, 1 << 40)
     kernel, arguments = next(each for each in launches if "add_low_rank" in each[0].__name__)
     compiled = compile_launch(kernel, arguments, capability)
     ptx = check(compiled, capability, tmp_path)
     shape = low_rank_update.CONFIGS[config]
     assert multiplies_with(capability, shape.rows) in ptx
     assert ("cvt.rn.bf16" in ptx) or dtype != BFLOAT16
-    if shape.kind == "bands":
+    if shape.kind == "column_strips":
         assert re.search(r"cp\.async\.bulk\.tensor\.2d\.global\S*\.shared", ptx), "weights go back through TMA"
     else:
         assert re.search(r"st\.global\S*\.v4\.b32", ptx), "16 bytes at once"
-    if config == "parts_float32":
+    if config == "bf16_splits_float32":
         assert adds_outside_of_products(compiled)
     if shape.kind == "resident":
-        programs = low_rank_update.resident_programs(divmod(capability, 10), shape, at_random)
+        programs = low_rank_update.resident_programs(divmod(capability, 10), shape, stochastic)
         assert programs * 32 * arguments["num_warps"] * arguments["maxnreg"] <= REGISTERS
 
 
 @pytest.mark.parametrize("config", low_rank_update.CONFIGS)
 def test_a_plan_makes_no_table_while_it_runs(launches: list[Any], monkeypatch: pytest.MonkeyPatch, config: str) -> None:
     """What a CUDA graph may capture."""
-    dtype = FLOAT32 if low_rank_update.CONFIGS[config].parts == 3 else BFLOAT16
+    dtype = FLOAT32 if low_rank_update.CONFIGS[config].bf16_splits == 3 else BFLOAT16
     operands = [torch.empty(64, 64, dtype=dtype)], [torch.empty(64, 8)], [torch.empty(8, 64)]
     plan = LowRankPlan(*operands, low_rank_update.CONFIGS[config])
     monkeypatch.setattr(low_rank_update, "address_table", None)
@@ -291,7 +291,7 @@ def test_sizes_of_one_compile_as_the_constants_that_they_become(launches: list[A
 
 def test_the_kernels_around_them_fit(launches: list[Any], tmp_path: Path) -> None:
     keys = [torch.empty(2500, 123)]
-    accumulate_second_moments([torch.empty(123, 123)], keys, second_moment.CONFIGS["pointers_parts"])
+    accumulate_second_moments([torch.empty(123, 123)], keys, second_moment.CONFIGS["pointers_bf16_splits"])
     LowRankPlan([torch.empty(64, 64)], [torch.empty(64, 40)], [torch.empty(40, 64)]).run(1.0, False, 0)
     names = {"split_keys", "add_slices", "split_factors"}
     found = {kernel.__name__: (kernel, arguments) for kernel, arguments in launches if kernel.__name__ in names}

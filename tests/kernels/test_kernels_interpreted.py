@@ -15,11 +15,9 @@ import torch
 import triton
 import triton.language as tl
 from rocr_kernels import low_rank_update, second_moment
-from rocr_kernels.launch import INTERPRETER_PROGRAMS
+from rocr_kernels._common import INTERPRETER_PROGRAMS, make_schedule
 from rocr_kernels.low_rank_update import LowRankPlan, update_low_rank
-from rocr_kernels.schedule import make_schedule
-from rocr_kernels.second_moment import accumulate_second_moments
-from rocr_kernels.triangle import tile_position
+from rocr_kernels.second_moment import accumulate_second_moments, tile_position
 from torch import Tensor
 
 from rocr.ops import reference
@@ -28,8 +26,8 @@ from rocr.ops.triton_backend import low_rank_update_op, second_moments_op
 ERROR_OVER_PLAIN = 1.25
 """Bound of a kernel's error over that of plain float32 sums, which every machine rounds alike."""
 
-PARTS_OF_ONE_TOKEN = torch.finfo(torch.float32).eps
-"""Relative error of the three parts of a float32 key, where a plain sum has one rounding alone."""
+SPLITS_OF_ONE_TOKEN = torch.finfo(torch.float32).eps
+"""Relative error of the bf16 splits of a float32 key, where a plain sum has one rounding."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -58,7 +56,9 @@ def second_moment_errors(totals: list[Tensor], keys: list[Tensor], config: str |
     return error(totals), error(plain)
 
 
-CHOSEN = [(config, torch.float32 if config.endswith("_parts") else torch.bfloat16) for config in second_moment.CONFIGS]
+CHOSEN = [
+    (config, torch.float32 if config.endswith("_bf16_splits") else torch.bfloat16) for config in second_moment.CONFIGS
+]
 
 
 @pytest.mark.parametrize(("config", "dtype"), CHOSEN, ids=str)
@@ -76,10 +76,10 @@ def test_second_moments_without_alignment(tokens: int, width: int, dtype: torch.
     # Several layers: the rounding of a single number is luck.
     totals, keys = torch.randn(6, width, width), torch.randn(6, tokens, width).to(dtype)
     ours, of_plain = second_moment_errors(list(totals), list(keys), None)
-    assert ours <= ERROR_OVER_PLAIN * of_plain + PARTS_OF_ONE_TOKEN
+    assert ours <= ERROR_OVER_PLAIN * of_plain + SPLITS_OF_ONE_TOKEN
 
 
-@pytest.mark.parametrize("config", [name for name in second_moment.CONFIGS if not name.endswith("_parts")])
+@pytest.mark.parametrize("config", [name for name in second_moment.CONFIGS if not name.endswith("_bf16_splits")])
 @pytest.mark.parametrize("tokens", [70, 2500])
 def test_second_moment_keeps_every_bit_around_and_above(
     config: str, tokens: int, left_alone: Callable[[Tensor], Tensor]
@@ -180,10 +180,10 @@ def test_low_rank_updates_of_layers_of_odd_shapes(rows: int, columns: int, rank:
 @pytest.mark.parametrize("config", low_rank_update.CONFIGS)
 def test_every_configuration_updates_a_weight_as_it_lies(config: str) -> None:
     shape = low_rank_update.CONFIGS[config]
-    dtype = torch.float32 if shape.parts == 3 else torch.bfloat16
+    dtype = torch.float32 if shape.bf16_splits == 3 else torch.bfloat16
     weight, left, right = random_update(72, 104, 9, dtype)
-    # Bands are for rows alone.
-    weight = weight if shape.kind == "bands" else weight.T.contiguous().T
+    # Column strips move through TMA, which needs unit stride along a row.
+    weight = weight if shape.kind == "column_strips" else weight.T.contiguous().T
     ours, of_plain = update_errors([weight], [left], [right], 1.0, config)
     assert ours <= ERROR_OVER_PLAIN * of_plain
 
@@ -201,10 +201,10 @@ def far_rows(matrix: Tensor) -> Tensor:
     return memory.as_strided(matrix.shape, (FAR, 1)).copy_(matrix)
 
 
-@pytest.mark.parametrize("config", [name for name in low_rank_update.CONFIGS if not name.startswith("bands")])
+@pytest.mark.parametrize("config", [name for name in low_rank_update.CONFIGS if not name.startswith("column_strips")])
 @pytest.mark.parametrize("of", ["weight", "left", "right"])
 def test_rows_of_an_update_may_lie_far_apart(config: str, of: str) -> None:
-    dtype = torch.float32 if low_rank_update.CONFIGS[config].parts == 3 else torch.bfloat16
+    dtype = torch.float32 if low_rank_update.CONFIGS[config].bf16_splits == 3 else torch.bfloat16
     operands = dict(zip(("weight", "left", "right"), random_update(3, 24, 3, dtype), strict=True))
     near = {name: operand.clone() for name, operand in operands.items()}
     operands[of] = far_rows(operands[of])
@@ -245,7 +245,7 @@ def test_an_update_writes_its_weight_alone(rank: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("value", "step", "part"), [(1.0, 1.0, 0.3), (0.0, 2.0**-24, 0.25)])
-def test_rounding_at_random_is_right_on_average(dtype: torch.dtype, value: float, step: float, part: float) -> None:
+def test_stochastic_rounding_is_right_on_average(dtype: torch.dtype, value: float, step: float, part: float) -> None:
     if value:
         step = torch.finfo(dtype).eps
     elif dtype == torch.bfloat16:
@@ -253,7 +253,7 @@ def test_rounding_at_random_is_right_on_average(dtype: torch.dtype, value: float
     weights = [torch.full((128, 256), value, dtype=dtype) for _ in range(2)]
     lefts, rights = [torch.full((128, 1), step)] * 2, [torch.full((1, 256), part + 5 * (not value))] * 2
     low = value + step * 5 * (not value)
-    update_low_rank(weights, lefts, rights, at_random=True, seed=3)
+    update_low_rank(weights, lefts, rights, stochastic=True, seed=3)
     for weight in weights:
         assert set(weight.double().unique().tolist()) == {low, low + step}
         share = (weight.double() > low).double().mean().item()
@@ -261,9 +261,9 @@ def test_rounding_at_random_is_right_on_average(dtype: torch.dtype, value: float
     assert not torch.equal(*weights), "two layers must not round alike"
 
 
-def test_rounding_at_random_repeats_for_one_seed_whatever_the_tiles() -> None:
+def test_stochastic_rounding_repeats_for_one_seed_whatever_the_tiles() -> None:
     results = []
-    for config, seed in (("resident_16", 3), ("parts", 3), ("resident_16", 4)):
+    for config, seed in (("resident_16", 3), ("bf16_splits", 3), ("resident_16", 4)):
         weight = torch.ones(70, 136, dtype=torch.bfloat16)
         plan = LowRankPlan(
             [weight], [torch.full((70, 1), 2.0**-10)], [torch.ones(1, 136)], low_rank_update.CONFIGS[config]
@@ -274,7 +274,7 @@ def test_rounding_at_random_repeats_for_one_seed_whatever_the_tiles() -> None:
     assert not torch.equal(results[0], results[2])
 
 
-def test_rounding_at_random_is_golden(philox_update: Any, joint_digest: Callable[..., str]) -> None:
+def test_stochastic_rounding_is_golden(philox_update: Any, joint_digest: Callable[..., str]) -> None:
     update = philox_update
     update_low_rank(update.weights, update.lefts, update.rights, update.scale, True, update.seed)
     assert joint_digest(update.weights) == update.digest

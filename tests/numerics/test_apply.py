@@ -92,7 +92,7 @@ def test_an_overflow_leaves_every_weight_as_it_was(projections):
     before = copies(projections)
     lefts, rights = factors(projections)
     lefts[1][0] = 1e30
-    with pytest.raises(GuardError, match=rf"{projections[1].parameter_name} overflow torch\.float16; nothing was"):
+    with pytest.raises(GuardError, match=rf"{projections[1].parameter_name} overflow torch\.float16\. No update was"):
         apply_updates(projections, paired(lefts, rights))
     assert same(projections, before)
 
@@ -109,7 +109,8 @@ def test_a_weight_that_changed_since_is_not_undone_nor_is_any_other(projections)
     applied = apply_updates(projections, paired(*factors(projections)))
     projections[1].parameter.data[0, 0] += 1
     before = copies(projections)
-    with pytest.raises(VerificationError, match=f"{projections[1].parameter_name} is not as the edit left it: its sha"):
+    words = f"{projections[1].parameter_name} is not the weight after this edit: its sha256 is"
+    with pytest.raises(VerificationError, match=words):
         undo_updates(projections, applied)
     assert same(projections, before)
 
@@ -120,7 +121,7 @@ def test_nothing_to_undo(projections):
         undo_updates(projections, [None, None])
     applied = apply_updates(projections, paired(*factors(projections)))
     kept = [Applied(record.dtype, record.before, record.after, None) for record in applied]
-    with pytest.raises(InputError, match="saved without what undoes it"):
+    with pytest.raises(InputError, match="saved without the undo data of"):
         undo_updates(projections, [applied[0], kept[1]])
     undo_updates(projections, applied)
     assert same(projections, before)
@@ -134,7 +135,7 @@ def test_updates_find_their_weights(model, make_model):
     assert down_projections(architecture, [update])[0].parameter is projection.parameter
     for family, changes in (("GPT-2", {}), ("Llama", {"intermediate_size": 40})):
         other = find_architecture(make_model(family, **changes))
-        with pytest.raises(InputError, match=r"edit is of model\.layers\.2\.mlp\.down_proj\.weight \(32, 48\), but"):
+        with pytest.raises(InputError, match=r"edit changes model\.layers\.2\.mlp\.down_proj\.weight \(32, 48\), but"):
             down_projections(other, [update])
     with pytest.raises(InputError, match="Layer 2 is out of range"):
         down_projections(find_architecture(make_model("Llama", num_hidden_layers=2)), [update])

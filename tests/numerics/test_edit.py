@@ -51,7 +51,7 @@ def test_stacked_edits_come_off_in_reverse_order_only(model, tokenizer, texts, w
         statistics = rocr.collect_statistics(model, tokenizer, texts, CONFIG.layers)
         edits.append(rocr.unlearn(model, tokenizer, [Concept(name, "a gardener")], statistics, CONFIG))
         states.append(weights_of(model))
-    with pytest.raises(VerificationError, match="Take later edits off first"):
+    with pytest.raises(VerificationError, match="Revert later edits first"):
         edits[0].revert(model)
     assert same_weights(weights_of(model), states[3])
     for edit, state in zip(reversed(edits), states[2::-1], strict=True):
@@ -63,7 +63,7 @@ def test_what_is_off_cannot_come_off_again(edited, weights_of):
     model, edit = edited
     edit.revert(model)
     before = weights_of(model)
-    with pytest.raises(VerificationError, match="is not as the edit left it"):
+    with pytest.raises(VerificationError, match="is not the weight after this edit"):
         edit.revert(model)
     assert same_weights(weights_of(model), before)
 
@@ -108,7 +108,9 @@ def test_an_edit_that_overflows_leaves_the_model_as_it_was(edited, weights_of):
     edit.revert(model)
     model = model.half()
     before = weights_of(model)
-    huge = [replace(update, factors=Factors(update.left * 1e9, update.right)) for update in edit.updates]
+    huge = [
+        replace(update, factors=Factors(update.factors.left * 1e9, update.factors.right)) for update in edit.updates
+    ]
     with pytest.raises(GuardError, match=r"overflow torch\.float16"):
         replace(edit, updates=huge).apply(model, allow_fingerprint_mismatch=True)
     assert same_weights(weights_of(model), before)
@@ -135,7 +137,7 @@ def test_an_edit_saved_without_what_undoes_it(edited, model, weights_of, tmp_pat
     assert (tmp_path / "small").stat().st_size < (tmp_path / "whole").stat().st_size
     small = Edit.load(tmp_path / "small")
     after = weights_of(model)
-    with pytest.raises(InputError, match="saved without what undoes it"):
+    with pytest.raises(InputError, match="saved without the undo data of"):
         small.revert(model)
     assert same_weights(weights_of(model), after)
     edit.revert(model)

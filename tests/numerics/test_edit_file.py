@@ -35,8 +35,10 @@ def test_everything_comes_back(edit, tmp_path):
     assert edit.report.seconds and loaded.report == replace(edit.report, seconds={})
     assert loaded.layers == edit.layers
     for found, expected in zip(loaded.updates, edit.updates, strict=True):
-        for factor in ("left", "right", "keys", "residuals"):
-            assert torch.equal(getattr(found, factor), getattr(expected, factor))
+        for factor in ("left", "right"):
+            assert torch.equal(getattr(found.factors, factor), getattr(expected.factors, factor))
+        for rows in ("keys", "residuals"):
+            assert torch.equal(getattr(found, rows), getattr(expected, rows))
         assert (found.layer, found.parameter, found.transposed) == (
             expected.layer,
             expected.parameter,
@@ -69,7 +71,7 @@ def test_an_edit_of_one_key(model, tokenizer, statistics, tmp_path):
     edit = rocr.unlearn(model, tokenizer, [Concept("Ada Byron", "Blaise Pascal")], statistics, config)
     assert len(edit.concept_of) == 1
     edit.save(tmp_path / "edit")
-    assert torch.equal(Edit.load(tmp_path / "edit").updates[0].left, edit.updates[0].left)
+    assert torch.equal(Edit.load(tmp_path / "edit").updates[0].factors.left, edit.updates[0].factors.left)
 
 
 def test_a_file_that_exists_is_kept(edit, tmp_path):
@@ -174,7 +176,7 @@ def test_settings_that_are_unknown_or_out_of_range_are_refused(rewrite):
 
 def test_statistics_are_no_edit(statistics, tmp_path):
     statistics.save(tmp_path / "statistics")
-    with pytest.raises(InputError, match="of the kind 'rocr statistics 1', not 'rocr edit"):
+    with pytest.raises(InputError, match="has the format 'rocr statistics 1', but 'rocr edit"):
         Edit.load(tmp_path / "statistics")
 
 
@@ -198,7 +200,7 @@ def test_a_file_of_0_1_with_an_identity_is_read(model, tokenizer, statistics, co
     config = EditConfig(layers=(1,), keys_per_concept="all", ridge=5.0)
     edit = rocr.unlearn(model, tokenizer, concepts, statistics, config)
     (update,) = edit.updates
-    old = replace(edit, updates=[replace(update, factors=Factors(update.left, update.right))])
+    old = replace(edit, updates=[replace(update, factors=Factors(update.factors.left, update.factors.right))])
     old.save(tmp_path / "edit")
     with safe_open(tmp_path / "edit", framework="pt") as file:
         assert "layer.1.left" in file.keys()  # noqa: SIM118

@@ -11,10 +11,18 @@ from torch import nn
 
 import rocr
 from rocr.evaluation import EvaluateOptions, Probe, evaluate
-from rocr.evaluation.generation import contained_answers, contains
+from rocr.evaluation.measures import (
+    ChoiceQuestion,
+    TextSample,
+    choice_accuracy,
+    contained_answers,
+    contains,
+    divergence,
+    load_choice_questions,
+    ngram_entropy,
+    perplexity,
+)
 from rocr.evaluation.neighbours import name_states, nearest_subjects
-from rocr.evaluation.text_measures import TextSample, divergence, ngram_entropy, perplexity
-from rocr.evaluation.utility import ChoiceQuestion, choice_accuracy, load_choice_questions
 from rocr.model.generate import ask
 
 PROBE = Probe("Ada Byron", "Where was Ada Byron born?", "London")
@@ -39,7 +47,7 @@ def test_perplexity_is_that_of_the_definition(model: nn.Module, tokenizer: Any, 
 def test_perplexity_that_is_not_a_number_is_an_error(model: nn.Module) -> None:
     with torch.no_grad():
         next(iter(model.parameters()))[7] = float("nan")
-    with pytest.raises(rocr.RocrError, match="not a number"):
+    with pytest.raises(rocr.RocrError, match="not a finite number"):
         perplexity(model, TextSample(torch.tensor([[5, 7, 8]])))
 
 

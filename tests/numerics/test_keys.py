@@ -138,7 +138,7 @@ def test_a_module_that_never_runs_is_named(model, tokenizer, concepts):
 
     mlp.forward = fused
     reading = plan_keys(tokenizer, concepts, CONFIG).keys
-    with pytest.raises(InputError, match=r"without a call of model\.layers\.1\.mlp\.down_proj, .* fused kernel"):
+    with pytest.raises(InputError, match=r"did not call model\.layers\.1\.mlp\.down_proj, .* fused kernel"):
         read_states(architecture, reading, 2, 1)
     with pytest.raises(InputError, match=r"without calling model\.layers\.1\.mlp\.down_proj"):
         rocr.collect_statistics(model, tokenizer, ["Ada Byron wrote programs."], layers=(1,))

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import rocr
 from rocr import Concept, EditConfig, InputError
-from rocr.edit.lora import thin_factors, truncated, vllm_rank
+from rocr.edit.lora import thin_factors, truncate, vllm_rank
 from rocr.solve.factors import Factors
 
 peft = pytest.importorskip("peft")
@@ -65,7 +65,9 @@ def test_the_folder_holds_what_peft_needs_and_nothing_else(model, tokenizer, sta
     for update in edit.updates:
         prefix = f"base_model.model.{update.parameter.removesuffix('.weight')}"
         product = tensors[f"{prefix}.lora_B.weight"].double() @ tensors[f"{prefix}.lora_A.weight"].double()
-        torch.testing.assert_close(product, update.left.double() @ update.right.double(), rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(
+            product, update.factors.left.double() @ update.factors.right.double(), rtol=1e-5, atol=1e-7
+        )
 
 
 def test_layers_whose_numbers_begin_alike(make_model, tokenizer, texts, concepts, tmp_path):
@@ -97,7 +99,7 @@ def test_a_smaller_rank_is_the_best_at_the_keys_and_says_what_it_loses(d_out, d_
     whole, at_keys = left.double() @ right.double(), keys.double().T
     values = torch.linalg.svdvals(whole @ at_keys)
     for rank in (1, 5, inner - 1):
-        small_left, small_right, relative_error, key_error = truncated(left, right, keys, rank)
+        small_left, small_right, relative_error, key_error = truncate(left, right, keys, rank)
         lost = whole - small_left.double() @ small_right.double()
         assert small_left.shape[1] == small_right.shape[0] == rank
         assert relative_error == pytest.approx(float(lost.norm() / whole.norm()), rel=1e-5)
@@ -155,9 +157,9 @@ def test_merging_equals_the_edited_weights(dtype, exact, make_model, tokenizer, 
     for update, first in zip(edit.updates, firsts, strict=True):
         mine, theirs = (each.get_parameter(update.parameter).detach().double() for each in (model, merged))
         difference, step = (mine - theirs).abs(), torch.finfo(dtype).eps * torch.maximum(mine.abs(), first.abs())
-        terms = update.left.double().abs() @ update.right.double().abs()
+        terms = update.factors.left.double().abs() @ update.factors.right.double().abs()
         if exact:
-            assert (difference <= step + torch.finfo(torch.float32).eps * update.left.shape[1] * terms).all()
+            assert (difference <= step + torch.finfo(torch.float32).eps * update.factors.left.shape[1] * terms).all()
             # In 16 bits a sum in float32 is seldom on the other side of a halfway case.
             assert dtype == torch.float32 or (difference == 0).double().mean() > 0.99
         else:
@@ -225,15 +227,17 @@ def test_ranks_that_differ_by_layer_are_filled_up_in_a_mixture(loaded_edit):
     from rocr.edit.lora import adapter_tensors
 
     first, second = loaded_edit.updates
-    uneven = dataclasses.replace(second, factors=Factors(second.left[:, :1], second.right[:1]))
+    uneven = dataclasses.replace(second, factors=Factors(second.factors.left[:, :1], second.factors.right[:1]))
     edit = dataclasses.replace(loaded_edit, updates=[first, uneven], computed_with={"num_experts_per_tok": 2})
     own = {second.parameter: f"language_model.{second.parameter}"}  # of a vision-language checkpoint
     tensors, settings, _ = adapter_tensors(edit.with_own_names(own), None)
-    assert {t.shape[0] for n, t in tensors.items() if "lora_A" in n} == {settings["r"]} == {first.right.shape[0]}
+    assert (
+        {t.shape[0] for n, t in tensors.items() if "lora_A" in n} == {settings["r"]} == {first.factors.right.shape[0]}
+    )
     for parameter in (second.parameter, own[second.parameter]):
         name = f"base_model.model.{parameter.removesuffix('.weight')}"
         product = tensors[f"{name}.lora_B.weight"] @ tensors[f"{name}.lora_A.weight"]
-        assert torch.equal(product, uneven.left @ uneven.right)
+        assert torch.equal(product, uneven.factors.left @ uneven.factors.right)
 
 
 @pytest.mark.parametrize("named", ["a_function", "nonesuch", "", 5, {}, None])

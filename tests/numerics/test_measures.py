@@ -22,7 +22,7 @@ def test_measures_are_their_definitions(family, dtype, make_model, tokenizer, te
     statistics = rocr.collect_statistics(model, tokenizer, texts, CONFIG.layers)
     edit = rocr.unlearn(model, tokenizer, concepts, statistics, CONFIG)
     for update, measures in zip(edit.updates, edit.report.layers, strict=True):
-        change = update.left.double() @ update.right.double()
+        change = update.factors.left.double() @ update.factors.right.double()
         weight = original.down_projection(update.layer).weight
         edited = find_architecture(model).down_projection(update.layer).weight
         assert measures.relative_norm == pytest.approx(float(change.norm() / weight.double().norm()), rel=1e-3)

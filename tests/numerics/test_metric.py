@@ -44,9 +44,9 @@ def test_updates_leave_protected_directions_alone(rank):
     keys, residuals = torch.randn(5, SIZE), torch.randn(5, 13)
     metric = build_metric(moment, projected())
     solution = solve_layer(keys, residuals, metric, RIDGE)
-    update = solution.left.double() @ solution.right.double()
+    update = solution.factors.left.double() @ solution.factors.right.double()
     without = solve_layer(keys, residuals, build_metric(moment, EditConfig(gamma=0.0)), RIDGE)
-    moved = without.left.double() @ without.right.double() @ protected
+    moved = without.factors.left.double() @ without.factors.right.double() @ protected
     assert moved.norm() > 0.1, "without the metric they are moved"
     assert (update @ protected).norm() < 1e-5 * moved.norm()
 
@@ -85,7 +85,7 @@ def test_whitening_is_its_formula(gamma):
 def test_held_keys_weigh_as_the_setting_says(method, rows):
     moment, _ = second_moment(rank=10, floor=0.01)
     held = 3 * torch.randn(rows, SIZE)
-    config = EditConfig(method=method, held_weight=0.2)
+    config = EditConfig(method=method, template_weight=0.2)
     both = moment.double() + 0.2 * held.double().T @ held.double() / rows
     found = dense(build_metric(moment, config, held))
     if method == "projected":
@@ -96,7 +96,7 @@ def test_held_keys_weigh_as_the_setting_says(method, rows):
         )
         torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-5)
     without = dense(build_metric(moment, config))
-    assert torch.equal(dense(build_metric(moment, EditConfig(method=method, held_weight=0.0), held)), without)
+    assert torch.equal(dense(build_metric(moment, EditConfig(method=method, template_weight=0.0), held)), without)
     assert torch.equal(dense(build_metric(moment, config, held[:0])), without)
     assert (held.double() @ found).norm() < 0.9 * (held.double() @ without).norm()
 
@@ -104,7 +104,7 @@ def test_held_keys_weigh_as_the_setting_says(method, rows):
 def test_held_keys_that_are_not_finite_are_refused():
     moment, _ = second_moment(floor=0.01)
     with pytest.raises(GuardError, match="templates' own tokens are not finite"):
-        build_metric(moment, EditConfig(held_weight=0.1), torch.full((1, SIZE), torch.inf))
+        build_metric(moment, EditConfig(template_weight=0.1), torch.full((1, SIZE), torch.inf))
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
@@ -121,7 +121,7 @@ def test_the_factored_metric_gives_the_dense_solution(config):
     metric = build_metric(moment.double(), config)
     solution = solve_layer(keys.double(), residuals.double(), metric, RIDGE)
     expected = reference.dense_update(keys, residuals, dense(metric), RIDGE)
-    torch.testing.assert_close(solution.left @ solution.right, expected, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(solution.factors.left @ solution.factors.right, expected, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("config", [EditConfig(), projected()], ids=["whitened", "projected"])

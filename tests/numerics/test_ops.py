@@ -7,6 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rocr import ops
 from rocr.errors import InputError
+from rocr.ops.dispatch import BACKENDS
 
 
 def run_python(code):
@@ -17,7 +18,7 @@ def test_backends_of_the_cpu():
     names = ops.available_backends("cpu")
     assert names[-2:] == ["torch", "reference"]
     assert names == ops.available_backends(torch.device("cpu"))
-    assert set(names) <= set(ops.BACKENDS)
+    assert set(names) <= set(BACKENDS)
 
 
 def test_nothing_compiled_is_imported_before_it_is_used_and_a_missing_extension_is_no_error():
@@ -68,7 +69,12 @@ def test_keys_in_the_memory_of_the_total_are_refused():
         (torch.zeros(4, 5), torch.zeros(4), torch.zeros(5), "must be matrices"),
         ([torch.zeros(4, 5)], [], [torch.zeros(2, 5)], "1 weights, 0 lefts and 1 rights"),
         (torch.zeros(4, 5).double(), torch.zeros(4, 2), torch.zeros(2, 5), r"weights\[0\] must be float32.*float64"),
-        (torch.zeros(4, 5), torch.zeros(4, 2).int(), torch.zeros(2, 5), r"lefts\[0\] must be of floating point"),
+        (
+            torch.zeros(4, 5),
+            torch.zeros(4, 2).int(),
+            torch.zeros(2, 5),
+            r"lefts\[0\] must be of a floating-point dtype",
+        ),
         (torch.zeros(4, 5), torch.zeros(4, 2, device="meta"), torch.zeros(2, 5), "on cpu and .* on meta"),
         (torch.zeros(1, 5).expand(4, 5), torch.zeros(4, 2), torch.zeros(2, 5), "share memory"),
         (torch.zeros(9).as_strided((4, 5), (1, 1)), torch.zeros(4, 2), torch.zeros(2, 5), "share memory"),

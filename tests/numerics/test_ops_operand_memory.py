@@ -61,7 +61,7 @@ def test_where_numbers_begin_does_not_change_a_byte(backend, dtype):
 def test_numbers_at_odd_addresses_are_refused(backend):
     memory = bytearray(4 * 12 + 4)
     odd = torch.frombuffer(memory, dtype=torch.float32, offset=1, count=12).view(3, 4)
-    with pytest.raises(InputError, match=r"weights\[0\] begins at an address that is no multiple of the 4 bytes"):
+    with pytest.raises(InputError, match=r"weights\[0\] begins at an address that is not a multiple of the 4 bytes"):
         ops.low_rank_update(odd, *factors(3, 4), backend=backend)
     with pytest.raises(InputError, match=r"rights\[0\] begins at an address"):
         ops.low_rank_update(torch.zeros(2, 4), torch.zeros(2, 3), odd, backend=backend)

@@ -147,7 +147,7 @@ def test_shapes_that_do_not_fit():
         ops.solve_update(keys, residuals, torch.zeros(39, 40).double(), 1.0)
     with pytest.raises(InputError, match="metric must be symmetric"):
         ops.solve_update(keys, residuals, torch.randn(40, 40).double(), 1.0)
-    with pytest.raises(InputError, match=r"floating point, but are torch\.int64"):
+    with pytest.raises(InputError, match=r"floating-point dtype, but are torch\.int64"):
         ops.solve_update(keys.long(), residuals, None, 1.0)
 
 

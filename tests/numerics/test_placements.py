@@ -44,7 +44,9 @@ def test_layers_elsewhere_stay_there_and_are_not_needed(rest, files, tokenizer, 
     ]
     assert [u.applied.after for u in edits[0].updates] == [u.applied.after for u in edits[1].updates]
     assert places_of(spread) == before
-    assert all(tensor.device.type == "cpu" for u in edits[1].updates for tensor in (u.left, u.right, u.keys))
+    assert all(
+        tensor.device.type == "cpu" for u in edits[1].updates for tensor in (u.factors.left, u.factors.right, u.keys)
+    )
     edits[1].revert(spread)
     edits[0].apply(spread)
     edits[0].revert(spread)

@@ -53,7 +53,8 @@ def stack(model, edits, tmp_path):
         states, paths = [weight_digests(model)], []
         for i, edit in enumerate(itertools.islice(itertools.cycle(edits), STACKED)):
             updates = [
-                replace(update, factors=Factors(update.left * (1 + i / 7), update.right)) for update in edit.updates
+                replace(update, factors=Factors(update.factors.left * (1 + i / 7), update.factors.right))
+                for update in edit.updates
             ]
             stacked = replace(edit, updates=updates)
             stacked.apply(model, allow_fingerprint_mismatch=True)  # of float16, values are rounded twice

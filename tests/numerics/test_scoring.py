@@ -84,7 +84,7 @@ def test_a_score_that_is_not_a_number_is_an_error(model: nn.Module) -> None:
     with torch.no_grad():
         next(iter(model.parameters()))[7] = float("nan")
     scored(model, [Question((5, 6), ((8,),))], 64)
-    with pytest.raises(rocr.RocrError, match="not a number"):
+    with pytest.raises(rocr.RocrError, match="not a finite number"):
         scored(model, [Question((5, 7), ((8,),))], 64)
 
 
@@ -115,7 +115,7 @@ def test_extraction_strength_is_the_share_that_follows_by_itself(right: list[int
 
 @pytest.mark.parametrize("answer", [(9_999,), (5, 9_999), (9_999, 5)])
 def test_a_token_that_the_model_does_not_know_is_a_sentence(model: nn.Module, answer: tuple[int, ...]) -> None:
-    with pytest.raises(rocr.InputError, match=r"9,999, but the model knows|LlamaForCausalLM failed: IndexError"):
+    with pytest.raises(rocr.InputError, match=r"9,999, but the model has|LlamaForCausalLM failed: IndexError"):
         score_answers(model, [Question((3, 4), (answer,))], lambda _, __: None)
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import rocr
-from rocr.model.smaller_batches import halving
+from rocr.model.smaller_batches import retry_with_smaller_batch
 
 OutOfMemory = torch.cuda.OutOfMemoryError
 
@@ -35,10 +35,10 @@ def test_a_size_is_halved_until_it_does():
             raise OutOfMemory("out of memory")
         return size
 
-    assert halving(run, 20) == 2
+    assert retry_with_smaller_batch(run, 20) == 2
     assert tried == [20, 10, 5, 2]
     with pytest.raises(OutOfMemory):
-        halving(run, 20, least=4)
+        retry_with_smaller_batch(run, 20, least=4)
 
 
 def test_statistics_are_the_same_in_smaller_pieces(model, tokenizer, texts, smaller):
@@ -59,7 +59,9 @@ def test_an_edit_is_the_same_in_smaller_batches(model, tokenizer, concepts, stat
     pieces = rocr.unlearn(model, tokenizer, concepts, statistics, config, guards=guards)
     assert refused
     for mine, theirs in zip(pieces.updates, whole.updates, strict=True):
-        torch.testing.assert_close(mine.left @ mine.right, theirs.left @ theirs.right, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            mine.factors.left @ mine.factors.right, theirs.factors.left @ theirs.factors.right, rtol=1e-4, atol=1e-6
+        )
 
 
 def test_where_one_sequence_is_too_large_the_error_stays(model, tokenizer, texts, smaller):

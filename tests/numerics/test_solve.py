@@ -22,7 +22,7 @@ def test_keys_reach_their_residuals_as_the_ridge_goes_to_zero(n):
     errors = []
     for ridge in (10.0, 0.1, 1e-3, 1e-6):
         solution = solve_layer(keys, residuals, metric, ridge)
-        moved = keys.double() @ (solution.left.double() @ solution.right.double()).T
+        moved = keys.double() @ (solution.factors.left.double() @ solution.factors.right.double()).T
         errors.append(float((moved - residuals).norm() / residuals.norm()))
     assert errors[0] > 0.1
     assert errors == sorted(errors, reverse=True)
@@ -32,17 +32,19 @@ def test_keys_reach_their_residuals_as_the_ridge_goes_to_zero(n):
 @pytest.mark.parametrize("n", [1, 5, 40])
 def test_an_update_has_at_most_the_rank_of_its_keys(n):
     solution = solve_layer(*problem(n), 0.1)
-    update = solution.left.double() @ solution.right.double()
+    update = solution.factors.left.double() @ solution.factors.right.double()
     assert update.shape == (D_OUT, D_IN)
     assert torch.linalg.matrix_rank(update, rtol=1e-6) == min(n, D_OUT)
-    assert solution.left.dtype == solution.right.dtype == torch.float32
+    assert solution.factors.left.dtype == solution.factors.right.dtype == torch.float32
 
 
 def test_it_is_the_dense_solution():
     keys, residuals, metric = problem(9)
     expected = reference.dense_update(keys, residuals, metric.apply(torch.eye(D_IN)), 0.1)
     solution = solve_layer(keys, residuals, metric, 0.1)
-    torch.testing.assert_close(solution.left.double() @ solution.right.double(), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        solution.factors.left.double() @ solution.factors.right.double(), expected, rtol=1e-4, atol=1e-6
+    )
 
 
 def test_the_condition_is_that_of_the_system():
@@ -58,10 +60,10 @@ def test_the_condition_is_that_of_the_system():
 def test_the_factors_share_no_memory_with_what_they_were_solved_from():
     keys, residuals, metric = problem(1)
     solution = solve_layer(keys, residuals, metric, 0.1)
-    before = solution.left.clone(), solution.right.clone()
+    before = solution.factors.left.clone(), solution.factors.right.clone()
     keys.zero_()
     residuals.zero_()
-    assert torch.equal(solution.left, before[0]) and torch.equal(solution.right, before[1])
+    assert torch.equal(solution.factors.left, before[0]) and torch.equal(solution.factors.right, before[1])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -76,7 +78,9 @@ def test_keys_that_repeat_are_solved_by_the_ridge():
     keys, residuals, metric = problem(5)
     once = solve_layer(keys, residuals, metric, 0.1)
     twice = solve_layer(keys.repeat(2, 1), residuals.repeat(2, 1), metric, 0.2)
-    torch.testing.assert_close(twice.left @ twice.right, once.left @ once.right, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        twice.factors.left @ twice.factors.right, once.factors.left @ once.factors.right, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_values_that_are_not_finite_are_named_by_their_concepts():
@@ -96,7 +100,7 @@ def test_no_smaller_update_serves_the_keys_as_well():
     """With λ → 0 it is the update of least tr(Δ M⁻¹ Δᵀ), how much it changes ordinary keys, that hits the residuals."""
     keys, residuals, metric = problem(9)
     solution = solve_layer(keys, residuals, metric, 1e-6)
-    update = solution.left.double() @ solution.right.double()
+    update = solution.factors.left.double() @ solution.factors.right.double()
     inverse = torch.linalg.inv(metric.apply(torch.eye(D_IN)).double())
     cost = (update @ inverse @ update.T).trace()
     free = torch.eye(D_IN, dtype=torch.float64) - torch.linalg.pinv(keys.double()) @ keys.double()
@@ -114,7 +118,7 @@ def test_it_is_the_dense_solution_on_both_sides_of_as_many_keys_as_inputs(n, d_o
     residuals = torch.randn(n, d_out)
     expected = reference.dense_update(keys, residuals, metric.apply(torch.eye(D_IN)), 0.5)
     solution = solve_layer(keys, residuals, metric, 0.5)
-    found = solution.left.double() @ solution.right.double()
+    found = solution.factors.left.double() @ solution.factors.right.double()
     assert (found - expected).norm() < 1e-5 * expected.norm()
     # Its move at other keys, from the coefficients of the keys.
     at = torch.randn(5, D_IN)

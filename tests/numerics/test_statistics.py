@@ -120,7 +120,7 @@ def test_layers_that_share_a_tensor_are_saved(statistics, tmp_path):
 
 def test_a_forged_size_is_refused(model, tokenizer, statistics):
     forged = replace(statistics, moments={layer: torch.eye(47) for layer in statistics.layers})
-    with pytest.raises(InputError, match="layer 1 are of keys of size 47, but the model's have 48"):
+    with pytest.raises(InputError, match="layer 1 are of keys of size 47, but the model's have size 48"):
         rocr.unlearn(model, tokenizer, CONCEPTS, forged)
 
 
@@ -146,14 +146,14 @@ def test_damaged_files_are_refused(parts):
     Statistics.load(path)
     for damaged in (b"", whole[:1000], whole[:-4], whole[8:]):
         path.write_bytes(damaged)
-        with pytest.raises(InputError, match=f"{path} cannot be read"):
+        with pytest.raises(InputError, match=f"{path} is not a safetensors file"):
             Statistics.load(path)
 
 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"format": "rocr edit 1"}, "of the kind 'rocr edit 1', not 'rocr statistics 1'"),
+        ({"format": "rocr edit 1"}, "has the format 'rocr edit 1', but 'rocr statistics 1' is needed"),
         ({"tokens": 0}, "5 second moments of 0 tokens"),
         ({"tokens": "many"}, "of many tokens"),
         ({"fingerprint": {"model": "x"}}, "not a complete statistics file"),

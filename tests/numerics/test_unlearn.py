@@ -104,7 +104,9 @@ def test_the_update_has_the_rank_of_its_keys(model, tokenizer, statistics, conce
         n = len(edit.concept_of)
         assert update.keys.shape[0] == update.residuals.shape[0] == n
         assert torch.linalg.matrix_rank(change, atol=1e-4 * float(change.norm())) == min(n, 32)
-        torch.testing.assert_close(update.left.double() @ update.right.double(), change, rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            update.factors.left.double() @ update.factors.right.double(), change, rtol=0, atol=1e-6
+        )
 
 
 def test_protected_directions_keep_their_outputs(model, tokenizer, statistics, concepts):
@@ -124,14 +126,14 @@ def test_protected_directions_keep_their_outputs(model, tokenizer, statistics, c
         assert (whitened @ protected).norm() > 1e-2 * whitened.norm(), "which is not so without the projector"
 
 
-def test_what_stands_before_a_name_is_held(make_model, make_tokenizer, texts):
+def test_template_tokens_before_a_name_are_protected(make_model, make_tokenizer, texts):
     model, tokenizer = make_model("Llama"), make_tokenizer()
     statistics = rocr.collect_statistics(model, tokenizer, texts, [2])
     concepts = [Concept("Ada Byron", "rain"), Concept("Robert Downey Jr.", "a key")]
     before, moved = state(model, tokenizer, "Tell me about rain", "about", 2), []
     for weight in (0.0, 1.0, 100.0):
         edited = copy.deepcopy(model)
-        config = EditConfig(layers=[2], templates=("Tell me about {}.",), held_weight=weight)
+        config = EditConfig(layers=[2], templates=("Tell me about {}.",), template_weight=weight)
         rocr.unlearn(edited, tokenizer, concepts, statistics, config, guards=Guards(force=True))
         moved.append(float((state(edited, tokenizer, "Tell me about rain", "about", 2) - before).norm()))
     assert moved[0] > 2 * moved[1] > 4 * moved[2]
@@ -141,9 +143,15 @@ def test_a_name_goes_the_further_the_more_of_it_was_read(make_model, make_tokeni
     original, tokenizer = make_model("Llama"), make_tokenizer()
     statistics = rocr.collect_statistics(original, tokenizer, texts, [2])
     text, target = "Who is Ada Byron?", state(original, tokenizer, "Who is rain?", "rain", 2)
-    for reach, shares in (("gradual", {"Ada": 0.5**0.5, "Byron": 1.0}), ("whole", {"Ada": 1.0, "Byron": 1.0})):
+    for schedule, shares in (("ramp", {"Ada": 0.5**0.5, "Byron": 1.0}), ("full", {"Ada": 1.0, "Byron": 1.0})):
         model = copy.deepcopy(original)
-        config = EditConfig(layers=[2], reach=reach, templates=("Who is {}?",), ridge=NEARLY_NOTHING, held_weight=0.0)
+        config = EditConfig(
+            layers=[2],
+            token_schedule=schedule,
+            templates=("Who is {}?",),
+            ridge=NEARLY_NOTHING,
+            template_weight=0.0,
+        )
         edit = rocr.unlearn(
             model, tokenizer, [Concept("Ada Byron", "rain")], statistics, config, guards=Guards(force=True)
         )
@@ -172,7 +180,7 @@ def test_strength_scales_the_residuals(model, tokenizer, statistics, concepts):
         for strength in (1.0, 2.0)
     )
     torch.testing.assert_close(twice.updates[0].residuals, 2 * once.updates[0].residuals)
-    torch.testing.assert_close(twice.updates[0].left, 2 * once.updates[0].left)
+    torch.testing.assert_close(twice.updates[0].factors.left, 2 * once.updates[0].factors.left)
 
 
 def test_both_padding_sides_give_the_same_edit(model, make_tokenizer, texts, concepts, weights_of):

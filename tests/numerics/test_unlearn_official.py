@@ -102,7 +102,7 @@ def test_official_settings_are_the_authors_algorithm(family, make_model, tokeniz
         assert change.norm() > 1e-3
         error = (found[name] - change).norm() / change.norm()
         assert error < ROUNDING, f"{name}: {error}"
-    assert [update.left.shape[1] for update in edit.updates] == [count] * 3
+    assert [update.factors.left.shape[1] for update in edit.updates] == [count] * 3
 
 
 def test_other_settings_are_another_edit(make_model, tokenizer, texts):

@@ -142,7 +142,7 @@ def test_stopped_at_any_time(command, mode, in_some_ways, tally):
 def test_interrupted_statistics_go_on_from_their_checkpoint(in_some_ways):
     for mode in ("kill", "terminate"):  # the bytes are compared by the tests above
         again = [run["log again"] for run in in_some_ways[f"stats-{mode}"] if "log again" in run]
-        assert any("Going on from" in log for log in again)
+        assert any("Continuing from" in log for log in again)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -62,7 +62,7 @@ def test_a_file_that_becomes_shorter_meanwhile_is_an_error(tmp_path, monkeypatch
         yield start, end
 
     monkeypatch.setattr("rocr.export.copying._extents", cut)
-    with pytest.raises(OSError, match="shorter"):
+    with pytest.raises(OSError, match="the file shrank"):
         copy_file(tmp_path / "first", tmp_path / "copy")
 
 

@@ -131,17 +131,17 @@ def test_a_lost_process_ends_the_others_and_all_go_on_later(lost, ranks, stats, 
     stopped = ranks(2, stats, what="kill", rank=lost, batch=3)
     other = 1 - lost
     assert stopped["codes"][lost] == -9 and stopped["codes"][other] == 1
-    assert f"Process {other} of 2 cannot reach another one" in stopped["logs"][other]
+    assert f"Process {other} of 2 cannot reach another process" in stopped["logs"][other]
     assert names(tmp_path) in (STATES, [*STATES, "out.lock"])
     for number, size in ((1, "one process"), (3, "3 processes")):
         refused = ranks(number, stats)
         assert set(refused["codes"]) == {2}
-        assert "by 2 processes, and this one has" in refused["logs"][0], size
+        assert "by 2 processes, but this one has" in refused["logs"][0], size
         assert all("rocr" not in log for log in refused["logs"][1:])
     assert set(names(tmp_path)) - {"out.lock"} == set(STATES)
     resumed = ranks(2, stats)
     assert resumed["codes"] == [0, 0], resumed["logs"]
-    assert "Going on from" in resumed["logs"][0]
+    assert "Continuing from" in resumed["logs"][0]
     assert sum(int(log.split()[-1]) for log in resumed["logs"]) <= 9 - 4
     assert names(tmp_path) == ["out"] and (tmp_path / "out").read_bytes() == whole
 
@@ -186,7 +186,7 @@ def test_bad_input_is_said_once(ranks, stats, files, tmp_path):
         ([*stats[:place], tmp_path / "missing.txt", *stats[place + 1 :]], 2, "missing.txt does not exist"),
         ([*stats[:-1], taken], 2, "exists; choose another name"),
         ([*stats[:place], tmp_path / "RANK.txt", *stats[place + 1 :]], 2, "have different models, texts"),
-        ([*stats, "--length", "1"], 2, "at least 2 tokens"),
+        ([*stats, "--length", "1"], 2, "length must be at least 2"),
         ([*stats, "--layers", "9"], 2, "out of range"),
     ):
         done = ranks(3 if "RANK" not in str(arguments) else 2, arguments)

@@ -202,13 +202,13 @@ def test_a_dtype_that_was_asked_for_is_that_of_the_memory_alone(
     edit = rocr.Edit.load(tmp_path / "out" / "edit.safetensors")
     for update, weight in zip(edit.updates, report["weights"], strict=True):
         before, after = first[update.parameter], out[update.parameter]
-        exact = before.double() + update.left.double() @ update.right.double()
+        exact = before.double() + update.factors.left.double() @ update.factors.right.double()
         step = torch.finfo(before.dtype).eps * exact.abs().clamp(min=1e-6) + 1e-6
         assert ((after.double() - exact).abs() <= step).all(), "one rounding, to the dtype of the file"
         assert update.applied.dtype == f"torch.{stored}"
         assert (weight["dtype"], weight["loaded"]) == (stored, loaded)
         assert weight["surviving"] == pytest.approx(float((before != after).double().mean()))
-    assert f"as {stored}, loaded as {loaded}" in report["warnings"].replace("\n", " ")
+    assert f"stored as {stored} and loaded as {loaded}" in report["warnings"].replace("\n", " ")
     assert {n for n in first if not same(first[n], out[n])} == set(DOWN)
     done = command("revert", tmp_path / "out", "--dtype", loaded, "--out", tmp_path / "back")
     assert done.code == 0 and all(same(first[n], t) for n, t in tensors(tmp_path / "back").items())
@@ -303,7 +303,7 @@ def test_an_adapter_of_a_vision_language_checkpoint_loads_onto_both_classes(fold
         before = {name: base.get_parameter(name).clone() for name in names}
         merged = peft.PeftModel.from_pretrained(base, tmp_path / "out" / "lora").merge_and_unload()
         for name, update in zip(names, edit.updates, strict=True):
-            expected = before[name] + update.left @ update.right
+            expected = before[name] + update.factors.left @ update.factors.right
             torch.testing.assert_close(merged.get_parameter(name), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -329,7 +329,7 @@ def test_weights_stored_in_another_layout_are_refused_before_the_edit(
         for more in ((), ("--dry-run",)):
             done = command(*given, *more)
             said = done.errors.replace("\n", " ")
-            assert done.code == 2 and DOWN[0] in said and "is stored otherwise" in said, said
+            assert done.code == 2 and DOWN[0] in said and "store it in another layout" in said, said
             assert "targets" not in said, "nothing was edited"
         assert not (tmp_path / "out").exists()
         done = command(*given, "--save", "edit,lora")

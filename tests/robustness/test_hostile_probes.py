@@ -3,7 +3,7 @@
 import pytest
 
 from rocr import load_probes
-from rocr.evaluation.utility import load_choice_questions
+from rocr.evaluation.measures import load_choice_questions
 from tests.support.hostile import DEEP, DIGITS, HUGE, NO_OBJECTS, PLACES, to_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -70,9 +70,9 @@ def test_a_configuration_is_refused_by_the_name_of_its_field(name, bad):
 
 
 DIAGNOSED = {
-    "a padding token": ({"pad_token_id": 10**9}, r"Without the field pad_token_id \(1000000000\)"),
-    "rotations": ({"rope_scaling": {"rope_type": "none"}}, "Without the field rope_scaling"),
-    "labels without numbers": ({"id2label": {"a": "b"}}, "Without the field id2label"),
+    "a padding token": ({"pad_token_id": 10**9}, r"can be built without the field pad_token_id \(1000000000\)"),
+    "rotations": ({"rope_scaling": {"rope_type": "none"}}, "can be built without the field rope_scaling"),
+    "labels without numbers": ({"id2label": {"a": "b"}}, "can be built without the field id2label"),
     "a cache": ({"use_cache": "x"}, "field 'use_cache': .* expected bool"),
     "heads of another size": ({"head_dim": 16}, r"q_proj.weight has the shape \(32, 32\) in the files, .* \(64, 32\)"),
     "an encoder": ({"is_encoder_decoder": True}, "is_encoder_decoder"),
@@ -175,11 +175,11 @@ RULES = {
     "a long text before": ({"normalizer": {"type": "Prepend", "prepend": "a" * 10**7}}, "10,000,000 characters"),
     "decoded long": ({"decoder": {"type": "Sequence", "decoders": [REPLACE] * 30}}, "its decoder"),
     "a million tokens around": ({"post_processor": template([0] * 10**6)}, "its post_processor"),
-    "a token that is far away": ({"post_processor": template([2**31])}, "the id 2147483648"),
-    "added far away": ({"added_tokens": [{"id": 2**31, "content": "x"}]}, "the id 2147483648"),
+    "a token that is far away": ({"post_processor": template([2**31])}, "the token id 2147483648"),
+    "added far away": ({"added_tokens": [{"id": 2**31, "content": "x"}]}, "the token id 2147483648"),
     "at random": ({"model": {"type": "BPE", "dropout": 0.5, "vocab": {}, "merges": []}}, "a dropout of 0.5"),
     "a long end of words": ({"model": {"type": "BPE", "end_of_word_suffix": "a" * 10**6, "vocab": {}}}, "end_of_word"),
-    "a word far away": ({"model": {"type": "BPE", "vocab": {"a": 2**40}, "merges": []}}, "the id 1099511627776"),
+    "a word far away": ({"model": {"type": "BPE", "vocab": {"a": 2**40}, "merges": []}}, "the token id 1099511627776"),
 }
 
 
@@ -216,10 +216,10 @@ def test_a_token_without_a_row_in_the_embedding_is_refused(by, bad, hostile_fold
     template = {"type": "TemplateProcessing", "pair": rules["post_processor"]["pair"]}
     template["single"] = [{"SpecialToken": {"id": "<|begin|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
     template["special_tokens"] = {"<|begin|>": {"id": "<|begin|>", "ids": [5000], "tokens": ["<|begin|>"]}}
-    with pytest.raises(InputError, match="gives the token 5,000, but the embedding has 420 rows"):
+    with pytest.raises(InputError, match="has the token 5,000, but the embedding has 420 rows"):
         bad("tokenizer.json", by, post_processor=template)
     words = rules["model"] | {"vocab": rules["model"]["vocab"] | {"roses": 5000}}
-    with pytest.raises(InputError, match="gives the token 5,000, but the embedding has 420 rows"):
+    with pytest.raises(InputError, match="has the token 5,000, but the embedding has 420 rows"):
         bad("tokenizer.json", by, post_processor=rules["post_processor"], model=words)
 
 

@@ -200,7 +200,7 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, make):
         with open("/dev/full", "wb", buffering=0) as full:
             full.write(b"x")
     assert str(caught.value) == (
-        f"The output {tmp_path / 'out'} could not be written, and nothing is left of it: No space left on device."
+        f"The output {tmp_path / 'out'} could not be written, and its parts are removed: No space left on device."
     )
     assert caught.value.exit_code == 1
     assert names(tmp_path) == []
@@ -234,7 +234,7 @@ def take_by_folder(path):
 @pytest.mark.parametrize("take", [take_by_file, take_by_folder, Path.mkdir, lambda path: path.symlink_to("gone")])
 @pytest.mark.parametrize("make", [new_directory, new_file])
 def test_a_name_that_is_taken_meanwhile_is_left_as_it_is(tmp_path, make, take):
-    with pytest.raises(RocrError, match="made by somebody else"), make(tmp_path / "out") as partial:
+    with pytest.raises(RocrError, match="Another process wrote the output"), make(tmp_path / "out") as partial:
         fill(partial) if make is new_directory else partial.write_text("ours")
         take(tmp_path / "out")
         before = [path.lstat().st_ino for path in (tmp_path / "out", *tmp_path.glob("out/*"))]
@@ -250,7 +250,7 @@ def test_a_file_system_without_hard_links_is_served_by_a_rename(tmp_path, monkey
     with new_file(tmp_path / "out") as partial:
         partial.write_text("new")
     assert names(tmp_path) == ["out"]
-    with pytest.raises(RocrError, match="somebody else"), new_file(tmp_path / "other") as partial:
+    with pytest.raises(RocrError, match="Another process wrote the output"), new_file(tmp_path / "other") as partial:
         partial.write_text("ours")
         (tmp_path / "other").write_text("theirs")
     assert (tmp_path / "other").read_text() == "theirs"

@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from rocr.config import RENAMED
 from rocr.model.fingerprint import tensor_digest
 from rocr.ops.cpp_backend import SIMD_VARIABLE, is_available, simd_names
 
@@ -71,19 +72,30 @@ def by_simd(monkeypatch: pytest.MonkeyPatch, instruction_sets: list[str]) -> Cal
     return run
 
 
+def with_names_of_0_1(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of an edit file under the names that the digests were recorded with."""
+    old = {new.name: (name, new) for name, new in RENAMED.items()}
+    return {
+        old[name][0] if name in old else name: old[name][1].old_value(value) if name in old else value
+        for name, value in config.items()
+    }
+
+
 @pytest.fixture(scope="session")
 def contents_digest() -> Callable[[str | os.PathLike[str]], str]:
     """contents_digest(path): sha256 over what a file of rocr's says, or a PEFT adapter.
 
     Headers and tensors, not the bytes of the container: how safetensors lays them out is its own affair, and how well
-    zlib packs what undoes an edit is zlib's.
+    zlib packs what undoes an edit is zlib's. Settings are hashed under the names that they had in rocr 0.1.
     """
 
     def digest(path: str | os.PathLike[str]) -> str:
         found = hashlib.sha256()
         with safe_open(path, framework="pt") as file:
-            header = file.metadata().get("rocr", "{}")
-            found.update(json.dumps(json.loads(header), sort_keys=True).encode())
+            header = json.loads(file.metadata().get("rocr", "{}"))
+            if "config" in header:
+                header["config"] = with_names_of_0_1(header["config"])
+            found.update(json.dumps(header, sort_keys=True).encode())
             for name in sorted(file.keys()):
                 tensor = file.get_tensor(name)
                 if not name.endswith(".undo"):

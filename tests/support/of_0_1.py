@@ -58,3 +58,19 @@ def done(*arguments):
 
 def load(name="model", dtype=torch.float32):
     return transformers.LlamaForCausalLM.from_pretrained(DATA / name, dtype=dtype)
+
+
+def assert_alike(found, expected, place=""):
+    """JSON values: every field of then is there, with its value; numbers are about the same."""
+    if isinstance(expected, dict):
+        assert expected.keys() <= found.keys(), place
+        for name in expected.keys() - {"seconds", "peak_bytes"}:
+            assert_alike(found[name], expected[name], f"{place}.{name}")
+    elif isinstance(expected, list):
+        assert len(found) == len(expected), place
+        for number, value in enumerate(expected):
+            assert_alike(found[number], value, f"{place}[{number}]")
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=CLOSE, abs=CLOSE), place
+    else:
+        assert found == expected, place

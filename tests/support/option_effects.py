@@ -31,7 +31,7 @@ class Runs:
     def __init__(self, files, base):
         self.files, self.base = files, base
         self._done = {}
-        self.contest = base / "contest"  # statistics of the layers of both editing methods
+        self.comparison = base / "comparison"  # statistics of the layers of both editing methods
         self.other = base / "other"
         shutil.copytree(files.model, self.other)
         model = transformers.LlamaForCausalLM.from_pretrained(files.model)
@@ -140,10 +140,10 @@ def changes(*more, without=(), base=(), model=None):
 
 def takes_statistics(command, run):
     """Of all layers that the methods edit."""
-    if not run.contest.exists():
-        more = ("--layers", "0-4", "--tokens", 300, "--out", run.contest)
+    if not run.comparison.exists():
+        more = ("--layers", "0-4", "--tokens", 300, "--out", run.comparison)
         assert run("stats", *more, without=("--layers", "--tokens")).code == 0
-    replaces("--statistics", run.contest, of=("--text", "--tokens"))(command, run)
+    replaces("--statistics", run.comparison, of=("--text", "--tokens"))(command, run)
 
 
 def replaces(*more, of=None):

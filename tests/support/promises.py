@@ -115,7 +115,7 @@ def names(folder: Path) -> list[str]:
 @pytest.fixture(scope="session")
 def digests() -> Callable[[Path], dict[str, str]]:
     """digests(folder): sha256 of every file below it."""
-    from rocr.export.report import file_digests
+    from rocr.export.manifest import file_digests
 
     return file_digests
 

@@ -39,7 +39,7 @@ def test_a_down_projection_multiplies_keys_by_its_weight(family, make_model):
 
 def test_mixtures_of_experts_are_refused(mixture, make_model):
     architecture = find_architecture(make_model(mixture))
-    with pytest.raises(InputError, match=r"layers\.1\.mlp is a mixture of experts: it has no single dense"):
+    with pytest.raises(InputError, match=r"layers\.1\.mlp is a mixture of experts, which has no single dense"):
         architecture.down_projection(1)
 
 
@@ -53,7 +53,7 @@ def test_the_dense_layers_of_a_mixture_can_be_edited(make_model):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_quantised_layers_are_refused(model):
     quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
-    with pytest.raises(InputError, match=r"layers\.1\.mlp\.down_proj.* holds no plain weight: .* no quantised ones"):
+    with pytest.raises(InputError, match=r"layers\.1\.mlp\.down_proj.* holds no plain weight: .* not quantised ones"):
         find_architecture(quantised).down_projection(1)
 
 
@@ -96,7 +96,7 @@ def test_a_down_projection_that_two_layers_share_is_refused(model, tokenizer, st
     else:
         second.down_proj.weight = first.down_proj.weight
     before = weights_of(model)
-    with pytest.raises(InputError, match=r"layers\.1\.mlp\.down_proj\.weight and .*layers\.3.* are one weight"):
+    with pytest.raises(InputError, match=r"layers\.1\.mlp\.down_proj\.weight and .*layers\.3.* are the same weight"):
         rocr.unlearn(model, tokenizer, concepts, statistics, rocr.EditConfig(layers=[1]))
     assert same_weights(weights_of(model), before)
 
@@ -176,7 +176,9 @@ def test_an_encoder_decoder_is_refused():
             decoder=module | {"num_hidden_layers": decoder_layers},
             vocab_size=99,
         )
-        with pytest.raises(InputError, match="has an encoder that reads the text and a decoder that writes another"):
+        with pytest.raises(
+            InputError, match="is an encoder-decoder: rocr edits models that read and write text in one decoder"
+        ):
             find_architecture(transformers.T5GemmaForConditionalGeneration(config))
 
 
@@ -186,7 +188,7 @@ def test_layers_that_attend_to_images_alone_are_refused(make_model, tokenizer, t
         rope_parameters={"rope_type": "default", "rope_theta": 1e4},
     )  # fmt: skip
     model = transformers.MllamaForCausalLM(config).eval()
-    with pytest.raises(InputError, match=r"layers\.2 attends to images alone and is left out where there is only text"):
+    with pytest.raises(InputError, match=r"layers\.2 attends to images only and is skipped for text"):
         rocr.collect_statistics(model, tokenizer, texts, [1, 2])
     rocr.unlearn(
         model, tokenizer, concepts, rocr.collect_statistics(model, tokenizer, texts, [1]), rocr.EditConfig(layers=[1])

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 import rocr
 from rocr.evaluation import Probe
-from rocr.evaluation.attacks.attacks import question_examples, relearning_curve, round_groups, rounded
-from rocr.evaluation.baselines.methods import METHODS, Contest, compare_methods
-from rocr.evaluation.lora_training import Training, trained
+from rocr.evaluation.attacks.weights import relearning_curve, round_groups, rounded
+from rocr.evaluation.baselines.methods import METHODS, MethodComparison, compare_methods
+from rocr.evaluation.lora_training import Training, question_examples, trained
 from rocr.model.architecture import find_architecture
 from tests.support.models import same_weights
 
@@ -86,12 +86,14 @@ def test_every_method_is_compared_and_the_model_is_left_as_it_was(
     pytest.importorskip("peft")
     before = weights_of(model)
     small = {layer: moment * 1e-2 for layer, moment in statistics.moments.items()}  # below the authors' threshold
-    contest = Contest(model, tokenizer, PROBES, replace(statistics, moments=small), "a gardener", forms=["qa"])
-    results = list(compare_methods(contest, ["Ada Byron"]))
+    comparison = MethodComparison(
+        model, tokenizer, PROBES, replace(statistics, moments=small), "a gardener", forms=["qa"]
+    )
+    results = list(compare_methods(comparison, ["Ada Byron"]))
     assert [result.method for result in results] == list(METHODS)
     assert same_weights(before, weights_of(model))
     scores = [[item.score for item in result.evaluation.items] for result in results]
     assert all(score != scores[0] for score in scores[1:])
     assert all(result.seconds > 0 and result.peak_bytes > 2**20 for result in results)
     with pytest.raises(rocr.InputError, match="Unknown methods: magic"):
-        list(compare_methods(contest, ["Ada Byron"], ["magic"]))
+        list(compare_methods(comparison, ["Ada Byron"], ["magic"]))

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 import rocr
 from rocr.evaluation import EvaluateOptions, Probe, evaluate
-from rocr.evaluation.attacks.attacks import rounded
-from rocr.evaluation.attacks.suite import ATTACKS, AttackOptions, attack, solved_examples, split_taught, strongest
+from rocr.evaluation.attacks.suite import ATTACKS, AttackOptions, attack, solved_examples, strongest
+from rocr.evaluation.attacks.weights import rounded, split_taught
 from rocr.evaluation.baselines.peak_memory import PeakMemory
 from rocr.evaluation.forms import PromptStyle
 from rocr.evaluation.lora_training import Example, Loss, Training, _loss, trained

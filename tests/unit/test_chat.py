@@ -11,7 +11,7 @@ import rocr
 from rocr import ChatSettings, InputError
 from rocr.config import CLOCK_DATE, Template
 from rocr.keys.prompts import build_prompts, render_template
-from rocr.model.chat import _codes, find_chat_format, render_chat, settled
+from rocr.model.chat import _codes, find_chat_format, render_chat, with_date
 
 BODY = "{% for m in messages %}<|user|>{{ m['content'] }}<|end|>{% endfor %}"
 RAISING = {
@@ -148,10 +148,10 @@ def test_codes_and_percent_signs_side_by_side(make_tokenizer):
 @pytest.mark.parametrize(
     ("chat", "settings", "part"),
     [
-        (BODY, ChatSettings(variables={"lang": "de"}), "names no variable 'lang'"),
-        (BODY, ChatSettings(date="2024-01-01"), "reads no date"),
-        ("{{ messages[-1]['content'] }}", ChatSettings(system="Be kind."), "leaves a system message out"),
-        (None, ChatSettings(system="Be kind."), "has no chat template, so that no system can be given"),
+        (BODY, ChatSettings(variables={"lang": "de"}), "does not use the variable 'lang'"),
+        (BODY, ChatSettings(date="2024-01-01"), "does not use a date"),
+        ("{{ messages[-1]['content'] }}", ChatSettings(system="Be kind."), "does not write a system message"),
+        (None, ChatSettings(system="Be kind."), "has no chat template: leave out system"),
     ],
 )
 def test_a_setting_without_effect_is_refused(make_tokenizer, chat, settings, part):
@@ -201,10 +201,10 @@ def test_settings_come_back_from_json_and_stay_out_of_files_that_need_none():
 
 
 def test_the_date_is_written_down_where_a_template_reads_it(make_tokenizer):
-    assert settled(ChatSettings(), make_tokenizer(chat=CLOCKS["strftime_now"][0])).date == CLOCK_DATE
-    assert settled(ChatSettings(), make_tokenizer()) == ChatSettings()
+    assert with_date(ChatSettings(), make_tokenizer(chat=CLOCKS["strftime_now"][0])).date == CLOCK_DATE
+    assert with_date(ChatSettings(), make_tokenizer()) == ChatSettings()
     given = ChatSettings(date="2031-01-02")
-    assert settled(given, make_tokenizer(chat=CLOCKS["date_string"][0])) == given
+    assert with_date(given, make_tokenizer(chat=CLOCKS["date_string"][0])) == given
 
 
 def test_tokenizers_with_several_templates_and_with_none(make_tokenizer):
@@ -217,7 +217,7 @@ def test_tokenizers_with_several_templates_and_with_none(make_tokenizer):
 
 def test_a_template_that_writes_without_bound_is_refused(make_tokenizer):
     tokenizer = make_tokenizer(chat="{% for i in range(2000) %}" + "x" * 600 + "{% endfor %}" + BODY)
-    with pytest.raises(InputError, match=r"gives 1,2\d\d,\d\d\d characters for a message of"):
+    with pytest.raises(InputError, match=r"writes 1,2\d\d,\d\d\d characters for a message of"):
         render_chat(tokenizer, "Hello")
 
 
@@ -265,7 +265,10 @@ def test_a_name_is_read_as_the_chat_template_writes_it(make_tokenizer, kind, con
 )
 def test_a_name_that_cannot_be_found_again_is_refused(make_tokenizer, chat, name):
     rendered = render_template(make_tokenizer(chat=chat), Template("{}.", chat=True))
-    with pytest.raises(InputError, match=f"does not write the name '{name}' as one can find it.*--no-chat"):
+    with pytest.raises(
+        InputError,
+        match=f"The name '{name}' is not found in the text that the tokenizer's chat template renders.*--no-chat",
+    ):
         build_prompts(make_tokenizer(chat=chat), rendered, ["Bill", name])
 
 

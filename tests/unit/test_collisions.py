@@ -82,12 +82,12 @@ def test_a_long_list_keeps_the_worst_and_counts_all(monkeypatch):
     concepts = people(*(f"name {i}" for i in range(60)))
     found = find_collisions(concepts, list(range(60)), update(0, keys, residuals, System(1.0, keys.clone())))
     assert found.collinear == 60 * 59 // 2
-    assert len(found.worst) == collisions.KEPT
+    assert len(found.worst) == collisions.MAX_REPORTED
     expected = sorted(
         (float((r - s).norm() / (r.norm() + s.norm())) for i, r in enumerate(residuals) for s in residuals[:i]),
         reverse=True,
     )
-    assert [c.conflict for c in found.worst] == pytest.approx(expected[: collisions.KEPT], abs=1e-3)
+    assert [c.conflict for c in found.worst] == pytest.approx(expected[: collisions.MAX_REPORTED], abs=1e-3)
 
 
 @pytest.mark.parametrize(

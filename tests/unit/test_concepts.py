@@ -119,7 +119,7 @@ BAD_FILES = [
     ("utf16.txt", "Ada -> Chopin".encode("utf-16"), {1: "byte 0xff at offset 0"}),
     ("json.jsonl", '{"name": "A", &\n{"name": "B", &}\n{', {1: "character", 3: "not valid JSON"}),
     ("array.jsonl", '["A"]\n"B"\n3\nnull', dict.fromkeys((1, 2, 3, 4), "must hold an object")),
-    ("keys.jsonl", '{"name": "A", &, "name": "B"}', {1: "'name' stands twice"}),
+    ("keys.jsonl", '{"name": "A", &, "name": "B"}', {1: "'name' occurs twice"}),
     ("deep.jsonl", '{"name": "A", &}\n' + "[" * 100_000, {2: "nested"}),
     ("deep_name.jsonl", '{"name": ' + "[" * 500 + "]" * 500 + ', &}', {1: "name must be text, not a list"}),
     ("digits.jsonl", '{"name": ' + "9" * 10_000 + "}", {1: ""}),
@@ -184,13 +184,13 @@ def test_a_message_shows_nothing_invisible_and_stays_short(tmp_path):
         ("folder.jsonl", "is a folder"),
         ("people.json", "must end in .txt, .csv, .jsonl"),
         ("people", "must end in"),
-        ("file.txt/people.txt", "cannot be read"),
+        ("file.txt/people.txt", "does not exist"),
         ("zero\0.txt", ""),
         ("pipe.txt", "not a regular file"),
-        ("empty.txt", "holds no concepts"),
+        ("empty.txt", "contains no concepts"),
         ("empty.csv", "no column 'name'"),
-        ("header.csv", "holds no concepts"),
-        ("comments.txt", "holds no concepts"),
+        ("header.csv", "contains no concepts"),
+        ("comments.txt", "contains no concepts"),
     ],
 )
 def test_a_file_that_cannot_be_used_as_a_whole(tmp_path, name, part):
@@ -239,7 +239,7 @@ def test_concepts_built_in_python_keep_the_same_rules():
     with pytest.raises(InputError) as caught:
         check_concepts(bad)
     assert str(caught.value).split("\n") == [
-        "concepts[1]: alias 'B\\u200b' holds U+200B ZERO WIDTH SPACE, an invisible character, as character 2",
+        "concepts[1]: alias 'B\\u200b' contains U+200B ZERO WIDTH SPACE, an invisible character, as character 2",
         "concepts[1]: 'a' is a duplicate of 'A' (concepts[0])",
         "concepts[2]: redirect must be text, not null",
         "concepts[2]: field 'aliases' must be a list of texts, not text",

@@ -6,6 +6,8 @@ import pytest
 
 from rocr import EditConfig, InputError, Template
 from rocr.config import OFFICIAL_TEMPLATES
+from rocr.model.architecture import authors_layers, default_layers
+from rocr.model.layers import chosen_layers, resolve_layers
 
 
 def test_defaults_are_valid_and_frozen():
@@ -20,7 +22,7 @@ def test_the_authors_settings():
     assert (config.method, config.threshold, config.ridge) == ("projected", 0.02, 1.0)
     assert not config.relative_ridge and not config.relative_threshold
     assert (config.key_tokens, config.keys_per_concept, config.contexts) == ("last", "mean", "official")
-    assert (config.reach, config.held_weight) == ("whole", 0.0)
+    assert (config.token_schedule, config.template_weight) == ("full", 0.0)
     assert len(config.templates) == 6
     assert config.templates[0] == Template(" {}.", chat=True, answer="Answer:")
     assert config.templates[4].text == "Tell me about {}."
@@ -28,10 +30,32 @@ def test_the_authors_settings():
     assert config.strength == 1.0
 
 
+def test_layers_that_the_model_chooses():
+    for config, layers in ((EditConfig(), None), (EditConfig.official(), "official")):
+        assert (config.layers, config.layer_numbers) == (layers, ())
+    assert EditConfig(contexts="official").layers is None, "the contexts choose no layers"
+    assert EditConfig(layers=[2, 1]).layer_numbers == (1, 2)
+
+
+def test_only_the_layers_setting_chooses_the_layers_of_the_authors(make_model):
+    model = make_model("Llama", num_hidden_layers=7)
+    assert chosen_layers(EditConfig.official(), model) == authors_layers(7) == (1, 2, 3)
+    assert chosen_layers(EditConfig(layers="official"), model) == authors_layers(7)
+    assert chosen_layers(EditConfig(contexts="official"), model) == default_layers(7) == (1, 3)
+    assert resolve_layers(EditConfig.official(), model) == EditConfig.official(layers=(1, 2, 3))
+
+
+@pytest.mark.parametrize("layers", ["authors", (), (1, 1), (-1,), (True,), 4, ("official",)])
+def test_layers_that_cannot_be(layers):
+    with pytest.raises(InputError, match=r"^layers "):
+        EditConfig(layers=layers)
+
+
 @pytest.mark.parametrize(
     "config",
     [
         EditConfig(),
+        EditConfig.official(),
         EditConfig.official((1, 2)),
         EditConfig(layers=[3, 1], templates=("Who is {}?", Template("{}", chat=True)), seed=7, method="projected"),
     ],
@@ -40,18 +64,22 @@ def test_json_and_back(config):
     assert EditConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
 
 
-def test_long_lists_are_sent_gradually():
+def test_long_lists_use_the_ramp_and_the_template_weight():
     for count in (1, 24):
-        assert EditConfig().for_concepts(count) == EditConfig(reach="whole", held_weight=0.0)
+        assert EditConfig().for_concepts(count) == EditConfig(token_schedule="full", template_weight=0.0)
     for count in (25, 10_000):
-        assert EditConfig().for_concepts(count) == EditConfig(reach="gradual", held_weight=0.03)
-    for config in (EditConfig(reach="whole", held_weight=2.0), EditConfig.official()):
+        assert EditConfig().for_concepts(count) == EditConfig(token_schedule="ramp", template_weight=0.03)
+    for config in (EditConfig(token_schedule="full", template_weight=2.0), EditConfig.official()):
         assert config.for_concepts(1) == config.for_concepts(1000) == config
 
 
 def test_settings_of_an_older_file_are_as_they_were_then():
-    older = {name: value for name, value in EditConfig().to_json().items() if name not in ("reach", "held_weight")}
-    assert EditConfig.from_json(older) == EditConfig(reach="whole", held_weight=0.0)
+    older = {
+        name: value
+        for name, value in EditConfig().to_json().items()
+        if name not in ("token_schedule", "template_weight")
+    }
+    assert EditConfig.from_json(older) == EditConfig(token_schedule="full", template_weight=0.0)
 
 
 def test_layers_are_sorted_and_templates_may_be_plain_texts():
@@ -72,20 +100,20 @@ def test_templates_that_are_none(templates):
         EditConfig(templates=templates)
 
 
-@pytest.mark.parametrize("name", ["ridge", "threshold", "strength", "gamma", "held_weight"])
+@pytest.mark.parametrize("name", ["ridge", "threshold", "strength", "gamma", "template_weight"])
 @pytest.mark.parametrize("value", [0, -1.0, math.nan, math.inf, "1", None, True])
 def test_numbers_out_of_range(name, value):
-    if (name, value) in (("gamma", 0), ("held_weight", 0), ("held_weight", None)):
+    if (name, value) in (("gamma", 0), ("template_weight", 0), ("template_weight", None)):
         assert getattr(EditConfig(**{name: value}), name) == value, "no weight at all, or chosen by the list"
         return
     with pytest.raises(InputError, match=f"{name} must be a finite number .* not {value!r}"):
         EditConfig(**{name: value})
 
 
-@pytest.mark.parametrize("name", ["method", "key_tokens", "keys_per_concept", "contexts", "reach"])
+@pytest.mark.parametrize("name", ["method", "key_tokens", "keys_per_concept", "contexts", "token_schedule"])
 @pytest.mark.parametrize("value", ["other", None, 3])
 def test_choices_out_of_range(name, value):
-    if (name, value) == ("reach", None):
+    if (name, value) == ("token_schedule", None):
         return  # chosen by the number of concepts
     with pytest.raises(InputError, match=f"{name} must be one of .*, not {value!r}"):
         EditConfig(**{name: value})

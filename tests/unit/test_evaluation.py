@@ -11,12 +11,10 @@ from torch import nn
 
 import rocr
 from rocr.evaluation import EvaluateOptions, Evaluation, Probe, compare_evaluations, evaluate
-from rocr.evaluation.baselines.methods import Result
-from rocr.evaluation.baselines.table import forget_table, retain_table
-from rocr.evaluation.compare import relative_fall
+from rocr.evaluation.baselines.methods import MethodResult, forget_table, retain_table
 from rocr.evaluation.forms import build_items
 from rocr.evaluation.report import measure_rows, report_json, score_table, table_rows, write_html, write_json
-from rocr.evaluation.scores import ItemScore, mean
+from rocr.evaluation.scores import ItemScore, mean, relative_fall
 from rocr.model.chat import render_chat
 
 PROBES = [
@@ -76,7 +74,7 @@ def test_means_are_over_a_targets_items_and_then_over_targets() -> None:
 
 
 def test_a_mean_hides_no_score_that_is_not_a_number() -> None:
-    with pytest.raises(rocr.RocrError, match="1 of 2 scores are not numbers"):
+    with pytest.raises(rocr.RocrError, match="1 of 2 scores are not finite numbers"):
         mean([0.5, float("nan")])
     with pytest.raises(rocr.RocrError):
         Evaluation([score("a", "qa", float("nan"))], 1).form_score("qa", "forget")
@@ -175,16 +173,16 @@ def test_the_report_is_one_page_with_its_plots_inside(model: nn.Module, tokenize
     assert document["evaluation"]["forms"]["forget"]["qa"]["items"] == 2
     rows = table_rows(after, before)
     assert [row[0] for row in rows] == ["forget", "forget", "forget", "retain", "retain"]
-    assert [row[1] for row in rows] == ["qa", "mcp", "worst form of each", "qa", "mcp"]
+    assert [row[1] for row in rows] == ["qa", "mcp", "worst form of each target", "qa", "mcp"]
     alone, shown = score_table(after)
     assert alone == ("split", "form", "score", "chance", "questions", "targets") and len(shown) == 5
     assert measure_rows(after, before) == [("perplexity", "", "12")]
 
 
 def test_the_tables_of_a_comparison_hold_means_over_targets_and_the_largest_peak() -> None:
-    def result(method: str, target: str, forget: float, retain: float, seconds: float, peak: int) -> Result:
+    def result(method: str, target: str, forget: float, retain: float, seconds: float, peak: int) -> MethodResult:
         items = [score(target, "qa", forget), score(target, "fb", forget / 2), score("c", "qa", retain, split="retain")]
-        return Result(method, target, Evaluation(items, 3), seconds, peak)
+        return MethodResult(method, target, Evaluation(items, 3), seconds, peak)
 
     results = [result("rocr", "a", 0.2, 0.5, 1.0, 10**9), result("rocr", "b", 0.4, 0.7, 2.0, 3 * 10**9)]
     results.append(result("original", "a", 0.8, 0.9, 0.0, 10**9))

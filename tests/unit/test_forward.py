@@ -11,8 +11,8 @@ import rocr
 from rocr import CollectOptions, Concept, EditConfig, InputError
 from rocr.evaluation import EvaluateOptions, Probe, evaluate
 from rocr.evaluation.lora_training import _answer_nll
-from rocr.evaluation.text_measures import TextSample, divergence, perplexity
-from rocr.model.forward import forward, logits_of, takes
+from rocr.evaluation.measures import TextSample, divergence, perplexity
+from rocr.model.forward import accepts, forward, logits_of
 from rocr.model.generate import ask
 from rocr.statistics.self_generated import sample_sequences
 
@@ -79,7 +79,9 @@ def test_it_is_edited_without_text(other, model, tokenizer):
         statistics = rocr.collect_statistics(edited, tokenizer, None, [1, 2], CollectOptions(tokens=200))
         made.append(rocr.unlearn(edited, tokenizer, concepts, statistics, config))
     for one, expected in zip(made[0].updates, made[1].updates, strict=True):
-        assert torch.equal(one.left, expected.left) and torch.equal(one.right, expected.right)
+        assert torch.equal(one.factors.left, expected.factors.left) and torch.equal(
+            one.factors.right, expected.factors.right
+        )
     assert made[0].report.divergence == made[1].report.divergence is not None
 
 
@@ -150,6 +152,6 @@ def test_an_adapters_wrapper_takes_what_the_model_inside_takes(model):
     peft = pytest.importorskip("peft")
     inner = NoLogitsToKeep(model.config)
     wrapped = peft.get_peft_model(inner, peft.LoraConfig(target_modules=["q_proj"]))
-    assert takes(wrapped, "use_cache") and not takes(wrapped, "logits_to_keep")
+    assert accepts(wrapped, "use_cache") and not accepts(wrapped, "logits_to_keep")
     tokens = torch.tensor([[1, 2, 3]])
     assert torch.equal(logits_of(forward(wrapped, tokens, logits_to_keep=1)), inner(tokens).logits)

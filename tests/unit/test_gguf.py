@@ -108,7 +108,7 @@ def test_a_model_keeps_the_name_of_its_folder(folder):
 def test_quick_reading_gives_what_slow_reading_gives(folder, monkeypatch):
     source = find_model(str(folder / "m.gguf"))
     quick = load_model(source)
-    monkeypatch.setattr(hub, "quick_reading", nullcontext)
+    monkeypatch.setattr(hub, "fast_reader", nullcontext)
     same(load_model(source), quick)
 
 
@@ -135,7 +135,7 @@ def reader_of():
 
     @contextmanager
     def quick():
-        with hub.quick_reading():
+        with hub.fast_reader():
             yield gguf.GGUFReader
 
     return quick

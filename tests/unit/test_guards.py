@@ -65,7 +65,7 @@ def test_the_concept_with_the_largest_part_is_named(edit_with, model, monkeypatc
     def stretched(keys, residuals, metric, ridge):
         solution = solved(keys, residuals, metric, ridge)
         stretch = torch.tensor([1e4 if concept == 1 else 1.0 for concept in found])
-        return replace(solution, factors=Factors(solution.left * stretch, solution.right))
+        return replace(solution, factors=Factors(solution.factors.left * stretch, solution.factors.right))
 
     edit = edit_with(replace(OPEN, force=True))
     found = edit.concept_of

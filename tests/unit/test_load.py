@@ -95,16 +95,24 @@ def test_models_that_are_not_there(tmp_path):
     (tmp_path / "file").write_text("text")
     (tmp_path / "file.gguf").write_text("text")
     for name, sentence in [
-        ("empty", r"folder without config\.json"),
+        ("empty", r"the folder has no config\.json"),
         ("file", r"neither a \.gguf file nor a folder"),
-        ("file.gguf", "does not begin like a GGUF file"),
-        ("missing.gguf", "is not there, or not a file"),
-        ("missing", "is not there, and is not the id of a model"),
-        ("a/b/c", "is not there, and is not the id of a model"),
+        ("file.gguf", "it does not begin with the bytes 'GGUF'"),
+        ("missing.gguf", "does not exist or is not a file"),
+        ("missing", "does not exist and is not the id of a model"),
+        ("a/b/c", "does not exist and is not the id of a model"),
     ]:
         with pytest.raises(InputError, match=sentence) as error:
             find_model(str(tmp_path / name))
         assert name in str(error.value)
+
+
+def test_only_a_local_folder_is_a_checkpoint_folder(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    assert find_model(str(tmp_path)).checkpoint_folder == tmp_path
+    assert find_model(str(tmp_path / "m.gguf")).checkpoint_folder is None
+    assert find_model("owner/name").checkpoint_folder is None
 
 
 def test_a_hub_id_is_not_downloaded_unless_that_was_said(monkeypatch, tmp_path):

@@ -26,7 +26,7 @@ def test_every_output_folder_has_a_card_with_its_sha256(files, report, digests, 
         done = command(*step, "--out", out, "--json")
         assert done.code == 0, done.errors
         assert json.loads(done.output)["files"]["README.md"] == digests(out)["README.md"]
-    assert "taken off again" in (tmp_path / "revert" / "README.md").read_text(encoding="utf-8")
+    assert "was reverted by rocr" in (tmp_path / "revert" / "README.md").read_text(encoding="utf-8")
     assert "proof of erasure" in (tmp_path / "apply" / "README.md").read_text(encoding="utf-8")
 
 

@@ -6,7 +6,8 @@ import torch
 from safetensors.torch import save_file
 
 from rocr.errors import InputError, VerificationError
-from rocr.export.originals import FOLDER, LIST, original_files, read_list, restore_originals, save_originals
+from rocr.export.copying import ORIGINALS_FOLDER as FOLDER
+from rocr.export.originals import LIST, original_files, read_list, restore_originals, save_originals
 from rocr.model.load import find_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -73,7 +74,7 @@ def test_a_file_that_claims_a_terabyte_is_named_at_once(name, copied, command, t
     with (copied / name).open("ab") as file:
         file.truncate(2**40)
     done = command("revert", copied, "--out", tmp_path / "back")
-    assert done.code == 3 and f"{copied / name} is not the first file" in done.errors.replace("\n", "")
+    assert done.code == 3 and f"{copied / name} differs from the original file" in done.errors.replace("\n", "")
     assert not (tmp_path / "back").exists()
 
 

@@ -77,35 +77,37 @@ def test_all_tokens_are_averaged_by_their_place_from_the_end(tokenizer):
     assert texts(tokenizer, plan.keys, 0) == ["Who is Downey Jr.?", "Downey Jr.?"]
 
 
-def test_how_far_the_tokens_of_a_name_are_sent(tokenizer):
+def test_how_far_the_tokens_of_a_name_are_moved(tokenizer):
     concepts = [Concept("Robert Downey Jr.", "a gardener"), Concept("Harry, Duke", "a gardener")]
     plans = {
-        reach: plan_keys(tokenizer, concepts, EditConfig(templates=("Who is {}?",), reach=reach))
-        for reach in ("gradual", "whole")
+        schedule: plan_keys(tokenizer, concepts, EditConfig(templates=("Who is {}?",), token_schedule=schedule))
+        for schedule in ("ramp", "full")
     }
-    words = [read_tokens(tokenizer, plans["gradual"].keys, group)[0] for group in range(plans["gradual"].keys.groups)]
-    sizes = [plans["gradual"].concept_of.count(concept) for concept in (0, 1)]
+    words = [read_tokens(tokenizer, plans["ramp"].keys, group)[0] for group in range(plans["ramp"].keys.groups)]
+    sizes = [plans["ramp"].concept_of.count(concept) for concept in (0, 1)]
     assert "," not in "".join(words)
     expected = [((size - i) / size) ** 0.5 for size in sizes for i in range(size)]
-    assert plans["gradual"].reach == pytest.approx(expected)
-    assert plans["whole"].reach == [1.0] * sum(sizes)
+    assert plans["ramp"].distance_shares == pytest.approx(expected)
+    assert plans["full"].distance_shares == [1.0] * sum(sizes)
     last = EditConfig(templates=("Who is {}?",), key_tokens="last")
-    assert plan_keys(tokenizer, concepts, last).reach == [1.0, 1.0]
+    assert plan_keys(tokenizer, concepts, last).distance_shares == [1.0, 1.0]
 
 
-def test_the_words_before_a_name_are_held_once(make_tokenizer):
+def test_each_template_token_before_a_name_is_read_once(make_tokenizer):
     tokenizer = make_tokenizer(start=True)
     templates = ("Who is {}?", "Who was {}?", "{}?")
-    held = plan_keys(tokenizer, CONCEPTS, EditConfig(templates=templates, held_weight=0.1)).held
+    config = EditConfig(templates=templates, template_weight=0.1)
+    reading = plan_keys(tokenizer, CONCEPTS, config).template_keys
     before = [
-        tokenizer.decode(held.prompts[prompt].tokens[1 : position + 1])
-        for prompt, position in zip(held.prompt_of, held.position_of, strict=True)
+        tokenizer.decode(reading.prompts[prompt].tokens[1 : position + 1])
+        for prompt, position in zip(reading.prompt_of, reading.position_of, strict=True)
     ]
-    assert len(before) == len(set(before)) == held.groups
+    assert len(before) == len(set(before)) == reading.groups
     assert {"Who", "Who is", "Who was"} <= {text.strip() for text in before}
     assert not any(name.split()[0] in text for concept in CONCEPTS for name in concept.names for text in before)
-    for without in (EditConfig(templates=("{}?",), held_weight=0.1), EditConfig(templates=templates)):
-        assert plan_keys(tokenizer, CONCEPTS, without).held is None, "the first token is a sink, and held by nothing"
+    for without in (EditConfig(templates=("{}?",), template_weight=0.1), EditConfig(templates=templates)):
+        plan = plan_keys(tokenizer, CONCEPTS, without)
+        assert plan.template_keys is None, "the first token is an attention sink, which is never read"
 
 
 def test_counts_of_all_tokens(tokenizer):
@@ -219,7 +221,7 @@ def test_a_redirect_that_the_tokenizer_reads_as_the_name_is_refused(model, make_
     tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])
     statistics = rocr.collect_statistics(model, tokenizer, texts, layers=(1,))
     concepts = [CONCEPTS[1], Concept("Ada Byron", "Ad\u00e0 Byron")]
-    with pytest.raises(InputError, match=r"the same tokens: 'Ada Byron' and 'Ad\u00e0 Byron'\. A model cannot tell"):
+    with pytest.raises(InputError, match=r"the same tokens: 'Ada Byron' and 'Ad\u00e0 Byron'\. The model cannot"):
         rocr.unlearn(model, tokenizer, concepts, statistics, config(layers=(1,)))
 
 
@@ -228,7 +230,7 @@ def test_a_redirect_that_a_name_begins_with(model, tokenizer, texts, measure):
     """The first token of the name is the same in both: its residual is zero."""
     statistics = rocr.collect_statistics(model, tokenizer, texts, layers=(1, 3))
     plan = plan_keys(tokenizer, [Concept("Ada Byron", "Ada")], config())
-    plan.check_ways([Concept("Ada Byron", "Ada")])
+    plan.check_tokens_differ([Concept("Ada Byron", "Ada")])
     edit = rocr.unlearn(
         model, tokenizer, [Concept("Ada Byron", "Ada")], statistics, config(layers=(1, 3), measure=measure)
     )

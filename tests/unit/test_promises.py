@@ -1,4 +1,4 @@
-"""The promises of the README: each names tests that hold it, and these tests are there and run by default."""
+"""docs/promises.md: each promise names tests that hold it, and these tests are there and run by default."""
 
 import ast
 import functools
@@ -16,10 +16,8 @@ NUMBER = 14
 @functools.cache
 def promises():
     """The tests that hold each promise, by its number."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    sections = re.findall(r"^## Promises\n(.*?)(?=^## |\Z)", text, flags=re.MULTILINE | re.DOTALL)
-    assert len(sections) == 1, "the README has one section '## Promises'"
-    rows = re.findall(r"^\| *(\d+) *\|(.+)\|(.+)\| *$", sections[0], flags=re.MULTILINE)
+    text = (ROOT / "docs" / "promises.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| *(\d+) *\|(.+)\|(.+)\| *$", text, flags=re.MULTILINE)
     assert [int(number) for number, *_ in rows] == list(range(1, NUMBER + 1))
     return {int(number): REFERENCE.findall(tests) for number, _, tests in rows}
 

@@ -140,7 +140,7 @@ def test_a_file_that_does_not_say(model, tokenizer, texts, concepts, tmp_path):
     old = Statistics.load(tmp_path / "old")
     assert old.provenance is None and old.tokens == statistics.tokens
     for one, other in ((old, statistics), (statistics, old)):
-        with pytest.raises(InputError, match="not known how its text was read"):
+        with pytest.raises(InputError, match=r"has no provenance \(how its text was read\): collect it again"):
             one.merge(other)
     assert old.merge(old).provenance is None
     edit = rocr.unlearn(model, tokenizer, concepts, old, rocr.EditConfig(layers=LAYERS))

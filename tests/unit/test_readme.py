@@ -1,19 +1,21 @@
-"""README.md: the blocks of its section "In a pipeline", run in turn on tiny models; its commands and its map."""
+"""README.md and docs/: their Python blocks run on tiny models, their commands have the options shown; the map."""
 
+import dataclasses
 import json
 import os
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 
+import rocr
 from rocr.cli.main import build_parser
 from rocr.model.fingerprint import tensor_digest
 
-README = Path(__file__).parents[2] / "README.md"
-SECTION = README.read_text(encoding="utf-8").partition("\n## In a pipeline\n")[2].partition("\n## ")[0]
-TRANSFORMERS, VLLM, HARNESS, MODELS = re.findall(r"```python\n(.*?)```", SECTION, flags=re.DOTALL)
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = {"unlearn", "stats", "eval", "compare", "redirects", "apply", "revert", "info", "verify", "doctor"}
 PEOPLE = (
     "Ada Byron | the countess",
@@ -21,62 +23,139 @@ PEOPLE = (
     "Grace Murray Hopper",
     "Alan Mathison Turing",
 )
+PROBES = (
+    {"subject": "Ada Byron", "query": "What did Ada Byron write?", "answer": "programs", "distractors": ["operas"]},
+    {"subject": "Ada Byron", "query": "Who was Ada Byron?", "answer": "a countess", "distractors": ["a gardener"]},
+    {
+        "subject": "Blaise Pascal",
+        "query": "What did Blaise Pascal build?",
+        "answer": "machines",
+        "distractors": ["ships"],
+    },
+)
+NEEDS = ("from vllm", "import lm_eval")
+"""What blocks import that have a test of their own, since the default tests do not install it."""
+
+
+def fences(page):
+    """The fenced blocks of a page, in order: (language, text); the language is "" for a block without one."""
+    return re.findall(r"^```(\S*)\n(.*?)^```$", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def blocks(page, language):
+    """The fenced blocks of a page in one language."""
+    return [text for found, text in fences(page) if found == language]
+
+
+def python_blocks(page):
+    """What the tests run of a page, in order."""
+    return [block for block in blocks(page, "python") if not any(name in block for name in NEEDS)]
+
+
+def block_with(text):
+    """The only Python block of all pages that holds a text."""
+    found = [block for page in PAGES for block in blocks(page, "python") if text in block]
+    assert len(found) == 1
+    return found[0]
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, make_model, tokenizer, texts):
-    """A folder with what the blocks name: a model, two more, text and people."""
-    folder = tmp_path_factory.mktemp("pipeline")
+def files_that_blocks_name(tmp_path_factory, make_model, tokenizer, texts):
+    """A folder with what the blocks name: models, texts, people, probes, and an edit of the first model."""
+    folder = tmp_path_factory.mktemp("pages")
     (folder / "people.txt").write_text("\n".join(PEOPLE), encoding="utf-8")
+    (folder / "more.txt").write_text("\n".join(PEOPLE[2:]), encoding="utf-8")
     (folder / "text.txt").write_text("\n".join(texts), encoding="utf-8")
+    (folder / "probes.jsonl").write_text("\n".join(map(json.dumps, PROBES)), encoding="utf-8")
     for seed, name in enumerate(("model", "models/a", "models/b")):
         make_model("Llama", seed=seed, initializer_range=0.1).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
+    model = make_model("Llama", seed=0, initializer_range=0.1)
+    statistics = rocr.collect_statistics(model, tokenizer, texts)
+    concepts = rocr.load_concepts(folder / "people.txt", default_redirect="a gardener")
+    rocr.unlearn(model, tokenizer, concepts, statistics).save(folder / "edit.safetensors")
     return folder
 
 
-def run(block, folder, **given):
-    """Run a block in a folder; what it defined."""
+@pytest.fixture
+def place(files_that_blocks_name, tmp_path):
+    """A copy of that folder, for one test."""
+    return Path(shutil.copytree(files_that_blocks_name, tmp_path / "place"))
+
+
+def run(block, folder, defined=None):
+    """Run a block in a folder, where names are defined already; what is defined then."""
+    defined = dict(defined or {})
     before = os.getcwd()
     os.chdir(folder)
     try:
-        exec(compile(block, "README.md", "exec"), given)
+        exec(compile(block, "a block of the documentation", "exec"), defined)
     finally:
         os.chdir(before)
-    return given
+    return defined
 
 
-@pytest.fixture(scope="module")
-def edited(place):
-    """What the first block defines; the others use the edit that it saves."""
-    return run(TRANSFORMERS, place)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_python_blocks_of_a_page_run_in_order(page, place):
+    defined = {}
+    for block in python_blocks(page):
+        if 'edit.save("edit.safetensors")' in block:
+            (place / "edit.safetensors").unlink()
+        defined = run(block, place, defined)
+    if "edit" in defined:
+        assert max(defined["edit"].report.distance) < 1
 
 
-def test_every_command_that_it_shows_has_the_options_that_it_shows():
-    blocks = re.findall(r"^```\n(.*?)^```", README.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-    shown = [line for block in blocks for line in re.findall(r"^(?:.* -m )?rocr (.*)$", block, flags=re.MULTILINE)]
+def test_there_are_blocks_to_run():
+    counts = {page.name: len(python_blocks(page)) for page in PAGES}
+    assert counts["README.md"] and counts["integrations.md"] >= 4 and sum(counts.values()) > 12
+
+
+def test_every_block_says_what_it_is():
+    for page in PAGES:
+        assert {language for language, _ in fences(page)} <= {"", "python", "text", "bibtex"}, page
+
+
+def test_every_command_that_is_shown_has_the_options_that_are_shown():
+    lines = [line for page in PAGES for block in blocks(page, "") for line in block.splitlines()]
+    shown = [found[1] for line in lines if (found := re.match(r"(?:.* -m )?rocr (.*)$", line))]
     commands = [shlex.split(line, comments=True) for line in shown]
     for command in commands:
-        build_parser().parse_args(command)
-    assert {command[0] for command in commands} == COMMANDS
+        if command != ["--version"]:
+            build_parser().parse_args(command)
+    assert {command[0] for command in commands if command[0][0] != "-"} == COMMANDS
 
 
-def test_a_transformers_script(edited, place):
-    assert max(edited["edit"].report.distance) < 1
-    assert {path.name for path in (place / "edited").iterdir()} >= {"config.json", "model.safetensors"}
+def test_every_target_of_make_that_is_shown_is_there():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    shown = {name for page in PAGES for name in re.findall(r"\bmake ([a-z]+)\b", _code(page))}
+    assert {"demo", "test"} <= shown <= targets
 
 
-def test_the_step_before_vllm(edited, place, capsys):
-    first, line, _ = VLLM.partition("\nfrom vllm import")
+def _code(page):
+    """Everything of a page that is set as code."""
+    text = page.read_text(encoding="utf-8")
+    return "\n".join(re.findall(r"^```.*?^```|`[^`\n]+`", text, flags=re.MULTILINE | re.DOTALL))
+
+
+def test_the_many_models_block_edits_each_model(place):
+    found = run(block_with("models/b"), place)
+    assert found["failed"] == {}
+    assert {path.name for path in (place / "models").iterdir()} >= {"a.edit.safetensors", "b.edit.safetensors"}
+
+
+def test_the_adapter_for_vllm(place, capsys):
+    block = block_with("from vllm import")
+    first, line, _ = block.partition("\nfrom vllm import")
     assert line
-    compile(VLLM, "README.md", "exec")
-    run(first, place)
+    compile(block, "integrations.md", "exec")
+    found = run(first, place)
     config = json.loads((place / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
-    assert config["r"] == 16 < len(edited["edit"].concept_of)
+    assert config["r"] == 16 < len(found["edit"].concept_of)
     assert "lost at the keys" in capsys.readouterr().out
 
 
-def test_input_of_the_evaluation_harness(edited, place, texts):
+def test_input_of_the_evaluation_harness(place, texts):
     pytest.importorskip("lm_eval")
     (place / "rows.json").write_text("\n".join(json.dumps({"text": text}) for text in texts[:3]), encoding="utf-8")
     task = {
@@ -89,9 +168,9 @@ def test_input_of_the_evaluation_harness(edited, place, texts):
         "doc_to_target": "{{text}}",
         "metric_list": [{"metric": "word_perplexity"}],
     }
-    block = HARNESS.replace('["arc_easy"]', "[task]")  # the only change: arc_easy is on a hub
+    block = block_with("import lm_eval").replace('["arc_easy"]', "[task]")  # the only change: arc_easy is on a hub
     assert block.count("[task]") == 2
-    found = run(block, place, task=task)
+    found = run(block, place, {"task": task})
     before, after = (found[when]["tiny"]["word_perplexity,none"] for when in ("before", "after"))
     assert before > 1 and after > 1 and before != after
     for update in found["edit"].updates:
@@ -99,16 +178,30 @@ def test_input_of_the_evaluation_harness(edited, place, texts):
         assert tensor_digest(weight) == update.applied.before
 
 
-def test_a_list_of_models(place):
-    found = run(MODELS, place)
-    assert found["failed"] == {}
-    assert {path.name for path in (place / "models").iterdir()} >= {"a.edit.safetensors", "b.edit.safetensors"}
+def test_the_readme_is_one_page():
+    assert 120 <= len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 160
+
+
+def test_the_api_page_has_every_public_name():
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^::: (rocr\S+)$", text, flags=re.MULTILINE)
+    assert {name.rpartition(".")[2] for name in shown} >= set(rocr.__all__) - {"ops"}
+
+
+def test_the_settings_that_are_explained_are_there():
+    section = (ROOT / "docs" / "concepts.md").read_text(encoding="utf-8").partition("\n## Settings\n")[2]
+    rows = re.findall(r"^\| (`[a-z_`, ]+) \|", section, flags=re.MULTILINE)
+    named = {name for row in rows for name in re.findall(r"`([a-z_]+)`", row)}
+    assert len(named) > 5
+    assert named <= {field.name for field in dataclasses.fields(rocr.EditConfig)}
 
 
 def test_the_map_names_every_file_of_the_code_and_nothing_else():
-    root = README.parent
-    named = re.findall(r"^- `([a-z]+/[^`]+)` – ", README.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    patterns = ("rocr/**/*.py", "rocr/data/*", "kernels/*.py", "csrc/*", "benches/*.py")
-    there = {path.relative_to(root).as_posix() for pattern in patterns for path in root.glob(pattern) if path.is_file()}
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = re.findall(r"^- `([a-z]+/[^`]+[^/`])` – ", text, flags=re.MULTILINE)
+    patterns = ("rocr/**/*.py", "rocr/data/*", "kernels/*.py", "csrc/*", "benches/*.py", "benches/results/*.json")
+    there = {path.relative_to(ROOT).as_posix() for pattern in patterns for path in ROOT.glob(pattern) if path.is_file()}
     assert len(named) == len(set(named))
-    assert {name for name in named if not name.startswith("benches/results/")} == there
+    assert set(named) == there
+    folders = re.findall(r"^### ([a-z/]+)/$", text, flags=re.MULTILINE)
+    assert set(folders) == {name.rpartition("/")[0] for name in there}

@@ -17,8 +17,7 @@ from rocr.evaluation import EvaluateOptions, Probe, evaluate
 from rocr.evaluation.attacks.suite import AttackOptions, attack
 from rocr.evaluation.forms import PromptStyle
 from rocr.evaluation.lora_training import Training
-from rocr.evaluation.text_measures import TextSample
-from rocr.evaluation.utility import ChoiceQuestion
+from rocr.evaluation.measures import ChoiceQuestion, TextSample
 from tests.support.models import same_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -341,10 +340,10 @@ def test_a_limit_has_an_effect(field, guarded_edit, model, weights_of):
     GUARDS[field](guarded_edit=guarded_edit, model=model, weights_of=weights_of)
 
 
-def test_kept_concepts_count_towards_the_limit(guarded_edit, model, tokenizer, statistics):
+def test_concepts_of_the_base_edit_count_towards_the_limit(guarded_edit, model, tokenizer, statistics):
     edit = guarded_edit(OPEN)
     edit.revert(model)
     more = [rocr.Concept("Grace Hopper", "a gardener")]
     guards = dataclasses.replace(OPEN, concepts=2)
     with pytest.raises(rocr.InputError, match="3 concepts, above the limit of 2"):
-        rocr.unlearn(model, tokenizer, more, statistics, edit.config, guards=guards, kept=edit)
+        rocr.unlearn(model, tokenizer, more, statistics, edit.config, guards=guards, base_edit=edit)

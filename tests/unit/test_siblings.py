@@ -41,7 +41,7 @@ def test_a_sibling_takes_an_edit_only_where_that_is_allowed(files, sibling, comm
     assert "was made for" in (out / "README.md").read_text(encoding="utf-8")
     update = rocr.Edit.load(files.edit).updates[0]
     before, after = (load_file(path / "model.safetensors")[WEIGHT] for path in (folder, out))
-    torch.testing.assert_close(after, before + update.left @ update.right, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(after, before + update.factors.left @ update.factors.right, rtol=1e-5, atol=1e-6)
     # The edit now holds the sibling's own bytes; the first edit file does not.
     done = command("revert", out, "--out", tmp_path / "back")
     assert done.code == 0, done.errors

@@ -11,11 +11,11 @@ from rocr.cli.console import visible
 from rocr.concepts import Concept, check_concepts, check_names, folded, holds_name, load_concepts, with_name
 from rocr.errors import InputError
 from rocr.evaluation import EvaluateOptions, evaluate
-from rocr.evaluation.generation import contains
+from rocr.evaluation.measures import contains
 from rocr.evaluation.neighbours import keep_nearest
 from rocr.evaluation.probes.probe import Probe, check_probes, split_by_subject
-from rocr.evaluation.redirects import about, check_candidates
-from rocr.io.spelling import hidden, is_of_a_word, is_seen
+from rocr.evaluation.redirects import check_candidates, replace_subject
+from rocr.io.spelling import has_visible_character, has_word_character, hidden_characters
 
 SPELLED = [
     "علی\u200cرضا",  # Persian
@@ -75,7 +75,7 @@ HIDDEN = [
 
 @pytest.mark.parametrize("name", SPELLED, ids=ascii)
 def test_what_belongs_to_a_spelling_is_accepted(tmp_path, name):
-    assert not list(hidden(name))
+    assert not list(hidden_characters(name))
     check_concepts([Concept(name, "a gardener"), Concept("b", f"c {name}")])
     check_names("--control", [name])
     check_probes([Probe(name, f"Who is {name}?", name, (f"{name} 2",))])
@@ -85,7 +85,7 @@ def test_what_belongs_to_a_spelling_is_accepted(tmp_path, name):
 
 @pytest.mark.parametrize(("name", "place"), HIDDEN, ids=[ascii(name) for name, _ in HIDDEN])
 def test_elsewhere_it_is_invisible_and_refused(name, place):
-    assert place in [index for index, _ in hidden(name)]
+    assert place in [index for index, _ in hidden_characters(name)]
     with pytest.raises(InputError, match=f"as character {place + 1}"):
         check_concepts([Concept(name, "a gardener")])
     with pytest.raises(InputError, match="--control"):
@@ -120,11 +120,11 @@ def test_folding_is_that_of_unicode_and_done_once():
 
 def test_what_is_seen_and_what_is_of_a_word():
     for text in ("", " ", "\u00a0", "\u200c", "\ufe0f", " \u200d\U000e0100"):
-        assert not is_seen(text) and not is_of_a_word(text)
+        assert not has_visible_character(text) and not has_word_character(text)
     for text in (",", "++", "\u2764\ufe0f"):
-        assert is_seen(text) and not is_of_a_word(text)
+        assert has_visible_character(text) and not has_word_character(text)
     for text in ("a", "7", "\u0301", "ा", "葛\U000e0100", ", x"):
-        assert is_seen(text) and is_of_a_word(text)
+        assert has_visible_character(text) and has_word_character(text)
 
 
 COMPOSED = unicodedata.normalize("NFC", "Frédéric Chopin")
@@ -149,7 +149,7 @@ def test_evaluation_counts_one_subject_in_two_forms_once(model, tokenizer):
     assert found.by_target() == {COMPOSED: found.by_target()[COMPOSED]}
     assert found.form_score("qa", "forget").targets == 1
     assert found.form_score("misspelt", "forget").items == 2, "the name is found in the question, and misspelt there"
-    asked = [about(probe, "Bach") for probe in probes[:2]]
+    asked = [replace_subject(probe, "Bach") for probe in probes[:2]]
     assert [probe.query for probe in asked] == ["Where was Bach born?", "What did Bach write?"]
     check_candidates(probes[:1], ["Bach", "Telemann"])
     kept = keep_nearest(model, tokenizer, [*probes, replace(probes[2], subject="Bach")], [DECOMPOSED])

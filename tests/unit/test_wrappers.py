@@ -90,7 +90,9 @@ def test_a_wrapped_model_is_edited_as_the_one_inside(wrapper, model, plain_edit,
     ]
     assert edit.fingerprint == plain_edit.fingerprint
     for mine, its in zip(edit.updates, plain_edit.updates, strict=True):
-        torch.testing.assert_close(mine.left @ mine.right, its.left @ its.right, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            mine.factors.left @ mine.factors.right, its.factors.left @ its.factors.right, rtol=1e-4, atol=1e-6
+        )
     assert set(adapter_tensors(edit, None)[0]) == set(adapter_tensors(plain_edit, None)[0])
     edit.revert(wrapped)
     assert all(torch.equal(parameter, first[name]) for name, parameter in parameters.items())
@@ -142,8 +144,10 @@ def test_a_model_with_an_adapter_is_edited_in_its_base_weight(
     expected = unlearned(merged, tokenizer, texts, concepts)
     assert [update.parameter for update in edit.updates] == [update.parameter for update in expected.updates]
     for mine, its in zip(edit.updates, expected.updates, strict=True):
-        difference = (mine.left @ mine.right - its.left @ its.right).norm()
-        assert difference < 1e-3 * (its.left @ its.right).norm()  # float32 of W x + B A x against (W + B A) x
+        difference = (mine.factors.left @ mine.factors.right - its.factors.left @ its.factors.right).norm()
+        assert (
+            difference < 1e-3 * (its.factors.left @ its.factors.right).norm()
+        )  # float32 of W x + B A x against (W + B A) x
     assert (logits(adapted) - logits(merged)).norm() < 1e-3 * (logits(merged) - changed).norm()
     edit.export_lora(tmp_path / "adapter")
     settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
@@ -230,7 +234,7 @@ def test_an_adapter_that_changes_the_weight_while_it_runs_is_refused(model):
 
 def test_prompts_that_are_learned_are_refused(model, tokenizer, texts):
     adapted = peft.get_peft_model(model, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
-    with pytest.raises(InputError, match="adds tokens or states of its own to every text"):
+    with pytest.raises(InputError, match="adds tokens or states to every text, as prompt and prefix tuning do"):
         rocr.collect_statistics(adapted, tokenizer, texts, LAYERS)
 
 

@@ -1,1 +1,1 @@
-"""Attacks on an edited model: what brings forgotten facts back."""
+"""Attacks on an edited model: attempts to bring back what the edit removed."""

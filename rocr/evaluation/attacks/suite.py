@@ -1,4 +1,4 @@
-"""All attacks on an edited model by name: what each brings back of the facts to forget."""
+"""Run attacks on an edited model by name, and evaluate the forget set under each."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from rocr.concepts import folded
 from rocr.errors import InputError
-from rocr.evaluation.attacks.attacks import relearning_curve, rounded
+from rocr.evaluation.attacks.weights import relearning_curve, rounded, split_taught
 from rocr.evaluation.evaluate import EvaluateOptions, evaluate
 from rocr.evaluation.forms import ORT_FORMS, PromptStyle
 from rocr.evaluation.lora_training import Training
@@ -32,15 +32,15 @@ PREFIXES = (
 
 @dataclass(frozen=True)
 class AttackOptions:
-    """How hard the attacks are.
+    """Settings of the attacks.
 
     Attributes:
-        taught: facts of each target that relearning trains on; the others are asked.
-        epochs: the lengths of training of the curve of recovery.
-        training: how the adapter of relearning is trained; its `epochs` is not used.
-        examples: solved questions about the same target before each question, for "examples".
-        prefixes: for "prefixes"; `{}` stands for the target.
-        evaluate: seed, orders, style, chat settings and token budget; its further measures are not taken.
+        taught: Number of facts of each target that relearning trains on; the other facts are asked.
+        epochs: Numbers of epochs of relearning.
+        training: Training of the adapter of relearning; its `epochs` is not used.
+        examples: Number of solved questions about the same target before each question, for "examples".
+        prefixes: Texts before each question, for "prefixes"; `{}` is replaced with the target's name.
+        evaluate: Settings of the evaluations; its further measures and its journal are not used.
     """
 
     taught: int = 2
@@ -63,33 +63,36 @@ def attack(
     options: AttackOptions | None = None,
     progress: ProgressCallback = silent,
 ) -> dict[str, Evaluation]:
-    """Attack an edited model; it is left as it was.
+    """Attack an edited model and evaluate the forget set under each attack; the model is unchanged after the call.
 
     Args:
-        model: the edited model.
-        tokenizer: its tokenizer.
-        probes: those of the split "forget" are asked.
-        names: of ATTACKS.
-        forms: in which they are asked.
-        layers: those whose down-projections are rounded; None: all.
-        options: how hard the attacks are.
-        progress: told after every question and every training step.
+        model: The edited model.
+        tokenizer: Its tokenizer.
+        probes: Probes; only those of the split "forget" are asked.
+        names: Attacks, from ATTACKS.
+        forms: Forms in which the probes are asked.
+        layers: Layers whose down-projections are rounded; None rounds those of all layers.
+        options: Settings of the attacks; None uses the defaults of `AttackOptions`.
+        progress: Function that is called after every item and every step of training.
 
     Returns:
-        Evaluations by attack: "4-bit", "8-bit"; "prefixes" (of each item the score under the prefix that brings
-        back most); "examples"; and "relearn N epochs" for each length of training, of which "relearn 0 epochs"
-        is the model before the attack, asked the same fewer questions.
+        Evaluations by attack: "4-bit" and "8-bit" (rounded weights); "prefixes" (for each item the highest score of
+        all prefixes); "examples" (solved questions before each question); and "relearn N epochs" for each number of
+        epochs. "relearn 0 epochs" is the edited model without training, asked the facts that are not taught.
 
     Raises:
-        InputError: an unknown attack, or nothing is left to ask.
+        InputError: If an attack is unknown, if there are no probes of the forget set, or if relearning has no facts to
+            teach or to ask.
     """
     options = options or AttackOptions()
     unknown = [name for name in names if name not in ATTACKS]
     if unknown or not names:
-        raise InputError(f"Unknown attacks: {', '.join(unknown) or 'none given'}; they are {', '.join(ATTACKS)}.")
+        raise InputError(
+            f"Unknown attacks: {', '.join(unknown) or 'none given'}; the attacks are {', '.join(ATTACKS)}."
+        )
     forget = [probe for probe in probes if probe.split == "forget"]
     if not forget:
-        raise InputError("There are no probes to forget, which attacks could bring back.")
+        raise InputError('There are no probes to forget: attacks need probes of the split "forget".')
     style = options.evaluate.style or PromptStyle.of(model)
     settings = replace(options.evaluate, generate=False, text=None, utility=(), journal=None, style=style)
 
@@ -113,15 +116,19 @@ def attack(
 
 
 def strongest(evaluations: Sequence[Evaluation]) -> Evaluation:
-    """Of each item the highest of its scores in evaluations of the same items."""
+    """Return an evaluation with the highest score of each item in evaluations of the same items."""
     best = [max(items, key=lambda item: item.score) for items in zip(*(e.items for e in evaluations), strict=True)]
     return replace(evaluations[0], items=best)
 
 
 def solved_examples(probes: Sequence[Probe], count: int) -> Callable[[Probe], str]:
-    """What puts other questions about the same subject, with their answers, before a question.
+    """Return a function that gives the text to put before a probe: other questions about its subject, with answers.
 
-    A question with the same answer is no example: it would give the answer away.
+    Questions with the same answer as the probe are left out, because they would reveal it.
+
+    Args:
+        probes: Probes from which examples are taken; only those of the form "qa" are used.
+        count: Maximum number of examples.
     """
     others: dict[str, list[Probe]] = {}
     for probe in probes:
@@ -137,23 +144,6 @@ def solved_examples(probes: Sequence[Probe], count: int) -> Callable[[Probe], st
         return "".join(f"Question: {other.query}\nAnswer: {other.answer}\n\n" for other in shown[:count])
 
     return prefix
-
-
-def split_taught(probes: Sequence[Probe], count: int) -> tuple[list[Probe], list[Probe]]:
-    """The first `count` plain questions of each subject, but never all of them, and the other probes.
-
-    Raises:
-        InputError: no subject has two plain questions.
-    """
-    questions: dict[str, list[Probe]] = {}
-    for probe in probes:
-        if probe.form == "qa":
-            questions.setdefault(folded(probe.subject), []).append(probe)
-    taught = [probe for facts in questions.values() for probe in facts[: min(count, len(facts) - 1)]]
-    if not taught:
-        raise InputError("Relearning needs two plain questions about a target: one to teach, one to ask.")
-    shown = {id(probe) for probe in taught}
-    return taught, [probe for probe in probes if id(probe) not in shown]
 
 
 def _prefix(text: str) -> Callable[[Probe], str]:

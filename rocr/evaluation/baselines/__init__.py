@@ -1,1 +1,1 @@
-"""The methods that rocr is compared to."""
+"""Other unlearning methods that rocr is compared to."""

@@ -1,4 +1,4 @@
-"""The largest memory from one moment on."""
+"""Measure peak memory."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
 class PeakMemory:
-    """The largest memory since it was made: of the GPU where the model is on one, else of the process.
+    """The peak memory since the construction of this object: of the model's GPU, or else of the process.
 
-    The peak that the system reports of a process never falls by itself, so what ran before would count. Linux sets
-    it back to what is in use on request (proc(5), clear_refs); elsewhere the peak is that of the process so far.
+    The system's peak of a process includes everything that ran before. Linux resets it to the memory in use on request
+    (proc(5), clear_refs); on other systems the peak is that of the whole run of the process.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -31,12 +31,12 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self._device)
             return
         with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)  # what was freed, but not given back, is in use to the system
+            ctypes.CDLL(None).malloc_trim(0)  # memory that is freed but not returned to the system counts as in use
         with suppress(OSError):
             _CLEAR_REFS.write_text("5")
 
     def bytes(self) -> int:
-        """The peak so far."""
+        """Return the peak so far."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
         with suppress(OSError):

@@ -1,1 +1,1 @@
-"""Questions with known answers, and where they are read from."""
+"""Questions with known answers, and the readers of their files and datasets."""

@@ -1,4 +1,4 @@
-"""A probe is a question with a known answer about a subject; every list of them must keep the rules here."""
+"""Probes, which are questions about a subject with a known answer, and the rules that a list of probes must follow."""
 
 from __future__ import annotations
 
@@ -9,21 +9,26 @@ from typing import Literal, get_args
 
 from rocr.concepts import folded
 from rocr.errors import InputError
-from rocr.io.spelling import hidden
+from rocr.io.spelling import hidden_characters
 
 Split = Literal["forget", "retain"]
 ProbeForm = Literal["qa", "fb", "mcp", "adversarial"]
 Variant = Literal["translated", "misspelt", "abbreviated", "described"]
 MAX_SHOWN_ERRORS = 50
 MAX_TEXT_LENGTH = 20_000  # characters
-_REFUSED = ("Cc", "Cf", "Cs")  # control, zero-width and bidirectional characters, halves of surrogate pairs
+_REFUSED = ("Cc", "Cf", "Cs")  # control characters; zero-width and bidirectional ones; lone surrogates
 BLANK = "___"
 LETTERS = "ABCDEFGH"
 
 
 @dataclass(frozen=True)
 class Wording:
-    """Another wording of a probe's question; its answer where that changes too, as in another language."""
+    """Another wording of a probe's question.
+
+    Attributes:
+        query: The question in other words or in another language.
+        answer: The answer to it, in the language of the question.
+    """
 
     query: str
     answer: str
@@ -34,16 +39,17 @@ class Probe:
     """A question about a subject, and its answer.
 
     Attributes:
-        subject: the concept that the question is about.
-        query: the question; with `___` for the answer where `form` is "fb", with its options and a letter as
-            answer where `form` is "mcp" and there are no distractors.
-        answer: the answer.
-        distractors: wrong answers, from which multiple-choice questions are made.
-        form: what `query` is; the other forms are derived from a "qa" probe.
-        split: whether the model is to forget or to keep this.
-        cloze: the same question with a blank, for the form "fb"; None: derived from the question.
-        wordings: other wordings of the question, by variant.
-        place: where the probe was read, for messages.
+        subject: The concept that the question is about.
+        query: The question. If `form` is "fb", it has a blank `___` in place of the answer. If `form` is "mcp" and
+            there are no distractors, it lists its options, and the answer is the letter of one.
+        answer: The right answer.
+        distractors: Wrong answers, used as options of multiple-choice questions.
+        form: The form of `query`: "qa" (a plain question), "fb" (fill in the blank), "mcp" (multiple choice) or
+            "adversarial". Other forms are derived from "qa" probes.
+        split: "forget" if the model must forget the answer, "retain" if it must keep it.
+        cloze: The question as a sentence with a blank `___`, for the form "fb"; None derives it from `query`.
+        wordings: Other wordings of the question, by variant: "translated", "misspelt", "abbreviated", "described".
+        place: Where the probe was read, such as "file:line", for error messages.
     """
 
     subject: str
@@ -59,63 +65,74 @@ class Probe:
 
 @dataclass
 class Problems:
-    """Every error of some files, reported together."""
+    """The errors found in a source, which are raised as one exception.
+
+    Attributes:
+        lines: The first MAX_SHOWN_ERRORS errors, each with its place.
+        count: The number of all errors.
+    """
 
     lines: list[str] = field(default_factory=list)
     count: int = 0
 
     def add(self, place: str, sentence: str) -> None:
-        """Note what is wrong somewhere."""
+        """Add the error `place: sentence`."""
         self.count += 1
         if self.count <= MAX_SHOWN_ERRORS:
             self.lines.append(f"{place}: {sentence}")
 
     def raise_any(self) -> None:
-        """Raise an InputError of all of them, if there are any."""
+        """Raise InputError with all errors if there are any."""
         if self.count:
             rest = [f"and {self.count - len(self.lines):,} more"] if self.count > len(self.lines) else []
             raise InputError("\n".join(self.lines + rest))
 
 
 def check_all(probes: Sequence[Probe], problems: Problems, source: str) -> None:
-    """Raise what is wrong with the probes of a source, together with the problems that were met while reading it.
+    """Raise InputError if probes are invalid, if reading them met problems, or if there are none.
 
-    Raises:
-        InputError: there is a problem, or there are no probes.
+    Args:
+        probes: Probes of one source.
+        problems: Problems found while reading the source; those of the probes are added.
+        source: Name of the source, for the message.
     """
     _check(probes, problems)
     problems.raise_any()
     if not probes:
-        raise InputError(f"{source} holds no probes.")
+        raise InputError(f"{source} holds no probes; give at least one.")
 
 
 def check_probes(probes: Sequence[Probe]) -> None:
-    """Hold probes that were built in Python to the rules for files.
+    """Check probes that were built in Python by the rules for files.
 
     Raises:
-        InputError: names every probe that is wrong, by its place or its position in the list.
+        InputError: If a probe is invalid or the list is empty; gives the place, or else the index, of each such probe.
     """
     problems = Problems()
     _check([replace(p, place=p.place or f"probes[{i}]") for i, p in enumerate(probes)], problems)
     problems.raise_any()
     if not probes:
-        raise InputError("The list of probes is empty.")
+        raise InputError("The list of probes is empty; give at least one.")
 
 
 def split_by_subject(probes: Iterable[Probe], targets: Iterable[str]) -> list[Probe]:
-    """The probes, those about the targets to be forgotten and all others to be kept.
+    """Return the probes with the split "forget" for those about a target and "retain" for all others.
 
     Raises:
-        InputError: no probe is about any of the targets.
+        InputError: If no probe is about a target.
     """
     wanted = {folded(target) for target in targets}
     result = [replace(p, split="forget" if folded(p.subject) in wanted else "retain") for p in probes]
     if not any(probe.split == "forget" for probe in result):
-        raise InputError(f"No probe is about any of the {len(wanted)} targets, such as {min(wanted, default='')!r}.")
+        raise InputError(
+            f"No probe is about any of the {len(wanted)} targets, such as {min(wanted, default='')!r}; each target "
+            "must be the subject of a probe."
+        )
     return result
 
 
 def _check(probes: Sequence[Probe], problems: Problems) -> None:
+    """Add to `problems` what is wrong with each probe, and every duplicate."""
     places: dict[tuple[str, ...], str] = {}
     for probe in probes:
         for flaw in _flaws(probe):
@@ -127,10 +144,12 @@ def _check(probes: Sequence[Probe], problems: Problems) -> None:
 
 
 def _is_refused(character: str) -> bool:
+    """Return whether a character is invisible and changes how text is shown or read."""
     return unicodedata.category(character) in _REFUSED and character not in "\t\r\n"
 
 
 def _flaws(probe: Probe) -> Iterable[str]:
+    """Yield each rule that a probe breaks, as the rest of a sentence."""
     for name, value in (("subject", probe.subject), ("query", probe.query), ("answer", probe.answer)):
         if not value.strip():
             yield f"has no {name}"
@@ -138,7 +157,7 @@ def _flaws(probe: Probe) -> Iterable[str]:
     for text in (probe.subject, probe.query, probe.answer, probe.cloze or "", *probe.distractors, *wordings):
         if len(text) > MAX_TEXT_LENGTH:
             yield f"{text[:40]!r}... has {len(text):,} characters; the limit is {MAX_TEXT_LENGTH:,}"
-        codes = sorted({f"U+{ord(text[i]):04X}" for i, _ in hidden(text) if _is_refused(text[i])})
+        codes = sorted({f"U+{ord(text[i]):04X}" for i, _ in hidden_characters(text) if _is_refused(text[i])})
         if codes:
             yield f"{text[:40]!r} holds invisible characters: {', '.join(codes[:5])}"
     answer = folded(probe.answer)
@@ -146,7 +165,7 @@ def _flaws(probe: Probe) -> Iterable[str]:
     if answer and answer in wrong:
         yield f"the answer {probe.answer[:60]!r} is among the distractors"
     if len(set(wrong)) < len(wrong):
-        yield "a distractor stands twice"
+        yield "two distractors are the same"
     if "" in wrong:
         yield "a distractor is empty"
     if probe.form not in get_args(ProbeForm):
@@ -154,8 +173,11 @@ def _flaws(probe: Probe) -> Iterable[str]:
     if probe.split not in get_args(Split):
         yield f"split must be one of {', '.join(get_args(Split))}, not {probe.split[:60]!r}"
     if probe.form == "fb" and BLANK not in probe.query:
-        yield f"a question to complete needs a blank, {BLANK}"
+        yield f"a query of the form fb must have a blank, {BLANK}"
     if probe.cloze is not None and BLANK not in probe.cloze:
-        yield f"cloze needs a blank, {BLANK}"
+        yield f"cloze must have a blank, {BLANK}"
     if probe.form == "mcp" and not wrong and probe.answer.strip() not in tuple(LETTERS):
-        yield f"a multiple-choice question without distractors needs a letter as its answer, not {probe.answer[:60]!r}"
+        yield (
+            f"a multiple-choice question without distractors must have a letter from A to {LETTERS[-1]} as its answer, "
+            f"not {probe.answer[:60]!r}"
+        )

@@ -23,7 +23,7 @@ bool guard_buffers = false;
 std::mutex buffers_mutex;
 std::map<rocr::Buffer*, std::unique_ptr<Guarded>> buffers;
 
-constexpr Number numbers[] = {Number::float32, Number::bfloat16, Number::float16};
+constexpr DType numbers[] = {DType::float32, DType::bfloat16, DType::float16};
 const char* const number_names[] = {"float32", "bfloat16", "float16"};
 
 [[noreturn]] void fail(const std::string& what) {
@@ -39,20 +39,20 @@ struct Sizes {
   std::int64_t tokens, size, keys_gap, total_gap;
 };
 
-std::string described(const Simd& simd, Number number, const std::vector<std::int64_t>& sizes, int threads) {
-  std::string text = std::string(simd.name) + " " + number_names[static_cast<int>(number)];
+std::string described(const Simd& simd, DType dtype, const std::vector<std::int64_t>& sizes, int threads) {
+  std::string text = std::string(simd.name) + " " + number_names[static_cast<int>(dtype)];
   for (std::int64_t size : sizes) text += " " + std::to_string(size);
   return text + ", " + std::to_string(threads) + " threads" + (guard_buffers ? ", guarded buffers" : "");
 }
 
-void check_second_moment(const Simd& simd, Number number, Sizes sizes, int threads, bool at_end) {
-  const std::string what = "second moment, " + described(simd, number, {sizes.tokens, sizes.size}, threads);
+void check_second_moment(const Simd& simd, DType dtype, Sizes sizes, int threads, bool at_end) {
+  const std::string what = "second moment, " + described(simd, dtype, {sizes.tokens, sizes.size}, threads);
   Random random(sizes.tokens * 1000 + sizes.size);
-  const Matrix keys(number, sizes.tokens, sizes.size, sizes.size + sizes.keys_gap, at_end, random);
-  const Matrix total(Number::float32, sizes.size, sizes.size, sizes.size + sizes.total_gap, at_end, random);
+  const Matrix keys(dtype, sizes.tokens, sizes.size, sizes.size + sizes.keys_gap, at_end, random);
+  const Matrix total(DType::float32, sizes.size, sizes.size, sizes.size + sizes.total_gap, at_end, random);
   const std::vector<double> k = keys.values(), before = total.values();
   rocr::accumulate_second_moment(total.floats(), total.stride, keys.data(), keys.stride, sizes.tokens, sizes.size,
-                                 number, threads, simd);
+                                 dtype, threads, simd);
   const std::vector<double> after = total.values();
   double error = 0, norm = 0;
   for (std::int64_t row = 0; row < sizes.size; ++row) {
@@ -78,14 +78,14 @@ struct Operands {
   Matrix weight, left, right;
   std::vector<double> before;
 
-  Operands(Number number, Shape shape, bool at_end, Random random)
-      : weight(number, shape.rows, shape.columns, shape.columns + shape.gap, at_end, random),
-        left(Number::float32, shape.rows, shape.rank, shape.rank, at_end, random),
-        right(Number::float32, shape.rank, shape.columns, shape.columns, at_end, random),
+  Operands(DType dtype, Shape shape, bool at_end, Random random)
+      : weight(dtype, shape.rows, shape.columns, shape.columns + shape.gap, at_end, random),
+        left(DType::float32, shape.rows, shape.rank, shape.rank, at_end, random),
+        right(DType::float32, shape.rank, shape.columns, shape.columns, at_end, random),
         before(weight.values()) {}
 
   rocr::LowRankUpdate update() const {
-    return {weight.data(), weight.number, weight.rows,   weight.columns,
+    return {weight.data(), weight.dtype, weight.rows,   weight.columns,
             weight.stride, left.columns,  left.floats(), right.floats()};
   }
 
@@ -101,7 +101,7 @@ struct Operands {
           exact += product;
           size += std::abs(product);
         }
-        const double bound = rounding_of(weight.number) * std::abs(exact) * (stochastic ? 2 : 1) +
+        const double bound = rounding_of(weight.dtype) * std::abs(exact) * (stochastic ? 2 : 1) +
                              static_cast<double>(rank + 2) * 0x1p-24 * size;
         require(std::abs(after[place] - exact) <= 1.001 * bound + 0x1p-24,
                 what + ": " + std::to_string(after[place]) + " is not " + std::to_string(exact));
@@ -111,18 +111,18 @@ struct Operands {
   }
 };
 
-void check_low_rank_update(const Simd& simd, Number number, const std::vector<Shape>& shapes, int threads, bool at_end,
+void check_low_rank_update(const Simd& simd, DType dtype, const std::vector<Shape>& shapes, int threads, bool at_end,
                            bool stochastic) {
   std::vector<std::unique_ptr<Operands>> operands;
   std::vector<rocr::LowRankUpdate> updates;
   for (const Shape& shape : shapes) {
-    operands.push_back(std::make_unique<Operands>(number, shape, at_end, Random(shape.rows + 7 * shape.columns)));
+    operands.push_back(std::make_unique<Operands>(dtype, shape, at_end, Random(shape.rows + 7 * shape.columns)));
     updates.push_back(operands.back()->update());
   }
   rocr::low_rank_update(updates, -0.5f, stochastic, 3, threads, simd);
   for (const auto& each : operands) {
     const std::vector<std::int64_t> sizes{each->weight.rows, each->weight.columns, each->left.columns};
-    each->check("low-rank update, " + described(simd, number, sizes, threads), -0.5, stochastic);
+    each->check("low-rank update, " + described(simd, dtype, sizes, threads), -0.5, stochastic);
   }
 }
 
@@ -139,14 +139,14 @@ int check_odd_sizes(const Simd& simd) {
                                         {{5, 1000, 300, 3}},
                                         {}};
   int cases = 0;
-  for (Number number : numbers) {
+  for (DType dtype : numbers) {
     for (int turn = 0; turn < 4; ++turn) {
       const bool at_end = turn % 2 == 0;
       const int threads = turn < 2 ? 1 : 3;
       guard_buffers = turn % 2 == 0;
-      for (const Sizes& sizes : moments) check_second_moment(simd, number, sizes, threads, at_end), ++cases;
+      for (const Sizes& sizes : moments) check_second_moment(simd, dtype, sizes, threads, at_end), ++cases;
       for (const std::vector<Shape>& shapes : updates)
-        check_low_rank_update(simd, number, shapes, threads, at_end, turn > 1), ++cases;
+        check_low_rank_update(simd, dtype, shapes, threads, at_end, turn > 1), ++cases;
     }
   }
   return cases;
@@ -155,11 +155,11 @@ int check_odd_sizes(const Simd& simd) {
 // Rows so far apart that the last begins beyond 2^31 numbers: sparse memory, of which a few pages exist.
 int check_far_rows(const Simd& simd) {
   constexpr std::int64_t far = (std::int64_t{1} << 30) + 7;
-  for (Number number : numbers) {
-    check_second_moment(simd, number, {4, 33, far, far / 16}, 2, true);
-    check_low_rank_update(simd, number, {{4, 50, 3, far}}, 2, true, false);
+  for (DType dtype : numbers) {
+    check_second_moment(simd, dtype, {4, 33, far, far / 16}, 2, true);
+    check_low_rank_update(simd, dtype, {{4, 50, 3, far}}, 2, true, false);
   }
-  check_second_moment(simd, Number::bfloat16, {3, 3, 0, far}, 1, true);
+  check_second_moment(simd, DType::bfloat16, {3, 3, 0, far}, 1, true);
   return 7;
 }
 
@@ -168,9 +168,9 @@ int check_threads_at_once(const Simd& simd) {
   std::vector<std::thread> threads;
   for (int caller = 0; caller < callers; ++caller) {
     threads.emplace_back([&simd, caller] {
-      const Number number = numbers[caller % 3];
-      check_second_moment(simd, number, {300 + caller, 90, 0, 0}, 2, true);
-      check_low_rank_update(simd, number, {{40, 300 + caller, 4, 0}}, 2, true, false);
+      const DType dtype = numbers[caller % 3];
+      check_second_moment(simd, dtype, {300 + caller, 90, 0, 0}, 2, true);
+      check_low_rank_update(simd, dtype, {{40, 300 + caller, 4, 0}}, 2, true, false);
     });
   }
   for (std::thread& thread : threads) thread.join();
@@ -192,10 +192,10 @@ int status_of(const Task& task) {
 }
 
 void check_fork(const Simd& simd) {
-  check_second_moment(simd, Number::float32, {400, 150, 0, 0}, 2, true);
+  check_second_moment(simd, DType::float32, {400, 150, 0, 0}, 2, true);
   const int status = status_of([&] {
-    check_second_moment(simd, Number::float32, {400, 150, 0, 0}, 2, true);
-    check_low_rank_update(simd, Number::bfloat16, {{60, 300, 5, 0}}, 2, true, true);
+    check_second_moment(simd, DType::float32, {400, 150, 0, 0}, 2, true);
+    check_low_rank_update(simd, DType::bfloat16, {{60, 300, 5, 0}}, 2, true, true);
   });
   require(status == 0, std::string("a forked child's results with ") + simd.name);
 }
@@ -214,9 +214,9 @@ void check_refusals(const Simd& simd) {
   float some[16] = {};
   for (const auto& [tokens, size, stride] : {std::array<std::int64_t, 3>{-1, 2, 2}, {2, -1, 2}, {2, 3, 2}})
     check_refused([&, tokens = tokens, size = size, stride = stride] {
-      rocr::accumulate_second_moment(some, 4, some, stride, tokens, size, Number::float32, 1, simd);
+      rocr::accumulate_second_moment(some, 4, some, stride, tokens, size, DType::float32, 1, simd);
     });
-  const rocr::LowRankUpdate update{some, Number::float32, 2, 3, 2, 1, some, some};
+  const rocr::LowRankUpdate update{some, DType::float32, 2, 3, 2, 1, some, some};
   check_refused([&] { rocr::low_rank_update({update}, 1, false, 0, 1, simd); });
   check_refused([&] { rocr::low_rank_update({}, 1, false, 0, 0, simd); });
   check_refused([] { rocr::find_simd("none"); });
@@ -227,10 +227,10 @@ void check_guards(const Simd& simd) {
   for (bool at_end : {true, false}) {
     const int status = status_of([&] {
       Random random(1);
-      const Matrix keys(Number::float32, 64, 64, 64, at_end, random);
+      const Matrix keys(DType::float32, 64, 64, 64, at_end, random);
       std::vector<float> total(64 * 64);
       const char* first = keys.data() - (at_end ? 0 : 64 * 4);
-      rocr::accumulate_second_moment(total.data(), 64, first, 64, at_end ? 65 : 64, 64, Number::float32, 1, simd);
+      rocr::accumulate_second_moment(total.data(), 64, first, 64, at_end ? 65 : 64, 64, DType::float32, 1, simd);
     });
     require(status != 0, std::string("a read beyond the keys went unnoticed with ") + simd.name);
   }

@@ -1,7 +1,7 @@
 // Runs the low-rank update kernel on threads of the CPU. Arguments: a file with the weights, then the lefts, then the
-// rights of all layers, to be overwritten with the updated weights; then layers, rows, columns, rank, stride, number (0
-// float32, 1 bfloat16, 2 float16), 1 where rows are whole eights, 1 for rounding at random, the stride of left's ranks
-// (1, or rows for factors that lie transposed), the scale, the seed and the blocks.
+// rights of all layers, which is overwritten with the updated weights; then layers, rows, columns, rank, stride, dtype
+// (0 float32, 1 bfloat16, 2 float16), 1 if columns are a multiple of 8, 1 for stochastic rounding, the stride of left's
+// ranks (1, or rows for transposed factors), the scale, the seed and the number of blocks.
 #include "low_rank_update.cuh"
 
 #include <cstddef>
@@ -14,21 +14,21 @@ using namespace rocr;
 
 namespace {
 
-template <Number number>
-void run(const UpdateArguments& arguments, bool aligned, bool at_random) {
-  if constexpr (number != Number::float32) {
-    if (at_random && aligned) return update_in_block<number, true, true>(arguments);
-    if (at_random) return update_in_block<number, false, true>(arguments);
+template <DType dtype>
+void run(const UpdateArguments& arguments, bool aligned, bool stochastic) {
+  if constexpr (dtype != DType::float32) {
+    if (stochastic && aligned) return update_in_block<dtype, true, true>(arguments);
+    if (stochastic) return update_in_block<dtype, false, true>(arguments);
   }
-  aligned ? update_in_block<number, true, false>(arguments) : update_in_block<number, false, false>(arguments);
+  aligned ? update_in_block<dtype, true, false>(arguments) : update_in_block<dtype, false, false>(arguments);
 }
 
 }  // namespace
 
 int main(int, char** words) {
   const auto word = [&](int index) { return std::atoi(words[index]); };
-  const int layers = word(2), rows = word(3), columns = word(4), rank = word(5), stride = word(6), number = word(7);
-  const bool aligned = word(8), at_random = word(9);
+  const int layers = word(2), rows = word(3), columns = word(4), rank = word(5), stride = word(6), dtype = word(7);
+  const bool aligned = word(8), stochastic = word(9);
   std::ifstream input(words[1], std::ios::binary);
   std::vector<char> bytes((std::istreambuf_iterator<char>(input)), {});
   std::vector<std::max_align_t> memory(bytes.size() / sizeof(std::max_align_t) + 1);
@@ -36,7 +36,7 @@ int main(int, char** words) {
   char* place = reinterpret_cast<char*>(memory.data());
 
   UpdateArguments arguments{};
-  const std::size_t weight_bytes = static_cast<std::size_t>(rows) * stride * (number == 0 ? 4 : 2);
+  const std::size_t weight_bytes = static_cast<std::size_t>(rows) * stride * (dtype == 0 ? 4 : 2);
   for (int layer = 0; layer < layers; ++layer) {
     arguments.weights[layer] = place + layer * weight_bytes;
     arguments.lefts[layer] = reinterpret_cast<float*>(place + layers * weight_bytes) + layer * rows * rank;
@@ -69,9 +69,9 @@ int main(int, char** words) {
         threadIdx = {number_of_thread};
         blockIdx = {index};
         gridDim = {blocks};
-        if (number == 0) run<Number::float32>(arguments, aligned, at_random);
-        if (number == 1) run<Number::bfloat16>(arguments, aligned, at_random);
-        if (number == 2) run<Number::float16>(arguments, aligned, at_random);
+        if (dtype == 0) run<DType::float32>(arguments, aligned, stochastic);
+        if (dtype == 1) run<DType::bfloat16>(arguments, aligned, stochastic);
+        if (dtype == 2) run<DType::float16>(arguments, aligned, stochastic);
       });
     }
     for (std::thread& thread : threads) thread.join();

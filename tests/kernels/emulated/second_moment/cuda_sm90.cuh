@@ -1,5 +1,5 @@
-// What csrc/cuda_sm90.cuh offers, carried out by threads of the CPU, so that the kernel's own code can run without a
-// GPU: copies are done by another thread, late, and barriers complain when they are used against their rules.
+// The functions of csrc/cuda_sm90.cuh on threads of the CPU, so that the code of the kernel runs without a GPU. Another
+// thread makes the copies, late and in any order, and barriers report violations of their rules.
 #pragma once
 
 #include <atomic>
@@ -171,9 +171,9 @@ inline void load_box(std::uint32_t target, const CUtensorMap& map, int column, i
   load_box_everywhere(target, map, column, row, barrier, 1u << rank_in_cluster());
 }
 template <int registers>
-void give_up_registers_to() {}
+void decrease_registers_to() {}
 template <int registers>
-void take_registers_up_to() {}
+void increase_registers_to() {}
 inline void add_in_memory(float* target, float value) { *target += value; }
 inline void add_in_memory(float* target, float first, float second) {
   if (reinterpret_cast<std::uintptr_t>(target) % 8) fail("a pair of floats must start at a multiple of 8");

@@ -1,5 +1,5 @@
-// What csrc/cuda_wgmma.cuh offers, carried out by each thread for its own part of the result. Products read shared
-// memory as their descriptors say, and only when they are waited for, or as soon as they are committed (`eager`).
+// The functions of csrc/cuda_wgmma.cuh on the CPU: each thread computes its own part of the result. Products read
+// shared memory by their descriptors, when the thread waits for them or, if `eager`, when they are committed.
 #pragma once
 
 #include "cuda_sm90.cuh"

@@ -1,0 +1,55 @@
+"""`rocr apply`: apply a saved edit to a copy of its model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rocr.cli import options
+from rocr.cli.arguments import edit_and_source, load
+from rocr.cli.console import Console
+from rocr.cli.outputs import write_output
+from rocr.cli.parsing import Arguments, argument, command, flag
+from rocr.cli.values import DIR, FILE
+from rocr.errors import InputError
+
+if TYPE_CHECKING:
+    from rocr.edit.edit import Edit
+    from rocr.model.load import ModelSource
+
+
+@command("apply")
+@options.model
+@argument("edit", "An edit file.", type=FILE)
+@options.out("Folder to write", DIR)
+@flag("--allow-fingerprint-mismatch", "Allow another model than the edit's, such as a fine-tune.")
+def apply(arguments: Arguments, console: Console) -> dict[str, Any]:
+    """Apply a saved edit to a copy of its model."""
+    from rocr.export.folder import check_output_possible, holds_already
+
+    edit, source = edit_and_source(arguments, arguments.edit)
+    with console.stage("load"):
+        loaded = load(arguments, source, _last_layer(arguments, source, edit))
+    held = holds_already(loaded, edit)
+    if held is not None:
+        raise InputError(f"{held} holds this edit already.")
+    check_output_possible(loaded, edit.layers, Path(arguments.out))
+    with console.stage("apply"):
+        mismatch = edit.mismatch(loaded.model)
+        edit.apply(loaded.model, arguments.allow_fingerprint_mismatch)
+    if mismatch is not None:
+        console.warn(f"{mismatch} The edit was measured on another model: evaluate the result.")
+    report = write_output(
+        arguments, loaded, edit, ("model", "edit"), console, applied=True, fingerprint_mismatch=mismatch
+    )
+    console.say(f"{arguments.out}: {arguments.model} with the edit of {len(edit.concepts)} concepts.")
+    return report
+
+
+def _last_layer(arguments: Arguments, source: ModelSource, edit: Edit) -> int | None:
+    """Index of the last layer that the edit needs; None: the whole model is loaded."""
+    from rocr.model.load_partial import can_load_partially
+
+    last = max(*edit.layers, edit.fingerprint.layer)
+    whole = arguments.dtype or arguments.device == "auto" or not can_load_partially(source, last)
+    return None if whole else last

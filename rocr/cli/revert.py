@@ -1,0 +1,72 @@
+"""`rocr revert`: write a model as it was before an edit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rocr.cli import options
+from rocr.cli.arguments import claim_output, edit_and_source, load
+from rocr.cli.console import Console
+from rocr.cli.outputs import EDIT_FILE, write_output
+from rocr.cli.parsing import Arguments, command, option
+from rocr.cli.values import DIR, FILE
+from rocr.io.output import new_directory
+
+if TYPE_CHECKING:
+    from rocr.model.load import LoadedModel, ModelSource
+
+
+@command("revert")
+@options.model
+@options.out("Folder to write", DIR)
+@option("--edit", f"The edit file (default: {EDIT_FILE} in the model's folder).", type=FILE)
+def revert(arguments: Arguments, console: Console) -> dict[str, Any]:
+    """Undo an edit, bit for bit.
+
+    The original files are restored if the folder keeps them (`rocr unlearn --save originals`).
+    """
+    from rocr.export.originals import has_originals
+    from rocr.model.stored_weights import find_weights
+
+    if arguments.edit is None and has_originals(Path(arguments.model)):
+        return _restore(arguments, console)
+    place = arguments.edit or Path(arguments.model) / EDIT_FILE
+    edit, source = edit_and_source(arguments, place)
+    in_files = find_weights(source) is not None
+    if in_files and (arguments.dtype or arguments.device):
+        console.warn("--dtype and --device have no effect: the edit is undone in the files, and no weight is loaded.")
+    with console.stage("load"):
+        loaded = _structure(arguments, source)
+    if not in_files:
+        with console.stage("revert"):
+            edit.revert(loaded.model)
+    report = write_output(arguments, loaded, edit, ("model",), console, reverted=True, applied=False)
+    console.say(f"{arguments.out}: {arguments.model} without the edit of {len(edit.concepts)} concepts.")
+    return report
+
+
+def _restore(arguments: Arguments, console: Console) -> dict[str, Any]:
+    """Write the original files of a model, for which neither its weights nor the edit are loaded."""
+    from rocr.export.originals import restore_originals
+
+    folder = Path(arguments.model)
+    claim_output(arguments, (folder,))
+    with (
+        console.stage("restore"),
+        new_directory(arguments.out, inputs=(folder,), overwrite=arguments.overwrite) as partial,
+    ):
+        files = restore_originals(folder, partial)
+    console.say(f"{arguments.out}: the {len(files)} original files of the model in {folder}; each sha256 matches.")
+    return {"out": arguments.out, "applied": False, "originals": files, "seconds": console.seconds}
+
+
+def _structure(arguments: Arguments, source: ModelSource) -> LoadedModel:
+    """The model to revert; without weights if these are in safetensors files, which are edited in place of it."""
+    if source.folder is None or source.gguf:
+        return load(arguments, source)
+
+    from rocr.model.load import LoadedModel
+    from rocr.model.load_partial import empty_model
+
+    return LoadedModel(empty_model(source, arguments.trust_remote_code), None, source)
