@@ -1,3 +1,4 @@
+import reprlib
 import signal
 from collections.abc import Callable, Iterator
 
@@ -13,13 +14,23 @@ pytest_plugins = [
     "tests.support.models",
     "tests.support.limits",
     "tests.support.promises",
-    "tests.support.folders",
+    "tests.support.hostile",
     "tests.support.golden",
     "tests.support.states",
     "tests.support.option_effects",
     "tests.support.of_0_1",
 ]
 """Fixtures that several folders use."""
+
+
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Name dtypes, lists and dictionaries in ids of tests by what they hold; pytest only numbers them."""
+    if isinstance(val, torch.dtype):
+        return str(val).removeprefix("torch.")
+    if isinstance(val, (tuple, list, dict)):
+        text = reprlib.repr(val)
+        return None if " at 0x" in text else text  # an address is another one in each process of pytest-xdist
+    return None
 
 
 @pytest.fixture(scope="session", autouse=True)

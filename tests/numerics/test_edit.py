@@ -7,14 +7,11 @@ import torch
 import rocr
 from rocr import Concept, Edit, EditConfig, GuardError, InputError, VerificationError
 from rocr.solve.factors import Factors
+from tests.support.models import same_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIG = EditConfig(layers=[1, 2], templates=("Who is {}?",))
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def same(first, second):
-    return all(torch.equal(a, b) for a, b in zip(first.values(), second.values(), strict=True))
 
 
 @pytest.fixture
@@ -31,20 +28,20 @@ def test_undo_and_redo_to_the_last_bit(family, dtype, make_model, tokenizer, tex
     statistics = rocr.collect_statistics(model, tokenizer, texts, CONFIG.layers)
     edit = rocr.unlearn(model, tokenizer, concepts, statistics, CONFIG)
     after = weights_of(model)
-    assert not same(before, after)
+    assert not same_weights(before, after)
 
     edit.revert(model)
-    assert same(weights_of(model), before)
+    assert same_weights(weights_of(model), before)
     edit.apply(model)
-    assert same(weights_of(model), after)
+    assert same_weights(weights_of(model), after)
 
     edit.save(tmp_path / "edit")
     loaded = Edit.load(tmp_path / "edit")
     loaded.apply(other)
-    assert same(weights_of(other), after), "on another copy, the same bytes"
+    assert same_weights(weights_of(other), after), "on another copy, the same bytes"
     Edit.load(tmp_path / "edit").revert(model)
     loaded.revert(other)
-    assert same(weights_of(model), before) and same(weights_of(other), before)
+    assert same_weights(weights_of(model), before) and same_weights(weights_of(other), before)
 
 
 def test_stacked_edits_come_off_in_reverse_order_only(model, tokenizer, texts, weights_of):
@@ -56,10 +53,10 @@ def test_stacked_edits_come_off_in_reverse_order_only(model, tokenizer, texts, w
         states.append(weights_of(model))
     with pytest.raises(VerificationError, match="Revert later edits first"):
         edits[0].revert(model)
-    assert same(weights_of(model), states[3])
+    assert same_weights(weights_of(model), states[3])
     for edit, state in zip(reversed(edits), states[2::-1], strict=True):
         edit.revert(model)
-        assert same(weights_of(model), state)
+        assert same_weights(weights_of(model), state)
 
 
 def test_what_is_off_cannot_come_off_again(edited, weights_of):
@@ -68,7 +65,7 @@ def test_what_is_off_cannot_come_off_again(edited, weights_of):
     before = weights_of(model)
     with pytest.raises(VerificationError, match="is not the weight after this edit"):
         edit.revert(model)
-    assert same(weights_of(model), before)
+    assert same_weights(weights_of(model), before)
 
 
 def test_what_is_on_cannot_come_on_again(edited, weights_of):
@@ -76,7 +73,7 @@ def test_what_is_on_cannot_come_on_again(edited, weights_of):
     before = weights_of(model)
     with pytest.raises(InputError, match=r"down_proj\.weight holds this edit already"):
         edit.apply(model)
-    assert same(weights_of(model), before)
+    assert same_weights(weights_of(model), before)
 
 
 @pytest.mark.parametrize("difference", ["weights", "depth", "family", "settings"])
@@ -91,7 +88,7 @@ def test_another_model_is_refused(edited, make_model, difference, weights_of):
     named = r"rms_norm_eps .* but this model has rms_norm_eps 0.001" if difference == "settings" else "fingerprint is"
     with pytest.raises(InputError, match=f"The edit was made for LlamaForCausalLM .*{named}"):
         edited[1].apply(other)
-    assert same(weights_of(other), before)
+    assert same_weights(weights_of(other), before)
 
 
 def test_a_relative_of_the_model_is_edited_where_that_is_allowed(edited, make_model, weights_of):
@@ -101,7 +98,7 @@ def test_a_relative_of_the_model_is_edited_where_that_is_allowed(edited, make_mo
     changed = {name for name, weight in weights_of(other).items() if not torch.equal(weight, before[name])}
     assert changed == {f"model.layers.{layer}.mlp.down_proj.weight" for layer in (1, 2)}
     edited[1].revert(other)
-    assert same(weights_of(other), before)
+    assert same_weights(weights_of(other), before)
     with pytest.raises(InputError, match=r"\(32, 48\), but layer 1 of this model has .* \(32, 40\)"):
         edited[1].apply(make_model("Llama", intermediate_size=40), allow_fingerprint_mismatch=True)
 
@@ -116,7 +113,7 @@ def test_an_edit_that_overflows_leaves_the_model_as_it_was(edited, weights_of):
     ]
     with pytest.raises(GuardError, match=r"overflow torch\.float16"):
         replace(edit, updates=huge).apply(model, allow_fingerprint_mismatch=True)
-    assert same(weights_of(model), before)
+    assert same_weights(weights_of(model), before)
 
 
 def test_a_temporary_edit(edited, weights_of):
@@ -126,11 +123,11 @@ def test_a_temporary_edit(edited, weights_of):
     before = weights_of(model)
     with edit.applied(model) as inside:
         assert inside is model
-        assert same(weights_of(model), after)
-    assert same(weights_of(model), before)
+        assert same_weights(weights_of(model), after)
+    assert same_weights(weights_of(model), before)
     with pytest.raises(ZeroDivisionError), edit.applied(model):
         raise ZeroDivisionError
-    assert same(weights_of(model), before)
+    assert same_weights(weights_of(model), before)
 
 
 def test_an_edit_saved_without_what_undoes_it(edited, model, weights_of, tmp_path, statistics):
@@ -142,9 +139,9 @@ def test_an_edit_saved_without_what_undoes_it(edited, model, weights_of, tmp_pat
     after = weights_of(model)
     with pytest.raises(InputError, match="saved without the undo data of"):
         small.revert(model)
-    assert same(weights_of(model), after)
+    assert same_weights(weights_of(model), after)
     edit.revert(model)
     small.apply(model)
-    assert same(weights_of(model), after), "it is still an edit"
+    assert same_weights(weights_of(model), after), "it is still an edit"
     small.revert(model)
-    assert not same(weights_of(model), after)
+    assert not same_weights(weights_of(model), after)

@@ -13,6 +13,7 @@ import rocr
 from rocr import Concept, Edit, EditConfig, InputError
 from rocr.edit.file import pack_undo, unpack_undo
 from rocr.solve.factors import Factors
+from tests.support.models import same_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIG = EditConfig(layers=[1, 2], templates=("Who is {}?",))
@@ -235,7 +236,7 @@ def test_nothing_is_undone_where_one_layer_cannot_be(edit, model, weights_of):
     edit.updates[-1] = replace(update, applied=replace(update.applied, undo=update.applied.undo.T.contiguous()))
     with pytest.raises(InputError, match=f"{update.parameter} is torch.int32 of shape .48, 32."):
         edit.revert(model)
-    assert all(torch.equal(weight, before[name]) for name, weight in weights_of(model).items())
+    assert same_weights(weights_of(model), before)
 
 
 @pytest.mark.parametrize(

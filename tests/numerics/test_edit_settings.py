@@ -1,4 +1,4 @@
-"""Every setting of an edit does what it says, by a number."""
+"""Every setting of an edit has its documented effect, checked by a number."""
 
 import copy
 import dataclasses

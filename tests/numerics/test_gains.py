@@ -1,4 +1,4 @@
-"""What arrives at a layer's output of a change of its down-projection's output."""
+"""How a change of a down-projection's output passes to the output of its layer."""
 
 import copy
 import sys
@@ -15,6 +15,7 @@ from rocr.edit.guards import expected_distance
 from rocr.model.architecture import find_architecture
 from rocr.model.capture import run_through
 from rocr.model.gains import LayerCall, divide_by_gains, layers_with_gain, measure_gains, recording
+from tests.support.models import same_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]])
@@ -174,7 +175,7 @@ def test_a_weight_whose_output_goes_nowhere_is_refused(model, tokenizer, concept
     multiplied(model, 0.0)
     with pytest.raises(InputError, match=r"the layer model\.layers\.1 does not depend on its down-projection"):
         rocr.unlearn(model, tokenizer, concepts, statistics, EditConfig(layers=(1,)))
-    assert all(torch.equal(weight, before[name]) for name, weight in weights_of(model).items())
+    assert same_weights(weights_of(model), before)
 
 
 def test_states_that_are_no_sequence_of_vectors_are_refused(model, tokenizer, concepts, statistics):
@@ -202,7 +203,7 @@ def test_an_edit_that_does_not_arrive_is_refused(model, tokenizer, texts, concep
     monkeypatch.setattr(sys.modules["rocr.unlearn"], "layers_with_gain", lambda *_: ())
     with pytest.raises(GuardError, match=r"The edit does not arrive: at their keys the updates cover \d+% of the way"):
         edit()
-    assert all(torch.equal(weight, before[name]) for name, weight in weights_of(model).items())
+    assert same_weights(weights_of(model), before)
     assert any("does not reach the states" in sentence for sentence in edit(force=True).report.limits_passed)
 
 

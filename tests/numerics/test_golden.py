@@ -1,4 +1,4 @@
-"""Golden digests: results and files whose bytes were written down once, and are the same on every machine.
+"""Golden digests: recorded digests of results and files, equal on every machine.
 
 Only arithmetic that is exact in any order is pinned, so that no chip, BLAS or LAPACK may differ: whole numbers, powers
 of two, and Cholesky factors of diagonal matrices of squares. Whoever changes a digest here changes what rocr computes

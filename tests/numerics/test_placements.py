@@ -1,4 +1,4 @@
-"""Models whose layers lie on several devices: every tensor stays where its own weight is."""
+"""Models on several devices: every tensor of an edit is on the device of its weight."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The context in which everything is computed: threads share it, and nothing that ends it leaves flags behind."""
+"""The context that fixes the flags of torch: threads share it, and every way to leave it restores them."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from rocr.edit.retain_impact import RetainReport, part_moves
 from rocr.keys.plan import plan_names
 from rocr.keys.read import read_states
 from rocr.model.architecture import find_architecture
+from tests.support.models import same_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIG = EditConfig(layers=(1, 2), templates=("Who is {}?", "It is about {}."), measure="once")
@@ -112,7 +113,7 @@ def test_names_that_cannot_be_retained_are_refused(model, tokenizer, statistics,
     before = weights_of(model)
     with pytest.raises(InputError, match=words):
         rocr.unlearn(model, tokenizer, PEOPLE, statistics, CONFIG, neighbours=names)
-    assert all(torch.equal(before[name], now) for name, now in weights_of(model).items())
+    assert same_weights(weights_of(model), before)
 
 
 def test_names_of_rocr_0_1_for_what_is_measured(model, tokenizer, statistics):

@@ -12,6 +12,7 @@ from rocr import CollectOptions, Concept, EditConfig, InputError, Statistics
 from rocr.io.tensors import write_tensors
 from rocr.model.architecture import find_architecture
 from rocr.model.fingerprint import Fingerprint, fingerprint
+from tests.support.models import same_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROUNDING = 1e-6  # merged against one run, relative to the largest entry; at most 2e-7 was measured
@@ -72,7 +73,7 @@ def test_loaded_statistics_give_the_same_edit(model, tokenizer, concepts, statis
     rocr.unlearn(other := copy.deepcopy(model), tokenizer, concepts, statistics)
     statistics.save(tmp_path / "statistics")
     rocr.unlearn(model, tokenizer, concepts, Statistics.load(tmp_path / "statistics"))
-    assert all(torch.equal(a, b) for a, b in zip(weights_of(model).values(), weights_of(other).values(), strict=True))
+    assert same_weights(weights_of(model), weights_of(other))
 
 
 def test_layers_that_are_not_covered(model, tokenizer, statistics, texts):
@@ -96,7 +97,7 @@ def test_statistics_of_another_model_are_refused(make_model, make_tokenizer, tok
     before = weights_of(model)
     with pytest.raises(InputError, match=r"collected on LlamaForCausalLM .* but the model to edit is \w+ \(model"):
         rocr.unlearn(model, other_tokenizer, CONCEPTS, statistics, EditConfig(layers=[0]))
-    assert all(torch.equal(a, b) for a, b in zip(weights_of(model).values(), before.values(), strict=True))
+    assert same_weights(weights_of(model), before)
 
 
 def test_statistics_of_another_model_or_of_other_layers_are_not_merged(model, make_model, tokenizer, texts):

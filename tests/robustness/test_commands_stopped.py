@@ -1,4 +1,4 @@
-"""Every command stopped by signals at any moment, and by disks that fail: nothing is lost, nothing is half-made."""
+"""Every command stopped by signals and by failing disks: no input is lost and no incomplete output is left."""
 
 import json
 import os
@@ -43,7 +43,7 @@ SIGNALS = ("kill", "terminate", "interrupt")
 
 @pytest.fixture(scope="session")
 def shim(tmp_path_factory):
-    """faults.c as a library to be loaded before all others."""
+    """faults.c compiled as a library for LD_PRELOAD."""
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None or sys.platform != "linux":
         pytest.skip("faults of the file system need Linux and a C compiler")

@@ -1,4 +1,4 @@
-"""Files that are carried along: holes stay holes, absurd sizes are refused by name, and permissions are ordinary."""
+"""Files copied to an output: sparse files stay sparse, absurd sizes are refused, permissions are ordinary."""
 
 import os
 import shutil

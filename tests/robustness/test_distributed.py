@@ -1,4 +1,4 @@
-"""Two processes that torchrun starts: statistics together, and a model that tensor parallelism spreads over them."""
+"""Two processes started by torchrun: shared statistics, and a model spread over them by tensor parallelism."""
 
 import json
 import os
@@ -125,7 +125,7 @@ dist.destroy_process_group()
 
 def torchrun(processes, *arguments):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         [*command, *map(str, arguments)], capture_output=True, text=True, timeout=600, cwd=ROOT, env=environment
     )

@@ -1,4 +1,4 @@
-"""Processes that collect statistics together and are lost, fail or are refused: the others end, all can go on."""
+"""Processes that collect statistics together: if one is lost, fails or is refused, all end and can resume."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The readers fuzzed with coverage as the guide, where atheris is installed; test_hostile_fuzz.py does without."""
+"""Coverage-guided fuzzing of the readers, if atheris is installed; test_hostile_fuzz.py does not need it."""
 
 import json
 import os

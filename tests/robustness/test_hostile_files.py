@@ -1,29 +1,26 @@
-"""Files that somebody made to do harm: each gives one of rocr's own errors, quickly, and nothing is written."""
+"""Damaged statistics and edit files: each gives one of rocr's own errors, soon, and nothing is written."""
 
 import json
-import os
 import struct
 
 import pytest
 
+from tests.support.hostile import BIDIRECTIONAL, DEEP, PLACES, TERMINAL, ZERO_WIDTH
+from tests.support.hostile import safetensors_bytes as raw
+
 pytestmark = pytest.mark.usefixtures("one_thread")
-BIDIRECTIONAL, ZERO_WIDTH = "\u202egnik\u202c", "a\u200bb"
-DEEP = "[" * 100_000
-TERMINAL = "\x1b]0;title\x07\x1b[2J"
-
-
-def raw(header, data=b""):
-    """A safetensors file of any header."""
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return struct.pack("<Q", len(text)) + text + data
 
 
 def entry(dtype="F32", shape=(2, 2), offsets=(0, 16)):
     return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
 
 
+def with_metadata(text, **tensors):
+    return raw({"__metadata__": {"rocr": text}, **tensors}, b"\0" * (16 if tensors else 0))
+
+
 def with_header(kind, **tensors):
-    return raw({"__metadata__": {"rocr": json.dumps({"format": f"rocr {kind} 1"})}, **tensors}, b"\0" * 16)
+    return with_metadata(json.dumps({"format": f"rocr {kind} 1"}), **tensors)
 
 
 def containers(kind):
@@ -54,18 +51,18 @@ def containers(kind):
         "deep": lambda whole: raw(DEEP.encode()),
         "not UTF-8": lambda whole: raw(b'{"\xff\xfe": 1}'),
         "no metadata": lambda whole: raw({name: entry()}, b"\0" * 16),
-        "metadata of numbers": lambda whole: raw({"__metadata__": {"rocr": 3}}),
+        "metadata of numbers": lambda whole: with_metadata(3),
         "metadata is a list": lambda whole: raw({"__metadata__": []}),
-        "deep metadata": lambda whole: raw({"__metadata__": {"rocr": DEEP}}),
-        "metadata no JSON": lambda whole: raw({"__metadata__": {"rocr": "{"}}),
-        "metadata is text": lambda whole: raw({"__metadata__": {"rocr": '"rocr"'}}),
-        "metadata with a field twice": lambda whole: raw(
-            {"__metadata__": {"rocr": f'{{"format": "rocr {kind} 1", "format": "rocr {kind} 1"}}'}}
+        "deep metadata": lambda whole: with_metadata(DEEP),
+        "metadata no JSON": lambda whole: with_metadata("{"),
+        "metadata is text": lambda whole: with_metadata('"rocr"'),
+        "metadata with a field twice": lambda whole: with_metadata(
+            f'{{"format": "rocr {kind} 1", "format": "rocr {kind} 1"}}'
         ),
         "another kind": lambda whole: with_header("nonsense"),
-        "another version": lambda whole: raw({"__metadata__": {"rocr": f'{{"format": "rocr {kind} 99"}}'}}),
-        "a format to steer the terminal": lambda whole: raw(
-            {"__metadata__": {"rocr": json.dumps({"format": f"rocr {TERMINAL}{BIDIRECTIONAL}"})}}
+        "another version": lambda whole: with_metadata(f'{{"format": "rocr {kind} 99"}}'),
+        "a format to steer the terminal": lambda whole: with_metadata(
+            json.dumps({"format": f"rocr {TERMINAL}{BIDIRECTIONAL}"})
         ),
         "only the format": lambda whole: with_header(kind),
         "overlapping tensors": lambda whole: with_header(kind, **{name: entry(), "b": entry()}),
@@ -84,18 +81,8 @@ def containers(kind):
         "a hundred thousand tensors": lambda whole: with_header(
             kind, **{f"t{i}": entry(shape=(0,), offsets=(0, 0)) for i in range(100_000)}, last=entry()
         ),
-        "many lists": lambda whole: raw({"__metadata__": {"rocr": "[" + "[]," * 2 * 10**5 + "[]]"}}),
+        "many lists": lambda whole: with_metadata("[" + "[]," * 2 * 10**5 + "[]]"),
     }
-
-
-PLACES = {
-    "missing": lambda path: None,
-    "a folder": lambda path: path.mkdir(),
-    "a pipe": lambda path: os.mkfifo(path),
-    "a link to nothing": lambda path: path.symlink_to("nowhere"),
-    "a link to itself": lambda path: path.symlink_to(path.name),
-    "a device": lambda path: path.symlink_to("/dev/zero"),
-}
 
 
 @pytest.mark.parametrize("name", containers("statistics"))

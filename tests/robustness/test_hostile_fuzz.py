@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import struct
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -13,6 +12,7 @@ from rocr.concepts import check_concepts
 from rocr.errors import RocrError
 from rocr.evaluation.probes.probe import check_probes
 from rocr.model.check_folder import INDEX_FILE, SINGLE_FILE, check_model_folder
+from tests.support.hostile import safetensors_bytes, split_safetensors
 
 FUZZ = settings(
     max_examples=150,
@@ -59,27 +59,16 @@ def mutated_bytes(data, places, value):
     return bytes(data[: places[0] % len(data)] if value is None else data)
 
 
-def split_file(path):
-    data = path.read_bytes()
-    size = struct.unpack("<Q", data[:8])[0]
-    return json.loads(data[8 : 8 + size]), data[8 + size :]
-
-
-def joined(header, data):
-    text = json.dumps(header).encode()
-    return struct.pack("<Q", len(text)) + text + data
-
-
 def mutated_file(path, how, places, value):
     """Mutate the bytes, the header of safetensors, or rocr's own header in it."""
     if how == "bytes":
         return mutated_bytes(path.read_bytes(), places, value)
-    header, data = split_file(path)
+    header, data = split_safetensors(path)
     if how == "header":
-        return joined(mutated_json(header, places, value), data)
+        return safetensors_bytes(mutated_json(header, places, value), data)
     own = mutated_json(json.loads(header["__metadata__"]["rocr"]), places, value)
     header["__metadata__"]["rocr"] = json.dumps(own)
-    return joined(header, data)
+    return safetensors_bytes(header, data)
 
 
 HOW = st.sampled_from(["bytes", "header", "own", "own"])
@@ -132,7 +121,7 @@ def test_settings(tally, places, value):
 def fuzzed_folder(files, tmp_path_factory):
     folder = tmp_path_factory.mktemp("fuzzed") / "model"
     shutil.copytree(files.model, folder)
-    header, _ = split_file(folder / SINGLE_FILE)
+    header, _ = split_safetensors(folder / SINGLE_FILE)
     names = {name: SINGLE_FILE for name in header if name != "__metadata__"}
     (folder / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": names}))
     return folder, {path.name: path.read_bytes() for path in folder.iterdir()}

@@ -1,35 +1,19 @@
-"""Probe files that somebody made to do harm: a sentence with file and line, quickly."""
-
-import os
+"""Probe files made to do harm: a sentence with the file, soon, and nothing is written."""
 
 import pytest
 
-from rocr import InputError, load_probes
+from rocr import load_probes
 from rocr.evaluation.measures import load_choice_questions
+from tests.support.hostile import DEEP, DIGITS, HUGE, NO_OBJECTS, PLACES, to_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-DEEP = "[" * 100_000
-PICKLE = (
-    b"\x80\x04\x95\x1c\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix\x94\x8c\x06system\x94"
-    b"\x93\x94\x8c\x04true\x94\x85\x94R\x94."
-)
 GOOD = '"subject": "A", "query": "B?", "answer": "C"'
-PROBES = {
-    "empty": "",
+PROBES = NO_OBJECTS | {
     "blank lines": "\n \n\n",
-    "no JSON": "{",
-    "a list": "[]",
-    "a number": "3",
-    "null": "null",
-    "text": '"x"',
-    "deep": DEEP,
     "deep in a field": f'{{{GOOD}, "distractors": {DEEP}}}',
-    "not UTF-8": b'{"subject": "\xff"}',
     "UTF-16": f"{{{GOOD}}}".encode("utf-16"),
-    "zeros": b"\0" * 100,
-    "a pickle": PICKLE,
     "a field twice": f'{{{GOOD}, "answer": "D"}}',
-    "a number of 10,000 digits": f'{{{GOOD}, "form": {"9" * 10_000}}}',
+    "a number of 10,000 digits": f'{{{GOOD}, "form": {DIGITS}}}',
     "no subject": '{"query": "B?", "answer": "C"}',
     "no query": '{"subject": "A", "answer": "C"}',
     "no answer": '{"subject": "A", "query": "B?"}',
@@ -44,7 +28,7 @@ PROBES = {
     "subject infinite": '{"subject": Infinity, "query": "B?", "answer": "C"}',
     "an unknown field": f'{{{GOOD}, "born": 5}}',
     "a path as field": f'{{{GOOD}, "../../etc": 5}}',
-    "a field of 10 MB": f'{{{GOOD}, "{"x" * 10**7}": 5}}',
+    "a field of 10 MB": f'{{{GOOD}, "{HUGE}": 5}}',
     "an invisible field": f'{{{GOOD}, "form\u200b": "qa"}}',
     "a field to steer the terminal": f'{{{GOOD}, "\\u001b[2J\\u202e": 5}}',
     "distractors text": f'{{{GOOD}, "distractors": "D"}}',
@@ -55,7 +39,7 @@ PROBES = {
     "the answer a distractor": f'{{{GOOD}, "distractors": ["c"]}}',
     "form unknown": f'{{{GOOD}, "form": "song"}}',
     "form a list": f'{{{GOOD}, "form": []}}',
-    "form of 10 MB": f'{{{GOOD}, "form": "{"x" * 10**7}"}}',
+    "form of 10 MB": f'{{{GOOD}, "form": "{HUGE}"}}',
     "split unknown": f'{{{GOOD}, "split": "test"}}',
     "split a number": f'{{{GOOD}, "split": 1}}',
     "cloze without a blank": f'{{{GOOD}, "cloze": "B."}}',
@@ -68,9 +52,9 @@ PROBES = {
     "a zero byte": '{"subject": "A\\u0000", "query": "B?", "answer": "C"}',
     "a bidirectional subject": '{"subject": "\\u202eA", "query": "B?", "answer": "C"}',
     "a zero-width subject": '{"subject": "A\\u200b", "query": "B?", "answer": "C"}',
-    "a subject of 10 MB": f'{{"subject": "{"x" * 10**7}", "query": "B?", "answer": "C"}}',
-    "a query of 10 MB": f'{{"subject": "A", "query": "{"x" * 10**7}", "answer": "C"}}',
-    "an answer of 10 MB": f'{{"subject": "A", "query": "B?", "answer": "{"x" * 10**7}"}}',
+    "a subject of 10 MB": f'{{"subject": "{HUGE}", "query": "B?", "answer": "C"}}',
+    "a query of 10 MB": f'{{"subject": "A", "query": "{HUGE}", "answer": "C"}}',
+    "an answer of 10 MB": f'{{"subject": "A", "query": "B?", "answer": "{HUGE}"}}',
     "a good one, then a bad one": f"{{{GOOD}}}\n{{",
     "a comma too many": f"{{{GOOD},}}",
     "single quotes": "{'subject': 'A'}",
@@ -82,45 +66,24 @@ PROBES = {
     "a wording that is a number": f'{{{GOOD}, "translated": 5}}',
     "a wording without a query": f'{{{GOOD}, "translated": {{"answer": "C"}}}}',
     "a million distractors of nothing": f'{{{GOOD}, "distractors": [{", ".join(["[]"] * 10**6)}]}}',
-    "a gzip": b"\x1f\x8b\x08\x00" + b"\x00" * 60,
 }
 
 
 @pytest.mark.parametrize("name", PROBES)
-def test_hostile_probes(name, tmp_path, within_limits, tally):
-    data = PROBES[name]
-    (tmp_path / "probes.jsonl").write_bytes(data if isinstance(data, bytes) else data.encode())
-    with within_limits(), pytest.raises(InputError, match=str(tmp_path)) as caught:
-        load_probes(tmp_path / "probes.jsonl")
-    assert len(str(caught.value)) < 30_000
-    tally("bad probe files refused")
-
-
-PLACES = {
-    "missing": lambda path: None,
-    "a folder": lambda path: path.mkdir(),
-    "a pipe": lambda path: os.mkfifo(path),
-    "a link to nothing": lambda path: path.symlink_to("nowhere"),
-    "a link to itself": lambda path: path.symlink_to(path.name),
-    "a device": lambda path: path.symlink_to("/dev/zero"),
-}
+def test_hostile_probes(name, tmp_path, on_reader):
+    (tmp_path / "probes.jsonl").write_bytes(to_bytes(PROBES[name]))
+    on_reader("probe files", load_probes, tmp_path / "probes.jsonl")
 
 
 @pytest.mark.parametrize("load", [load_probes, load_choice_questions])
-@pytest.mark.parametrize("name", PLACES)
-def test_what_is_no_probe_file(name, load, tmp_path, within_limits, tally):
-    PLACES[name](tmp_path / "bad.jsonl")
-    with within_limits(), pytest.raises(InputError, match=str(tmp_path)):
-        load(tmp_path / "bad.jsonl")
-    tally("bad probe files refused")
+@pytest.mark.parametrize("place", PLACES)
+def test_what_is_no_probe_file(place, load, tmp_path, on_reader):
+    PLACES[place](tmp_path / "bad.jsonl")
+    on_reader("probe files", load, tmp_path / "bad.jsonl")
 
 
 MANY = ", ".join(['"B"'] * 1000)
-CHOICES = {
-    "no JSON": "{",
-    "deep": DEEP,
-    "a list": "[]",
-    "not UTF-8": b'{"question": "\xff"}',
+CHOICES = NO_OBJECTS | {
     "choices that are text": '{"question": "A?", "choices": "BC", "gold_idx": 0}',
     "choices of numbers": '{"question": "A?", "choices": [1, 2], "gold_idx": 0}',
     "a thousand choices": f'{{"question": "A?", "choices": [{MANY}], "gold_idx": 0}}',
@@ -129,15 +92,11 @@ CHOICES = {
     "an index that is true": '{"question": "A?", "choices": ["B", "C"], "gold_idx": true}',
     "half of a surrogate pair": '{"question": "A\\ud800?", "choices": ["B", "C"], "gold_idx": 0}',
     "a field twice": '{"question": "A?", "question": "B?", "choices": ["B", "C"], "gold_idx": 0}',
-    "an index of 10,000 digits": f'{{"question": "A?", "choices": ["B", "C"], "gold_idx": {"9" * 10_000}}}',
+    "an index of 10,000 digits": f'{{"question": "A?", "choices": ["B", "C"], "gold_idx": {DIGITS}}}',
 }
 
 
 @pytest.mark.parametrize("name", CHOICES)
-def test_hostile_choice_questions(name, tmp_path, within_limits, tally):
-    data = CHOICES[name]
-    (tmp_path / "bad.jsonl").write_bytes(data if isinstance(data, bytes) else data.encode())
-    with within_limits(), pytest.raises(InputError, match=str(tmp_path)) as caught:
-        load_choice_questions(tmp_path / "bad.jsonl")
-    assert len(str(caught.value)) < 30_000
-    tally("bad choice questions refused")
+def test_hostile_choice_questions(name, tmp_path, on_reader):
+    (tmp_path / "bad.jsonl").write_bytes(to_bytes(CHOICES[name]))
+    on_reader("choice questions", load_choice_questions, tmp_path / "bad.jsonl")

@@ -1,4 +1,4 @@
-"""Every call that could reach a hub goes through one gate, which keeps libraries from connecting unless asked."""
+"""Every call that could reach a hub goes through one module, which allows connections only on request."""
 
 import ast
 import json

@@ -1,4 +1,4 @@
-"""The measure of what hostile inputs cost can say no."""
+"""The fixture `within_limits` fails for each limit that is exceeded."""
 
 import sys
 import time

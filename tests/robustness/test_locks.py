@@ -11,6 +11,7 @@ import pytest
 
 from rocr.errors import InputError
 from rocr.io.locks import Owner, locked
+from tests.support.promises import names
 
 ROOT = Path(__file__).parents[2]
 HOLD = """
@@ -20,10 +21,6 @@ with locked(sys.argv[1]):
     print("held", flush=True)
     time.sleep(3600)  # until it is killed
 """
-
-
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
 
 
 @pytest.fixture

@@ -9,12 +9,9 @@ import pytest
 
 from rocr.errors import InputError, RocrError
 from rocr.io.output import check_output, new_directory, new_file
+from tests.support.promises import names
 
 LEFTOVER = re.compile(r"out\.(partial|old)-[0-9a-f]{8}")
-
-
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
 
 
 def fill(folder, text="new"):

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.promises import names
+
 ROOT = Path(__file__).parents[2]
 LEFTOVER = re.compile(r"out\.(partial|old)-[0-9a-f]{8}")
 STAGES = """
@@ -70,10 +72,6 @@ for stage in itertools.count():
 """
 STOPPED = {"kill": -signal.SIGKILL, "interrupt": 130, "full": 1}
 COMPLETE = "first half, second half"
-
-
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
 
 
 def state(path):

@@ -107,7 +107,7 @@ def logs(files, tmp_path_factory):
 
 @pytest.mark.parametrize(("way", "number"), LOST_CASES)
 def test_a_signal_is_not_lost_where_what_it_raises_is(way, number, logs):
-    # Both were met in runs that were stopped at every moment: one went on, one blamed a file that was good.
+    # Both occurred in runs stopped at every moment: one continued, one reported a good file as bad.
     log = logs[way, number]
     text = log.read_text()
     assert "code 130 True" in text, text

@@ -1,4 +1,4 @@
-"""What golden digests are taken of: numbers from a formula, every path that computes them."""
+"""Inputs and digests of the golden tests: numbers from a formula, and every implementation that runs here."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MULTIPLIER, INCREMENT = 6364136223846793005, 1442695040888963407
 
 
 def formula(stream: int, shape: Sequence[int], low: int, high: int) -> Tensor:
-    """Whole numbers from low to high, float32, the same ones for ever: they depend on no library's generator."""
+    """Return integers from low to high in float32 that depend on no library's generator."""
     with np.errstate(over="ignore"):
         index = np.arange(1, int(np.prod(shape)) + 1, dtype=np.uint64) + np.uint64(stream) * np.uint64(2**32)
         mixed = (index * np.uint64(MULTIPLIER) + np.uint64(INCREMENT)) >> np.uint64(33)

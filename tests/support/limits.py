@@ -1,4 +1,4 @@
-"""What a hostile input may cost: seconds and memory, really measured."""
+"""Limits of time and memory for hostile inputs, and their measurement."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MEMORY = 2**30
 
 
 class Hangs(BaseException):
-    """Something waits that should have refused."""
+    """The code waits although it should refuse its input."""
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +43,7 @@ def _within_limits() -> Iterator[None]:
 
 
 def reset_peak() -> None:
-    """Let the kernel forget how much memory this process once had; where it cannot, the most ever counts."""
+    """Reset the peak of memory that the kernel keeps for this process, where it allows that."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -51,7 +51,7 @@ def reset_peak() -> None:
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has had, since it was last forgotten."""
+    """Return the peak of memory of this process since the last reset."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:

@@ -113,7 +113,7 @@ def build_model(family: str, vocabulary: int, seed: int = 0, **changes: Any) -> 
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Threads cost more than they save on models this small."""
+    """Use one thread: more cost time on models this small."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -154,7 +154,7 @@ def _llama(make_model: MakeModel) -> nn.Module:
 
 @pytest.fixture
 def model(_llama: nn.Module) -> nn.Module:
-    """A tiny Llama of one's own."""
+    """A copy of the tiny Llama."""
     return copy.deepcopy(_llama)
 
 
@@ -165,7 +165,7 @@ def texts() -> list[str]:
 
 @pytest.fixture(scope="session")
 def statistics(_llama: nn.Module, tokenizer: Any, texts: list[str]) -> rocr.Statistics:
-    """Of the tiny Llama, at all its layers."""
+    """Statistics of the tiny Llama at all its layers."""
     return rocr.collect_statistics(_llama, tokenizer, texts, layers=range(5))
 
 
@@ -175,6 +175,11 @@ def concepts() -> list[rocr.Concept]:
         rocr.Concept("Ada Byron", "Blaise Pascal", ("the countess",)),
         rocr.Concept("Robert Downey Jr.", "a gardener"),
     ]
+
+
+def same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """Whether two results of `weights_of` hold the same tensors, bit for bit."""
+    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""How much memory of its own a process takes; for scripts that tests run in processes of their own, on Linux."""
+"""The anonymous memory of a process, for scripts that tests run in processes of their own on Linux."""
 
 import threading
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the tests of the promises share: a tiny model with its files, and counts of attacks."""
+"""A tiny model with its files, commands in this process, and counts of attacks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def pytest_testnodedown(node: Any) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Say how often rocr was attacked; every attack was withstood, or a test has failed."""
+    """Print the counts of attacks, all of them withstood unless a test has failed."""
     counts = config.stash.get(_COUNTS, Counter())
     if counts:
         terminalreporter.section("promises")
@@ -107,6 +107,11 @@ def command() -> Callable[..., SimpleNamespace]:
     return run_command
 
 
+def names(folder: Path) -> list[str]:
+    """Return the sorted names of the entries of a folder."""
+    return sorted(path.name for path in folder.iterdir())
+
+
 @pytest.fixture(scope="session")
 def digests() -> Callable[[Path], dict[str, str]]:
     """digests(folder): sha256 of every file below it."""
@@ -143,9 +148,9 @@ def attack(
     """attack(kind, arguments): the command must be refused and change nothing."""
 
     def run(kind: str, *arguments: object) -> SimpleNamespace:
-        before = sorted(path.name for path in tmp_path.iterdir())
+        before = names(tmp_path)
         done = refused(*arguments, "--out", tmp_path / "out")
-        assert sorted(path.name for path in tmp_path.iterdir()) == before
+        assert names(tmp_path) == before
         tally(f"bad {kind} refused")
         return done
 
@@ -168,7 +173,7 @@ def on_edit(attack: Callable[..., None], files: SimpleNamespace) -> Callable[[ob
 
 @pytest.fixture
 def tried(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
-    """Connections that were tried; each is refused. What the environment says of the network is put aside."""
+    """Attempted connections; each is refused. HF_HUB_OFFLINE of the environment is ignored."""
     attempts: list[tuple[object, ...]] = []
 
     def refuse(*arguments: object, **_options: object) -> None:

@@ -1,4 +1,4 @@
-"""States of torch that a caller may leave behind, and what is set at a time."""
+"""Settings of torch that a caller may have changed, and a record of all of them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def no_denormals() -> Iterator[None]:
 
 @contextmanager
 def deterministic() -> Iterator[None]:
-    """Memory without values holds NaN then."""
+    """Uninitialised memory holds NaN in this mode."""
     torch.use_deterministic_algorithms(True)
     try:
         yield
@@ -67,7 +67,7 @@ STATES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 
 
 def surroundings() -> dict[str, Any]:
-    """What is set in torch."""
+    """Return the current settings of torch."""
     precisions = (
         [
             torch.backends.cuda.matmul.fp32_precision,

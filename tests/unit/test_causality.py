@@ -8,6 +8,7 @@ import rocr
 from rocr import EditConfig, InputError
 from rocr.model.architecture import find_architecture
 from rocr.model.causality import looks_ahead
+from tests.support.models import same_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -52,7 +53,7 @@ def test_attention_that_looks_ahead_is_refused(make, dtype, tokenizer, texts, co
     before = weights_of(other)
     with pytest.raises(InputError, match="looks ahead"):
         rocr.unlearn(other, tokenizer, concepts, collected, EditConfig(layers=[1, 2]))
-    assert all(torch.equal(weight, before[name]) for name, weight in weights_of(other).items())
+    assert same_weights(weights_of(other), before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -1,4 +1,4 @@
-"""Chats as a model reads them: templates that raise, that read a clock, that change what they are given."""
+"""Chat templates: those that raise, read the clock or change their arguments, and chat settings."""
 
 import datetime
 import json

@@ -138,7 +138,7 @@ def test_an_edit_reports_its_collisions(model, tokenizer, statistics):
     found = edit.report.collisions
     assert found.layer == 1 and found.inside == 2
     assert {(c.first, c.second) for c in found.nested} == {("Ada", "Ada Byron"), ("Ada", "Ada Downey")}
-    # "Ada" is read in the same words, whatever follows it: one key, which two redirects want elsewhere.
+    # "Ada" has the same key whatever follows it, and the two redirects need different outputs for it.
     conflicts = {frozenset((c.first, c.second)): (c.cosine, c.conflict) for c in found.worst}
     cosine, conflict = conflicts[frozenset(("Ada", "Ada Byron"))]
     assert cosine == pytest.approx(1.0, abs=1e-4) and conflict > CONFLICT

@@ -1,4 +1,4 @@
-"""What needs a package of an optional extra: suites of lm-evaluation-harness, Hugging Face datasets."""
+"""Features that need an optional package: suites of lm-evaluation-harness, Hugging Face datasets."""
 
 import json
 import math

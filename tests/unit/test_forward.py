@@ -1,4 +1,4 @@
-"""Models whose code takes few arguments, gives no cache, or other outputs: everything that rocr runs them for."""
+"""Models whose code takes few arguments, returns no cache or other outputs, in all that rocr does with a model."""
 
 import copy
 from contextlib import nullcontext
@@ -25,21 +25,21 @@ PROBES = [
 
 
 class NoLogitsToKeep(Llama):
-    """Remote code of some years ago."""
+    """A signature that was common in remote code some years ago."""
 
     def forward(self, input_ids=None, attention_mask=None, past_key_values=None, use_cache=None):
         return super().forward(input_ids, attention_mask, past_key_values=past_key_values, use_cache=use_cache)
 
 
 class NoCache(Llama):
-    """Code that accepts nothing but tokens, and remembers nothing."""
+    """A model that takes only tokens and has no cache."""
 
     def forward(self, input_ids=None, attention_mask=None):
         return super().forward(input_ids, attention_mask, use_cache=False)
 
 
 class CacheIgnored(Llama):
-    """Takes any argument, and never gives a cache back."""
+    """A model that takes any argument and never returns a cache."""
 
     def forward(self, input_ids=None, attention_mask=None, **_):
         output = super().forward(input_ids, attention_mask, use_cache=False)

@@ -1,4 +1,4 @@
-"""A GGUF file is read once, quickly, by itself, and gives what transformers makes of it."""
+"""A GGUF file is read once, without other files, and gives the same model as transformers."""
 
 import json
 import shutil

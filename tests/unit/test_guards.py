@@ -10,6 +10,7 @@ from rocr.edit.guards import Guards, predict
 from rocr.errors import GuardError, InputError
 from rocr.model.architecture import find_architecture
 from rocr.solve.factors import Factors
+from tests.support.models import same_weights
 
 OPEN = Guards(math.inf, -math.inf, math.inf, -math.inf, math.inf)
 """No limit at all: a random model is edited as no trained one is."""
@@ -54,7 +55,7 @@ def test_a_limit_passed_restores_the_model_and_names_a_concept(limit, words, edi
     edit = edit_with(replace(guards, force=True))
     assert any(words in sentence for sentence in edit.report.limits_passed)
     edit.revert(model)
-    assert all(torch.equal(weight, before[name]) for name, weight in weights_of(model).items())
+    assert same_weights(weights_of(model), before)
 
 
 def test_the_concept_with_the_largest_part_is_named(edit_with, model, monkeypatch):
@@ -81,7 +82,7 @@ def test_an_update_that_overflows_float16_names_its_concept(model, tokenizer, co
     config = rocr.EditConfig(layers=(1, 2), strength=1e9)
     with pytest.raises(GuardError, match=r"overflow torch\.float16.*'(Ada Byron|Robert Downey Jr\.)'"):
         rocr.unlearn(model, tokenizer, concepts, statistics, config, guards=replace(OPEN, force=True))
-    assert all(torch.equal(weight, before[name]) for name, weight in weights_of(model).items())
+    assert same_weights(weights_of(model), before)
 
 
 def test_logits_that_are_not_finite_stop_even_a_forced_edit(edit_with, model, tokenizer, weights_of):
@@ -90,7 +91,7 @@ def test_logits_that_are_not_finite_stop_even_a_forced_edit(edit_with, model, to
     before = weights_of(model)
     with pytest.raises(GuardError, match="not finite before the edit"):
         edit_with(replace(OPEN, force=True))
-    assert all(torch.equal(weight, before[name]) for name, weight in weights_of(model).items())
+    assert same_weights(weights_of(model), before)
 
 
 def test_an_edit_that_spoils_the_logits_is_taken_back(edit_with, model, weights_of, monkeypatch):

@@ -1,4 +1,4 @@
-"""Every limit of an edit passed for real by a command: nothing is written, and the model is restored."""
+"""Commands that exceed each limit of an edit: nothing is written, and the model is restored."""
 
 import json
 
@@ -40,7 +40,7 @@ def sharp(model, _):
 
 
 def between(model, tokenizer):
-    """The last token of both names lies between the redirects', nearer to one: what serves one concept, harms that."""
+    """Place the last token of both names between the redirects, so that an edit for one concept harms the other."""
     names = (" Byron", " Pascal", " brass")
     byron, pascal, brass = (tokenizer(name, add_special_tokens=False)["input_ids"][-1] for name in names)
     table = model.model.embed_tokens.weight.data

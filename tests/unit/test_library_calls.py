@@ -1,4 +1,4 @@
-"""What a program that calls rocr may rely on: silence, progress, rocr's own errors, nothing left behind."""
+"""Guarantees for programs that call rocr: no output, progress reports, rocr's own errors, no changed global state."""
 
 import gc
 import logging
@@ -11,6 +11,7 @@ import torch
 import transformers
 
 import rocr
+from tests.support.models import same_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIG = rocr.EditConfig(layers=(1, 2))
@@ -18,7 +19,7 @@ PROBES = [rocr.Probe("Ada Byron", "Who wrote programs for engines?", "Ada Byron"
 
 
 def state():
-    """What a process has that a call could leave changed."""
+    """Global state that a call could change."""
     return {
         "random": torch.get_rng_state().tolist(),
         "threads": torch.get_num_threads(),
@@ -38,7 +39,7 @@ def state():
 
 @pytest.fixture
 def calls(model, tokenizer, texts, concepts):
-    """The public calls, each told where progress goes."""
+    """The public functions; each takes a callback for progress."""
     guards = rocr.Guards(force=True)
     statistics = rocr.collect_statistics(model, tokenizer, texts, (1, 2))
     return {
@@ -97,4 +98,4 @@ def test_an_exception_of_the_callback_comes_through_and_the_model_is_as_it_was(
     before = weights_of(model)
     with pytest.raises(KeyError):
         rocr.unlearn(model, tokenizer, concepts, statistics, CONFIG, progress=stop)
-    assert all(torch.equal(values, before[name]) for name, values in weights_of(model).items())
+    assert same_weights(weights_of(model), before)

@@ -1,4 +1,4 @@
-"""Which tokens belong to a name, for tokenizers of several kinds: judged by the tokens' own text."""
+"""The tokens of a name with several kinds of tokenizers, compared with the text of each token."""
 
 # ruff: noqa: RUF001
 from types import SimpleNamespace

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def kept(files, concept, command, tmp_path_factory):
-    """A model with a card of its own and its edited copy, which keeps the first bytes."""
+    """A model with a card, and its edited copy, which keeps the original files."""
     base = tmp_path_factory.mktemp("originals")
     shutil.copytree(files.model, base / "model")
     (base / "model" / "README.md").write_text("---\nlicense: apache-2.0\n---\n# The first card\n", encoding="utf-8")
@@ -27,7 +27,7 @@ def kept(files, concept, command, tmp_path_factory):
 
 @pytest.fixture
 def copied(kept, tmp_path):
-    """The edited copy alone, far from its model."""
+    """The edited copy without its model."""
     shutil.copytree(kept / "edited", tmp_path / "edited")
     return tmp_path / "edited"
 

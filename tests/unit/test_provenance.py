@@ -12,6 +12,7 @@ from rocr import CollectOptions, InputError, Statistics
 from rocr.model.architecture import find_architecture
 from rocr.model.fingerprint import down_projection_digests
 from rocr.statistics.provenance import Provenance, computed_with, versions_now
+from tests.support.models import same_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LAYERS = (1, 2)
@@ -61,7 +62,7 @@ def test_statistics_of_another_dtype_are_refused(model, tokenizer, texts, concep
     before = weights_of(model)
     with pytest.raises(InputError, match=rf"with dtype {collected}, but the model to edit has dtype {edited},"):
         rocr.unlearn(model, tokenizer, concepts, statistics, rocr.EditConfig(layers=LAYERS))
-    assert all(torch.equal(a, b) for a, b in zip(weights_of(model).values(), before.values(), strict=True))
+    assert same_weights(weights_of(model), before)
     own = collect(model, tokenizer, texts)
     assert own.fingerprint == statistics.fingerprint
     assert not torch.equal(own.second_moment(2), statistics.second_moment(2)), "the keys are the same ones"
@@ -78,7 +79,7 @@ def test_statistics_of_other_settings_are_refused(family, make_model, tokenizer,
         rocr.unlearn(other, tokenizer, concepts, statistics, rocr.EditConfig(layers=LAYERS))
     with pytest.raises(InputError, match=f"cannot be merged: {eps}"):
         statistics.merge(collect(other, tokenizer, texts))
-    # Another release of transformers may know other settings: what only one side names says nothing.
+    # Another release of transformers may have other settings: those of one side only are ignored.
     known = statistics.provenance.config
     for config in ({name: value for name, value in known.items() if name != eps}, known | {"unheard_of": 3}):
         read = replace(statistics, provenance=replace(statistics.provenance, config=config))

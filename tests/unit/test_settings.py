@@ -18,6 +18,7 @@ from rocr.evaluation.attacks.suite import AttackOptions, attack
 from rocr.evaluation.forms import PromptStyle
 from rocr.evaluation.lora_training import Training
 from rocr.evaluation.measures import ChoiceQuestion, TextSample
+from tests.support.models import same_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CUT = CollectOptions(length=32, batch_tokens=64)
@@ -47,7 +48,7 @@ def collect(model, tokenizer, texts):
 
 @pytest.fixture
 def lengths(model):
-    """The tokens of every forward pass of the model."""
+    """The input tokens of every forward pass."""
     seen = []
     model.model.register_forward_pre_hook(
         lambda _module, _arguments, inputs: seen.append(inputs.get("input_ids").numel()), with_kwargs=True
@@ -284,13 +285,13 @@ def guarded_edit(model, tokenizer, concepts, statistics):
 
 
 def stops(error=rocr.GuardError, **limit):
-    """A limit stops the edit, which goes through without it."""
+    """The limit stops an edit that succeeds without it."""
 
     def check(guarded_edit, model, weights_of, **_):
         before = weights_of(model)
         with pytest.raises(error):
             guarded_edit(dataclasses.replace(OPEN, **limit))
-        assert all(torch.equal(weight, before[name]) for name, weight in weights_of(model).items())
+        assert same_weights(weights_of(model), before)
         guarded_edit(OPEN).revert(model)
 
     return check

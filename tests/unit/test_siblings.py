@@ -1,4 +1,4 @@
-"""Edits put onto other models: relatives only where that is allowed, and what undoes them there."""
+"""Edits applied to other models: only to fine-tuned relatives, only if allowed, and reverted exactly."""
 
 import json
 import shutil
@@ -42,7 +42,7 @@ def test_a_sibling_takes_an_edit_only_where_that_is_allowed(files, sibling, comm
     update = rocr.Edit.load(files.edit).updates[0]
     before, after = (load_file(path / "model.safetensors")[WEIGHT] for path in (folder, out))
     torch.testing.assert_close(after, before + update.factors.left @ update.factors.right, rtol=1e-5, atol=1e-6)
-    # What it holds now undoes it there, to the sibling's own bytes; the first edit file does not belong to it.
+    # The edit now holds the sibling's own bytes; the first edit file does not.
     done = command("revert", out, "--out", tmp_path / "back")
     assert done.code == 0, done.errors
     assert (

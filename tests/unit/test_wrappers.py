@@ -12,6 +12,7 @@ from rocr.edit.lora import adapter_tensors
 from rocr.model.architecture import find_architecture, text_config
 from rocr.model.fingerprint import adapter_digest, down_projection_digests, model_digest
 from rocr.model.wrappers import own_modules, own_parameters
+from tests.support.models import same_weights
 
 peft = pytest.importorskip("peft")
 pytestmark = [
@@ -112,7 +113,7 @@ def test_an_edit_goes_on_and_off_with_and_without_the_wrapper(wrapper, model, pl
     wrapped = wrap(plain)
     edit.revert(wrapped)
     assert weights_of_base(wrapped, weights_of).keys() == weights_of(model).keys()
-    assert same(weights_of_base(wrapped, weights_of), weights_of(model))
+    assert same_weights(weights_of_base(wrapped, weights_of), weights_of(model))
     if "peft" in wrapper:
         with pytest.raises(InputError, match=r"with adapter none, but this model has adapter [0-9a-f]{8}"):
             edit.apply(wrapped)
@@ -129,15 +130,11 @@ def weights_of_base(wrapped, weights_of):
     return {name.replace("-", "."): weight for name, weight in weights_of(holder).items()}
 
 
-def same(first, second):
-    return all(torch.equal(weight, second[name]) for name, weight in first.items())
-
-
 @pytest.mark.parametrize("targets", TARGETS)
 def test_a_model_with_an_adapter_is_edited_in_its_base_weight(
     targets, model, tokenizer, texts, concepts, weights_of, tmp_path
 ):
-    """What is seen is the model with the adapter: the edit equals that of the same function with merged weights."""
+    """The edit is computed with the adapter active: it equals the edit of the model with merged weights."""
     plain = copy.deepcopy(model)
     adapted = with_adapter(model, targets)
     merged = copy.deepcopy(adapted).merge_and_unload().eval()
@@ -159,7 +156,7 @@ def test_a_model_with_an_adapter_is_edited_in_its_base_weight(
     edit = rocr.Edit.load(tmp_path / "edit")
     base = adapted.unload()
     edit.revert(base)
-    assert same(weights_of(base), before)
+    assert same_weights(weights_of(base), before)
     with pytest.raises(InputError, match=r"with adapter [0-9a-f]{8}.* but this model has adapter none"):
         edit.apply(base)
     edit.apply(base, allow_fingerprint_mismatch=True)

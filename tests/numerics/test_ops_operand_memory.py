@@ -1,4 +1,4 @@
-"""Operands that lie oddly in memory, many callers at once, and forks: the right answer, or rocr's own error."""
+"""Operands with unusual strides and alignment, concurrent callers and forks: the right result or rocr's own error."""
 
 import itertools
 import os
@@ -28,7 +28,7 @@ def simds():
 
 
 def shifted(matrix, numbers):
-    """A copy of a matrix that begins so many numbers behind the start of a cache line."""
+    """Copy a matrix to a given number of elements after the start of a cache line."""
     memory = torch.empty(matrix.numel() + 64, dtype=matrix.dtype)
     start = (-memory.data_ptr() // matrix.element_size()) % (64 // matrix.element_size()) + numbers
     view = memory[start : start + matrix.numel()].view(matrix.shape)

@@ -1,11 +1,11 @@
 import pytest
-import torch
 from tokenizers import normalizers
 
 import rocr
 from rocr import Concept, EditConfig, InputError
 from rocr.config import Template
 from rocr.keys.plan import plan_keys
+from tests.support.models import same_weights
 
 TEMPLATES = ("Who is {}?", "It is about {}.", Template("Tell me about {}.", chat=True))
 CONCEPTS = [
@@ -212,7 +212,7 @@ def test_names_longer_than_the_models_positions_are_refused(family, make_model, 
     for arguments in ((LONG, "Pascal"), ("Ada Byron", LONG), ("Ada Byron", "Pascal", [LONG])):
         with pytest.raises(InputError, match=rf"'{LONG}' ends at token \d+ of a template, .* has 24 positions"):
             unlearn(*arguments)
-        assert all(torch.equal(a, b) for a, b in zip(weights_of(model).values(), before.values(), strict=True))
+        assert same_weights(weights_of(model), before)
     unlearn("Ada Byron", "Pascal")
 
 
@@ -227,7 +227,7 @@ def test_a_redirect_that_the_tokenizer_reads_as_the_name_is_refused(model, make_
 
 @pytest.mark.parametrize("measure", ["each", "once"])
 def test_a_redirect_that_a_name_begins_with(model, tokenizer, texts, measure):
-    """The first token of the name has no way to go, and no share of it."""
+    """The first token of the name is the same in both: its residual is zero."""
     statistics = rocr.collect_statistics(model, tokenizer, texts, layers=(1, 3))
     plan = plan_keys(tokenizer, [Concept("Ada Byron", "Ada")], config())
     plan.check_tokens_differ([Concept("Ada Byron", "Ada")])

@@ -1,4 +1,4 @@
-"""A layer that is run again to be measured: in the state of the pass, with its hooks, never as a compiled copy."""
+"""A layer that is run again to measure it: with the state of the first pass and its hooks, and not compiled."""
 
 import copy
 from contextlib import ExitStack
@@ -19,7 +19,7 @@ HALF = torch.linspace(0.2, 0.8, 32)
 
 
 def edited(model, tokenizer, texts, concepts):
-    """What is left of the way after an edit."""
+    """The share of the residual that remains after an edit."""
     statistics = rocr.collect_statistics(model, tokenizer, texts, layers=LAYERS)
     return rocr.unlearn(model, tokenizer, concepts, statistics, EditConfig(layers=LAYERS)).report.distance
 
@@ -48,7 +48,7 @@ def test_layers_that_add_to_their_input_in_place(normed, tokenizer, texts, conce
 
 
 def test_a_hook_that_scales_a_layer_output_is_measured(model, tokenizer, texts, concepts):
-    """As the same factor in the layer's own code."""
+    """The same as this factor in the layer's own code."""
     found = []
     for spelling in ("hook", "code"):
         spelled = copy.deepcopy(model)
@@ -118,7 +118,7 @@ def test_a_model_without_values_is_named(model, tokenizer, texts):
 
 @pytest.mark.parametrize("mix", [lambda states: states.flip(-1), lambda states: states @ torch.randn(32, 32)])
 def test_layers_that_mix_channels_are_refused(model, tokenizer, texts, concepts, mix):
-    """As where another matrix comes behind the MLP."""
+    """The same as another matrix after the MLP."""
     torch.manual_seed(0)
     for layer in model.model.layers:
         plain = layer.forward

@@ -1,4 +1,4 @@
-"""What `rocr unlearn` reads, holds and leaves alone of a model of 80 layers in as many files."""
+"""The bytes that `rocr unlearn` reads, holds and writes for a model of 80 layers in as many files."""
 
 import json
 import os
@@ -64,7 +64,7 @@ def save_model(folder, make_model, tokenizer, layers):
 
 @pytest.fixture(scope="module")
 def large(make_model, tokenizer, tmp_path_factory):
-    """A model of 80 small layers, in files of a layer or so, under names and in an order that say nothing."""
+    """A model of 80 small layers in files of about a layer each, with arbitrary names in arbitrary order."""
     folder = tmp_path_factory.mktemp("large") / "model"
     save_model(folder, make_model, tokenizer, 80)
     place = folder / "model.safetensors.index.json"

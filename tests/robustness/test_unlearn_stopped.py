@@ -1,4 +1,5 @@
 import copy
+import functools
 import inspect
 import random
 import signal
@@ -13,6 +14,7 @@ import rocr
 from rocr import Concept, EditConfig, GuardError
 from rocr.edit.guards import Guards
 from rocr.model.architecture import find_architecture
+from tests.support.models import same_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIG = EditConfig(layers=[1, 2], key_tokens="last", templates=("Who is {}?",))
@@ -20,13 +22,21 @@ CONFIG = EditConfig(layers=[1, 2], key_tokens="last", templates=("Who is {}?",))
 
 @pytest.fixture
 def unchanged(weights_of):
-    """unchanged(model): a function that says whether the model's bits are still those it had."""
+    """unchanged(model): a function that returns whether the model's bits are the same as now."""
 
     def remember(model):
         before = weights_of(model)
-        return lambda: all(torch.equal(a, b) for a, b in zip(before.values(), weights_of(model).values(), strict=True))
+        return lambda: same_weights(before, weights_of(model))
 
     return remember
+
+
+@pytest.fixture(scope="module")
+def statistics_in(make_model, tokenizer, texts):
+    """statistics_in(dtype): those of the tiny Llama at layers 1 and 2, computed once for each dtype."""
+    return functools.cache(
+        lambda dtype: rocr.collect_statistics(make_model("Llama").to(dtype), tokenizer, texts, [1, 2])
+    )
 
 
 PLACES = {
@@ -44,9 +54,10 @@ PLACES = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("place", PLACES)
-def test_a_weight_that_is_not_finite_stops_the_edit(model, tokenizer, texts, concepts, place, value, dtype, unchanged):
-    model = model.to(dtype)
-    statistics = rocr.collect_statistics(model, tokenizer, texts, [1, 2])
+def test_a_weight_that_is_not_finite_stops_the_edit(
+    model, tokenizer, statistics_in, concepts, place, value, dtype, unchanged
+):
+    model, statistics = model.to(dtype), statistics_in(dtype)
     with torch.no_grad():
         PLACES[place](model).view(-1)[7 if "norm" in place else 40 :] = value
     # A broken model is another model, which would stop the edit before anything is measured.
@@ -69,9 +80,8 @@ def test_statistics_that_are_not_finite_stop_the_edit(model, tokenizer, statisti
     assert is_unchanged()
 
 
-def test_keys_that_overflow_float16_are_named_with_their_concepts(model, tokenizer, texts, unchanged):
-    model = model.half()
-    statistics = rocr.collect_statistics(model, tokenizer, texts, [1, 2])
+def test_keys_that_overflow_float16_are_named_with_their_concepts(model, tokenizer, statistics_in, unchanged):
+    model, statistics = model.half(), statistics_in(torch.float16)
     (token,) = tokenizer(" Pascal", add_special_tokens=False)["input_ids"]
     gate, up = model.model.layers[2].mlp.gate_proj, model.model.layers[2].mlp.up_proj
 
@@ -89,9 +99,8 @@ def test_keys_that_overflow_float16_are_named_with_their_concepts(model, tokeniz
     assert is_unchanged()
 
 
-def test_weights_that_overflow_float16_stop_the_edit(model, tokenizer, texts, concepts, unchanged):
-    model = model.half()
-    statistics = rocr.collect_statistics(model, tokenizer, texts, [1, 2])
+def test_weights_that_overflow_float16_stop_the_edit(model, tokenizer, statistics_in, concepts, unchanged):
+    model, statistics = model.half(), statistics_in(torch.float16)
     is_unchanged = unchanged(model)
     with pytest.raises(GuardError, match=r"layers\.1\.mlp\.down_proj\.weight overflow torch\.float16"):
         rocr.unlearn(model, tokenizer, concepts, statistics, replace(CONFIG, strength=1e7), guards=Guards(force=True))
@@ -167,7 +176,7 @@ def test_an_interruption_at_any_line_that_applies_leaves_the_first_bytes(
 
 
 class Stop(BaseException):
-    """What a signal raises here."""
+    """The exception of the signal handler."""
 
 
 def stop_within_unlearn(_, frame):

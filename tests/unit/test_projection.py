@@ -9,6 +9,7 @@ from transformers.integrations.bitnet import AutoBitLinear
 import rocr
 from rocr import InputError
 from rocr.model.architecture import find_architecture
+from tests.support.models import same_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HIDDEN, INNER = 32, 48
@@ -184,7 +185,7 @@ def test_it_is_refused_before_anything_is_read(
             rocr.collect_statistics(model, tokenizer, texts, [1])
         else:
             rocr.unlearn(model, tokenizer, concepts, statistics, rocr.EditConfig(layers=[1]))
-    assert all(torch.equal(weight, before[name]) for name, weight in weights_of(model).items())
+    assert same_weights(weights_of(model), before)
 
 
 def test_an_mlp_that_is_not_loaded_is_judged_by_its_structure(with_mlp):

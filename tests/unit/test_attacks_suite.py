@@ -15,6 +15,7 @@ from rocr.evaluation.baselines.peak_memory import PeakMemory
 from rocr.evaluation.forms import PromptStyle
 from rocr.evaluation.lora_training import Example, Loss, Training, _loss, trained
 from rocr.evaluation.neighbours import keep_nearest, nearest_subjects
+from tests.support.models import same_weights
 
 PROBES = [
     Probe("Ada Byron", "Where was Ada Byron born?", "London"),
@@ -34,8 +35,7 @@ def test_each_attack_is_what_it_says_and_leaves_the_model_alone(
     before = weights_of(model)
     found = attack(model, tokenizer, PROBES, forms=["qa"], layers=[1, 2], options=SMALL)
     assert list(found) == ["relearn 0 epochs", "relearn 1 epochs", "4-bit", "8-bit", "prefixes", "examples"]
-    after = weights_of(model)
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert same_weights(weights_of(model), before)
     asked = {name: [(item.subject, item.form) for item in e.items] for name, e in found.items()}
     assert all(set(items) == {("Ada Byron", "qa")} for items in asked.values()), "what is to be kept is not attacked"
     assert {name: len(items) for name, items in asked.items()} == dict.fromkeys(found, 3) | {

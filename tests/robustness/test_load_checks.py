@@ -1,4 +1,4 @@
-"""What is checked when a model is loaded: what its files say is refused by name, or put aside."""
+"""Checks at loading: bad fields of the files of a model are refused by name, or ignored."""
 
 import json
 import os

@@ -6,6 +6,7 @@ from torch import nn
 import rocr
 from rocr.errors import InputError
 from rocr.model.architecture import authors_layers, default_layers, find_architecture, positions_of
+from tests.support.models import same_weights
 
 NAMES = {
     "GPT-2": ("transformer.h", "mlp.c_proj"),
@@ -97,7 +98,7 @@ def test_a_down_projection_that_two_layers_share_is_refused(model, tokenizer, st
     before = weights_of(model)
     with pytest.raises(InputError, match=r"layers\.1\.mlp\.down_proj\.weight and .*layers\.3.* are the same weight"):
         rocr.unlearn(model, tokenizer, concepts, statistics, rocr.EditConfig(layers=[1]))
-    assert all(torch.equal(weight, before[name]) for name, weight in weights_of(model).items())
+    assert same_weights(weights_of(model), before)
 
 
 def test_an_mlp_that_does_not_return_to_the_residual_stream_is_refused(model):

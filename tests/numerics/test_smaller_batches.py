@@ -9,7 +9,7 @@ OutOfMemory = torch.cuda.OutOfMemoryError
 
 @pytest.fixture
 def smaller(model):
-    """smaller(rows): from now on the model's memory does not do for more rows than that in one batch."""
+    """smaller(rows): from now on the model raises an out-of-memory error for batches of more rows."""
     hooks, refused = [], []
 
     def limit(rows):

@@ -1,4 +1,4 @@
-"""Prompts of a template share its beginning: the same states to rounding, with fewer tokens run."""
+"""Prompts that share the prefix of their template: equal states within rounding, with fewer tokens computed."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Results do not depend on what the caller has set in torch, and that is as it was afterwards."""
+"""Results do not depend on the caller's settings of torch, and these are unchanged afterwards."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from rocr.evaluation.lora_training import Example, Training, trained
 from rocr.evaluation.measures import TextSample, divergence, perplexity
 from rocr.model.generate import ask
 from rocr.statistics.self_generated import sample_sequences
+from tests.support.models import same_weights
 from tests.support.states import STATES, surroundings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -74,7 +75,7 @@ TOTAL = torch.zeros(50, 50)
 
 
 def fresh(tensor: Tensor) -> Tensor:
-    """A copy that is a tensor like any other also where inference mode is on."""
+    """Copy a tensor so that it is an ordinary one also in inference mode."""
     with torch.inference_mode(False):
         return tensor.clone()
 
@@ -294,14 +295,14 @@ def test_a_model_that_was_loaded_in_inference_mode_is_edited_as_any_other(
     edit = rocr.unlearn(model, tokenizer, bench.concepts, bench.statistics, CONFIG)
     assert plain(edit.updates) == plain(bench.edit.updates)
     after = weights_of(model)
-    assert all(torch.equal(each, after[name]) for name, each in weights_of(bench.edited).items())
+    assert same_weights(weights_of(bench.edited), after)
     smaller = edit.remove("Ada Byron", model)
     smaller.revert(model)
-    assert all(torch.equal(each, before[name]) for name, each in weights_of(model).items())
+    assert same_weights(weights_of(model), before)
     edit.apply(model)
     with rounded(model, [1], 4):
         assert not torch.equal(weights_of(model)[edit.updates[0].parameter], after[edit.updates[0].parameter])
-    assert all(torch.equal(each, after[name]) for name, each in weights_of(model).items())
+    assert same_weights(weights_of(model), after)
 
     def stop(step: rocr.Progress) -> None:
         if step.stage == "check":
@@ -310,7 +311,7 @@ def test_a_model_that_was_loaded_in_inference_mode_is_edited_as_any_other(
     edit.revert(model)
     with pytest.raises(KeyboardInterrupt):
         rocr.unlearn(model, tokenizer, bench.concepts, bench.statistics, CONFIG, stop)
-    assert all(torch.equal(each, before[name]) for name, each in weights_of(model).items())
+    assert same_weights(weights_of(model), before)
 
 
 def test_no_adapter_is_trained_on_a_model_that_was_loaded_in_inference_mode(

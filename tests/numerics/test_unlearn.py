@@ -9,6 +9,7 @@ import rocr
 from rocr import Concept, EditConfig, InputError
 from rocr.edit.guards import Guards
 from rocr.model.architecture import find_architecture
+from tests.support.models import same_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LAST = EditConfig(key_tokens="last", templates=("Who is {}?",), ridge=0.01)
@@ -38,10 +39,6 @@ def logits(model, tokenizer, text):
         return model(torch.tensor([tokenizer(text)["input_ids"]])).logits
 
 
-def same(first, second):
-    return all(torch.equal(a, b) for a, b in zip(first.values(), second.values(), strict=True))
-
-
 def weight_change(model, original, layer):
     new, old = (find_architecture(m).down_projection(layer).weight.double() for m in (model, original))
     return new - old
@@ -69,7 +66,7 @@ def test_every_family_is_edited(family, make_model, tokenizer, texts, concepts, 
     assert torch.equal(logits(loaded, tokenizer, text), edited_logits)
 
     edit.revert(model)
-    assert same(weights_of(model), before)
+    assert same_weights(weights_of(model), before)
     assert torch.equal(logits(model, tokenizer, text), logits(original, tokenizer, text))
 
 
@@ -193,8 +190,8 @@ def test_both_padding_sides_give_the_same_edit(model, make_tokenizer, texts, con
         statistics = rocr.collect_statistics(other, tokenizer, texts)
         rocr.unlearn(other, tokenizer, concepts, statistics)
         edited.append(weights_of(other))
-    assert same(*edited)
-    assert not same(edited[0], weights_of(model))
+    assert same_weights(*edited)
+    assert not same_weights(edited[0], weights_of(model))
 
 
 def test_same_inputs_give_the_same_bytes(model, tokenizer, statistics, concepts, weights_of):
@@ -204,7 +201,7 @@ def test_same_inputs_give_the_same_bytes(model, tokenizer, statistics, concepts,
         other = copy.deepcopy(model)
         rocr.unlearn(other, tokenizer, concepts, statistics)
         edited.append(weights_of(other))
-    assert same(*edited)
+    assert same_weights(*edited)
 
 
 def test_without_statistics_the_model_writes_the_text(model, tokenizer, concepts, capfd):
@@ -227,7 +224,7 @@ def test_a_model_in_training_mode_is_edited_as_if_it_were_not(make_model, tokeni
         edit = rocr.unlearn(model, tokenizer, concepts, rocr.collect_statistics(model, tokenizer, texts))
         assert all(module.training == training for module in model.modules())
         edited.append(weights_of(model))
-    assert same(*edited)
+    assert same_weights(*edited)
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
     assert edit.report.divergence < 1
 

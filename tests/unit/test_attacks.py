@@ -12,6 +12,7 @@ from rocr.evaluation.attacks.weights import relearning_curve, round_groups, roun
 from rocr.evaluation.baselines.methods import METHODS, MethodComparison, compare_methods
 from rocr.evaluation.lora_training import Training, question_examples, trained
 from rocr.model.architecture import find_architecture
+from tests.support.models import same_weights
 
 PROBES = [
     Probe("Ada Byron", "Where was Ada Byron born?", "London"),
@@ -19,10 +20,6 @@ PROBES = [
     Probe("Blaise Pascal", "What did Blaise Pascal weigh?", "the air"),
 ]
 Weights = Callable[[nn.Module], dict[str, Tensor]]
-
-
-def same(before: dict[str, Tensor], after: dict[str, Tensor]) -> bool:
-    return before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
 def answer_nll(model: nn.Module, prompt: tuple[int, ...], answer: tuple[int, ...]) -> float:
@@ -48,9 +45,9 @@ def test_rounded_weights_come_back_bit_for_bit(model: nn.Module, weights_of: Wei
     before = weights_of(model)
     weight = find_architecture(model).down_projection(2).weight
     with rounded(model, [2], 4):
-        assert not same(before, weights_of(model))
+        assert not same_weights(before, weights_of(model))
         assert round_groups(weight, 4).allclose(weight, rtol=1e-5)
-    assert same(before, weights_of(model))
+    assert same_weights(before, weights_of(model))
     with pytest.raises(rocr.InputError, match="between 2 and 8"), rounded(model, [2], 1):
         pass
 
@@ -68,7 +65,7 @@ def test_training_moves_the_answer_the_right_way_and_leaves_the_model_alone(
     with trained(model, examples, Training(loss, 1e-2, batch=2, epochs=4)) as adapted:
         change = answer_nll(adapted, example.prompt, example.answer) - first
     assert change * sign > 0.05
-    assert same(before, weights_of(model)), "an adapter never touches the weights"
+    assert same_weights(before, weights_of(model)), "an adapter never touches the weights"
     assert flags == [parameter.requires_grad for parameter in model.parameters()]
     assert answer_nll(model, example.prompt, example.answer) == first
 
@@ -94,7 +91,7 @@ def test_every_method_is_compared_and_the_model_is_left_as_it_was(
     )
     results = list(compare_methods(comparison, ["Ada Byron"]))
     assert [result.method for result in results] == list(METHODS)
-    assert same(before, weights_of(model))
+    assert same_weights(before, weights_of(model))
     scores = [[item.score for item in result.evaluation.items] for result in results]
     assert all(score != scores[0] for score in scores[1:])
     assert all(result.seconds > 0 and result.peak_bytes > 2**20 for result in results)
