@@ -63,7 +63,7 @@ def _restore(arguments: Arguments, console: Console) -> dict[str, Any]:
 
 def _structure(arguments: Arguments, source: ModelSource) -> LoadedModel:
     """The model to revert; without weights if these are in safetensors files, which are edited in place of it."""
-    if source.folder is None or source.gguf:
+    if source.checkpoint_folder is None:
         return load(arguments, source)
 
     from rocr.model.load import LoadedModel

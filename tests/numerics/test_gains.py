@@ -201,7 +201,8 @@ def test_an_edit_that_does_not_arrive_is_refused(model, tokenizer, texts, concep
     assert found.report.limits_passed == []
     found.revert(model)
     monkeypatch.setattr(sys.modules["rocr.unlearn"], "layers_with_gain", lambda *_: ())
-    with pytest.raises(GuardError, match=r"The edit does not arrive: at their keys the updates cover \d+% of the way"):
+    words = r"The edit does not reach the states: at the concepts' keys, the updates cover \d+% of the distance"
+    with pytest.raises(GuardError, match=words):
         edit()
     assert same_weights(weights_of(model), before)
     assert any("does not reach the states" in sentence for sentence in edit(force=True).report.limits_passed)
