@@ -88,7 +88,7 @@ def test_edits_come_off_in_any_order_that_is_the_reverse_for_each_weight(stack, 
         for i, edit in left:
             if (i, edit) not in free:
                 before = weight_digests(model)
-                with pytest.raises(VerificationError, match="Take later edits off first"):
+                with pytest.raises(VerificationError, match="Revert later edits first"):
                     edit.revert(model)
                 assert weight_digests(model) == before, "a refused revert changed a weight"
         chosen = choose.choice(free)
@@ -121,7 +121,7 @@ def test_commands_repeat_their_bytes_and_take_them_off(files, command, concept, 
     with_threads(1)
     run("unlearn", first, *settings, "--layers", "2,3", "--out", second)
     early = command("revert", second, "--edit", first / "edit.safetensors", "--out", back)
-    assert early.code == 3 and "Take later edits off first" in early.errors and not back.exists()
+    assert early.code == 3 and "Revert later edits first" in early.errors and not back.exists()
     run("revert", second, "--out", back)
     assert written(back)["model.safetensors"] == written(first)["model.safetensors"]
     run("revert", back, "--edit", first / "edit.safetensors", "--out", tmp_path / "first")
