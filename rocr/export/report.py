@@ -77,7 +77,7 @@ def build_report(
         "versions": versions(),
         "files": dict(files),
         "linked": list(linked),
-        "note": "Measurements of one edit. They do not prove that the concepts cannot be recovered.",
+        "note": "Measurements of one edit. They are not proof that the concepts cannot be recovered.",
     }
 
 
