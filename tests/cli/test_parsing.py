@@ -13,9 +13,9 @@ import pytest
 
 import rocr
 from rocr.cli.main import main, program
-from rocr.config import HELD_WEIGHT, EditConfig
+from rocr.config import LONG_LIST_TEMPLATE_WEIGHT, EditConfig
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def parsed(command, *words):
@@ -139,7 +139,7 @@ def test_every_option_and_argument_has_a_help_text_that_is_a_sentence():
 def test_the_help_names_the_default_of_each_setting():
     defaults = {**dataclasses.asdict(EditConfig()), "held_weight": "0.03 for long lists, else 0"}
     defaults["reach"] = "gradual for long lists, else whole"
-    assert (HELD_WEIGHT, EditConfig().held_weight, EditConfig().reach) == (0.03, None, None)
+    assert (LONG_LIST_TEMPLATE_WEIGHT, EditConfig().template_weight, EditConfig().token_schedule) == (0.03, None, None)
     settings = [p for p in program.commands["unlearn"].params if getattr(p, "group", "") == "Settings" if not p.is_flag]
     assert len(settings) == 10
     for parameter in settings:
