@@ -58,7 +58,7 @@ from rocr.statistics.provenance import computed_with
 from rocr.statistics.statistics import Statistics
 
 
-@renamed_arguments(kept="base_edit")
+@renamed_arguments(kept="base_edit", neighbours="retain")
 def unlearn(
     model: nn.Module,
     tokenizer: Any,
@@ -68,7 +68,7 @@ def unlearn(
     progress: ProgressCallback = silent,
     guards: Guards | None = None,
     base_edit: Edit | None = None,
-    neighbours: Sequence[str] | None = None,
+    retain: Sequence[str] | None = None,
 ) -> Edit:
     """Redirect concepts in a model, in place: on reading a concept, the model then perceives its redirect.
 
@@ -89,7 +89,8 @@ def unlearn(
         guards: Safety limits of the edit. None is `Guards()`.
         base_edit: An edit whose concepts stay redirected, from the keys and residuals that it stores. The model must
             have its weights from before that edit; `Edit.add` restores them first.
-        neighbours: Retained names, for which the effect of the edit is measured. None measures the redirects.
+        retain: Names that should stay as they are, for which the effect of the edit is measured. None measures the
+            redirects.
 
     Returns:
         The edit, which is applied to the model. `Edit.revert` restores the original weights.
@@ -121,7 +122,7 @@ def unlearn(
                 template_keys = reader.template_keys()
                 readings = reader.keys(layers if task.config.measure == "once" else layers[:1])
                 goals = _Goals.of(targets, readings[layers[0]].hidden, task)
-            retained = read_retained_names(architecture, tokenizer, all_concepts, neighbours, task.config, progress)
+            retained = read_retained_names(architecture, tokenizer, all_concepts, retain, task.config, progress)
             with timed("check"):
                 predictions = predict(architecture, tokenizer)
 

@@ -14,7 +14,7 @@ def show_report(report: dict[str, Any], console: Console, place: str | None) -> 
     """Show a report: concepts, answers, layers, seconds, and the folder of the result."""
     _show_concepts(report, console)
     _show_collisions(report["collisions"], console)
-    _show_neighbours(report["neighbours"], console)
+    _show_retained(report["neighbours"], console)
     for on_list, title in (
         (True, "Answers about concepts on the list"),
         (False, "Answers about names not on the list"),
@@ -70,13 +70,13 @@ def _show_collisions(found: dict[str, Any] | None, console: Console) -> None:
     )
 
 
-def _show_neighbours(found: dict[str, Any] | None, console: Console) -> None:
+def _show_retained(found: dict[str, Any] | None, console: Console) -> None:
     if found is None:
         return
-    kind = "neighbours" if found["given"] else "redirects"
+    kind = "retained names" if found["given"] else "redirects"
     rows = [
-        (harm["neighbour"], harm["concept"], str(harm["layer"]), _percent(harm["share"]))
-        for harm in found["worst"][:SHOWN_PAIRS]
+        (impact["neighbour"], impact["concept"], str(impact["layer"]), _percent(impact["share"]))
+        for impact in found["worst"][:SHOWN_PAIRS]
     ]
     console.table(
         f"Concepts that move {kind} most", ("kept name", "moved by", "layer", "share of its output, at most"), rows

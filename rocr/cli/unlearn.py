@@ -62,7 +62,7 @@ answering = partial(option, group="Answers before and after")
 @setting("--threshold", "Eigenvalues below it are free to use, for projected (default: 0.02).", type=float)
 @setting("--strength", "Share of the way from a concept to its redirect (default: 1).", type=float)
 @setting(
-    "--held-weight",
+    "--template-weight",
     "Weight of the templates' own tokens beside ordinary text (default: 0.03 for long lists, else 0).",
     type=float,
 )
@@ -73,11 +73,13 @@ answering = partial(option, group="Answers before and after")
     type=choice("mean", "all"),
 )
 @setting(
-    "--reach",
-    "Send the first tokens of a name only part of the way, or all tokens the whole way (default: gradual for long "
-    "lists, else whole).",
-    type=choice("gradual", "whole"),
+    "--token-schedule",
+    "Send all tokens of a name the full way, or the first ones only part of it (default: ramp for long lists, else "
+    "full).",
+    type=choice("full", "ramp"),
 )
+@setting("--held-weight", "Old name of --template-weight.", type=float)
+@setting("--reach", "Old name of --token-schedule: whole is full, gradual is ramp.", type=choice("gradual", "whole"))
 @flag("--force", "Continue past the safety limits of an edit; the report says so.", group="Settings")
 @setting(
     "--template",
@@ -114,7 +116,7 @@ def unlearn(arguments: Arguments, console: Console) -> dict[str, Any]:
 
     check_names("--control", arguments.control)
     questions = [] if arguments.no_answers else fill_question(arguments.ask, _asked(arguments, concepts))
-    config = _config(arguments)
+    config = _config(arguments, console)
     statistics = _load_statistics(arguments)
     last_layer = last_layer_to_load(arguments, source, config, statistics)
     if last_layer is not None and questions:
@@ -189,18 +191,40 @@ def _asked(arguments: Arguments, concepts: list[Concept]) -> list[str]:
     return [*(concept.name for concept in concepts[:SHOWN_CONCEPTS]), *arguments.control]
 
 
-def _config(arguments: Arguments) -> EditConfig:
+def _config(arguments: Arguments, console: Console) -> EditConfig:
     import dataclasses
 
-    from rocr.config import EditConfig, Template, with_new_setting_names
+    from rocr.config import EditConfig, Template
 
-    numbers = ("ridge", "gamma", "threshold", "strength", "held_weight", "seed")
-    names = (*numbers, "layers", "method", "key_tokens", "keys_per_concept", "reach")
+    numbers = ("ridge", "gamma", "threshold", "strength", "template_weight", "seed")
+    names = (*numbers, "layers", "method", "key_tokens", "keys_per_concept", "token_schedule")
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    given |= _renamed(arguments, console)
     if arguments.template:
         given["templates"] = tuple(Template(text, chat=True) for text in arguments.template)
     config = EditConfig.official() if arguments.official else EditConfig()
-    return dataclasses.replace(config, chat=arguments.chat, **with_new_setting_names(given))
+    return dataclasses.replace(config, chat=arguments.chat, **given)
+
+
+def _renamed(arguments: Arguments, console: Console) -> dict[str, Any]:
+    """Settings that were given under their old names, by the new ones.
+
+    Raises:
+        InputError: both names of a setting were given.
+    """
+    from rocr.config import RENAMED
+
+    found = {}
+    for old, new in RENAMED.items():
+        value = getattr(arguments, old)
+        if value is None:
+            continue
+        old_option, new_option = (f"--{name.replace('_', '-')}" for name in (old, new.name))
+        if getattr(arguments, new.name) is not None:
+            raise InputError(f"{old_option} is the old name of {new_option}: give only {new_option}.")
+        found[new.name] = new.new_value(value)
+        console.warn(f"{old_option} {value} is now {new_option} {found[new.name]}.")
+    return found
 
 
 def _load_statistics(arguments: Arguments) -> Statistics | None:
@@ -229,18 +253,16 @@ def _edit(
     from rocr.unlearn import unlearn
 
     guards = Guards(force=arguments.force, concepts=_most(arguments, concepts))
-    neighbours = _neighbours(arguments, concepts)
+    retain = _retained(arguments, concepts)
     with console.stage("edit") as progress:
-        edit = unlearn(
-            loaded.model, loaded.tokenizer, concepts, statistics, config, progress, guards, neighbours=neighbours
-        )
+        edit = unlearn(loaded.model, loaded.tokenizer, concepts, statistics, config, progress, guards, retain=retain)
     for sentence in edit.report.limits_passed:
         console.warn(f"Forced: {sentence}")
     return edit
 
 
-def _neighbours(arguments: Arguments, concepts: list[Concept]) -> list[str] | None:
-    """Names of --control that are not concepts of the list; only these are measured as neighbours."""
+def _retained(arguments: Arguments, concepts: list[Concept]) -> list[str] | None:
+    """Names of --control that are not concepts of the list; the effect of the edit on them is measured."""
     listed = {folded(name) for concept in concepts for name in concept.names}
     return [name for name in arguments.control if folded(name) not in listed] or None
 

@@ -307,7 +307,7 @@ def test_names_given_to_other_commands_keep_the_rules_of_a_list(files, attack, c
 def test_neighbours_keep_the_rules_of_a_list(model, tokenizer, statistics):
     for names in (["\udce9"], ["Ada\u200b"], [3], "Ada", [LONG]):
         with pytest.raises(InputError, match="retained name"):
-            rocr.unlearn(model, tokenizer, PASCAL, statistics, CONFIG, neighbours=names)
+            rocr.unlearn(model, tokenizer, PASCAL, statistics, CONFIG, retain=names)
 
 
 def test_a_name_asked_about_is_on_the_list_in_whichever_form(files, concept, command, tmp_path: Path):

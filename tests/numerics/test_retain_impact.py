@@ -30,7 +30,7 @@ def test_moves_of_retained_names_are_their_definition(
     reading, name_of = plan_names(tokenizer, STAY, config)
     own = {layer: read_states(architecture, reading, 2, layer, share=False).keys for layer in (1, 2)}
     weights = {layer: architecture.down_projection(layer).weight.detach().clone() for layer in (1, 2)}
-    edit = rocr.unlearn(model, tokenizer, PEOPLE, statistics, config, neighbours=STAY)
+    edit = rocr.unlearn(model, tokenizer, PEOPLE, statistics, config, retain=STAY)
     pairs, whole = {}, {}
     for update in edit.updates:
         keys, outputs = own[update.layer], own[update.layer] @ weights[update.layer].T
@@ -82,10 +82,10 @@ def test_parts_of_concepts_of_different_sizes():
 
 
 def test_only_the_worst_are_kept(model, tokenizer, statistics, monkeypatch):
-    whole = rocr.unlearn(model, tokenizer, PEOPLE, statistics, CONFIG, neighbours=STAY)
+    whole = rocr.unlearn(model, tokenizer, PEOPLE, statistics, CONFIG, retain=STAY)
     whole.revert(model)
     monkeypatch.setattr(retain_impact, "MAX_REPORTED", 2)
-    few = rocr.unlearn(model, tokenizer, PEOPLE, statistics, CONFIG, neighbours=STAY).report.retained
+    few = rocr.unlearn(model, tokenizer, PEOPLE, statistics, CONFIG, retain=STAY).report.retained
     assert few.worst == whole.report.retained.worst[:2] and few.moved == whole.report.retained.moved[:2]
 
 
@@ -96,7 +96,7 @@ def test_the_redirects_are_measured_if_no_names_are_given(model, tokenizer, stat
 
 
 def test_nothing_is_measured_for_an_empty_list(model, tokenizer, statistics):
-    edit = rocr.unlearn(model, tokenizer, PEOPLE, statistics, CONFIG, neighbours=[])
+    edit = rocr.unlearn(model, tokenizer, PEOPLE, statistics, CONFIG, retain=[])
     assert edit.report.retained is None
 
 
@@ -112,12 +112,12 @@ def test_nothing_is_measured_for_an_empty_list(model, tokenizer, statistics):
 def test_names_that_cannot_be_retained_are_refused(model, tokenizer, statistics, weights_of, names, words):
     before = weights_of(model)
     with pytest.raises(InputError, match=words):
-        rocr.unlearn(model, tokenizer, PEOPLE, statistics, CONFIG, neighbours=names)
+        rocr.unlearn(model, tokenizer, PEOPLE, statistics, CONFIG, retain=names)
     assert same_weights(weights_of(model), before)
 
 
 def test_names_of_rocr_0_1_for_what_is_measured(model, tokenizer, statistics):
-    report = rocr.unlearn(model, tokenizer, PEOPLE, statistics, CONFIG, neighbours=STAY).report
+    report = rocr.unlearn(model, tokenizer, PEOPLE, statistics, CONFIG, retain=STAY).report
     assert report.neighbours is report.retained
     assert [impact.neighbour for impact in report.retained.moved] == [impact.name for impact in report.retained.moved]
     written = report.to_json()

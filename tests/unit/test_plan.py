@@ -203,10 +203,10 @@ def test_names_longer_than_the_models_positions_are_refused(family, make_model, 
     statistics = rocr.collect_statistics(model, tokenizer, texts, [1])
     before = weights_of(model)
 
-    def unlearn(name, redirect, neighbours=None):
+    def unlearn(name, redirect, retain=None):
         concepts = [Concept(name, redirect)]
         return rocr.unlearn(
-            model, tokenizer, concepts, statistics, settings, guards=rocr.Guards(force=True), neighbours=neighbours
+            model, tokenizer, concepts, statistics, settings, guards=rocr.Guards(force=True), retain=retain
         )
 
     for arguments in ((LONG, "Pascal"), ("Ada Byron", LONG), ("Ada Byron", "Pascal", [LONG])):
