@@ -22,6 +22,15 @@ void accumulate_second_moment(std::uintptr_t total, std::int64_t total_stride, s
                                  keys_stride, tokens, size, dtype, threads, rocr::find_simd(simd));
 }
 
+void accumulate_grouped_second_moment(std::uintptr_t totals, std::int64_t group_stride,
+                                      std::int64_t total_stride, std::uintptr_t keys, std::int64_t keys_stride,
+                                      const std::vector<std::int64_t>& offsets, std::int64_t size,
+                                      rocr::DType dtype, int threads, const std::string& simd) {
+  rocr::accumulate_grouped_second_moment(pointer<float*>(totals), group_stride, total_stride,
+                                         pointer<const void*>(keys), keys_stride, offsets, size, dtype, threads,
+                                         rocr::find_simd(simd));
+}
+
 rocr::LowRankUpdate make_update(std::uintptr_t weight, rocr::DType dtype, std::int64_t rows,
                                 std::int64_t columns, std::int64_t stride, std::int64_t rank,
                                 std::uintptr_t left, std::uintptr_t right) {
@@ -55,6 +64,10 @@ PYBIND11_MODULE(_C, module) {
   module.def("accumulate_second_moment", &accumulate_second_moment, py::arg("total"), py::arg("total_stride"),
              py::arg("keys"), py::arg("keys_stride"), py::arg("tokens"), py::arg("size"), py::arg("dtype"),
              py::arg("threads"), py::arg("simd") = "", py::call_guard<py::gil_scoped_release>());
+  module.def("accumulate_grouped_second_moment", &accumulate_grouped_second_moment, py::arg("totals"),
+             py::arg("group_stride"), py::arg("total_stride"), py::arg("keys"), py::arg("keys_stride"),
+             py::arg("offsets"), py::arg("size"), py::arg("dtype"), py::arg("threads"), py::arg("simd") = "",
+             py::call_guard<py::gil_scoped_release>());
   module.def("low_rank_update", &low_rank_update, py::arg("updates"), py::arg("scale"), py::arg("stochastic"),
              py::arg("seed"), py::arg("threads"), py::arg("simd") = "",
              py::call_guard<py::gil_scoped_release>());

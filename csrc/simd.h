@@ -2,10 +2,13 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
 namespace rocr {
+
+class MomentKernel;
 
 enum class DType { float32, bfloat16, float16 };
 
@@ -51,10 +54,9 @@ struct Simd {
   void (*add)(DType dtype, void* weight, const float* update, std::int64_t count, Rounding rounding,
               std::int64_t first_column);
 
-  // The whole of accumulate_second_moment, for checked sizes above zero. Null: it is composed of the
-  // functions above.
-  void (*second_moment)(float* total, std::int64_t total_stride, const void* keys, std::int64_t keys_stride,
-                        std::int64_t tokens, std::int64_t size, DType dtype, int threads);
+  // Makes the kernel of second moments of keys of this size and dtype. Null: it is composed of the functions
+  // above.
+  std::unique_ptr<const MomentKernel> (*moment_kernel)(std::int64_t size, DType dtype);
 };
 
 // The compiled instruction sets that this machine can run, the fastest first.

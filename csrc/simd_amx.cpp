@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "amx_pack.h"
+#include "moment_kernel.h"
 #include "parallel.h"
 #include "simd_amx_digits.h"
 
@@ -150,43 +151,56 @@ bool is_supported() {
   return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 }
 
-void second_moment(float* total, std::int64_t total_stride, const void* keys, std::int64_t keys_stride,
-                   std::int64_t tokens, std::int64_t size, DType dtype, int threads) {
-  if (dtype == DType::float32) {
-    return second_moment_by_digits(total, total_stride, static_cast<const float*>(keys), keys_stride, tokens,
-                                   size, threads);
+// The kernel for 16-bit keys: a square of the total is one item.
+class AmxKernel : public MomentKernel {
+ public:
+  AmxKernel(std::int64_t size, DType dtype)
+      : size_(size),
+        columns_(divide_up(size, pair) * pair),
+        dtype_(dtype),
+        splits_(bf16_splits_of(dtype)),
+        squares_(squares(size, square)) {}
+
+  std::int64_t slices(std::int64_t tokens) const override { return divide_up(tokens, slice_steps(splits_)); }
+  std::int64_t packings() const override { return divide_up(columns_, packed_columns); }
+  std::int64_t products() const override { return static_cast<std::int64_t>(squares_.size()); }
+  std::int64_t worker_floats() const override { return square * square; }
+
+  // Two 16-bit sides fill as many floats as one of them has elements. The last product loads factors beyond the end
+  // of its slice.
+  std::int64_t packed_floats(std::int64_t tokens) const override {
+    const std::int64_t steps = divide_up(std::min(tokens, slice_steps(splits_)), tile_steps) * tile_steps;
+    return columns_ * steps * splits_ + pair * sum_steps(splits_) * splits_;
   }
-  const int splits = bf16_splits_of(dtype);
-  const std::int64_t slices = divide_up(tokens, slice_steps(splits));
-  const std::int64_t columns = divide_up(size, pair) * pair;
-  const std::int64_t steps = divide_up(std::min(tokens, slice_steps(splits)), tile_steps) * tile_steps;
-  const std::vector<Square> work = squares(size, square);
-  const std::int64_t squares_count = static_cast<std::int64_t>(work.size()),
-                     packings = divide_up(columns, packed_columns);
-  const std::int64_t slice_elements = 2 * columns * steps * splits;
-  // Two slices of 16-bit elements: one is packed while the other is multiplied. The last product loads factors
-  // beyond the end of its slice.
-  const Buffer packed(slice_elements + pair * sum_steps(splits) * splits);
-  const Buffer sums(threads * square * square);
-  const std::int64_t bytes = bytes_of(dtype);
-  const auto slice = [&](std::int64_t phase) {
-    return Packed{reinterpret_cast<Bfloat16Bits*>(packed.data()) + phase % 2 * slice_elements, columns, steps, splits};
-  };
-  run_phases(useful_threads(threads, tokens * size * size / 2), slices + 1, squares_count + packings,
-             [&](int worker, std::int64_t phase, std::int64_t item) {
-               if (item < squares_count) {
-                 if (phase == 0) return;
-                 float* mine = sums.data() + worker * square * square;
-                 with_tiles(splits, slice(phase - 1), work[item], mine);
-                 add_square(total, total_stride, size, work[item], mine);
-               } else if (phase < slices) {
-                 const std::int64_t first = phase * slice_steps(splits),
-                                    column = (item - squares_count) * packed_columns;
-                 const std::int64_t count = std::min(slice_steps(splits), tokens - first);
-                 const char* source = static_cast<const char*>(keys) + (first * keys_stride + column) * bytes;
-                 pack(dtype, source, keys_stride * bytes, count, size - column, slice(phase), column);
-               }
-             });
+
+  void pack(const Moment& moment, std::int64_t slice, std::int64_t item, float* packed) const override {
+    const std::int64_t first = slice * slice_steps(splits_), column = item * packed_columns, bytes = bytes_of(dtype_);
+    const std::int64_t count = std::min(slice_steps(splits_), moment.tokens - first);
+    const char* source = moment.keys + (first * moment.keys_stride + column) * bytes;
+    rocr::pack(dtype_, source, moment.keys_stride * bytes, count, size_ - column, view(moment, packed), column);
+  }
+
+  void multiply(const Moment& moment, std::int64_t, std::int64_t item, const float* packed,
+                float* mine) const override {
+    with_tiles(splits_, view(moment, const_cast<float*>(packed)), squares_[item], mine);
+    add_square(moment.total, moment.total_stride, size_, squares_[item], mine);
+  }
+
+ private:
+  Packed view(const Moment& moment, float* packed) const {
+    const std::int64_t tokens = std::min(moment.tokens, slice_steps(splits_));
+    return {reinterpret_cast<Bfloat16Bits*>(packed), columns_, divide_up(tokens, tile_steps) * tile_steps, splits_};
+  }
+
+  const std::int64_t size_, columns_;
+  const DType dtype_;
+  const int splits_;
+  const std::vector<Square> squares_;
+};
+
+std::unique_ptr<const MomentKernel> moment_kernel(std::int64_t size, DType dtype) {
+  if (dtype == DType::float32) return make_digits_kernel(size);
+  return std::make_unique<AmxKernel>(size, dtype);
 }
 
 }  // namespace
@@ -195,7 +209,7 @@ const Simd amx = [] {
   Simd with_matrix_units = avx512;
   with_matrix_units.name = "amx";
   with_matrix_units.is_supported = is_supported;
-  with_matrix_units.second_moment = second_moment;
+  with_matrix_units.moment_kernel = moment_kernel;
   return with_matrix_units;
 }();
 

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "amx_digits.h"
+#include "moment_kernel.h"
 #include "parallel.h"
 
 namespace rocr {
@@ -122,6 +123,45 @@ ROCR_AMX void add_square(float* total, std::int64_t stride, std::int64_t size, S
   for (std::int64_t row = 0; row < before.rows; ++row) add_row(before, row);
 }
 
+// A square of the total is one item.
+class DigitsKernel : public MomentKernel {
+ public:
+  explicit DigitsKernel(std::int64_t size)
+      : size_(size), columns_(divide_up(size, tile) * tile), squares_(squares(size, square)) {}
+
+  std::int64_t slices(std::int64_t tokens) const override { return divide_up(tokens, slice_steps); }
+  std::int64_t packings() const override { return divide_up(columns_, packed_columns); }
+  std::int64_t products() const override { return static_cast<std::int64_t>(squares_.size()); }
+  std::int64_t packed_floats(std::int64_t tokens) const override {
+    return digits_floats(tokens) + columns_;  // and a scale for each column
+  }
+
+  void pack(const Moment& moment, std::int64_t slice, std::int64_t item, float* packed) const override {
+    const std::int64_t first = slice * slice_steps, column = item * packed_columns;
+    const float* keys = reinterpret_cast<const float*>(moment.keys) + first * moment.keys_stride + column;
+    rocr::pack(keys, moment.keys_stride, std::min(slice_steps, moment.tokens - first), size_ - column,
+               view(moment, packed), column);
+  }
+
+  void multiply(const Moment& moment, std::int64_t, std::int64_t item, const float* packed, float*) const override {
+    add_square(moment.total, moment.total_stride, size_, squares_[item], view(moment, const_cast<float*>(packed)));
+  }
+
+ private:
+  static std::int64_t steps(std::int64_t tokens) {
+    return divide_up(std::min(tokens, slice_steps), tile_steps) * tile_steps;
+  }
+  std::int64_t digits_floats(std::int64_t tokens) const {
+    return 2 * columns_ * steps(tokens) * digits / static_cast<std::int64_t>(sizeof(float));
+  }
+  Packed view(const Moment& moment, float* packed) const {
+    return {reinterpret_cast<Digit*>(packed), packed + digits_floats(moment.tokens), columns_, steps(moment.tokens)};
+  }
+
+  const std::int64_t size_, columns_;
+  const std::vector<Square> squares_;
+};
+
 }  // namespace
 
 bool multiplies_digits() {
@@ -131,32 +171,8 @@ bool multiplies_digits() {
   return (d & amx_int8) != 0;
 }
 
-void second_moment_by_digits(float* total, std::int64_t total_stride, const float* keys,
-                             std::int64_t keys_stride, std::int64_t tokens, std::int64_t size, int threads) {
-  const std::int64_t slices = divide_up(tokens, slice_steps), columns = divide_up(size, tile) * tile;
-  const std::int64_t steps = divide_up(std::min(tokens, slice_steps), tile_steps) * tile_steps;
-  const std::vector<Square> work = squares(size, square);
-  const std::int64_t squares_count = static_cast<std::int64_t>(work.size()),
-                     packings = divide_up(columns, packed_columns);
-  // Two slices: one is packed while the other is multiplied.
-  const std::int64_t slice_bytes = 2 * columns * steps * digits;
-  const Buffer packed(2 * slice_bytes / static_cast<std::int64_t>(sizeof(float)));
-  const Buffer scales(2 * columns);
-  const auto slice = [&](std::int64_t phase) {
-    return Packed{reinterpret_cast<Digit*>(packed.data()) + phase % 2 * slice_bytes,
-                  scales.data() + phase % 2 * columns, columns, steps};
-  };
-  run_phases(useful_threads(threads, tokens * size * size / 2), slices + 1, squares_count + packings,
-             [&](int, std::int64_t phase, std::int64_t item) {
-               if (item < squares_count) {
-                 if (phase > 0) add_square(total, total_stride, size, work[item], slice(phase - 1));
-               } else if (phase < slices) {
-                 const std::int64_t first = phase * slice_steps,
-                                    column = (item - squares_count) * packed_columns;
-                 pack(keys + first * keys_stride + column, keys_stride, std::min(slice_steps, tokens - first),
-                      size - column, slice(phase), column);
-               }
-             });
+std::unique_ptr<const MomentKernel> make_digits_kernel(std::int64_t size) {
+  return std::make_unique<DigitsKernel>(size);
 }
 
 }  // namespace rocr

@@ -1,6 +1,7 @@
 """The expensive operations of rocr, each with several backends."""
 
 from rocr.ops.dispatch import (
+    accumulate_grouped_second_moment,
     accumulate_second_moment,
     accumulate_second_moments,
     available_backends,
@@ -11,6 +12,7 @@ from rocr.ops.dispatch import (
 )
 
 __all__ = [
+    "accumulate_grouped_second_moment",
     "accumulate_second_moment",
     "accumulate_second_moments",
     "available_backends",

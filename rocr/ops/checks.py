@@ -41,6 +41,63 @@ def check_second_moments(totals: Sequence[Tensor], keys: Sequence[Tensor]) -> No
     _check_apart({"totals": totals, "keys": keys}, written=len(totals))
 
 
+def check_grouped_second_moment(totals: Tensor, keys: Tensor, offsets: Tensor) -> list[int]:
+    """Check the operands of a grouped second moment, and return the offsets as numbers.
+
+    Args:
+        totals: Must be (E, d, d) float32.
+        keys: Must be (t, d) float32, bfloat16 or float16.
+        offsets: Must be (E + 1) int64, ascending from 0 to t.
+
+    Raises:
+        InputError: An operand is not valid, or operands share memory.
+    """
+    _check_layers(totals, keys)
+    groups, tokens = len(totals), len(keys)
+    if offsets.dim() != 1 or len(offsets) != groups + 1:
+        raise InputError(
+            f"offsets must be ({groups + 1},) for totals of {_shape(totals)}, one more than there are groups, but are "
+            f"{_shape(offsets)}."
+        )
+    if offsets.dtype != torch.int64:
+        raise InputError(f"offsets must be int64, but are {offsets.dtype}.")
+    if offsets.device.type != "cpu":
+        _check_same_device("totals", totals, "offsets", offsets)
+    _check_apart({"totals": [totals], "keys": [keys], "offsets": [offsets]}, written=1)
+    numbers: list[int] = offsets.tolist()
+    _check_offsets(numbers, tokens)
+    return numbers
+
+
+def _check_layers(totals: Tensor, keys: Tensor) -> None:
+    """Raise InputError unless shapes, dtypes, devices and memory of the totals of groups and their keys are valid."""
+    if totals.dim() != 3 or totals.shape[1] != totals.shape[2]:
+        raise InputError(f"totals must be square matrices (groups, d, d), but are {_shape(totals)}.")
+    if totals.dtype != torch.float32:
+        raise InputError(f"totals must be float32, but are {totals.dtype}: a sum of lower precision loses tokens.")
+    if keys.dim() != 2 or keys.shape[1] != totals.shape[2]:
+        raise InputError(
+            f"keys must be (tokens, {totals.shape[2]}) for totals of {_shape(totals)}, but are {_shape(keys)}."
+        )
+    _check_dtype("keys", keys)
+    _check_same_device("totals", totals, "keys", keys)
+    if not totals.is_contiguous():
+        _check_memory("totals", totals)
+
+
+def _check_offsets(offsets: Sequence[int], tokens: int) -> None:
+    """Raise InputError unless offsets ascend from 0 to the number of tokens."""
+    if offsets[0] != 0:
+        raise InputError(f"offsets must begin with 0, but begin with {offsets[0]}.")
+    for index, (start, end) in enumerate(zip(offsets, offsets[1:], strict=False)):
+        if end < start:
+            raise InputError(
+                f"offsets must not descend, but offsets[{index}] is {start} and offsets[{index + 1}] is {end}."
+            )
+    if offsets[-1] != tokens:
+        raise InputError(f"offsets must end with the number of tokens, {tokens}, but end with {offsets[-1]}.")
+
+
 def check_square(name: str, total: Tensor) -> None:
     """Raise InputError unless total is a square float32 matrix."""
     if total.dim() != 2 or total.shape[0] != total.shape[1]:
@@ -124,11 +181,15 @@ def _check_same_device(first_name: str, first: Tensor, second_name: str, second:
 
 
 def _check_memory(name: str, tensor: Tensor) -> None:
-    """Raise InputError if elements of a matrix that is written may share memory."""
+    """Raise InputError if elements of a tensor that is written may share memory."""
     if tensor.layout != torch.strided:
         raise InputError(f"{name} must be a dense tensor, but has the layout {tensor.layout}.")
-    outer, inner = sorted(zip(tensor.stride(), tensor.shape, strict=True), reverse=True)
-    if tensor.numel() and (inner[0] < 1 < inner[1] or (outer[0] < inner[0] * inner[1] and outer[1] > 1)):
+    reach = 1  # elements from the first to the last one along the dimensions so far, at most the stride of the next
+    overlaps = False
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        overlaps = overlaps or (size > 1 and stride < reach)
+        reach = max(reach, stride * size)
+    if tensor.numel() and overlaps:
         raise InputError(
             f"{name} has elements that share memory: shape {_shape(tensor)} with strides {tensor.stride()}; "
             "pass a clone."
@@ -167,8 +228,8 @@ def _check_apart(groups: Mapping[str, Sequence[Tensor]], written: int) -> None:
 
 
 def _name(groups: Mapping[str, Sequence[Tensor]], index: int) -> str:
-    """Return the name of a tensor by its index, such as "weights[2]", or "total" and "keys" for a single layer."""
-    is_single = "total" in groups
+    """Return the name of a tensor by its index, such as "weights[2]", or "keys" where each name has one tensor."""
+    is_single = "total" in groups or "offsets" in groups
     names = [name if is_single else f"{name}[{place}]" for name, group in groups.items() for place in range(len(group))]
     return names[index]
 

@@ -57,6 +57,11 @@ def accumulate_second_moment(total: Tensor, keys: Tensor) -> None:
     second_moment_op(total, keys)
 
 
+def accumulate_grouped_second_moment(totals: Tensor, keys: Tensor, offsets: Sequence[int]) -> None:
+    """Add the second moment of rows offsets[e] to offsets[e + 1] of keys to totals[e], in one call."""
+    grouped_second_moment_op(totals, keys, list(offsets))
+
+
 def low_rank_update(
     weights: Sequence[Tensor],
     lefts: Sequence[Tensor],
@@ -90,6 +95,28 @@ def second_moment_op(total: Tensor, keys: Tensor) -> None:
         total.copy_(rows)
 
 
+@torch.library.custom_op("rocr::cpp_grouped_second_moment", mutates_args=("totals",))
+def grouped_second_moment_op(totals: Tensor, keys: Tensor, offsets: list[int]) -> None:
+    """Add the second moment of each group of rows to the lower triangle of its total; keys have unit stride."""
+    import rocr._C as kernels
+
+    rows = _with_rows(totals)
+    kernels.accumulate_grouped_second_moment(
+        totals=rows.data_ptr(),
+        group_stride=rows.stride(0),
+        total_stride=_row_stride(rows[0]),
+        keys=keys.data_ptr(),
+        keys_stride=_row_stride(keys),
+        offsets=offsets,
+        size=keys.shape[1],
+        dtype=_dtype(keys),
+        threads=torch.get_num_threads(),
+        simd=_wanted_simd(),
+    )
+    if rows is not totals:
+        totals.copy_(rows)
+
+
 @torch.library.custom_op("rocr::cpp_low_rank_update", mutates_args=("weights",))
 def low_rank_update_op(
     weights: list[Tensor], lefts: list[Tensor], rights: list[Tensor], scale: float, stochastic: bool, seed: int
@@ -113,6 +140,11 @@ def low_rank_update_op(
 
 @second_moment_op.register_fake
 def _(total: Tensor, keys: Tensor) -> None:
+    return None
+
+
+@grouped_second_moment_op.register_fake
+def _(totals: Tensor, keys: Tensor, offsets: list[int]) -> None:
     return None
 
 
@@ -146,7 +178,7 @@ def _describe(weight: Tensor, left: Tensor, right: Tensor) -> Any:
 
 
 def _with_rows(matrix: Tensor) -> Tensor:
-    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+    return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
 
 
 def _row_stride(matrix: Tensor) -> int:

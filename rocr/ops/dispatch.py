@@ -74,6 +74,15 @@ class LayersBackend(Protocol):
         ...
 
 
+@runtime_checkable
+class GroupsBackend(Protocol):
+    """The interface of a backend that computes the second moments of groups of rows."""
+
+    def accumulate_grouped_second_moment(self, totals: Tensor, keys: Tensor, offsets: Sequence[int]) -> None:
+        """Add the second moment of rows offsets[e] to offsets[e + 1] of keys to the lower triangle of totals[e]."""
+        ...
+
+
 def available_backends(device: str | torch.device) -> list[str]:
     """Return the names of the backends that run on a device, in order of preference.
 
@@ -140,6 +149,42 @@ def accumulate_second_moments(totals: Sequence[Tensor], keys: Sequence[Tensor], 
             return
         for total, each in layers:
             chosen.accumulate_second_moment(total, each)
+
+
+@plain_arithmetic()
+def accumulate_grouped_second_moment(
+    totals: Tensor, keys: Tensor, offsets: Tensor, backend: str | None = None
+) -> Tensor:
+    """Add the second moment of each group of keys to the lower triangle of its total, in place.
+
+    The groups are the experts of a mixture: the keys are sorted by expert, and a group may be empty. All groups are
+    computed in one call; the upper triangles are not changed. Products are accumulated in float32, with at most 8,192
+    tokens in an accumulator before it is added to the total. The same operands give the same bytes.
+
+    Args:
+        totals: (E, d, d) float32, a running sum for each group.
+        keys: (t, d) float32, bfloat16 or float16, on the device of totals.
+        offsets: (E + 1) int64, on the CPU or the device of totals: rows offsets[e] to offsets[e + 1] of keys are those
+            of group e. Offsets on a GPU are copied to the CPU, which waits for the GPU.
+        backend: A name of `available_backends(device)`, but not "cuda". None chooses the fastest.
+
+    Returns:
+        totals.
+
+    Raises:
+        InputError: A dtype, shape, device or backend is not valid, offsets do not ascend from 0 to t, or the operands
+            share memory.
+    """
+    numbers = checks.check_grouped_second_moment(totals, keys, offsets)
+    chosen = _choose(backend, totals.device)
+    if not isinstance(chosen, GroupsBackend):
+        able = [name for name in available_backends(totals.device) if isinstance(_load(name), GroupsBackend)]
+        raise InputError(f"The backend {backend!r} has no grouped second moment; choose one of {', '.join(able)}.")
+    if not totals.numel() or not keys.numel():
+        return totals
+    with writing(totals):
+        chosen.accumulate_grouped_second_moment(totals, _with_rows(keys), numbers)
+    return totals
 
 
 def second_moment_backend(keys: Sequence[Tensor]) -> str | None:

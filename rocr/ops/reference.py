@@ -35,6 +35,13 @@ def accumulate_second_moment(total: Tensor, keys: Tensor) -> None:
     total[rows, columns] = (total.double() + second_moment(keys))[rows, columns].to(total.dtype)
 
 
+def accumulate_grouped_second_moment(totals: Tensor, keys: Tensor, offsets: Sequence[int]) -> None:
+    """Add the second moment of rows offsets[e] to offsets[e + 1] of keys to the lower triangle of totals[e]."""
+    for total, start, end in zip(totals, offsets, offsets[1:], strict=False):
+        if end > start:
+            accumulate_second_moment(total, keys[start:end])
+
+
 def low_rank_update(
     weights: Sequence[Tensor],
     lefts: Sequence[Tensor],

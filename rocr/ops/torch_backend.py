@@ -49,6 +49,13 @@ def accumulate_second_moment(total: Tensor, keys: Tensor) -> None:
             square.copy_(torch.where(is_lower, square + _product(panel, panel), square))
 
 
+def accumulate_grouped_second_moment(totals: Tensor, keys: Tensor, offsets: Sequence[int]) -> None:
+    """Add the second moment of rows offsets[e] to offsets[e + 1] of keys to the lower triangle of totals[e]."""
+    for total, start, end in zip(totals, offsets, offsets[1:], strict=False):
+        if end > start:
+            accumulate_second_moment(total, keys[start:end])
+
+
 def multiplies_in_16_bits(keys: Tensor) -> bool:
     """Return whether torch can accumulate products of these keys in float32 without converting them."""
     version = torch.__version__.split(".")
