@@ -38,7 +38,7 @@ ROCR_TARGET void multiply_vectors(std::int64_t depth, const float* rows, std::in
       if (accumulate) __builtin_prefetch(tile + row * tile_stride + vector * width, 1);
     }
   }
-#pragma GCC unroll 1
+#pragma GCC unroll 4
   for (std::int64_t step = 0; step < depth; ++step) {
     Floats column[vectors];
     __builtin_prefetch(rows + 8 * rows_stride);
@@ -46,7 +46,6 @@ ROCR_TARGET void multiply_vectors(std::int64_t depth, const float* rows, std::in
 #pragma GCC unroll 8
     for (int vector = 0; vector < vectors; ++vector) {
       column[vector] = *reinterpret_cast<const Floats*>(columns + vector * width);
-      __builtin_prefetch(columns + 4 * tile_columns + vector * width);
     }
 #pragma GCC unroll 16
     for (int row = 0; row < tile_rows; ++row) {

@@ -611,7 +611,7 @@ def accumulate_second_moments(
         )
         for start in range(0, keys[0].shape[0], block_tokens):
             block = [each[start : start + block_tokens] for each in keys]
-            _launch(totals, _split_keys(block), products=6, config=config)
+            _launch(totals, split_into_terms(block), products=6, config=config)
     else:
         _launch(totals, keys, products=1, config=config)
 
@@ -625,7 +625,7 @@ def _require_alike(name: str, tensors: Sequence[Tensor]) -> None:
         raise ValueError(f"{name} must have unit stride along a row, but the strides are {first.stride()}.")
 
 
-def _split_keys(keys: Sequence[Tensor]) -> list[Tensor]:
+def split_into_terms(keys: Sequence[Tensor]) -> list[Tensor]:
     """Split float32 keys into terms, for each layer (3 * tokens, width), bfloat16; both sizes are rounded up."""
     table = address_table([keys])
     tokens, width = keys[0].shape
@@ -651,7 +651,7 @@ def _split_keys(keys: Sequence[Tensor]) -> list[Tensor]:
 def _launch(totals: Sequence[Tensor], keys: Sequence[Tensor], products: int, config: SecondMomentConfig | None) -> None:
     """Launch the items of all layers, then add up the slices of the tiles that items share.
 
-    keys are (tokens, width) where products is 1, and what _split_keys returns where it is 6.
+    keys are (tokens, width) where products is 1, and what split_into_terms returns where it is 6.
     """
     table = address_table([keys, totals])
     device, width = totals[0].device, totals[0].shape[0]

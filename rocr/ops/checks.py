@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -89,7 +90,7 @@ def _check_offsets(offsets: Sequence[int], tokens: int) -> None:
     """Raise InputError unless offsets ascend from 0 to the number of tokens."""
     if offsets[0] != 0:
         raise InputError(f"offsets must begin with 0, but begin with {offsets[0]}.")
-    for index, (start, end) in enumerate(zip(offsets, offsets[1:], strict=False)):
+    for index, (start, end) in enumerate(pairwise(offsets)):
         if end < start:
             raise InputError(
                 f"offsets must not descend, but offsets[{index}] is {start} and offsets[{index + 1}] is {end}."

@@ -49,6 +49,14 @@ def accumulate_second_moments(totals: Sequence[Tensor], keys: Sequence[Tensor]) 
             total.copy_(updated)
 
 
+def accumulate_grouped_second_moment(totals: Tensor, keys: Tensor, offsets: Sequence[int]) -> None:
+    """Add the second moment of rows offsets[e] to offsets[e + 1] of keys to totals[e], in one launch."""
+    rows = _with_rows(totals)
+    bypass_dispatcher(grouped_second_moment_op, _add_grouped_second_moment, [rows], keys, list(offsets))
+    if rows is not totals:
+        totals.copy_(rows)
+
+
 def low_rank_update(
     weights: Sequence[Tensor],
     lefts: Sequence[Tensor],
@@ -67,7 +75,7 @@ def low_rank_update(
 
 
 def _with_rows(matrix: Tensor) -> Tensor:
-    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+    return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
 
 
 @contextmanager
@@ -94,6 +102,14 @@ def _add_second_moments(totals: list[Tensor], keys: list[Tensor]) -> None:
             accumulate_second_moments([totals[index] for index in indices], [keys[index] for index in indices])
 
 
+def _add_grouped_second_moment(totals: list[Tensor], keys: Tensor, offsets: list[int]) -> None:
+    """Add the second moment of each group of keys to the only element of totals; rows have unit stride."""
+    from rocr_kernels.grouped_second_moment import accumulate_grouped_second_moment
+
+    with _no_capture(), torch.cuda.device(totals[0].get_device()):
+        accumulate_grouped_second_moment(totals[0], keys, offsets)
+
+
 def _update_low_rank(
     weights: list[Tensor], lefts: list[Tensor], rights: list[Tensor], scale: float, stochastic: bool, seed: int
 ) -> None:
@@ -112,6 +128,9 @@ _OUTSIDE_GRAPHS: dict[str, Any] = (
 second_moments_op = torch.library.custom_op(
     "rocr::triton_second_moments", _add_second_moments, mutates_args=("totals",), **_OUTSIDE_GRAPHS
 )
+grouped_second_moment_op = torch.library.custom_op(
+    "rocr::triton_grouped_second_moment", _add_grouped_second_moment, mutates_args=("totals",), **_OUTSIDE_GRAPHS
+)
 low_rank_update_op = torch.library.custom_op(
     "rocr::triton_low_rank_update", _update_low_rank, mutates_args=("weights",), **_OUTSIDE_GRAPHS
 )
@@ -119,6 +138,11 @@ low_rank_update_op = torch.library.custom_op(
 
 @second_moments_op.register_fake
 def _(totals: list[Tensor], keys: list[Tensor]) -> None:
+    return None
+
+
+@grouped_second_moment_op.register_fake
+def _(totals: list[Tensor], keys: Tensor, offsets: list[int]) -> None:
     return None
 
 

@@ -106,6 +106,25 @@ def test_second_moments_repeat_bit_for_bit(backend: str, width: int, layers: int
     torch.testing.assert_close(first[-1][:64, :64].tril().double(), exact, rtol=1e-3, atol=0.1)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("sizes", "width"), [([1, 0, 63], 63), ([0, 700, 0, 5000, 33], 136), ([20000, 10, 0], 520)])
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_grouped_second_moments(backend: str, sizes: list[int], width: int, dtype: torch.dtype) -> None:
+    require(backend)
+    keys = torch.randn(sum(sizes), width, device="cuda").to(dtype)
+    start = torch.randn(len(sizes), width, width, device="cuda")
+    offsets = torch.tensor([0, *sizes], device="cuda").cumsum(0)
+    totals, again = start.clone(), start.clone()
+    ops.accumulate_grouped_second_moment(totals, keys, offsets, backend)
+    ops.accumulate_grouped_second_moment(again, keys, offsets.cpu(), backend)
+    assert torch.equal(totals, again)
+    assert torch.equal(totals.triu(1), start.triu(1))
+    groups = zip(start, keys.split(sizes), strict=True)
+    exact = torch.stack([total.double() + reference.second_moment(each) for total, each in groups]).tril()
+    error = ((totals.double().tril() - exact).norm() / exact.norm()).item()
+    assert error <= (TRUNCATED_SUM if dtype != torch.float32 else 2e-6)
+
+
 def update_errors(weight: Tensor, left: Tensor, right: Tensor, backend: str) -> tuple[float, float]:
     exact = reference.updated_weight(weight, left, right, 0.7)
     by_torch = torch.addmm(weight.float(), left, right, alpha=0.7).to(weight.dtype)

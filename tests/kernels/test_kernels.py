@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed")
 
 from rocr_kernels._common import MAXIMUM_SPLITS, make_schedule
+from rocr_kernels.grouped_second_moment import make_parts
 from rocr_kernels.low_rank_update import make_column_strips
 
 
@@ -55,6 +57,35 @@ def rounds(tiles: int, tokens: int, programs: int) -> float:
 @pytest.mark.parametrize(("tiles", "bound"), [(42, 1.06), (210, 1.02), (272, 1.08), (3192, 1.01)])
 def test_a_schedule_keeps_a_large_chip_busy(tiles: int, bound: float) -> None:
     assert rounds(tiles, 131072, 132) <= bound
+
+
+@pytest.mark.parametrize("sizes", [[0, 0], [1], [5, 0, 70], [131072], [10530, 324, 573] * 40, [3, 200000, 0, 9]])
+@pytest.mark.parametrize("programs", [1, 132])
+def test_parts_cover_every_row_of_every_group_once(sizes: list[int], programs: int) -> None:
+    offsets = [sum(sizes[:group]) for group in range(len(sizes) + 1)]
+    found = make_parts(offsets, tiles=21, programs=programs, token_step=32)
+    lengths = [part.end - part.start for part in found.parts]
+    assert lengths == sorted(lengths, reverse=True)
+    slices = {group: range(first, first + count) for group, first, count in found.split}
+    assert sorted(index for each in slices.values() for index in each) == list(range(found.slices))
+    for group, (start, end) in enumerate(pairwise(offsets)):
+        parts = sorted((part for part in found.parts if part.group == group), key=lambda part: part.start)
+        covered = [row for part in parts for row in (part.start, part.end)]
+        assert covered[:1] + covered[-1:] == ([start, end] if start < end else [])
+        assert covered[1:-1:2] == covered[2::2]
+        assert [part.slice_index for part in parts] == list(slices.get(group, [-1] * len(parts)))
+        assert len(parts) <= MAXIMUM_SPLITS
+
+
+def test_groups_of_a_mixture_keep_a_large_chip_busy() -> None:
+    tokens, programs, tiles = 131072, 132, 21
+    zipf = [1 / (group + 1) ** 0.8 for group in range(128)]
+    sizes = [int(tokens * each / sum(zipf)) for each in zipf]
+    offsets = [sum(sizes[:group]) for group in range(129)]
+    busy = [0] * programs
+    for item in range(tiles * len(parts := make_parts(offsets, tiles, programs, 32).parts)):
+        busy[item % programs] += parts[item // tiles].end - parts[item // tiles].start
+    assert max(busy) <= 1.15 * sum(busy) / programs
 
 
 @pytest.mark.parametrize("columns", [1, 12, 360, 528, 3584])

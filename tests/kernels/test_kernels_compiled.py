@@ -16,7 +16,8 @@ import torch
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
 # ruff: noqa: E402
-from rocr_kernels import low_rank_update, second_moment
+from rocr_kernels import grouped_second_moment, low_rank_update, second_moment
+from rocr_kernels.grouped_second_moment import accumulate_grouped_second_moment
 from rocr_kernels.low_rank_update import LowRankPlan
 from rocr_kernels.second_moment import accumulate_second_moments
 from triton.backends.compiler import GPUTarget
@@ -59,12 +60,14 @@ class Recorder:
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, dict[str, Any]]]:
     found: list[tuple[Any, dict[str, Any]]] = []
-    for module in (second_moment, low_rank_update):
+    for module in (second_moment, grouped_second_moment, low_rank_update):
         for name, value in list(vars(module).items()):
             if isinstance(value, triton.JITFunction) and name in (
                 "add_second_moments_tma",
                 "add_second_moments_pointers",
                 "add_slices",
+                "add_grouped_second_moments",
+                "add_group_slices",
                 "split_keys",
                 "split_factors",
                 "add_low_rank_resident",
@@ -206,6 +209,22 @@ def test_second_moment_fits(
         assert re.search(r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], (0x)?(10|16)", ptx), "16 bytes at once"
 
 
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("config", [name for name in MOMENTS if name.startswith("pointers")])
+def test_grouped_second_moment_fits(launches: list[Any], tmp_path: Path, config: str, capability: int) -> None:
+    dtype, width = MOMENTS[config]
+    keys, shape = torch.empty(8192, width, dtype=dtype), second_moment.CONFIGS[config]
+    accumulate_grouped_second_moment(torch.empty(3, width, width), keys, [0, 100, 100, 8192], shape)
+    kernel, arguments = next(each for each in launches if "grouped" in each[0].__name__)
+    compiled = compile_launch(kernel, arguments, capability)
+    ptx = check(compiled, capability, tmp_path)
+    assert multiplies_with(capability, shape.rows) in ptx
+    if dtype == FLOAT32:
+        assert adds_outside_of_products(compiled)
+    if width % 8 == 0:
+        assert re.search(r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], (0x)?(10|16)", ptx), "16 bytes at once"
+
+
 def check_copies(ptx: str, describes_once: bool) -> None:
     """Check that operands and sums move through TMA, and how often a program describes its memory."""
     assert re.search(r"cp\.async\.bulk\.tensor\.2d\.shared::(cluster|cta)\.global", ptx)
@@ -292,8 +311,9 @@ def test_sizes_of_one_compile_as_the_constants_that_they_become(launches: list[A
 def test_the_kernels_around_them_fit(launches: list[Any], tmp_path: Path) -> None:
     keys = [torch.empty(2500, 123)]
     accumulate_second_moments([torch.empty(123, 123)], keys, second_moment.CONFIGS["pointers_bf16_splits"])
+    accumulate_grouped_second_moment(torch.empty(2, 123, 123), keys[0], [0, 1, 2500])
     LowRankPlan([torch.empty(64, 64)], [torch.empty(64, 40)], [torch.empty(40, 64)]).run(1.0, False, 0)
-    names = {"split_keys", "add_slices", "split_factors"}
+    names = {"split_keys", "add_slices", "add_group_slices", "split_factors"}
     found = {kernel.__name__: (kernel, arguments) for kernel, arguments in launches if kernel.__name__ in names}
     assert set(found) == names
     for kernel, arguments in found.values():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -14,14 +15,15 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 import torch
 import triton
 import triton.language as tl
-from rocr_kernels import low_rank_update, second_moment
+from rocr_kernels import grouped_second_moment, low_rank_update, second_moment
 from rocr_kernels._common import INTERPRETER_PROGRAMS, make_schedule
+from rocr_kernels.grouped_second_moment import accumulate_grouped_second_moment, make_parts
 from rocr_kernels.low_rank_update import LowRankPlan, update_low_rank
 from rocr_kernels.second_moment import accumulate_second_moments, tile_position
 from torch import Tensor
 
 from rocr.ops import reference
-from rocr.ops.triton_backend import low_rank_update_op, second_moments_op
+from rocr.ops.triton_backend import grouped_second_moment_op, low_rank_update_op, second_moments_op
 
 ERROR_OVER_PLAIN = 1.25
 """Bound of a kernel's error over that of plain float32 sums, which every machine rounds alike."""
@@ -120,6 +122,77 @@ def test_second_moment_of_more_tokens_than_an_accumulator_holds(
 def test_second_moment_of_float32_keys_has_the_error_of_float32() -> None:
     ours, of_plain = second_moment_errors([torch.zeros(32, 32)], [torch.randn(1000, 32)], None)
     assert ours <= ERROR_OVER_PLAIN * of_plain
+
+
+def grouped_errors(totals: Tensor, keys: Tensor, offsets: list[int], config: str | None) -> tuple[float, float]:
+    """Error of the kernel and of plain sums over the groups, relative to the exact triangles; totals are written to."""
+    groups = [keys[start:end] for start, end in pairwise(offsets)]
+    exact = torch.stack(
+        [total.double() + reference.second_moment(each) for total, each in zip(totals, groups, strict=True)]
+    ).tril()
+    plain = torch.stack([total + plain_sum(each.T, each) for total, each in zip(totals, groups, strict=True)]).tril()
+    upper = totals.triu(1)
+    accumulate_grouped_second_moment(totals, keys, offsets, second_moment.CONFIGS[config] if config else None)
+    assert torch.equal(totals.triu(1), upper)
+    return tuple(((each.tril() - exact).norm() / exact.norm()).item() for each in (totals, plain))
+
+
+GROUPED = [(config, dtype) for config, dtype in CHOSEN if config.startswith("pointers")]
+
+
+@pytest.mark.parametrize(("config", "dtype"), GROUPED, ids=str)
+def test_grouped_second_moments_of_odd_groups(config: str, dtype: torch.dtype) -> None:
+    width = 72 if dtype == torch.float32 else 136
+    offsets = [0, 0, 33, 34, 34, 123]
+    ours, of_plain = grouped_errors(torch.randn(5, width, width), torch.randn(123, width).to(dtype), offsets, config)
+    assert ours <= ERROR_OVER_PLAIN * of_plain
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("tokens", "width"), [(1, 1), (63, 63), (1, 123), (123, 1)])
+def test_grouped_second_moments_without_alignment(tokens: int, width: int, dtype: torch.dtype) -> None:
+    offsets = [0, tokens // 3, tokens // 3, tokens]
+    ours, of_plain = grouped_errors(torch.randn(3, width, width), torch.randn(tokens, width).to(dtype), offsets, None)
+    assert ours <= ERROR_OVER_PLAIN * of_plain + SPLITS_OF_ONE_TOKEN
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_grouped_second_moments_of_a_group_of_several_parts(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(grouped_second_moment, "MINIMUM_SPLIT_TOKENS", 64)
+    offsets = [0, 10, 700, 760, 1300]
+    assert len(make_parts(offsets, 1, INTERPRETER_PROGRAMS, 64).split) == 2
+    ours, of_plain = grouped_errors(torch.randn(4, 24, 24), torch.randn(1300, 24).to(dtype), offsets, None)
+    assert ours <= ERROR_OVER_PLAIN * of_plain
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_a_group_of_more_tokens_than_an_accumulator_holds(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    monkeypatch.setattr(grouped_second_moment, "CHUNK_TOKENS", 512)  # fewer, since the interpreter is slow
+    monkeypatch.setattr(grouped_second_moment, "SPLIT_BYTES", 6 * 8 * 1024)  # float32 keys take two launches
+    ours, of_plain = grouped_errors(torch.zeros(2, 8, 8), torch.randn(1820, 8).to(dtype), [0, 500, 1820], None)
+    assert ours <= ERROR_OVER_PLAIN * of_plain
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["whole", "split"])
+def test_a_group_reads_its_own_rows_and_writes_its_own_triangle(
+    split: bool, monkeypatch: pytest.MonkeyPatch, left_alone: Callable[[Tensor], Tensor]
+) -> None:
+    if split:
+        monkeypatch.setattr(grouped_second_moment, "MINIMUM_SPLIT_TOKENS", 32)
+    memory = left_alone(torch.empty(3 * 140, 160)).view(3, 140, 160)
+    totals = memory[:, 2:138, 8:144]
+    lower = torch.ones(136, 136, dtype=torch.bool).tril()
+    totals[1, lower] = 0.0
+    keys = torch.full((300, 160), torch.nan, dtype=torch.bfloat16)
+    keys[70:200, 8:144] = torch.randn(130, 136)
+    before, bits = memory.clone(), memory.view(torch.int32)
+    accumulate_grouped_second_moment(totals, keys[:, 8:144], [70, 70, 200, 200])
+    written = torch.zeros(3, 140, 160, dtype=torch.bool)
+    written[1, 2:138, 8:144] = lower
+    assert memory[written].isfinite().all() and memory[written].any()
+    assert torch.equal(bits[~written], before.view(torch.int32)[~written])
 
 
 @triton.jit
@@ -293,6 +366,7 @@ def test_the_operators_are_what_torch_expects_of_them() -> None:
     checks = ("test_schema", "test_faketensor")
     totals, keys = [torch.zeros(8, 8), torch.zeros(8, 8)], [torch.randn(5, 8), torch.randn(5, 8)]
     torch.library.opcheck(second_moments_op, (totals, keys), test_utils=checks)
+    torch.library.opcheck(grouped_second_moment_op, ([torch.zeros(2, 8, 8)], keys[0], [0, 2, 5]), test_utils=checks)
     weight, left, right = random_update(8, 8, 2, torch.bfloat16)
     torch.library.opcheck(low_rank_update_op, ([weight], [left], [right], 1.0, False, 0), test_utils=checks)
 

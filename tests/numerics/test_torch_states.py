@@ -72,6 +72,7 @@ TINY_WEIGHT, TINY_LEFT = WEIGHT * TINY, LEFT * TINY
 HALF_WEIGHT = WEIGHT.to(torch.bfloat16)
 METRIC = matrix(64, 64) @ matrix(64, 64).T
 TOTAL = torch.zeros(50, 50)
+OFFSETS = torch.tensor([0, 30, 30, 70])
 
 
 def fresh(tensor: Tensor) -> Tensor:
@@ -86,7 +87,9 @@ def second_moments(_: Bench) -> list[Tensor]:
         one, two, three = (fresh(TOTAL) for _ in range(3))
         ops.accumulate_second_moment(one, WIDE_KEYS, backend)
         ops.accumulate_second_moments([two, three], [WIDE_KEYS, -WIDE_KEYS], backend)
-        found += [ops.symmetrize(one), two, three]
+        groups = fresh(TOTAL.expand(3, -1, -1))
+        ops.accumulate_grouped_second_moment(groups, WIDE_KEYS, OFFSETS, backend)
+        found += [ops.symmetrize(one), two, three, groups]
     return found
 
 
@@ -156,7 +159,8 @@ CASES: dict[str, Callable[[Bench], Any]] = {
     "Edit.mismatch": lambda b: b.edit.mismatch(b.model),
     "Statistics.merge": lambda b: b.statistics.merge(b.statistics),
     "Statistics.save, Statistics.load": lambda b: saved(b, b.statistics),
-    "ops.accumulate_second_moment, ops.accumulate_second_moments, ops.symmetrize": second_moments,
+    "ops.accumulate_second_moment, ops.accumulate_second_moments, ops.accumulate_grouped_second_moment, "
+    "ops.symmetrize": second_moments,
     "ops.low_rank_update": updated_weights,
     "ops.solve_update": lambda _: ops.solve_update(KEYS, RESIDUALS, METRIC, 9.0),
 }

@@ -70,6 +70,37 @@ void check_second_moment(const Simd& simd, DType dtype, Sizes sizes, int threads
   require(keys.gaps_are_whole() && total.gaps_are_whole(), what + ": numbers between rows were written");
 }
 
+void check_grouped_second_moment(const Simd& simd, DType dtype, const std::vector<std::int64_t>& groups, Sizes sizes,
+                                 int threads, bool at_end) {
+  std::vector<std::int64_t> offsets{0};
+  for (std::int64_t tokens : groups) offsets.push_back(offsets.back() + tokens);
+  const std::string what = "grouped second moment, " + described(simd, dtype, groups, threads);
+  const std::int64_t size = sizes.size, count = static_cast<std::int64_t>(groups.size());
+  Random random(offsets.back() * 1000 + size);
+  const Matrix keys(dtype, offsets.back(), size, size + sizes.keys_gap, at_end, random);
+  const Matrix totals(DType::float32, count * size, size, size + sizes.total_gap, at_end, random);
+  const std::vector<double> k = keys.values(), before = totals.values();
+  rocr::accumulate_grouped_second_moment(totals.floats(), size * totals.stride, totals.stride, keys.data(), keys.stride,
+                                         offsets, size, dtype, threads, simd);
+  const std::vector<double> after = totals.values();
+  for (std::int64_t group = 0; group < count; ++group) {
+    double error = 0, norm = 0;
+    for (std::int64_t row = 0; row < size; ++row) {
+      for (std::int64_t column = 0; column < size; ++column) {
+        const std::size_t place = (group * size + row) * size + column;
+        double exact = before[place];
+        for (std::int64_t token = offsets[group]; column <= row && token < offsets[group + 1]; ++token)
+          exact += k[token * size + row] * k[token * size + column];
+        if (column > row) require(after[place] == before[place], what + ": an upper triangle was written");
+        error += (after[place] - exact) * (after[place] - exact);
+        norm += exact * exact;
+      }
+    }
+    require(std::sqrt(error) <= 1e-6 * std::sqrt(norm), what + ": error " + std::to_string(std::sqrt(error / norm)));
+  }
+  require(keys.gaps_are_whole() && totals.gaps_are_whole(), what + ": numbers between rows were written");
+}
+
 struct Shape {
   std::int64_t rows, columns, rank, gap;
 };
@@ -130,6 +161,8 @@ int check_odd_sizes(const Simd& simd) {
   const Sizes moments[] = {{1, 1, 0, 0},    {1, 16, 0, 3},  {2, 17, 5, 0},   {31, 33, 0, 0},  {33, 31, 1, 1},
                            {63, 123, 7, 0}, {65, 48, 0, 0}, {129, 47, 0, 2}, {257, 65, 3, 0}, {513, 34, 0, 0},
                            {1537, 5, 0, 0}, {1601, 19, 1, 1}, {40, 257, 0, 0}, {0, 5, 0, 0},    {5, 0, 0, 0}};
+  const std::vector<std::int64_t> groups[] = {{}, {0, 0}, {1}, {0, 33, 1, 0, 7}, {600, 20, 0, 45, 90, 3}, {1601, 1}};
+  const Sizes of_groups[] = {{0, 17, 5, 0}, {0, 33, 0, 0}, {0, 49, 0, 2}};
   const std::vector<Shape> updates[] = {{{1, 1, 1, 0}},
                                         {{3, 5, 2, 0}, {0, 4, 3, 0}, {4, 0, 2, 0}, {4, 4, 0, 1}},
                                         {{8, 48, 1, 0}},
@@ -145,6 +178,9 @@ int check_odd_sizes(const Simd& simd) {
       const int threads = turn < 2 ? 1 : 3;
       guard_buffers = turn % 2 == 0;
       for (const Sizes& sizes : moments) check_second_moment(simd, dtype, sizes, threads, at_end), ++cases;
+      for (const std::vector<std::int64_t>& tokens : groups)
+        for (const Sizes& sizes : of_groups)
+          check_grouped_second_moment(simd, dtype, tokens, sizes, threads, at_end), ++cases;
       for (const std::vector<Shape>& shapes : updates)
         check_low_rank_update(simd, dtype, shapes, threads, at_end, turn > 1), ++cases;
     }
@@ -170,6 +206,7 @@ int check_threads_at_once(const Simd& simd) {
     threads.emplace_back([&simd, caller] {
       const DType dtype = numbers[caller % 3];
       check_second_moment(simd, dtype, {300 + caller, 90, 0, 0}, 2, true);
+      check_grouped_second_moment(simd, dtype, {300 + caller, 20, 0, 40}, {0, 50, 0, 0}, 2, true);
       check_low_rank_update(simd, dtype, {{40, 300 + caller, 4, 0}}, 2, true, false);
     });
   }
@@ -215,6 +252,11 @@ void check_refusals(const Simd& simd) {
   for (const auto& [tokens, size, stride] : {std::array<std::int64_t, 3>{-1, 2, 2}, {2, -1, 2}, {2, 3, 2}})
     check_refused([&, tokens = tokens, size = size, stride = stride] {
       rocr::accumulate_second_moment(some, 4, some, stride, tokens, size, DType::float32, 1, simd);
+    });
+  const std::vector<std::int64_t> wrong[] = {{}, {-1, 1}, {0, 2, 1}};
+  for (const std::vector<std::int64_t>& offsets : wrong)
+    check_refused([&] {
+      rocr::accumulate_grouped_second_moment(some, 4, 2, some, 2, offsets, 2, DType::float32, 1, simd);
     });
   const rocr::LowRankUpdate update{some, DType::float32, 2, 3, 2, 1, some, some};
   check_refused([&] { rocr::low_rank_update({update}, 1, false, 0, 1, simd); });
