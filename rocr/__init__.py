@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rocr.edit.edit import Edit
     from rocr.edit.guards import Guards
     from rocr.errors import GuardError, InputError, RocrError, VerificationError
-    from rocr.evaluation import Evaluation, Probe, evaluate, load_probes
+    from rocr.evaluation import Evaluation, Probe, choose_redirects, evaluate, load_probes
     from rocr.progress import Progress
     from rocr.statistics.collect import CollectOptions, collect_statistics
     from rocr.statistics.statistics import Statistics
@@ -80,6 +80,11 @@ def __getattr__(name: str) -> Any:
     if name == "ops":
         return importlib.import_module("rocr.ops")
     raise AttributeError(f"module 'rocr' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """List public names that are not imported yet too, for completion and `help(rocr)`."""
+    return sorted({*globals(), *__all__})
 
 
 class _Package(ModuleType):

@@ -17,7 +17,7 @@ MAX_NAME_LENGTH = 200  # characters
 MAX_SHOWN_ERRORS = 50
 MAX_NAMES = 200_000  # in one list, with aliases; checking them takes some seconds
 MAX_CONCEPTS = 10_000
-"""Default limit of the concepts of one edit: the longest list whose time and memory were measured (README)."""
+"""Default limit of the concepts of one edit: the longest list that was measured (docs/large-lists.md)."""
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,8 @@ def renamed_fields(renamed: Mapping[str, Renamed]) -> Callable[[Class], Class]:
 
         kind.__init__ = accepting_old_names  # type: ignore[misc]
         for old, new in renamed.items():
-            setattr(kind, old, property(functools.partial(_read, kind.__name__, old, new)))
+            read = functools.partial(_read, kind.__name__, old, new)
+            setattr(kind, old, property(read, doc=f"The old name of `{new.name}`."))
         return kind
 
     return decorate

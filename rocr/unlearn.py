@@ -105,8 +105,9 @@ def unlearn(
     """
     updates: list[LayerUpdate] = []  # the updates that are applied
     guards = guards or Guards()
+    plain = plain_arithmetic()
     try:
-        with plain_arithmetic():
+        with plain:
             task = _plan(model, tokenizer, concepts, config, guards, base_edit)
             statistics = statistics or _collect(model, tokenizer, task.config, progress)
             origin = _check_statistics(task, tokenizer, statistics)
@@ -160,6 +161,7 @@ def unlearn(
             return Edit(all_concepts, task.config, origin, updates, concept_of, report, settings, task.plan.rendered)
     except BaseException:
         # Not in a context manager, since an interruption at its own exit would skip it.
+        plain.restore()
         if updates:
             revert_updates(task.architecture, updates)
         raise

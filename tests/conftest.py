@@ -28,8 +28,8 @@ def pytest_make_parametrize_id(val: object) -> str | None:
     if isinstance(val, torch.dtype):
         return str(val).removeprefix("torch.")
     if isinstance(val, (tuple, list, dict)):
-        text = reprlib.repr(val)
-        return None if " at 0x" in text else text  # an address is another one in each process of pytest-xdist
+        # An address differs between the processes of pytest-xdist, which must name tests alike.
+        return None if " at 0x" in repr(val) else reprlib.repr(val)
     return None
 
 

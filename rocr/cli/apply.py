@@ -10,6 +10,7 @@ from rocr.cli.arguments import edit_and_source, load
 from rocr.cli.console import Console
 from rocr.cli.outputs import write_output
 from rocr.cli.parsing import Arguments, argument, command, flag
+from rocr.cli.tables import number_of_concepts
 from rocr.cli.values import DIR, FILE
 from rocr.errors import InputError
 
@@ -42,7 +43,7 @@ def apply(arguments: Arguments, console: Console) -> dict[str, Any]:
     report = write_output(
         arguments, loaded, edit, ("model", "edit"), console, applied=True, fingerprint_mismatch=mismatch
     )
-    console.say(f"{arguments.out}: {arguments.model} with the edit of {len(edit.concepts)} concepts.")
+    console.say(f"{arguments.out}: {arguments.model} with the edit of {number_of_concepts(edit.concepts)}.")
     return report
 
 

@@ -49,7 +49,7 @@ PERPLEXITY_TOKENS = 8192
 @option("--attacks", "Attacks: relearn, 4-bit, 8-bit, prefixes, examples, or all.", several=True, metavar="NAME")
 @options.chat
 def evaluate(arguments: Arguments, console: Console) -> dict[str, Any]:
-    """Ask a model in each form of a question, before and after an edit.
+    """Ask questions in several forms, before and after an edit.
 
     An interrupted run continues if it is started again with the same arguments.
     """

@@ -16,16 +16,23 @@ MAX_REPORT_BYTES = 64 * 2**20
 
 
 @command("info")
-@argument("file", "A statistics file, an edit file, a report or an output folder.", type=FILE)
+@argument("file", "A statistics file, an edit file, an output folder or its report.json.", type=FILE)
 def info(arguments: Arguments, console: Console) -> dict[str, Any]:
     """Show what a file written by rocr contains."""
     path = Path(arguments.file)
     if path.is_dir():
-        path = path / "edit.safetensors" if (path / "edit.safetensors").is_file() else path / "report.json"
+        path = _file_in(path)
     header = _header(path)
     rows = [(name, _short(value)) for name, value in header.items() if name not in ("answers", "report")]
     console.table(str(path), ("what", "value"), rows)
     return header
+
+
+def _file_in(folder: Path) -> Path:
+    for name in ("edit.safetensors", "report.json"):
+        if (folder / name).is_file():
+            return folder / name
+    raise InputError(f"{folder} is no output folder of rocr: it has no edit.safetensors and no report.json.")
 
 
 def _header(path: Path) -> dict[str, Any]:
@@ -43,7 +50,9 @@ def _report(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"{path} cannot be read as a report: {str(error)[:200]}.") from None
     if not isinstance(report, dict) or not str(report.get("format", "")).startswith("rocr report"):
-        raise InputError(f"{path} is not a report of rocr.")
+        found = report.get("format") if isinstance(report, dict) else None
+        other = f": its format is {found[:60]!r}" if isinstance(found, str) else ""
+        raise InputError(f"{path} is not the report of an output folder{other}.")
     return report
 
 

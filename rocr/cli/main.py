@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except click.exceptions.Exit as ended:  # after --help or --version
         return ended.exit_code
     except (Interrupted, KeyboardInterrupt):
-        console.fail("Interrupted; nothing was left half-written.", EXIT_INTERRUPTED)
+        console.fail("Interrupted; no partial output was left.", EXIT_INTERRUPTED)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         sys.stderr.close()

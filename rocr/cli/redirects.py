@@ -9,6 +9,7 @@ from rocr.cli import options
 from rocr.cli.arguments import chat_of, claim_output, load, source_of
 from rocr.cli.console import Console
 from rocr.cli.parsing import Arguments, command, option
+from rocr.cli.tables import number_of_concepts
 from rocr.concepts import check_names
 from rocr.io.output import new_file
 
@@ -53,7 +54,7 @@ def redirects(arguments: Arguments, console: Console) -> dict[str, Any]:
     ]
     title = "Share of right answers about the concept that remains if the questions name the redirect"
     console.table(title, ("concept", "redirect", "questions", *arguments.among), rows)
-    console.say(f"{arguments.out} holds {len(choices)} concepts for rocr unlearn.")
+    console.say(f"{arguments.out} holds {number_of_concepts(choices)} for rocr unlearn.")
     return {
         "out": arguments.out,
         "concepts": [

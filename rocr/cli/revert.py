@@ -10,6 +10,7 @@ from rocr.cli.arguments import claim_output, edit_and_source, load
 from rocr.cli.console import Console
 from rocr.cli.outputs import EDIT_FILE, write_output
 from rocr.cli.parsing import Arguments, command, option
+from rocr.cli.tables import number_of_concepts
 from rocr.cli.values import DIR, FILE
 from rocr.io.output import new_directory
 
@@ -42,7 +43,7 @@ def revert(arguments: Arguments, console: Console) -> dict[str, Any]:
         with console.stage("revert"):
             edit.revert(loaded.model)
     report = write_output(arguments, loaded, edit, ("model",), console, reverted=True, applied=False)
-    console.say(f"{arguments.out}: {arguments.model} without the edit of {len(edit.concepts)} concepts.")
+    console.say(f"{arguments.out}: {arguments.model} without the edit of {number_of_concepts(edit.concepts)}.")
     return report
 
 
@@ -57,7 +58,7 @@ def _restore(arguments: Arguments, console: Console) -> dict[str, Any]:
         new_directory(arguments.out, inputs=(folder,), overwrite=arguments.overwrite) as partial,
     ):
         files = restore_originals(folder, partial)
-    console.say(f"{arguments.out}: the {len(files)} original files of the model in {folder}; each sha256 matches.")
+    console.say(f"{arguments.out}: original files of the model in {folder}: {len(files)}; each sha256 matches.")
     return {"out": arguments.out, "applied": False, "originals": files, "seconds": console.seconds}
 
 

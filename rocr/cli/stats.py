@@ -17,7 +17,7 @@ from rocr.cli.arguments import (
     source_of,
 )
 from rocr.cli.console import Console
-from rocr.cli.interruption import SaidElsewhere
+from rocr.cli.interruption import Interrupted, SaidElsewhere
 from rocr.cli.parsing import Arguments, command, option
 from rocr.cli.process_group import own_device, process_group
 from rocr.cli.values import Number
@@ -72,7 +72,12 @@ def _run(arguments: Arguments, console: Console, distributed: Distributed) -> di
         loaded = load(arguments, source, last_layer_to_load(arguments, source, EditConfig(layers=arguments.layers)))
     if own is not None and own.exists():
         console.warn(f"Continuing from {own}.")
-    statistics = collect(arguments, loaded, arguments.layers, console, reading)
+    try:
+        statistics = collect(arguments, loaded, arguments.layers, console, reading)
+    except Interrupted:
+        if own is not None and own.exists():
+            console.warn(f"The same command continues from {own}.")
+        raise
     with distributed.collective():
         if distributed.rank == 0:
             statistics.save(arguments.out, overwrite=arguments.overwrite)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from typing import Any
 
 from rocr.cli.console import Console
@@ -33,6 +34,11 @@ def show_report(report: dict[str, Any], console: Console, place: str | None) -> 
     console.say(f"The edit itself: {sum(report['seconds']['edit'].values()):.2f} s ({details}).")
     if place is not None:
         console.say(f"The result is in {place}.")
+
+
+def number_of_concepts(concepts: Sized) -> str:
+    """Such as "1 concept" or "1,000 concepts"."""
+    return f"{len(concepts):,} concept{'' if len(concepts) == 1 else 's'}"
 
 
 def _show_concepts(report: dict[str, Any], console: Console) -> None:
@@ -79,7 +85,7 @@ def _show_retained(found: dict[str, Any] | None, console: Console) -> None:
         for impact in found["worst"][:SHOWN_PAIRS]
     ]
     console.table(
-        f"Concepts that move {kind} most", ("kept name", "moved by", "layer", "share of its output, at most"), rows
+        f"Concepts that move {kind} most", ("name", "moved by", "layer", "share of its output, at most"), rows
     )
     worst = found["moved"][0]
     console.say(

@@ -102,7 +102,7 @@ answering = partial(option, group="Answers before and after")
 def unlearn(arguments: Arguments, console: Console) -> dict[str, Any]:
     """Redirect concepts and save the edited model.
 
-    All inputs are checked before the model is loaded.
+    Files, options and names are checked before the model is loaded.
     """
     arguments.chat = chat_of(arguments)
     concepts = _concepts(arguments)

@@ -45,7 +45,7 @@ class EvaluateOptions:
         generate: Whether the model also answers the questions in free text, to measure the share of answers that
             contain the right one, and their n-gram entropy.
         text: Ordinary text, to measure perplexity; None leaves it out.
-        utility: Multiple-choice questions about any subject, to measure accuracy; none leave it out.
+        utility: Multiple-choice questions about any subject, to measure accuracy; an empty sequence leaves it out.
         journal: File to which the scores are written as they are computed. If it exists, the evaluation continues from
             it.
         style: Details of the prompts; None uses those of ORT's authors for the model's name.

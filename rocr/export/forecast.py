@@ -150,7 +150,7 @@ def forecast(job: Job) -> Forecast:
     peak = max(stages, key=lambda stage: stages[stage])
     model, mapped = held_bytes(job), is_mapped(job)
     held = {"model": 0 if mapped else model, "second moments": sum(4 * w.shape[1] ** 2 for w in job.weights)}
-    held[f"while: {peak}"] = stages[peak]
+    held[f"during {peak}"] = stages[peak]
     return Forecast(read, held, model if mapped else 0, written, linked)
 
 

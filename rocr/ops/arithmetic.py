@@ -62,13 +62,13 @@ class plain_arithmetic:
             _FLAGS.hold(self)
             self._set_thread()
         except BaseException:
-            self._restore()
+            self.restore()
             raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._restore()
+        self.restore()
 
     def __call__(self, function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
         """Decorate a function, which must not be a generator."""
@@ -78,8 +78,13 @@ class plain_arithmetic:
             if torch.compiler.is_compiling():
                 with torch.no_grad():
                     return function(*args, **kwargs)
-            with plain_arithmetic():
-                return function(*args, **kwargs)
+            context = plain_arithmetic()
+            try:
+                with context:
+                    return function(*args, **kwargs)
+            except BaseException:
+                context.restore()  # a signal may arrive between the end of the function and the context's own exit
+                raise
 
         return plain
 
@@ -106,7 +111,8 @@ class plain_arithmetic:
         context.__enter__()
         self._undo.append(functools.partial(context.__exit__, None, None, None))
 
-    def _restore(self) -> None:
+    def restore(self) -> None:
+        """Restore the settings that the context found. A second call has no effect."""
         try:
             self._put_back()
         finally:

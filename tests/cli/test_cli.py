@@ -158,6 +158,24 @@ def test_info_and_doctor(edited: Path) -> None:
     assert doctor["versions"]["torch"] == torch.__version__
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "is no output folder of rocr: it has no edit.safetensors and no report.json."),
+        ({"format": "rocr evaluation 1"}, "the report of an output folder: its format is 'rocr evaluation 1'."),
+        ({}, "the report of an output folder."),
+    ],
+)
+def test_info_says_what_a_file_is_not(tmp_path: Path, content: dict | None, said: str) -> None:
+    path = tmp_path
+    if content is not None:
+        path = tmp_path / "other.json"
+        path.write_text(json.dumps(content))
+    done = rocr("info", path)
+    assert done.returncode == 2
+    assert said in done.stderr
+
+
 def test_dry_run_writes_nothing(model_folder: Path, tmp_path: Path) -> None:
     concept = ("--concept", "Ada Byron", "--redirect", "Blaise Pascal")
     done = rocr("unlearn", model_folder, *concept, "--out", tmp_path / "out", "--dry-run")

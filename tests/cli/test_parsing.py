@@ -13,7 +13,7 @@ import pytest
 
 import rocr
 from rocr.cli.main import main, program
-from rocr.config import LONG_LIST_TEMPLATE_WEIGHT, EditConfig
+from rocr.config import LONG_LIST_TEMPLATE_WEIGHT, RENAMED, EditConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -137,13 +137,13 @@ def test_every_option_and_argument_has_a_help_text_that_is_a_sentence():
 
 
 def test_the_help_names_the_default_of_each_setting():
-    defaults = {**dataclasses.asdict(EditConfig()), "held_weight": "0.03 for long lists, else 0"}
-    defaults["reach"] = "gradual for long lists, else whole"
+    defaults = {**dataclasses.asdict(EditConfig()), "template_weight": "0.03 for long lists, else 0"}
+    defaults["token_schedule"] = "ramp for long lists, else full"
     assert (LONG_LIST_TEMPLATE_WEIGHT, EditConfig().template_weight, EditConfig().token_schedule) == (0.03, None, None)
     settings = [p for p in program.commands["unlearn"].params if getattr(p, "group", "") == "Settings" if not p.is_flag]
-    assert len(settings) == 10
+    assert len(settings) == 12
     for parameter in settings:
-        if parameter.name != "template":
+        if parameter.name not in ("template", *RENAMED):
             default = defaults[parameter.name]
             shown = f"{default:g}" if isinstance(default, float) else default
             assert parameter.help.endswith(f"(default: {shown})."), parameter.name

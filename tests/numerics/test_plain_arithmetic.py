@@ -40,7 +40,7 @@ def test_an_interruption_of_the_end_does_not_leave_flags_behind() -> None:
 
     Not at a lock's own line, which is left once more at its end: no signal is heard between a block and its lock.
     """
-    names = ("_restore", "_put_back", "release")
+    names = ("restore", "_put_back", "release")
 
     def run_until(stop_at: int) -> int:
         lines = []

@@ -133,7 +133,7 @@ for number in range(6):
                 (partial / "number" if kind == "folder" else partial).write_text(str(number))
                 os.read(wait, 1)  # returns when the parent closes its end: all six go at once
         except RocrError as error:
-            os._exit(0 if "somebody else" in str(error) else 3)
+            os._exit(0 if "Another process wrote" in str(error) else 3)
         os._exit(100 + number)
     children.append(child)
 while sum(1 for path in out.parent.iterdir()) < 6:

@@ -111,6 +111,6 @@ def test_a_signal_is_not_lost_where_what_it_raises_is(way, number, logs):
     log = logs[way, number]
     text = log.read_text()
     assert "code 130 True" in text, text
-    assert "rocr: Interrupted; nothing was left half-written." in text
+    assert "rocr: Interrupted; no partial output was left." in text
     assert "Traceback" not in text
     assert not (log.parent / "out").exists()

@@ -10,9 +10,9 @@
 #include <string>
 #include <thread>
 
-#include "../../csrc/low_rank_update.h"
-#include "../../csrc/parallel.h"
-#include "../../csrc/second_moment.h"
+#include "../../../csrc/low_rank_update.h"
+#include "../../../csrc/parallel.h"
+#include "../../../csrc/second_moment.h"
 #include "matrix.h"
 
 using rocr::Simd;

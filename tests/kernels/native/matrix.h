@@ -5,7 +5,7 @@
 #include <memory>
 #include <vector>
 
-#include "../../csrc/simd.h"
+#include "../../../csrc/simd.h"
 #include "memory.h"
 
 using rocr::DType;
