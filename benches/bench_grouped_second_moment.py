@@ -15,7 +15,7 @@ EXPERTS, ROUTED, WIDTH, TOKENS = 128, 8, 768, 16384
 SKEW = 0.8
 """Exponent of the popularity of experts: the expert of rank r is drawn with a probability like r to the power -SKEW."""
 
-ROUNDS = 7
+ROUNDS = 5
 
 
 def routed() -> Tensor:
