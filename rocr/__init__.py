@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rocr import ops
+    from rocr.chat_settings import ChatSettings
     from rocr.concepts import Concept, load_concepts
-    from rocr.config import ChatSettings, EditConfig, Template
+    from rocr.config import EditConfig, Template
     from rocr.edit.edit import Edit
     from rocr.edit.guards import Guards
     from rocr.errors import GuardError, InputError, RocrError, VerificationError
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from rocr.unlearn import add_concepts, unlearn
 
 _HOMES = {
-    "ChatSettings": "config",
+    "ChatSettings": "chat_settings",
     "CollectOptions": "statistics.collect",
     "Concept": "concepts",
     "Edit": "edit.edit",

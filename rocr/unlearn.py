@@ -11,12 +11,11 @@ For each edited layer with weight W (d_out, d_in); rows are samples:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rocr.concepts import Concept, check_concepts, check_length
 from rocr.config import EditConfig
@@ -36,23 +35,23 @@ from rocr.edit.guards import (
     naming_largest_concepts,
     predict,
 )
-from rocr.edit.measures import EditReport, mean_by_concept, measure_layer
+from rocr.edit.measures import EditReport, measure_layer
 from rocr.edit.retain_impact import RetainedNames, read_retained_names
+from rocr.edit.task import Goals, Reader, Task, keys_and_residuals
 from rocr.edit.update import Applied, LayerUpdate
 from rocr.io.dtypes import dtype_name
-from rocr.keys.plan import KeyPlan, Reading, plan_keys
-from rocr.keys.read import States, read_layers, read_states
-from rocr.model.architecture import Architecture, DownProjection, find_architecture, positions_of
+from rocr.keys.plan import plan_keys
+from rocr.model.architecture import DownProjection, find_architecture, positions_of
 from rocr.model.causality import check_causal
 from rocr.model.chat import with_date
 from rocr.model.fingerprint import Fingerprint, down_projection_digests, fingerprint
-from rocr.model.gains import divide_by_gains, layers_with_gain
+from rocr.model.gains import layers_with_gain
 from rocr.model.layers import check_moments, resolve_layers
 from rocr.model.tensor_parallel import whole
 from rocr.ops.arithmetic import plain_arithmetic
 from rocr.progress import Progress, ProgressCallback, Stopwatch, silent
 from rocr.solve.metric import build_metric
-from rocr.solve.solve import Solution, check_finite, solve_layer
+from rocr.solve.solve import Solution, solve_layer
 from rocr.statistics.collect import CollectOptions, collect_statistics
 from rocr.statistics.provenance import computed_with
 from rocr.statistics.statistics import Statistics
@@ -117,12 +116,12 @@ def unlearn(
             all_concepts, concept_of = task.all_concepts, task.concept_of
 
             with timed("targets"):
-                reader = _Reader(task, progress, layers_with_gain(architecture, layers))
+                reader = Reader(task, progress, layers_with_gain(architecture, layers))
                 targets = reader.targets()
             with timed("keys"):
                 template_keys = reader.template_keys()
                 readings = reader.keys(layers if task.config.measure == "once" else layers[:1])
-                goals = _Goals.of(targets, readings[layers[0]].hidden, task)
+                goals = Goals.of(targets, readings[layers[0]].hidden, task)
             retained = read_retained_names(architecture, tokenizer, all_concepts, retain, task.config, progress)
             with timed("check"):
                 predictions = predict(architecture, tokenizer)
@@ -131,7 +130,7 @@ def unlearn(
                 projection = architecture.down_projection(layer)
                 with timed("keys"):
                     states = readings[layer] if layer in readings else reader.keys([layer])[layer]
-                    keys, residuals = _keys_and_residuals(task, layer, states, goals, layers_left=len(layers) - i)
+                    keys, residuals = keys_and_residuals(task, layer, states, goals, layers_left=len(layers) - i)
                 with timed("metric"):
                     moment = statistics.second_moment(layer).to(keys.device)
                     metric = build_metric(moment, task.config, template_keys.get(layer))
@@ -204,49 +203,6 @@ def add_concepts(
     )
 
 
-@dataclass(frozen=True)
-class _Task:
-    """The inputs of an edit, checked and complete.
-
-    Attributes:
-        architecture: The decoder layers and down-projections of the model.
-        concepts: The new concepts.
-        config: The settings, with a value for each.
-        by_count: Names of the settings whose value was chosen by the number of concepts.
-        plan: Which tokens of which prompts are read.
-        base_edit: An edit whose concepts stay redirected, or None.
-    """
-
-    architecture: Architecture
-    concepts: list[Concept]
-    config: EditConfig
-    by_count: list[str]
-    plan: KeyPlan
-    base_edit: Edit | None
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """The layers to edit, ascending."""
-        return self.config.layer_numbers
-
-    @property
-    def all_concepts(self) -> list[Concept]:
-        """The concepts of the base edit, then the new ones."""
-        return [*self.base_edit.concepts, *self.concepts] if self.base_edit else self.concepts
-
-    @property
-    def concept_of(self) -> list[int]:
-        """For each key, those of the base edit first, the index of its concept in `all_concepts`."""
-        if self.base_edit is None:
-            return self.plan.concept_of
-        offset = len(self.base_edit.concepts)
-        return [*self.base_edit.concept_of, *(offset + concept for concept in self.plan.concept_of)]
-
-    def check_finite(self, what: str, layer: int, values: Tensor) -> None:
-        """Raise GuardError, naming the concepts, unless values (n, features) of the new keys are finite."""
-        check_finite(what, layer, values, self.plan.concept_of, self.concepts)
-
-
 def _plan(
     model: nn.Module,
     tokenizer: Any,
@@ -254,7 +210,7 @@ def _plan(
     config: EditConfig | None,
     guards: Guards,
     base_edit: Edit | None,
-) -> _Task:
+) -> Task:
     """Complete the settings and choose the tokens that become keys, with all checks that need no forward pass."""
     concepts = list(concepts)
     everything = [*base_edit.concepts, *concepts] if base_edit else concepts
@@ -270,7 +226,7 @@ def _plan(
         check_rendered(base_edit.rendered, plan.rendered, "the tokenizer now")
     plan.check_positions(concepts, positions_of(model))
     plan.check_tokens_differ(concepts)
-    return _Task(architecture, concepts, config, by_count, plan, base_edit)
+    return Task(architecture, concepts, config, by_count, plan, base_edit)
 
 
 def _collect(model: nn.Module, tokenizer: Any, config: EditConfig, progress: ProgressCallback) -> Statistics:
@@ -280,7 +236,7 @@ def _collect(model: nn.Module, tokenizer: Any, config: EditConfig, progress: Pro
     return collect_statistics(model, tokenizer, None, config.layer_numbers, options, progress)
 
 
-def _check_statistics(task: _Task, tokenizer: Any, statistics: Statistics) -> Fingerprint:
+def _check_statistics(task: Task, tokenizer: Any, statistics: Statistics) -> Fingerprint:
     """Raise InputError unless statistics and base edit belong to the model; return the model's fingerprint."""
     architecture, last = task.architecture, max(task.layers)
     origin = fingerprint(architecture, tokenizer, statistics.fingerprint.layer, like=statistics.fingerprint)
@@ -295,7 +251,7 @@ def _check_statistics(task: _Task, tokenizer: Any, statistics: Statistics) -> Fi
     return origin
 
 
-def _begin_report(task: _Task, statistics: Statistics) -> EditReport:
+def _begin_report(task: Task, statistics: Statistics) -> EditReport:
     """Return a report with the fields that are known before the measurements."""
     report = EditReport(by_count=task.by_count, statistics=statistics.summary())
     if task.base_edit is not None:
@@ -303,113 +259,8 @@ def _begin_report(task: _Task, statistics: Statistics) -> EditReport:
     return report
 
 
-@dataclass(frozen=True)
-class _Reader:
-    """Reads states and keys from the model with its current weights.
-
-    Attributes:
-        task: The inputs of the edit.
-        progress: Called after every batch.
-        measured: Layers where the gain between the down-projection and the residual stream is measured.
-    """
-
-    task: _Task
-    progress: ProgressCallback
-    measured: tuple[int, ...]
-
-    def targets(self) -> Tensor:
-        """Return (n, d_out): the target states, at the output of the last edited layer at the redirects."""
-        targets = self._states(self.task.plan.targets, "targets")
-        self.task.check_finite("target states", max(self.task.layers), targets)
-        return targets
-
-    def template_keys(self) -> dict[int, Tensor]:
-        """Return the keys (m, d_in) of the templates' own tokens by layer; empty if their weight is 0."""
-        task = self.task
-        reading = task.plan.template_keys
-        if reading is None:
-            return {}
-        last, stage = max(task.layers), "template keys"
-        found = read_layers(task.architecture, reading, last, task.layers, progress=self.progress, stage=stage)
-        return {layer: states.keys for layer, states in found.items() if states.keys is not None}
-
-    def keys(self, layers: Sequence[int]) -> dict[int, States]:
-        """Return the keys of some layers and the states at the output of the last edited layer, from one pass."""
-        task, stage = self.task, f"keys of layer {', '.join(map(str, layers))}"
-        found = read_layers(
-            task.architecture,
-            task.plan.keys,
-            max(task.layers),
-            layers,
-            progress=self.progress,
-            stage=stage,
-            measured=self.measured,
-        )
-        if task.plan.current is None:
-            return found
-        hidden = self._states(task.plan.current, stage)
-        return {layer: replace(states, hidden=hidden) for layer, states in found.items()}
-
-    def states_after_edit(self) -> Tensor:
-        """Return (n, d_out): the current states, at the output of the last edited layer."""
-        hidden = self._states(self.task.plan.current or self.task.plan.keys, "check")
-        self.task.check_finite("states after the edit", max(self.task.layers), hidden)
-        return hidden
-
-    def _states(self, reading: Reading, stage: str) -> Tensor:
-        last = max(self.task.layers)
-        return read_states(self.task.architecture, reading, last, progress=self.progress, stage=stage).hidden
-
-
-@dataclass(frozen=True)
-class _Goals:
-    """The states that the edit aims at.
-
-    Attributes:
-        states: (n, d_out) float32, at the output of the last edited layer.
-        first_distance: (n,) Euclidean distance of the states before the edit to `states`.
-    """
-
-    states: Tensor
-    first_distance: Tensor
-
-    @classmethod
-    def of(cls, targets: Tensor, hidden: Tensor, task: _Task) -> _Goals:
-        """Return the goals between states (n, d_out) and targets (n, d_out), by strength and token schedule."""
-        share = task.config.strength * torch.tensor(task.plan.distance_shares).to(targets)[:, None]
-        goals = hidden + share * (targets - hidden)
-        return cls(goals, (goals - hidden).norm(dim=1))
-
-    def distance(self, hidden: Tensor, task: _Task) -> list[float]:
-        """Return the distance of states (n, d_out) to the goals by new concept, as a share of the first distance."""
-        shares = (self.states - hidden).norm(dim=1) / self.first_distance.clamp(min=1e-12)
-        return mean_by_concept(shares, task.plan.concept_of, self.first_distance)
-
-
-def _keys_and_residuals(
-    task: _Task, layer: int, states: States, goals: _Goals, layers_left: int
-) -> tuple[Tensor, Tensor]:
-    """Return the keys (n, d_in) and residuals (n, d_out) of a layer, those of the base edit first.
-
-    The residual is an equal share of the remaining distance: 1 / (all layers) if the states were read before the
-    first edit, otherwise 1 / (layers that are not edited yet).
-    """
-    assert states.keys is not None
-    device = task.architecture.down_projection(layer).weight.device
-    share = 1 / (len(task.layers) if task.config.measure == "once" else layers_left)
-    keys, residuals = states.keys, ((goals.states - states.hidden) * share).to(device)
-    if states.gains is not None:
-        residuals = divide_by_gains(residuals, states.gains.to(device))
-    task.check_finite("keys", layer, keys)
-    task.check_finite("residuals", layer, residuals)
-    if task.base_edit is None:
-        return keys, residuals
-    base = next(update for update in task.base_edit.updates if update.layer == layer)
-    return torch.cat([base.keys.to(keys), keys]), torch.cat([base.residuals.to(residuals), residuals])
-
-
 def _compare(
-    task: _Task,
+    task: Task,
     projection: DownProjection,
     update: LayerUpdate,
     solution: Solution,
@@ -429,7 +280,7 @@ def _record(updates: list[LayerUpdate], update: LayerUpdate, applied: Sequence[A
 
 
 def _check_edit(
-    task: _Task,
+    task: Task,
     guards: Guards,
     updates: Sequence[LayerUpdate],
     predictions: Predictions | None,
@@ -445,7 +296,7 @@ def _check_edit(
     report.limits_passed += exceeded
 
 
-def _with_distance_of_base(task: _Task, distance: list[float]) -> list[float]:
+def _with_distance_of_base(task: Task, distance: list[float]) -> list[float]:
     """Return the distances of all concepts; empty if those of the base edit are unknown."""
     if task.base_edit is None:
         return distance

@@ -17,7 +17,8 @@ from rocr.io.output import check_output
 from rocr.statistics.corpus import check_texts, read_texts, text_digest
 
 if TYPE_CHECKING:
-    from rocr.config import ChatSettings, EditConfig
+    from rocr.chat_settings import ChatSettings
+    from rocr.config import EditConfig
     from rocr.edit.edit import Edit
     from rocr.model.load import LoadedModel, ModelSource
     from rocr.statistics.collect import CollectOptions
@@ -132,7 +133,7 @@ def chat_of(arguments: Arguments) -> ChatSettings:
     Raises:
         InputError: a variable is not NAME=VALUE or is repeated, or a value is not allowed in a template.
     """
-    from rocr.config import ChatSettings
+    from rocr.chat_settings import ChatSettings
 
     variables: dict[str, Any] = {}
     for given in arguments.template_variable:

@@ -16,8 +16,8 @@ from typing import IO, Any
 
 from torch import nn
 
+from rocr.chat_settings import DEFAULT, ChatSettings
 from rocr.concepts import folded
-from rocr.config import DEFAULT, ChatSettings
 from rocr.errors import InputError, RocrError
 from rocr.evaluation.forms import ORT_FORMS, Item, PromptStyle, build_items, item_texts
 from rocr.evaluation.measures import ChoiceQuestion, TextSample, choice_accuracy, contained_answers, perplexity

@@ -14,8 +14,8 @@ from typing import Any, get_args
 
 from torch import nn
 
+from rocr.chat_settings import DEFAULT, ChatSettings
 from rocr.concepts import holds_name, with_name
-from rocr.config import DEFAULT, ChatSettings
 from rocr.errors import InputError
 from rocr.evaluation.probes.probe import BLANK, LETTERS, Probe, Variant, Wording
 from rocr.model.chat import render_chats

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from rocr.config import DEFAULT, ChatSettings
+from rocr.chat_settings import DEFAULT, ChatSettings
 from rocr.errors import InputError, RocrError
 from rocr.evaluation.forms import PromptStyle, build_items, item_texts
 from rocr.evaluation.probes.probe import Probe

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rocr.chat_settings import DEFAULT, ChatSettings
 from rocr.concepts import folded
-from rocr.config import DEFAULT, ChatSettings
 from rocr.errors import InputError, RocrError
 from rocr.evaluation.forms import Item, item_texts
 from rocr.evaluation.probes.load import read_json_lines

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rocr.chat_settings import DEFAULT, ChatSettings
 from rocr.concepts import check_names, folded
-from rocr.config import DEFAULT, ChatSettings, EditConfig
+from rocr.config import EditConfig
 from rocr.errors import InputError
 from rocr.evaluation.probes.probe import Probe, split_by_subject
 from rocr.keys.plan import Reading

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import nn
 
+from rocr.chat_settings import DEFAULT, ChatSettings
 from rocr.concepts import Concept, check_concepts, folded, holds_name, with_name
-from rocr.config import DEFAULT, ChatSettings
 from rocr.errors import InputError
 from rocr.evaluation.evaluate import EvaluateOptions, evaluate
 from rocr.evaluation.probes.probe import Probe

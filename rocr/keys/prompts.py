@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rocr.config import DEFAULT, ChatSettings, Template
+from rocr.chat_settings import DEFAULT, ChatSettings
+from rocr.config import Template
 from rocr.errors import InputError
 from rocr.io.spelling import has_visible_character, has_word_character
 from rocr.model.chat import TEMPLATE_ADVICE, ChatFormat, find_chat_format, not_written_once

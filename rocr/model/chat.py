@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rocr.config import CLOCK_DATE, DEFAULT, ChatSettings
+from rocr.chat_settings import CLOCK_DATE, DEFAULT, ChatSettings
 from rocr.errors import InputError
 from rocr.io.boundary import calling
 

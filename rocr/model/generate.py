@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
+from rocr.chat_settings import DEFAULT, ChatSettings
 from rocr.concepts import check_text
-from rocr.config import DEFAULT, ChatSettings
 from rocr.errors import InputError
 from rocr.io.boundary import calling
 from rocr.model.chat import render_chats

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rocr import ops
-from rocr.config import DEFAULT, ChatSettings
+from rocr.chat_settings import DEFAULT, ChatSettings
 from rocr.errors import GuardError, InputError, RocrError
 from rocr.io.dtypes import dtype_name
 from rocr.model.architecture import Architecture, default_layers, find_architecture, positions_of

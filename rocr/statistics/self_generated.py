@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rocr.config import DEFAULT, ChatSettings
+from rocr.chat_settings import DEFAULT, ChatSettings
 from rocr.model.architecture import positions_of
 from rocr.model.chat import find_chat_format
 from rocr.model.forward import cache_of, forward, logits_of

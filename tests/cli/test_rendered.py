@@ -13,7 +13,7 @@ import transformers.utils.chat_template_utils as rendering
 
 import rocr
 from rocr import ChatSettings, CollectOptions, Concept, Edit, EditConfig, InputError
-from rocr.config import CLOCK_DATE
+from rocr.chat_settings import CLOCK_DATE
 from rocr.evaluation import EvaluateOptions, Probe, choose_redirects, evaluate
 from rocr.evaluation.attacks.suite import AttackOptions
 from rocr.evaluation.attacks.suite import attack as attack_edit

@@ -9,7 +9,8 @@ import transformers.utils.chat_template_utils as rendering
 
 import rocr
 from rocr import ChatSettings, InputError
-from rocr.config import CLOCK_DATE, Template
+from rocr.chat_settings import CLOCK_DATE
+from rocr.config import Template
 from rocr.keys.prompts import build_prompts, render_template
 from rocr.model.chat import _codes, find_chat_format, render_chat, with_date
 

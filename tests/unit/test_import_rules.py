@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = sorted((ROOT / "rocr").rglob("*.py"))
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 CHECKED = [*PACKAGE, *KERNELS, *sorted((ROOT / "tests").rglob("*.py")), ROOT / "setup.py"]
-MAX_LINES = 480
+MAX_LINES = 400
 PLAIN_MODULES = {"rocr.errors", "rocr.progress", "rocr.io.json_values"}
 MAX_KERNEL_LINES = 800  # a kernel's formula, configurations, code and launch are in one file
 
@@ -119,6 +119,7 @@ FLOORS = (
     {"errors", "progress"},
     {"io", "deprecation"},
     {"concepts"},
+    {"chat_settings"},
     {"config"},
     {"ops"},
     {"solve", "model"},

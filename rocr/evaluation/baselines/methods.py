@@ -14,8 +14,9 @@ from typing import Any
 
 from torch import nn
 
+from rocr.chat_settings import ChatSettings
 from rocr.concepts import Concept
-from rocr.config import ChatSettings, EditConfig
+from rocr.config import EditConfig
 from rocr.errors import InputError
 from rocr.evaluation.baselines.peak_memory import PeakMemory
 from rocr.evaluation.evaluate import EvaluateOptions, evaluate

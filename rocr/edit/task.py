@@ -1,0 +1,166 @@
+"""The inputs of an edit, and what is read from the model for it: targets, keys and residuals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from rocr.concepts import Concept
+from rocr.config import EditConfig
+from rocr.edit.measures import mean_by_concept
+from rocr.edit.record import EditRecord
+from rocr.keys.plan import KeyPlan, Reading
+from rocr.keys.read import States, read_layers, read_states
+from rocr.model.architecture import Architecture
+from rocr.model.gains import divide_by_gains
+from rocr.progress import ProgressCallback
+from rocr.solve.solve import check_finite
+
+
+@dataclass(frozen=True)
+class Task:
+    """The inputs of an edit, checked and complete.
+
+    Attributes:
+        architecture: The decoder layers and down-projections of the model.
+        concepts: The new concepts.
+        config: The settings, with a value for each.
+        by_count: Names of the settings whose value was chosen by the number of concepts.
+        plan: Which tokens of which prompts are read.
+        base_edit: An edit whose concepts stay redirected, or None.
+    """
+
+    architecture: Architecture
+    concepts: list[Concept]
+    config: EditConfig
+    by_count: list[str]
+    plan: KeyPlan
+    base_edit: EditRecord | None
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers to edit, ascending."""
+        return self.config.layer_numbers
+
+    @property
+    def all_concepts(self) -> list[Concept]:
+        """The concepts of the base edit, then the new ones."""
+        return [*self.base_edit.concepts, *self.concepts] if self.base_edit else self.concepts
+
+    @property
+    def concept_of(self) -> list[int]:
+        """For each key, those of the base edit first, the index of its concept in `all_concepts`."""
+        if self.base_edit is None:
+            return self.plan.concept_of
+        offset = len(self.base_edit.concepts)
+        return [*self.base_edit.concept_of, *(offset + concept for concept in self.plan.concept_of)]
+
+    def check_finite(self, what: str, layer: int, values: Tensor) -> None:
+        """Raise GuardError, naming the concepts, unless values (n, features) of the new keys are finite."""
+        check_finite(what, layer, values, self.plan.concept_of, self.concepts)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads states and keys from the model with its current weights.
+
+    Attributes:
+        task: The inputs of the edit.
+        progress: Called after every batch.
+        measured: Layers where the gain between the down-projection and the residual stream is measured.
+    """
+
+    task: Task
+    progress: ProgressCallback
+    measured: tuple[int, ...]
+
+    def targets(self) -> Tensor:
+        """Return (n, d_out): the target states, at the output of the last edited layer at the redirects."""
+        targets = self._states(self.task.plan.targets, "targets")
+        self.task.check_finite("target states", max(self.task.layers), targets)
+        return targets
+
+    def template_keys(self) -> dict[int, Tensor]:
+        """Return the keys (m, d_in) of the templates' own tokens by layer; empty if their weight is 0."""
+        task = self.task
+        reading = task.plan.template_keys
+        if reading is None:
+            return {}
+        last, stage = max(task.layers), "template keys"
+        found = read_layers(task.architecture, reading, last, task.layers, progress=self.progress, stage=stage)
+        return {layer: states.keys for layer, states in found.items() if states.keys is not None}
+
+    def keys(self, layers: Sequence[int]) -> dict[int, States]:
+        """Return the keys of some layers and the states at the output of the last edited layer, from one pass."""
+        task, stage = self.task, f"keys of layer {', '.join(map(str, layers))}"
+        found = read_layers(
+            task.architecture,
+            task.plan.keys,
+            max(task.layers),
+            layers,
+            progress=self.progress,
+            stage=stage,
+            measured=self.measured,
+        )
+        if task.plan.current is None:
+            return found
+        hidden = self._states(task.plan.current, stage)
+        return {layer: replace(states, hidden=hidden) for layer, states in found.items()}
+
+    def states_after_edit(self) -> Tensor:
+        """Return (n, d_out): the current states, at the output of the last edited layer."""
+        hidden = self._states(self.task.plan.current or self.task.plan.keys, "check")
+        self.task.check_finite("states after the edit", max(self.task.layers), hidden)
+        return hidden
+
+    def _states(self, reading: Reading, stage: str) -> Tensor:
+        last = max(self.task.layers)
+        return read_states(self.task.architecture, reading, last, progress=self.progress, stage=stage).hidden
+
+
+@dataclass(frozen=True)
+class Goals:
+    """The states that the edit aims at.
+
+    Attributes:
+        states: (n, d_out) float32, at the output of the last edited layer.
+        first_distance: (n,) Euclidean distance of the states before the edit to `states`.
+    """
+
+    states: Tensor
+    first_distance: Tensor
+
+    @classmethod
+    def of(cls, targets: Tensor, hidden: Tensor, task: Task) -> Goals:
+        """Return the goals between states (n, d_out) and targets (n, d_out), by strength and token schedule."""
+        share = task.config.strength * torch.tensor(task.plan.distance_shares).to(targets)[:, None]
+        goals = hidden + share * (targets - hidden)
+        return cls(goals, (goals - hidden).norm(dim=1))
+
+    def distance(self, hidden: Tensor, task: Task) -> list[float]:
+        """Return the distance of states (n, d_out) to the goals by new concept, as a share of the first distance."""
+        shares = (self.states - hidden).norm(dim=1) / self.first_distance.clamp(min=1e-12)
+        return mean_by_concept(shares, task.plan.concept_of, self.first_distance)
+
+
+def keys_and_residuals(task: Task, layer: int, states: States, goals: Goals, layers_left: int) -> tuple[Tensor, Tensor]:
+    """Return the keys (n, d_in) and residuals (n, d_out) of a layer, those of the base edit first.
+
+    The residual is an equal share of the remaining distance: 1 / (all layers) if the states were read before the
+    first edit, otherwise 1 / (layers that are not edited yet).
+    """
+    assert states.keys is not None
+    device = task.architecture.down_projection(layer).weight.device
+    share = 1 / (len(task.layers) if task.config.measure == "once" else layers_left)
+    keys, residuals = states.keys, ((goals.states - states.hidden) * share).to(device)
+    if states.gains is not None:
+        residuals = divide_by_gains(residuals, states.gains.to(device))
+    task.check_finite("keys", layer, keys)
+    task.check_finite("residuals", layer, residuals)
+    if task.base_edit is None:
+        return keys, residuals
+    base = next(update for update in task.base_edit.updates if update.layer == layer)
+    return torch.cat([base.keys.to(keys), keys]), torch.cat([base.residuals.to(residuals), residuals])
