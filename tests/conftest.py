@@ -1,6 +1,7 @@
 import reprlib
 import signal
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -63,6 +64,19 @@ def guarded() -> Iterator[Callable[[Tensor], Tensor]]:
     yield lay
     for memory, inside in memories:
         assert memory[~inside].isnan().all(), "memory around a matrix was written"
+
+
+@pytest.fixture
+def with_threads() -> Iterator[Callable[..., Any]]:
+    """with_threads(threads, function): what a function returns where torch has so many threads."""
+    before = torch.get_num_threads()
+
+    def run(threads: int, function: Callable[[], Any]) -> Any:
+        torch.set_num_threads(threads)
+        return function()
+
+    yield run
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -24,18 +24,6 @@ def simd(request, monkeypatch):
     return request.param
 
 
-@pytest.fixture
-def with_threads():
-    before = torch.get_num_threads()
-
-    def run(threads, function):
-        torch.set_num_threads(threads)
-        return function()
-
-    yield run
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens, size", [(1, 1), (63, 123), (700, 250), (1100, 600)])
 def test_second_moment_of_every_instruction_set(guarded, simd, dtype, tokens, size):

@@ -26,18 +26,6 @@ def backend(request, monkeypatch):
     return name
 
 
-@pytest.fixture
-def with_threads():
-    before = torch.get_num_threads()
-
-    def run(threads, function):
-        torch.set_num_threads(threads)
-        return function()
-
-    yield run
-    torch.set_num_threads(before)
-
-
 def offsets_of(sizes):
     return torch.tensor([0, *sizes]).cumsum(0)
 
