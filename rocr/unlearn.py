@@ -41,7 +41,7 @@ from rocr.edit.task import Goals, Reader, Task, keys_and_residuals
 from rocr.edit.update import Applied, LayerUpdate
 from rocr.io.dtypes import dtype_name
 from rocr.keys.plan import plan_keys
-from rocr.model.architecture import DownProjection, find_architecture, positions_of
+from rocr.model.architecture import Block, find_architecture, positions_of
 from rocr.model.causality import check_causal
 from rocr.model.chat import with_date
 from rocr.model.fingerprint import Fingerprint, down_projection_digests, fingerprint
@@ -261,7 +261,7 @@ def _begin_report(task: Task, statistics: Statistics) -> EditReport:
 
 def _compare(
     task: Task,
-    projection: DownProjection,
+    projection: Block,
     update: LayerUpdate,
     solution: Solution,
     retained: RetainedNames | None,

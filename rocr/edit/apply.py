@@ -12,7 +12,7 @@ from rocr import ops
 from rocr.edit.record import EditRecord
 from rocr.edit.update import Applied, LayerUpdate
 from rocr.errors import GuardError, InputError, VerificationError
-from rocr.model.architecture import Architecture, DownProjection, find_architecture
+from rocr.model.architecture import Architecture, Block, find_architecture
 from rocr.model.fingerprint import model_digest, tensor_digest
 from rocr.model.tensor_parallel import own, own_part, whole
 from rocr.ops.arithmetic import plain_arithmetic, writing
@@ -26,7 +26,7 @@ _INTEGER_OF_WIDTH = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def apply_updates(
-    projections: Sequence[DownProjection],
+    projections: Sequence[Block],
     updates: Sequence[Factors],
     record: Callable[[list[Applied]], object] = list,
 ) -> list[Applied]:
@@ -75,7 +75,7 @@ def _add(weight: Tensor, update: Tensor) -> None:
         block.copy_(block.float() + update[start : start + rows])
 
 
-def undo_updates(projections: Sequence[DownProjection], applied: Sequence[Applied | None]) -> None:
+def undo_updates(projections: Sequence[Block], applied: Sequence[Applied | None]) -> None:
     """Restore the bits that weights had before their updates.
 
     Raises:
@@ -87,7 +87,7 @@ def undo_updates(projections: Sequence[DownProjection], applied: Sequence[Applie
         _flip(projection.parameter.data, undo)
 
 
-def holds_updates(projections: Sequence[DownProjection], applied: Sequence[Applied | None]) -> bool:
+def holds_updates(projections: Sequence[Block], applied: Sequence[Applied | None]) -> bool:
     """Return True if all weights have the bits after their updates, False if all have the bits before them.
 
     Raises:
@@ -115,7 +115,7 @@ def revert_updates(architecture: Architecture, updates: Sequence[LayerUpdate]) -
 
 
 def replace_updates(
-    projections: Sequence[DownProjection], applied: Sequence[Applied | None], change: Callable[[], Result]
+    projections: Sequence[Block], applied: Sequence[Applied | None], change: Callable[[], Result]
 ) -> Result:
     """Undo updates and call a function that changes the weights; restore the updates if it raises.
 
@@ -145,7 +145,7 @@ def _flip(parameter: Tensor, undo: Tensor) -> None:
         bits(own(parameter)).bitwise_xor_(own_part(undo, parameter))
 
 
-def _applied(projection: DownProjection, original: Tensor) -> Applied:
+def _applied(projection: Block, original: Tensor) -> Applied:
     """Return the record of a change; raise GuardError if the weight is not finite."""
     parameter, original = whole(projection.parameter.data), whole(original)
     if not torch.isfinite(parameter).all():
@@ -156,7 +156,7 @@ def _applied(projection: DownProjection, original: Tensor) -> Applied:
     return Applied(str(parameter.dtype), before, after, bits(original).bitwise_xor(bits(parameter)).cpu())
 
 
-def _checked_undo(projection: DownProjection, applied: Applied | None) -> Tensor:
+def _checked_undo(projection: Block, applied: Applied | None) -> Tensor:
     """Return the bits that undo an update, after checking that the weight carries it.
 
     Raises:
@@ -189,7 +189,7 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.view(_INTEGER_OF_WIDTH[tensor.element_size()])
 
 
-def down_projections(architecture: Architecture, updates: Sequence[LayerUpdate]) -> list[DownProjection]:
+def down_projections(architecture: Architecture, updates: Sequence[LayerUpdate]) -> list[Block]:
     """Return the down-projections that updates belong to.
 
     Raises:

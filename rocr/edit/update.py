@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from rocr.model.architecture import DownProjection
+from rocr.model.architecture import Block
 from rocr.solve.factors import Factors
 from rocr.solve.solve import Solution, System
 
@@ -41,7 +41,7 @@ class LayerUpdate:
     own: str | None = None
 
     @classmethod
-    def solved(cls, projection: DownProjection, keys: Tensor, residuals: Tensor, solution: Solution) -> LayerUpdate:
+    def solved(cls, projection: Block, keys: Tensor, residuals: Tensor, solution: Solution) -> LayerUpdate:
         """Return the update of a down-projection that a solution gives, not applied yet."""
         return cls(
             projection.layer,

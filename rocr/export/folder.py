@@ -21,7 +21,7 @@ from rocr.export.rewrite import files_beside, rewrite_model
 from rocr.io.disk_space import check_space
 from rocr.io.dtypes import dtype_name
 from rocr.io.safetensors_layout import StoredTensor
-from rocr.model.architecture import DownProjection
+from rocr.model.architecture import Block
 from rocr.model.fingerprint import tensor_digest
 from rocr.model.load import LoadedModel, save_model, saved_bytes
 from rocr.model.stored_weights import StoredNames, check_loaded, find_stored, find_weights, layout, stored_names
@@ -85,17 +85,13 @@ def check_output_possible(loaded: LoadedModel, layers: Sequence[int], out: Path)
     check_space(out, bytes_written(files, names, projections, out))
 
 
-def bytes_written(
-    files: WeightFiles, names: StoredNames, projections: Sequence[DownProjection], out: Path | None
-) -> int:
+def bytes_written(files: WeightFiles, names: StoredNames, projections: Sequence[Block], out: Path | None) -> int:
     """Return the number of bytes that writing an edited copy of a folder takes on the disk."""
     anew = weights_copied(files, names, projections, out)
     return sum((files.folder / name).stat().st_size for name in anew) + carried_bytes(files.folder)
 
 
-def weights_copied(
-    files: WeightFiles, names: StoredNames, projections: Sequence[DownProjection], out: Path | None
-) -> list[str]:
+def weights_copied(files: WeightFiles, names: StoredNames, projections: Sequence[Block], out: Path | None) -> list[str]:
     """Return the names of the weight files that an edited copy does not hold as hard links."""
     if not may_link(files.folder, out):
         return [*files.files, *files_beside(files, _shapes(projections))]
@@ -171,9 +167,7 @@ def holds_already(loaded: LoadedModel, edit: Edit) -> str | None:
     return None
 
 
-def _with_edit(
-    projection: DownProjection, update: LayerUpdate, places: Sequence[StoredTensor]
-) -> tuple[Tensor, Applied]:
+def _with_edit(projection: Block, update: LayerUpdate, places: Sequence[StoredTensor]) -> tuple[Tensor, Applied]:
     """Return a weight to write: that of the model, or the stored one with the update added and rounded once."""
     values, loaded = places[0].read(), projection.parameter.data
     applied = update.applied
@@ -190,7 +184,7 @@ def _with_edit(
 
 
 def _without_edit(
-    projection: DownProjection, update: LayerUpdate, places: Sequence[StoredTensor]
+    projection: Block, update: LayerUpdate, places: Sequence[StoredTensor]
 ) -> tuple[Tensor, Applied | None]:
     """Return a stored weight with the edit reverted."""
     values = places[0].read()
@@ -198,7 +192,7 @@ def _without_edit(
     return values, update.applied
 
 
-def _with_values(projection: DownProjection, values: Tensor) -> DownProjection:
+def _with_values(projection: Block, values: Tensor) -> Block:
     """Return a down-projection with other values; the given one is not changed."""
     module = nn.Module()
     module.weight = nn.Parameter(values, requires_grad=False)
@@ -206,7 +200,7 @@ def _with_values(projection: DownProjection, values: Tensor) -> DownProjection:
 
 
 def _written(
-    projection: DownProjection, update: LayerUpdate, places: Sequence[StoredTensor], record: Applied | None
+    projection: Block, update: LayerUpdate, places: Sequence[StoredTensor], record: Applied | None
 ) -> WrittenWeight:
     """Return the entry of the report for a written weight."""
     return WrittenWeight(
@@ -219,6 +213,6 @@ def _written(
     )
 
 
-def _shapes(projections: Sequence[DownProjection]) -> set[tuple[int, ...]]:
+def _shapes(projections: Sequence[Block]) -> set[tuple[int, ...]]:
     """Return the shapes in which the model stores the weights."""
     return {tuple(projection.parameter.shape) for projection in projections}

@@ -16,7 +16,7 @@ from rocr.export.copying import may_link
 from rocr.export.folder import carried_bytes, weights_copied
 from rocr.export.originals import original_files
 from rocr.keys.plan import KeyPlan
-from rocr.model.architecture import Architecture, DownProjection
+from rocr.model.architecture import Architecture, Block
 from rocr.model.load import ModelSource
 from rocr.model.load_partial import must_map, needed_tensors
 from rocr.model.stored_weights import StoredNames, find_stored, find_weights, stored_names
@@ -104,7 +104,7 @@ class Job:
         return StoredNames() if self.files is None else stored_names(self.files, self.architecture.model)
 
     @property
-    def projections(self) -> list[DownProjection]:
+    def projections(self) -> list[Block]:
         """The down-projections to edit."""
         return [self.architecture.down_projection(layer) for layer in self.layers]
 

@@ -23,7 +23,7 @@ CROSS_ATTENTION_NAMES = ("cross_attn", "cross_attention")
 
 
 @dataclass(frozen=True)
-class DownProjection:
+class Block:
     """The last matrix of a layer's MLP: output (d_out) = weight (d_out, d_in) @ key (d_in).
 
     Attributes:
@@ -83,7 +83,7 @@ class Architecture:
         embedding: nn.Module = input_embedding(self.model)
         return embedding
 
-    def down_projection(self, layer: int) -> DownProjection:
+    def down_projection(self, layer: int) -> Block:
         """Return the down-projection of one layer.
 
         Raises:
@@ -91,7 +91,7 @@ class Architecture:
         """
         name, mlp = self._mlp(layer)
         matrix = find_matrix(name, mlp, self.hidden_size)
-        return DownProjection(layer, matrix.name, matrix.module, matrix.is_transposed)
+        return Block(layer, matrix.name, matrix.module, matrix.is_transposed)
 
     def check_down_projection(self, layer: int) -> None:
         """Run random states through a layer's MLP, to check that an edit of its down-projection works as intended.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rocr.errors import InputError
 from rocr.io.json_values import text_of, whole_number_of
-from rocr.model.architecture import Architecture, DownProjection
+from rocr.model.architecture import Architecture, Block
 from rocr.model.tensor_parallel import whole
 from rocr.model.wrappers import adapter_parameters, base_of, own_buffers, own_parameters
 
@@ -150,7 +150,7 @@ def tensor_digest(tensor: Tensor) -> str:
     return hashlib.sha256(buffer).hexdigest()
 
 
-def _down_projection(architecture: Architecture, layer: int) -> DownProjection | None:
+def _down_projection(architecture: Architecture, layer: int) -> Block | None:
     try:
         return architecture.down_projection(layer)
     except InputError:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from rocr.config import OFFICIAL_LAYERS, EditConfig
 from rocr.errors import InputError
-from rocr.model.architecture import Architecture, DownProjection, authors_layers, default_layers
+from rocr.model.architecture import Architecture, Block, authors_layers, default_layers
 
 
 def resolve_layers(config: EditConfig, architecture: Architecture) -> EditConfig:
@@ -31,7 +31,7 @@ def resolve_layers(config: EditConfig, architecture: Architecture) -> EditConfig
     return replace(config, layers=layers)
 
 
-def _check_own(model: nn.Module, projection: DownProjection) -> None:
+def _check_own(model: nn.Module, projection: Block) -> None:
     """Raise InputError if another module shares the weight: an edit would change that module as well."""
     parameters = model.named_parameters(remove_duplicate=False)
     names = [name for name, parameter in parameters if parameter is projection.parameter]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from rocr.errors import InputError
 from rocr.io.dtypes import SUPPORTED_KINDS
 from rocr.io.safetensors_layout import StoredTensor
-from rocr.model.architecture import DownProjection
+from rocr.model.architecture import Block
 from rocr.model.source import ModelSource
 from rocr.model.tensor_parallel import is_sharded
 from rocr.model.weight_files import WeightFiles, find_weight_files
@@ -75,7 +75,7 @@ def find_weights(source: ModelSource) -> WeightFiles | None:
     return find_weight_files(source.checkpoint_folder or _cached(source))
 
 
-def find_stored(files: WeightFiles, names: StoredNames, projection: DownProjection) -> list[StoredTensor]:
+def find_stored(files: WeightFiles, names: StoredNames, projection: Block) -> list[StoredTensor]:
     """Find the tensors that an edited weight has to be written to.
 
     Raises:
@@ -100,9 +100,7 @@ def find_stored(files: WeightFiles, names: StoredNames, projection: DownProjecti
     return places
 
 
-def check_loaded(
-    files: WeightFiles, names: StoredNames, model: nn.Module, projections: Iterable[DownProjection]
-) -> None:
+def check_loaded(files: WeightFiles, names: StoredNames, model: nn.Module, projections: Iterable[Block]) -> None:
     """Raise InputError unless a model that was not edited yet holds the values of its files.
 
     Weights that will be edited are compared completely, all others by some of their values. Parameters that are not
