@@ -66,11 +66,55 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 MIXTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "Mixtral": ("MixtralConfig", "MixtralForCausalLM", SIZES | {"num_local_experts": 4}),
-    "Qwen2Moe": ("Qwen2MoeConfig", "Qwen2MoeForCausalLM", SIZES | {"num_experts": 4, "moe_intermediate_size": 16}),
-    "Qwen3Moe": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM", SIZES | {"num_experts": 4, "moe_intermediate_size": 16}),
-    "OLMoE": ("OlmoeConfig", "OlmoeForCausalLM", SIZES | {"num_experts": 4}),
-    "GPT-OSS": ("GptOssConfig", "GptOssForCausalLM", SIZES | {"num_local_experts": 4, "head_dim": 8}),
+    "Qwen2Moe": (
+        "Qwen2MoeConfig",
+        "Qwen2MoeForCausalLM",
+        SIZES
+        | {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 24,
+        },
+    ),
+    "Qwen3Moe": (
+        "Qwen3MoeConfig",
+        "Qwen3MoeForCausalLM",
+        SIZES | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    ),
+    "OLMoE": ("OlmoeConfig", "OlmoeForCausalLM", SIZES | {"num_experts": 4, "num_experts_per_tok": 2}),
+    "GPT-OSS": (
+        "GptOssConfig",
+        "GptOssForCausalLM",
+        SIZES | {"num_local_experts": 4, "head_dim": 8, "num_experts_per_tok": 2},
+    ),
+    "Deepseek-V3": (
+        "DeepseekV3Config",
+        "DeepseekV3ForCausalLM",
+        SIZES
+        | {
+            "num_key_value_heads": 4,
+            "n_routed_experts": 4,
+            "n_group": 1,
+            "topk_group": 1,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "first_k_dense_replace": 1,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 8,
+        },
+    ),
+    "Llama4": (
+        "Llama4TextConfig",
+        "Llama4ForCausalLM",
+        SIZES | {"intermediate_size_mlp": 48, "num_local_experts": 4, "head_dim": 8, "attention_chunk_size": 64},
+    ),
 }
+"""Fused experts in both orientations, with biases (GPT-OSS), shared experts with (Qwen2Moe) and without a gate of
+their own, a first dense layer (Deepseek-V3), and scores that scale the experts' inputs (Llama4)."""
 MakeModel = Callable[..., nn.Module]
 MakeTokenizer = Callable[..., Any]
 
