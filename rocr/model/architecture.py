@@ -170,10 +170,7 @@ class Architecture:
             )
         mlp = unwrapped(children[child])
         if _is_mixture(mlp):
-            raise InputError(
-                f"{name}.{child} is a mixture of experts, which has no single dense down-projection. rocr edits dense "
-                "layers."
-            )
+            raise InputError(f"{name}.{child} is a mixture of experts, which has no single dense down-projection.")
         return f"{name}.{child}", mlp
 
 
