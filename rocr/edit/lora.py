@@ -26,6 +26,11 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM supports for `max_lora_rank`. Source of both constants: `MaxLoRARanks` in vllm/config/lora.py of
 0.14 (docs.vllm.ai/en/v0.14.0/api/vllm/config/lora). Earlier releases support fewer values, 0.6 up to 256."""
 
+REFUSED_MODULE = "out_proj"
+REFUSED_BY_PEFT = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+"""The model types whose modules named `out_proj` get no LoRA from peft, since fused kernels read their weights without
+calling them. Source: `_check_lora_target_modules_mamba` in peft 0.21, tuners/tuners_utils.py."""
+
 
 @dataclass(frozen=True)
 class AdapterLayer:
@@ -75,9 +80,10 @@ def adapter_tensors(
     """Return the tensors of an edit's adapter by name, its settings, and its layers with their truncation errors.
 
     Raises:
-        InputError: The rank is not a whole number of at least 1.
+        InputError: The rank is not a whole number of at least 1, or peft loads no adapter of an edited module.
     """
     check_rank(rank)
+    _check_loadable(edit)
     tensors: dict[str, Tensor] = {}
     layers = []
     for update in edit.updates:
@@ -93,6 +99,17 @@ def adapter_tensors(
         for layer in layers:
             _pad(tensors, layer, largest)
     return tensors, _adapter_config(edit, layers), layers
+
+
+def _check_loadable(edit: EditRecord) -> None:
+    """Raise InputError if peft refuses an adapter of one of the edited modules."""
+    kind = edit.computed_with.get("model_type")
+    refused = [update.parameter for update in edit.updates if update.parameter.split(".")[-2] == REFUSED_MODULE]
+    if refused and kind in REFUSED_BY_PEFT:
+        raise InputError(
+            f"peft loads no adapter of {refused[0]} in models of the type {kind}, whose kernels read its weight "
+            "without calling it. Save the edit itself or the edited model instead (Edit.save, --save)."
+        )
 
 
 def _pad(tensors: dict[str, Tensor], layer: AdapterLayer, rank: int) -> None:

@@ -15,11 +15,15 @@ from torch import Tensor, nn
 from rocr.errors import InputError
 from rocr.io.boundary import calling
 from rocr.model.forward import input_embedding
+from rocr.model.layer_structure import LayerStructure, structure_of
+from rocr.model.matrix import Matrix, check_product
 from rocr.model.projection import check_matrix, find_matrix
 from rocr.model.wrappers import base_of, own_modules, own_parameters, unwrapped
 
 MLP_NAMES = ("mlp", "feed_forward", "ffn")
 CROSS_ATTENTION_NAMES = ("cross_attn", "cross_attention")
+POSITIONS = ("max_position_embeddings", "max_target_positions")
+"""Fields of a configuration for the number of positions, in the order of their use."""
 
 
 @dataclass(frozen=True)
@@ -89,47 +93,66 @@ class Architecture:
         Raises:
             InputError: The layer is out of range, or its MLP has no dense down-projection.
         """
-        name, mlp = self._mlp(layer)
-        matrix = find_matrix(name, mlp, self.hidden_size)
+        matrix = self._matrix(layer)
         return Block(layer, matrix.name, matrix.module, matrix.is_transposed)
 
     def check_down_projection(self, layer: int) -> None:
         """Run random states through a layer's MLP, to check that an edit of its down-projection works as intended.
 
+        If the layer has no MLP that can be run alone, only the down-projection is run.
+
         Raises:
             InputError: The output of the MLP is not that of its down-projection, or the output of the down-projection
                 is not its input times its weight.
         """
-        name, mlp = self._mlp(layer)
-        check_matrix(name, mlp, find_matrix(name, mlp, self.hidden_size), self.hidden_size)
+        named = self._mlp(layer)
+        if named is None:
+            check_product(self._matrix(layer))
+        else:
+            check_matrix(*named, self._matrix(layer), self.hidden_size)
+
+    def structure(self, layer: int) -> LayerStructure:
+        """Return the matrices of a layer by what they read and write."""
+        return structure_of(f"{self.layers_name}.{layer}", self.layers[layer], self.hidden_size)
+
+    def has_mlp(self, layer: int) -> bool:
+        """Return whether a layer has an MLP or a mixture of experts, and not only a mixer such as attention."""
+        return _named_mlp(self.layers[layer]) is not None or self.structure(layer).has_mlp()
+
+    def has_mixture(self, layer: int) -> bool:
+        """Return whether a layer has a mixture of experts."""
+        named = _named_mlp(self.layers[layer])
+        return self.structure(layer).mixture() is not None or (named is not None and _is_mixture(named[1]))
 
     @property
     def hidden_size(self) -> int:
         """The number of features of the residual stream."""
-        size: int = text_config(self.model).hidden_size
-        return size
+        return _hidden_size(self.model)
 
-    def _mlp(self, layer: int) -> tuple[str, nn.Module]:
-        """Return the name and the module of a layer's dense MLP."""
+    def _matrix(self, layer: int) -> Matrix:
+        """Return the matrix of a layer that is edited: that of an MLP with a usual name, or the one by structure."""
+        named = self._mlp(layer)
+        return self.structure(layer).matrix() if named is None else find_matrix(*named, self.hidden_size)
+
+    def _mlp(self, layer: int) -> tuple[str, nn.Module] | None:
+        """Return the name and the module of a layer's dense MLP; None if no child has the name of one."""
         if not 0 <= layer < self.depth:
             raise InputError(
                 f"Layer {layer} is out of range: the model has {self.depth} decoder layers, 0 to {self.depth - 1}."
             )
-        children = dict(unwrapped(self.layers[layer]).named_children())
         name = f"{self.layers_name}.{layer}"
-        child = next((child for child in MLP_NAMES if child in children), None)
-        if child is None:
-            raise InputError(
-                f"{name} has no MLP ({', '.join(MLP_NAMES)}): its children are {', '.join(children) or 'none'}. "
-                "rocr edits decoder layers with a dense MLP."
-            )
-        if any(cross in children for cross in CROSS_ATTENTION_NAMES) and "self_attn" not in children:
+        if _attends_to_others_only(self.layers[layer]):
             raise InputError(
                 f"{name} attends to images only and is skipped for text, so it has no keys. Edit other layers (layers, "
                 "--layers)."
             )
-        mlp = unwrapped(children[child])
+        named = _named_mlp(self.layers[layer])
+        if named is None:
+            return None
+        child, mlp = named
         if _is_mixture(mlp):
+            if len(self.structure(layer).mlps()) > 1:
+                return None
             raise InputError(
                 f"{name}.{child} is a mixture of experts, which has no single dense down-projection. rocr edits dense "
                 "layers."
@@ -146,16 +169,46 @@ def text_config(model: nn.Module) -> Any:
     config = getattr(base_of(model), "config", None)
     if config is None:
         raise InputError(f"{type(model).__name__} has no `config`: rocr edits causal language models of transformers.")
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
+    with calling(f"The call of get_text_config of {type(config).__name__}"):
+        return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _hidden_size(model: nn.Module) -> int:
+    """Return the number of features of the residual stream.
+
+    Raises:
+        InputError: The configuration does not name it.
+    """
+    found = getattr(text_config(model), "hidden_size", None)
+    if not isinstance(found, int):
+        raise InputError(
+            f"The configuration of {type(model).__name__}, {type(text_config(model)).__name__}, has no hidden_size: "
+            "rocr edits causal language models of transformers."
+        )
+    return found
 
 
 def positions_of(model: nn.Module) -> int | None:
-    """Return the number of positions of a model; None if its configuration does not name it."""
-    found = getattr(text_config(model), "max_position_embeddings", None)
+    """Return the number of positions that a text may have; None if the model's configuration does not name it."""
+    config = text_config(model)
+    named = next((found for name in POSITIONS if (found := getattr(config, name, None)) is not None), None)
     try:
-        return max(1, int(found))  # type: ignore[arg-type]
+        count = int(named)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
         return None
+    return None if count < 0 else max(1, count - _reserved_positions(model, count))
+
+
+def _reserved_positions(model: nn.Module, count: int) -> int:
+    """Return how many positions are before the first token: RoBERTa and others number tokens after the padding."""
+    base = base_of(model)
+    tables = [module for module in base.modules() if isinstance(module, nn.Embedding)]
+    paddings = [
+        table.padding_idx + 1
+        for table in tables
+        if table.num_embeddings == count and table.padding_idx is not None and table is not input_embedding(base)
+    ]
+    return max(paddings, default=0)
 
 
 def find_architecture(model: nn.Module) -> Architecture:
@@ -175,34 +228,38 @@ def find_architecture(model: nn.Module) -> Architecture:
             f"{type(base).__name__} is an encoder-decoder: rocr edits models that read and write text in one decoder."
         )
     modules = {name: module for name, module, _ in own_modules(base)}
-    found = [
-        name
-        for name, module in modules.items()
-        if isinstance(module, nn.ModuleList) and len(module) == depth and any(map(_has_mlp, module))
-    ]
-    chosen = _of_the_language_model(base, modules, found)
-    if len(chosen) != 1:
-        which = f": {', '.join(found)}" if found else ""
-        raise InputError(
-            f"{type(base).__name__} has {len(found)} lists of {depth} decoder layers with an MLP "
-            f"(a child named {', '.join(MLP_NAMES)}){which}; rocr needs exactly one that belongs to the language model."
-        )
-    layers = modules[chosen[0]]
-    assert isinstance(layers, nn.ModuleList)
-    return Architecture(base, chosen[0], layers)
+    lists = {name: module for name, module in modules.items() if isinstance(module, nn.ModuleList)}
+    hidden_size = _hidden_size(base)
+    found: list[str] = []
+    for is_one in (_has_named_mlps, _has_blocks, _has_two_mlps_a_layer):
+        fitting = [name for name, layers in lists.items() if is_one(name, layers, depth, hidden_size)]
+        found += [name for name in fitting if name not in found]
+        chosen = _of_the_language_model(base, modules, fitting)
+        if len(chosen) == 1:
+            return Architecture(base, chosen[0], lists[chosen[0]])
+        if chosen:
+            break
+    which = f": {', '.join(found)}" if found else ""
+    raise InputError(
+        f"{type(base).__name__} has {len(found)} lists of {depth} decoder layers with an MLP or a mixer that returns "
+        f"the hidden size {hidden_size}{which}; rocr needs exactly one that belongs to the language model."
+    )
 
 
 def _of_the_language_model(base: nn.Module, modules: Mapping[str, nn.Module], lists: list[str]) -> list[str]:
     """Return the lists of layers that belong to the model with the text configuration, not to a vision tower."""
     kind = type(text_config(base))
     of_text = [name for name in lists if type(_owner(modules, name).config) is kind]
-    if len(lists) == 1:
+    if len(lists) <= 1:
         return of_text
     with calling(f"{type(base).__name__}.get_decoder"):
         decoder: nn.Module = base.get_decoder() if hasattr(base, "get_decoder") else base  # type: ignore[operator]
     inside = {id(module) for module in decoder.modules()}
     in_decoder = [name for name in lists if id(modules[name]) in inside]
-    return [name for name in of_text if name in in_decoder or not in_decoder]
+    chosen = [name for name in of_text if name in in_decoder or not in_decoder]
+    if len(chosen) <= 1:
+        return chosen
+    return [name for name in chosen if not all(map(_attends_to_others_only, modules[name].children()))]
 
 
 def _owner(modules: Mapping[str, nn.Module], name: str) -> nn.Module:
@@ -236,10 +293,37 @@ def authors_layers(depth: int) -> tuple[int, ...]:
     return tuple(range(first, min(first + 3, max(depth - 1, 1))))
 
 
-def _has_mlp(layer: nn.Module) -> bool:
-    return any(name in MLP_NAMES for name, _ in unwrapped(layer).named_children())
+def _named_mlp(layer: nn.Module) -> tuple[str, nn.Module] | None:
+    """Return the name and the module of a layer's child that is named as an MLP; None if there is none."""
+    children = dict(unwrapped(layer).named_children())
+    return next(((name, unwrapped(children[name])) for name in MLP_NAMES if name in children), None)
+
+
+def _has_named_mlps(_name: str, layers: nn.ModuleList, depth: int | None, _hidden_size: int) -> bool:
+    """Return whether a list has the length of the model, and some of its layers have an MLP with a usual name."""
+    return len(layers) == depth and any(_named_mlp(layer) is not None for layer in layers)
+
+
+def _has_blocks(name: str, layers: nn.ModuleList, depth: int | None, hidden_size: int) -> bool:
+    """Return whether a list has the length of the model, and some of its layers have a matrix that could be edited."""
+    return len(layers) == depth and any(structure_of(name, layer, hidden_size).has_block() for layer in layers)
+
+
+def _has_two_mlps_a_layer(name: str, layers: nn.ModuleList, depth: int | None, hidden_size: int) -> bool:
+    """Return whether the layers of a list count as two each in the length of the model, as those of LongCat do."""
+    return 2 * len(layers) == depth and all(len(structure_of(name, layer, hidden_size).mlps()) == 2 for layer in layers)
+
+
+def _attends_to_others_only(layer: nn.Module) -> bool:
+    """Return whether a layer attends to images or to an encoder, and not to the text itself."""
+    children = dict(unwrapped(layer).named_children())
+    return any(name in children for name in CROSS_ATTENTION_NAMES) and "self_attn" not in children
 
 
 def _is_mixture(mlp: nn.Module) -> bool:
     names = {name for name, _ in mlp.named_children()} | {name for name, _ in mlp.named_parameters(recurse=False)}
-    return "experts" in names or "router" in names or any(p.ndim > 2 for _, p in own_parameters(mlp))
+    return (
+        "experts" in names
+        or "router" in names
+        or any(sum(size > 1 for size in p.shape) > 2 for _, p in own_parameters(mlp))
+    )

@@ -18,11 +18,12 @@ from rocr import ops
 from rocr.chat_settings import DEFAULT, ChatSettings
 from rocr.errors import GuardError, InputError, RocrError
 from rocr.io.dtypes import dtype_name
-from rocr.model.architecture import Architecture, default_layers, find_architecture, positions_of
+from rocr.model.architecture import Architecture, find_architecture, positions_of
 from rocr.model.capture import as_sequence, check_called, input_hook, run_through
 from rocr.model.causality import check_causal
 from rocr.model.chat import with_date
 from rocr.model.fingerprint import down_projection_digests, fingerprint
+from rocr.model.layers import layers_by_default
 from rocr.model.smaller_batches import retry_with_smaller_batch
 from rocr.model.tensor_parallel import is_parallel
 from rocr.ops.arithmetic import plain_arithmetic
@@ -132,7 +133,7 @@ def collect_statistics(
     source = _Source(texts, options, distributed)
     with distributed.collective():
         architecture = find_architecture(model)
-        chosen = tuple(sorted(layers)) if layers is not None else default_layers(architecture.depth)
+        chosen = tuple(sorted(layers)) if layers is not None else layers_by_default(architecture)
         if not chosen:
             raise InputError("layers is empty: give the numbers of the decoder layers whose keys are to be collected.")
         for layer in chosen:
