@@ -153,11 +153,12 @@ def keys_and_residuals(task: Task, layer: int, states: States, goals: Goals, lay
     first edit, otherwise 1 / (layers that are not edited yet).
     """
     assert states.keys is not None
-    device = task.architecture.down_projection(layer).weight.device
+    weight = task.architecture.down_projection(layer).weight
+    device = weight.device
     share = 1 / (len(task.layers) if task.config.measure == "once" else layers_left)
     keys, residuals = states.keys, ((goals.states - states.hidden) * share).to(device)
     if states.gains is not None:
-        residuals = divide_by_gains(residuals, states.gains.to(device))
+        residuals = divide_by_gains(residuals, states.gains.to(device), len(weight))
     task.check_finite("keys", layer, keys)
     task.check_finite("residuals", layer, residuals)
     if task.base_edit is None:

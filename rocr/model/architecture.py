@@ -151,7 +151,7 @@ class Architecture:
             return None
         child, mlp = named
         if _is_mixture(mlp):
-            if len(self.structure(layer).mlps()) > 1:
+            if len(self.structure(layer).listed_mlps()) > 1:
                 return None
             raise InputError(
                 f"{name}.{child} is a mixture of experts, which has no single dense down-projection. rocr edits dense "
@@ -311,7 +311,9 @@ def _has_blocks(name: str, layers: nn.ModuleList, depth: int | None, hidden_size
 
 def _has_two_mlps_a_layer(name: str, layers: nn.ModuleList, depth: int | None, hidden_size: int) -> bool:
     """Return whether the layers of a list count as two each in the length of the model, as those of LongCat do."""
-    return 2 * len(layers) == depth and all(len(structure_of(name, layer, hidden_size).mlps()) == 2 for layer in layers)
+    return 2 * len(layers) == depth and all(
+        len(structure_of(name, layer, hidden_size).listed_mlps()) == 2 for layer in layers
+    )
 
 
 def _attends_to_others_only(layer: nn.Module) -> bool:

@@ -132,6 +132,50 @@ def as_sequence(states: Tensor, shape: torch.Size, what: str) -> Tensor:
     return states
 
 
+def as_states(states: Tensor, shape: torch.Size, what: str, streams_first: bool | None = None) -> Tensor:
+    """Return the output of a decoder layer as (batch, tokens, features), the streams of a token one after another.
+
+    Some models carry several residual streams: Gemma 3n returns (streams, batch, tokens, width), models with
+    hyper-connections (batch, tokens, streams, width).
+
+    Args:
+        states: The output of the layer.
+        shape: (batch, tokens) of the pass.
+        what: A description of the states for the error message.
+        streams_first: Whether the streams are the first dimension; None reads it from the shape.
+
+    Raises:
+        InputError: The states have another shape.
+    """
+    if states.ndim != 4:
+        return as_sequence(states, shape, what)
+    if streams_first is None:
+        streams_first = states.shape[1:3] == shape
+    return as_sequence((states.movedim(0, 2) if streams_first else states).flatten(2), shape, what)
+
+
+def puts_streams_first(architecture: Architecture, layer: int, states: Tensor, shape: torch.Size) -> bool | None:
+    """Return whether the streams are the first dimension of a decoder layer's output; None if it has one stream.
+
+    If the shape does not tell, because the pass has as many rows and tokens as there are streams, another pass does.
+
+    Args:
+        architecture: The architecture of the model.
+        layer: The decoder layer.
+        states: The output of the layer.
+        shape: (batch, tokens) of the pass.
+    """
+    if states.ndim != 4:
+        return None
+    if states.shape[:2] != shape or states.shape[1:3] != shape:
+        return states.shape[1:3] == shape
+    found: list[Tensor] = []
+    tokens = torch.zeros(1, states.shape[0] + 1, dtype=torch.int64)
+    with hidden_hook(architecture, layer, found.append):
+        run_through(architecture, layer, tokens)
+    return found[0].shape[1:3] == tokens.shape
+
+
 def first_tensor(output: Any) -> Tensor:
     """Return the hidden states of a layer's output, which is a tensor or a tuple that starts with one.
 

@@ -48,7 +48,7 @@ class LayerStructure:
         """
         mixture = self.mixture()
         mlps = self.mlps()
-        if mixture is not None and len(mlps) < 2:  # two MLPs beside a mixture are parts of their own, as in LongCat
+        if mixture is not None and len(self.listed_mlps()) < 2:
             raise InputError(
                 f"{self.name}.{mixture} is a mixture of experts, which has no single dense down-projection. rocr edits "
                 "dense layers."
@@ -101,9 +101,16 @@ class LayerStructure:
     def _writers(self) -> list[str]:
         return [name for name, matrix in self._matrices.items() if matrix.features in (self.hidden_size, None)]
 
+    def listed_mlps(self) -> list[str]:
+        """Return the same for MLPs in a list of modules: a layer of LongCat has two of them beside its mixture."""
+        return [name for name in self.mlps() if any(self._is_list(part) for part in _parents(name))]
+
     def mlps(self) -> list[str]:
         """Return the names of the matrices at the end of an MLP."""
         return [name for name in self._writers if self._ends_mlp(name)]
+
+    def _is_list(self, name: str) -> bool:
+        return isinstance(self._modules[name], nn.ModuleList)
 
     def _ends_mlp(self, writer: str) -> bool:
         scope = writer
@@ -160,6 +167,12 @@ class LayerStructure:
 def structure_of(name: str, layer: nn.Module, hidden_size: int) -> LayerStructure:
     """Return the structure of a decoder layer, which may be inside wrappers."""
     return LayerStructure(name, unwrapped(layer), hidden_size)
+
+
+def _parents(name: str) -> list[str]:
+    """Return the names of the modules around a module, without the layer."""
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts))]
 
 
 def _is_inside(name: str, module: str) -> bool:
