@@ -147,10 +147,10 @@ def as_states(states: Tensor, shape: torch.Size, what: str, streams_first: bool 
     Raises:
         InputError: The states have another shape.
     """
-    if states.ndim != 4:
-        return as_sequence(states, shape, what)
     if streams_first is None:
         streams_first = states.shape[1:3] == shape
+    if states.ndim != 4 or states.shape[0 if streams_first else 2] == 1:
+        return as_sequence(states, shape, what)
     return as_sequence((states.movedim(0, 2) if streams_first else states).flatten(2), shape, what)
 
 
