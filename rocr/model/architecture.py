@@ -7,7 +7,7 @@ if it is built like the others, and refused with a reason if it is not.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from rocr.model.projection import check_matrix, find_matrix
 from rocr.model.wrappers import base_of, own_modules, own_parameters, unwrapped
 
 MLP_NAMES = ("mlp", "feed_forward", "ffn")
+MIXTURE_NAMES = ("expert", "moe")
+MIXER_NAMES = ("mixer", "block", "mlps")
 CROSS_ATTENTION_NAMES = ("cross_attn", "cross_attention")
 POSITIONS = ("max_position_embeddings", "max_target_positions")
 """Fields of a configuration for the number of positions, in the order of their use."""
@@ -28,37 +30,53 @@ POSITIONS = ("max_position_embeddings", "max_target_positions")
 
 @dataclass(frozen=True)
 class Block:
-    """The last matrix of a layer's MLP: output (d_out) = weight (d_out, d_in) @ key (d_in).
+    """A weight that is edited: the down-projection of a dense MLP or of one expert, d_out outputs of d_in inputs.
 
     Attributes:
         layer: The decoder layer.
         name: The name of the module in the state dict of the model without wrappers and adapters.
         module: The module that holds the weight; under an adapter of peft, the base layer.
         transposed: Whether the weight is stored as (d_in, d_out).
+        attribute: The name of the parameter in the module.
+        expert: The index of the expert if one parameter holds the weights of several. None if it holds this one only.
+        experts: The number of experts whose weights the parameter holds.
     """
 
     layer: int
     name: str
     module: nn.Module
     transposed: bool
+    attribute: str = "weight"
+    expert: int | None = None
+    experts: int = 1
 
     @property
     def parameter(self) -> nn.Parameter:
-        """The parameter as the model stores it: (d_out, d_in), or (d_in, d_out) if `transposed`."""
-        parameter = self.module.weight
+        """The parameter that holds the weight, alone or with those of other experts."""
+        parameter = getattr(self.module, self.attribute)
         assert isinstance(parameter, nn.Parameter)
         return parameter
 
     @property
-    def weight(self) -> Tensor:
-        """A (d_out, d_in) view of the parameter's data."""
+    def stored(self) -> Tensor:
+        """A view of the weight as the parameter stores it: (d_out, d_in), or (d_in, d_out) if `transposed`."""
         data = self.parameter.data
-        return data.T if self.transposed else data
+        return data if self.expert is None else data.view(self.experts, -1, data.shape[-1])[self.expert]
+
+    @property
+    def weight(self) -> Tensor:
+        """A (d_out, d_in) view of the weight."""
+        return self.stored.T if self.transposed else self.stored
 
     @property
     def parameter_name(self) -> str:
         """The parameter's name in the model's state dict."""
-        return f"{self.name}.weight"
+        return f"{self.name}.{self.attribute}" if self.name else self.attribute
+
+    @property
+    def label(self) -> str:
+        """The parameter's name for messages, with the index of the expert."""
+        return self.parameter_name if self.expert is None else f"{self.parameter_name}[{self.expert}]"
 
 
 @dataclass(frozen=True)
@@ -70,11 +88,13 @@ class Architecture:
             compiled copy, which does not call hooks.
         layers_name: The name of the list of layers in the model's state dict.
         layers: The list of layers.
+        found_blocks: The blocks of layers that were looked for; see `rocr.model.blocks`.
     """
 
     model: nn.Module
     layers_name: str
     layers: nn.ModuleList
+    found_blocks: dict[int, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def depth(self) -> int:
@@ -95,6 +115,23 @@ class Architecture:
         """
         matrix = self._matrix(layer)
         return Block(layer, matrix.name, matrix.module, matrix.is_transposed)
+
+    def mixture(self, layer: int) -> tuple[str, nn.Module] | None:
+        """Return the name and the module of a layer's mixture of experts, in its MLP or beside it; None if it has none.
+
+        Raises:
+            InputError: The layer is out of range.
+        """
+        self._check_range(layer)
+        children = {name: unwrapped(child) for name, child in unwrapped(self.layers[layer]).named_children()}
+        mlps = [name for name in children if name in MLP_NAMES]
+        # An MLP beside experts, as in Gemma 4, stays as it is: the experts' output reaches every state that it does.
+        beside = [name for name in children if any(part in name for part in MIXTURE_NAMES)]
+        other = [name for name in children if name in MIXER_NAMES] if not mlps else []
+        for name in [*beside, *mlps, *other]:
+            if _is_mixture(children[name]):
+                return f"{self.layers_name}.{layer}.{name}", children[name]
+        return None
 
     def check_down_projection(self, layer: int) -> None:
         """Run random states through a layer's MLP, to check that an edit of its down-projection works as intended.
@@ -119,15 +156,16 @@ class Architecture:
         """Return whether a layer has an MLP or a mixture of experts, and not only a mixer such as attention."""
         return _named_mlp(self.layers[layer]) is not None or self.structure(layer).has_mlp()
 
-    def has_mixture(self, layer: int) -> bool:
-        """Return whether a layer has a mixture of experts."""
-        named = _named_mlp(self.layers[layer])
-        return self.structure(layer).mixture() is not None or (named is not None and _is_mixture(named[1]))
-
     @property
     def hidden_size(self) -> int:
         """The number of features of the residual stream."""
         return _hidden_size(self.model)
+
+    def _check_range(self, layer: int) -> None:
+        if not 0 <= layer < self.depth:
+            raise InputError(
+                f"Layer {layer} is out of range: the model has {self.depth} decoder layers, 0 to {self.depth - 1}."
+            )
 
     def _matrix(self, layer: int) -> Matrix:
         """Return the matrix of a layer that is edited: that of an MLP with a usual name, or the one by structure."""
@@ -136,10 +174,7 @@ class Architecture:
 
     def _mlp(self, layer: int) -> tuple[str, nn.Module] | None:
         """Return the name and the module of a layer's dense MLP; None if no child has the name of one."""
-        if not 0 <= layer < self.depth:
-            raise InputError(
-                f"Layer {layer} is out of range: the model has {self.depth} decoder layers, 0 to {self.depth - 1}."
-            )
+        self._check_range(layer)
         name = f"{self.layers_name}.{layer}"
         if _attends_to_others_only(self.layers[layer]):
             raise InputError(
@@ -300,8 +335,12 @@ def _named_mlp(layer: nn.Module) -> tuple[str, nn.Module] | None:
 
 
 def _has_named_mlps(_name: str, layers: nn.ModuleList, depth: int | None, _hidden_size: int) -> bool:
-    """Return whether a list has the length of the model, and some of its layers have an MLP with a usual name."""
-    return len(layers) == depth and any(_named_mlp(layer) is not None for layer in layers)
+    """Return whether a list has the length of the model, and some of its layers have MLPs or experts of usual names."""
+    return len(layers) == depth and any(
+        name in MLP_NAMES or any(part in name for part in MIXTURE_NAMES)
+        for layer in layers
+        for name, _ in unwrapped(layer).named_children()
+    )
 
 
 def _has_blocks(name: str, layers: nn.ModuleList, depth: int | None, hidden_size: int) -> bool:
@@ -323,9 +362,8 @@ def _attends_to_others_only(layer: nn.Module) -> bool:
 
 
 def _is_mixture(mlp: nn.Module) -> bool:
-    names = {name for name, _ in mlp.named_children()} | {name for name, _ in mlp.named_parameters(recurse=False)}
-    return (
-        "experts" in names
-        or "router" in names
-        or any(sum(size > 1 for size in p.shape) > 2 for _, p in own_parameters(mlp))
-    )
+    """Return whether a module holds experts: parameters of three dimensions, or a list of modules of that name."""
+    if any(isinstance(child, nn.ModuleList) and "expert" in name for name, child in mlp.named_modules()):
+        return True
+    held = {id(p) for module in mlp.modules() if "Conv" in type(module).__name__ for p in module.parameters()}
+    return any(p.ndim > 2 and p.shape[0] > 1 and id(p) not in held for _, p in own_parameters(mlp))
