@@ -130,7 +130,9 @@ class Architecture:
         other = [name for name in children if name in MIXER_NAMES] if not mlps else []
         for name in [*beside, *mlps, *other]:
             if _is_mixture(children[name]):
-                return f"{self.layers_name}.{layer}.{name}", children[name]
+                # Beside MLPs one after the other, as in LongCat, the experts stay as they are.
+                is_beside = len(self.structure(layer).listed_mlps()) > 1
+                return None if is_beside else (f"{self.layers_name}.{layer}.{name}", children[name])
         return None
 
     def check_down_projection(self, layer: int) -> None:
