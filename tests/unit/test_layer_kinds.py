@@ -1,4 +1,4 @@
-"""Decoder layers whose MLP has another name or none: the right weight is found, and its edit moves the layer's output."""
+"""Layers whose MLP has another name or none: the right weight is found, and its edit moves the layer's output."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import transformers
 import rocr
 from rocr import Concept, EditConfig, InputError, Template
 from rocr.edit.guards import Guards
-from rocr.keys.plan import plan_keys
+from rocr.keys.plan import Reading, plan_keys
+from rocr.keys.prompts import Prompt
 from rocr.keys.read import read_states
 from rocr.model.architecture import find_architecture, positions_of
 from rocr.model.blocks import layer_blocks
 from rocr.model.layers import chosen_layers, layers_by_default
 from rocr.model.load_partial import empty_model
-from rocr.model.source import ModelSource
+from rocr.model.source import find_model
 from tests.support.models import SIZES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -35,6 +36,8 @@ DECODER = {
 BERT = SIZES | {"is_decoder": True}
 MAMBA = {"num_attention_heads": ..., "num_key_value_heads": ..., "max_position_embeddings": ...}
 MAMBA_2 = {"num_heads": 4, "head_dim": 16, "n_groups": 1, "state_size": 8, "chunk_size": 8}
+XLNET = {"d_model": 32, "n_layer": 5, "n_head": 4, "d_inner": 48, "max_position_embeddings": ...}
+WHISPER = DECODER | {"max_target_positions": 64, "max_position_embeddings": ...}
 KINDS: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "matrices of the layer itself": ("OPT", "OPTForCausalLM", {"ffn_dim": 48, "word_embed_proj_dim": 32}, "fc2"),
     "decoder of an encoder-decoder": ("Bart", "BartForCausalLM", DECODER, "fc2"),
@@ -81,6 +84,7 @@ KINDS: dict[str, tuple[str, str, dict[str, Any], str]] = {
             "kv_lora_rank": 16,
             "qk_nope_head_dim": 8,
             "qk_rope_head_dim": 8,
+            "num_key_value_heads": 4,
             "v_head_dim": 8,
             "head_dim": 8,
         },
@@ -102,6 +106,8 @@ KINDS: dict[str, tuple[str, str, dict[str, Any], str]] = {
     ),
 }
 """Configuration class, model class, settings, and the module that is edited."""
+BEHIND = ("decoder of an encoder-decoder", "BERT", "positions after the padding", "several residual streams")
+"""Kinds with a norm or other streams behind the MLP: a part of the way cannot be reached, or is not linear."""
 ZAMBA = {
     "layers_block_type": ["mamba", "hybrid", "mamba", "mamba", "hybrid"],
     "num_mem_blocks": 1,
@@ -113,6 +119,7 @@ ZAMBA = {
     "attention_hidden_size": 64,
     "attention_head_dim": 16,
     "use_shared_mlp_adapter": False,
+    "tie_word_embeddings": True,  # transformers shares the transformer's weights only then
 }
 NEMOTRON = {
     "layers_block_type": ["mamba", "mamba", "attention", "mlp", "mamba"],
@@ -177,7 +184,7 @@ def test_the_output_of_a_layer_moves_to_its_redirect(kind, tokenizer, texts):
     )
     way, moved = goal - start, state(model, tokenizer, module, "Ada Byron") - start
     share = float(moved @ way / (way @ way)) / strength
-    assert (0.6 if kind == "several residual streams" else 0.9) < share < 1.1
+    assert abs(share - 1) < (0.3 if kind in BEHIND else 0.01)
     changed = [name for name, value in model.state_dict().items() if not torch.equal(value, first[name])]
     assert changed == [f"{architecture.layers_name}.{layer}.{KINDS[kind][3]}.weight"]
     edit.revert(model)
@@ -201,9 +208,6 @@ def test_streams_are_read_in_a_batch_with_as_many_rows_and_tokens(tokenizer):
     architecture = find_architecture(build("several residual streams", tokenizer))
     texts = ["rain", "water", "roses", "brass"]
     ids = [(tokenizer(text)["input_ids"] * 4)[:4] for text in texts]
-    from rocr.keys.plan import Reading
-    from rocr.keys.prompts import Prompt
-
     reading = Reading([Prompt(tuple(each), (3,)) for each in ids], [0, 1, 2, 3], [3] * 4, [0, 1, 2, 3], 4)
     together, alone = (
         read_states(architecture, reading, 2, token_budget=budget, share=False).hidden for budget in (4096, 1)
@@ -234,7 +238,7 @@ def test_a_model_that_is_not_loaded_has_the_same_blocks(kind, tokenizer, tmp_pat
     model = build(kind, tokenizer)
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    loaded, empty = find_architecture(model), find_architecture(empty_model(ModelSource.parse(str(tmp_path))))
+    loaded, empty = find_architecture(model), find_architecture(empty_model(find_model(str(tmp_path))))
     assert empty.layers_name == loaded.layers_name
     assert chosen_layers(EditConfig(), empty) == chosen_layers(EditConfig(), loaded)
     for layer in range(5):
@@ -246,8 +250,8 @@ def test_a_model_that_is_not_loaded_has_the_same_blocks(kind, tokenizer, tmp_pat
     [
         ("Roberta", "RobertaForCausalLM", BERT, 126),
         ("Bert", "BertLMHeadModel", BERT, 128),
-        ("Whisper", "WhisperForCausalLM", DECODER | {"max_target_positions": 64, "max_position_embeddings": ...}, 64),
-        ("XLNet", "XLNetLMHeadModel", {"d_model": 32, "n_layer": 5, "n_head": 4, "d_inner": 48}, None),
+        ("Whisper", "WhisperForCausalLM", WHISPER, 64),
+        ("XLNet", "XLNetLMHeadModel", XLNET, None),
     ],
 )
 def test_positions(config, model, settings, positions, tokenizer):
