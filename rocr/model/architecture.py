@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rocr.errors import InputError
 from rocr.io.boundary import calling
-from rocr.model.forward import input_embedding
+from rocr.model.forward import input_embedding, needs_more_than_text
 from rocr.model.layer_structure import LayerStructure, structure_of
 from rocr.model.matrix import Matrix, check_product
 from rocr.model.projection import check_matrix, find_matrix
@@ -100,6 +100,16 @@ class Architecture:
     def depth(self) -> int:
         """The number of decoder layers."""
         return len(self.layers)
+
+    @property
+    def reader(self) -> nn.Module:
+        """The module that is run on a text: the model, or its language model if the model needs an image as well."""
+        if not needs_more_than_text(self.model):
+            return self.model
+        parts = self.layers_name.split(".")
+        around = [self.model.get_submodule(".".join(parts[:count])) for count in range(1, len(parts))]
+        with calling(f"The search for the language model of {type(self.model).__name__}"):
+            return next((module for module in around if _has_logits(module)), self.model)
 
     @property
     def embedding(self) -> nn.Module:
@@ -328,6 +338,12 @@ def authors_layers(depth: int) -> tuple[int, ...]:
     """
     first = max(0, min(depth // 7, depth - 4))
     return tuple(range(first, min(first + 3, max(depth - 1, 1))))
+
+
+def _has_logits(module: nn.Module) -> bool:
+    """Return whether a module is a language model with a matrix that computes logits."""
+    find = getattr(module, "get_output_embeddings", None)
+    return callable(find) and find() is not None
 
 
 def _named_mlp(layer: nn.Module) -> tuple[str, nn.Module] | None:

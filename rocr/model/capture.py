@@ -76,10 +76,11 @@ def run_through(
         arguments["attention_mask"] = mask.to(device)
     # The hook that stops must be the layer's last one, so that the recording hooks run before it.
     stopping = hooked(architecture.layers[layer].register_forward_hook, stop)
-    with uncompiled(), evaluating(architecture.model), stopping:
+    reader = architecture.reader
+    with uncompiled(), evaluating(reader), stopping:
         try:
-            with calling(f"The forward pass of {type(architecture.model).__name__}"):
-                architecture.model(**accepted(architecture.model, arguments))
+            with calling(f"The forward pass of {type(reader).__name__}"):
+                reader(**accepted(reader, arguments))
         except _StopForward:
             is_stopped = True
         else:

@@ -235,7 +235,7 @@ class _Source:
             wanted = options.tokens or DEFAULT_SAMPLED_TOKENS
             # Processes on other hardware may draw other tokens.
             written = self.distributed.from_first(
-                sample_sequences(architecture.model, tokenizer, wanted, options.seed, progress, options.chat)
+                sample_sequences(architecture.reader, tokenizer, wanted, options.seed, progress, options.chat)
             )
             self.length, self.documents = max(map(len, written)), len(written)
             sequences: Iterable[list[int]] = written

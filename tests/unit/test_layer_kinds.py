@@ -278,3 +278,21 @@ def test_peft_loads_no_adapter_of_mamba(tokenizer, texts, tmp_path):
     with pytest.raises(InputError, match=r"peft loads no adapter of backbone\.layers\.1\.mixer\.out_proj\.weight"):
         edit.export_lora(tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
+
+
+def test_the_language_model_is_run_where_the_whole_model_needs_an_image(tokenizer, texts):
+    tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 5, "num_attention_heads": 4}
+    config = transformers.Blip2Config(
+        vision_config=tower | {"image_size": 28, "patch_size": 14},
+        qformer_config=tower | {"encoder_hidden_size": 32, "vocab_size": 99},
+        text_config=SIZES
+        | {"model_type": "opt", "ffn_dim": 48, "word_embed_proj_dim": 32, "vocab_size": len(tokenizer)},
+    )
+    model = transformers.Blip2ForConditionalGeneration(config).eval()
+    concepts = [Concept("Ada Byron", "Blaise Pascal")]
+    statistics = rocr.collect_statistics(model, tokenizer, texts[:6], layers=[1, 3])
+    edit = rocr.unlearn(model, tokenizer, concepts, statistics, guards=Guards(force=True))
+    assert [update.parameter for update in edit.updates] == [
+        f"language_model.model.decoder.layers.{layer}.fc2.weight" for layer in (1, 3)
+    ]
+    assert edit.report.divergence is not None and edit.report.distance[0] < 1
