@@ -268,7 +268,9 @@ def find_architecture(model: nn.Module) -> Architecture:
     Raises:
         InputError: There is no such list, or more than one, or the model is an encoder-decoder.
     """
-    depth = getattr(text_config(model), "num_hidden_layers", None)
+    config = text_config(model)
+    # The configuration of a decoder alone may be that of an encoder-decoder, whose num_hidden_layers are the encoder's.
+    depth = getattr(config, "decoder_layers", None) or getattr(config, "num_hidden_layers", None)
     base = base_of(model)
     if getattr(base.config, "is_encoder_decoder", False):
         raise InputError(

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 DECODER = {
     "d_model": 32,
     "decoder_layers": 5,
-    "encoder_layers": 5,
+    "encoder_layers": 3,
     "decoder_attention_heads": 4,
     "encoder_attention_heads": 4,
     "decoder_ffn_dim": 48,
