@@ -16,8 +16,9 @@ from rocr.keys.prompts import Prompt
 from rocr.keys.read import read_states
 from rocr.model.architecture import find_architecture, positions_of
 from rocr.model.blocks import layer_blocks
+from rocr.model.capture import hidden_hook, run_through
 from rocr.model.layers import chosen_layers, layers_by_default
-from rocr.model.load_partial import empty_model
+from rocr.model.load_partial import empty_model, load_partial
 from rocr.model.source import find_model
 from tests.support.models import SIZES
 
@@ -231,6 +232,18 @@ def test_a_weight_that_serves_several_layers_is_left_out_and_refused(tokenizer, 
     statistics = rocr.collect_statistics(model, tokenizer, texts[:6], layers=[1])
     with pytest.raises(InputError, match=r"layers\.1\.shared_tr.* and .*layers\.4\.shared_tr.* are the same weight"):
         rocr.unlearn(model, tokenizer, [Concept("Ada", "Blaise")], statistics, EditConfig(layers=(1,)))
+
+
+def test_a_model_whose_layers_are_in_a_module_of_their_own_is_loaded_in_part(tokenizer, tmp_path):
+    model = build("BERT", tokenizer)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    part = load_partial(find_model(str(tmp_path)), 1).model
+    states: list[torch.Tensor] = []
+    for architecture in map(find_architecture, (model, part)):
+        with hidden_hook(architecture, 1, states.append):
+            run_through(architecture, 1, torch.tensor([tokenizer("Ada Byron")["input_ids"]]))
+    assert torch.equal(*states)
 
 
 @pytest.mark.parametrize("kind", ["matrices of the layer itself", "state space of heads", "hybrid with an MLP"])
