@@ -27,6 +27,11 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM supports for `max_lora_rank`. Source of both constants: `MaxLoRARanks` in vllm/config/lora.py of
 0.14 (docs.vllm.ai/en/v0.14.0/api/vllm/config/lora). Earlier releases support fewer values, 0.6 up to 256."""
 
+REFUSED_MODULE = "out_proj"
+REFUSED_BY_PEFT = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+"""The model types whose modules named `out_proj` get no LoRA from peft, since fused kernels read their weights without
+calling them. Source: `_check_lora_target_modules_mamba` in peft 0.21, tuners/tuners_utils.py."""
+
 
 @dataclass(frozen=True)
 class AdapterLayer:
@@ -76,9 +81,10 @@ def adapter_tensors(
     """Return the tensors of an edit's adapter by name, its settings, and its layers with their truncation errors.
 
     Raises:
-        InputError: The rank is not a whole number of at least 1.
+        InputError: The rank is not a whole number of at least 1, or peft loads no adapter of an edited module.
     """
     check_rank(rank)
+    _check_loadable(edit)
     tensors: dict[str, Tensor] = {}
     layers = []
     if any(update.parts for update in edit.updates):
@@ -143,6 +149,17 @@ def _truncated_parts(update: LayerUpdate, rank: int | None) -> tuple[list[Parame
         pieces = [thin_factors(Factors(left, piece)) for _, piece in pieces]
     found = parameter_factors(update, [piece[0] for piece in pieces], [piece[1] for piece in pieces])
     return list(found), (max(error[0] for error in errors), max(error[1] for error in errors))
+
+
+def _check_loadable(edit: EditRecord) -> None:
+    """Raise InputError if peft refuses an adapter of one of the edited modules."""
+    kind = edit.computed_with.get("model_type")
+    refused = [update.parameter for update in edit.updates if update.parameter.split(".")[-2] == REFUSED_MODULE]
+    if refused and kind in REFUSED_BY_PEFT:
+        raise InputError(
+            f"peft loads no adapter of {refused[0]} in models of the type {kind}, whose kernels read its weight "
+            "without calling it. Save the edit itself or the edited model instead (Edit.save, --save)."
+        )
 
 
 def _pad(tensors: dict[str, Tensor], layer: AdapterLayer, rank: int) -> None:

@@ -208,7 +208,7 @@ def keys_and_residuals(task: Task, layer: int, states: States, goals: Goals, lay
     share = 1 / (len(task.layers) if task.config.measure == "once" else layers_left)
     keys, residuals = states.keys, ((goals.states - states.hidden) * share).to(blocks.device)
     if states.gains is not None:
-        residuals = divide_by_gains(residuals, states.gains.to(blocks.device))
+        residuals = divide_by_gains(residuals, states.gains.to(blocks.device), len(blocks.blocks[0].weight))
     task.check_finite("keys", layer, keys)
     task.check_finite("residuals", layer, residuals)
     touched = states.blocks
