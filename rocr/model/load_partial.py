@@ -98,7 +98,8 @@ def load_partial(
         raise InputError(f"{source.name} cannot be loaded in part: it has no safetensors files.")
     model = empty_model(source, trust_remote_code)
     architecture = find_architecture(model)
-    architecture.down_projection(last_layer)
+    if architecture.mixture(last_layer) is None:
+        architecture.down_projection(last_layer)
     if mapped is None:
         mapped = must_map(files, architecture, last_layer, device)
     names = stored_names(files, model)

@@ -7,7 +7,7 @@ for the type of the configuration.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import transformers
@@ -50,6 +50,19 @@ def has_sequence_output(model: Any) -> bool:
     """Return whether a model is of a class that reads one text and writes another, as T5 does."""
     auto = getattr(transformers, HEADED[-1])
     return type(model).__name__ in _kinds(auto, type(model.config))
+
+
+def inner_language_model(config: Any) -> Callable[[Any], Any] | None:
+    """Return what builds the language model inside a vision-language model from its configuration.
+
+    Returns:
+        A function of the configuration; None if AutoModelForCausalLM loads no other class than `auto_class_of`.
+    """
+    causal, own = getattr(transformers, HEADED[0]), auto_class_of(config)
+    inside = _kinds(causal, type(config))
+    if own is causal or own.__name__ not in HEADED or not inside or inside == _kinds(own, type(config)):
+        return None
+    return causal.from_config  # type: ignore[no-any-return]
 
 
 def _named(config: Any) -> list[str]:
