@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 from rocr.errors import InputError
 from rocr.io.boundary import calling
 from rocr.model.architecture import Architecture
-from rocr.model.forward import accepted
+from rocr.model.forward import accepted, without_image_offset
 from rocr.model.hooks import evaluating, hooked, input_of
 from rocr.model.tensor_parallel import whole, whole_input
 from rocr.model.wrappers import uncompiled
@@ -76,7 +76,7 @@ def run_through(
         arguments["attention_mask"] = mask.to(device)
     # The hook that stops must be the layer's last one, so that the recording hooks run before it.
     stopping = hooked(architecture.layers[layer].register_forward_hook, stop)
-    with uncompiled(), evaluating(architecture.model), stopping:
+    with uncompiled(), evaluating(architecture.model), without_image_offset(architecture.model), stopping:
         try:
             with calling(f"The forward pass of {type(architecture.model).__name__}"):
                 architecture.model(**accepted(architecture.model, arguments))

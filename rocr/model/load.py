@@ -22,7 +22,7 @@ from rocr.model.check_tokenizer import check_token_ids
 from rocr.model.diagnosis import check_memory, naming_the_field, set_settings
 from rocr.model.forward import input_embedding
 from rocr.model.hub import loading, offline
-from rocr.model.model_class import has_sequence_output
+from rocr.model.model_class import writes_from_left_to_right
 from rocr.model.source import ModelSource, find_model
 from rocr.model.weight_files import find_weight_files, stored_dtype
 
@@ -85,7 +85,7 @@ def load_model(
         with naming_the_field(source, trust_remote_code):
             model, found = library.model(config, chosen, None if device in (None, "cpu") else device)
     _check_complete(source, found)
-    if getattr(model.config, "is_encoder_decoder", False) and not has_sequence_output(model):
+    if getattr(model.config, "is_encoder_decoder", False) and writes_from_left_to_right(model):
         raise InputError(
             f"{source.name} is not a causal language model: is_encoder_decoder of its configuration is true."
         )

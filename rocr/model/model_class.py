@@ -46,10 +46,9 @@ def auto_class_of(config: Any, trust_remote_code: bool = False) -> Any:
     return getattr(transformers, chosen)
 
 
-def has_sequence_output(model: Any) -> bool:
-    """Return whether a model is of a class that reads one text and writes another, as T5 does."""
-    auto = getattr(transformers, HEADED[-1])
-    return type(model).__name__ in _kinds(auto, type(model.config))
+def writes_from_left_to_right(model: Any) -> bool:
+    """Return whether a model is of a class that AutoModelForCausalLM loads for its configuration."""
+    return type(model).__name__ in _kinds(getattr(transformers, HEADED[0]), type(model.config))
 
 
 def inner_language_model(config: Any) -> Callable[[Any], Any] | None:
