@@ -22,8 +22,8 @@ def auto_class_of(config: Any, trust_remote_code: bool = False) -> Any:
     """Return the auto class of transformers that loads a model as the class that its configuration names.
 
     If the name is missing, or is that of a class which none of them loads, the choice is the first auto class in
-    `HEADED` that loads models with this type of configuration. The same holds for the bare model inside a model that
-    writes text, such as LlamaModel: its head may be the embedding.
+    `HEADED` and `HEADLESS` that loads models with this type of configuration. The same holds for the bare model inside
+    a model that writes text, such as LlamaModel: its head may be the embedding.
 
     Args:
         config: The model's configuration.
@@ -40,9 +40,8 @@ def auto_class_of(config: Any, trust_remote_code: bool = False) -> Any:
     known = dict(_known(config))
     by_name = {kind: auto for auto, kinds in reversed(known.items()) for kind in kinds}
     chosen = next((by_name[name] for name in named if name in by_name), None)
-    first = next((auto for auto in HEADED if auto in known), None)
-    if chosen is None or (chosen == "AutoModel" and first is not None):
-        chosen = first or chosen or HEADED[0]
+    if chosen in (None, HEADLESS[-1]):
+        chosen = next(iter(known), HEADED[0])
     return getattr(transformers, chosen)
 
 
