@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rocr.cli.console import Console
+from rocr.cli.outputs import gguf_kind
 from rocr.cli.parsing import Arguments
 from rocr.concepts import Concept
 
@@ -128,6 +129,7 @@ def _job(
         questions,
         arguments.answer_tokens,
         arguments.lora_rank,
+        gguf_kind(arguments),
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from rocr.edit.stored import StoredWeight
 from rocr.model.architecture import Block
 from rocr.solve.factors import Factors
 from rocr.solve.solve import Solution, System
@@ -68,12 +69,15 @@ class Applied:
         after: sha256 of the weight's bytes after the update.
         undo: Exclusive or of the bits before and after, as integers on the CPU in the shape in which the model stores
             the parameter. None if it was not kept.
+        stored: How a GGUF file stores the weight, if the edited model was written as one; dtype, before, after and
+            undo are then those of the values that the file gives. None for other models.
     """
 
     dtype: str
     before: str
     after: str
     undo: Tensor | None
+    stored: StoredWeight | None = None
 
     @property
     def surviving(self) -> float | None:
