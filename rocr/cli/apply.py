@@ -41,9 +41,7 @@ def apply(arguments: Arguments, console: Console) -> dict[str, Any]:
         edit.apply(loaded.model, arguments.allow_fingerprint_mismatch)
     if mismatch is not None:
         console.warn(f"{mismatch} The edit was measured on another model: evaluate the result.")
-    report = write_output(
-        arguments, loaded, edit, arguments.save, console, applied=True, fingerprint_mismatch=mismatch
-    )
+    report = write_output(arguments, loaded, edit, arguments.save, console, applied=True, fingerprint_mismatch=mismatch)
     show_adapter(report, console)
     console.say(f"{arguments.out}: {arguments.model} with the edit of {number_of_concepts(edit.concepts)}.")
     return report

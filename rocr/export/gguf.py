@@ -33,7 +33,7 @@ from rocr.model.gguf_layout import (
     read_gguf_layout,
 )
 from rocr.model.load import LoadedModel
-from rocr.model.source import ModelSource
+from rocr.model.source import ADAPTER_GGUF, ModelSource
 
 if TYPE_CHECKING:
     from rocr.edit.edit import Edit
@@ -76,6 +76,8 @@ def gguf_path(source: ModelSource, what: str) -> Path:
             f"--save {what} needs a model in a .gguf file, since its metadata and names are those of that file, and "
             f"{source.name} is none."
         )
+    if source.gguf == ADAPTER_GGUF:
+        raise InputError(f"{source.name} has the name that rocr gives to adapters: rename it.")
     return source.folder / source.gguf
 
 
@@ -156,7 +158,9 @@ def save_edited_gguf(
     rewrite_gguf(layout, changes, out)
     sizes = {"before": path.stat().st_size, "after": out.stat().st_size}
     described = {"file": path.name, "bytes": sizes, "tensors": read_gguf_layout(out).describe()}
-    return Saved(replace(edit, updates=updates), [], {"weights": [asdict(weight) for weight in written], "gguf": described})
+    return Saved(
+        replace(edit, updates=updates), [], {"weights": [asdict(weight) for weight in written], "gguf": described}
+    )
 
 
 def reverts_in_file(source: ModelSource, edit: Edit) -> bool:
@@ -256,9 +260,7 @@ def _weight(block: Block, parameter: Tensor) -> Tensor:
     return parameter.T if block.transposed else parameter
 
 
-def _written(
-    block: Block, update: LayerUpdate, tensor: GgufTensor, kind: str, error: float | None
-) -> WrittenTensor:
+def _written(block: Block, update: LayerUpdate, tensor: GgufTensor, kind: str, error: float | None) -> WrittenTensor:
     """Return the entry of the report for a written tensor; without an error at the keys, the edit was reverted."""
     loaded = None if block.parameter.device.type == "meta" else dtype_name(block.parameter.dtype)
     surviving = None if error is None or update.applied is None else update.applied.surviving

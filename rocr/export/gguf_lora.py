@@ -40,7 +40,8 @@ def write_gguf_lora(
         One `AdapterLayer` per layer, with its rank and truncation errors.
 
     Raises:
-        InputError: The model is no GGUF file, the file holds no tensor of an edited weight, or there is too little free disk space.
+        InputError: The model is no GGUF file, the file holds no tensor of an edited weight, or there is too little
+            free disk space.
         RocrError: Writing fails.
     """
     layout = read_gguf_layout(gguf_path(source, "gguf-lora"))

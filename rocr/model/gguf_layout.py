@@ -7,6 +7,7 @@ tensors for every architecture. Its classes are used only inside `read_gguf_layo
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from rocr.io.boundary import calling
 from rocr.model.gguf import check_gguf_support, fast_reader
 
 WRITTEN_KINDS = ("F32", "F16", "BF16", "Q8_0")
-"""The types that edited tensors are written in. Others lose too much of an update, or the package cannot encode them."""
+"""The types that edited tensors are written in. Others round an update too coarsely, or cannot be encoded here."""
 PLAIN_KINDS = ("F32", "F16", "BF16")
 """Of these, the ones that hold one value at a time, so that the bytes follow from the values."""
 COMPARED_ROUNDING = 1e-6
@@ -104,6 +105,16 @@ class GgufLayout:
         Raises:
             InputError: The package gguf does not know the architecture, or the file holds no such tensor.
         """
+        for name in self.names_of(parameter, depth):
+            if name in self.tensors:
+                return self.tensors[name]
+        raise InputError(
+            f"{self.path} holds no tensor that the package gguf knows as {parameter}, so an edited copy cannot be "
+            "written. Write the model as a folder instead (--save model)."
+        )
+
+    def names_of(self, parameter: str, depth: int) -> Iterator[str]:
+        """Yield the names that the tensor of a parameter may have; see `find`."""
         import gguf
 
         kinds = [kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == self.architecture]
@@ -113,15 +124,10 @@ class GgufLayout:
                 "not know: install a newer one."
             )
         names = gguf.get_tensor_name_map(kinds[0], max(self.blocks, depth))
-        for name in _candidates(parameter):
-            found = names.get_name(name, try_suffixes=(".weight",))
-            for stored in (found, f"{found}.weight") if found else ():
-                if stored in self.tensors:
-                    return self.tensors[stored]
-        raise InputError(
-            f"{self.path} holds no tensor that the package gguf knows as {parameter}, so an edited copy cannot be "
-            "written. Write the model as a folder instead (--save model)."
-        )
+        for candidate in _candidates(parameter):
+            found = names.get_name(candidate, try_suffixes=(".weight",))
+            if found:
+                yield from (found, f"{found}.weight")
 
 
 def _candidates(parameter: str) -> Iterator[str]:
@@ -149,7 +155,9 @@ def read_gguf_layout(path: Path) -> GgufLayout:
 
 def _layout(path: Path, reader: Any) -> GgufLayout:
     if reader.byte_order != "I":
-        raise InputError(f"{path} is in the byte order of another kind of machine; rocr edits little-endian files only.")
+        raise InputError(
+            f"{path} is in the byte order of another kind of machine; rocr edits little-endian files only."
+        )
     parts = _number(reader, "split.count")
     if parts > 1:
         raise InputError(
@@ -167,7 +175,7 @@ def _layout(path: Path, reader: Any) -> GgufLayout:
             raise InputError(f"{path} is cut off: it has {size:,} bytes, and {tensor.name} ends at {start + length:,}.")
         found.append(GgufTensor(path, tensor.name, tensor.tensor_type.name, shape, start, length, info))
     found.sort(key=lambda tensor: tensor.start)
-    for tensor, after in zip(found, found[1:], strict=False):
+    for tensor, after in itertools.pairwise(found):
         if tensor.start + tensor.size > after.start:
             raise InputError(f"{path} is damaged: the tensors {tensor.name} and {after.name} overlap.")
     architecture = str(_value(reader.fields["general.architecture"]))
@@ -232,8 +240,8 @@ def encode(values: Tensor, kind: str, what: str) -> Tensor:
     block, _ = gguf.GGML_QUANT_SIZES[type_]
     if values.shape[-1] % block:
         raise InputError(
-            f"{what} has rows of {values.shape[-1]} values and cannot be stored as {kind}, which has blocks of {block}: "
-            "choose another type with --gguf-type."
+            f"{what} has rows of {values.shape[-1]} values and cannot be stored as {kind}, which has blocks of "
+            f"{block}: choose another type with --gguf-type."
         )
     with np.errstate(over="ignore"):  # the caller refuses values that are not finite
         rows = gguf.quants.quantize(np.ascontiguousarray(values.numpy()), type_)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from rocr.errors import InputError
 
-
 ADAPTER_GGUF = "lora.gguf"
 """The name of the adapter that rocr writes beside a model in a GGUF file."""
 
