@@ -52,4 +52,5 @@ class StoredWeight:
             raise ValueError(f"the record of a stored weight has the fields {', '.join(map(str, values))[:60]}")
         if data is not None and (data.dtype != torch.uint8 or data.ndim != 1):
             raise ValueError(f"the stored bytes of a weight are {data.dtype} of shape {tuple(data.shape)}")
-        return cls(*(text_of(values[name], name) for name in FIELDS), data)
+        tensor, before, after, sha256 = (text_of(values[name], name) for name in FIELDS)
+        return cls(tensor, before, after, sha256, data)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -282,7 +283,7 @@ def size_of(shape: tuple[int, ...], kind: str) -> int:
     import gguf
 
     block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
-    return int(np.prod(shape, dtype=np.int64)) // block * size
+    return int(math.prod(shape) // block * size)
 
 
 def number_of_kind(kind: str) -> int:
