@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rocr.edit.stored import StoredWeight
 from rocr.io.json_values import flag_of, text_of, whole_number_of
 from rocr.model.architecture import Block
 from rocr.model.blocks import LayerBlocks
@@ -163,12 +164,15 @@ class Applied:
         after: sha256 of the weight's bytes after the update.
         undo: Exclusive or of the bits before and after, as integers on the CPU in the shape in which the model stores
             the parameter; of several blocks, those of all of them in order, flat. None if it was not kept.
+        stored: How a GGUF file stores the weight, if the edited model was written as one; dtype, before, after and
+            undo are then those of the values that the file gives. None for other models.
     """
 
     dtype: str
     before: str
     after: str
     undo: Tensor | None
+    stored: StoredWeight | None = None
 
     @property
     def surviving(self) -> float | None:
