@@ -20,7 +20,7 @@ from torch import nn
 from rocr.concepts import Concept, check_concepts, check_length
 from rocr.config import EditConfig
 from rocr.deprecation import renamed_arguments
-from rocr.edit.apply import apply_updates, down_projections, replace_updates, revert_updates
+from rocr.edit.apply import apply_updates, replace_updates, revert_updates
 from rocr.edit.collisions import find_collisions
 from rocr.edit.compose import check_base_edit, check_rendered, inexact_layers
 from rocr.edit.edit import Edit
@@ -39,18 +39,18 @@ from rocr.edit.measures import EditReport, measure_layer
 from rocr.edit.retain_impact import RetainedNames, read_retained_names
 from rocr.edit.task import Goals, Reader, Task, keys_and_residuals
 from rocr.edit.update import Applied, LayerUpdate
+from rocr.edit.weight import edited_weights
 from rocr.io.dtypes import dtype_name
 from rocr.keys.plan import plan_keys
-from rocr.model.architecture import Block, find_architecture, positions_of
+from rocr.model.architecture import find_architecture, positions_of
+from rocr.model.blocks import LayerBlocks, layer_blocks
 from rocr.model.causality import check_causal
 from rocr.model.chat import with_date
 from rocr.model.fingerprint import Fingerprint, down_projection_digests, fingerprint
 from rocr.model.gains import layers_with_gain
 from rocr.model.layers import check_moments, resolve_layers
-from rocr.model.tensor_parallel import whole
 from rocr.ops.arithmetic import plain_arithmetic
 from rocr.progress import Progress, ProgressCallback, Stopwatch, silent
-from rocr.solve.metric import build_metric
 from rocr.solve.solve import Solution, solve_layer
 from rocr.statistics.collect import CollectOptions, collect_statistics
 from rocr.statistics.provenance import computed_with
@@ -127,22 +127,22 @@ def unlearn(
                 predictions = predict(architecture, tokenizer)
 
             for i, layer in enumerate(layers):
-                projection = architecture.down_projection(layer)
                 with timed("keys"):
                     states = readings[layer] if layer in readings else reader.keys([layer])[layer]
-                    keys, residuals = keys_and_residuals(task, layer, states, goals, layers_left=len(layers) - i)
+                    system = keys_and_residuals(task, layer, states, goals, layers_left=len(layers) - i)
+                    blocks, keys, residuals = system.blocks, system.keys, system.residuals
                 with timed("metric"):
-                    moment = statistics.second_moment(layer).to(keys.device)
-                    metric = build_metric(moment, task.config, template_keys.get(layer))
+                    metric = system.metric(statistics.second_moments(layer), task.config, template_keys.get(layer))
                 with timed("solve"), naming_closest_concepts(keys, concept_of, all_concepts):
                     ridge = task.config.ridge * (metric.ordinary if task.config.relative_ridge else 1.0)
                     solution = solve_layer(keys, residuals, metric, ridge)
-                    update = LayerUpdate.solved(projection, keys, residuals, solution)
+                    update = LayerUpdate.solved(blocks, system.touched, keys, residuals, solution)
                 with timed("compare"):
-                    _compare(task, projection, update, solution, retained, report)
+                    _compare(task, blocks, update, solution, retained, report)
                 with timed("apply"), naming_largest_concepts(update, concept_of, all_concepts):
-                    weight_norm = float(whole(projection.weight).float().norm())
-                    apply_updates([projection], [update.factors], partial(_record, updates, update))
+                    weight_norm = blocks.norm(system.touched)
+                    weights = edited_weights(architecture, [update])
+                    apply_updates(weights, [update.factors], partial(_record, updates, update))
                 with timed("measure"):
                     measures = measure_layer(updates[-1], weight_norm, concept_of, metric.describe(), solution)
                     report.layers.append(measures)
@@ -195,9 +195,9 @@ def add_concepts(
     """
     # Files without a date were made with the default date.
     edit = replace(edit, config=replace(edit.config, chat=with_date(edit.config.chat, tokenizer)))
-    projections = down_projections(find_architecture(model), edit.updates)
+    weights = edited_weights(find_architecture(model), edit.updates)
     return replace_updates(
-        projections,
+        weights,
         [update.applied for update in edit.updates],
         lambda: unlearn(model, tokenizer, concepts, statistics, edit.config, progress, guards, base_edit=edit),
     )
@@ -241,13 +241,13 @@ def _check_statistics(task: Task, tokenizer: Any, statistics: Statistics) -> Fin
     architecture, last = task.architecture, max(task.layers)
     origin = fingerprint(architecture, tokenizer, statistics.fingerprint.layer, like=statistics.fingerprint)
     read_up_to = min(statistics.fingerprint.layer, architecture.depth - 1)
-    dtype = dtype_name(architecture.down_projection(read_up_to).weight.dtype)
+    dtype = dtype_name(layer_blocks(architecture, read_up_to).dtype)
     settings = computed_with(architecture.model)
     statistics.check_model(origin, dtype, settings, down_projection_digests(architecture, last))
     check_causal(architecture, last)
     if task.base_edit is not None:
         check_base_edit(task.base_edit, task.config, architecture, origin, statistics)
-    check_moments(architecture, {layer: statistics.second_moment(layer) for layer in task.layers})
+    check_moments(architecture, {layer: statistics.second_moments(layer) for layer in task.layers})
     return origin
 
 
@@ -261,7 +261,7 @@ def _begin_report(task: Task, statistics: Statistics) -> EditReport:
 
 def _compare(
     task: Task,
-    projection: Block,
+    blocks: LayerBlocks,
     update: LayerUpdate,
     solution: Solution,
     retained: RetainedNames | None,
@@ -271,7 +271,7 @@ def _compare(
     if report.collisions is None:
         report.collisions = find_collisions(task.all_concepts, task.concept_of, update)
     if retained is not None:
-        retained.measure(whole(projection.weight), update, solution, task.concept_of)
+        retained.measure(blocks, update, solution, task.concept_of)
 
 
 def _record(updates: list[LayerUpdate], update: LayerUpdate, applied: Sequence[Applied]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,8 +133,8 @@ def _job(
 
 
 def _edited(job: Job) -> list[str]:
-    found = [job.architecture.down_projection(layer) for layer in job.layers]
-    return [f"{projection.parameter_name} {tuple(projection.weight.shape)}" for projection in found]
+    counts = Counter((block.parameter_name, tuple(block.weight.shape)) for block in job.blocks)
+    return [f"{name} {shape}" + (f", {count} experts" if count > 1 else "") for (name, shape), count in counts.items()]
 
 
 def _parts(sizes: Mapping[str, int]) -> str:

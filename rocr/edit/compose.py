@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from rocr.concepts import Concept, check_concepts, folded
 from rocr.config import BY_COUNT, EditConfig
-from rocr.edit.apply import apply_edit, apply_updates, down_projections, holds_updates, mismatch, replace_updates
+from rocr.edit.apply import apply_edit, apply_updates, holds_updates, mismatch, replace_updates
 from rocr.edit.collisions import find_collisions
 from rocr.edit.measures import EditReport, LayerMeasures, measure_layer
 from rocr.edit.record import AnEdit, EditRecord
-from rocr.edit.update import LayerUpdate
+from rocr.edit.update import LayerUpdate, with_same_parts
+from rocr.edit.weight import edited_weights
 from rocr.errors import InputError
 from rocr.keys.prompts import RenderedTemplate
 from rocr.model.architecture import Architecture, find_architecture
@@ -56,7 +57,8 @@ def merge_edits(edit: AnEdit, other: EditRecord, model: nn.Module | None) -> AnE
     """Merge two edits of one model; see `Edit.merge`."""
     check_concepts([*edit.concepts, *other.concepts])
     _check_mergeable(edit, other)
-    parts = [_joined(mine, theirs) for mine, theirs in zip(edit.updates, other.updates, strict=True)]
+    pairs = [with_same_parts(*pair) for pair in zip(edit.updates, other.updates, strict=True)]
+    parts = [_joined(mine, theirs) for mine, theirs in pairs]
     concept_of = [*edit.concept_of, *(len(edit.concepts) + concept for concept in other.concept_of)]
     distance = edit.report.distance + other.report.distance
     # A default that depends on the number of concepts in one of the edits also depends on the number in the merged one.
@@ -200,15 +202,16 @@ def _replace_edit(old: AnEdit, new: AnEdit, model: nn.Module | None) -> AnEdit:
     """Apply the new edit to a model, in place of the old one if that is applied; return the new edit."""
     if model is None:
         return new
-    projections = down_projections(find_architecture(model), new.updates)
-    if not holds_updates(projections, [update.applied for update in old.updates]):
+    architecture = find_architecture(model)
+    held, weights = edited_weights(architecture, old.updates), edited_weights(architecture, new.updates)
+    if not holds_updates(held, [update.applied for update in old.updates]):
         apply_edit(new, model)
     else:
         factors = [update.factors for update in new.updates]
         replace_updates(
-            projections,
+            held,
             [update.applied for update in old.updates],
-            lambda: apply_updates(projections, factors, new.set_applied),
+            lambda: apply_updates(weights, factors, new.set_applied),
         )
     new.report.layers = [_with_surviving(*pair) for pair in zip(new.report.layers, new.updates, strict=True)]
     return new
@@ -240,12 +243,13 @@ def _check_mergeable(edit: AnEdit, other: EditRecord) -> None:
             "The edits were made with different settings. Make one of them with the settings of the other."
         )
     for mine, theirs in zip(edit.updates, other.updates, strict=True):
-        if None not in (mine.base, theirs.base) and mine.base != theirs.base:
+        if None not in (mine.base, theirs.base) and mine.blocks == theirs.blocks and mine.base != theirs.base:
             raise InputError(
                 f"The edits were measured with different weights {mine.parameter}: one was made in a model that "
                 "carried another edit, or in another dtype. Make both on the unedited model in one dtype, or use "
                 "`Edit.add` for the concepts."
             )
+        mine, theirs = with_same_parts(mine, theirs)
         first, second = _system(mine), _system(theirs)
         difference = max(abs(first.ridge / second.ridge - 1), _difference(mine, theirs, first, second))
         if difference > SAME_METRIC:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import zlib
 from dataclasses import asdict
@@ -16,7 +17,8 @@ from rocr.config import EditConfig
 from rocr.edit.measures import EditReport
 from rocr.edit.record import EditRecord
 from rocr.edit.system_file import pack_system, unpack_system
-from rocr.edit.update import Applied, LayerUpdate
+from rocr.edit.update import Applied, LayerUpdate, Part
+from rocr.edit.wide_file import pack_wide, routed_rows, unpack_wide
 from rocr.errors import InputError
 from rocr.io.dtypes import SUPPORTED_DTYPES, torch_dtype
 from rocr.io.json_values import flag_of, list_of, text_of, whole_number_of
@@ -38,13 +40,20 @@ def save_edit(edit: EditRecord, path: str | os.PathLike[str], undo: bool, overwr
     layers = []
     for update in edit.updates:
         for name, values in _matrices(update).items():
-            tensors[f"layer.{update.layer}.{name}"] = values.detach().to("cpu", torch.float32).contiguous()
+            plain = values.detach().to("cpu", torch.float32).contiguous()
+            tensors[f"layer.{update.layer}.{name}"] = (
+                pack_wide(plain, update) if update.parts and name == "keys" else plain
+            )
+        if update.parts:
+            tensors[f"layer.{update.layer}.routed"] = routed_rows(update)
         entry: dict[str, Any] = {
             "layer": update.layer,
             "parameter": update.parameter,
             "transposed": update.transposed,
         }
         entry |= {name: getattr(update, name) for name in ("base", "own") if getattr(update, name) is not None}
+        if update.parts:
+            entry["parts"] = [part.to_json() for part in update.parts]
         if update.applied is not None:
             entry |= {name: getattr(update.applied, name) for name in ("dtype", "before", "after")}
             if undo and update.applied.undo is not None:
@@ -52,6 +61,8 @@ def save_edit(edit: EditRecord, path: str | os.PathLike[str], undo: bool, overwr
                 tensors[f"layer.{update.layer}.undo"] = packed
         if update.system is not None:
             entry["system"], kept = pack_system(update.system)
+            if update.parts:
+                kept = {name: pack_wide(values.cpu(), update) for name, values in kept.items()}
             tensors |= {f"layer.{update.layer}.{name}": values for name, values in kept.items()}
         layers.append(entry)
     header = {
@@ -133,14 +144,19 @@ def unpack_undo(packed: Tensor, shape: list[int], width: int) -> Tensor:
 def _load_update(entry: dict[str, Any], tensors: dict[str, Tensor]) -> LayerUpdate:
     """Return the update of a layer from its entry in the header and the tensors of the file."""
     layer = whole_number_of(entry["layer"], "layer")
+    parts = tuple(Part.from_json(part) for part in list_of(entry.get("parts", []), "parts"))
+    if parts:
+        tensors = unpack_wide(layer, parts, tensors)
     factors = _load_factors(layer, tensors)
     keys, residuals = (tensors[f"layer.{layer}.{name}"] for name in _ROWS)
     applied = None
     if "after" in entry:
         packed = tensors.get(f"layer.{layer}.undo")
         dtype, before, after = (text_of(entry[name], name) for name in ("dtype", "before", "after"))
-        shape = factors.shape
-        if flag_of(entry["transposed"], "transposed"):
+        shape: tuple[int, ...] = factors.shape
+        if parts:
+            shape = (math.prod(shape),)
+        elif flag_of(entry["transposed"], "transposed"):
             shape = shape[::-1]
         undo = None if packed is None else _load_undo(packed, entry["undo"], shape, dtype)
         applied = Applied(dtype, before, after, undo)
@@ -153,7 +169,8 @@ def _load_update(entry: dict[str, Any], tensors: dict[str, Tensor]) -> LayerUpda
         flag_of(entry["transposed"], "transposed"),
         applied,
         None if "system" not in entry else _load_system(layer, entry["system"], tensors, keys),
-        *(None if name not in entry else text_of(entry[name], name) for name in ("base", "own")),
+        **{name: text_of(entry[name], name) for name in ("base", "own") if name in entry},
+        parts=parts,
     )
 
 
@@ -197,13 +214,13 @@ def _load_system(layer: int, entry: dict[str, Any], tensors: dict[str, Tensor], 
     return unpack_system(entry, own, *keys.shape)
 
 
-def _load_undo(packed: Tensor, described: dict[str, Any], shape: tuple[int, int], dtype: str) -> Tensor:
+def _load_undo(packed: Tensor, described: dict[str, Any], shape: tuple[int, ...], dtype: str) -> Tensor:
     """Unpack undo data after checking that its size is that of the weight, since a few bytes can expand to many.
 
     Args:
         packed: The compressed bytes.
         described: Their shape and width, from the file.
-        shape: Shape of the parameter as the model stores it.
+        shape: Shape of the parameter as the model stores it, or the number of values of all blocks of a mixture.
         dtype: Dtype of the parameter, such as "torch.bfloat16".
     """
     if dtype not in _WIDTHS:
@@ -240,7 +257,7 @@ def _check(edit: EditRecord, path: str | os.PathLike[str]) -> None:
     for update in edit.updates:
         factors, n, (d_out, d_in) = update.factors, len(edit.concept_of), update.factors.shape
         # An edit of more keys than inputs has factors of rank d_in, also after concepts are removed.
-        rank = n if factors.matrix is None and factors.rank == n else min(d_out, d_in)
+        rank = n if update.parts or (factors.matrix is None and factors.rank == n) else min(d_out, d_in)
         expected = {"left": (d_out, rank), "right": (rank, d_in), "keys": (n, d_in), "residuals": (n, d_out)}
         for name, values in _matrices(update).items():
             if tuple(values.shape) != expected[name] or values.dtype != torch.float32:

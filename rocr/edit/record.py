@@ -56,5 +56,12 @@ class EditRecord:
         Args:
             names: New names by the parameters' names in the model. Parameters that are not listed keep theirs.
         """
-        updates = [replace(update, own=names.get(update.parameter, update.own)) for update in self.updates]
+        updates = [
+            replace(
+                update,
+                own=names.get(update.parameter, update.own),
+                parts=tuple(replace(part, own=names.get(part.parameter, part.own)) for part in update.parts),
+            )
+            for update in self.updates
+        ]
         return replace(self, updates=updates)

@@ -15,8 +15,9 @@ from rocr.edit.update import LayerUpdate
 from rocr.errors import InputError
 from rocr.io.json_values import flag_of, list_of, numbers_of, text_of, whole_number_of
 from rocr.keys.plan import plan_names
-from rocr.keys.read import read_layers
+from rocr.keys.read import States, read_layers
 from rocr.model.architecture import Architecture, positions_of
+from rocr.model.blocks import LayerBlocks
 from rocr.progress import ProgressCallback
 from rocr.solve.solve import Solution
 
@@ -113,28 +114,31 @@ class RetainedNames:
         names: The retained names.
         given: Whether the caller gave them.
         name_of: For each key, the index of its name.
-        keys: For each edited layer, (m, d_in) float32 keys in the unedited model.
+        states: For each edited layer, the states with (m, d_in) float32 keys in the unedited model.
     """
 
     names: list[str]
     given: bool
     name_of: list[int]
-    keys: dict[int, Tensor]
+    states: dict[int, States]
     _by_name: dict[int, tuple[float, int]] = field(default_factory=dict)
     _by_pair: dict[tuple[int, int], tuple[float, int]] = field(default_factory=dict)
 
-    def measure(self, weight: Tensor, update: LayerUpdate, solution: Solution, concept_of: Sequence[int]) -> None:
+    def measure(self, blocks: LayerBlocks, update: LayerUpdate, solution: Solution, concept_of: Sequence[int]) -> None:
         """Measure the update of one layer before it is applied.
 
         Args:
-            weight: (d_out, d_in) weight without the update.
+            blocks: The blocks of the layer, without the update.
             update: The update.
             solution: The solution that gives the update.
             concept_of: For each key of the update, the index of its concept.
         """
         layer = update.layer
-        keys = self.keys[layer].to(update.keys)
-        outputs = (keys @ weight.to(keys).T).norm(dim=1).clamp(min=1e-30)
+        states = self.states[layer]
+        assert states.keys is not None, "keys were read"
+        keys = states.keys.to(update.keys)
+        outputs = blocks.outputs(keys, states.blocks).norm(dim=1).clamp(min=1e-30)
+        keys = blocks.arranged(keys, states.blocks, update.blocks)
         whole = update.factors.moves(keys).norm(dim=1) / outputs
         for name, share in enumerate(self._largest_by_name(whole[None])[0].tolist()):
             self._by_name[name] = max(self._by_name.get(name, (-1.0, 0)), (share, layer))
@@ -200,8 +204,7 @@ def read_retained_names(
     reading.check_positions([chosen[name] for name in name_of], positions_of(architecture.model))
     layers = config.layer_numbers
     states = read_layers(architecture, reading, max(layers), layers, progress=progress, stage="retained names")
-    keys = {layer: found.keys for layer, found in states.items() if found.keys is not None}
-    return RetainedNames(chosen, names is not None, name_of, keys)
+    return RetainedNames(chosen, names is not None, name_of, states)
 
 
 def _checked_names(names: Sequence[str], concepts: Sequence[Concept]) -> list[str]:

@@ -12,11 +12,15 @@ from rocr.concepts import Concept
 from rocr.config import EditConfig
 from rocr.edit.measures import mean_by_concept
 from rocr.edit.record import EditRecord
+from rocr.errors import InputError
 from rocr.keys.plan import KeyPlan, Reading
 from rocr.keys.read import States, read_layers, read_states
 from rocr.model.architecture import Architecture
+from rocr.model.blocks import LayerBlocks, layer_blocks
 from rocr.model.gains import divide_by_gains
 from rocr.progress import ProgressCallback
+from rocr.solve.metric import ProjectedMetric, WhitenedMetric, build_metric
+from rocr.solve.mixture import WeighedKeys, weigh_keys
 from rocr.solve.solve import check_finite
 
 
@@ -83,15 +87,14 @@ class Reader:
         self.task.check_finite("target states", max(self.task.layers), targets)
         return targets
 
-    def template_keys(self) -> dict[int, Tensor]:
-        """Return the keys (m, d_in) of the templates' own tokens by layer; empty if their weight is 0."""
+    def template_keys(self) -> dict[int, States]:
+        """Return the states of the templates' own tokens, with keys, by layer; empty if their weight is 0."""
         task = self.task
         reading = task.plan.template_keys
         if reading is None:
             return {}
         last, stage = max(task.layers), "template keys"
-        found = read_layers(task.architecture, reading, last, task.layers, progress=self.progress, stage=stage)
-        return {layer: states.keys for layer, states in found.items() if states.keys is not None}
+        return read_layers(task.architecture, reading, last, task.layers, progress=self.progress, stage=stage)
 
     def keys(self, layers: Sequence[int]) -> dict[int, States]:
         """Return the keys of some layers and the states at the output of the last edited layer, from one pass."""
@@ -146,21 +149,67 @@ class Goals:
         return mean_by_concept(shares, task.plan.concept_of, self.first_distance)
 
 
-def keys_and_residuals(task: Task, layer: int, states: States, goals: Goals, layers_left: int) -> tuple[Tensor, Tensor]:
-    """Return the keys (n, d_in) and residuals (n, d_out) of a layer, those of the base edit first.
+@dataclass(frozen=True)
+class LayerSystem:
+    """The keys and residuals of a layer, those of the base edit first.
+
+    Attributes:
+        blocks: The blocks of the layer.
+        touched: Indices of the blocks that the keys cover.
+        keys: (n, sum of d_in over the touched blocks).
+        residuals: (n, d_out).
+    """
+
+    blocks: LayerBlocks
+    touched: tuple[int, ...]
+    keys: Tensor
+    residuals: Tensor
+
+    def metric(
+        self, moments: Sequence[Tensor], config: EditConfig, templates: States | None
+    ) -> WhitenedMetric | ProjectedMetric | WeighedKeys:
+        """Return the metric of a dense layer, or the keys of a mixture under its metric.
+
+        Args:
+            moments: The second moment of each block.
+            config: The settings.
+            templates: The keys of the templates' own tokens.
+        """
+        if not self.blocks.is_mixture:
+            (moment,) = moments
+            return build_metric(moment.to(self.keys.device), config, None if templates is None else templates.keys)
+        columns = dict(zip(self.touched, self.blocks.columns(self.touched), strict=True))
+        template_keys: dict[int, Tensor] = {}
+        if templates is not None and templates.keys is not None:
+            places = zip(templates.blocks, self.blocks.columns(templates.blocks), strict=True)
+            template_keys = {block: templates.keys[:, place] for block, place in places}
+        return weigh_keys(self.keys, columns, moments, config, template_keys)
+
+
+def keys_and_residuals(task: Task, layer: int, states: States, goals: Goals, layers_left: int) -> LayerSystem:
+    """Return the keys and residuals of a layer.
 
     The residual is an equal share of the remaining distance: 1 / (all layers) if the states were read before the
     first edit, otherwise 1 / (layers that are not edited yet).
     """
     assert states.keys is not None
-    device = task.architecture.down_projection(layer).weight.device
+    blocks = layer_blocks(task.architecture, layer)
     share = 1 / (len(task.layers) if task.config.measure == "once" else layers_left)
-    keys, residuals = states.keys, ((goals.states - states.hidden) * share).to(device)
+    keys, residuals = states.keys, ((goals.states - states.hidden) * share).to(blocks.device)
     if states.gains is not None:
-        residuals = divide_by_gains(residuals, states.gains.to(device))
+        residuals = divide_by_gains(residuals, states.gains.to(blocks.device))
     task.check_finite("keys", layer, keys)
     task.check_finite("residuals", layer, residuals)
+    touched = states.blocks
+    if not touched:
+        raise InputError(
+            f"No expert of {blocks.name} is called at the tokens of the concepts, so an edit of layer {layer} has no "
+            "effect. Edit other layers (layers, --layers)."
+        )
     if task.base_edit is None:
-        return keys, residuals
+        return LayerSystem(blocks, touched, keys, residuals)
     base = next(update for update in task.base_edit.updates if update.layer == layer)
-    return torch.cat([base.keys.to(keys), keys]), torch.cat([base.residuals.to(residuals), residuals])
+    union = tuple(sorted({*base.blocks, *touched}))
+    held = blocks.arranged(base.keys.to(keys), base.blocks, union)
+    keys = torch.cat([held, blocks.arranged(keys, touched, union)])
+    return LayerSystem(blocks, union, keys, torch.cat([base.residuals.to(residuals), residuals]))

@@ -2,18 +2,70 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from rocr.model.architecture import Block
+from rocr.io.json_values import flag_of, text_of, whole_number_of
+from rocr.model.blocks import LayerBlocks
 from rocr.solve.factors import Factors
 from rocr.solve.solve import Solution, System
 
 
 @dataclass(frozen=True)
+class Part:
+    """The columns of a wide update that belong to one block of a mixture of experts.
+
+    Attributes:
+        block: Index of the block in its layer.
+        parameter: Name of the parameter in the model's state dict.
+        width: Number of the block's inputs d_in, and of the columns.
+        transposed: Whether the model stores the block's weight as (d_in, d_out).
+        expert: Index of the expert in the parameter. None if the parameter holds this block only.
+        experts: Number of experts in the parameter.
+        own: As `LayerUpdate.own`.
+    """
+
+    block: int
+    parameter: str
+    width: int
+    transposed: bool = False
+    expert: int | None = None
+    experts: int = 1
+    own: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Part:
+        """Return the inverse of `to_json`.
+
+        Raises:
+            TypeError, ValueError: A field is missing, unknown or has another type.
+        """
+        part = cls(**values)
+        for name in ("block", "width", "experts"):
+            whole_number_of(getattr(part, name), name)
+        if part.expert is not None and whole_number_of(part.expert, "expert") >= part.experts:
+            raise ValueError(f"a part is of expert {part.expert} of {part.experts}")
+        text_of(part.parameter, "parameter")
+        if part.own is not None:
+            text_of(part.own, "own")
+        flag_of(part.transposed, "transposed")
+        return part
+
+
+@dataclass(frozen=True)
 class LayerUpdate:
     """The update of one layer, Δ = left @ right, and the system that it is the solution of.
+
+    The update of a mixture of experts is wide: its keys, and the columns of Δ, are those of the touched blocks side by
+    side.
 
     Attributes:
         layer: Index of the decoder layer.
@@ -25,6 +77,7 @@ class LayerUpdate:
         applied: Record of the change of a weight. None before the update is applied.
         system: What the update can be solved from again with other keys. None if it was not kept.
         base: sha256 of the weight that keys and residuals were measured with. None if it was not kept.
+        parts: The blocks of a mixture that the update changes, in the order of the columns. Empty for a dense layer.
         own: Name of the weight in the class that the checkpoint's config.json names, if the model was loaded as
             another class, such as the language model of a vision-language checkpoint. None if the name is the same.
     """
@@ -39,23 +92,58 @@ class LayerUpdate:
     system: System | None = None
     base: str | None = None
     own: str | None = None
+    parts: tuple[Part, ...] = ()
 
     @classmethod
-    def solved(cls, projection: Block, keys: Tensor, residuals: Tensor, solution: Solution) -> LayerUpdate:
-        """Return the update of a down-projection that a solution gives, not applied yet."""
+    def solved(
+        cls, layer: LayerBlocks, touched: Sequence[int], keys: Tensor, residuals: Tensor, solution: Solution
+    ) -> LayerUpdate:
+        """Return the update of a layer that a solution gives, not applied yet.
+
+        Args:
+            layer: The blocks of the layer.
+            touched: Indices of the blocks that the keys cover.
+            keys: (n, sum of d_in over the touched blocks).
+            residuals: (n, d_out).
+            solution: The solution.
+        """
+        first = layer.blocks[touched[0]]
         return cls(
-            projection.layer,
-            projection.parameter_name,
+            layer.layer,
+            first.parameter_name,
             solution.factors,
             keys,
             residuals,
-            projection.transposed,
+            first.transposed,
             system=solution.system,
+            parts=parts_of(layer, touched) if layer.is_mixture else (),
         )
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Indices of the blocks of the layer that the update changes."""
+        return tuple(part.block for part in self.parts) or (0,)
+
+    @property
+    def columns(self) -> list[slice]:
+        """The columns of each part in the wide update."""
+        found, start = [], 0
+        for part in self.parts:
+            found.append(slice(start, start + part.width))
+            start += part.width
+        return found
 
     def after(self, applied: Applied) -> LayerUpdate:
         """Return the update with the record of its first application, to the weight that the keys were read with."""
         return replace(self, applied=applied, base=applied.before)
+
+
+def parts_of(layer: LayerBlocks, touched: Sequence[int]) -> tuple[Part, ...]:
+    """Return the parts of an update of some blocks of a mixture."""
+    return tuple(
+        Part(i, block.parameter_name, block.weight.shape[1], block.transposed, block.expert, block.experts)
+        for i, block in ((i, layer.blocks[i]) for i in touched)
+    )
 
 
 @dataclass(frozen=True)
@@ -64,10 +152,10 @@ class Applied:
 
     Attributes:
         dtype: Dtype of the weight, such as "torch.bfloat16".
-        before: sha256 of the weight's bytes before the update.
+        before: sha256 of the weight's bytes before the update; of several blocks, those of all of them in order.
         after: sha256 of the weight's bytes after the update.
         undo: Exclusive or of the bits before and after, as integers on the CPU in the shape in which the model stores
-            the parameter. None if it was not kept.
+            the parameter; of several blocks, those of all of them in order, flat. None if it was not kept.
     """
 
     dtype: str
@@ -79,3 +167,29 @@ class Applied:
     def surviving(self) -> float | None:
         """Share of the weight's entries that the update changed after rounding. None if `undo` was not kept."""
         return None if self.undo is None else float((self.undo != 0).double().mean())
+
+
+def with_same_parts(mine: LayerUpdate, theirs: LayerUpdate) -> tuple[LayerUpdate, LayerUpdate]:
+    """Return two updates of one layer with the blocks of both; the added columns are zero."""
+    if not mine.parts or mine.blocks == theirs.blocks:
+        return mine, theirs
+    parts = {part.block: part for part in (*mine.parts, *theirs.parts)}
+    union = tuple(parts[block] for block in sorted(parts))
+    return _with_parts(mine, union), _with_parts(theirs, union)
+
+
+def _with_parts(update: LayerUpdate, parts: tuple[Part, ...]) -> LayerUpdate:
+    columns = dict(zip(update.blocks, update.columns, strict=True))
+
+    def spread(values: Tensor) -> Tensor:
+        pieces = [
+            values[:, columns[part.block]] if part.block in columns else values.new_zeros(len(values), part.width)
+            for part in parts
+        ]
+        return torch.cat(pieces, dim=1)
+
+    system = update.system
+    if system is not None and system.product is not None:
+        system = replace(system, product=spread(system.product))
+    factors = Factors(update.factors.left, spread(update.factors.right))
+    return replace(update, parts=parts, keys=spread(update.keys), factors=factors, system=system, applied=None)

@@ -13,22 +13,25 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from rocr.edit.apply import apply_updates, down_projections, undo_updates
+from rocr.edit.apply import apply_updates, undo_updates
 from rocr.edit.update import Applied, LayerUpdate
+from rocr.edit.weight import Weight, digest_of, edited_weights
 from rocr.errors import InputError
 from rocr.export.copying import carried_files, may_link, other_weights
 from rocr.export.rewrite import files_beside, rewrite_model
 from rocr.io.disk_space import check_space
 from rocr.io.dtypes import dtype_name
-from rocr.io.safetensors_layout import StoredTensor
 from rocr.model.architecture import Block
-from rocr.model.fingerprint import tensor_digest
+from rocr.model.blocks import find_blocks
 from rocr.model.load import LoadedModel, save_model, saved_bytes
-from rocr.model.stored_weights import StoredNames, check_loaded, find_stored, find_weights, layout, stored_names
+from rocr.model.stored_weights import Place, StoredNames, check_loaded, find_stored, find_weights, layout, stored_names
 from rocr.model.weight_files import WeightFiles, find_weight_files
 
 if TYPE_CHECKING:
     from rocr.edit.edit import Edit
+
+Places = Sequence[Sequence[Place]]
+"""For each block of a weight, where the files hold it."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class WrittenWeight:
         loaded: The dtype in the loaded model. None if the weight was not loaded, to revert an edit.
         surviving: Share of the entries that the update changes after rounding to the stored dtype. None if the edit
             was reverted.
+        parts: For each block of a mixture of experts, in the order of the update, where the files hold it. None for a
+            dense layer.
     """
 
     layer: int
@@ -51,6 +56,11 @@ class WrittenWeight:
     dtype: str
     loaded: str | None
     surviving: float | None
+    parts: list[dict[str, Any]] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON values, without `parts` for a dense layer."""
+        return {name: value for name, value in asdict(self).items() if name != "parts" or value is not None}
 
 
 @dataclass(frozen=True)
@@ -79,23 +89,23 @@ def check_output_possible(loaded: LoadedModel, layers: Sequence[int], out: Path)
     if files is None:
         check_space(out, saved_bytes(loaded.model))
         return
-    projections = [loaded.architecture.down_projection(layer) for layer in layers]
+    blocks = [block for layer in find_blocks(loaded.architecture, layers).values() for block in layer.blocks]
     names = stored_names(files, loaded.model)
-    check_loaded(files, names, loaded.model, projections)
-    check_space(out, bytes_written(files, names, projections, out))
+    check_loaded(files, names, loaded.model, blocks)
+    check_space(out, bytes_written(files, names, blocks, out))
 
 
-def bytes_written(files: WeightFiles, names: StoredNames, projections: Sequence[Block], out: Path | None) -> int:
+def bytes_written(files: WeightFiles, names: StoredNames, blocks: Sequence[Block], out: Path | None) -> int:
     """Return the number of bytes that writing an edited copy of a folder takes on the disk."""
-    anew = weights_copied(files, names, projections, out)
+    anew = weights_copied(files, names, blocks, out)
     return sum((files.folder / name).stat().st_size for name in anew) + carried_bytes(files.folder)
 
 
-def weights_copied(files: WeightFiles, names: StoredNames, projections: Sequence[Block], out: Path | None) -> list[str]:
+def weights_copied(files: WeightFiles, names: StoredNames, blocks: Sequence[Block], out: Path | None) -> list[str]:
     """Return the names of the weight files that an edited copy does not hold as hard links."""
     if not may_link(files.folder, out):
-        return [*files.files, *files_beside(files, _shapes(projections))]
-    return sorted({place.file.name for projection in projections for place in find_stored(files, names, projection)})
+        return [*files.files, *files_beside(files, _shapes(blocks))]
+    return sorted({place.tensor.file.name for block in blocks for place in find_stored(files, names, block)})
 
 
 def carried_bytes(folder: Path) -> int:
@@ -125,24 +135,22 @@ def save_edited(loaded: LoadedModel, edit: Edit, folder: Path, reverted: bool = 
         written = find_weight_files(folder)
         return Saved(edit, [], {} if written is None else {"tensors": layout(written)})
     names = stored_names(files, loaded.model)
-    projections = down_projections(loaded.architecture, edit.updates)
+    edited = edited_weights(loaded.architecture, edit.updates)
     changes: dict[str, Tensor] = {}
     weights, updates = [], []
-    for projection, update in zip(projections, edit.updates, strict=True):
-        places = find_stored(files, names, projection)
-        values, record = (
-            _without_edit(projection, update, places) if reverted else _with_edit(projection, update, places)
-        )
-        changes |= dict.fromkeys((place.name for place in places), values)
+    for weight, update in zip(edited, edit.updates, strict=True):
+        places = [find_stored(files, names, block) for block in weight.blocks]
+        values, record = _without_edit(weight, update, places) if reverted else _with_edit(weight, update, places)
+        _add_changes(changes, places, values)
         updates.append(update if reverted else replace(update, applied=record))
-        weights.append(_written(projection, update, places, None if reverted else record))
-    beside = files_beside(files, _shapes(projections))
+        weights.append(_written(weight, update, places, None if reverted else record))
+    beside = files_beside(files, _shapes([block for weight in edited for block in weight.blocks]))
     rewritten = rewrite_model(files, changes, folder, beside)
     kept = [name for name in [*files.files, *beside] if name not in rewritten]
     if all(parameter.device.type != "meta" for parameter in loaded.model.parameters()):
         files.read_headers()
     report = {
-        "weights": [asdict(weight) for weight in weights],
+        "weights": [weight.to_json() for weight in weights],
         "tensors": layout(files),
         "beside": beside,
         "left_out": other_weights(files.folder, [*files.files, *beside]),
@@ -160,59 +168,77 @@ def holds_already(loaded: LoadedModel, edit: Edit) -> str | None:
     if files is None:
         return None
     names = stored_names(files, loaded.model)
-    for projection, update in zip(down_projections(loaded.architecture, edit.updates), edit.updates, strict=True):
-        stored = find_stored(files, names, projection)[0]
-        if update.applied is not None and tensor_digest(stored.read()) == update.applied.after:
-            return update.parameter
+    for weight, update in zip(edited_weights(loaded.architecture, edit.updates), edit.updates, strict=True):
+        stored = [find_stored(files, names, block)[0].read() for block in weight.blocks]
+        if update.applied is not None and digest_of(stored) == update.applied.after:
+            return weight.name
     return None
 
 
-def _with_edit(projection: Block, update: LayerUpdate, places: Sequence[StoredTensor]) -> tuple[Tensor, Applied]:
-    """Return a weight to write: that of the model, or the stored one with the update added and rounded once."""
-    values, loaded = places[0].read(), projection.parameter.data
+def _with_edit(weight: Weight, update: LayerUpdate, places: Places) -> tuple[list[Tensor], Applied]:
+    """Return the blocks to write: those of the model, or the stored ones with the update added and rounded once."""
+    values, loaded = [block_places[0].read() for block_places in places], weight.stored
     applied = update.applied
     assert applied is not None, "the model has the edit applied"
-    if tensor_digest(values.to(loaded.dtype)) != applied.before:
+    if digest_of([stored.to(weight.dtype) for stored in values]) != applied.before:
         raise InputError(
-            f"{places[0].file} does not hold {projection.parameter_name} as it was before the edit. Use the files "
-            "that the model was loaded from."
+            f"{places[0][0].tensor.file} does not hold {weight.name} as it was before the edit. Use the files that the "
+            "model was loaded from."
         )
-    if values.dtype == loaded.dtype:
+    if values[0].dtype == weight.dtype:
         return loaded, applied
-    record = apply_updates([_with_values(projection, values)], [update.factors])[0]
+    record = apply_updates([_with_values(weight, values)], [update.factors])[0]
     return values, record
 
 
-def _without_edit(
-    projection: Block, update: LayerUpdate, places: Sequence[StoredTensor]
-) -> tuple[Tensor, Applied | None]:
-    """Return a stored weight with the edit reverted."""
-    values = places[0].read()
-    undo_updates([_with_values(projection, values)], [update.applied])
+def _without_edit(weight: Weight, update: LayerUpdate, places: Places) -> tuple[list[Tensor], Applied | None]:
+    """Return the stored blocks with the edit reverted."""
+    values = [block_places[0].read() for block_places in places]
+    undo_updates([_with_values(weight, values)], [update.applied])
     return values, update.applied
 
 
-def _with_values(projection: Block, values: Tensor) -> Block:
-    """Return a down-projection with other values; the given one is not changed."""
-    module = nn.Module()
-    module.weight = nn.Parameter(values, requires_grad=False)
-    return replace(projection, module=module)
+def _with_values(weight: Weight, values: Sequence[Tensor]) -> Weight:
+    """Return a weight with other values, which are changed in place; the given one is not changed."""
+    blocks = []
+    for block, stored in zip(weight.blocks, values, strict=True):
+        module = nn.Module()
+        module.weight = nn.Parameter(stored, requires_grad=False)
+        blocks.append(replace(block, module=module, attribute="weight", expert=None))
+    return replace(weight, blocks=tuple(blocks))
 
 
-def _written(
-    projection: Block, update: LayerUpdate, places: Sequence[StoredTensor], record: Applied | None
-) -> WrittenWeight:
+def _add_changes(changes: dict[str, Tensor], places: Places, values: Sequence[Tensor]) -> None:
+    """Add the new values of blocks to those of the tensors that hold them."""
+    for block_places, stored in zip(places, values, strict=True):
+        for place in block_places:
+            name = place.tensor.name
+            if place.expert is None and not place.flipped:
+                changes[name] = stored
+                continue
+            if name not in changes:
+                changes[name] = place.tensor.read()
+            place.write_to(changes[name], stored)
+
+
+def _written(weight: Weight, update: LayerUpdate, places: Places, record: Applied | None) -> WrittenWeight:
     """Return the entry of the report for a written weight."""
+    block = weight.blocks[0]
     return WrittenWeight(
         update.layer,
         update.parameter,
-        [place.name for place in places],
-        str(places[0].dtype).removeprefix("torch."),
-        None if projection.parameter.device.type == "meta" else dtype_name(projection.parameter.dtype),
+        list(dict.fromkeys(place.tensor.name for block_places in places for place in block_places)),
+        str(places[0][0].dtype).removeprefix("torch."),
+        None if block.parameter.device.type == "meta" else dtype_name(block.parameter.dtype),
         None if record is None else record.surviving,
+        [_part_entry(block_places[0]) for block_places in places] if weight.is_mixture else None,
     )
 
 
-def _shapes(projections: Sequence[Block]) -> set[tuple[int, ...]]:
+def _part_entry(place: Place) -> dict[str, Any]:
+    return {"stored": place.tensor.name, "expert": place.expert, "experts": place.experts, "flipped": place.flipped}
+
+
+def _shapes(blocks: Sequence[Block]) -> set[tuple[int, ...]]:
     """Return the shapes in which the model stores the weights."""
-    return {tuple(projection.parameter.shape) for projection in projections}
+    return {tuple(block.stored.shape) for block in blocks} | {tuple(block.parameter.shape) for block in blocks}

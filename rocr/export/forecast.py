@@ -17,6 +17,7 @@ from rocr.export.folder import carried_bytes, weights_copied
 from rocr.export.originals import original_files
 from rocr.keys.plan import KeyPlan
 from rocr.model.architecture import Architecture, Block
+from rocr.model.blocks import find_blocks
 from rocr.model.load import ModelSource
 from rocr.model.load_partial import must_map, needed_tensors
 from rocr.model.stored_weights import StoredNames, find_stored, find_weights, stored_names
@@ -86,7 +87,7 @@ class Job:
     @property
     def weights(self) -> list[Tensor]:
         """The weights to edit, (d_out, d_in)."""
-        return [projection.weight for projection in self.projections]
+        return [block.weight for block in self.blocks]
 
     @property
     def keys(self) -> int:
@@ -104,9 +105,9 @@ class Job:
         return StoredNames() if self.files is None else stored_names(self.files, self.architecture.model)
 
     @property
-    def projections(self) -> list[Block]:
-        """The down-projections to edit."""
-        return [self.architecture.down_projection(layer) for layer in self.layers]
+    def blocks(self) -> list[Block]:
+        """The blocks of the layers to edit."""
+        return [block for layer in find_blocks(self.architecture, self.layers).values() for block in layer.blocks]
 
     def text_tokens(self) -> int:
         """Return the number of tokens to collect statistics from."""
@@ -198,7 +199,7 @@ def written_dtype(job: Job) -> torch.dtype:
     """Return the dtype in which the edited weights are written."""
     if job.files is None or "model" not in job.parts:
         return weight_dtype(job)
-    return find_stored(job.files, job.names, job.projections[0])[0].dtype
+    return find_stored(job.files, job.names, job.blocks[0])[0].dtype
 
 
 def edit_bytes(job: Job, undo: bool = True) -> int:
@@ -223,7 +224,7 @@ def _written(job: Job) -> tuple[dict[str, int], int, int]:
             written["model"] = held_bytes(job)
             written["configuration and tokenizer"] = TOKENIZER_FILES
         else:
-            anew = weights_copied(files, job.names, job.projections, job.out)
+            anew = weights_copied(files, job.names, job.blocks, job.out)
             linked = len([name for name in files.files if name not in anew])
             copied = written["model"] = sum((files.folder / name).stat().st_size for name in anew)
             index = sum(len(name) + 60 for name in files.file_of)

@@ -14,6 +14,7 @@ import torch
 from rocr.config import with_new_setting_names
 from rocr.edit.lora import adapter_tensors
 from rocr.edit.update import LayerUpdate
+from rocr.edit.weight import digest_of
 from rocr.errors import InputError
 from rocr.export.copying import EDIT_FILE, REPORT_FILE
 from rocr.export.manifest import (
@@ -31,7 +32,7 @@ from rocr.export.rewrite import ADAPTER_FILE
 from rocr.io.safetensors_layout import read_layout
 from rocr.model.check_folder import INDEX_FILE, SINGLE_FILE, check_model_folder
 from rocr.model.fingerprint import Fingerprint, model_digest, tensor_digest, tokenizer_digest
-from rocr.model.stored_weights import layout
+from rocr.model.stored_weights import Place, layout
 from rocr.model.weight_files import WeightFiles, find_weight_files
 from rocr.progress import Progress, ProgressCallback, silent
 
@@ -137,7 +138,10 @@ def _model_checks(output: Output, edit: Edit | None) -> Iterator[Check]:
         yield Check("edited tensors", "sha256", UNCHECKED, NO_EDIT)
     else:
         for update in edit.updates:
-            yield from _tensor_checks(files, update, _recorded_names(output.report, update), output.is_reverted)
+            if update.parts:
+                yield from _mixture_checks(files, update, _recorded_parts(output.report, update), output.is_reverted)
+            else:
+                yield from _tensor_checks(files, update, _recorded_names(output.report, update), output.is_reverted)
     yield from _fingerprint_checks(output, edit)
 
 
@@ -170,6 +174,44 @@ def _recorded_names(report: dict[str, Any] | None, update: LayerUpdate) -> list[
     return [update.parameter, update.parameter.partition(".")[2]]
 
 
+def _recorded_parts(report: dict[str, Any] | None, update: LayerUpdate) -> list[dict[str, Any]]:
+    """Return where the files hold the blocks of a mixture, from the report; empty without a valid record."""
+    for weight in (report or {}).get("weights") or []:
+        if isinstance(weight, dict) and weight.get("parameter") == update.parameter:
+            parts = weight.get("parts")
+            if isinstance(parts, list) and len(parts) == len(update.parts) and all(map(_is_part, parts)):
+                return parts
+    return []
+
+
+def _is_part(part: Any) -> bool:
+    if not isinstance(part, dict) or part.keys() != {"stored", "expert", "experts", "flipped"}:
+        return False
+    expert, experts = part["expert"], part["experts"]
+    is_index = expert is None or (isinstance(expert, int) and isinstance(experts, int) and 0 <= expert < experts)
+    return is_index and isinstance(part["stored"], str) and isinstance(part["flipped"], bool)
+
+
+def _mixture_checks(
+    files: WeightFiles, update: LayerUpdate, parts: list[dict[str, Any]], is_reverted: bool
+) -> Iterator[Check]:
+    """Check that the edited experts of a layer have the recorded bytes and are finite."""
+    subject = f"{shown(update.parameter)} of {len(update.parts)} experts"
+    if not parts or any(part["stored"] not in files.file_of for part in parts):
+        yield Check(subject, "sha256", UNCHECKED, "the report does not say where the files hold them")
+        return
+    try:
+        blocks = [
+            Place(files.find(part["stored"]), part["expert"], part["experts"], part["flipped"]).read() for part in parts
+        ]
+    except (InputError, OSError, RuntimeError, IndexError) as error:
+        yield Check(subject, "readable", FAILED, shown(str(error)))
+        return
+    yield _digest_check(subject, digest_of(blocks), str(blocks[0].dtype), update, is_reverted)
+    finite = all(bool(torch.isfinite(block).all()) for block in blocks)
+    yield Check(subject, "finite", PASSED if finite else FAILED, "" if finite else "one has values that are not finite")
+
+
 def _tensor_checks(files: WeightFiles, update: LayerUpdate, recorded: list[str], is_reverted: bool) -> Iterator[Check]:
     """Check that an edited weight has the recorded bytes and is finite."""
     names = [name for name in recorded if name in files.file_of]
@@ -182,21 +224,20 @@ def _tensor_checks(files: WeightFiles, update: LayerUpdate, recorded: list[str],
         except (InputError, OSError) as error:
             yield Check(subject, "readable", FAILED, shown(str(error)))
             continue
-        yield _digest_check(subject, values, update, is_reverted)
+        yield _digest_check(subject, tensor_digest(values), str(values.dtype), update, is_reverted)
         finite = bool(torch.isfinite(values).all())
         yield Check(
             subject, "finite", PASSED if finite else FAILED, "" if finite else "it has values that are not finite"
         )
 
 
-def _digest_check(subject: str, values: torch.Tensor, update: LayerUpdate, is_reverted: bool) -> Check:
+def _digest_check(subject: str, found: str, dtype: str, update: LayerUpdate, is_reverted: bool) -> Check:
     """Check the sha256 of an edited weight against the record of the update."""
     applied = update.applied
     if applied is None:
         return Check(subject, "sha256", UNCHECKED, "the edit file has no record of an applied update")
-    if str(values.dtype) != applied.dtype:
-        return Check(subject, "sha256", FAILED, f"it is {values.dtype}, recorded is {shown(applied.dtype)}")
-    found = tensor_digest(values)
+    if dtype != applied.dtype:
+        return Check(subject, "sha256", FAILED, f"it is {dtype}, recorded is {shown(applied.dtype)}")
     wanted, other = (applied.before, applied.after) if is_reverted else (applied.after, applied.before)
     names = ("before", "after") if is_reverted else ("after", "before")
     if found == wanted:

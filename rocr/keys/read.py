@@ -14,9 +14,12 @@ from rocr.errors import InputError
 from rocr.keys.batches import Batch, batches
 from rocr.keys.plan import Reading
 from rocr.keys.prefix_cache import can_share, run_prefix
+from rocr.keys.routed import RoutedMeans, Routing
 from rocr.model.architecture import Architecture
+from rocr.model.blocks import find_blocks
 from rocr.model.capture import as_sequence, check_called, hidden_hook, input_hook, run_through
 from rocr.model.gains import LayerCall, measure_gains, recording
+from rocr.model.gated_keys import GatedKeys, gated_keys_hook
 from rocr.model.smaller_batches import retry_with_smaller_batch
 from rocr.progress import Progress, ProgressCallback, silent
 
@@ -27,14 +30,22 @@ class States:
 
     Attributes:
         hidden: (groups, d_out), the output of a decoder layer.
-        keys: (groups, d_in), the input of a down-projection. None: not read.
+        keys: (groups, d_in), the input of a down-projection. For a mixture of experts, the wide key: the gated inputs
+            of the blocks in `routing`, side by side. None: not read.
         gains: (groups, d_out), the share of a small change of that down-projection's output that reaches the output
             of its decoder layer; see `rocr.model.gains`. None: not measured.
+        routing: The blocks that the keys are routed to. None for a dense layer.
     """
 
     hidden: Tensor
     keys: Tensor | None = None
     gains: Tensor | None = None
+    routing: Routing | None = None
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Indices of the blocks of the layer that `keys` covers."""
+        return (0,) if self.routing is None else self.routing.blocks
 
 
 def read_states(
@@ -105,11 +116,13 @@ def _read(
     measured: Collection[int] = (),
 ) -> tuple[Tensor, dict[int, States]]:
     """Return the hidden states, and for each key layer its states."""
-    projections = {f"keys {layer}": architecture.down_projection(layer) for layer in key_layers}
+    found_blocks = find_blocks(architecture, key_layers)
+    blocks = {f"keys {layer}": found_blocks[layer] for layer in key_layers}
     wanted = {"hidden": f"decoder layer {architecture.layers_name}.{hidden_layer}"}
-    wanted |= {name: projection.name for name, projection in projections.items()}
+    wanted |= {name: layer.name for name, layer in blocks.items()}
     calls = {f"gains {layer}": LayerCall.of(architecture, layer) for layer in key_layers if layer in measured}
-    means = {name: _GroupMeans(reading) for name in (*wanted, *calls)}
+    mixtures = {name: RoutedMeans(reading, layer) for name, layer in blocks.items() if layer.is_mixture}
+    means = {name: _GroupMeans(reading) for name in (*wanted, *calls) if name not in mixtures}
     done = 0
     prefix: tuple[int, ...] = ()
     cache = None
@@ -118,26 +131,38 @@ def _read(
             prefix = batch.prefix
             cache = run_prefix(architecture, hidden_layer, prefix) if prefix else None
         found: dict[str, Tensor] = {}
+        routed: dict[str, list[GatedKeys]] = {}
         shape = batch.tokens.shape
         with ExitStack() as stack:
             into = {name: partial(_receive, found, name, shape, what) for name, what in wanted.items()}
             stack.enter_context(hidden_hook(architecture, hidden_layer, into["hidden"]))
-            for name, projection in projections.items():
-                stack.enter_context(input_hook(projection.module, into[name]))
+            for name, layer in blocks.items():
+                if name in mixtures:
+                    receive = partial(_receive_routed, routed, name, shape, layer.name)
+                    stack.enter_context(gated_keys_hook(layer.module, layer.parameters, receive))
+                else:
+                    stack.enter_context(input_hook(layer.module, into[name]))
             for call in calls.values():
                 recording(stack, call)
             run_through(architecture, hidden_layer, batch.tokens, batch.mask, cache)
-        check_called(found, wanted)
+        check_called({*found, *routed}, wanted)
         for name, call in calls.items():
             found[name] = measure_gains(architecture.model, call, shape)
             call.forget()
         for name, mean in means.items():
             mean.add(found.pop(name), batch)
+        for name, routed_means in mixtures.items():
+            routed_means.add(routed.pop(name), batch)
         done += len(batch.prompts)
         progress(Progress(stage, done, len(reading.prompts), "prompts"))
-    results = {name: mean.result() for name, mean in means.items()}
+    results: dict[str, Tensor] = {name: mean.result() for name, mean in means.items()}
+    routing: dict[str, Routing] = {}
+    for name, routed_means in mixtures.items():
+        results[name], routing[name] = routed_means.result()
     hidden = results["hidden"]
-    return hidden, {n: States(hidden, results[f"keys {n}"], results.get(f"gains {n}")) for n in key_layers}
+    return hidden, {
+        n: States(hidden, results[f"keys {n}"], results.get(f"gains {n}"), routing.get(f"keys {n}")) for n in key_layers
+    }
 
 
 class _GroupMeans:
@@ -186,3 +211,13 @@ def _receive(found: dict[str, Tensor], name: str, shape: torch.Size, what: str, 
     if name in found:
         raise InputError(f"{what} runs more than once in a forward pass: a token has several keys there.")
     found[name] = as_sequence(states, shape, f"The tensor that flows through {what}")
+
+
+def _receive_routed(
+    routed: dict[str, list[GatedKeys]], name: str, shape: torch.Size, what: str, output: Tensor, keys: list[GatedKeys]
+) -> None:
+    """Store the gated keys that a mixture's hook received, with its output (tokens, d_out)."""
+    if name in routed:
+        raise InputError(f"{what} runs more than once in a forward pass: a token has several keys there.")
+    as_sequence(output, shape, f"The output of {what}")
+    routed[name] = keys

@@ -7,7 +7,7 @@ if it is built like the others, and refused with a reason if it is not.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,42 +19,60 @@ from rocr.model.projection import check_matrix, find_matrix
 from rocr.model.wrappers import base_of, own_modules, own_parameters, unwrapped
 
 MLP_NAMES = ("mlp", "feed_forward", "ffn")
+MIXTURE_NAMES = ("expert", "moe")
+MIXER_NAMES = ("mixer", "block", "mlps")
 CROSS_ATTENTION_NAMES = ("cross_attn", "cross_attention")
 
 
 @dataclass(frozen=True)
 class Block:
-    """The last matrix of a layer's MLP: output (d_out) = weight (d_out, d_in) @ key (d_in).
+    """A weight that is edited: the down-projection of a dense MLP or of one expert, d_out outputs of d_in inputs.
 
     Attributes:
         layer: The decoder layer.
         name: The name of the module in the state dict of the model without wrappers and adapters.
         module: The module that holds the weight; under an adapter of peft, the base layer.
         transposed: Whether the weight is stored as (d_in, d_out).
+        attribute: The name of the parameter in the module.
+        expert: The index of the expert if one parameter holds the weights of several. None if it holds this one only.
+        experts: The number of experts whose weights the parameter holds.
     """
 
     layer: int
     name: str
     module: nn.Module
     transposed: bool
+    attribute: str = "weight"
+    expert: int | None = None
+    experts: int = 1
 
     @property
     def parameter(self) -> nn.Parameter:
-        """The parameter as the model stores it: (d_out, d_in), or (d_in, d_out) if `transposed`."""
-        parameter = self.module.weight
+        """The parameter that holds the weight, alone or with those of other experts."""
+        parameter = getattr(self.module, self.attribute)
         assert isinstance(parameter, nn.Parameter)
         return parameter
 
     @property
-    def weight(self) -> Tensor:
-        """A (d_out, d_in) view of the parameter's data."""
+    def stored(self) -> Tensor:
+        """A view of the weight as the parameter stores it: (d_out, d_in), or (d_in, d_out) if `transposed`."""
         data = self.parameter.data
-        return data.T if self.transposed else data
+        return data if self.expert is None else data.view(self.experts, -1, data.shape[-1])[self.expert]
+
+    @property
+    def weight(self) -> Tensor:
+        """A (d_out, d_in) view of the weight."""
+        return self.stored.T if self.transposed else self.stored
 
     @property
     def parameter_name(self) -> str:
         """The parameter's name in the model's state dict."""
-        return f"{self.name}.weight"
+        return f"{self.name}.{self.attribute}" if self.name else self.attribute
+
+    @property
+    def label(self) -> str:
+        """The parameter's name for messages, with the index of the expert."""
+        return self.parameter_name if self.expert is None else f"{self.parameter_name}[{self.expert}]"
 
 
 @dataclass(frozen=True)
@@ -66,11 +84,13 @@ class Architecture:
             compiled copy, which does not call hooks.
         layers_name: The name of the list of layers in the model's state dict.
         layers: The list of layers.
+        found_blocks: The blocks of layers that were looked for; see `rocr.model.blocks`.
     """
 
     model: nn.Module
     layers_name: str
     layers: nn.ModuleList
+    found_blocks: dict[int, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def depth(self) -> int:
@@ -93,6 +113,23 @@ class Architecture:
         matrix = find_matrix(name, mlp, self.hidden_size)
         return Block(layer, matrix.name, matrix.module, matrix.is_transposed)
 
+    def mixture(self, layer: int) -> tuple[str, nn.Module] | None:
+        """Return the name and the module of a layer's mixture of experts, in its MLP or beside it; None if it has none.
+
+        Raises:
+            InputError: The layer is out of range.
+        """
+        self._check_range(layer)
+        children = {name: unwrapped(child) for name, child in unwrapped(self.layers[layer]).named_children()}
+        mlps = [name for name in children if name in MLP_NAMES]
+        # An MLP beside experts, as in Gemma 4, stays as it is: the experts' output reaches every state that it does.
+        beside = [name for name in children if any(part in name for part in MIXTURE_NAMES)]
+        other = [name for name in children if name in MIXER_NAMES] if not mlps else []
+        for name in [*beside, *mlps, *other]:
+            if _is_mixture(children[name]):
+                return f"{self.layers_name}.{layer}.{name}", children[name]
+        return None
+
     def check_down_projection(self, layer: int) -> None:
         """Run random states through a layer's MLP, to check that an edit of its down-projection works as intended.
 
@@ -109,12 +146,15 @@ class Architecture:
         size: int = text_config(self.model).hidden_size
         return size
 
-    def _mlp(self, layer: int) -> tuple[str, nn.Module]:
-        """Return the name and the module of a layer's dense MLP."""
+    def _check_range(self, layer: int) -> None:
         if not 0 <= layer < self.depth:
             raise InputError(
                 f"Layer {layer} is out of range: the model has {self.depth} decoder layers, 0 to {self.depth - 1}."
             )
+
+    def _mlp(self, layer: int) -> tuple[str, nn.Module]:
+        """Return the name and the module of a layer's dense MLP."""
+        self._check_range(layer)
         children = dict(unwrapped(self.layers[layer]).named_children())
         name = f"{self.layers_name}.{layer}"
         child = next((child for child in MLP_NAMES if child in children), None)
@@ -237,9 +277,13 @@ def authors_layers(depth: int) -> tuple[int, ...]:
 
 
 def _has_mlp(layer: nn.Module) -> bool:
-    return any(name in MLP_NAMES for name, _ in unwrapped(layer).named_children())
+    names = [name for name, _ in unwrapped(layer).named_children()]
+    return any(name in MLP_NAMES or any(part in name for part in MIXTURE_NAMES) for name in names)
 
 
 def _is_mixture(mlp: nn.Module) -> bool:
-    names = {name for name, _ in mlp.named_children()} | {name for name, _ in mlp.named_parameters(recurse=False)}
-    return "experts" in names or "router" in names or any(p.ndim > 2 for _, p in own_parameters(mlp))
+    """Return whether a module holds experts: parameters of three dimensions, or a list of modules of that name."""
+    if any(isinstance(child, nn.ModuleList) and "expert" in name for name, child in mlp.named_modules()):
+        return True
+    held = {id(p) for module in mlp.modules() if "Conv" in type(module).__name__ for p in module.parameters()}
+    return any(p.ndim > 2 and p.shape[0] > 1 and id(p) not in held for _, p in own_parameters(mlp))

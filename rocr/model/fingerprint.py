@@ -6,6 +6,7 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 
 from rocr.errors import InputError
 from rocr.io.json_values import text_of, whole_number_of
-from rocr.model.architecture import Architecture, Block
+from rocr.model.architecture import Architecture
+from rocr.model.blocks import LayerBlocks, find_blocks, layer_blocks
 from rocr.model.tensor_parallel import whole
 from rocr.model.wrappers import adapter_parameters, base_of, own_buffers, own_parameters
 
@@ -96,28 +98,30 @@ def model_digest(architecture: Architecture, layer: int, like: str = PREFIX) -> 
     values = _evenly_spaced if is_old else _sampled
     digest = hashlib.sha256()
     _add_module(digest, "embedding", architecture.embedding, [], values)
-    for i in range(min(layer + 1, architecture.depth)):
-        edited = _down_projection(architecture, i)
+    layers = range(min(layer + 1, architecture.depth))
+    blocks = _blocks(architecture, layers)
+    for i in layers:
         left_out: list[nn.Parameter] = []
-        if edited is not None:
-            left_out = list(edited.module.parameters()) if is_old else [edited.parameter]
+        if i in blocks:
+            left_out = list(blocks[i].module.parameters()) if is_old else blocks[i].parameters
         _add_module(digest, f"layer {i}", architecture.layers[i], left_out, values)
     return digest.hexdigest() if is_old else PREFIX + digest.hexdigest()
 
 
 def down_projection_digests(architecture: Architecture, layer: int) -> tuple[str, ...]:
-    """Return the sha256 of values of the down-projection of each decoder layer before `layer`, rounded to bfloat16.
+    """Return the sha256 of values of the blocks of each decoder layer before `layer`, rounded to bfloat16.
 
-    The keys of a layer depend on the down-projections before it, which a fingerprint does not cover. The digest of a
-    layer without a dense down-projection is empty: the fingerprint covers that layer.
+    The keys of a layer depend on the blocks before it, which a fingerprint does not cover. The digest of a layer
+    without blocks is empty: the fingerprint covers that layer.
     """
     found = []
-    for i in range(min(layer, architecture.depth)):
-        edited = _down_projection(architecture, i)
+    layers = range(min(layer, architecture.depth))
+    blocks = _blocks(architecture, layers)
+    for i in layers:
         digest = hashlib.sha256()
-        if edited is not None:
-            digest.update(_as_bfloat16(_sampled(whole(edited.parameter).detach().reshape(-1), SAMPLED_OF_EDITED)))
-        found.append(digest.hexdigest() if edited is not None else "")
+        for parameter in blocks[i].parameters if i in blocks else ():
+            digest.update(_as_bfloat16(_sampled(whole(parameter).detach().reshape(-1), SAMPLED_OF_EDITED)))
+        found.append(digest.hexdigest() if i in blocks else "")
     return tuple(found)
 
 
@@ -150,11 +154,15 @@ def tensor_digest(tensor: Tensor) -> str:
     return hashlib.sha256(buffer).hexdigest()
 
 
-def _down_projection(architecture: Architecture, layer: int) -> Block | None:
-    try:
-        return architecture.down_projection(layer)
-    except InputError:
-        return None
+def _blocks(architecture: Architecture, layers: Sequence[int]) -> dict[int, LayerBlocks]:
+    """Return the blocks of those of some layers that can be edited."""
+    with suppress(InputError):  # all at once, since the blocks of mixtures are found by running the model
+        return dict(find_blocks(architecture, layers))
+    found = {}
+    for layer in layers:
+        with suppress(InputError):
+            found[layer] = layer_blocks(architecture, layer)
+    return found
 
 
 def _add_module(

@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 from rocr.errors import InputError
 from rocr.io.boundary import calling
 from rocr.model.architecture import Architecture
+from rocr.model.blocks import layer_blocks
 from rocr.model.capture import as_sequence, first_tensor, not_called, run_through
 from rocr.model.hooks import evaluating, hooked
 from rocr.model.wrappers import uncompiled
@@ -44,7 +45,7 @@ class LayerCall:
     Attributes:
         name: The layer's name, for messages.
         layer: The decoder layer.
-        projection: The layer's down-projection.
+        projection: The layer's down-projection, or its mixture of experts.
         arguments: The positional arguments of the call.
         options: The keyword arguments of the call.
     """
@@ -59,7 +60,7 @@ class LayerCall:
     def of(cls, architecture: Architecture, layer: int) -> LayerCall:
         """Return an object that can record a call of a model's decoder layer."""
         name = f"{architecture.layers_name}.{layer}"
-        return cls(name, architecture.layers[layer], architecture.down_projection(layer).module)
+        return cls(name, architecture.layers[layer], layer_blocks(architecture, layer).module)
 
     def record(self, _layer: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         """Record the arguments of a call; a forward pre-hook with keyword arguments."""
@@ -81,9 +82,10 @@ class LayerCall:
         """
         changed: list[Tensor] = []
 
-        def replace(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-            changed.append(change(output))
-            return changed[-1]
+        def replace(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+            states = output if isinstance(output, Tensor) else output[0]
+            changed.append(change(states))
+            return changed[-1] if isinstance(output, Tensor) else (changed[-1], *output[1:])
 
         handle = self.projection.register_forward_hook(replace)
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from rocr.config import OFFICIAL_LAYERS, EditConfig
 from rocr.errors import InputError
 from rocr.model.architecture import Architecture, Block, authors_layers, default_layers
+from rocr.model.blocks import LayerBlocks, find_blocks
 
 
 def resolve_layers(config: EditConfig, architecture: Architecture) -> EditConfig:
@@ -19,27 +21,51 @@ def resolve_layers(config: EditConfig, architecture: Architecture) -> EditConfig
             its MLP, or shares the weight with another module.
     """
     layers = chosen_layers(config, architecture)
-    for layer in layers:
-        projection = architecture.down_projection(layer)
-        _check_own(architecture.model, projection)
-        if projection.parameter.device.type == "meta":
-            raise InputError(
-                f"{projection.parameter_name} is on the meta device: it is not loaded, or a device_map offloads it to "
-                "the CPU or disk until its layer runs. Load the edited layers onto a device."
-            )
-        architecture.check_down_projection(layer)
+    for blocks in check_blocks(architecture, layers).values():
+        _check_own(architecture.model, blocks)
     return replace(config, layers=layers)
 
 
-def _check_own(model: nn.Module, projection: Block) -> None:
-    """Raise InputError if another module shares the weight: an edit would change that module as well."""
-    parameters = model.named_parameters(remove_duplicate=False)
-    names = [name for name, parameter in parameters if parameter is projection.parameter]
-    if len(names) > 1:
+def check_blocks(architecture: Architecture, layers: Iterable[int]) -> Mapping[int, LayerBlocks]:
+    """Return the blocks of some layers, after a check that they can be edited.
+
+    Raises:
+        InputError: A layer is out of range, is not loaded, or has neither a dense MLP whose output is that of its
+            down-projection nor a mixture whose experts can be read.
+    """
+    layers = tuple(layers)
+    for layer in layers:
+        if architecture.mixture(layer) is None:
+            _check_loaded(architecture.down_projection(layer))
+            architecture.check_down_projection(layer)
+    found = find_blocks(architecture, layers)
+    for blocks in found.values():
+        for block in blocks.blocks:
+            _check_loaded(block)
+    return found
+
+
+def _check_loaded(block: Block) -> None:
+    if block.parameter.device.type == "meta":
         raise InputError(
-            f"{' and '.join(names[:3])} are the same weight: an edit of layer {projection.layer} would change all of "
-            "them. Leave that layer out (layers, --layers), or give each module its own weight."
+            f"{block.parameter_name} is on the meta device: it is not loaded, or a device_map offloads it to the CPU "
+            "or disk until its layer runs. Load the edited layers onto a device."
         )
+
+
+def _check_own(model: nn.Module, blocks: LayerBlocks) -> None:
+    """Raise InputError if another module shares a weight: an edit would change that module as well."""
+    edited = {id(parameter) for parameter in blocks.parameters}
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in edited:
+            names.setdefault(id(parameter), []).append(name)
+    for shared in names.values():
+        if len(shared) > 1:
+            raise InputError(
+                f"{' and '.join(shared[:3])} are the same weight: an edit of layer {blocks.layer} would change all of "
+                "them. Leave that layer out (layers, --layers), or give each module its own weight."
+            )
 
 
 def chosen_layers(config: EditConfig, architecture: Architecture) -> tuple[int, ...]:
@@ -51,24 +77,30 @@ def chosen_layers(config: EditConfig, architecture: Architecture) -> tuple[int, 
     choose = authors_layers if config.layers == OFFICIAL_LAYERS else default_layers
     layers = config.layer_numbers or choose(architecture.depth)
     for layer in layers:
-        architecture.down_projection(layer)
+        if architecture.mixture(layer) is None:
+            architecture.down_projection(layer)
     return layers
 
 
-def check_moments(architecture: Architecture, moments: dict[int, Tensor]) -> None:
+def check_moments(architecture: Architecture, moments: Mapping[int, Sequence[Tensor]]) -> None:
     """Raise InputError unless second moments have the size of the model's keys.
 
     Args:
         architecture: The architecture of the model.
-        moments: For each layer the second moment (d_in, d_in).
+        moments: For each layer the second moment (d_in, d_in) of each block.
 
     Raises:
-        InputError: The sizes differ; the message names the layer and both sizes.
+        InputError: The numbers of blocks or the sizes differ; the message names the layer and both.
     """
-    for layer, moment in moments.items():
-        size = architecture.down_projection(layer).weight.shape[1]
-        if tuple(moment.shape) != (size, size):
+    for layer, blocks in find_blocks(architecture, moments).items():
+        if len(moments[layer]) != len(blocks.blocks):
             raise InputError(
-                f"The statistics of layer {layer} are of keys of size {moment.shape[0]}, but the model's have size "
-                f"{size}. Collect statistics of this model."
+                f"The statistics of layer {layer} are of {len(moments[layer])} weights, but the model's layer has "
+                f"{len(blocks.blocks)}. Collect statistics of this model."
             )
+        for moment, size in zip(moments[layer], blocks.widths, strict=True):
+            if tuple(moment.shape) != (size, size):
+                raise InputError(
+                    f"The statistics of layer {layer} are of keys of size {moment.shape[0]}, but the model's have size "
+                    f"{size}. Collect statistics of this model."
+                )

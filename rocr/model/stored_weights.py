@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rocr.errors import InputError
@@ -26,6 +28,51 @@ from rocr.model.weight_files import WeightFiles, find_weight_files
 
 RUNS, RUN_LENGTH = 16, 32
 """The part of a tensor that is compared: evenly spaced runs of consecutive values, so that few pages are read."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the files hold a block: a tensor, or one expert of a tensor.
+
+    Attributes:
+        tensor: The tensor.
+        expert: The index of the expert in the tensor. None if the tensor holds this block only.
+        experts: The number of experts in the tensor.
+        flipped: Whether the tensor holds the transpose of what the model holds.
+    """
+
+    tensor: StoredTensor
+    expert: int | None = None
+    experts: int = 1
+    flipped: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The stored dtype."""
+        return self.tensor.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the block as the model holds it."""
+        shape = self.tensor.shape
+        if self.expert is not None:
+            rows = math.prod(shape[:-1])
+            shape = (rows // self.experts, shape[-1]) if rows % self.experts == 0 else shape
+        return shape[::-1] if self.flipped else shape
+
+    def read(self) -> Tensor:
+        """Return the block as the model holds it, in the stored dtype."""
+        values = self.tensor.read() if self.expert is None else self.of_expert(self.tensor.map()).clone()
+        return values.T.contiguous() if self.flipped else values
+
+    def write_to(self, tensor: Tensor, values: Tensor) -> None:
+        """Put a block, as the model holds it, into the values of the whole tensor."""
+        place = tensor if self.expert is None else self.of_expert(tensor)
+        place.copy_(values.T if self.flipped else values)
+
+    def of_expert(self, tensor: Tensor) -> Tensor:
+        """Return the view of the expert in the values of the whole tensor."""
+        return tensor.view(self.experts, -1, tensor.shape[-1])[self.expert]
 
 
 @dataclass
@@ -75,32 +122,53 @@ def find_weights(source: ModelSource) -> WeightFiles | None:
     return find_weight_files(source.checkpoint_folder or _cached(source))
 
 
-def find_stored(files: WeightFiles, names: StoredNames, projection: Block) -> list[StoredTensor]:
-    """Find the tensors that an edited weight has to be written to.
+def find_stored(files: WeightFiles, names: StoredNames, block: Block) -> list[Place]:
+    """Find where the files hold an edited weight; more than one place if they hold it several times.
 
     Raises:
-        InputError: The weight is not stored as a tensor of its own, of its own shape and of a dtype that can be edited.
+        InputError: The weight is not stored in its own shape, alone or with other experts, or its dtype cannot be
+            edited.
     """
-    name = projection.parameter_name
-    if name not in names.plain:
-        others = names.converted.get(name)
-        reason = f"store it in another layout, as {others[0]}" if others else "do not hold it"
+    name = block.parameter_name
+    converted = names.converted.get(name, [])
+    if name not in names.plain and not (converted and block.expert is not None):
+        reason = f"store it in another layout, as {converted[0]}" if converted else "do not hold it"
         raise InputError(
             f"An edited copy of {files.folder} cannot be written: {name} is edited, and the files {reason}. Save the "
             "model unquantised and in the layout of its class with save_pretrained, or write only the edit and the "
             "adapter (--save edit,lora)."
         )
-    places = [files.find(stored) for stored in names.plain[name]]
+    stored = [files.find(held) for held in names.plain.get(name, [])]
+    places = [Place(tensor, block.expert, block.experts) for tensor in stored]
+    if not stored:
+        places = [_place_of_expert(files, converted, block)]
     for place in places:
-        if place.kind not in SUPPORTED_KINDS or place.shape != tuple(projection.parameter.shape):
+        if place.tensor.kind not in SUPPORTED_KINDS or place.shape != tuple(block.stored.shape):
             raise InputError(
-                f"{place.name} is stored in {place.file} as {place.kind} of shape {place.shape}, but rocr writes "
-                f"float32, bfloat16 and float16 of shape {tuple(projection.parameter.shape)}, the one that was loaded."
+                f"{place.tensor.name} is stored in {place.tensor.file} as {place.tensor.kind} of shape "
+                f"{place.tensor.shape}, but rocr writes float32, bfloat16 and float16 of shape "
+                f"{tuple(block.parameter.shape)}, the one that was loaded."
             )
     return places
 
 
-def check_loaded(files: WeightFiles, names: StoredNames, model: nn.Module, projections: Iterable[Block]) -> None:
+def _place_of_expert(files: WeightFiles, names: Sequence[str], block: Block) -> Place:
+    """Return where one expert of a parameter is stored that transformers joins from several tensors, or transposes."""
+    assert block.expert is not None
+    shape = tuple(block.stored.shape)
+    if len(names) == block.experts:
+        tensor = files.find(sorted(names, key=_natural)[block.expert])
+        return Place(tensor, None, 1, flipped=tensor.shape != shape)
+    tensor = files.find(names[0])
+    return Place(tensor, block.expert, block.experts, flipped=tensor.shape[-2:] != shape)
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Return a key that sorts numbers in a name by their value."""
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", name)]
+
+
+def check_loaded(files: WeightFiles, names: StoredNames, model: nn.Module, blocks: Iterable[Block]) -> None:
     """Raise InputError unless a model that was not edited yet holds the values of its files.
 
     Weights that will be edited are compared completely, all others by some of their values. Parameters that are not
@@ -109,10 +177,10 @@ def check_loaded(files: WeightFiles, names: StoredNames, model: nn.Module, proje
     Raises:
         InputError: A weight that will be edited cannot be written, or a weight differs; the message names it.
     """
-    for projection in projections:
-        for place in find_stored(files, names, projection):
-            if not same_values(projection.parameter.data, place.read()):
-                raise _differs(projection.parameter_name, place)
+    for block in blocks:
+        for block_place in find_stored(files, names, block):
+            if not same_values(block.stored, block_place.read()):
+                raise _differs(block.label, block_place.tensor)
     for name, parameter in model.named_parameters():
         if parameter.device.type == "meta" or is_sharded(parameter) or name not in names.plain:
             continue

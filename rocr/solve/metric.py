@@ -119,7 +119,7 @@ class ProjectedMetric:
 
 
 def build_metric(
-    second_moment: Tensor, config: EditConfig, template_keys: Tensor | None = None
+    second_moment: Tensor, config: EditConfig, template_keys: Tensor | None = None, scale: float | None = None
 ) -> WhitenedMetric | ProjectedMetric:
     """Build the metric of the settings from the mean second moment of ordinary keys.
 
@@ -128,23 +128,24 @@ def build_metric(
         config: The settings; method, gamma, threshold, relative_threshold and template_weight are used.
         template_keys: (h, d_in) keys of the templates' own tokens, which are protected too, with the weight
             `config.template_weight`. None protects only ordinary keys.
+        scale: mean(diag C), where C is a block of a larger second moment. None is that of C itself.
 
     Raises:
         GuardError: C is zero or not finite, template keys are not finite, M⁻¹ is not positive definite because of
             rounding, or no eigenvalue of C lies below the threshold.
     """
-    scale = second_moment.diagonal().mean()
+    scale = float(second_moment.diagonal().mean()) if scale is None else scale
     if not all_finite(second_moment) or scale <= 0:
         raise GuardError(
             "The second moment of ordinary keys is not finite or zero: collect the statistics again, on ordinary text."
         )
     rows = _template_rows(second_moment, config, template_keys)
     if config.method == "whitened":
-        factor = _cholesky(second_moment, config.gamma / float(scale), rows)
+        factor = _cholesky(second_moment, config.gamma / scale, rows)
         return WhitenedMetric(factor, config.gamma, _trace_of_product(second_moment, factor))
     if rows is not None:
         second_moment = torch.addmm(second_moment, rows.T, rows)
-    return _projected(second_moment, config.threshold * float(scale) if config.relative_threshold else config.threshold)
+    return _projected(second_moment, config.threshold * scale if config.relative_threshold else config.threshold)
 
 
 def _template_rows(second_moment: Tensor, config: EditConfig, keys: Tensor | None) -> Tensor | None:

@@ -13,6 +13,7 @@ from rocr.errors import GuardError
 from rocr.ops.system import FactoredGram, factor_gram, solve_by_factor, solve_weighted
 from rocr.solve.factors import Factors
 from rocr.solve.metric import FactoredMetric
+from rocr.solve.mixture import WeighedKeys
 
 CHUNK_ROWS = 4096
 """Number of keys that are converted to float64 at a time."""
@@ -81,13 +82,13 @@ class Solution:
         return lambda rows: metric.root(keys[rows]).double() @ response
 
 
-def solve_layer(keys: Tensor, residuals: Tensor, metric: FactoredMetric, ridge: float) -> Solution:
+def solve_layer(keys: Tensor, residuals: Tensor, metric: FactoredMetric | WeighedKeys, ridge: float) -> Solution:
     """Solve the update Δ = Rᵀ (K M Kᵀ + λI)⁻¹ K M of one layer.
 
     Args:
         keys: K (n, d_in) float32.
         residuals: R (n, d_out) float32.
-        metric: M.
+        metric: M, or the product K M for a mixture of experts.
         ridge: λ > 0, in units of a squared key.
 
     Raises:
@@ -97,6 +98,8 @@ def solve_layer(keys: Tensor, residuals: Tensor, metric: FactoredMetric, ridge: 
         Ye, Zhang and Wu, arXiv 2506.07795. The authors solve a (d_in, d_in) system (Acruxos/ORT); this is the same
         update by the push-through identity.
     """
+    if isinstance(metric, WeighedKeys):
+        return solve_again(keys, residuals, System(ridge, product=metric.product))
     if len(keys) > keys.shape[1]:
         return solve_again(keys, residuals, System(ridge, metric=metric))
     return solve_again(keys, residuals, System(ridge, product=metric.apply(keys).float()))

@@ -15,6 +15,7 @@ from torch import Tensor
 from rocr.errors import InputError
 from rocr.io.signals import postponed_signals
 from rocr.io.tensors import read_tensors, write_tensors
+from rocr.statistics.sums import LayerSums
 
 FORMAT = "rocr checkpoint 1"
 
@@ -29,7 +30,7 @@ class Checkpoint:
     Attributes:
         path: The file. None never saves the state.
         identity: Description of the collection. A checkpoint with another one is refused.
-        sums: For each layer the running sum, (d_in, d_in) float32, shared with the collection.
+        sums: For each layer the running sums, shared with the collection.
         batches: Number of batches that are in all sums.
         tokens: Number of tokens of these batches.
         added: For each layer the number of batches in its sum: `batches`, or one more while a batch is added.
@@ -38,7 +39,7 @@ class Checkpoint:
 
     path: Path | None
     identity: dict[str, Any]
-    sums: Mapping[int, Tensor]
+    sums: Mapping[int, LayerSums]
     batches: int = 0
     tokens: int = 0
     added: dict[int, int] = field(default_factory=dict)
@@ -46,7 +47,7 @@ class Checkpoint:
 
     @classmethod
     def open(
-        cls, path: str | os.PathLike[str] | None, identity: dict[str, Any], sums: Mapping[int, Tensor]
+        cls, path: str | os.PathLike[str] | None, identity: dict[str, Any], sums: Mapping[int, LayerSums]
     ) -> Checkpoint:
         """Start a collection, or resume it from the checkpoint at `path` if there is one.
 
@@ -63,7 +64,7 @@ class Checkpoint:
         return [layer for layer, added in self.added.items() if added == self.batches]
 
     @contextmanager
-    def adding(self, layer: int) -> Iterator[Tensor]:
+    def adding(self, layer: int) -> Iterator[LayerSums]:
         """Yield the sum of a layer, to which the context adds a whole batch; signals are postponed until its end."""
         with postponed_signals():
             self.torn = True
@@ -89,7 +90,11 @@ class Checkpoint:
             "tokens": self.tokens,
             "added": {str(layer): added for layer, added in self.added.items()},
         }
-        tensors = {str(layer): total.cpu().contiguous() for layer, total in self.sums.items()}
+        tensors = {
+            name: total.cpu().contiguous()
+            for layer, sums in self.sums.items()
+            for name, total in _named(layer, sums).items()
+        }
         write_tensors(self.path, header, tensors, overwrite=True)
 
     def close(self) -> None:
@@ -107,8 +112,14 @@ class Checkpoint:
             )
         try:
             self.batches, self.tokens = int(header["batches"]), int(header["tokens"])
-            for layer, total in self.sums.items():
+            for layer, sums in self.sums.items():
                 self.added[layer] = int(header["added"][str(layer)])
-                total.copy_(tensors[str(layer)])
+                for name, total in _named(layer, sums).items():
+                    total.copy_(tensors[name])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise InputError(f"{self.path} is not a complete checkpoint: {error!r}. Delete it.") from None
+
+
+def _named(layer: int, sums: LayerSums) -> dict[str, Tensor]:
+    """Return the tensors of a layer's sums by their names in the file."""
+    return {str(layer) if i == 0 else f"{layer}.{i}": total for i, total in enumerate(sums.tensors)}

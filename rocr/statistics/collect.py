@@ -14,32 +14,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rocr import ops
 from rocr.chat_settings import DEFAULT, ChatSettings
-from rocr.errors import GuardError, InputError, RocrError
+from rocr.errors import InputError
 from rocr.io.dtypes import dtype_name
 from rocr.model.architecture import Architecture, default_layers, find_architecture, positions_of
-from rocr.model.capture import as_sequence, check_called, input_hook, run_through
+from rocr.model.blocks import find_blocks
+from rocr.model.capture import check_called, run_through
 from rocr.model.causality import check_causal
 from rocr.model.chat import with_date
 from rocr.model.fingerprint import down_projection_digests, fingerprint
+from rocr.model.layers import check_blocks
 from rocr.model.smaller_batches import retry_with_smaller_batch
 from rocr.model.tensor_parallel import is_parallel
 from rocr.ops.arithmetic import plain_arithmetic
 from rocr.progress import Progress, ProgressCallback, silent
+from rocr.statistics.batch import FIRST_TOKENS, LayerCollector
 from rocr.statistics.checkpoint import Checkpoint
 from rocr.statistics.corpus import pack_tokens, token_batches
 from rocr.statistics.distributed import Distributed
 from rocr.statistics.provenance import Provenance, computed_with, versions_now
 from rocr.statistics.self_generated import sample_sequences
-from rocr.statistics.statistics import Statistics
+from rocr.statistics.statistics import MixtureMoments, Statistics
+from rocr.statistics.sums import LayerSums
 
 DEFAULT_SAMPLED_TOKENS = 8_192
 MAX_SAMPLED_TOKENS = 2**20
 """Maximum number of tokens that the model writes: it writes all sequences at once, so memory grows with them."""
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
-FIRST_TOKENS = 1
-"""Number of tokens at the beginning of a sequence whose keys are left out."""
 
 
 @dataclass(frozen=True)
@@ -135,11 +136,10 @@ def collect_statistics(
         chosen = tuple(sorted(layers)) if layers is not None else default_layers(architecture.depth)
         if not chosen:
             raise InputError("layers is empty: give the numbers of the decoder layers whose keys are to be collected.")
-        for layer in chosen:
-            architecture.check_down_projection(layer)
-        sums = {layer: _zeros(architecture, layer) for layer in chosen}
+        blocks = check_blocks(architecture, chosen)
+        sums = {layer: LayerSums.zeros(blocks[layer]) for layer in chosen}
         mark = fingerprint(architecture, tokenizer, max(chosen))
-        weight = architecture.down_projection(max(chosen)).weight
+        dtype, device = dtype_name(blocks[max(chosen)].dtype), blocks[max(chosen)].device.type
         before = down_projection_digests(architecture, max(chosen))
         check_causal(architecture, max(chosen))
     identity = {
@@ -149,7 +149,7 @@ def collect_statistics(
         "layers": list(chosen),
         "cut": [options.tokens, options.length, options.batch_tokens],
         # Keys of one sum must be computed in the same way.
-        "computed": [dtype_name(weight.dtype), weight.device.type, computed_with(model), versions_now()],
+        "computed": [dtype, device, computed_with(model), versions_now()],
     }
     distributed.check_same("models, texts, layers or options", identity)
     with distributed.collective():
@@ -180,14 +180,16 @@ def collect_statistics(
         if distributed.size > 1:
             state.close()
             for layer in chosen:
-                distributed.sum_lower_triangle(sums[layer])
+                distributed.sum_layer(sums[layer])
     except BaseException as error:
         state.save()
         distributed.broadcast_error(error)
         raise
-    moments = {layer: _finished(total, tokens, layer) for layer, total in sums.items()}
-    read = replace(source.provenance(dtype_name(weight.dtype), computed_with(model)), down_projections=before)
-    return Statistics(moments, tokens, source.name(), mark, read)
+    means = {layer: total.finished(tokens, layer) for layer, total in sums.items()}
+    moments = {layer: moment for layer, moment in means.items() if isinstance(moment, Tensor)}
+    mixtures = {layer: moment for layer, moment in means.items() if isinstance(moment, MixtureMoments)}
+    read = replace(source.provenance(dtype, computed_with(model)), down_projections=before)
+    return Statistics(moments, tokens, source.name(), mark, read, mixtures)
 
 
 def check_sampled(tokens: int | None) -> None:
@@ -280,11 +282,6 @@ class _Source:
             yield text
 
 
-def _zeros(architecture: Architecture, layer: int) -> Tensor:
-    weight = architecture.down_projection(layer).weight
-    return torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float32, device=weight.device)
-
-
 def _accumulate(architecture: Architecture, state: Checkpoint, batch: _Batch) -> int:
     """Add the keys of a batch to the sums, and return their number."""
     if batch.count == 0:
@@ -295,55 +292,19 @@ def _accumulate(architecture: Architecture, state: Checkpoint, batch: _Batch) ->
 
 def _accumulate_pieces(architecture: Architecture, state: Checkpoint, batch: _Batch, size: int) -> None:
     """Run a batch in pieces of `size` sequences. Each layer's keys are added in one step, after the last piece."""
-    pending: dict[int, list[Tensor]] = {layer: [] for layer in state.unfinished()}
-    projections = {layer: architecture.down_projection(layer) for layer in pending}
-
-    def receive(layer: int, keys: Tensor) -> None:
-        name = projections[layer].name
-        if layer not in pending or len(pending[layer]) > done:
-            raise InputError(f"{name} runs more than once in a forward pass: a token has several keys there.")
-        keys = as_sequence(keys, pieces[done].shape, f"The tensor that flows through {name}")
-        pending[layer].append(keys[:, FIRST_TOKENS:].reshape(-1, keys.shape[-1]))
-        if done == len(pieces) - 1:
-            keys = torch.cat(pending.pop(layer)) if len(pieces) > 1 else pending.pop(layer)[0]
-            _add(state, layer, keys[: batch.count])
-
+    collectors = [
+        LayerCollector(state, blocks, batch.count) for blocks in find_blocks(architecture, state.unfinished()).values()
+    ]
     pieces = torch.split(torch.tensor(batch.sequences), size)  # type: ignore[no-untyped-call]
     with ExitStack() as stack:
-        for layer, projection in projections.items():
-            stack.enter_context(input_hook(projection.module, partial(receive, layer)))
-        for done, piece in enumerate(pieces):  # noqa: B007 (`receive` reads it)
+        for each in collectors:
+            stack.enter_context(each.hook())
+        for number, piece in enumerate(pieces):
+            for each in collectors:
+                each.begin(number, piece.shape, is_last=number == len(pieces) - 1)
             run_through(architecture, max(state.sums), piece)
-    check_called(
-        projections.keys() - pending.keys(), {layer: projection.name for layer, projection in projections.items()}
-    )
-
-
-def _add(state: Checkpoint, layer: int, keys: Tensor) -> None:
-    """Add the second moment of keys (t, d_in) to the sum of a layer."""
-    try:
-        with state.adding(layer) as total:
-            ops.accumulate_second_moment(total, keys)
-    except torch.cuda.OutOfMemoryError as error:  # not retried: the sum may contain a part of the keys
-        raise RocrError(
-            f"The GPU ran out of memory at layer {layer}: collect fewer layers at a time. {error}"
-        ) from error
-
-
-def _finished(total: Tensor, tokens: int, layer: int) -> Tensor:
-    """Return the mean second moment of a layer, in place of its sum."""
-    ops.symmetrize(total)
-    if not torch.isfinite(total.diagonal()).all():
-        raise GuardError(
-            f"Some keys of layer {layer} are not finite: the model overflows on this text. "
-            "Load it in float32 or bfloat16."
-        )
-    if not total.diagonal().any():
-        raise GuardError(
-            f"All keys of layer {layer} are zero on this text, so there is no metric. "
-            "Choose other layers, or give more text."
-        )
-    return total.div_(tokens)
+    names = {each.layer.layer: each.layer.name for each in collectors}
+    check_called([each.layer.layer for each in collectors if each.is_done], names)
 
 
 def _equal_lengths(batch: list[list[int]]) -> Iterator[list[list[int]]]:

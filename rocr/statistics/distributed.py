@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rocr.errors import InputError, RocrError
+from rocr.statistics.sums import LayerSums
 
 T = TypeVar("T")
 BLOCK_ELEMENTS = 2**23
@@ -155,6 +156,13 @@ class Distributed:
         for start in range(0, len(total), rows):
             block = total[start : start + rows, : start + rows]
             block.copy_(self._sum(block))
+
+    def sum_layer(self, sums: LayerSums) -> None:
+        """Replace the sums of a layer by their sums over all processes; see `sum_lower_triangle`."""
+        for total in sums.matrices:
+            self.sum_lower_triangle(total)
+        if sums.routed is not None and self.size > 1:
+            sums.routed.copy_(self._sum(sums.routed))
 
     def checkpoint(self, path: str | os.PathLike[str] | None) -> Path | None:
         """Return the path of this process's own checkpoint, for a collection with the checkpoint `path`.

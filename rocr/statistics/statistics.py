@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +19,22 @@ from rocr.ops.arithmetic import plain_arithmetic
 from rocr.statistics.provenance import Provenance, changed_layers, different
 
 FORMAT = "rocr statistics 1"
+_NUMBER = "0|[1-9][0-9]{0,5}"
+
+
+@dataclass(frozen=True)
+class MixtureMoments:
+    """Mean second moments of the gated keys of a mixture of experts.
+
+    Attributes:
+        moments: For each block of the layer the matrix C = sum(g² k kᵀ) / tokens, (d_in, d_in) float32. All are
+            divided by the number of tokens of the text, so that together they are the diagonal blocks of the second
+            moment of the wide key.
+        routed: (blocks,) int64, the number of the tokens that were routed to each block.
+    """
+
+    moments: tuple[Tensor, ...]
+    routed: Tensor
 
 
 @dataclass(frozen=True)
@@ -26,11 +42,12 @@ class Statistics:
     """Mean second moments of the keys of ordinary text, for some layers of one model.
 
     Attributes:
-        moments: For each layer the matrix C = sum(k kᵀ) / tokens, (d_in, d_in) float32, symmetric, not centred.
+        moments: For each dense layer the matrix C = sum(k kᵀ) / tokens, (d_in, d_in) float32, symmetric, not centred.
         tokens: Number of keys in each mean.
         text: Identifier of the text: the sha256 of its bytes, or how it was drawn.
         fingerprint: The model and tokenizer that read the text.
         provenance: How they read it. None: unknown, for example for moments from another program.
+        mixtures: The moments of layers with a mixture of experts.
     """
 
     moments: Mapping[int, Tensor]
@@ -38,11 +55,12 @@ class Statistics:
     text: str
     fingerprint: Fingerprint
     provenance: Provenance | None = None
+    mixtures: Mapping[int, MixtureMoments] = field(default_factory=dict)
 
     @property
     def layers(self) -> tuple[int, ...]:
         """The layers of the moments, ascending."""
-        return tuple(sorted(self.moments))
+        return tuple(sorted([*self.moments, *self.mixtures]))
 
     def summary(self) -> dict[str, Any]:
         """Return a description for the report of an edit, as JSON values."""
@@ -50,17 +68,28 @@ class Statistics:
         return {"text": self.text, "tokens": self.tokens, **read}
 
     def second_moment(self, layer: int) -> Tensor:
-        """Return the mean second moment of one layer, (d_in, d_in) float32.
+        """Return the mean second moment of one dense layer, (d_in, d_in) float32.
+
+        Raises:
+            InputError: There is no second moment of the layer, or it has one for each of its experts.
+        """
+        (moment,) = self.second_moments(layer)
+        return moment
+
+    def second_moments(self, layer: int) -> tuple[Tensor, ...]:
+        """Return the mean second moment of each block of one layer: of the only one, or of each expert.
 
         Raises:
             InputError: There is no second moment of the layer.
         """
+        if layer in self.mixtures:
+            return self.mixtures[layer].moments
         if layer not in self.moments:
             raise InputError(
                 f"The statistics cover layers {', '.join(map(str, self.layers))}, not layer {layer}; "
                 "collect them for the layers that are edited."
             )
-        return self.moments[layer]
+        return (self.moments[layer],)
 
     def check_model(
         self,
@@ -135,15 +164,17 @@ class Statistics:
             )
         provenance = self.provenance.merge(other.provenance) if self.provenance and other.provenance else None
         tokens = self.tokens + other.tokens
-        moments = {
-            layer: (
-                (self.moments[layer].double() * self.tokens + other.moments[layer].double() * other.tokens) / tokens
-            )
-            .float()
-            .contiguous()
-            for layer in self.layers
-        }
-        return Statistics(moments, tokens, f"{self.text}+{other.text}", self.fingerprint, provenance)
+
+        def mean(mine: Tensor, theirs: Tensor) -> Tensor:
+            return ((mine.double() * self.tokens + theirs.double() * other.tokens) / tokens).float().contiguous()
+
+        moments = {layer: mean(moment, other.moments[layer]) for layer, moment in self.moments.items()}
+        mixtures = {}
+        for layer, mine in self.mixtures.items():
+            theirs = other.mixtures[layer]
+            pairs = zip(mine.moments, theirs.moments, strict=True)
+            mixtures[layer] = MixtureMoments(tuple(mean(*pair) for pair in pairs), mine.routed + theirs.routed)
+        return Statistics(moments, tokens, f"{self.text}+{other.text}", self.fingerprint, provenance, mixtures)
 
     @plain_arithmetic()
     def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
@@ -166,6 +197,10 @@ class Statistics:
         if self.provenance is not None:
             header["provenance"] = self.provenance.to_json()
         tensors = {f"second_moment.{layer}": moment.cpu().contiguous() for layer, moment in self.moments.items()}
+        for layer, mixture in self.mixtures.items():
+            tensors[f"routed.{layer}"] = mixture.routed.cpu()
+            for block, moment in enumerate(mixture.moments):
+                tensors[f"second_moment.{layer}.{block}"] = moment.cpu().contiguous()
         write_tensors(path, header, tensors, overwrite=overwrite)
 
     @classmethod
@@ -181,12 +216,14 @@ class Statistics:
         """
         header, tensors = read_tensors(path, FORMAT)
         try:
+            moments, mixtures = _sorted(tensors)
             statistics = cls(
-                {_layer_of(name): tensor for name, tensor in tensors.items()},
+                moments,
                 header["tokens"],
                 text_of(header["text"], "text"),
                 Fingerprint(**header["fingerprint"]),
                 None if "provenance" not in header else Provenance(**header["provenance"]),
+                mixtures,
             )
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} is not a complete statistics file: {repr(error)[:200]}.") from None
@@ -197,23 +234,60 @@ class Statistics:
 def _check(statistics: Statistics, path: str | os.PathLike[str]) -> None:
     """Raise InputError unless the contents of a file are valid."""
     tokens = statistics.tokens
-    if not statistics.moments or not isinstance(tokens, int) or not 0 < tokens <= MAX_INTEGER or tokens is True:
-        raise InputError(f"{path} holds {len(statistics.moments)} second moments of {str(tokens)[:60]} tokens.")
+    if not statistics.layers or not isinstance(tokens, int) or not 0 < tokens <= MAX_INTEGER or tokens is True:
+        raise InputError(f"{path} holds {len(statistics.layers)} second moments of {str(tokens)[:60]} tokens.")
     for layer, moment in statistics.moments.items():
-        if moment.dtype != torch.float32 or moment.ndim != 2 or moment.shape[0] != moment.shape[1]:
-            shape: Sequence[int] = tuple(moment.shape)
-            raise InputError(f"{path}: the second moment of layer {layer} is {moment.dtype} of shape {shape}.")
-        if (moment.diagonal() < 0).any() or not moment.diagonal().any():
-            raise InputError(f"{path}: the second moment of layer {layer} has mean squares that are negative or all 0.")
-        if not torch.isfinite(moment).all():
-            raise InputError(f"{path}: the second moment of layer {layer} holds values that are not finite.")
-        if not torch.equal(moment, moment.T):
-            raise InputError(f"{path}: the second moment of layer {layer} is not symmetric.")
+        _check_moment(moment, f"{path}: the second moment of layer {layer}")
+    for layer, mixture in statistics.mixtures.items():
+        for block, moment in enumerate(mixture.moments):
+            _check_moment(moment, f"{path}: the second moment of block {block} of layer {layer}", may_be_zero=True)
+        if not any(moment.any() for moment in mixture.moments):
+            raise InputError(f"{path}: all second moments of the experts of layer {layer} are 0.")
+        routed = mixture.routed
+        if routed.dtype != torch.int64 or routed.shape != (len(mixture.moments),) or not (routed >= 0).all():
+            raise InputError(
+                f"{path}: the numbers of tokens of the experts of layer {layer} are {routed.dtype} of shape "
+                f"{tuple(routed.shape)}, not {len(mixture.moments)} whole numbers."
+            )
 
 
-def _layer_of(name: str) -> int:
-    """Return the layer of a tensor by its name in a file."""
-    match = re.fullmatch(r"second_moment\.(0|[1-9][0-9]{0,5})", name)
-    if match is None:
-        raise ValueError(f"it contains a tensor {name[:60]!r}")
-    return int(match[1])
+def _check_moment(moment: Tensor, what: str, may_be_zero: bool = False) -> None:
+    """Raise InputError unless a tensor is a second moment; that of an expert without tokens may be zero."""
+    if moment.dtype != torch.float32 or moment.ndim != 2 or moment.shape[0] != moment.shape[1]:
+        shape: Sequence[int] = tuple(moment.shape)
+        raise InputError(f"{what} is {moment.dtype} of shape {shape}.")
+    if (moment.diagonal() < 0).any() or not (may_be_zero or moment.diagonal().any()):
+        raise InputError(f"{what} has mean squares that are negative or all 0.")
+    if not torch.isfinite(moment).all():
+        raise InputError(f"{what} holds values that are not finite.")
+    if not torch.equal(moment, moment.T):
+        raise InputError(f"{what} is not symmetric.")
+
+
+def _sorted(tensors: Mapping[str, Tensor]) -> tuple[dict[int, Tensor], dict[int, MixtureMoments]]:
+    """Return the moments of dense layers and of mixtures in a file's tensors.
+
+    Raises:
+        ValueError: The file contains another tensor, or lacks one of a mixture.
+    """
+    moments: dict[int, Tensor] = {}
+    routed: dict[int, Tensor] = {}
+    blocks: dict[int, dict[int, Tensor]] = {}
+    for name, tensor in tensors.items():
+        match = re.fullmatch(rf"(second_moment|routed)\.({_NUMBER})(?:\.({_NUMBER}))?", name)
+        if match is None or (match[1] == "routed" and match[3] is not None):
+            raise ValueError(f"it contains a tensor {name[:60]!r}")
+        layer = int(match[2])
+        if match[1] == "routed":
+            routed[layer] = tensor
+        elif match[3] is None:
+            moments[layer] = tensor
+        else:
+            blocks.setdefault(layer, {})[int(match[3])] = tensor
+    for layer in routed.keys() | blocks.keys():
+        if sorted(blocks.get(layer, {})) != list(range(len(routed.get(layer, ())))) or layer in moments:
+            raise ValueError(f"it contains a part of the second moments of the experts of layer {layer}")
+    return moments, {
+        layer: MixtureMoments(tuple(blocks[layer][block] for block in range(len(counts))), counts)
+        for layer, counts in routed.items()
+    }

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 import rocr
 from rocr import CollectOptions, InputError
 from rocr.statistics.checkpoint import Checkpoint
+from rocr.statistics.sums import LayerSums
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LAYERS = [1, 2]
@@ -126,22 +127,22 @@ def test_interrupted_by_signals_at_any_moment(collect, whole, options, number):
 
 
 def test_a_torn_sum_is_never_saved(tmp_path):
-    state = Checkpoint.open(tmp_path / "state", {"text": "t"}, {1: torch.zeros(2, 2)})
-    with state.adding(1) as total:
-        total += 1
+    state = Checkpoint.open(tmp_path / "state", {"text": "t"}, {1: LayerSums((torch.zeros(2, 2),))})
+    with state.adding(1) as sums:
+        sums.totals[0].add_(1)
     state.finish_batch(10)
     state.save()
     saved = (tmp_path / "state").read_bytes()
-    with pytest.raises(MemoryError), state.adding(1) as total:
-        total += 1
+    with pytest.raises(MemoryError), state.adding(1) as sums:
+        sums.totals[0].add_(1)
         raise MemoryError
     state.save()
     assert (tmp_path / "state").read_bytes() == saved
 
 
 def test_nothing_is_written_before_the_first_batch_nor_without_a_path(tmp_path):
-    Checkpoint.open(tmp_path / "state", {}, {1: torch.zeros(2, 2)}).save()
-    Checkpoint.open(None, {}, {1: torch.zeros(2, 2)}).save()
+    Checkpoint.open(tmp_path / "state", {}, {1: LayerSums((torch.zeros(2, 2),))}).save()
+    Checkpoint.open(None, {}, {1: LayerSums((torch.zeros(2, 2),))}).save()
     assert not list(tmp_path.iterdir())
 
 

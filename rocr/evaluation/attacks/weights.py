@@ -17,6 +17,7 @@ from rocr.evaluation.lora_training import Training, question_examples, trained
 from rocr.evaluation.probes.probe import Probe
 from rocr.evaluation.scores import Evaluation
 from rocr.model.architecture import find_architecture
+from rocr.model.blocks import find_blocks
 from rocr.ops.arithmetic import plain_arithmetic, writing
 from rocr.progress import ProgressCallback, silent
 
@@ -35,20 +36,19 @@ def rounded(model: nn.Module, layers: Sequence[int], bits: int) -> Iterator[nn.M
     if not 2 <= bits <= 8:
         raise InputError(f"bits must be between 2 and 8, not {bits}.")
     architecture = find_architecture(model)
-    originals = {layer: architecture.down_projection(layer).parameter.detach().clone() for layer in layers}
+    blocks = [block for layer in find_blocks(architecture, layers).values() for block in layer.blocks]
+    originals = [block.stored.detach().clone() for block in blocks]
     try:
         with plain_arithmetic():
-            for layer in layers:
-                weight = architecture.down_projection(layer).weight
-                with writing(weight):
-                    weight.copy_(round_groups(weight, bits))
+            for block in blocks:
+                with writing(block.weight):
+                    block.weight.copy_(round_groups(block.weight, bits))
         yield model
     finally:
         with plain_arithmetic():
-            for layer, values in originals.items():
-                parameter = architecture.down_projection(layer).parameter.data
-                with writing(parameter):
-                    parameter.copy_(values)
+            for block, values in zip(blocks, originals, strict=True):
+                with writing(block.stored):
+                    block.stored.copy_(values)
 
 
 def round_groups(weight: Tensor, bits: int) -> Tensor:

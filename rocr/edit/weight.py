@@ -1,0 +1,126 @@
+"""The weight that one update changes: the block of a dense layer, or blocks of a mixture of experts side by side."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rocr.edit.update import LayerUpdate, parts_of
+from rocr.errors import InputError
+from rocr.model.architecture import Architecture, Block
+from rocr.model.blocks import find_blocks
+from rocr.model.tensor_parallel import own, own_part, whole
+from rocr.solve.factors import Factors
+
+
+@dataclass(frozen=True)
+class Weight:
+    """The weight of an update (d_out, sum of d_in).
+
+    Attributes:
+        blocks: The blocks, in the order of the update's columns.
+        is_mixture: Whether the blocks are some of a mixture of experts.
+    """
+
+    blocks: tuple[Block, ...]
+    is_mixture: bool = False
+
+    @property
+    def name(self) -> str:
+        """The name of the weight for messages."""
+        if not self.is_mixture:
+            return self.blocks[0].parameter_name
+        return f"{self.blocks[0].label} and {len(self.blocks) - 1} more" if self.blocks[1:] else self.blocks[0].label
+
+    @property
+    def stored(self) -> list[Tensor]:
+        """Views of the blocks as the model stores them."""
+        return [block.stored for block in self.blocks]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weight."""
+        return self.blocks[0].stored.dtype
+
+    def digest(self) -> str:
+        """Return the sha256 of the bytes of all blocks, each in row-major order."""
+        return digest_of(self.stored)
+
+    def parts(self, update: Factors) -> list[tuple[Tensor, Tensor]]:
+        """Return the factors left (d_out, r) and right (r, d_in) of each block's part of a product."""
+        if not self.is_mixture:
+            (block,) = self.blocks
+            return [(update.left.to(block.weight.device), own_part(update.right, block.weight))]
+        found, start, device = [], 0, self.blocks[0].parameter.device
+        left = update.left.to(device)
+        for block in self.blocks:
+            width = block.weight.shape[1]
+            found.append((left, update.right[:, start : start + width].contiguous().to(device)))
+            start += width
+        return found
+
+    @property
+    def targets(self) -> list[Tensor]:
+        """The (d_out, d_in) view of each block that this process changes."""
+        return [own(block.weight) for block in self.blocks]
+
+
+def digest_of(stored: Sequence[Tensor]) -> str:
+    """Return the sha256 of the bytes of tensors, each in row-major order."""
+    digest = hashlib.sha256()
+    for tensor in stored:
+        plain: Any = whole(tensor).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        digest.update(plain)
+    return digest.hexdigest()
+
+
+def _kind(is_mixture: bool) -> str:
+    return "a mixture of experts" if is_mixture else "a dense layer"
+
+
+def edited_weights(architecture: Architecture, updates: Sequence[LayerUpdate]) -> list[Weight]:
+    """Return the weights that updates belong to.
+
+    Raises:
+        InputError: The model has no such layer, or its blocks have other names or shapes.
+    """
+    layers = find_blocks(architecture, [update.layer for update in updates])
+    found = []
+    for update in updates:
+        layer, expected = layers[update.layer], update.factors.shape
+        if layer.is_mixture != bool(update.parts):
+            raise InputError(
+                f"The edit changes {update.parameter}, of {_kind(bool(update.parts))}, but layer {update.layer} of "
+                f"this model is {_kind(layer.is_mixture)}."
+            )
+        if not layer.is_mixture:
+            block = layer.only
+            if block.parameter_name != update.parameter or tuple(block.weight.shape) != expected:
+                raise InputError(
+                    f"The edit changes {update.parameter} {expected}, but layer {update.layer} of this model has "
+                    f"{block.parameter_name} {tuple(block.weight.shape)}."
+                )
+            found.append(Weight((block,)))
+            continue
+        fits = max(update.blocks) < len(layer.blocks)
+        own_parts = parts_of(layer, update.blocks) if fits else ()
+        for part, mine in zip(update.parts, own_parts or update.parts, strict=True):
+            if not fits or (part.parameter, part.width, part.expert) != (mine.parameter, mine.width, mine.expert):
+                raise InputError(
+                    f"The edit changes {part.parameter} of expert {part.expert} with {part.width} inputs, but block "
+                    f"{part.block} of layer {update.layer} of this model is "
+                    f"{layer.blocks[part.block].label if fits else 'missing'}."
+                )
+        blocks = tuple(layer.blocks[block] for block in update.blocks)
+        if len(blocks[0].weight) != expected[0]:
+            raise InputError(
+                f"The edit changes {update.parameter} with {expected[0]} outputs, but this model's has "
+                f"{len(blocks[0].weight)}."
+            )
+        found.append(Weight(blocks, is_mixture=True))
+    return found

@@ -1,0 +1,60 @@
+"""The part of an edit file that holds wide keys, which are zero at the blocks that they are not routed to.
+
+Only the other parts are stored, one after the other, sorted by block and row. The product K M has the same zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rocr.edit.update import LayerUpdate, Part
+
+
+def routed_rows(update: LayerUpdate) -> Tensor:
+    """Return (blocks, n) uint8: whether a key of an update is routed to a block of it."""
+    return torch.stack([update.keys[:, place].any(dim=1) for place in update.columns]).to("cpu", torch.uint8)
+
+
+def pack_wide(values: Tensor, update: LayerUpdate) -> Tensor:
+    """Return the values of a wide matrix (n, sum of d_in) at the blocks that its rows are routed to, flat."""
+    routed = routed_rows(update).bool()
+    pieces = [values[rows][:, place].reshape(-1) for rows, place in zip(routed, update.columns, strict=True)]
+    return torch.cat(pieces)
+
+
+def unpack_wide(layer: int, parts: Sequence[Part], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a file with the wide matrices of a layer unpacked.
+
+    Raises:
+        KeyError, ValueError: A tensor is missing or does not have the size that the parts give it.
+    """
+    prefix = f"layer.{layer}."
+    routed, n = tensors[f"{prefix}routed"], len(tensors[f"{prefix}residuals"])
+    if routed.dtype != torch.uint8 or tuple(routed.shape) != (len(parts), n) or bool((routed > 1).any()):
+        raise ValueError(
+            f"the routing of layer {layer} is {routed.dtype} of shape {tuple(routed.shape)}, not a flag for "
+            f"each of {len(parts)} blocks and {n} keys"
+        )
+    if len({part.block for part in parts}) != len(parts):
+        raise ValueError(f"two parts of layer {layer} are of one block")
+    found = dict(tensors)
+    for name in ("keys", "product"):
+        if f"{prefix}{name}" in tensors:
+            found[f"{prefix}{name}"] = _unpacked(tensors[f"{prefix}{name}"], parts, routed.bool(), f"{prefix}{name}")
+    return found
+
+
+def _unpacked(flat: Tensor, parts: Sequence[Part], routed: Tensor, name: str) -> Tensor:
+    counts = routed.sum(dim=1).tolist()
+    sizes = [count * part.width for count, part in zip(counts, parts, strict=True)]
+    if flat.dtype != torch.float32 or tuple(flat.shape) != (sum(sizes),):
+        raise ValueError(f"{name} is {flat.dtype} of shape {tuple(flat.shape)}, not float32 of {sum(sizes)} values")
+    values = torch.zeros(routed.shape[1], sum(part.width for part in parts))
+    start = 0
+    for part, rows, piece in zip(parts, routed, torch.split(flat, sizes), strict=True):
+        values[rows, start : start + part.width] = piece.view(-1, part.width)
+        start += part.width
+    return values
