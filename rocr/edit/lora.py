@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rocr.edit.lora_experts import ParameterFactors, parameter_factors
 from rocr.edit.record import EditRecord
-from rocr.edit.update import LayerUpdate
+from rocr.edit.update import LayerUpdate, Part
 from rocr.errors import InputError
 from rocr.io.disk_space import check_space
 from rocr.io.output import new_directory
@@ -86,6 +87,8 @@ def adapter_tensors(
     _check_loadable(edit)
     tensors: dict[str, Tensor] = {}
     layers = []
+    if any(update.parts for update in edit.updates):
+        return _with_experts(edit, rank)
     for update in edit.updates:
         layer, left, right = adapter_layer(update, rank)
         for module in layer.modules:
@@ -99,6 +102,53 @@ def adapter_tensors(
         for layer in layers:
             _pad(tensors, layer, largest)
     return tensors, _adapter_config(edit, layers), layers
+
+
+def _with_experts(
+    edit: EditRecord, rank: int | None
+) -> tuple[dict[str, Tensor], dict[str, object], list[AdapterLayer]]:
+    """Return the adapter of an edit that changes experts: PEFT supports one rank for all target parameters."""
+    found: list[tuple[LayerUpdate, ParameterFactors, tuple[float, float]]] = []
+    for update in edit.updates:
+        parts, errors = _truncated_parts(update, rank)
+        found += [(update, factors, errors) for factors in parts]
+    largest = max(factors.rank for _, factors, _ in found)
+    tensors: dict[str, Tensor] = {}
+    layers, names = [], []
+    for update, factors, (relative_error, key_error) in found:
+        a, b = factors.adapter(largest)
+        own = factors.own and factors.own.rpartition(".")[0]
+        full = min(update.factors.rank, *update.factors.shape)
+        layers.append(AdapterLayer(update.layer, factors.module, largest, full, relative_error, key_error, own))
+        names += [name for name in (factors.parameter, factors.own) if name is not None]
+        for module in layers[-1].modules:
+            for factor, values in (("A", a), ("B", b)):
+                held = values if module == factors.module else values.clone()
+                tensors[f"base_model.model.{module}.lora_{factor}.weight"] = held.contiguous()
+    return tensors, _adapter_config(edit, layers, names), layers
+
+
+def _truncated_parts(update: LayerUpdate, rank: int | None) -> tuple[list[ParameterFactors], tuple[float, float]]:
+    """Return the factors of a layer's parameters, and the largest truncation errors of `AdapterLayer`."""
+    if not update.parts:
+        # A dense layer of a model that also has mixtures.
+        layer, left, right = adapter_layer(update, rank)
+        part = Part(0, update.parameter, right.shape[1], update.transposed, own=update.own)
+        factors = ParameterFactors([part], update.parameter, update.own, [left], [right])
+        return [factors], (layer.relative_error, layer.key_error)
+    left, right = update.factors.left.cpu(), update.factors.right.cpu()
+    pieces = [(left, right[:, place]) for place in update.columns]
+    errors = [(0.0, 0.0)]
+    if rank is not None and rank < right.shape[0]:
+        cut = [
+            truncate(left, piece, update.keys[:, place].cpu(), rank)
+            for (_, piece), place in zip(pieces, update.columns, strict=True)
+        ]
+        pieces, errors = [each[:2] for each in cut], [each[2:] for each in cut]
+    elif right.shape[0] > min(left.shape[0], *(part.width for part in update.parts)):
+        pieces = [thin_factors(Factors(left, piece)) for _, piece in pieces]
+    found = parameter_factors(update, [piece[0] for piece in pieces], [piece[1] for piece in pieces])
+    return list(found), (max(error[0] for error in errors), max(error[1] for error in errors))
 
 
 def _check_loadable(edit: EditRecord) -> None:
@@ -194,13 +244,17 @@ def _is_mixture(edit: EditRecord) -> bool:
     return any(name in edit.computed_with for name in EXPERTS)
 
 
-def _adapter_config(edit: EditRecord, layers: Sequence[AdapterLayer]) -> dict[str, object]:
-    """Return the contents of adapter_config.json."""
+def _adapter_config(
+    edit: EditRecord, layers: Sequence[AdapterLayer], parameters: Sequence[str] = ()
+) -> dict[str, object]:
+    """Return the contents of adapter_config.json; `parameters` are the names of the weights of an edit of experts."""
     ranks = {module: layer.rank for layer in layers for module in layer.modules}
     largest = max(ranks.values())
     targets: dict[str, object] = {"target_modules": sorted(ranks), "rank_pattern": ranks, "alpha_pattern": ranks}
     if _is_mixture(edit):
         targets = {"target_modules": [], "target_parameters": [f"{module}.weight" for module in sorted(ranks)]}
+    if parameters:
+        targets = {"target_modules": [], "target_parameters": sorted(parameters)}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -211,6 +265,6 @@ def _adapter_config(edit: EditRecord, layers: Sequence[AdapterLayer]) -> dict[st
         "lora_alpha": largest,
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": any(update.transposed for update in edit.updates),
+        "fan_in_fan_out": not parameters and any(update.transposed for update in edit.updates),
         "inference_mode": True,
     }

@@ -200,10 +200,7 @@ class Architecture:
         if _is_mixture(mlp):
             if len(self.structure(layer).listed_mlps()) > 1:
                 return None
-            raise InputError(
-                f"{name}.{child} is a mixture of experts, which has no single dense down-projection. rocr edits dense "
-                "layers."
-            )
+            raise InputError(f"{name}.{child} is a mixture of experts, which has no single dense down-projection.")
         return f"{name}.{child}", mlp
 
 

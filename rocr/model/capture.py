@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 from rocr.errors import InputError
 from rocr.io.boundary import calling
 from rocr.model.architecture import Architecture
-from rocr.model.forward import accepted
+from rocr.model.forward import accepted, without_image_offset
 from rocr.model.hooks import evaluating, hooked, input_of
 from rocr.model.tensor_parallel import whole, whole_input
 from rocr.model.wrappers import uncompiled
@@ -77,7 +77,7 @@ def run_through(
     # The hook that stops must be the layer's last one, so that the recording hooks run before it.
     stopping = hooked(architecture.layers[layer].register_forward_hook, stop)
     reader = architecture.reader
-    with uncompiled(), evaluating(reader), stopping:
+    with uncompiled(), evaluating(reader), without_image_offset(architecture.model), stopping:
         try:
             with calling(f"The forward pass of {type(reader).__name__}"):
                 reader(**accepted(reader, arguments))
