@@ -79,6 +79,14 @@ def accepts(model: nn.Module, argument: str) -> bool:
     return argument in parameters or any(kind.kind is inspect.Parameter.VAR_KEYWORD for kind in parameters.values())
 
 
+def needs_more_than_text(model: nn.Module) -> bool:
+    """Return whether a model's `forward` has arguments without a default besides the token ids, such as an image."""
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = inspect.signature(_inner(model).forward).parameters
+    needed = {name for name, kind in parameters.items() if kind.kind in kinds and kind.default is kind.empty}
+    return bool(needed - {"input_ids"})
+
+
 def is_of_transformers(model: nn.Module) -> bool:
     """Return whether a model's code is part of transformers, whose caches are known, instead of its own."""
     return type(_inner(model)).__module__.startswith("transformers.models.")

@@ -161,9 +161,10 @@ def must_map(files: WeightFiles, architecture: Architecture, last_layer: int, de
 def _needed(architecture: Architecture, last_layer: int, names: StoredNames) -> list[str]:
     """Return the names of the parameters and stored buffers of the decoder, except those of later layers.
 
-    Parameters outside the layers are the embedding, which is needed, and norms, which are small.
+    Parameters outside the layers are the embedding, which is needed, and norms, which are small. The decoder is the
+    innermost module around layers and embedding: BERT's layers are in a module of their own.
     """
-    decoder = architecture.layers_name.rpartition(".")[0]
+    decoder = _around(architecture)
     prefix, layers = f"{decoder}." if decoder else "", f"{architecture.layers_name}."
     found = []
     stored_buffers = (
@@ -181,6 +182,16 @@ def _needed(architecture: Architecture, last_layer: int, names: StoredNames) -> 
         for name, parameter in architecture.model.named_parameters()
         if name not in found and any(parameter is own for own in embedding.parameters())
     ]
+
+
+def _around(architecture: Architecture) -> str:
+    """Return the name of the innermost module that contains the layers and, if one does, the embedding."""
+    decoder = inner = architecture.layers_name.rpartition(".")[0]
+    while decoder:
+        if any(module is architecture.embedding for module in architecture.model.get_submodule(decoder).modules()):
+            return decoder
+        decoder = decoder.rpartition(".")[0]
+    return inner
 
 
 def _set(

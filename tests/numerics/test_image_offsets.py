@@ -1,4 +1,4 @@
-"""Models that keep an offset of positions from their last prompt compute the same after any prompt, as Qwen2-VL."""
+"""Models that keep an offset of positions from their last prompt, as Qwen2-VL does, compute the same after it."""
 
 import pytest
 import torch
