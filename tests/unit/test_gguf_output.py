@@ -14,6 +14,7 @@ from rocr.edit.guards import Guards
 from rocr.export.gguf import check_gguf_possible, save_edited_gguf
 from rocr.export.gguf_lora import write_gguf_lora
 from rocr.export.gguf_rewrite import NewTensor, grown_size, rewrite_gguf
+from rocr.model.fingerprint import tensor_digest
 from rocr.model.gguf_layout import encode, encode_changed, read_gguf_layout
 from rocr.model.hub import loading
 from rocr.model.load import LoadedModel, find_model, load_model
@@ -138,6 +139,25 @@ def test_revert_gives_the_first_file_byte_for_byte(edited, tmp_path):
 def test_a_file_without_the_edit_is_not_reverted(edited, tmp_path):
     with pytest.raises(VerificationError, match=rf"{EDITED[0]} in .* is not the tensor after this edit"):
         save_edited_gguf(load_model(find_model(str(edited.path))), edited.edit, tmp_path, reverted=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_record_of_the_first_bytes_is_refused(edited, tmp_path):
+    loaded = load_model(find_model(str(edited.out)))
+    update = edited.edit.updates[0]
+    flaws = [
+        (InputError, "'Q9' is not a type of tensors", {"before": "Q9", "data": torch.zeros(4, dtype=torch.uint8)}),
+        (VerificationError, "does not give its first bytes", {"data": torch.zeros(4, dtype=torch.uint8)}),
+        (VerificationError, "does not give its first bytes", {"sha256": "0" * 64}),
+    ]
+    for kind, sentence, changes in flaws:
+        stored = replace(update.applied.stored, **changes)
+        if "before" in changes:
+            stored = replace(stored, sha256=tensor_digest(stored.data))
+        bad = replace(update, applied=replace(update.applied, stored=stored))
+        edit = replace(edited.edit, updates=[bad, edited.edit.updates[1]])
+        with pytest.raises(kind, match=sentence):
+            save_edited_gguf(loaded, edit, tmp_path, reverted=True)
     assert not list(tmp_path.iterdir())
 
 
