@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from rocr.errors import InputError
 from rocr.io.boundary import calling
+from rocr.model.encoder import encoder_config, encoder_layers, is_encoder_decoder, last_matrix
 from rocr.model.forward import input_embedding
+from rocr.model.kind import LANGUAGE_MODEL, ModelKind
 from rocr.model.projection import check_matrix, find_matrix
 from rocr.model.wrappers import base_of, own_modules, own_parameters, unwrapped
 
@@ -65,12 +67,15 @@ class Architecture:
         model: The model of transformers without wrappers, with the active adapters. rocr runs this model and never a
             compiled copy, which does not call hooks.
         layers_name: The name of the list of layers in the model's state dict.
-        layers: The list of layers.
+        layers: The list of layers. Of an encoder-decoder, they are those of the encoder.
+        kind: How the model reads a text. It is only known of an architecture from `rocr.model.causality.with_kind`;
+            before that, it is that of a language model.
     """
 
     model: nn.Module
     layers_name: str
     layers: nn.ModuleList
+    kind: ModelKind = LANGUAGE_MODEL
 
     @property
     def depth(self) -> int:
@@ -109,6 +114,11 @@ class Architecture:
         size: int = text_config(self.model).hidden_size
         return size
 
+    @property
+    def encodes_for_decoder(self) -> bool:
+        """Whether the layers are those of the encoder of an encoder-decoder."""
+        return is_encoder_decoder(self.model)
+
     def _mlp(self, layer: int) -> tuple[str, nn.Module]:
         """Return the name and the module of a layer's dense MLP."""
         if not 0 <= layer < self.depth:
@@ -119,6 +129,9 @@ class Architecture:
         name = f"{self.layers_name}.{layer}"
         child = next((child for child in MLP_NAMES if child in children), None)
         if child is None:
+            found = last_matrix(self.layers[layer], self.hidden_size)
+            if found is not None:
+                return f"{name}.{found[0]}", found[1]
             raise InputError(
                 f"{name} has no MLP ({', '.join(MLP_NAMES)}): its children are {', '.join(children) or 'none'}. "
                 "rocr edits decoder layers with a dense MLP."
@@ -146,6 +159,9 @@ def text_config(model: nn.Module) -> Any:
     config = getattr(base_of(model), "config", None)
     if config is None:
         raise InputError(f"{type(model).__name__} has no `config`: rocr edits causal language models of transformers.")
+    encoder = encoder_config(base_of(model))
+    if encoder is not None:
+        return encoder
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
@@ -161,25 +177,26 @@ def positions_of(model: nn.Module) -> int | None:
 def find_architecture(model: nn.Module) -> Architecture:
     """Find the decoder layers: the language model's module list whose length is the number of hidden layers.
 
+    Of an encoder-decoder, the layers of the encoder are found, since it is the encoder that reads a concept.
+
     Args:
-        model: A causal language model of transformers, which may be inside `torch.compile`, data parallelism or peft,
-            and on the meta device.
+        model: A causal language model, a text encoder or an encoder-decoder of transformers, which may be inside
+            `torch.compile`, data parallelism or peft, and on the meta device.
 
     Raises:
-        InputError: There is no such list, or more than one, or the model is an encoder-decoder.
+        InputError: There is no such list, or more than one, or the model is an encoder-decoder that does not read
+            text.
     """
-    depth = getattr(text_config(model), "num_hidden_layers", None)
     base = base_of(model)
-    if getattr(base.config, "is_encoder_decoder", False):
-        raise InputError(
-            f"{type(base).__name__} is an encoder-decoder: rocr edits models that read and write text in one decoder."
-        )
+    depth = getattr(text_config(model), "num_hidden_layers", None)
+    if is_encoder_decoder(base):
+        return Architecture(base, *encoder_layers(base))
     modules = {name: module for name, module, _ in own_modules(base)}
-    found = [
-        name
-        for name, module in modules.items()
-        if isinstance(module, nn.ModuleList) and len(module) == depth and any(map(_has_mlp, module))
-    ]
+    lists = [name for name, each in modules.items() if isinstance(each, nn.ModuleList) and len(each) == depth]
+    found = [name for name in lists if any(map(_has_mlp, modules[name].children()))]
+    if not found:
+        size = getattr(text_config(base), "hidden_size", None)
+        found = [name for name in lists if all(last_matrix(layer, size) for layer in modules[name].children())]
     chosen = _of_the_language_model(base, modules, found)
     if len(chosen) != 1:
         which = f": {', '.join(found)}" if found else ""

@@ -159,6 +159,9 @@ def check_matrix(name: str, mlp: nn.Module, matrix: Matrix, hidden_size: int) ->
     """
     if not _can_run(mlp):
         return
+    if mlp is matrix.module:  # the layer has no module for its MLP
+        _check_product(matrix, _alone(matrix))
+        return
     try:
         run = _run(name, mlp, [matrix], hidden_size)
     except InputError:
