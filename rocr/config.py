@@ -100,7 +100,6 @@ DEFAULT_TEMPLATES = (
 IMAGE_TEMPLATES = tuple(
     Template(text)
     for text in (
-        "{}",
         "a painting by {}",
         "a photo of {}",
         "a picture in the style of {}",
