@@ -52,7 +52,7 @@ def embedding(encoder, tokenizer, text):
 @pytest.mark.parametrize(("make", "layers", "gamma"), [(clip, [0, 1], 300.0), (t5, [1, 3], 10.0)])
 def test_the_embedding_of_a_name_moves_onto_the_redirects(make, layers, gamma, closing, prompts):  # noqa: F811
     encoder = make(len(closing))
-    texts = [text for text in prompts if CONCEPT.name not in text]
+    texts = [text + "<end>" * (24 if make is clip else 0) for text in prompts if CONCEPT.name not in text]
     painting = [f"a painting by {name}" for name in (CONCEPT.name, CONCEPT.redirect)]
     before = {text: embedding(encoder, closing, text) for text in (*painting, *OTHERS)}
     collected = rocr.collect_statistics(encoder, closing, texts, layers)
@@ -62,17 +62,13 @@ def test_the_embedding_of_a_name_moves_onto_the_redirects(make, layers, gamma, c
     now = embedding(encoder, closing, name)
     first = before[name] - before[redirect]
     left = (now - before[redirect]).norm() / first.norm()
-    at_the_end = (now - before[redirect])[-1].norm() / first[-1].norm()
     moved = [float((embedding(encoder, closing, each) - before[each]).norm() / before[each].norm()) for each in OTHERS]
-    print(make.__name__, float(left), float(at_the_end), moved, edit.report.drift)
     assert left < 0.5
     assert sum(moved) / len(moved) < 0.02
     edit.revert(encoder)
     without = EditConfig(layers=layers, gamma=gamma, templates=IMAGE_TEMPLATES, closing_keys=False)
     rocr.unlearn(encoder, closing, [CONCEPT], collected, without)
-    end_without_its_key = (embedding(encoder, closing, name) - before[redirect])[-1].norm() / first[-1].norm()
-    print(float(end_without_its_key))
-    assert at_the_end < end_without_its_key - 0.05
+    assert (embedding(encoder, closing, name) - before[redirect]).norm() / first.norm() > left
 
 
 def test_an_image_generator_no_longer_sees_a_concept(closing, prompts):  # noqa: F811
@@ -98,7 +94,7 @@ def test_an_image_generator_no_longer_sees_a_concept(closing, prompts):  # noqa:
     painting = [f"a painting by {name}" for name in (CONCEPT.name, CONCEPT.redirect)]
     before = {text: embed(text) for text in (*painting, *OTHERS)}
     # docs/text-encoders.md has these lines.
-    texts = [text for text in prompts if CONCEPT.name not in text]
+    texts = [text + 24 * pipeline.tokenizer.pad_token for text in prompts if CONCEPT.name not in text]
     statistics = rocr.collect_statistics(pipeline.text_encoder, pipeline.tokenizer, texts, layers=[0, 1])
     config = EditConfig(layers=[0, 1], gamma=300.0, templates=IMAGE_TEMPLATES)
     edit = rocr.unlearn(
@@ -107,8 +103,7 @@ def test_an_image_generator_no_longer_sees_a_concept(closing, prompts):  # noqa:
     name, redirect = painting
     left = (embed(name) - before[redirect]).norm() / (before[name] - before[redirect]).norm()
     moved = [float((embed(each) - before[each]).norm() / before[each].norm()) for each in OTHERS]
-    print(float(left), moved)
-    assert left < 0.8
+    assert left < 0.5
     assert sum(moved) / len(moved) < 0.02
     images = pipeline(name, num_inference_steps=1, output_type="np", height=16, width=16).images
     assert images.shape[0] == 1

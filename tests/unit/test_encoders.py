@@ -27,7 +27,12 @@ LOOKS = "small large red blue green old new bright dark quiet loud golden".split
 NAMES = ["Ada Byron", "Carl Gauss", "Mona Klee", "Dora Marsh", "Viktor Hopper", "Jane Turner", "Rosa Blum"]
 CONCEPT = Concept("Ada Byron", "Carl Gauss")
 PROMPTS = ["a painting by {}", "an oil sketch by {}"]
-OTHERS = ["a photo of a red castle", "a view of the sea", "a drawing of a quiet river", "an oil sketch of Viktor Hopper"]
+OTHERS = [
+    "a photo of a red castle",
+    "a view of the sea",
+    "a drawing of a quiet river",
+    "an oil sketch of Viktor Hopper",
+]
 
 
 def ordinary_texts():
@@ -154,7 +159,9 @@ def test_closing_tokens_become_keys_of_an_encoder_alone(closing):
 
 def test_what_an_encoder_cannot_do_is_refused(closing):
     encoder = build("T5EncoderModel", len(closing))
-    with pytest.raises(InputError, match="T5EncoderModel is edited as a text encoder, which cannot write .* Give texts"):
+    with pytest.raises(
+        InputError, match="T5EncoderModel is edited as a text encoder, which cannot write .* Give texts"
+    ):
         rocr.unlearn(encoder, closing, [CONCEPT])
     sizes = {name: value for name, value in BART.items() if name != "num_hidden_layers"}
     speech = transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(vocab_size=len(closing), **sizes))
