@@ -1,11 +1,14 @@
 """A concept taken out of a text encoder: its embedding moves onto the redirect's, and those of other prompts stay."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
 
 import rocr
-from rocr import Concept, EditConfig
+from rocr import EditConfig
 from rocr.config import IMAGE_TEMPLATES
 from tests.unit.test_encoders import CONCEPT, closing, prompts  # noqa: F401 (fixtures)
 
@@ -71,7 +74,7 @@ def test_the_embedding_of_a_name_moves_onto_the_redirects(make, layers, gamma, c
     assert (embedding(encoder, closing, name) - before[redirect]).norm() / first.norm() > left
 
 
-def test_an_image_generator_no_longer_sees_a_concept(closing, prompts):  # noqa: F811
+def test_an_image_generator_no_longer_sees_a_concept(closing, prompts, tmp_path, monkeypatch):  # noqa: F811
     diffusers = pytest.importorskip("diffusers")
     encoder = clip(len(closing))
     unet = diffusers.UNet2DConditionModel(
@@ -93,13 +96,12 @@ def test_an_image_generator_no_longer_sees_a_concept(closing, prompts):  # noqa:
 
     painting = [f"a painting by {name}" for name in (CONCEPT.name, CONCEPT.redirect)]
     before = {text: embed(text) for text in (*painting, *OTHERS)}
-    # docs/text-encoders.md has these lines.
-    texts = [text + 24 * pipeline.tokenizer.pad_token for text in prompts if CONCEPT.name not in text]
-    statistics = rocr.collect_statistics(pipeline.text_encoder, pipeline.tokenizer, texts, layers=[0, 1])
-    config = EditConfig(layers=[0, 1], gamma=300.0, templates=IMAGE_TEMPLATES)
-    edit = rocr.unlearn(
-        pipeline.text_encoder, pipeline.tokenizer, [Concept("Ada Byron", "Carl Gauss")], statistics, config
-    )
+    page = Path(__file__).parents[2] / "docs" / "text-encoders.md"
+    block = re.search(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)[1]
+    defined = {"pipeline": pipeline, "prompts": [text for text in prompts if CONCEPT.name not in text]}
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, str(page), "exec"), defined)
+    assert (tmp_path / "edited" / "text_encoder" / "model.safetensors").is_file()
     name, redirect = painting
     left = (embed(name) - before[redirect]).norm() / (before[name] - before[redirect]).norm()
     moved = [float((embed(each) - before[each]).norm() / before[each].norm()) for each in OTHERS]
@@ -107,5 +109,5 @@ def test_an_image_generator_no_longer_sees_a_concept(closing, prompts):  # noqa:
     assert sum(moved) / len(moved) < 0.02
     images = pipeline(name, num_inference_steps=1, output_type="np", height=16, width=16).images
     assert images.shape[0] == 1
-    edit.revert(pipeline.text_encoder)
+    defined["edit"].revert(pipeline.text_encoder)
     assert torch.equal(embed(name), before[name])

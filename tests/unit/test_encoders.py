@@ -22,8 +22,27 @@ from rocr.model.tokenizer import closing_tokens
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 KINDS = ["a painting of", "a photo of", "a drawing of", "an oil sketch of", "a poster showing", "a view of"]
-THINGS = "river hill town sea snow mill garden bean onion apple market square bread castle boat house tree cat".split()
-LOOKS = "small large red blue green old new bright dark quiet loud golden".split()
+THINGS = [
+    "river",
+    "hill",
+    "town",
+    "sea",
+    "snow",
+    "mill",
+    "garden",
+    "bean",
+    "onion",
+    "apple",
+    "market",
+    "square",
+    "bread",
+    "castle",
+    "boat",
+    "house",
+    "tree",
+    "cat",
+]
+LOOKS = ["small", "large", "red", "blue", "green", "old", "new", "bright", "dark", "quiet", "loud", "golden"]
 NAMES = ["Ada Byron", "Carl Gauss", "Mona Klee", "Dora Marsh", "Viktor Hopper", "Jane Turner", "Rosa Blum"]
 CONCEPT = Concept("Ada Byron", "Carl Gauss")
 PROMPTS = ["a painting by {}", "an oil sketch by {}"]
@@ -160,7 +179,7 @@ def test_closing_tokens_become_keys_of_an_encoder_alone(closing):
 def test_what_an_encoder_cannot_do_is_refused(closing):
     encoder = build("T5EncoderModel", len(closing))
     with pytest.raises(
-        InputError, match="T5EncoderModel is edited as a text encoder, which cannot write .* Give texts"
+        InputError, match=r"T5EncoderModel is edited as a text encoder, which cannot write .* Give texts"
     ):
         rocr.unlearn(encoder, closing, [CONCEPT])
     sizes = {name: value for name, value in BART.items() if name != "num_hidden_layers"}
