@@ -97,6 +97,18 @@ DEFAULT_TEMPLATES = (
     Template("Question: What is known about {}?", chat=False),
 )
 
+IMAGE_TEMPLATES = tuple(
+    Template(text)
+    for text in (
+        "a painting by {}",
+        "a photo of {}",
+        "a picture in the style of {}",
+        "a portrait of {}, highly detailed",
+        "an artwork of {} on a white background",
+    )
+)
+"""Contexts of prompts for image generators, for the text encoder of one."""
+
 OFFICIAL_TEMPLATES = tuple(
     Template(f"{opening} {{}}.", chat=True, answer="Answer:")
     for opening in (
@@ -156,6 +168,9 @@ class EditConfig:
         seed: Seed of all random choices: of the text that the model writes if there are no statistics.
         chat: Inputs of the chat template, both for the templates and for text that the model writes for its own
             statistics.
+        closing_keys: Whether the tokens that a tokenizer puts after a text, such as EOS, become keys too in a text
+            encoder: they have read the name, and an image generator reads their states. Language models have no such
+            keys.
 
     The names of rocr 0.1 are accepted with a DeprecationWarning: `reach` ("whole", "gradual") for `token_schedule`
     ("full", "ramp"), and `held_weight` for `template_weight`.
@@ -184,6 +199,7 @@ class EditConfig:
     measure: Measure = "each"
     seed: int = 0
     chat: ChatSettings = DEFAULT
+    closing_keys: bool = True
 
     def __post_init__(self) -> None:
         if self.layers is not None and self.layers != OFFICIAL_LAYERS:
@@ -202,7 +218,7 @@ class EditConfig:
             _check_number("template_weight", self.template_weight, 0.0)
         _check_number("threshold", self.threshold, 0.0, exclusive=True)
         _check_number("strength", self.strength, 0.0, exclusive=True)
-        for name in ("relative_ridge", "relative_threshold"):
+        for name in ("relative_ridge", "relative_threshold", "closing_keys"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name} must be true or false, not {_shown(getattr(self, name))}.")
         if not isinstance(self.chat, ChatSettings):
@@ -257,9 +273,11 @@ class EditConfig:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Return the settings as JSON values, without `chat` if it is the default."""
+        """Return the settings as JSON values, without `chat` and `closing_keys` if they are the default."""
         values = dataclasses.asdict(self)
         del values["chat"]
+        if self.closing_keys:
+            del values["closing_keys"]
         return values | ({"chat": self.chat.to_json()} if self.chat != DEFAULT else {})
 
     @classmethod

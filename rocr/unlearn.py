@@ -23,6 +23,7 @@ from rocr.deprecation import renamed_arguments
 from rocr.edit.apply import apply_updates, replace_updates, revert_updates
 from rocr.edit.collisions import find_collisions
 from rocr.edit.compose import check_base_edit, check_rendered, inexact_layers
+from rocr.edit.drift import check_drift, read_final_states
 from rocr.edit.edit import Edit
 from rocr.edit.guards import (
     Guards,
@@ -44,7 +45,7 @@ from rocr.io.dtypes import dtype_name
 from rocr.keys.plan import plan_keys
 from rocr.model.architecture import find_architecture, positions_of
 from rocr.model.blocks import LayerBlocks, layer_blocks
-from rocr.model.causality import check_causal
+from rocr.model.causality import with_kind
 from rocr.model.chat import with_date
 from rocr.model.fingerprint import Fingerprint, down_projection_digests, fingerprint
 from rocr.model.gains import layers_with_gain
@@ -53,7 +54,7 @@ from rocr.ops.arithmetic import plain_arithmetic
 from rocr.progress import Progress, ProgressCallback, Stopwatch, silent
 from rocr.solve.solve import Solution, solve_layer
 from rocr.statistics.collect import CollectOptions, collect_statistics
-from rocr.statistics.provenance import computed_with
+from rocr.statistics.provenance import TEXT_ENCODER, computed_with
 from rocr.statistics.statistics import Statistics
 
 
@@ -78,11 +79,12 @@ def unlearn(
     After any exception, the model has its original weights, bit for bit.
 
     Args:
-        model: A causal language model of transformers with dense MLPs and float32, bfloat16 or float16 weights.
+        model: A causal language model of transformers with dense MLPs and float32, bfloat16 or float16 weights; or a
+            text encoder, or an encoder-decoder, whose encoder is then edited.
         tokenizer: The tokenizer of the model.
         concepts: The concepts, each with its redirect; at most 10,000 unless `guards.concepts` is larger.
         statistics: Second moments of ordinary keys at the edited layers, collected on the same model. None collects
-            them from text that the model writes itself.
+            them from text that the model writes itself, which an encoder cannot do.
         config: The settings. None is that of `base_edit`, or `EditConfig()`.
         progress: Called after each step of a stage.
         guards: Safety limits of the edit. None is `Guards()`.
@@ -125,6 +127,7 @@ def unlearn(
             retained = read_retained_names(architecture, tokenizer, all_concepts, retain, task.config, progress)
             with timed("check"):
                 predictions = predict(architecture, tokenizer)
+                final_states = read_final_states(architecture, tokenizer)
 
             for i, layer in enumerate(layers):
                 with timed("keys"):
@@ -154,10 +157,14 @@ def unlearn(
                 distance = goals.distance(reader.states_after_edit(), task)
             with timed("check"):
                 _check_edit(task, guards, updates, predictions, distance, report)
+                report.drift, exceeded = check_drift(
+                    guards, final_states, architecture, updates, concept_of, all_concepts
+                )
+                report.limits_passed += exceeded
             report.distance = _with_distance_of_base(task, distance)
             if retained is not None:
                 report.retained = retained.report([concept.name for concept in all_concepts])
-            settings = computed_with(model)
+            settings = computed_with(model) | ({} if architecture.kind.writes_text else {TEXT_ENCODER: True})
             return Edit(all_concepts, task.config, origin, updates, concept_of, report, settings, task.plan.rendered)
     except BaseException:
         # Not in a context manager, since an interruption at its own exit would skip it.
@@ -222,7 +229,8 @@ def _plan(
     architecture = find_architecture(model)
     config = resolve_layers(config.for_concepts(len(concepts)), architecture)
     config = replace(config, chat=with_date(config.chat, tokenizer))
-    plan = plan_keys(tokenizer, concepts, config)
+    architecture = with_kind(architecture, max(config.layer_numbers))
+    plan = plan_keys(tokenizer, concepts, config, architecture.kind)
     if base_edit is not None:
         check_rendered(base_edit.rendered, plan.rendered, "the tokenizer now")
     plan.check_positions(concepts, positions_of(model))
@@ -245,7 +253,6 @@ def _check_statistics(task: Task, tokenizer: Any, statistics: Statistics) -> Fin
     dtype = dtype_name(layer_blocks(architecture, read_up_to).dtype)
     settings = computed_with(architecture.model)
     statistics.check_model(origin, dtype, settings, down_projection_digests(architecture, last))
-    check_causal(architecture, last)
     if task.base_edit is not None:
         check_base_edit(task.base_edit, task.config, architecture, origin, statistics)
     check_moments(architecture, {layer: statistics.second_moments(layer) for layer in task.layers})

@@ -54,6 +54,10 @@ class Guards:
             cancels the updates. Not checked with `contexts="official"`, where the states are not read at the keys.
         divergence: Maximum mean Kullback-Leibler divergence of the model's predictions on ordinary prose after the
             edit from those before it, in nats per token. Typical: below 0.05. At 1, about every second word changes.
+            A text encoder predicts nothing; `drift` takes its place.
+        drift: Maximum mean distance of a text encoder's last states on ordinary prose after the edit from those before
+            it, as a share of their length. Typical: below 0.05 (tests/unit/test_encoders.py). At 0.5, half of what the
+            encoder says about any text changes.
         concepts: Maximum number of concepts of one edit, including those of a base edit. `force` does not lift it. It
             bounds time and memory, which are measured up to the default.
         force: Whether an edit may exceed the other limits. The report then lists the exceeded ones. Values that are
@@ -71,6 +75,7 @@ class Guards:
     divergence: float = 1.0
     concepts: int = MAX_CONCEPTS
     force: bool = False
+    drift: float = 0.5
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -108,7 +113,7 @@ def check_layer(
     if not measures.relative_norm <= guards.relative_norm:
         exceeded.append(
             f"The update {where} has {measures.relative_norm:.2g} times the norm of the weight, above the limit of "
-            f"{guards.relative_norm:g}; most of it is from {_largest([update], concept_of, concepts)}."
+            f"{guards.relative_norm:g}; most of it is from {largest_concepts([update], concept_of, concepts)}."
         )
     if not measures.surviving >= guards.surviving:
         exceeded.append(
@@ -122,7 +127,7 @@ def check_layer(
             f"{guards.condition:.2g}: the keys of {_closest(update.keys, concept_of, concepts)} are nearly equal; "
             "raise the ridge."
         )
-    return _stop(guards, exceeded)
+    return stop(guards, exceeded)
 
 
 def check_closed(guards: Guards, layers: Sequence[LayerMeasures], concepts: Sequence[Concept]) -> list[str]:
@@ -132,7 +137,7 @@ def check_closed(guards: Guards, layers: Sequence[LayerMeasures], concepts: Sequ
     if not below:
         return []
     least = below[0]
-    return _stop(
+    return stop(
         guards,
         [
             f"The edit closes only {shares[least]:.2%} of the residual of {concepts[least].name}, below the limit of "
@@ -159,7 +164,7 @@ def check_distance(
     missing = 1 - does / should if should > 0 else 0.0
     if missing <= guards.distance:
         return []
-    return _stop(
+    return stop(
         guards,
         [
             "The edit does not reach the states: at the concepts' keys, the updates cover "
@@ -180,11 +185,13 @@ def expected_distance(closed: Sequence[float], config: EditConfig) -> float:
 
 
 def predict(architecture: Architecture, tokenizer: Any) -> Predictions | None:
-    """Return a model's predictions on the probe text, or None if a part of the model is not loaded.
+    """Return a model's predictions on the probe text; None for a text encoder or one that is not all loaded.
 
     Raises:
         GuardError: The logits are not finite.
     """
+    if not architecture.kind.writes_text:
+        return None
     if any(parameter.device.type == "meta" for parameter in architecture.model.parameters()):
         return None
     ids = tokenize_prompt(tokenizer, PROBE_TEXT)
@@ -221,7 +228,7 @@ def check_predictions(
     if not torch.isfinite(after).all():
         raise GuardError(
             "The logits on ordinary text are not finite after the edit; most of it is from "
-            f"{_largest(updates, concept_of, concepts)}. The weights were restored."
+            f"{largest_concepts(updates, concept_of, concepts)}. The weights were restored."
         )
     first = before.log_probabilities
     divergence = float((first.exp() * (first - after)).sum(dim=-1).mean())
@@ -229,9 +236,9 @@ def check_predictions(
         return divergence, []
     sentence = (
         f"The edit changes predictions on ordinary text by {divergence:.2g} nats a token, above the limit of "
-        f"{guards.divergence:g}; most of it is from {_largest(updates, concept_of, concepts)}."
+        f"{guards.divergence:g}; most of it is from {largest_concepts(updates, concept_of, concepts)}."
     )
-    return divergence, _stop(guards, [sentence])
+    return divergence, stop(guards, [sentence])
 
 
 @contextmanager
@@ -242,7 +249,9 @@ def naming_largest_concepts(
     try:
         yield
     except GuardError as error:
-        raise GuardError(f"{error} Most of the update is from {_largest([update], concept_of, concepts)}.") from error
+        raise GuardError(
+            f"{error} Most of the update is from {largest_concepts([update], concept_of, concepts)}."
+        ) from error
 
 
 @contextmanager
@@ -263,7 +272,7 @@ def _log_probabilities(model: nn.Module, tokens: Tensor) -> Tensor:
     return logits.float().log_softmax(dim=-1).cpu()
 
 
-def _stop(guards: Guards, exceeded: list[str]) -> list[str]:
+def stop(guards: Guards, exceeded: list[str]) -> list[str]:
     """Raise GuardError if a limit is exceeded, unless `guards.force`; else return the sentences."""
     if exceeded and not guards.force:
         raise GuardError(
@@ -273,7 +282,7 @@ def _stop(guards: Guards, exceeded: list[str]) -> list[str]:
     return exceeded
 
 
-def _largest(updates: Sequence[LayerUpdate], concept_of: Sequence[int], concepts: Sequence[Concept]) -> str:
+def largest_concepts(updates: Sequence[LayerUpdate], concept_of: Sequence[int], concepts: Sequence[Concept]) -> str:
     """Return the names of the concepts with the largest parts of the updates, as a list for a sentence."""
     index = torch.tensor(concept_of)
     squares = torch.zeros(len(concepts), dtype=torch.float64)

@@ -20,7 +20,7 @@ from rocr.io.disk_space import check_space
 from rocr.io.output import new_directory
 from rocr.ops.arithmetic import plain_arithmetic
 from rocr.solve.factors import Factors
-from rocr.statistics.provenance import EXPERTS
+from rocr.statistics.provenance import EXPERTS, TEXT_ENCODER
 
 VLLM_DEFAULT_RANK = 16
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -257,7 +257,7 @@ def _adapter_config(
         targets = {"target_modules": [], "target_parameters": sorted(parameters)}
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": None if edit.computed_with.get(TEXT_ENCODER) else "CAUSAL_LM",
         "base_model_name_or_path": edit.fingerprint.name,
         **targets,
         "r": largest,

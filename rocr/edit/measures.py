@@ -70,6 +70,8 @@ class EditReport:
         statistics: The statistics that protect ordinary keys: text, tokens, dtype, length (`Statistics.summary`).
         divergence: Mean Kullback-Leibler divergence of the model's predictions on ordinary prose after the edit from
             those before it, in nats per token. None if it was not measured.
+        drift: Mean distance of a text encoder's last states on ordinary prose after the edit from those before it, as a
+            share of their length. None for language models, for which `divergence` is measured.
         limits_passed: One sentence for each limit of `Guards` that the edit exceeds, which `Guards(force=True)` allows.
         collisions: Concepts that interfere with each other. None if they were not measured.
         retained: Impact on the retained names. None if it was not measured. Files and reports call it `neighbours`.
@@ -92,6 +94,7 @@ class EditReport:
     inexact: list[int] = field(default_factory=list)
     by_count: list[str] = field(default_factory=list)
     routing: list[LayerRouting] = field(default_factory=list)
+    drift: float | None = None
 
     @property
     def neighbours(self) -> RetainReport | None:
@@ -101,12 +104,16 @@ class EditReport:
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON values, with the field names of rocr 0.1.
 
-        An empty `by_count` or `routing` is left out.
+        An empty `by_count` or `routing` and a `drift` of None are left out.
         """
         values = {("neighbours" if name == "retained" else name): value for name, value in asdict(self).items()}
         if self.retained is not None:
             values["neighbours"] = self.retained.to_json()
-        return {name: value for name, value in values.items() if name not in ("by_count", "routing") or value}
+        return {
+            name: value
+            for name, value in values.items()
+            if name not in ("by_count", "routing", "drift") or value not in ([], None)
+        }
 
     @classmethod
     def from_json(cls, values: dict[str, Any], concepts: int) -> EditReport:
@@ -127,6 +134,8 @@ class EditReport:
             numbers_of(report.distance, "distance", concepts)
         if report.divergence is not None:
             numbers_of([report.divergence], "divergence", 1)
+        if report.drift is not None:
+            numbers_of([report.drift], "drift", 1)
         numbers_of(list(object_of(report.seconds, "seconds").values()), "seconds", len(report.seconds))
         for layer in list_of(report.inexact, "inexact"):
             whole_number_of(layer, "inexact")

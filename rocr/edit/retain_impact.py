@@ -200,7 +200,7 @@ def read_retained_names(
         chosen = _checked_names(names, concepts)
     if not chosen:
         return None
-    reading, name_of = plan_names(tokenizer, chosen, config)
+    reading, name_of = plan_names(tokenizer, chosen, config, architecture.kind)
     reading.check_positions([chosen[name] for name in name_of], positions_of(architecture.model))
     layers = config.layer_numbers
     states = read_layers(architecture, reading, max(layers), layers, progress=progress, stage="retained names")

@@ -17,6 +17,7 @@ from rocr.keys.plan import Reading
 from rocr.keys.prompts import Prompt, build_prompts, render_template
 from rocr.keys.read import read_states
 from rocr.model.architecture import find_architecture, positions_of
+from rocr.model.causality import with_kind
 from rocr.model.layers import layers_by_default
 
 
@@ -97,13 +98,15 @@ def name_states(model: nn.Module, tokenizer: Any, names: Sequence[str], chat: Ch
         InputError: If tokenizer or chat template fail, or a prompt is longer than the model's maximum length.
     """
     architecture = find_architecture(model)
+    last = max(layers_by_default(architecture))
+    architecture = with_kind(architecture, last)
     prompts: list[Prompt] = []
     prompt_of: list[int] = []
     position_of: list[int] = []
     group_of: list[int] = []
     for template in EditConfig().templates:
         rendered = render_template(tokenizer, template, chat)
-        for group, prompt in enumerate(build_prompts(tokenizer, rendered, names)):
+        for group, prompt in enumerate(build_prompts(tokenizer, rendered, names, architecture.kind)):
             if prompt.name:
                 prompt_of.append(len(prompts))
                 position_of.append(prompt.name[-1])
@@ -111,4 +114,4 @@ def name_states(model: nn.Module, tokenizer: Any, names: Sequence[str], chat: Ch
                 prompts.append(prompt)
     reading = Reading(prompts, prompt_of, position_of, group_of, len(names))
     reading.check_positions(names, positions_of(model))
-    return read_states(architecture, reading, max(layers_by_default(architecture))).hidden
+    return read_states(architecture, reading, last).hidden

@@ -155,6 +155,11 @@ def _measured(report: Mapping[str, Any]) -> str:
             f"The edit changes the model's predictions on a passage of ordinary prose by {report['divergence']:.2e} "
             "nats per token (Kullback-Leibler divergence)."
         )
+    if report.get("drift") is not None:
+        lines.append(
+            f"The edit moves the encoder's states on a passage of ordinary prose by {_percent(report['drift'])} of "
+            "their length."
+        )
     lines += [f"The edit exceeds a limit, which was forced: {_text(sentence)}" for sentence in report["limits_passed"]]
     return "\n\n".join(lines)
 

@@ -68,6 +68,7 @@ def build_report(
         "statistics": edit.report.statistics,
         "layers": [asdict(layer) for layer in layers],
         "divergence": edit.report.divergence,
+        **({} if edit.report.drift is None else {"drift": edit.report.drift}),
         "limits_passed": edit.report.limits_passed,
         "inexact": edit.report.inexact,
         "collisions": None if edit.report.collisions is None else asdict(edit.report.collisions),

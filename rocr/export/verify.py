@@ -106,6 +106,7 @@ def _report_check(edit: Edit, report: dict[str, Any]) -> Check:
         "layers": ([asdict(layer) for layer in edit.report.layers], report.get("layers")),
         "statistics": (edit.report.statistics, report.get("statistics")),
         "divergence": (edit.report.divergence, report.get("divergence")),
+        "drift": (edit.report.drift, report.get("drift")),
         "limits_passed": (edit.report.limits_passed, report.get("limits_passed")),
     }
     # Compared as text, since NaN does not equal itself.

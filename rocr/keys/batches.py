@@ -22,7 +22,7 @@ class Batch:
     Attributes:
         prompts: The indices of the prompts in the reading.
         tokens: (prompts, t) int64, the tokens after the prefix, padded on the right: with causal attention, no token
-            attends to padding behind it.
+            attends to padding behind it, and other attention is masked.
         mask: (prompts, prefix + t) int64, 1 for tokens and 0 for padding. None if there is no padding.
         prefix: The tokens before those of all prompts; empty if no prefix is shared.
     """
@@ -33,18 +33,20 @@ class Batch:
     prefix: tuple[int, ...] = ()
 
 
-def batches(reading: Reading, token_budget: int, share: bool = True) -> Iterator[Batch]:
+def batches(reading: Reading, token_budget: int, share: bool = True, cut: bool = True) -> Iterator[Batch]:
     """Yield the batches of a reading; batches with the same prefix follow each other.
-
-    Each prompt is cut after its last read position, since later tokens cannot change a state with causal attention.
 
     Args:
         reading: The tokens to read.
         token_budget: Maximum number of tokens of a batch, with padding but without the prefix. A longer prompt is a
             batch of its own.
         share: Whether a prefix that prompts share is run once for all of them.
+        cut: Whether each prompt is cut after its last read position: with causal attention, later tokens cannot change
+            a state.
     """
     first, end = _read_range(reading)
+    if not cut:
+        end = [len(prompt.tokens) for prompt in reading.prompts]
     groups: dict[tuple[int, ...], list[int]] = {}
     for i, prompt in enumerate(reading.prompts):
         prefix = prompt.tokens[: prompt.shared] if share and prompt.shared <= first[i] else ()

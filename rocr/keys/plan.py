@@ -10,6 +10,7 @@ from rocr.concepts import Concept
 from rocr.config import EditConfig
 from rocr.errors import InputError
 from rocr.keys.prompts import Prompt, RenderedTemplate, build_prompts, render_template
+from rocr.model.kind import LANGUAGE_MODEL, ModelKind
 
 BARE_TEXT = RenderedTemplate(before="", after=".")
 
@@ -121,17 +122,24 @@ class _ReadingBuilder:
         return Reading(list(self._prompts), self._prompt_of, self._position_of, self._group_of, groups)
 
 
-def plan_keys(tokenizer: Any, concepts: Sequence[Concept], config: EditConfig) -> KeyPlan:
+def plan_keys(
+    tokenizer: Any, concepts: Sequence[Concept], config: EditConfig, kind: ModelKind = LANGUAGE_MODEL
+) -> KeyPlan:
     """Choose the tokens that are read for each concept.
 
     Keys are averaged over the templates for each position, counted from the end of the name, since a tokenizer may
     split the beginning of a name differently in different texts. A template in which the redirect is a single token
     at the very start is skipped for that concept, since the state there is that of an attention sink.
 
+    The result of a text encoder is the states of all tokens. There, each token of a name is moved to the token of the
+    redirect at the same distance from its end, and the closing tokens, which have read the name too, are moved to
+    those of the redirect's prompt.
+
     Args:
         tokenizer: The tokenizer of the model.
         concepts: The concepts.
         config: The settings. Settings that depend on the number of concepts may be unset.
+        kind: The kind of the model.
 
     Raises:
         InputError: A name has no token that can be a key in any template, or its redirect has no state in a template
@@ -147,11 +155,11 @@ def plan_keys(tokenizer: Any, concepts: Sequence[Concept], config: EditConfig) -
     named = [(concept, name) for concept, entry in enumerate(concepts) for name in entry.names]
     names = [name for _, name in named]
     redirects = [concepts[concept].redirect for concept, _ in named]
-    bare = build_prompts(tokenizer, BARE_TEXT, names) if official else []
+    bare = build_prompts(tokenizer, BARE_TEXT, names, kind) if official else []
     rendered = [render_template(tokenizer, template, config.chat) for template in config.templates]
-    targets_of = [build_prompts(tokenizer, template, redirects) for template in rendered]
+    targets_of = [build_prompts(tokenizer, template, redirects, kind) for template in rendered]
     first_target = [next((p[i] for p in targets_of if p[i].name), None) for i in range(len(names))]
-    prompts_of = [build_prompts(tokenizer, template, names) for template in rendered]
+    prompts_of = [build_prompts(tokenizer, template, names, kind) for template in rendered]
     for t, prompts in enumerate(prompts_of):
         for position in range(1, prompts[0].shared):
             template_tokens.setdefault(prompts[0].tokens[: position + 1], (prompts[0], position))
@@ -159,7 +167,7 @@ def plan_keys(tokenizer: Any, concepts: Sequence[Concept], config: EditConfig) -
             target = first_target[i] if official else targets_of[t][i]
             if target is None or not target.name:
                 continue
-            for from_end, position in enumerate(_key_positions(prompt, config)):
+            for from_end, position in _key_positions(prompt, config, kind):
                 group_key = (i, from_end) if config.keys_per_concept == "mean" else (i, from_end, t)
                 if group_key not in groups:
                     groups[group_key] = len(groups)
@@ -167,7 +175,7 @@ def plan_keys(tokenizer: Any, concepts: Sequence[Concept], config: EditConfig) -
                     distance_shares.append(_distance_share(from_end, len(prompt.words), config))
                 group = groups[group_key]
                 keys.read(prompt, position, group)
-                targets.read(target, target.name[-1], group)
+                targets.read(target, _target_position(target, from_end, config, kind), group)
                 if official:
                     current.read(bare[i], _last_position(bare[i]), group)
     _check_every_name_has_a_key(concepts, named, prompts_of, first_target, {i for i, *_ in groups})
@@ -183,7 +191,9 @@ def plan_keys(tokenizer: Any, concepts: Sequence[Concept], config: EditConfig) -
     )
 
 
-def plan_names(tokenizer: Any, names: Sequence[str], config: EditConfig) -> tuple[Reading, list[int]]:
+def plan_names(
+    tokenizer: Any, names: Sequence[str], config: EditConfig, kind: ModelKind = LANGUAGE_MODEL
+) -> tuple[Reading, list[int]]:
     """Choose the tokens where the keys of names that are not redirected are read, as for a concept.
 
     Returns:
@@ -192,19 +202,38 @@ def plan_names(tokenizer: Any, names: Sequence[str], config: EditConfig) -> tupl
     Raises:
         InputError: A name has no token that can be a key in any template.
     """
-    plan = plan_keys(tokenizer, [Concept(name, name) for name in names], config)
+    plan = plan_keys(tokenizer, [Concept(name, name) for name in names], config, kind)
     return plan.keys, plan.concept_of
 
 
-def _key_positions(prompt: Prompt, config: EditConfig) -> tuple[int, ...]:
-    """Return the positions that become keys, in descending order."""
+def _key_positions(prompt: Prompt, config: EditConfig, kind: ModelKind) -> Iterator[tuple[int, int]]:
+    """Yield the positions that become keys, in descending order for the name, each with its distance from the end.
+
+    Closing tokens have negative distances, -1 for the last.
+    """
+    if not prompt.words:
+        return
     positions = prompt.words[::-1]
-    return positions[:1] if config.key_tokens == "last" else positions
+    yield from enumerate(positions[:1] if config.key_tokens == "last" else positions)
+    if not kind.writes_text and config.closing_keys and config.contexts == "matched":
+        yield from ((-j, len(prompt.tokens) - j) for j in range(1, prompt.closing + 1))
+
+
+def _target_position(target: Prompt, from_end: int, config: EditConfig, kind: ModelKind) -> int:
+    """Return the position of the target of a key, given the key's distance from the end of the name."""
+    if from_end < 0:
+        return len(target.tokens) + from_end
+    if kind.writes_text or config.contexts == "official":
+        return target.name[-1]
+    return target.words[-1 - min(from_end, len(target.words) - 1)]
 
 
 def _distance_share(from_end: int, count: int, config: EditConfig) -> float:
-    """Return the share of the distance for the token that is followed by `from_end` of a name's `count` tokens."""
-    return 1.0 if config.token_schedule == "full" else ((count - from_end) / count) ** 0.5
+    """Return the share of the distance for the token that is followed by `from_end` of a name's `count` tokens.
+
+    A closing token, with a negative distance, is moved the full distance.
+    """
+    return 1.0 if from_end < 0 or config.token_schedule == "full" else ((count - from_end) / count) ** 0.5
 
 
 def _read_each(places: Collection[tuple[Prompt, int]]) -> Reading:

@@ -45,10 +45,15 @@ def _joined(prefix: Tensor, own: Tensor) -> Tensor:
 def can_share(architecture: Architecture) -> bool:
     """Return whether all state of a model's layers is attention keys and values in a cache of transformers.
 
-    State-space and linear attention layers have other states, and remote code may store them in another way.
+    State-space and linear attention layers have other states, and remote code may store them in another way. Text
+    encoders have no cache, and the states of one that reads both ways depend on the text after the prefix.
     """
     model = architecture.model
-    return type(model).__module__.startswith("transformers.models.") and has_attention_only(model)
+    return (
+        architecture.kind.writes_text
+        and type(model).__module__.startswith("transformers.models.")
+        and has_attention_only(model)
+    )
 
 
 def has_attention_only(model: nn.Module) -> bool:

@@ -15,7 +15,15 @@ from rocr.config import Template
 from rocr.errors import InputError
 from rocr.io.spelling import has_visible_character, has_word_character
 from rocr.model.chat import TEMPLATE_ADVICE, ChatFormat, find_chat_format, not_written_once
-from rocr.model.tokenizer import PART, check_tokenizer, opening_tokens, token_texts, tokenize_with_offsets
+from rocr.model.kind import LANGUAGE_MODEL, ModelKind
+from rocr.model.tokenizer import (
+    PART,
+    check_tokenizer,
+    closing_tokens,
+    opening_tokens,
+    token_texts,
+    tokenize_with_offsets,
+)
 
 
 @dataclass(frozen=True)
@@ -23,18 +31,20 @@ class Prompt:
     """A tokenised text.
 
     Attributes:
-        tokens: Token ids, with the tokenizer's own opening tokens.
+        tokens: Token ids, with the tokenizer's own opening tokens, and for a text encoder with its closing tokens.
         name: Positions of the name's tokens, ascending. Position 0 is left out, since the first token of a text is
-            an attention sink, whose key is unlike all others.
+            an attention sink, whose key is unlike all others; not so in a model that reads both ways.
         words: The positions of `name` that can become keys. Tokens that contain only punctuation, spaces or joiners,
             such as the comma of "Harry, Duke of Sussex", are left out unless they are the last one.
         shared: Number of leading tokens that all prompts of the template share, before the first token of a name.
+        closing: Number of closing tokens.
     """
 
     tokens: tuple[int, ...]
     name: tuple[int, ...]
     words: tuple[int, ...] = field(default=(), compare=False)
     shared: int = field(default=0, compare=False)
+    closing: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -94,8 +104,10 @@ def render_template(tokenizer: Any, template: Template, settings: ChatSettings =
     return RenderedTemplate(parts[0], parts[1] + template.answer, template.text, chat, template.answer)
 
 
-def build_prompts(tokenizer: Any, template: RenderedTemplate, names: Sequence[str]) -> list[Prompt]:
-    """Tokenise a template with each name in its place.
+def build_prompts(
+    tokenizer: Any, template: RenderedTemplate, names: Sequence[str], kind: ModelKind = LANGUAGE_MODEL
+) -> list[Prompt]:
+    """Tokenise a template with each name in its place, for a model of some kind.
 
     Raises:
         InputError: The tokenizer fails or reports no offsets, or a name has no token in its text.
@@ -107,12 +119,15 @@ def build_prompts(tokenizer: Any, template: RenderedTemplate, names: Sequence[st
     written = [template.around(name) for name in different]
     texts = ["".join(parts) for parts in written]
     opening = opening_tokens(tokenizer, texts[0])
+    closing = [] if kind.writes_text else closing_tokens(tokenizer)
+    first = 0 if kind.bidirectional else 1
     own_text = token_texts(tokenizer)
     encoded = tokenize_with_offsets(tokenizer, texts)
     prompts = []
     for name, (before, as_read, _), text, (tokens, offsets) in zip(different, written, texts, encoded, strict=True):
         start, end = len(before), len(before) + len(as_read)
-        prompts.append(_prompt(name, opening, tokens, _parts(tokens, offsets, start, end, text, own_text)))
+        prompt = _prompt(name, opening, tokens, _parts(tokens, offsets, start, end, text, own_text), first)
+        prompts.append(replace(prompt, tokens=(*prompt.tokens, *closing), closing=len(closing)))
     shared = _common_prefix(prompts)
     found = {name: replace(prompt, shared=shared) for name, prompt in zip(different, prompts, strict=True)}
     return [found[name] for name in names]
@@ -153,13 +168,13 @@ def _parts(
     return {i: part for i, part in found.items() if part.is_of_the_name}
 
 
-def _prompt(name: str, opening: Sequence[int], tokens: Sequence[int], parts: Mapping[int, _Part]) -> Prompt:
-    """Return the prompt of a text, given the tokens that cover its name."""
+def _prompt(name: str, opening: Sequence[int], tokens: Sequence[int], parts: Mapping[int, _Part], first: int) -> Prompt:
+    """Return the prompt of a text, given the tokens that cover its name and the first position that can be read."""
     last = max((i for i, part in parts.items() if has_visible_character(part.covered)), default=None)
     if last is None:
         raise InputError(f"The tokenizer gives no token for the name {name!r}: change the name, or its template.")
     # A variation selector after the last letter has tokens of its own, which are not read.
-    covered = {i + len(opening): part for i, part in parts.items() if i <= last and i + len(opening) > 0}
+    covered = {i + len(opening): part for i, part in parts.items() if i <= last and i + len(opening) >= first}
     words = tuple(i for i, part in covered.items() if i == last + len(opening) or part.has_word_character)
     return Prompt((*opening, *tokens), tuple(covered), words)
 

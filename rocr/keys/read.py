@@ -134,7 +134,8 @@ def _read(
     done = 0
     prefix: tuple[int, ...] = ()
     cache = None
-    for batch in batches(reading, token_budget, share and can_share(architecture)):
+    cut = not architecture.kind.bidirectional
+    for batch in batches(reading, token_budget, share and can_share(architecture), cut):
         if batch.prefix != prefix:
             prefix = batch.prefix
             cache = run_prefix(architecture, hidden_layer, prefix) if prefix else None

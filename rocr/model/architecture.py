@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from rocr.errors import InputError
 from rocr.io.boundary import calling
+from rocr.model.encoder import encoder_config, encoder_layers, has_decoder, is_encoder_decoder
 from rocr.model.forward import input_embedding, needs_more_than_text
+from rocr.model.kind import LANGUAGE_MODEL, ModelKind
 from rocr.model.layer_structure import LayerStructure, structure_of
 from rocr.model.matrix import Matrix, check_product
 from rocr.model.projection import check_matrix, find_matrix
@@ -87,14 +89,17 @@ class Architecture:
         model: The model of transformers without wrappers, with the active adapters. rocr runs this model and never a
             compiled copy, which does not call hooks.
         layers_name: The name of the list of layers in the model's state dict.
-        layers: The list of layers.
+        layers: The list of layers. Of an encoder-decoder, they are those of the encoder.
         found_blocks: The blocks of layers that were looked for; see `rocr.model.blocks`.
+        kind: How the model reads a text. It is only known of an architecture from `rocr.model.causality.with_kind`;
+            before that, it is that of a language model.
     """
 
     model: nn.Module
     layers_name: str
     layers: nn.ModuleList
     found_blocks: dict[int, Any] = field(default_factory=dict, compare=False, repr=False)
+    kind: ModelKind = LANGUAGE_MODEL
 
     @property
     def depth(self) -> int:
@@ -173,6 +178,11 @@ class Architecture:
         """The number of features of the residual stream."""
         return _hidden_size(self.model)
 
+    @property
+    def encodes_for_decoder(self) -> bool:
+        """Whether the layers are those of the encoder of an encoder-decoder."""
+        return is_encoder_decoder(self.model)
+
     def _check_range(self, layer: int) -> None:
         if not 0 <= layer < self.depth:
             raise InputError(
@@ -213,6 +223,9 @@ def text_config(model: nn.Module) -> Any:
     config = getattr(base_of(model), "config", None)
     if config is None:
         raise InputError(f"{type(model).__name__} has no `config`: rocr edits causal language models of transformers.")
+    encoder = encoder_config(base_of(model))
+    if encoder is not None:
+        return encoder
     with calling(f"The call of get_text_config of {type(config).__name__}"):
         return config.get_text_config() if hasattr(config, "get_text_config") else config
 
@@ -258,21 +271,23 @@ def _reserved_positions(model: nn.Module, count: int) -> int:
 def find_architecture(model: nn.Module) -> Architecture:
     """Find the decoder layers: the language model's module list whose length is the number of hidden layers.
 
+    Of an encoder-decoder, the layers of the encoder are found, since it is the encoder that reads a concept.
+
     Args:
-        model: A causal language model of transformers, which may be inside `torch.compile`, data parallelism or peft,
-            and on the meta device.
+        model: A causal language model, a text encoder or an encoder-decoder of transformers, which may be inside
+            `torch.compile`, data parallelism or peft, and on the meta device.
 
     Raises:
-        InputError: There is no such list, or more than one, or the model is an encoder-decoder.
+        InputError: There is no such list, or more than one, or the model is an encoder-decoder that does not read
+            text.
     """
     config = text_config(model)
     # The configuration of a decoder alone may be that of an encoder-decoder, whose num_hidden_layers are the encoder's.
-    depth = getattr(config, "decoder_layers", None) or getattr(config, "num_hidden_layers", None)
     base = base_of(model)
-    if getattr(base.config, "is_encoder_decoder", False):
-        raise InputError(
-            f"{type(base).__name__} is an encoder-decoder: rocr edits models that read and write text in one decoder."
-        )
+    decoder_layers = getattr(config, "decoder_layers", None) if has_decoder(base) else None
+    depth = decoder_layers or getattr(config, "num_hidden_layers", None)
+    if is_encoder_decoder(base):
+        return Architecture(base, *encoder_layers(base))
     modules = {name: module for name, module, _ in own_modules(base)}
     lists = {name: module for name, module in modules.items() if isinstance(module, nn.ModuleList)}
     hidden_size = _hidden_size(base)

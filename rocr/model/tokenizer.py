@@ -68,6 +68,19 @@ def opening_tokens(tokenizer: Any, text: str) -> list[int]:
     return [] if written[: len(opening)] == opening else opening
 
 
+def closing_tokens(tokenizer: Any) -> list[int]:
+    """Return the tokens that the tokenizer puts after a text, such as EOS.
+
+    Raises:
+        InputError: The tokenizer fails.
+    """
+    with calling_tokenizer(tokenizer):
+        plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+        special: list[int] = tokenizer("a", add_special_tokens=True)["input_ids"]
+    end = _find(special, plain) + len(plain)
+    return special[end:] if special[end - len(plain) : end] == plain else []
+
+
 def check_tokenizer(tokenizer: Any) -> None:
     """Raise InputError if a tokenizer does not report which characters a token covers."""
     if not getattr(tokenizer, "is_fast", False):

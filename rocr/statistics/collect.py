@@ -20,7 +20,7 @@ from rocr.io.dtypes import dtype_name
 from rocr.model.architecture import Architecture, find_architecture, positions_of
 from rocr.model.blocks import find_blocks
 from rocr.model.capture import check_called, run_through
-from rocr.model.causality import check_causal
+from rocr.model.causality import check_writes, with_kind
 from rocr.model.chat import with_date
 from rocr.model.fingerprint import down_projection_digests, fingerprint
 from rocr.model.layers import check_blocks, layers_by_default
@@ -30,7 +30,7 @@ from rocr.ops.arithmetic import plain_arithmetic
 from rocr.progress import Progress, ProgressCallback, silent
 from rocr.statistics.batch import FIRST_TOKENS, LayerCollector
 from rocr.statistics.checkpoint import Checkpoint
-from rocr.statistics.corpus import pack_tokens, token_batches
+from rocr.statistics.corpus import closed_sequences, pack_tokens, token_batches
 from rocr.statistics.distributed import Distributed
 from rocr.statistics.provenance import Provenance, computed_with, versions_now
 from rocr.statistics.self_generated import sample_sequences
@@ -41,6 +41,10 @@ DEFAULT_SAMPLED_TOKENS = 8_192
 MAX_SAMPLED_TOKENS = 2**20
 """Maximum number of tokens that the model writes: it writes all sequences at once, so memory grows with them."""
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
+NO_TEXT = (
+    "write the text of its own statistics. Give texts like those that it reads, such as prompts of an image generator: "
+    "rocr.collect_statistics(model, tokenizer, texts, layers), or --text FILE."
+)
 
 
 @dataclass(frozen=True)
@@ -104,9 +108,11 @@ def collect_statistics(
     added in float64 at the end. The result equals that of a single process up to rounding.
 
     Args:
-        model: A causal language model of transformers with dense MLPs.
+        model: A causal language model of transformers with dense MLPs, or a text encoder or encoder-decoder, which
+            reads each document as a text of its own, with the tokens that its tokenizer puts around it.
         tokenizer: The tokenizer of the model.
-        texts: The documents. None is text that the model itself writes, drawn with `options.seed`.
+        texts: The documents. None is text that the model itself writes, drawn with `options.seed`; an encoder cannot
+            write any.
         layers: The decoder layers whose keys are collected. None is the layers that are edited by default.
         options: How the text is cut into sequences and read. None is `CollectOptions()`.
         progress: Called after every batch.
@@ -116,7 +122,8 @@ def collect_statistics(
 
     Raises:
         InputError: A layer does not exist or cannot be edited, the text is empty, more tokens are wanted than the
-            model can write, or the checkpoint is that of another collection.
+            model can write, the model is an encoder and there are no texts, or the checkpoint is that of another
+            collection.
         GuardError: Keys are not finite, or all keys of a layer are zero.
         RocrError: Another process failed or is lost; the checkpoints are kept.
 
@@ -141,7 +148,9 @@ def collect_statistics(
         mark = fingerprint(architecture, tokenizer, max(chosen))
         dtype, device = dtype_name(blocks[max(chosen)].dtype), blocks[max(chosen)].device.type
         before = down_projection_digests(architecture, max(chosen))
-        check_causal(architecture, max(chosen))
+        architecture = with_kind(architecture, max(chosen))
+        if texts is None:
+            check_writes(architecture, NO_TEXT)
     identity = {
         # Without the name, since the model may have been moved.
         "model": [mark.model, mark.layer, mark.tokenizer, list(before)],
@@ -242,12 +251,16 @@ class _Source:
         else:
             self.length = min(options.length, positions_of(architecture.model) or options.length)
             vocabulary = len(architecture.embedding.weight)  # type: ignore[arg-type]
-            sequences = pack_tokens(self._counted(self.texts), tokenizer, self.length, vocabulary)
+            if architecture.kind.writes_text:
+                sequences = pack_tokens(self._counted(self.texts), tokenizer, self.length, vocabulary)
+            else:
+                sequences = closed_sequences(self._counted(self.texts), tokenizer, self.length)
         before = 0
         for batch in token_batches(sequences, options.batch_tokens):
             if options.tokens is not None and before >= options.tokens:
                 return
-            for part in _equal_lengths(batch):
+            ordered = batch if architecture.kind.writes_text else sorted(batch, key=len)
+            for part in _equal_lengths(ordered):
                 count = sum(len(sequence) - FIRST_TOKENS for sequence in part)
                 if options.tokens is not None:
                     count = min(count, options.tokens - before)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rocr.errors import InputError
-from rocr.model.tokenizer import calling_tokenizer, tokenize
+from rocr.model.tokenizer import calling_tokenizer, closing_tokens, opening_tokens, tokenize
 
 _TXT_PIECE = 2**20  # a line of more bytes, and a paragraph of more characters, becomes several documents
 _JSONL_LINE_BYTES = 64 * 2**20
@@ -123,6 +123,33 @@ def pack_tokens(
         del pending[:position]
     if len(head) + len(pending) >= 2:
         yield head + pending
+
+
+def closed_sequences(texts: Iterable[str], tokenizer: Any, length: int) -> Iterator[list[int]]:
+    """Yield each document as a sequence of its own, between the tokenizer's opening and closing tokens.
+
+    A document that does not fit into `length` tokens is cut into several sequences.
+
+    Args:
+        texts: The documents.
+        tokenizer: The tokenizer of a text encoder.
+        length: Maximum number of tokens of a sequence.
+
+    Raises:
+        InputError: The length leaves no room for the text, or the tokenizer fails.
+    """
+    opening, closing = opening_tokens(tokenizer, ""), closing_tokens(tokenizer)
+    room = length - len(opening) - len(closing)
+    if room < 1:
+        raise InputError(
+            f"A sequence of {length} tokens is too short: the tokenizer puts {len(opening) + len(closing)} tokens "
+            "around a text."
+        )
+    for tokens in _tokenised(texts, tokenizer):
+        for start in range(0, len(tokens), room):
+            sequence = [*opening, *tokens[start : start + room], *closing]
+            if len(sequence) >= 2:
+                yield sequence
 
 
 def token_batches(sequences: Iterable[list[int]], budget: int) -> Iterator[list[list[int]]]:

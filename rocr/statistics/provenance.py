@@ -32,6 +32,9 @@ COMPUTED_WITH = (
 ADAPTER = "adapter"
 """The name of the digest of the active adapters among the settings; a model without adapters has none."""
 
+TEXT_ENCODER = "text_encoder"
+"""The name under which the settings of an edit say that its model is a text encoder."""
+
 READ_BY = ("rocr", "torch", "transformers")
 MAX_VERSION = 500
 MAX_CONFIG = 20_000

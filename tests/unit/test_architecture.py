@@ -162,7 +162,7 @@ def test_of_towers_of_one_depth_the_language_model_is_found(kind):
         find_architecture(model)
 
 
-def test_an_encoder_decoder_is_refused():
+def test_of_an_encoder_decoder_the_encoder_is_found():
     module = {
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -176,10 +176,9 @@ def test_an_encoder_decoder_is_refused():
             decoder=module | {"num_hidden_layers": decoder_layers},
             vocab_size=99,
         )
-        with pytest.raises(
-            InputError, match="is an encoder-decoder: rocr edits models that read and write text in one decoder"
-        ):
-            find_architecture(transformers.T5GemmaForConditionalGeneration(config))
+        found = find_architecture(transformers.T5GemmaForConditionalGeneration(config))
+        assert found.layers_name == "model.encoder.layers"
+        assert found.depth == 3
 
 
 def test_layers_that_attend_to_images_alone_are_refused(make_model, tokenizer, texts, concepts):

@@ -1,13 +1,14 @@
-"""Models whose attention looks ahead are refused before anything is read or changed."""
+"""Whether a model reads from left to right or both ways is found by running it."""
 
 import pytest
 import torch
 import transformers
 
 import rocr
-from rocr import EditConfig, InputError
+from rocr import EditConfig, Guards, InputError
 from rocr.model.architecture import find_architecture
-from rocr.model.causality import looks_ahead
+from rocr.model.causality import looks_ahead, with_kind
+from rocr.model.kind import ModelKind
 from tests.support.models import same_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -42,17 +43,18 @@ def gemma3_both_ways(tokenizer):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("make", [paligemma, gemma3_both_ways])
-def test_attention_that_looks_ahead_is_refused(make, dtype, tokenizer, texts, concepts, weights_of, monkeypatch):
+def test_a_model_that_looks_ahead_is_read_both_ways(make, dtype, tokenizer, texts, concepts, weights_of):
     other = make(tokenizer).to(dtype)
     assert looks_ahead(find_architecture(other), 2)
-    with pytest.raises(InputError, match=r"The attention of \w+ looks ahead, .*left to right"):
-        rocr.collect_statistics(other, tokenizer, texts, [1, 2])
-    # Statistics of rocr 0.1 may be of such a model.
-    monkeypatch.setattr("rocr.statistics.collect.check_causal", lambda *_: None)
+    assert with_kind(find_architecture(other), 2).kind == ModelKind(bidirectional=True, writes_text=False)
+    with pytest.raises(InputError, match=r"\w+ is edited as a text encoder, which cannot write the text of its own"):
+        rocr.collect_statistics(other, tokenizer, None, [1, 2])
     collected = rocr.collect_statistics(other, tokenizer, texts, [1, 2])
     before = weights_of(other)
-    with pytest.raises(InputError, match="looks ahead"):
-        rocr.unlearn(other, tokenizer, concepts, collected, EditConfig(layers=[1, 2]))
+    edit = rocr.unlearn(other, tokenizer, concepts, collected, EditConfig(layers=[1, 2]), guards=Guards(force=True))
+    assert edit.report.divergence is None
+    assert edit.report.drift > 0
+    edit.revert(other)
     assert same_weights(weights_of(other), before)
 
 
