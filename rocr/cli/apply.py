@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rocr.cli import options
-from rocr.cli.arguments import edit_and_source, load
+from rocr.cli.arguments import check_quantised, edit_and_source, load
 from rocr.cli.console import Console
 from rocr.cli.outputs import write_output
 from rocr.cli.parsing import Arguments, argument, command, flag
@@ -23,12 +23,14 @@ if TYPE_CHECKING:
 @options.model
 @argument("edit", "An edit file.", type=FILE)
 @options.out("Folder to write", DIR)
+@options.stored_again
 @flag("--allow-fingerprint-mismatch", "Allow another model than the edit's, such as a fine-tune.")
 def apply(arguments: Arguments, console: Console) -> dict[str, Any]:
     """Apply a saved edit to a copy of its model."""
     from rocr.export.folder import check_output_possible, holds_already
 
     edit, source = edit_and_source(arguments, arguments.edit)
+    check_quantised(arguments, source)
     with console.stage("load"):
         loaded = load(arguments, source, _last_layer(arguments, source, edit))
     held = holds_already(loaded, edit)
@@ -40,8 +42,9 @@ def apply(arguments: Arguments, console: Console) -> dict[str, Any]:
         edit.apply(loaded.model, arguments.allow_fingerprint_mismatch)
     if mismatch is not None:
         console.warn(f"{mismatch} The edit was measured on another model: evaluate the result.")
+    more = {"applied": True, "fingerprint_mismatch": mismatch}
     report = write_output(
-        arguments, loaded, edit, ("model", "edit"), console, applied=True, fingerprint_mismatch=mismatch
+        arguments, loaded, edit, ("model", "edit"), console, quantised=arguments.quantised, **more
     )
     console.say(f"{arguments.out}: {arguments.model} with the edit of {number_of_concepts(edit.concepts)}.")
     return report

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from rocr.cli.parsing import Decorator, argument, flag, option, together
+from rocr.cli.parsing import Decorator, argument, choice, flag, option, together
 from rocr.cli.values import COUNT, FILE, SEED, SHARE, TOKENS, PathType, layer_list
 from rocr.io.dtypes import SUPPORTED_DTYPES
 
@@ -41,6 +41,16 @@ partial_model = together(
     ),
     flag("--whole", "Load the whole model.", group=LOADING),
 )
+
+_STORED_AGAIN = (
+    "How edited weights of a quantised model are written: plain, unquantised (default), or keep, in the same scheme"
+)
+quantised = option(
+    "--quantised",
+    f"{_STORED_AGAIN}; or adapter, to write an adapter (lora) and no model.",
+    type=choice("plain", "keep", "adapter"),
+)
+stored_again = option("--quantised", f"{_STORED_AGAIN}.", type=choice("plain", "keep"))
 
 layers = option("--layers", "Such as 4,5,6 or 4-6 (default: chosen from the depth).", type=layer_list, metavar="LIST")
 

@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rocr.cli import options
-from rocr.cli.arguments import chat_of, check_text, claim_output, collect, last_layer_to_load, load, source_of
+from rocr.cli.arguments import (
+    chat_of,
+    check_quantised,
+    check_text,
+    claim_output,
+    collect,
+    last_layer_to_load,
+    load,
+    source_of,
+)
 from rocr.cli.console import Console
 from rocr.cli.outputs import show_adapter, write_output
 from rocr.cli.parsing import Arguments, argument, choice, command, flag, option
@@ -51,6 +60,7 @@ answering = partial(option, group="Answers before and after")
     default="model,edit",
     metavar="PARTS",
 )
+@options.quantised
 @option("--lora-rank", "Truncate the adapter to rank N, such as 16, the default limit of vLLM.", type=COUNT)
 @flag("--dry-run", "Check all inputs, show what would be done, and stop.")
 @options.partial_model
@@ -108,6 +118,7 @@ def unlearn(arguments: Arguments, console: Console) -> dict[str, Any]:
     concepts = _concepts(arguments)
     check_length(len(concepts), _most(arguments, concepts))
     source = source_of(arguments)
+    check_quantised(arguments, source)
     _check_output(arguments, source)
     _check_parts(arguments, source)
     check_text(arguments)
@@ -140,7 +151,7 @@ def unlearn(arguments: Arguments, console: Console) -> dict[str, Any]:
     edit = _edit(loaded, concepts, statistics, config, arguments, console)
     after = _ask(loaded, questions, arguments, console, "answers after")
     answers = _answers(arguments, concepts, questions, before, after)
-    report = write_output(arguments, loaded, edit, arguments.save, console, answers)
+    report = write_output(arguments, loaded, edit, arguments.save, console, answers, quantised=arguments.quantised)
     show_report(report, console, arguments.out)
     show_adapter(report, console)
     return report

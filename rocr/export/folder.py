@@ -15,16 +15,34 @@ from torch import Tensor, nn
 
 from rocr.edit.apply import apply_updates, down_projections, undo_updates
 from rocr.edit.update import Applied, LayerUpdate
-from rocr.errors import InputError
-from rocr.export.copying import carried_files, may_link, other_weights
+from rocr.errors import InputError, VerificationError
+from rocr.export.copying import REPLACED_FILE, carried_files, may_link, other_weights
+from rocr.export.quantised import PLAIN, WrittenQuantised, check_surviving, edit_quantised, report_of
+from rocr.export.replaced import (
+    has_replaced,
+    kept_parts,
+    replacements,
+    restore_replaced,
+    save_replaced,
+)
+from rocr.export.replacing import Replacements
 from rocr.export.rewrite import files_beside, rewrite_model
 from rocr.io.disk_space import check_space
-from rocr.io.dtypes import dtype_name
+from rocr.io.dtypes import dtype_name, torch_dtype
 from rocr.io.safetensors_layout import StoredTensor
 from rocr.model.architecture import Block
 from rocr.model.fingerprint import tensor_digest
 from rocr.model.load import LoadedModel, save_model, saved_bytes
-from rocr.model.stored_weights import StoredNames, check_loaded, find_stored, find_weights, layout, stored_names
+from rocr.model.quantised.checkpoint import find_quantisation
+from rocr.model.stored_weights import (
+    StoredNames,
+    check_loaded,
+    edited_places,
+    find_stored,
+    find_weights,
+    layout,
+    stored_names,
+)
 from rocr.model.weight_files import WeightFiles, find_weight_files
 
 if TYPE_CHECKING:
@@ -88,14 +106,21 @@ def check_output_possible(loaded: LoadedModel, layers: Sequence[int], out: Path)
 def bytes_written(files: WeightFiles, names: StoredNames, projections: Sequence[Block], out: Path | None) -> int:
     """Return the number of bytes that writing an edited copy of a folder takes on the disk."""
     anew = weights_copied(files, names, projections, out)
-    return sum((files.folder / name).stat().st_size for name in anew) + carried_bytes(files.folder)
+    size = sum((files.folder / name).stat().st_size for name in anew) + carried_bytes(files.folder)
+    return size + sum(replaced_bytes(names, projection) for projection in projections)
+
+
+def replaced_bytes(names: StoredNames, projection: Block) -> int:
+    """Return the most bytes that a quantised weight adds to an output: its plain values and its former parts."""
+    weight = names.quantised.get(projection.parameter_name)
+    return 0 if weight is None else 4 * projection.parameter.numel() + weight.size
 
 
 def weights_copied(files: WeightFiles, names: StoredNames, projections: Sequence[Block], out: Path | None) -> list[str]:
     """Return the names of the weight files that an edited copy does not hold as hard links."""
     if not may_link(files.folder, out):
         return [*files.files, *files_beside(files, _shapes(projections))]
-    return sorted({place.file.name for projection in projections for place in find_stored(files, names, projection)})
+    return sorted({place.file.name for projection in projections for place in edited_places(files, names, projection)})
 
 
 def carried_bytes(folder: Path) -> int:
@@ -103,7 +128,15 @@ def carried_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in carried_files(folder))
 
 
-def save_edited(loaded: LoadedModel, edit: Edit, folder: Path, reverted: bool = False) -> Saved:
+def save_edited(
+    loaded: LoadedModel,
+    edit: Edit,
+    folder: Path,
+    reverted: bool = False,
+    quantised: str = PLAIN,
+    force: bool = False,
+    undo: bool = True,
+) -> Saved:
     """Write a model with an edit, or with the edit reverted, into a folder that exists.
 
     Args:
@@ -112,6 +145,9 @@ def save_edited(loaded: LoadedModel, edit: Edit, folder: Path, reverted: bool = 
         edit: The edit.
         folder: The folder to write to.
         reverted: Whether to revert the edit, in the bytes of the files.
+        quantised: How edited weights of a quantised model are written, "plain" or "keep".
+        force: Whether the share of the update that survives with "keep" may be below its limit.
+        undo: Whether to write the quantised tensors that are replaced, from which the edit can be reverted.
 
     Raises:
         InputError: The files are not those of the model, or there is too little free disk space.
@@ -126,9 +162,23 @@ def save_edited(loaded: LoadedModel, edit: Edit, folder: Path, reverted: bool = 
         return Saved(edit, [], {} if written is None else {"tensors": layout(written)})
     names = stored_names(files, loaded.model)
     projections = down_projections(loaded.architecture, edit.updates)
+    if reverted and has_replaced(files.folder):
+        return _restore(files, names, edit, projections, folder)
     changes: dict[str, Tensor] = {}
     weights, updates = [], []
+    requantised: list[WrittenQuantised] = []
+    quantisation = find_quantisation(files.folder)
     for projection, update in zip(projections, edit.updates, strict=True):
+        weight = names.quantised.get(projection.parameter_name)
+        if weight is not None:
+            if reverted:
+                raise InputError(f"{files.folder} lacks {REPLACED_FILE}, from which {weight.module} is restored.")
+            assert quantisation is not None, "it has the weight"
+            written = edit_quantised(quantisation, weight, projection, update, quantised)
+            requantised.append(written)
+            updates.append(replace(update, applied=written.applied))
+            weights.append(_written_quantised(projection, update, written))
+            continue
         places = find_stored(files, names, projection)
         values, record = (
             _without_edit(projection, update, places) if reverted else _with_edit(projection, update, places)
@@ -137,16 +187,25 @@ def save_edited(loaded: LoadedModel, edit: Edit, folder: Path, reverted: bool = 
         updates.append(update if reverted else replace(update, applied=record))
         weights.append(_written(projection, update, places, None if reverted else record))
     beside = files_beside(files, _shapes(projections))
-    rewritten = rewrite_model(files, changes, folder, beside)
+    replaced = None
+    passed = check_surviving([written.report for written in requantised if written.parts is not None], force)
+    if quantisation is not None and requantised:
+        changes |= kept_parts(requantised)
+        replaced = replacements(quantisation, files, names, loaded.model, requantised)
+        if undo:
+            save_replaced(files, requantised, replaced, folder / REPLACED_FILE)
+    rewritten = rewrite_model(files, changes, folder, beside, replaced)
     kept = [name for name in [*files.files, *beside] if name not in rewritten]
-    if all(parameter.device.type != "meta" for parameter in loaded.model.parameters()):
-        files.read_headers()
+    is_whole = all(parameter.device.type != "meta" for parameter in loaded.model.parameters())
     report = {
         "weights": [asdict(weight) for weight in weights],
-        "tensors": layout(files),
+        "tensors": _layout(files, folder, is_whole, replaced),
         "beside": beside,
         "left_out": other_weights(files.folder, [*files.files, *beside]),
+        **report_of([written.report for written in requantised]),
     }
+    if passed:
+        report["limits_passed"] = [*edit.report.limits_passed, *passed]
     linked = [name for name in kept if (folder / name).samefile(files.folder / name)]
     return Saved(replace(edit, updates=updates), linked, report)
 
@@ -161,10 +220,61 @@ def holds_already(loaded: LoadedModel, edit: Edit) -> str | None:
         return None
     names = stored_names(files, loaded.model)
     for projection, update in zip(down_projections(loaded.architecture, edit.updates), edit.updates, strict=True):
-        stored = find_stored(files, names, projection)[0]
-        if update.applied is not None and tensor_digest(stored.read()) == update.applied.after:
+        if update.applied is not None and update.applied.after in _digests(files, names, projection, update.applied):
             return update.parameter
     return None
+
+
+def _digests(files: WeightFiles, names: StoredNames, projection: Block, applied: Applied) -> list[str]:
+    """Return the sha256 of the values of a stored weight, and of them in the dtype of a record."""
+    weight = names.quantised.get(projection.parameter_name)
+    if weight is None:
+        return [tensor_digest(find_stored(files, names, projection)[0].read())]
+    return [tensor_digest(weight.read(tuple(projection.parameter.shape)).to(torch_dtype(applied.dtype.removeprefix("torch."))))]
+
+
+def _layout(files: WeightFiles, folder: Path, is_whole: bool, replaced: Replacements | None) -> dict[str, Any]:
+    """Describe the tensors of an output for its report."""
+    if replaced is not None and replaced.files:
+        written = find_weight_files(folder)
+        assert written is not None, "the output was written"
+        files = written
+    if is_whole:
+        files.read_headers()
+    return layout(files)
+
+
+def _restore(
+    files: WeightFiles, names: StoredNames, edit: Edit, projections: Sequence[Block], folder: Path
+) -> Saved:
+    """Write the files of a quantised model as they were before an edit; see `restore_replaced`."""
+    for projection, update in zip(projections, edit.updates, strict=True):
+        applied = update.applied
+        if applied is None or applied.after not in _digests(files, names, projection, applied):
+            raise VerificationError(
+                f"{projection.parameter_name} in {files.folder} is not the weight after this edit. Revert later edits "
+                "first, or use the output of this edit."
+            )
+    rewritten = restore_replaced(files, folder)
+    restored = find_weight_files(folder)
+    assert restored is not None, "the output was written"
+    kept = [name for name in files.files if name not in rewritten]
+    linked = [name for name in kept if (folder / name).samefile(files.folder / name)]
+    report = {"weights": [], "tensors": layout(restored), "beside": [], "left_out": []}
+    return Saved(edit, linked, report)
+
+
+def _written_quantised(projection: Block, update: LayerUpdate, written: WrittenQuantised) -> WrittenWeight:
+    """Return the entry of the report for an edited weight of a quantised model."""
+    parts = written.weight.names
+    return WrittenWeight(
+        update.layer,
+        update.parameter,
+        [written.weight.name] if written.parts is None else sorted(parts.values()),
+        dtype_name(written.values.dtype) if written.parts is None else written.weight.scheme.label,
+        dtype_name(projection.parameter.dtype),
+        written.applied.surviving,
+    )
 
 
 def _with_edit(projection: Block, update: LayerUpdate, places: Sequence[StoredTensor]) -> tuple[Tensor, Applied]:

@@ -1,0 +1,68 @@
+"""Tiny quantised checkpoints, written by the published formulas."""
+
+import json
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.support.models import build_model, build_tokenizer
+
+SIZES = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.06,
+}
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def write_plain(folder, **changes):
+    """Write a tiny Llama in bfloat16 with its tokenizer."""
+    tokenizer = build_tokenizer()
+    model = build_model("Llama", len(tokenizer), **(SIZES | changes)).to(torch.bfloat16)
+    model.config.dtype = torch.bfloat16
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_fp8(folder, block=(64, 32), scales="float32", shards=1):
+    """Write a tiny Llama whose projections are e4m3 in blocks, in one or more files."""
+    write_plain(folder)
+    tensors = {}
+    for name, values in load_file(folder / "model.safetensors").items():
+        if name.split(".")[-2] not in PROJECTIONS:
+            tensors[name] = values
+            continue
+        rows, columns = (size // by for size, by in zip(values.shape, block, strict=True))
+        blocks = values.float().reshape(rows, block[0], columns, block[1])
+        scale = blocks.abs().amax(dim=(1, 3)) / 448
+        if scales == "e8m0":
+            scale = scale.log2().ceil().exp2()
+        codes = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn)
+        tensors[name] = codes.reshape(values.shape)
+        tensors[f"{name}_scale_inv"] = scale.to(torch.float8_e8m0fnu) if scales == "e8m0" else scale
+    settings = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": list(block)}
+    if scales == "e8m0":
+        settings["scale_fmt"] = "ue8m0"
+    write_tensors(folder, tensors, settings, shards)
+    return folder
+
+
+def write_tensors(folder, tensors, settings, shards=1):
+    """Write the tensors and the quantization_config of a checkpoint in place of those in the folder."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}, indent=2))
+    (folder / "model.safetensors").unlink()
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    names = sorted(tensors)
+    weight_map = {name: f"model-{i * shards // len(names):05}.safetensors" for i, name in enumerate(names)}
+    for file in set(weight_map.values()):
+        inside = {name: tensors[name] for name in names if weight_map[name] == file}
+        save_file(inside, folder / file, metadata={"format": "pt"})
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
