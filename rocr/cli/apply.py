@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rocr.cli import options
-from rocr.cli.arguments import check_quantised, edit_and_source, load
+from rocr.cli.arguments import check_quantised, edit_and_source, load, open_quantised
 from rocr.cli.console import Console
 from rocr.cli.outputs import write_output
 from rocr.cli.parsing import Arguments, argument, command, flag
@@ -33,6 +33,7 @@ def apply(arguments: Arguments, console: Console) -> dict[str, Any]:
     check_quantised(arguments, source)
     with console.stage("load"):
         loaded = load(arguments, source, _last_layer(arguments, source, edit))
+        open_quantised(loaded, edit.config, edit.fingerprint.layer)
     held = holds_already(loaded, edit)
     if held is not None:
         raise InputError(f"{held} holds this edit already.")

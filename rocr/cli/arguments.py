@@ -230,6 +230,14 @@ def load(arguments: Arguments, source: ModelSource, last_layer: int | None = Non
     return load_model(source, dtype, arguments.device, arguments.trust_remote_code)
 
 
+def open_quantised(loaded: LoadedModel, config: EditConfig, last_layer: int = 0) -> None:
+    """Make the down-projections of a quantised model dense, up to the last edited layer and to `last_layer`."""
+    from rocr.model.layers import wanted_layers
+    from rocr.model.quantised.opening import open_down_projections
+
+    open_down_projections(loaded, max(*wanted_layers(config, loaded.architecture), last_layer))
+
+
 def _check_device(device: str | None) -> None:
     """Refuse a device that does not exist or cannot hold weights, before the weights are read."""
     if device in (None, "auto"):

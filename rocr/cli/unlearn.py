@@ -15,6 +15,7 @@ from rocr.cli.arguments import (
     collect,
     last_layer_to_load,
     load,
+    open_quantised,
     source_of,
 )
 from rocr.cli.console import Console
@@ -140,6 +141,7 @@ def unlearn(arguments: Arguments, console: Console) -> dict[str, Any]:
             return show_plan(arguments, concepts, source, config, len(questions), last_layer, console)
     with console.stage("load"):
         loaded = load(arguments, source, last_layer)
+        open_quantised(loaded, config, 0 if statistics is None else statistics.fingerprint.layer)
     config = _with_layers(config, loaded)
     if "model" in arguments.save:
         from rocr.export.folder import check_output_possible

@@ -21,6 +21,7 @@ from rocr.export.quantised import PLAIN, WrittenQuantised, check_surviving, edit
 from rocr.export.replaced import (
     has_replaced,
     kept_parts,
+    names_added,
     replacements,
     restore_replaced,
     save_replaced,
@@ -248,6 +249,8 @@ def _restore(
     files: WeightFiles, names: StoredNames, edit: Edit, projections: Sequence[Block], folder: Path
 ) -> Saved:
     """Write the files of a quantised model as they were before an edit; see `restore_replaced`."""
+    restored_names = names_added(files.folder)
+    changes: dict[str, Tensor] = {}
     for projection, update in zip(projections, edit.updates, strict=True):
         applied = update.applied
         if applied is None or applied.after not in _digests(files, names, projection, applied):
@@ -255,7 +258,12 @@ def _restore(
                 f"{projection.parameter_name} in {files.folder} is not the weight after this edit. Revert later edits "
                 "first, or use the output of this edit."
             )
-    rewritten = restore_replaced(files, folder)
+        if projection.parameter_name not in names.quantised:
+            places = find_stored(files, names, projection)
+            if places[0].name not in restored_names:
+                values, _ = _without_edit(projection, update, places)
+                changes |= dict.fromkeys((place.name for place in places), values)
+    rewritten = restore_replaced(files, folder, changes)
     restored = find_weight_files(folder)
     assert restored is not None, "the output was written"
     kept = [name for name in files.files if name not in rewritten]

@@ -6,7 +6,7 @@ them, `rocr revert` writes the files of the model as they were, byte for byte.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from rocr.export.replacing import Replacements, header_text
 from rocr.export.rewrite import rewrite_model
 from rocr.io.json_values import list_of, object_of, parse_json, text_of
 from rocr.io.safetensors_layout import read_layout
-from rocr.io.tensors import read_tensors, write_tensors
+from rocr.io.tensors import read_header, read_tensors, write_tensors
 from rocr.model.check_folder import INDEX_FILE
 from rocr.model.quantised.checkpoint import Quantisation
 from rocr.model.stored_weights import StoredNames
@@ -99,12 +99,27 @@ def has_replaced(folder: Path) -> bool:
     return (folder / REPLACED_FILE).is_file()
 
 
-def restore_replaced(files: WeightFiles, out: Path) -> list[str]:
+def names_added(folder: Path) -> set[str]:
+    """Return the names of the tensors in an output that took the place of quantised ones.
+
+    Raises:
+        InputError: The record is damaged.
+    """
+    path = folder / REPLACED_FILE
+    try:
+        added = object_of(read_header(path).get("added", {}), "added")
+        return {text_of(name, "a name") for names in added.values() for name in list_of(names, "names")}
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path} cannot be read as replaced tensors: {str(error)[:200]}.") from None
+
+
+def restore_replaced(files: WeightFiles, out: Path, others: Mapping[str, Tensor]) -> list[str]:
     """Write the files of a model as they were before a quantised output was written, into a folder that exists.
 
     Args:
         files: The files of the output.
         out: The folder to write to.
+        others: Former values of edited tensors that were not quantised, by their names.
 
     Returns:
         Names of the rewritten weight files.
@@ -134,7 +149,7 @@ def restore_replaced(files: WeightFiles, out: Path) -> list[str]:
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{path} cannot be read as replaced tensors: {str(error)[:200]}.") from None
     back: dict[str, dict[str, Tensor]] = {}
-    changes = {name: values for name, values in parts.items() if file_of[name] not in added}
+    changes = {name: values for name, values in parts.items() if file_of[name] not in added} | dict(others)
     for name, values in parts.items():
         if file_of[name] in added:
             back.setdefault(file_of[name], {})[name] = values

@@ -48,11 +48,16 @@ def chosen_layers(config: EditConfig, architecture: Architecture) -> tuple[int, 
     Raises:
         InputError: A layer is out of range, or has no dense down-projection.
     """
-    choose = authors_layers if config.layers == OFFICIAL_LAYERS else default_layers
-    layers = config.layer_numbers or choose(architecture.depth)
+    layers = wanted_layers(config, architecture)
     for layer in layers:
         architecture.down_projection(layer)
     return layers
+
+
+def wanted_layers(config: EditConfig, architecture: Architecture) -> tuple[int, ...]:
+    """Return the layers to edit as `chosen_layers`, without a check that they can be edited."""
+    choose = authors_layers if config.layers == OFFICIAL_LAYERS else default_layers
+    return config.layer_numbers or choose(architecture.depth)
 
 
 def check_moments(architecture: Architecture, moments: dict[int, Tensor]) -> None:

@@ -16,10 +16,22 @@ from rocr.errors import InputError
 from rocr.io.dtypes import SUPPORTED_DTYPES, torch_dtype
 from rocr.io.json_values import parse_json
 from rocr.io.safetensors_layout import StoredTensor
+from rocr.model.quantised.bitsandbytes import BitsAndBytes4, BitsAndBytes8
+from rocr.model.quantised.compressed_tensors import CompressedTensors
 from rocr.model.quantised.fp8 import Fp8
+from rocr.model.quantised.gptq import Awq, Gptq
+from rocr.model.quantised.mxfp4 import Mxfp4
 from rocr.model.quantised.scheme import Scheme
 from rocr.model.weight_files import WeightFiles
 
+SCHEMES: Mapping[str, type[Scheme]] = {
+    "fp8": Fp8,
+    "compressed-tensors": CompressedTensors,
+    "mxfp4": Mxfp4,
+    "gptq": Gptq,
+    "awq": Awq,
+}
+"""The schemes by the names in `quant_method`, besides bitsandbytes."""
 FIELDS = ("quantization_config", "compression_config")
 MODULES_OF_PACKAGES = {"compressed-tensors": "compressed_tensors"}
 """The names that Python imports, of packages that pip installs under other names."""
@@ -84,7 +96,7 @@ class QuantisedWeight:
     @property
     def name(self) -> str:
         """The name that the weight has in a checkpoint that is not quantised."""
-        return f"{self.module}.weight"
+        return self.scheme.weight_name(self.module)
 
     @property
     def size(self) -> int:
@@ -143,9 +155,10 @@ def find_quantisation(folder: Path | None) -> Quantisation | None:
 def scheme_of(settings: Mapping[str, Any]) -> Scheme | None:
     """Return the scheme that the settings describe; None if it is not known."""
     method = settings.get("quant_method")
-    if method == "fp8":
-        return Fp8(settings)
-    return None
+    if method == "bitsandbytes" or (method is None and settings.get("load_in_4bit") is not None):
+        return BitsAndBytes4(settings) if settings.get("load_in_4bit") else BitsAndBytes8(settings)
+    scheme = SCHEMES.get(method) if isinstance(method, str) else None
+    return None if scheme is None else scheme(settings)
 
 
 def quantised_weights(files: WeightFiles) -> list[QuantisedWeight]:

@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rocr.model.quantised.packing import E8M0_BIAS, powers_of_two
 from rocr.model.quantised.scheme import Parts, Scheme, block_maxima, spread
 
 LARGEST = 448.0
 """The largest value of e4m3."""
-E8M0_BIAS = 127
 
 
 class Fp8(Scheme):
@@ -63,7 +63,7 @@ class Fp8(Scheme):
 
 def _factors(scale: Tensor) -> Tensor:
     """Return stored scales as float32 of two dimensions."""
-    flat = (scale.float() - E8M0_BIAS).exp2() if scale.dtype == torch.uint8 else scale.float()
+    flat = powers_of_two(scale) if scale.dtype == torch.uint8 else scale.float()
     if flat.ndim > 2 or not flat.numel():
         raise ValueError(f"its scales have the shape {tuple(scale.shape)}")
     return flat if flat.ndim == 2 else flat.reshape(-1, 1)

@@ -28,6 +28,7 @@ class Scheme(ABC):
         marker: The role of a tensor that only quantised weights have.
         optional: Roles that a quantised weight may lack.
         skipped: The field of `settings` that lists modules that are not quantised.
+        runs_first: Whether the library makes its modules ready when the model runs for the first time.
     """
 
     settings: Mapping[str, Any]
@@ -38,6 +39,7 @@ class Scheme(ABC):
     marker: ClassVar[str]
     optional: ClassVar[frozenset[str]] = frozenset()
     skipped: ClassVar[str] = "modules_to_not_convert"
+    runs_first: ClassVar[bool] = False
 
     @abstractmethod
     def read(self, parts: Parts) -> Tensor:
@@ -71,6 +73,10 @@ class Scheme(ABC):
                         found[module] = parts
         return found
 
+    def weight_name(self, module: str) -> str:
+        """Return the name that a weight has in a checkpoint that is not quantised."""
+        return f"{module}.weight"
+
     def without(self, modules: Iterable[str], others: Iterable[str]) -> dict[str, Any]:
         """Return the settings of a checkpoint in which some modules are no longer quantised.
 
@@ -93,16 +99,18 @@ class Scheme(ABC):
         return parts if {*self.suffixes} - self.optional <= {*parts} else None
 
 
-def nearest(values: Tensor, table: Tensor) -> Tensor:
+def nearest(values: Tensor, table: Tensor, before: Tensor) -> Tensor:
     """Return for each value the index of the nearest entry of a table, as int64.
 
     Args:
         values: Values of any shape, float32.
-        table: (n) float32 entries in any order; of equal ones, any may be chosen.
+        table: (n) float32 entries in any order.
+        before: Indices that are kept where the nearest entry is equal to theirs, such as 0 and -0.
     """
     ordered, order = table.sort()
     middles = (ordered[1:] + ordered[:-1]) / 2
-    return order[torch.bucketize(values.contiguous(), middles)]
+    found = order[torch.bucketize(values.contiguous(), middles)]
+    return torch.where(table[found] == table[before], before, found)
 
 
 def spread(scales: Tensor, shape: tuple[int, int], block: tuple[int, int]) -> Tensor:
