@@ -68,7 +68,8 @@ def replacements(
         added.setdefault(file, {})[weight.weight.name] = weight.values
     others = [name for name in _matrices(model) if f"{name}.weight" not in names.quantised]
     modules = [weight.weight.module for weight in plain]
-    config = quantisation.config_without(modules, [name for name in others if name not in modules])
+    quantised = [weight.module for weight in names.quantised.values()]
+    config = quantisation.config_without(modules, [name for name in others if name not in modules], quantised)
     return Replacements(removed, added, config=config.encode("utf-8", "backslashreplace"))
 
 

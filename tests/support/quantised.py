@@ -66,3 +66,62 @@ def write_tensors(folder, tensors, settings, shards=1):
         save_file(inside, folder / file, metadata={"format": "pt"})
     index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def write_gptq(folder, group=32, ordered=True, **settings):
+    """Write a tiny Llama whose projections are 4-bit GPTQ: words along the inputs, zero points stored less 1."""
+    write_plain(folder)
+    tensors = {}
+    for name, values in load_file(folder / "model.safetensors").items():
+        if name.split(".")[-2] not in PROJECTIONS:
+            tensors[name] = values
+            continue
+        inputs = values.shape[1]
+        groups = torch.arange(inputs) // group
+        if not ordered:
+            groups = groups[torch.randperm(inputs, generator=torch.Generator().manual_seed(0))]
+        codes, scales, zeros = quantise_groups(values.float(), groups)
+        module = name.removesuffix(".weight")
+        tensors[f"{module}.qweight"] = words(codes.T.reshape(-1, 8, codes.shape[0]).transpose(1, 2))
+        tensors[f"{module}.qzeros"] = words((zeros.T - 1).reshape(zeros.shape[1], -1, 8))
+        tensors[f"{module}.scales"] = scales.T.contiguous().half()
+        tensors[f"{module}.g_idx"] = groups.to(torch.int32)
+    fields = {"quant_method": "gptq", "bits": 4, "group_size": group, "desc_act": not ordered, "sym": False}
+    write_tensors(folder, tensors, fields | settings)
+    return folder
+
+
+def write_awq(folder, group=32):
+    """Write a tiny Llama whose projections are 4-bit AWQ: words of 8 outputs in the order 0 2 4 6 1 3 5 7."""
+    write_plain(folder)
+    tensors = {}
+    for name, values in load_file(folder / "model.safetensors").items():
+        if name.split(".")[-2] not in PROJECTIONS:
+            tensors[name] = values
+            continue
+        codes, scales, zeros = quantise_groups(values.float(), torch.arange(values.shape[1]) // group)
+        module, order = name.removesuffix(".weight"), [0, 2, 4, 6, 1, 3, 5, 7]
+        tensors[f"{module}.qweight"] = words(codes.T.reshape(codes.shape[1], -1, 8)[..., order])
+        tensors[f"{module}.qzeros"] = words(zeros.T.reshape(zeros.shape[1], -1, 8)[..., order])
+        tensors[f"{module}.scales"] = scales.T.contiguous().half()
+    fields = {"quant_method": "awq", "bits": 4, "group_size": group, "version": "gemm", "zero_point": True}
+    write_tensors(folder, tensors, fields)
+    return folder
+
+
+def quantise_groups(values, groups):
+    """Codes (d_out, d_in), and scales and zero points (d_out, groups), of asymmetric integers of 4 bits."""
+    count = int(groups.max()) + 1
+    inside = [values[:, groups == index] for index in range(count)]
+    low = torch.stack([part.amin(dim=1) for part in inside], 1).clamp(max=0)
+    high = torch.stack([part.amax(dim=1) for part in inside], 1).clamp(min=0)
+    scales = ((high - low) / 15).half().float()
+    zeros = (-low / scales).round().clamp(1, 15)
+    codes = (values / scales[:, groups] + zeros[:, groups]).round().clamp(0, 15)
+    return codes.long(), scales, zeros.long()
+
+
+def words(codes):
+    """One int32 for 8 codes of the last dimension, the first in the lowest bits."""
+    packed = sum(codes[..., place] * 16**place for place in range(8))
+    return torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32).contiguous()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,13 +62,13 @@ class Quantisation:
                     return torch_dtype(value)
         return torch.bfloat16
 
-    def config_without(self, modules: Iterable[str], others: Iterable[str]) -> str:
+    def config_without(self, modules: Sequence[str], plain: Sequence[str], quantised: Sequence[str]) -> str:
         """Return the text of a config.json in which some modules are not quantised; see `Scheme.without`."""
         config = json.loads(json.dumps(self.config))
         place = config
         for name in self.path[:-1]:
             place = place[name]
-        place[self.path[-1]] = self.scheme.without(modules, others)
+        place[self.path[-1]] = self.scheme.without(modules, plain, quantised)
         return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
 
 

@@ -5,7 +5,7 @@ The parts of a weight tell its format, so that a checkpoint may mix formats.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -58,9 +58,9 @@ class CompressedTensors(Scheme):
         codes = (ratio + _zeros(parts, scale)).round().clamp(-half, half - 1) + half
         return {"packed": pack_words(codes, bits)}
 
-    def without(self, modules: Iterable[str], others: Iterable[str]) -> dict[str, Any]:
-        """Return the settings with more ignored modules: the list adds to the targets, so others stay out of it."""
-        return super().without(modules, ())
+    def without(self, modules: Sequence[str], plain: Sequence[str], quantised: Sequence[str]) -> dict[str, Any]:
+        """Return the settings with more ignored modules; the list has no default. See `Scheme.without`."""
+        return super().without(modules, (), quantised)
 
     def _parts(self, module: str, names: Collection[str]) -> dict[str, str] | None:
         parts = super()._parts(module, names)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -40,11 +40,18 @@ class Gptq(Scheme):
         codes = (values / torch.where(scales == 0, torch.ones_like(scales), scales) + zeros).round()
         return {"weight": pack_words(codes.clamp(0, (1 << bits) - 1), bits).T.contiguous()}
 
-    def without(self, modules: Iterable[str], others: Iterable[str]) -> dict[str, Any]:
-        """Return the settings with patterns that exclude modules; see `Scheme.without`."""
+    def without(self, modules: Sequence[str], plain: Sequence[str], quantised: Sequence[str]) -> dict[str, Any]:
+        """Return the settings in which some modules are not quantised; see `Scheme.without`.
+
+        gptqmodel and vLLM read the patterns of excluded modules in `dynamic`, optimum the list of those that remain.
+        """
         dynamic = self.settings.get("dynamic")
         excluded = {f"{EXCLUDED}^{re.escape(name)}$": {} for name in modules}
-        return dict(self.settings) | {"dynamic": excluded | (dynamic if isinstance(dynamic, dict) else {})}
+        remaining = [name for name in quantised if name not in modules]
+        return dict(self.settings) | {
+            "dynamic": excluded | (dynamic if isinstance(dynamic, dict) else {}),
+            "modules_in_block_to_quantize": [remaining],
+        }
 
     def _bits(self) -> int:
         bits = self.settings.get("bits")

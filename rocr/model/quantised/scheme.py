@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -77,16 +77,17 @@ class Scheme(ABC):
         """Return the name that a weight has in a checkpoint that is not quantised."""
         return f"{module}.weight"
 
-    def without(self, modules: Iterable[str], others: Iterable[str]) -> dict[str, Any]:
+    def without(self, modules: Sequence[str], plain: Sequence[str], quantised: Sequence[str]) -> dict[str, Any]:
         """Return the settings of a checkpoint in which some modules are no longer quantised.
 
         Args:
             modules: The names of the modules in the files.
-            others: The modules that were not quantised before. A list of modules replaces the default of loaders, so
-                a new list has to name these too.
+            plain: The modules that were not quantised before. A list of modules replaces the default of loaders, so
+                that a new list has to name these too.
+            quantised: The modules that were quantised before.
         """
         listed = self.settings.get(self.skipped)
-        before = list(listed) if listed else list(others)
+        before = list(listed) if listed else list(plain)
         return dict(self.settings) | {self.skipped: [*before, *(name for name in modules if name not in before)]}
 
     def _parts(self, module: str, names: Collection[str]) -> dict[str, str] | None:
