@@ -205,10 +205,9 @@ def save_edited(
         "left_out": other_weights(files.folder, [*files.files, *beside]),
         **report_of([written.report for written in requantised]),
     }
-    if passed:
-        report["limits_passed"] = [*edit.report.limits_passed, *passed]
     linked = [name for name in kept if (folder / name).samefile(files.folder / name)]
-    return Saved(replace(edit, updates=updates), linked, report)
+    measured = replace(edit.report, limits_passed=[*edit.report.limits_passed, *passed])
+    return Saved(replace(edit, updates=updates, report=measured), linked, report)
 
 
 def holds_already(loaded: LoadedModel, edit: Edit) -> str | None:
