@@ -43,10 +43,8 @@ def apply(arguments: Arguments, console: Console) -> dict[str, Any]:
         edit.apply(loaded.model, arguments.allow_fingerprint_mismatch)
     if mismatch is not None:
         console.warn(f"{mismatch} The edit was measured on another model: evaluate the result.")
-    more = {"applied": True, "fingerprint_mismatch": mismatch}
-    report = write_output(
-        arguments, loaded, edit, ("model", "edit"), console, quantised=arguments.quantised, **more
-    )
+    more: dict[str, Any] = {"applied": True, "fingerprint_mismatch": mismatch}
+    report = write_output(arguments, loaded, edit, ("model", "edit"), console, quantised=arguments.quantised, **more)
     console.say(f"{arguments.out}: {arguments.model} with the edit of {number_of_concepts(edit.concepts)}.")
     return report
 

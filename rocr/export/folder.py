@@ -175,10 +175,10 @@ def save_edited(
             if reverted:
                 raise InputError(f"{files.folder} lacks {REPLACED_FILE}, from which {weight.module} is restored.")
             assert quantisation is not None, "it has the weight"
-            written = edit_quantised(quantisation, weight, projection, update, quantised)
-            requantised.append(written)
-            updates.append(replace(update, applied=written.applied))
-            weights.append(_written_quantised(projection, update, written))
+            done = edit_quantised(quantisation, weight, projection, update, quantised)
+            requantised.append(done)
+            updates.append(replace(update, applied=done.applied))
+            weights.append(_written_quantised(projection, update, done))
             continue
         places = find_stored(files, names, projection)
         values, record = (
@@ -189,7 +189,7 @@ def save_edited(
         weights.append(_written(projection, update, places, None if reverted else record))
     beside = files_beside(files, _shapes(projections))
     replaced = None
-    passed = check_surviving([written.report for written in requantised if written.parts is not None], force)
+    passed = check_surviving([done.report for done in requantised if done.parts is not None], force)
     if quantisation is not None and requantised:
         changes |= kept_parts(requantised)
         replaced = replacements(quantisation, files, names, loaded.model, requantised)
@@ -203,7 +203,7 @@ def save_edited(
         "tensors": _layout(files, folder, is_whole, replaced),
         "beside": beside,
         "left_out": other_weights(files.folder, [*files.files, *beside]),
-        **report_of([written.report for written in requantised]),
+        **report_of([done.report for done in requantised]),
     }
     linked = [name for name in kept if (folder / name).samefile(files.folder / name)]
     measured = replace(edit.report, limits_passed=[*edit.report.limits_passed, *passed])
@@ -230,7 +230,11 @@ def _digests(files: WeightFiles, names: StoredNames, projection: Block, applied:
     weight = names.quantised.get(projection.parameter_name)
     if weight is None:
         return [tensor_digest(find_stored(files, names, projection)[0].read())]
-    return [tensor_digest(weight.read(tuple(projection.parameter.shape)).to(torch_dtype(applied.dtype.removeprefix("torch."))))]
+    return [
+        tensor_digest(
+            weight.read(tuple(projection.parameter.shape)).to(torch_dtype(applied.dtype.removeprefix("torch.")))
+        )
+    ]
 
 
 def _layout(files: WeightFiles, folder: Path, is_whole: bool, replaced: Replacements | None) -> dict[str, Any]:
@@ -244,9 +248,7 @@ def _layout(files: WeightFiles, folder: Path, is_whole: bool, replaced: Replacem
     return layout(files)
 
 
-def _restore(
-    files: WeightFiles, names: StoredNames, edit: Edit, projections: Sequence[Block], folder: Path
-) -> Saved:
+def _restore(files: WeightFiles, names: StoredNames, edit: Edit, projections: Sequence[Block], folder: Path) -> Saved:
     """Write the files of a quantised model as they were before an edit; see `restore_replaced`."""
     restored_names = names_added(files.folder)
     changes: dict[str, Tensor] = {}

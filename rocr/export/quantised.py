@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from rocr.edit.apply import apply_updates, bits
 from rocr.edit.update import Applied, LayerUpdate
 from rocr.errors import GuardError, InputError
-from rocr.io.dtypes import dtype_name
 from rocr.model.architecture import Block
 from rocr.model.fingerprint import tensor_digest
 from rocr.model.quantised.checkpoint import Quantisation, QuantisedWeight
@@ -73,7 +72,7 @@ class WrittenQuantised:
 def edit_quantised(
     quantisation: Quantisation, weight: QuantisedWeight, projection: Block, update: LayerUpdate, output: str
 ) -> WrittenQuantised:
-    """Add an update to the float32 values of a quantised weight, and quantise or round the result once.
+    """Add an update to the float32 values of a quantised weight, and quantise or round the result.
 
     Args:
         quantisation: The quantisation of the model.
@@ -167,14 +166,13 @@ def _requantised(
     the movement that is missing at the keys is added to them along `update.right`, the directions that ordinary keys
     share least. The best result is returned.
     """
-    read = lambda written: weight.read(tuple(before.shape), {**parts, **written})  # noqa: E731
     keys = update.keys.cpu().double()
     correction = _correction(update, keys)
     goal = wanted.double() @ keys.T
     best, least, values = dict(parts), torch.inf, wanted
     for _ in range(ROUNDS):
         written = {**parts, **weight.scheme.write(values, parts)}
-        missing = goal - read(written).double() @ keys.T
+        missing = goal - weight.read(tuple(before.shape), written).double() @ keys.T
         if float(missing.norm()) < least:
             best, least = written, float(missing.norm())
         values = values + correction(missing)
@@ -186,5 +184,9 @@ def _correction(update: LayerUpdate, keys: Tensor) -> Callable[[Tensor], Tensor]
     right = update.factors.right.cpu().double()
     if update.factors.matrix is not None or right.shape != keys.shape:
         right = keys
-    inverse = torch.linalg.pinv(right @ keys.T, rtol=1e-3)
-    return lambda outputs: (outputs @ inverse @ right).float()
+    inverse: Tensor = torch.linalg.pinv(right @ keys.T, rtol=1e-3)
+
+    def correct(outputs: Tensor) -> Tensor:
+        return (outputs @ inverse @ right).float()
+
+    return correct

@@ -171,5 +171,3 @@ def _bytes(text: bytes) -> Tensor:
 def _matrices(model: nn.Module) -> list[str]:
     """Return the names of the modules of a model that multiply by a matrix."""
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-
-

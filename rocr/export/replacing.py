@@ -144,5 +144,6 @@ def _new_header(entries: Mapping[str, _Entry], before: Mapping[str, Any]) -> byt
 def _itemsize(entry: _Entry, before: Any) -> int:
     """Return the bytes of an element of a tensor, or 1 for a kind of less than a byte."""
     if isinstance(entry, StoredTensor):
-        return max(1, entry.size // max(1, math.prod(before["shape"])))
+        size: int = entry.size // max(1, math.prod(before["shape"]))
+        return max(1, size)
     return entry.dtype.itemsize

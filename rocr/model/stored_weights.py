@@ -225,9 +225,7 @@ def _names(files: WeightFiles, parameters: dict[str, Any], model: nn.Module) -> 
     return found
 
 
-def _renaming(
-    model: nn.Module, parameters: dict[str, Any], quantizer: object
-) -> Callable[[str], tuple[str, bool]]:
+def _renaming(model: nn.Module, parameters: dict[str, Any], quantizer: object) -> Callable[[str], tuple[str, bool]]:
     """Return transformers' mapping from a stored tensor to its parameter and whether the layout is changed."""
     prefix = getattr(model, "base_model_prefix", "")
     try:

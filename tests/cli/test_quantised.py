@@ -1,25 +1,15 @@
-import contextlib
-import io
 import json
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 import rocr
-from rocr.cli.main import main
 from rocr.model.load import find_model
 from rocr.model.load_partial import load_partial
 from tests.support.models import TEXTS
-from tests.support.quantised import write_awq, write_fp8, write_gptq, write_plain
-
-EDIT = (
-    *("--concept", "Ada Byron", "--redirect", "Blaise Pascal", "--layers", "1,2", "--tokens", 500),
-    *("--ridge", 2, "--gamma", 1, "--no-answers", "--no-chat", "--template", "Tell me about {}"),
-)
-"""Gentler than the default settings: a random model knows no names."""
-EDITED = [f"model.layers.{layer}.mlp.down_proj" for layer in (1, 2)]
+from tests.support.quantised import EDIT, EDITED, check_redirect, run, write_awq, write_fp8, write_gptq, write_plain
 
 
 @pytest.fixture(scope="module")
@@ -39,40 +29,9 @@ def outputs(fp8, text, tmp_path_factory):
     """The outputs of one edit of the FP8 model, by the value of --quantised."""
     base = tmp_path_factory.mktemp("outputs")
     for output in ("plain", "keep", "adapter"):
-        code, _, errors = run(
-            "unlearn", fp8, *EDIT, "--text", text, "--out", base / output, "--quantised", output
-        )
+        code, _, errors = run("unlearn", fp8, *EDIT, "--text", text, "--out", base / output, "--quantised", output)
         assert code == 0, errors
     return base
-
-
-def run(*arguments):
-    """The exit code, the standard output and the errors of a command in this process."""
-    written, errors = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(written), contextlib.redirect_stderr(errors):
-        code = main([str(argument) for argument in arguments])
-    assert "Traceback" not in errors.getvalue()
-    return code, written.getvalue(), errors.getvalue()
-
-
-def state(model, folder, name):
-    """The state of the last token of a name after the last edited layer."""
-    tokens = AutoTokenizer.from_pretrained(folder)(f"Tell me about {name}", return_tensors="pt").input_ids
-    with torch.no_grad():
-        return model(tokens, output_hidden_states=True).hidden_states[3][0, -1].float()
-
-
-def check_redirect(before, after, folder, edit, least):
-    """Check that the outputs at the keys moved as the update says, and the state of the name towards the redirect's."""
-    for update in edit.updates:
-        keys = update.keys.bfloat16()
-        with torch.no_grad():
-            outputs = [model.get_submodule(update.parameter[:-7])(keys).float() for model in (before, after)]
-        moves = update.factors.moves(update.keys)
-        assert (outputs[1] - outputs[0] - moves).norm() < (1 - least) * moves.norm()
-    target = state(before, folder, "Blaise Pascal")
-    first, last = (float((state(model, folder, "Ada Byron") - target).norm()) for model in (before, after))
-    assert last < 0.9 * first
 
 
 @pytest.mark.parametrize(("output", "least"), [("plain", 0.9), ("keep", 0.8)])
@@ -108,9 +67,7 @@ def test_plain_changes_no_other_tensor_and_lists_the_modules(fp8, outputs):
             assert values.dtype == torch.bfloat16
         else:
             assert torch.equal(values.view(torch.uint8), first[name].view(torch.uint8))
-    before, after = (
-        json.loads((folder / "config.json").read_text()) for folder in (fp8, outputs / "plain")
-    )
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (fp8, outputs / "plain"))
     settings = after.pop("quantization_config")
     assert settings.pop("modules_to_not_convert") == ["lm_head", *EDITED]
     assert settings == before.pop("quantization_config") and before == after

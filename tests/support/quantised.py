@@ -1,10 +1,14 @@
-"""Tiny quantised checkpoints, written by the published formulas."""
+"""Tiny quantised checkpoints, written by the published formulas, and checks of edits of them."""
 
+import contextlib
+import io
 import json
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
+from rocr.cli.main import main
 from tests.support.models import build_model, build_tokenizer
 
 SIZES = {
@@ -16,6 +20,14 @@ SIZES = {
     "initializer_range": 0.06,
 }
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+EDIT = (
+    *("--concept", "Ada Byron", "--redirect", "Blaise Pascal", "--layers", "1,2", "--tokens", 500),
+    *("--ridge", 2, "--gamma", 1, "--no-answers", "--no-chat", "--template", "Tell me about {}"),
+)
+"""Gentler than the default settings: a random model knows no names."""
+EDITED = [f"model.layers.{layer}.mlp.down_proj" for layer in (1, 2)]
 
 
 def write_plain(folder, **changes):
@@ -125,3 +137,32 @@ def words(codes):
     """One int32 for 8 codes of the last dimension, the first in the lowest bits."""
     packed = sum(codes[..., place] * 16**place for place in range(8))
     return torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32).contiguous()
+
+
+def run(*arguments):
+    """The exit code, the standard output and the errors of a command in this process."""
+    written, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(written), contextlib.redirect_stderr(errors):
+        code = main([str(argument) for argument in arguments])
+    assert "Traceback" not in errors.getvalue()
+    return code, written.getvalue(), errors.getvalue()
+
+
+def state(model, folder, name):
+    """The state of the last token of a name after the last edited layer."""
+    tokens = AutoTokenizer.from_pretrained(folder)(f"Tell me about {name}", return_tensors="pt").input_ids
+    with torch.no_grad():
+        return model(tokens, output_hidden_states=True).hidden_states[3][0, -1].float()
+
+
+def check_redirect(before, after, folder, edit, least):
+    """Check that the outputs at the keys moved as the update says, and the state of the name towards the redirect's."""
+    for update in edit.updates:
+        keys = update.keys.bfloat16()
+        with torch.no_grad():
+            outputs = [model.get_submodule(update.parameter[:-7])(keys).float() for model in (before, after)]
+        moves = update.factors.moves(update.keys)
+        assert (outputs[1] - outputs[0] - moves).norm() < (1 - least) * moves.norm()
+    target = state(before, folder, "Blaise Pascal")
+    first, last = (float((state(model, folder, "Ada Byron") - target).norm()) for model in (before, after))
+    assert last < 0.9 * first

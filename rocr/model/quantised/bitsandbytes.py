@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ class BitsAndBytes4(Scheme):
     label = "bitsandbytes 4 bit"
     packages = ("bitsandbytes", "accelerate")
     skipped = "llm_int8_skip_modules"
-    suffixes = {
+    suffixes: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "weight": (".weight",),
         "absmax": (".weight.absmax",),
         "map": (".weight.quant_map",),
@@ -59,7 +60,11 @@ class BitsAndBytes8(Scheme):
     label = "bitsandbytes 8 bit"
     packages = ("bitsandbytes", "accelerate")
     skipped = "llm_int8_skip_modules"
-    suffixes = {"weight": (".weight",), "scale": (".SCB",), "format": (".weight_format",)}
+    suffixes: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "weight": (".weight",),
+        "scale": (".SCB",),
+        "format": (".weight_format",),
+    }
     marker = "scale"
     optional = frozenset({"format"})
 

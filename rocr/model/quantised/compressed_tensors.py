@@ -5,13 +5,20 @@ The parts of a weight tell its format, so that a checkpoint may mix formats.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from rocr.model.quantised.packing import e2m1_table, pack_nibbles, pack_words, powers_of_two, unpack_nibbles, unpack_words
+from rocr.model.quantised.packing import (
+    e2m1_table,
+    pack_nibbles,
+    pack_words,
+    powers_of_two,
+    unpack_nibbles,
+    unpack_words,
+)
 from rocr.model.quantised.scheme import Parts, Scheme, block_maxima, nearest, spread
 
 LARGEST_FP8 = 448.0
@@ -24,7 +31,7 @@ class CompressedTensors(Scheme):
     packages = ("compressed-tensors", "accelerate")
     skipped = "ignore"
     runs_first = True
-    suffixes = {
+    suffixes: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "packed": (".weight_packed",),
         "weight": (".weight",),
         "scale": (".weight_scale",),
@@ -76,9 +83,8 @@ def _codes(parts: Parts) -> Tensor:
         return parts["weight"].float()
     if packed.dtype == torch.uint8:
         return e2m1_table()[unpack_nibbles(packed)]
-    rows, columns = _shape(parts)
     bits = _bits(parts)
-    return (unpack_words(packed, bits, columns) - (1 << bits - 1)).float()
+    return (unpack_words(packed, bits, _shape(parts)[1]) - (1 << bits - 1)).float()
 
 
 def _shape(parts: Parts) -> tuple[int, int]:

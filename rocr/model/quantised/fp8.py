@@ -5,6 +5,9 @@ Scales are float32 or bfloat16, or powers of two in e8m0: one byte b stands for 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor
 
@@ -20,7 +23,7 @@ class Fp8(Scheme):
 
     label = "FP8"
     packages = ("accelerate",)
-    suffixes = {
+    suffixes: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "weight": (".weight",),
         "scale": (".weight_scale_inv", ".scale"),
         "activation": (".activation_scale", ".input_scale"),
@@ -52,10 +55,10 @@ class Fp8(Scheme):
     def _block(self, weight: Tensor, scale: Tensor) -> tuple[int, int]:
         """Return the rows and columns of a block: those of the settings if they fit, else those of an even grid."""
         rows, columns = _shape(weight)
-        given = self.settings.get("weight_block_size")
-        if isinstance(given, list) and len(given) == 2 and all(isinstance(size, int) and size > 0 for size in given):
-            if tuple(scale.shape) == (-(-rows // given[0]), -(-columns // given[1])):
-                return given[0], given[1]
+        given: Any = self.settings.get("weight_block_size")
+        is_pair = isinstance(given, list) and len(given) == 2 and all(isinstance(n, int) and n > 0 for n in given)
+        if is_pair and tuple(scale.shape) == (-(-rows // given[0]), -(-columns // given[1])):
+            return given[0], given[1]
         if rows % scale.shape[0] or columns % scale.shape[1]:
             raise ValueError(f"{tuple(scale.shape)} scales do not fit a weight of shape {(rows, columns)}")
         return rows // scale.shape[0], columns // scale.shape[1]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,7 +23,12 @@ class Gptq(Scheme):
 
     label = "GPTQ"
     packages = ("gptqmodel", "optimum", "accelerate")
-    suffixes = {"weight": (".qweight",), "zeros": (".qzeros",), "scales": (".scales",), "groups": (".g_idx",)}
+    suffixes: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "weight": (".qweight",),
+        "zeros": (".qzeros",),
+        "scales": (".scales",),
+        "groups": (".g_idx",),
+    }
     marker = "weight"
     optional = frozenset({"groups"})
 
@@ -46,7 +51,7 @@ class Gptq(Scheme):
         gptqmodel and vLLM read the patterns of excluded modules in `dynamic`, optimum the list of those that remain.
         """
         dynamic = self.settings.get("dynamic")
-        excluded = {f"{EXCLUDED}^{re.escape(name)}$": {} for name in modules}
+        excluded: dict[str, Any] = {f"{EXCLUDED}^{re.escape(name)}$": {} for name in modules}
         remaining = [name for name in quantised if name not in modules]
         return dict(self.settings) | {
             "dynamic": excluded | (dynamic if isinstance(dynamic, dict) else {}),
@@ -77,7 +82,11 @@ class Awq(Scheme):
 
     label = "AWQ"
     packages = ("gptqmodel", "accelerate")
-    suffixes = {"weight": (".qweight",), "zeros": (".qzeros",), "scales": (".scales",)}
+    suffixes: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "weight": (".qweight",),
+        "zeros": (".qzeros",),
+        "scales": (".scales",),
+    }
     marker = "weight"
 
     def read(self, parts: Parts) -> Tensor:
@@ -89,13 +98,15 @@ class Awq(Scheme):
         """Quantise values with the scales that the groups have; larger values are clipped. See `Scheme.write`."""
         scales, zeros = self._grid(parts)
         codes = (values.T / torch.where(scales == 0, torch.ones_like(scales), scales) + zeros).round().clamp(0, 15)
-        ordered = codes.unflatten(-1, (-1, 8))[..., list(AWQ_ORDER)].flatten(-2)
+        ordered = codes.reshape(len(codes), -1, 8)[..., list(AWQ_ORDER)].flatten(-2)
         return {"weight": pack_words(ordered, 4)}
 
     def _grid(self, parts: Parts) -> tuple[Tensor, Tensor]:
         """Return the scale and the zero point of each entry, float32 (d_in, d_out)."""
         if self.settings.get("bits", 4) != 4 or str(self.settings.get("version", "gemm")).lower() != "gemm":
-            raise ValueError(f"it is {self.settings.get('bits')} bits, {self.settings.get('version')}, not 4 bits, gemm")
+            raise ValueError(
+                f"it is {self.settings.get('bits')} bits, {self.settings.get('version')}, not 4 bits, gemm"
+            )
         inputs, scales = len(parts["weight"]), parts["scales"].float()
         groups = torch.arange(inputs) // -(-inputs // len(scales))
         return scales[groups], _awq_codes(parts["zeros"]).float()[groups]
@@ -108,6 +119,7 @@ def _inputs(parts: Parts, bits: int) -> int:
 
 def _awq_codes(packed: Tensor) -> Tensor:
     """Return the codes of words of AWQ in the order of the outputs."""
-    fields = unpack_words(packed, 4, 8 * packed.shape[-1]).unflatten(-1, (-1, 8))
+    fields = unpack_words(packed, 4, 8 * packed.shape[-1]).reshape(*packed.shape, 8)
     back = sorted(range(8), key=lambda field: AWQ_ORDER[field])
-    return fields[..., back].flatten(-2)
+    ordered: Tensor = fields[..., back].flatten(-2)
+    return ordered

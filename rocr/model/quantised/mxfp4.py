@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -20,7 +23,7 @@ class Mxfp4(Scheme):
 
     label = "MXFP4"
     packages = ("accelerate",)
-    suffixes = {"weight": ("_blocks",), "scale": ("_scales",)}
+    suffixes: ClassVar[Mapping[str, tuple[str, ...]]] = {"weight": ("_blocks",), "scale": ("_scales",)}
     marker = "weight"
 
     def weight_name(self, module: str) -> str:
@@ -35,7 +38,7 @@ class Mxfp4(Scheme):
 
     def write(self, values: Tensor, parts: Parts) -> dict[str, Tensor]:
         """Quantise values; a block keeps its scale unless a value would overflow. See `Scheme.write`."""
-        blocks = values.transpose(1, 2).unflatten(-1, (-1, BLOCK))
+        blocks = values.transpose(1, 2).reshape(*parts["scale"].shape, BLOCK)
         before = _scale(parts)
         least = blocks.abs().amax(dim=-1) / LARGEST
         # Up to 7 rounds to 6, so that a block grows only if it must.

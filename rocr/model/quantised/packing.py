@@ -26,8 +26,9 @@ def unpack_nibbles(packed: Tensor, high_first: bool = False) -> Tensor:
 
 def pack_nibbles(codes: Tensor, high_first: bool = False) -> Tensor:
     """Return one byte for two codes of the last dimension; the inverse of `unpack_nibbles`."""
-    first, second = codes.unflatten(-1, (-1, 2)).unbind(-1)
-    return (first << 4 | second if high_first else second << 4 | first).to(torch.uint8)
+    first, second = codes.reshape(*codes.shape[:-1], -1, 2).unbind(-1)
+    packed: Tensor = first << 4 | second if high_first else second << 4 | first
+    return packed.to(torch.uint8)
 
 
 def unpack_words(packed: Tensor, bits: int, count: int) -> Tensor:
@@ -54,7 +55,7 @@ def pack_words(codes: Tensor, bits: int) -> Tensor:
     _check_bits(bits)
     per_word = 32 // bits
     padded = torch.nn.functional.pad(codes.long(), (0, -codes.shape[-1] % per_word))
-    words = (padded.unflatten(-1, (-1, per_word)) << torch.arange(0, 32, bits)).sum(dim=-1)
+    words = (padded.reshape(*padded.shape[:-1], -1, per_word) << torch.arange(0, 32, bits)).sum(dim=-1)
     return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
 
 

@@ -131,4 +131,6 @@ def block_maxima(values: Tensor, block: tuple[int, int]) -> Tensor:
     rows, columns = values.shape
     padding = (0, -columns % block[1], 0, -rows % block[0])
     padded = torch.nn.functional.pad(values.abs(), padding)
-    return padded.unflatten(0, (-1, block[0])).unflatten(2, (-1, block[1])).amax(dim=(1, 3))
+    high, wide = padded.shape[0] // block[0], padded.shape[1] // block[1]
+    maxima: Tensor = padded.reshape(high, block[0], wide, block[1]).amax(dim=(1, 3))
+    return maxima
