@@ -19,6 +19,7 @@ from rocr.keys.plan import KeyPlan
 from rocr.model.architecture import Architecture, Block
 from rocr.model.load import ModelSource
 from rocr.model.load_partial import must_map, needed_tensors
+from rocr.model.quantised.checkpoint import find_quantisation
 from rocr.model.stored_weights import StoredNames, find_stored, find_weights, stored_names
 from rocr.model.weight_files import WeightFiles, stored_dtype
 
@@ -198,6 +199,9 @@ def written_dtype(job: Job) -> torch.dtype:
     """Return the dtype in which the edited weights are written."""
     if job.files is None or "model" not in job.parts:
         return weight_dtype(job)
+    quantisation = find_quantisation(job.files.folder)
+    if quantisation is not None and job.projections[0].parameter_name in job.names.quantised:
+        return quantisation.dtype
     return find_stored(job.files, job.names, job.projections[0])[0].dtype
 
 

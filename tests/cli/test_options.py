@@ -77,6 +77,7 @@ EFFECTS = {
         "--allow-long-list": "test_cli_errors.py::test_the_limit_that_a_command_allows_is_that_of_the_edit",
         "--redirect": replaces("--redirect", "a gardener"),
         "--save": writes_parts,
+        "--quantised": "test_quantised.py::test_an_edited_fp8_model_loads_and_has_the_redirect",
         "--lora-rank": cuts_the_adapter,
         "--dry-run": plans,
         "--layers": replaces("--layers", "1,3"),
@@ -162,6 +163,7 @@ EFFECTS = {
         "--steps": trains_for_steps,
     },
     "apply": {
+        "--quantised": "test_quantised.py::test_a_quantised_output_is_verified_and_reverted_byte_for_byte",
         **MODEL,
         **OUT,
         "edit": "test_cli.py::test_damaged_edit_file",
