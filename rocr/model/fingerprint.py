@@ -33,8 +33,8 @@ class Fingerprint:
 
     Attributes:
         model: The sha256 of the names, shapes and some values of the embedding and of the layers 0 to `layer`, with
-            stored buffers, and without adapters, packed weights, and down-projections, which edits change. The values are rounded to
-            bfloat16, so that a model has the same fingerprint in float32 and bfloat16.
+            stored buffers, and without adapters, packed weights, and down-projections, which edits change. The values
+            are rounded to bfloat16, so that a model has the same fingerprint in float32 and bfloat16.
         layer: The last decoder layer that `model` covers.
         tokenizer: The sha256 of the tokenizer's definition.
         name: The name in the model's configuration, for messages.

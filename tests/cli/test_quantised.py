@@ -144,8 +144,15 @@ def test_a_part_of_a_sharded_fp8_model_is_edited_as_the_whole(fp8, outputs, text
         assert torch.equal(first[f"{module}.weight"], last[f"{module}.weight"])
 
 
-@pytest.mark.parametrize("write", [write_gptq, write_awq])
-@pytest.mark.parametrize("output", ["plain", "keep"])
+@pytest.mark.parametrize(
+    ("write", "output"),
+    [
+        (write_gptq, "keep"),
+        pytest.param(write_gptq, "plain", marks=pytest.mark.slow),
+        pytest.param(write_awq, "plain", marks=pytest.mark.slow),
+        pytest.param(write_awq, "keep", marks=pytest.mark.slow),
+    ],
+)
 def test_4_bit_integers_are_edited_in_part_without_their_library(write, output, text, tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
