@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from rocr.cli import options
-from rocr.cli.arguments import edit_and_source, load
+from rocr.cli.arguments import check_quantised, edit_and_source, load, open_quantised
 from rocr.cli.console import Console
 from rocr.cli.outputs import check_parts, check_writable, show_adapter, write_output
 from rocr.cli.parsing import Arguments, argument, command, flag
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 @argument("edit", "An edit file.", type=FILE)
 @options.out("Folder to write", DIR)
 @options.save
+@options.stored_again
 @flag("--allow-fingerprint-mismatch", "Allow another model than the edit's, such as a fine-tune.")
 def apply(arguments: Arguments, console: Console) -> dict[str, Any]:
     """Apply a saved edit to a copy of its model."""
@@ -30,8 +31,10 @@ def apply(arguments: Arguments, console: Console) -> dict[str, Any]:
 
     edit, source = edit_and_source(arguments, arguments.edit)
     check_parts(arguments, source)
+    check_quantised(arguments, source)
     with console.stage("load"):
         loaded = load(arguments, source, _last_layer(arguments, source, edit))
+        open_quantised(loaded, edit.config, edit.fingerprint.layer)
     held = holds_already(loaded, edit)
     if held is not None:
         raise InputError(f"{held} holds this edit already.")
@@ -41,7 +44,8 @@ def apply(arguments: Arguments, console: Console) -> dict[str, Any]:
         edit.apply(loaded.model, arguments.allow_fingerprint_mismatch)
     if mismatch is not None:
         console.warn(f"{mismatch} The edit was measured on another model: evaluate the result.")
-    report = write_output(arguments, loaded, edit, arguments.save, console, applied=True, fingerprint_mismatch=mismatch)
+    more: dict[str, Any] = {"applied": True, "fingerprint_mismatch": mismatch}
+    report = write_output(arguments, loaded, edit, arguments.save, console, quantised=arguments.quantised, **more)
     show_adapter(report, console)
     console.say(f"{arguments.out}: {arguments.model} with the edit of {number_of_concepts(edit.concepts)}.")
     return report

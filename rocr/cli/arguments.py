@@ -157,6 +157,28 @@ def source_of(arguments: Arguments) -> ModelSource:
     return find_model(arguments.model, download=arguments.download)
 
 
+def check_quantised(arguments: Arguments, source: ModelSource) -> None:
+    """Check --quantised against the model, and replace the model among the parts to save by an adapter if it says so.
+
+    Raises:
+        InputError: --quantised is given and the model is not quantised, or its scheme is not known.
+    """
+    if arguments.quantised is None:
+        return
+    from rocr.model.quantised.checkpoint import find_quantisation
+    from rocr.model.stored_weights import find_weights
+
+    files = find_weights(source)
+    if files is None or find_quantisation(files.folder) is None:
+        raise InputError(
+            f"--quantised is for models in safetensors files with a quantization_config that rocr knows; {source.name} "
+            "is none. Leave it out."
+        )
+    if arguments.quantised == "adapter":
+        kept = [part for part in arguments.save if part not in ("model", "lora", "originals")]
+        arguments.save = ("lora", *kept)
+
+
 def edit_and_source(arguments: Arguments, place: str | Path) -> tuple[Edit, ModelSource]:
     """Read an edit file and locate its model, after a check that the output can be written."""
     source = source_of(arguments)
@@ -206,6 +228,14 @@ def load(arguments: Arguments, source: ModelSource, last_layer: int | None = Non
         return load_partial(source, last_layer, arguments.device, arguments.trust_remote_code)
     dtype = torch_dtype(arguments.dtype) if arguments.dtype else None
     return load_model(source, dtype, arguments.device, arguments.trust_remote_code)
+
+
+def open_quantised(loaded: LoadedModel, config: EditConfig, last_layer: int = 0) -> None:
+    """Make the down-projections of a quantised model dense, up to the last edited layer and to `last_layer`."""
+    from rocr.model.layers import wanted_layers
+    from rocr.model.quantised.opening import open_down_projections
+
+    open_down_projections(loaded, max(*wanted_layers(config, loaded.architecture), last_layer))
 
 
 def _check_device(device: str | None) -> None:

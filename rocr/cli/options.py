@@ -59,6 +59,16 @@ save = together(
     ),
 )
 
+_STORED_AGAIN = (
+    "How edited weights of a quantised model are written: plain, unquantised (default), or keep, in the same scheme"
+)
+quantised = option(
+    "--quantised",
+    f"{_STORED_AGAIN}; or adapter, to write an adapter (lora) and no model.",
+    type=choice("plain", "keep", "adapter"),
+)
+stored_again = option("--quantised", f"{_STORED_AGAIN}.", type=choice("plain", "keep"))
+
 layers = option("--layers", "Such as 4,5,6 or 4-6 (default: chosen from the depth).", type=layer_list, metavar="LIST")
 
 seed = option("--seed", "Seed of all random choices.", type=SEED, default=0)

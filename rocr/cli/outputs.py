@@ -77,6 +77,7 @@ def write_output(
     console: Console,
     answers: Sequence[Answer] = (),
     reverted: bool = False,
+    quantised: str | None = None,
     **more: Any,
 ) -> dict[str, Any]:
     """Write the folder --out, completely or not at all.
@@ -89,6 +90,7 @@ def write_output(
         console: has the seconds of the stages before.
         answers: answers before and after the edit.
         reverted: whether the edit was reverted.
+        quantised: how edited weights of a quantised model are written; None: plain.
         more: further fields of the report.
 
     Returns:
@@ -100,6 +102,7 @@ def write_output(
     from rocr.export.manifest import write_records
     from rocr.export.model_card import write_card
     from rocr.export.originals import save_originals
+    from rocr.export.quantised import PLAIN
     from rocr.export.report import build_report
     from rocr.model.own_names import own_names
 
@@ -111,7 +114,8 @@ def write_output(
             edit = edit.with_own_names(own_names(loaded, [update.parameter for update in edit.updates]))
         saved = Saved(edit, [], {})
         if "model" in parts:
-            saved = save_edited(loaded, edit, partial, reverted)
+            force = bool(getattr(arguments, "force", False))
+            saved = save_edited(loaded, edit, partial, reverted, quantised or PLAIN, force, undo="edit" in parts)
         elif "gguf" in parts:
             saved = save_edited_gguf(loaded, edit, partial, reverted, gguf_kind(arguments))
         edit, linked = saved.edit, saved.linked
@@ -136,8 +140,15 @@ def _say_what_differs(report: dict[str, Any], console: Console) -> None:
     if "gguf" in report:
         _say_what_is_stored(report, console)
         return
+    quantised = report.get("quantised")
+    if quantised is not None:
+        least = min(layer["surviving"] for layer in quantised["layers"])
+        console.say(
+            f"{quantised['scheme']}, --quantised {quantised['output']}: {least:.1%} of the update survives at the "
+            "concepts' keys in the layer with the least."
+        )
     other = [weight for weight in report.get("weights", ()) if weight["loaded"] not in (weight["dtype"], None)]
-    if other:
+    if other and quantised is None:
         console.warn(
             f"{other[0]['parameter']} is stored as {other[0]['dtype']} and loaded as {other[0]['loaded']}: the output "
             f"keeps {other[0]['dtype']}."

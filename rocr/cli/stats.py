@@ -14,6 +14,7 @@ from rocr.cli.arguments import (
     collect_options,
     last_layer_to_load,
     load,
+    open_quantised,
     source_of,
 )
 from rocr.cli.console import Console
@@ -69,7 +70,9 @@ def _run(arguments: Arguments, console: Console, distributed: Distributed) -> di
         )
         own = distributed.checkpoint(checkpoint)
     with distributed.collective(), console.stage("load"):
-        loaded = load(arguments, source, last_layer_to_load(arguments, source, EditConfig(layers=arguments.layers)))
+        config = EditConfig(layers=arguments.layers)
+        loaded = load(arguments, source, last_layer_to_load(arguments, source, config))
+        open_quantised(loaded, config)
     if own is not None and own.exists():
         console.warn(f"Continuing from {own}.")
     try:

@@ -6,7 +6,17 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rocr.cli import options
-from rocr.cli.arguments import chat_of, check_text, claim_output, collect, last_layer_to_load, load, source_of
+from rocr.cli.arguments import (
+    chat_of,
+    check_quantised,
+    check_text,
+    claim_output,
+    collect,
+    last_layer_to_load,
+    load,
+    open_quantised,
+    source_of,
+)
 from rocr.cli.console import Console
 from rocr.cli.outputs import check_parts, check_writable, show_adapter, write_output
 from rocr.cli.parsing import Arguments, argument, choice, command, flag, option
@@ -44,6 +54,7 @@ answering = partial(option, group="Answers before and after")
 @flag("--allow-long-list", f"Allow more than {MAX_CONCEPTS:,} concepts. Try --dry-run first.")
 @options.out("Folder to write", DIR, required=False)
 @options.save
+@options.quantised
 @flag("--dry-run", "Check all inputs, show what would be done, and stop.")
 @options.partial_model
 @options.layers
@@ -100,6 +111,7 @@ def unlearn(arguments: Arguments, console: Console) -> dict[str, Any]:
     concepts = _concepts(arguments)
     check_length(len(concepts), _most(arguments, concepts))
     source = source_of(arguments)
+    check_quantised(arguments, source)
     _check_output(arguments, source)
     check_parts(arguments, source)
     check_text(arguments)
@@ -121,6 +133,7 @@ def unlearn(arguments: Arguments, console: Console) -> dict[str, Any]:
             return show_plan(arguments, concepts, source, config, len(questions), last_layer, console)
     with console.stage("load"):
         loaded = load(arguments, source, last_layer)
+        open_quantised(loaded, config, 0 if statistics is None else statistics.fingerprint.layer)
     config = _with_layers(config, loaded)
     check_writable(arguments, loaded, config.layer_numbers)
     before = _ask(loaded, questions, arguments, console, "answers before")
@@ -129,7 +142,7 @@ def unlearn(arguments: Arguments, console: Console) -> dict[str, Any]:
     edit = _edit(loaded, concepts, statistics, config, arguments, console)
     after = _ask(loaded, questions, arguments, console, "answers after")
     answers = _answers(arguments, concepts, questions, before, after)
-    report = write_output(arguments, loaded, edit, arguments.save, console, answers)
+    report = write_output(arguments, loaded, edit, arguments.save, console, answers, quantised=arguments.quantised)
     show_report(report, console, arguments.out)
     show_adapter(report, console)
     return report

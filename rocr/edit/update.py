@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rocr.edit.stored import StoredWeight
 from rocr.io.json_values import flag_of, text_of, whole_number_of
-from rocr.model.architecture import Block
+from rocr.model.block import Block
 from rocr.model.blocks import LayerBlocks
 from rocr.solve.factors import Factors
 from rocr.solve.solve import Solution, System

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from rocr.edit.update import LayerUpdate, Part, parts_of
 from rocr.errors import InputError
-from rocr.model.architecture import Architecture, Block
+from rocr.model.architecture import Architecture
+from rocr.model.block import Block
 from rocr.model.blocks import find_blocks
 from rocr.model.tensor_parallel import own, own_part, whole
 from rocr.solve.factors import Factors

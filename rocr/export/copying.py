@@ -17,6 +17,9 @@ from rocr.model.load import ModelSource
 
 BLOCK = 2**20
 REPORT_FILE, CARD_FILE, EDIT_FILE, SUMS_FILE = "report.json", "README.md", "edit.safetensors", "SHA256SUMS"
+CONFIG_FILE = "config.json"
+REPLACED_FILE = "replaced.safetensors"
+"""The quantised tensors that an edited weight replaces, from which `rocr revert` restores the files."""
 ORIGINALS_FOLDER, ADAPTER_FOLDER = "originals", "lora"
 MAX_CARRIED_BYTES = 2 * 2**30
 """Largest size of a file without weights that is copied. The largest tokenizers have about 50 MB."""

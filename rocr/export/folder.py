@@ -16,15 +16,35 @@ from torch import Tensor, nn
 from rocr.edit.apply import apply_updates, undo_updates
 from rocr.edit.update import Applied, LayerUpdate
 from rocr.edit.weight import Weight, digest_of, edited_weights
-from rocr.errors import InputError
-from rocr.export.copying import carried_files, may_link, other_weights
+from rocr.errors import InputError, VerificationError
+from rocr.export.copying import REPLACED_FILE, carried_files, may_link, other_weights
+from rocr.export.quantised import PLAIN, WrittenQuantised, check_surviving, edit_quantised, report_of
+from rocr.export.replaced import (
+    has_replaced,
+    kept_parts,
+    names_added,
+    replacements,
+    restore_replaced,
+    save_replaced,
+)
+from rocr.export.replacing import Replacements
 from rocr.export.rewrite import files_beside, rewrite_model
 from rocr.io.disk_space import check_space
-from rocr.io.dtypes import dtype_name
-from rocr.model.architecture import Block
+from rocr.io.dtypes import dtype_name, torch_dtype
+from rocr.model.block import Block
 from rocr.model.blocks import find_blocks
 from rocr.model.load import LoadedModel, save_model, saved_bytes
-from rocr.model.stored_weights import Place, StoredNames, check_loaded, find_stored, find_weights, layout, stored_names
+from rocr.model.quantised.checkpoint import find_quantisation
+from rocr.model.stored_weights import (
+    Place,
+    StoredNames,
+    check_loaded,
+    edited_places,
+    find_stored,
+    find_weights,
+    layout,
+    stored_names,
+)
 from rocr.model.weight_files import WeightFiles, find_weight_files
 
 if TYPE_CHECKING:
@@ -98,14 +118,21 @@ def check_output_possible(loaded: LoadedModel, layers: Sequence[int], out: Path)
 def bytes_written(files: WeightFiles, names: StoredNames, blocks: Sequence[Block], out: Path | None) -> int:
     """Return the number of bytes that writing an edited copy of a folder takes on the disk."""
     anew = weights_copied(files, names, blocks, out)
-    return sum((files.folder / name).stat().st_size for name in anew) + carried_bytes(files.folder)
+    size = sum((files.folder / name).stat().st_size for name in anew) + carried_bytes(files.folder)
+    return size + sum(replaced_bytes(names, block) for block in blocks)
+
+
+def replaced_bytes(names: StoredNames, block: Block) -> int:
+    """Return the most bytes that a quantised weight adds to an output: its plain values and its former parts."""
+    weight = names.quantised.get(block.parameter_name)
+    return 0 if weight is None else 4 * block.parameter.numel() + weight.size
 
 
 def weights_copied(files: WeightFiles, names: StoredNames, blocks: Sequence[Block], out: Path | None) -> list[str]:
     """Return the names of the weight files that an edited copy does not hold as hard links."""
     if not may_link(files.folder, out):
         return [*files.files, *files_beside(files, _shapes(blocks))]
-    return sorted({place.tensor.file.name for block in blocks for place in find_stored(files, names, block)})
+    return sorted({tensor.file.name for block in blocks for tensor in edited_places(files, names, block)})
 
 
 def carried_bytes(folder: Path) -> int:
@@ -113,7 +140,15 @@ def carried_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in carried_files(folder))
 
 
-def save_edited(loaded: LoadedModel, edit: Edit, folder: Path, reverted: bool = False) -> Saved:
+def save_edited(
+    loaded: LoadedModel,
+    edit: Edit,
+    folder: Path,
+    reverted: bool = False,
+    quantised: str = PLAIN,
+    force: bool = False,
+    undo: bool = True,
+) -> Saved:
     """Write a model with an edit, or with the edit reverted, into a folder that exists.
 
     Args:
@@ -122,6 +157,9 @@ def save_edited(loaded: LoadedModel, edit: Edit, folder: Path, reverted: bool = 
         edit: The edit.
         folder: The folder to write to.
         reverted: Whether to revert the edit, in the bytes of the files.
+        quantised: How edited weights of a quantised model are written, "plain" or "keep".
+        force: Whether the share of the update that survives with "keep" may be below its limit.
+        undo: Whether to write the quantised tensors that are replaced, from which the edit can be reverted.
 
     Raises:
         InputError: The files are not those of the model, or there is too little free disk space.
@@ -136,27 +174,49 @@ def save_edited(loaded: LoadedModel, edit: Edit, folder: Path, reverted: bool = 
         return Saved(edit, [], {} if written is None else {"tensors": layout(written)})
     names = stored_names(files, loaded.model)
     edited = edited_weights(loaded.architecture, edit.updates)
+    if reverted and has_replaced(files.folder):
+        return _restore(files, names, edit, edited, folder)
     changes: dict[str, Tensor] = {}
     weights, updates = [], []
+    requantised: list[WrittenQuantised] = []
+    quantisation = find_quantisation(files.folder)
     for weight, update in zip(edited, edit.updates, strict=True):
+        packed = names.quantised.get(weight.blocks[0].parameter_name)
+        if packed is not None:
+            if reverted:
+                raise InputError(f"{files.folder} lacks {REPLACED_FILE}, from which {packed.module} is restored.")
+            assert quantisation is not None, "it has the weight"
+            done = edit_quantised(quantisation, packed, weight.blocks[0], update, quantised)
+            requantised.append(done)
+            updates.append(replace(update, applied=done.applied))
+            weights.append(_written_quantised(weight.blocks[0], update, done))
+            continue
         places = [find_stored(files, names, block) for block in weight.blocks]
         values, record = _without_edit(weight, update, places) if reverted else _with_edit(weight, update, places)
         _add_changes(changes, places, values)
         updates.append(update if reverted else replace(update, applied=record))
         weights.append(_written(weight, update, places, None if reverted else record))
     beside = files_beside(files, _shapes([block for weight in edited for block in weight.blocks]))
-    rewritten = rewrite_model(files, changes, folder, beside)
+    replaced = None
+    passed = check_surviving([done.report for done in requantised if done.parts is not None], force)
+    if quantisation is not None and requantised:
+        changes |= kept_parts(requantised)
+        replaced = replacements(quantisation, files, names, loaded.model, requantised)
+        if undo:
+            save_replaced(files, requantised, replaced, folder / REPLACED_FILE)
+    rewritten = rewrite_model(files, changes, folder, beside, replaced)
     kept = [name for name in [*files.files, *beside] if name not in rewritten]
-    if all(parameter.device.type != "meta" for parameter in loaded.model.parameters()):
-        files.read_headers()
+    is_whole = all(parameter.device.type != "meta" for parameter in loaded.model.parameters())
     report = {
         "weights": [weight.to_json() for weight in weights],
-        "tensors": layout(files),
+        "tensors": _layout(files, folder, is_whole, replaced),
         "beside": beside,
         "left_out": other_weights(files.folder, [*files.files, *beside]),
+        **report_of([done.report for done in requantised]),
     }
     linked = [name for name in kept if (folder / name).samefile(files.folder / name)]
-    return Saved(replace(edit, updates=updates), linked, report)
+    measured = replace(edit.report, limits_passed=[*edit.report.limits_passed, *passed])
+    return Saved(replace(edit, updates=updates, report=measured), linked, report)
 
 
 def holds_already(loaded: LoadedModel, edit: Edit) -> str | None:
@@ -169,10 +229,67 @@ def holds_already(loaded: LoadedModel, edit: Edit) -> str | None:
         return None
     names = stored_names(files, loaded.model)
     for weight, update in zip(edited_weights(loaded.architecture, edit.updates), edit.updates, strict=True):
-        stored = [find_stored(files, names, block)[0].read() for block in weight.blocks]
-        if update.applied is not None and digest_of(stored) == update.applied.after:
+        if update.applied is not None and update.applied.after == _digest(files, names, weight, update.applied):
             return weight.name
     return None
+
+
+def _digest(files: WeightFiles, names: StoredNames, weight: Weight, applied: Applied) -> str:
+    """Return the sha256 of the values of a stored weight; of a quantised one, in the dtype of a record."""
+    packed = names.quantised.get(weight.blocks[0].parameter_name)
+    if packed is None:
+        return digest_of([find_stored(files, names, block)[0].read() for block in weight.blocks])
+    values = packed.read(tuple(weight.blocks[0].parameter.shape))
+    return digest_of([values.to(torch_dtype(applied.dtype.removeprefix("torch.")))])
+
+
+def _layout(files: WeightFiles, folder: Path, is_whole: bool, replaced: Replacements | None) -> dict[str, Any]:
+    """Describe the tensors of an output for its report."""
+    if replaced is not None and replaced.files:
+        written = find_weight_files(folder)
+        assert written is not None, "the output was written"
+        files = written
+    if is_whole:
+        files.read_headers()
+    return layout(files)
+
+
+def _restore(files: WeightFiles, names: StoredNames, edit: Edit, edited: Sequence[Weight], folder: Path) -> Saved:
+    """Write the files of a quantised model as they were before an edit; see `restore_replaced`."""
+    restored_names = names_added(files.folder)
+    changes: dict[str, Tensor] = {}
+    for weight, update in zip(edited, edit.updates, strict=True):
+        applied = update.applied
+        if applied is None or applied.after != _digest(files, names, weight, applied):
+            raise VerificationError(
+                f"{weight.name} in {files.folder} is not the weight after this edit. Revert later edits "
+                "first, or use the output of this edit."
+            )
+        if weight.blocks[0].parameter_name not in names.quantised:
+            places = [find_stored(files, names, block) for block in weight.blocks]
+            if places[0][0].tensor.name not in restored_names:
+                values, _ = _without_edit(weight, update, places)
+                _add_changes(changes, places, values)
+    rewritten = restore_replaced(files, folder, changes)
+    restored = find_weight_files(folder)
+    assert restored is not None, "the output was written"
+    kept = [name for name in files.files if name not in rewritten]
+    linked = [name for name in kept if (folder / name).samefile(files.folder / name)]
+    report = {"weights": [], "tensors": layout(restored), "beside": [], "left_out": []}
+    return Saved(edit, linked, report)
+
+
+def _written_quantised(projection: Block, update: LayerUpdate, written: WrittenQuantised) -> WrittenWeight:
+    """Return the entry of the report for an edited weight of a quantised model."""
+    parts = written.weight.names
+    return WrittenWeight(
+        update.layer,
+        update.parameter,
+        [written.weight.name] if written.parts is None else sorted(parts.values()),
+        dtype_name(written.values.dtype) if written.parts is None else written.weight.scheme.label,
+        dtype_name(projection.parameter.dtype),
+        written.applied.surviving,
+    )
 
 
 def _with_edit(weight: Weight, update: LayerUpdate, places: Places) -> tuple[list[Tensor], Applied]:

@@ -17,10 +17,12 @@ from rocr.export.folder import carried_bytes, weights_copied
 from rocr.export.gguf import first_bytes, gguf_bytes
 from rocr.export.originals import original_files
 from rocr.keys.plan import KeyPlan
-from rocr.model.architecture import Architecture, Block
+from rocr.model.architecture import Architecture
+from rocr.model.block import Block
 from rocr.model.blocks import find_blocks
 from rocr.model.load import ModelSource
 from rocr.model.load_partial import must_map, needed_tensors
+from rocr.model.quantised.checkpoint import find_quantisation
 from rocr.model.stored_weights import StoredNames, find_stored, find_weights, stored_names
 from rocr.model.weight_files import WeightFiles, stored_dtype
 
@@ -202,6 +204,9 @@ def written_dtype(job: Job) -> torch.dtype:
     """Return the dtype in which the edited weights are written."""
     if job.files is None or "model" not in job.parts:
         return weight_dtype(job)
+    quantisation = find_quantisation(job.files.folder)
+    if quantisation is not None and job.blocks[0].parameter_name in job.names.quantised:
+        return quantisation.dtype
     return find_stored(job.files, job.names, job.blocks[0])[0].dtype
 
 

@@ -20,7 +20,7 @@ from rocr.export.folder import Saved
 from rocr.export.gguf_rewrite import NewTensor, grown_size, rewrite_gguf
 from rocr.io.disk_space import check_space
 from rocr.io.dtypes import dtype_name
-from rocr.model.architecture import Block
+from rocr.model.block import Block
 from rocr.model.blocks import LayerBlocks, find_blocks
 from rocr.model.fingerprint import tensor_digest
 from rocr.model.gguf_layout import (

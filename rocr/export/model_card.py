@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from rocr.export.copying import CARD_FILE, EDIT_FILE, ORIGINALS_FOLDER, REPORT_FILE, SUMS_FILE
+from rocr.export.copying import CARD_FILE, EDIT_FILE, ORIGINALS_FOLDER, REPLACED_FILE, REPORT_FILE, SUMS_FILE
 from rocr.io.visible import visible
 from rocr.model.source import ADAPTER_GGUF, ModelSource
 
@@ -55,7 +55,7 @@ def build_card(report: Mapping[str, Any], source: ModelSource, parts: Sequence[s
     ]
     if _applied(report):
         sections += [_concepts(report), _measured(report), _adapter(report, parts), _settings(report), NOT_PROOF]
-        sections.append(_before_publishing(parts))
+        sections.append(_before_publishing(parts, has_replaced="quantised" in report))
     else:
         sections.append(_versions(report))
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -200,9 +200,11 @@ def _versions(report: Mapping[str, Any]) -> str:
     return "Made with " + ", ".join(f"{name} {version}" for name, version in report["versions"].items()) + "."
 
 
-def _before_publishing(parts: Sequence[str]) -> str:
+def _before_publishing(parts: Sequence[str], has_replaced: bool) -> str:
     naming = ["This card", REPORT_FILE] + ([EDIT_FILE] if "edit" in parts else [])
     reverting = [f"`{name}`" for part, name in UNDO_FILES if part in parts]
+    if has_replaced and "edit" in parts:
+        reverting.append(f"`{REPLACED_FILE}`")
     lines = [
         "## Before publishing",
         f"{_listed(naming)} name the concepts. Do not publish them if the list itself is private.",

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rocr.errors import InputError, RocrError
 from rocr.export.copying import (
+    CONFIG_FILE,
     bytes_to_copy,
     carried_files,
     copy_file,
@@ -26,6 +27,7 @@ from rocr.export.copying import (
     link_or_copy,
     other_weights,
 )
+from rocr.export.replacing import Replacements
 from rocr.io.disk_space import check_space
 from rocr.io.json_values import parse_json
 from rocr.io.safetensors_layout import StoredTensor, read_layout
@@ -37,7 +39,11 @@ ADAPTER_FILE = "adapter_model.safetensors"
 
 
 def rewrite_model(
-    files: WeightFiles, changes: Mapping[str, Tensor], out: Path, beside: Sequence[str] = ()
+    files: WeightFiles,
+    changes: Mapping[str, Tensor],
+    out: Path,
+    beside: Sequence[str] = (),
+    replaced: Replacements | None = None,
 ) -> list[str]:
     """Write a copy of a model's folder with some tensors changed into a folder that exists.
 
@@ -46,6 +52,7 @@ def rewrite_model(
         changes: New values of tensors by their names in the files, with the stored dtype and shape.
         out: The folder to write to.
         beside: Weight files of the folder that the model does not load and the copy also holds; see `files_beside`.
+        replaced: Tensors that take the place of others, with their own names, dtypes and shapes; None for none.
 
     Returns:
         Names of the rewritten weight files. The others are links or copies.
@@ -62,21 +69,28 @@ def rewrite_model(
                 f"{name} is stored as {place.dtype} of shape {place.shape}, but was edited as {values.dtype} of shape "
                 f"{tuple(values.shape)}. Load the model from this folder and edit it again."
             )
-    rewritten = sorted({files.file_of[name] for name in changes})
+    replaced = replaced or Replacements()
+    rewritten = sorted({*(files.file_of[name] for name in changes), *replaced.files})
     linked = [name for name in [*files.files, *beside] if name not in rewritten]
     carried = carried_files(files.folder)
     try:
         written = [*(files.folder / name for name in rewritten), *carried]
         copied = bytes_to_copy([files.folder / name for name in linked], out)
-        check_space(out, copied + sum(path.stat().st_size for path in written))
+        check_space(out, copied + sum(path.stat().st_size for path in written) + replaced.nbytes)
         for file in rewritten:
             inside = [(place, changes[name]) for name, place in places.items() if files.file_of[name] == file]
-            _stream(files.folder / file, inside, out / file)
+            if file in replaced.files:
+                replaced.write(files.folder / file, inside, out / file)
+            else:
+                _stream(files.folder / file, inside, out / file)
         for file in linked:
             link_or_copy(files.folder / file, out / file)
         for path in carried:
-            copy_file(path, out / path.relative_to(files.folder))
-        _write_index(files, out)
+            if path == files.folder / CONFIG_FILE and replaced.config is not None:
+                (out / CONFIG_FILE).write_bytes(replaced.config)
+            else:
+                copy_file(path, out / path.relative_to(files.folder))
+        _write_index(files, out, replaced)
     except OSError as error:
         raise RocrError(f"{out} cannot be written: {error.strerror or error}.") from error
     return rewritten
@@ -140,8 +154,15 @@ def _stream(source: Path, changed: list[tuple[StoredTensor, Tensor]], target: Pa
         end_at(old, new, size)
 
 
-def _write_index(files: WeightFiles, out: Path) -> None:
+def _write_index(files: WeightFiles, out: Path, replaced: Replacements) -> None:
     """Write an index, even for a single weight file, since loaders without one load the edit file as weights."""
+    if replaced.index is not None:
+        (out / INDEX_FILE).write_bytes(replaced.index)
+        return
+    if replaced.files:
+        size = sum((out / name).stat().st_size for name in files.files)
+        _write_json({"metadata": {"total_size": size}, "weight_map": replaced.weight_map(files.file_of)}, out)
+        return
     if files.index is not None:
         copy_file(files.folder / files.index, out / INDEX_FILE)
         return
@@ -149,5 +170,8 @@ def _write_index(files: WeightFiles, out: Path) -> None:
     if place.exists() and set(parse_json(place.read_bytes())["weight_map"].values()) == set(files.files):
         copy_file(place, out / INDEX_FILE)
         return
-    index = {"metadata": {"total_size": files.size}, "weight_map": files.file_of}
+    _write_json({"metadata": {"total_size": files.size}, "weight_map": files.file_of}, out)
+
+
+def _write_json(index: dict[str, Any], out: Path) -> None:
     (out / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -28,6 +28,8 @@ STORED_DTYPES = {
     "BOOL": "bool",
 }
 """The dtypes that are read from safetensors files, by their names in these files."""
+BYTE_KINDS = {"F8_E8M0": "uint8"}
+"""Kinds that are read as their bytes, with their shape: torch before 2.7 lacks the dtype of scales in e8m0."""
 SUPPORTED_KINDS = {kind: name for kind, name in STORED_DTYPES.items() if name in SUPPORTED_DTYPES}
 """Of these, the ones that can be edited."""
 

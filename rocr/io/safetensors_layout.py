@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rocr.errors import InputError
-from rocr.io.dtypes import STORED_DTYPES, torch_dtype
+from rocr.io.dtypes import BYTE_KINDS, STORED_DTYPES, torch_dtype
 from rocr.io.json_values import list_of, object_of, parse_json, text_of, whole_number_of
 
 MAX_HEADER_BYTES = 32 * 2**20
@@ -28,7 +28,7 @@ class StoredTensor:
         name: The tensor's name in the file.
         file: The path of the file.
         dtype: The dtype of the values; uint8 if `kind` is not one of `STORED_DTYPES`.
-        shape: The shape of the values; (size,) if `kind` is not one of `STORED_DTYPES`.
+        shape: The shape of the values; (size,) if `kind` is in neither `STORED_DTYPES` nor `BYTE_KINDS`.
         start: The offset of the first byte in the file.
         size: The number of bytes.
         kind: The name of the dtype in the file, such as "BF16".
@@ -135,10 +135,11 @@ def _stored(name: str, entry: dict[str, Any], path: Path, base: int) -> StoredTe
     kind = text_of(entry["dtype"], "dtype")
     shape = tuple(whole_number_of(length, "a length") for length in list_of(entry["shape"], "shape"))
     start, end = (whole_number_of(offset, "an offset") for offset in list_of(entry["data_offsets"], "data_offsets"))
-    if kind not in STORED_DTYPES:
+    name_of_dtype = (STORED_DTYPES | BYTE_KINDS).get(kind)
+    if name_of_dtype is None:
         # Another kind, such as F4, is copied as bytes and its values are never used.
         return StoredTensor(name, path, torch.uint8, (end - start,), base + start, end - start, kind)
-    dtype = torch_dtype(STORED_DTYPES[kind])
+    dtype = torch_dtype(name_of_dtype)
     if end - start != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{name} is {kind} of shape {shape}, but has {end - start:,} bytes")
     return StoredTensor(name, path, dtype, shape, base + start, end - start, kind)

@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from rocr.errors import InputError
 from rocr.io.boundary import calling
+from rocr.model.block import Block
 from rocr.model.encoder import encoder_config, encoder_layers, has_decoder, is_encoder_decoder
 from rocr.model.forward import input_embedding, needs_more_than_text
 from rocr.model.kind import LANGUAGE_MODEL, ModelKind
@@ -28,57 +29,6 @@ MIXER_NAMES = ("mixer", "block", "mlps")
 CROSS_ATTENTION_NAMES = ("cross_attn", "cross_attention")
 POSITIONS = ("max_position_embeddings", "max_target_positions")
 """Fields of a configuration for the number of positions, in the order of their use."""
-
-
-@dataclass(frozen=True)
-class Block:
-    """A weight that is edited: the down-projection of a dense MLP or of one expert, d_out outputs of d_in inputs.
-
-    Attributes:
-        layer: The decoder layer.
-        name: The name of the module in the state dict of the model without wrappers and adapters.
-        module: The module that holds the weight; under an adapter of peft, the base layer.
-        transposed: Whether the weight is stored as (d_in, d_out).
-        attribute: The name of the parameter in the module.
-        expert: The index of the expert if one parameter holds the weights of several. None if it holds this one only.
-        experts: The number of experts whose weights the parameter holds.
-    """
-
-    layer: int
-    name: str
-    module: nn.Module
-    transposed: bool
-    attribute: str = "weight"
-    expert: int | None = None
-    experts: int = 1
-
-    @property
-    def parameter(self) -> nn.Parameter:
-        """The parameter that holds the weight, alone or with those of other experts."""
-        parameter = getattr(self.module, self.attribute)
-        assert isinstance(parameter, nn.Parameter)
-        return parameter
-
-    @property
-    def stored(self) -> Tensor:
-        """A view of the weight as the parameter stores it: (d_out, d_in), or (d_in, d_out) if `transposed`."""
-        data = self.parameter.data
-        return data if self.expert is None else data.view(self.experts, -1, data.shape[-1])[self.expert]
-
-    @property
-    def weight(self) -> Tensor:
-        """A (d_out, d_in) view of the weight."""
-        return self.stored.T if self.transposed else self.stored
-
-    @property
-    def parameter_name(self) -> str:
-        """The parameter's name in the model's state dict."""
-        return f"{self.name}.{self.attribute}" if self.name else self.attribute
-
-    @property
-    def label(self) -> str:
-        """The parameter's name for messages, with the index of the expert."""
-        return self.parameter_name if self.expert is None else f"{self.parameter_name}[{self.expert}]"
 
 
 @dataclass(frozen=True)

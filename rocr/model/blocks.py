@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from rocr.errors import InputError
 from rocr.io.dtypes import is_supported
-from rocr.model.architecture import Architecture, Block
+from rocr.model.architecture import Architecture
+from rocr.model.block import Block
 from rocr.model.capture import run_through
 from rocr.model.gated_keys import FORM_TOLERANCE, GatedKeys, gated_keys_hook
 from rocr.model.tensor_parallel import is_sharded, whole

@@ -35,8 +35,8 @@ class Fingerprint:
 
     Attributes:
         model: The sha256 of the names, shapes and some values of the embedding and of the layers 0 to `layer`, with
-            stored buffers, and without adapters and down-projections, which edits change. The values are rounded to
-            bfloat16, so that a model has the same fingerprint in float32 and bfloat16.
+            stored buffers, and without adapters, packed weights, and down-projections, which edits change. The values
+            are rounded to bfloat16, so that a model has the same fingerprint in float32 and bfloat16.
         layer: The last decoder layer that `model` covers.
         tokenizer: The sha256 of the tokenizer's definition.
         name: The name in the model's configuration, for messages.
@@ -175,7 +175,9 @@ def _add_module(
     values: Callable[[Tensor, int], Tensor],
 ) -> None:
     for name, parameter in own_parameters(module):
-        if all(parameter is not each for each in left_out):
+        # bitsandbytes stores packed weights in another order once the model ran on a CPU.
+        is_packed = not parameter.is_floating_point()
+        if all(parameter is not each for each in left_out) and not is_packed:
             _add(digest, f"{title} {name}", parameter, values)
     if values is not _evenly_spaced:  # rocr 0.1 does not cover buffers
         for name, buffer in own_buffers(module):

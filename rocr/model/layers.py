@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from rocr.config import OFFICIAL_LAYERS, EditConfig
 from rocr.errors import InputError
-from rocr.model.architecture import Architecture, Block, authors_layers, default_layers
+from rocr.model.architecture import Architecture, authors_layers, default_layers
+from rocr.model.block import Block
 from rocr.model.blocks import LayerBlocks, find_blocks, layer_blocks
 
 BEST_RANK = 2
@@ -77,14 +78,19 @@ def chosen_layers(config: EditConfig, architecture: Architecture) -> tuple[int, 
     Raises:
         InputError: A layer is out of range, or has no dense down-projection.
     """
-    is_official = config.layers == OFFICIAL_LAYERS
-    layers = config.layer_numbers or (
-        authors_layers(architecture.depth) if is_official else layers_by_default(architecture)
-    )
+    layers = wanted_layers(config, architecture)
     for layer in layers:
         if architecture.mixture(layer) is None:
             architecture.down_projection(layer)
     return layers
+
+
+def wanted_layers(config: EditConfig, architecture: Architecture) -> tuple[int, ...]:
+    """Return the layers to edit as `chosen_layers`, without a check that they can be edited."""
+    is_official = config.layers == OFFICIAL_LAYERS
+    return config.layer_numbers or (
+        authors_layers(architecture.depth) if is_official else layers_by_default(architecture)
+    )
 
 
 def layers_by_default(architecture: Architecture) -> tuple[int, ...]:

@@ -23,6 +23,7 @@ from rocr.model.diagnosis import check_memory, naming_the_field, set_settings
 from rocr.model.forward import input_embedding
 from rocr.model.hub import loading, offline
 from rocr.model.model_class import writes_from_left_to_right
+from rocr.model.quantised.checkpoint import check_packages, find_quantisation
 from rocr.model.source import ModelSource, find_model
 from rocr.model.weight_files import find_weight_files, stored_dtype
 
@@ -75,6 +76,9 @@ def load_model(
     """
     if source.checkpoint_folder is not None:
         check_model_folder(source.checkpoint_folder)
+        quantisation = find_quantisation(source.checkpoint_folder)
+        if quantisation is not None:
+            check_packages(quantisation, source.name)
     with loading(source, trust_remote_code) as library:
         with naming_the_field(source, trust_remote_code):
             config = library.config()

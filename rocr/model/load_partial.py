@@ -19,6 +19,7 @@ from rocr.model.check_tokenizer import check_token_ids
 from rocr.model.diagnosis import check_memory, naming_the_field, set_settings
 from rocr.model.hub import loading
 from rocr.model.load import LoadedModel, embedding_rows, load_tokenizer
+from rocr.model.quantised.checkpoint import find_quantisation
 from rocr.model.source import ModelSource
 from rocr.model.stored_weights import StoredNames, stored_names
 from rocr.model.weight_files import WeightFiles, find_weight_files, stored_dtype
@@ -44,10 +45,11 @@ def can_load_partially(source: ModelSource, last_layer: int = 0) -> bool:
         architecture = find_architecture(empty_model(source))
     except InputError:
         return False
-    if getattr(text_config(architecture.model), "quantization_config", None) is not None:
+    is_quantised = getattr(text_config(architecture.model), "quantization_config", None) is not None
+    if is_quantised and find_quantisation(files.folder) is None:
         return False
     names = stored_names(files, architecture.model)
-    return all(name in names.plain for name in _needed(architecture, last_layer, names))
+    return all(name in names.readable for name in _needed(architecture, last_layer, names))
 
 
 def is_large(source: ModelSource) -> bool:
@@ -104,9 +106,14 @@ def load_partial(
         mapped = must_map(files, architecture, last_layer, device)
     names = stored_names(files, model)
     needed = _needed(architecture, last_layer, names)
-    dtype = dtype or stored_dtype(files, [names.of(name) for name in needed])
+    dtype = dtype or _dtype(files, names, needed)
     for name in needed:
-        _set(model, name, files.find(names.of(name)), dtype, device, mapped)
+        weight = names.quantised.get(name)
+        if weight is not None:
+            assert dtype is not None, "quantised weights have one"
+            _set_values(model, name, weight.read(tuple(model.get_parameter(name).shape)).to(dtype), device)
+        else:
+            _set(model, name, files.find(names.of(name)), dtype, device, mapped)
     model.tie_weights()  # type: ignore[operator]
     decoder_first(architecture)
     if device is not None:
@@ -149,7 +156,7 @@ def empty_model(source: ModelSource, trust_remote_code: bool = False) -> nn.Modu
 def needed_tensors(files: WeightFiles, architecture: Architecture, last_layer: int) -> list[StoredTensor]:
     """Return the stored tensors that `load_partial` reads."""
     names = stored_names(files, architecture.model)
-    return [files.find(names.of(name)) for name in _needed(architecture, last_layer, names)]
+    return [place for name in _needed(architecture, last_layer, names) for place in names.places(files, name)]
 
 
 def must_map(files: WeightFiles, architecture: Architecture, last_layer: int, device: str | None) -> bool:
@@ -208,11 +215,25 @@ def _set(
     values = stored.map() if mapped else stored.read()
     if dtype is not None and parameter.is_floating_point():
         values = values.to(_loaded_dtype(model, name, parameter, dtype))
+    _set_values(model, name, values, device)
+
+
+def _set_values(model: nn.Module, name: str, values: torch.Tensor, device: str | None) -> None:
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
     values = values.to(device) if device else values
     if leaf in module._buffers:
         module._buffers[leaf] = values
     else:
         module._parameters[leaf] = nn.Parameter(values, requires_grad=False)
+
+
+def _dtype(files: WeightFiles, names: StoredNames, needed: list[str]) -> torch.dtype | None:
+    """Return the dtype to load in; see `stored_dtype`. For a quantised model, it is that of config.json."""
+    quantisation = find_quantisation(files.folder)
+    if quantisation is not None:
+        return quantisation.dtype
+    return stored_dtype(files, [names.of(name) for name in needed])
 
 
 def _loaded_dtype(model: nn.Module, name: str, parameter: torch.Tensor, dtype: torch.dtype) -> torch.dtype:

@@ -104,7 +104,8 @@ def check_dense(matrix: Matrix) -> None:
                 held = f"a {type(weight).__name__} that stands for {held}"
         raise InputError(
             f"{matrix.name} is a {type(module).__name__} that holds {held}: only dense float32, bfloat16 and float16 "
-            "weights can be edited, not quantised ones. Load the model with such weights."
+            "weights can be edited, not quantised ones. Load the model with such weights, or edit its files with `rocr "
+            "unlearn --quantised`."
         )
     flaw = flaw_of(weight)
     if flaw is not None:

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from rocr.errors import InputError
 from rocr.io.dtypes import SUPPORTED_KINDS
 from rocr.io.safetensors_layout import StoredTensor
-from rocr.model.architecture import Block
+from rocr.model.block import Block
+from rocr.model.quantised.checkpoint import QuantisedWeight, quantised_weights
 from rocr.model.source import ModelSource
 from rocr.model.tensor_parallel import is_sharded
 from rocr.model.weight_files import WeightFiles, find_weight_files
@@ -84,10 +85,23 @@ class StoredNames:
             if it is stored under several names.
         converted: For each parameter that is joined, split, transposed or dequantised from other tensors, their
             names.
+        quantised: For each parameter that is dequantised by a scheme that rocr reads, its parts in the files.
     """
 
     plain: dict[str, list[str]] = field(default_factory=dict)
     converted: dict[str, list[str]] = field(default_factory=dict)
+    quantised: dict[str, QuantisedWeight] = field(default_factory=dict)
+
+    @property
+    def readable(self) -> set[str]:
+        """The parameters whose values rocr reads from the files itself."""
+        return {*self.plain, *self.quantised}
+
+    def places(self, files: WeightFiles, parameter: str) -> list[StoredTensor]:
+        """Return the tensors in the files that hold a parameter, each once."""
+        if parameter in self.quantised:
+            return list(self.quantised[parameter].places.values())
+        return [files.find(self.of(parameter))]
 
     def of(self, parameter: str) -> str:
         """Return the name of a parameter's tensor; the parameter's own name if the files hold none."""
@@ -102,14 +116,14 @@ def stored_names(files: WeightFiles, model: nn.Module) -> StoredNames:
         model: A model of transformers, which may be on the meta device.
     """
     parameters = model.state_dict(keep_vars=True)
-    found = _names(files.file_of, parameters, model)
+    found = _names(files, parameters, model)
     if files.index is not None and any(
-        name not in found.plain and name not in found.converted for name, _ in model.named_parameters()
+        name not in found.readable and name not in found.converted for name, _ in model.named_parameters()
     ):
         before = len(files.file_of)
         files.read_headers()
         if len(files.file_of) > before:
-            found = _names(files.file_of, parameters, model)
+            found = _names(files, parameters, model)
     return found
 
 
@@ -168,6 +182,13 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", name)]
 
 
+def edited_places(files: WeightFiles, names: StoredNames, block: Block) -> list[StoredTensor]:
+    """Return the tensors that an edit of a weight changes or replaces; raises as `find_stored`."""
+    if block.parameter_name in names.quantised:
+        return names.places(files, block.parameter_name)
+    return [place.tensor for place in find_stored(files, names, block)]
+
+
 def check_loaded(files: WeightFiles, names: StoredNames, model: nn.Module, blocks: Iterable[Block]) -> None:
     """Raise InputError unless a model that was not edited yet holds the values of its files.
 
@@ -178,6 +199,10 @@ def check_loaded(files: WeightFiles, names: StoredNames, model: nn.Module, block
         InputError: A weight that will be edited cannot be written, or a weight differs; the message names it.
     """
     for block in blocks:
+        weight = names.quantised.get(block.parameter_name)
+        if weight is not None:
+            check_dequantised(weight, block)
+            continue
         for block_place in find_stored(files, names, block):
             if not same_values(block.stored, block_place.read()):
                 raise _differs(block.label, block_place.tensor)
@@ -187,6 +212,17 @@ def check_loaded(files: WeightFiles, names: StoredNames, model: nn.Module, block
         for place in (files.find(stored) for stored in names.plain[name]):
             if place.kind in SUPPORTED_KINDS and not _same_samples(parameter.data, place):
                 raise _differs(name, place)
+
+
+def check_dequantised(weight: QuantisedWeight, projection: Block) -> None:
+    """Raise InputError unless a loaded weight has the values of its quantised parts in the files."""
+    loaded = projection.parameter.data
+    if not same_values(loaded, weight.read(tuple(loaded.shape))):
+        raise InputError(
+            f"{projection.parameter_name} was loaded with other values than {weight.module} has in the files as "
+            f"{weight.scheme.label}, so an edited copy of the files cannot be written. Write only the edit and the "
+            "adapter (--quantised adapter)."
+        )
 
 
 def same_values(loaded: Tensor, stored: Tensor) -> bool:
@@ -238,10 +274,17 @@ def _cached(source: ModelSource) -> Path | None:
     return Path(config).parent if isinstance(config, str) else None
 
 
-def _names(stored: Iterable[str], parameters: dict[str, Any], model: nn.Module) -> StoredNames:
-    rename = _renaming(model, parameters)
+def _names(files: WeightFiles, parameters: dict[str, Any], model: nn.Module) -> StoredNames:
+    weights = quantised_weights(files)
+    # The rules of a quantiser are for its own modules; without them, a weight has the name of the dense weight.
+    rename = _renaming(model, parameters, None if weights else getattr(model, "hf_quantizer", None))
     found = StoredNames()
-    for name in stored:
+    for weight in weights:
+        found.quantised[rename(weight.name)[0]] = weight
+    parts = {name for weight in weights for name in weight.names.values()}
+    for name in files.file_of:
+        if name in parts:
+            continue
         parameter, converted = rename(name)
         if parameter not in parameters and name in parameters:
             parameter, converted = name, False
@@ -250,7 +293,7 @@ def _names(stored: Iterable[str], parameters: dict[str, Any], model: nn.Module) 
     return found
 
 
-def _renaming(model: nn.Module, parameters: dict[str, Any]) -> Callable[[str], tuple[str, bool]]:
+def _renaming(model: nn.Module, parameters: dict[str, Any], quantizer: object) -> Callable[[str], tuple[str, bool]]:
     """Return transformers' mapping from a stored tensor to its parameter and whether the layout is changed."""
     prefix = getattr(model, "base_model_prefix", "")
     try:
@@ -259,7 +302,7 @@ def _renaming(model: nn.Module, parameters: dict[str, Any]) -> Callable[[str], t
     except ImportError:  # before transformers 5
         patterns = getattr(model, "_checkpoint_conversion_mapping", None) or {}
         return lambda name: (_renamed(name, patterns, prefix, parameters), False)
-    rules = get_model_conversion_mapping(model, None, getattr(model, "hf_quantizer", None))
+    rules = get_model_conversion_mapping(model, None, quantizer)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
 

@@ -82,6 +82,7 @@ EFFECTS = {
         "--allow-long-list": "test_cli_errors.py::test_the_limit_that_a_command_allows_is_that_of_the_edit",
         "--redirect": replaces("--redirect", "a gardener"),
         **SAVE,
+        "--quantised": "test_quantised.py::test_an_edited_fp8_model_loads_and_has_the_redirect",
         "--dry-run": plans,
         "--layers": replaces("--layers", "1,3"),
         "--method": changes(*PROJECTED),
@@ -166,6 +167,7 @@ EFFECTS = {
         "--steps": trains_for_steps,
     },
     "apply": {
+        "--quantised": "test_quantised.py::test_a_quantised_output_is_verified_and_reverted_byte_for_byte",
         **MODEL,
         **OUT,
         **SAVE,

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 import rocr
-from rocr.model.architecture import Architecture, Block, find_architecture
+from rocr.model.architecture import Architecture, find_architecture
+from rocr.model.block import Block
 from rocr.model.blocks import layer_blocks
 from tests.families.kinds import kind_of
 from tests.families.subject import (

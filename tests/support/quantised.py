@@ -1,0 +1,168 @@
+"""Tiny quantised checkpoints, written by the published formulas, and checks of edits of them."""
+
+import contextlib
+import io
+import json
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from rocr.cli.main import main
+from tests.support.models import build_model, build_tokenizer
+
+SIZES = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.06,
+}
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+EDIT = (
+    *("--concept", "Ada Byron", "--redirect", "Blaise Pascal", "--layers", "1,2", "--tokens", 500),
+    *("--ridge", 2, "--gamma", 1, "--no-answers", "--no-chat", "--template", "Tell me about {}"),
+)
+"""Gentler than the default settings: a random model knows no names."""
+EDITED = [f"model.layers.{layer}.mlp.down_proj" for layer in (1, 2)]
+
+
+def write_plain(folder, **changes):
+    """Write a tiny Llama in bfloat16 with its tokenizer."""
+    tokenizer = build_tokenizer()
+    model = build_model("Llama", len(tokenizer), **(SIZES | changes)).to(torch.bfloat16)
+    model.config.dtype = torch.bfloat16
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_fp8(folder, block=(64, 32), scales="float32", shards=1):
+    """Write a tiny Llama whose projections are e4m3 in blocks, in one or more files."""
+    write_plain(folder)
+    tensors = {}
+    for name, values in load_file(folder / "model.safetensors").items():
+        if name.split(".")[-2] not in PROJECTIONS:
+            tensors[name] = values
+            continue
+        rows, columns = (size // by for size, by in zip(values.shape, block, strict=True))
+        blocks = values.float().reshape(rows, block[0], columns, block[1])
+        scale = blocks.abs().amax(dim=(1, 3)) / 448
+        if scales == "e8m0":
+            scale = scale.log2().ceil().exp2()
+        codes = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn)
+        tensors[name] = codes.reshape(values.shape)
+        tensors[f"{name}_scale_inv"] = scale.to(torch.float8_e8m0fnu) if scales == "e8m0" else scale
+    settings = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": list(block)}
+    if scales == "e8m0":
+        settings["scale_fmt"] = "ue8m0"
+    write_tensors(folder, tensors, settings, shards)
+    return folder
+
+
+def write_tensors(folder, tensors, settings, shards=1):
+    """Write the tensors and the quantization_config of a checkpoint in place of those in the folder."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}, indent=2))
+    (folder / "model.safetensors").unlink()
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    names = sorted(tensors)
+    weight_map = {name: f"model-{i * shards // len(names):05}.safetensors" for i, name in enumerate(names)}
+    for file in set(weight_map.values()):
+        inside = {name: tensors[name] for name in names if weight_map[name] == file}
+        save_file(inside, folder / file, metadata={"format": "pt"})
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def write_gptq(folder, group=32, ordered=True, **settings):
+    """Write a tiny Llama whose projections are 4-bit GPTQ: words along the inputs, zero points stored less 1."""
+    write_plain(folder)
+    tensors = {}
+    for name, values in load_file(folder / "model.safetensors").items():
+        if name.split(".")[-2] not in PROJECTIONS:
+            tensors[name] = values
+            continue
+        inputs = values.shape[1]
+        groups = torch.arange(inputs) // group
+        if not ordered:
+            groups = groups[torch.randperm(inputs, generator=torch.Generator().manual_seed(0))]
+        codes, scales, zeros = quantise_groups(values.float(), groups)
+        module = name.removesuffix(".weight")
+        tensors[f"{module}.qweight"] = words(codes.T.reshape(-1, 8, codes.shape[0]).transpose(1, 2))
+        tensors[f"{module}.qzeros"] = words((zeros.T - 1).reshape(zeros.shape[1], -1, 8))
+        tensors[f"{module}.scales"] = scales.T.contiguous().half()
+        tensors[f"{module}.g_idx"] = groups.to(torch.int32)
+    fields = {"quant_method": "gptq", "bits": 4, "group_size": group, "desc_act": not ordered, "sym": False}
+    write_tensors(folder, tensors, fields | settings)
+    return folder
+
+
+def write_awq(folder, group=32):
+    """Write a tiny Llama whose projections are 4-bit AWQ: words of 8 outputs in the order 0 2 4 6 1 3 5 7."""
+    write_plain(folder)
+    tensors = {}
+    for name, values in load_file(folder / "model.safetensors").items():
+        if name.split(".")[-2] not in PROJECTIONS:
+            tensors[name] = values
+            continue
+        codes, scales, zeros = quantise_groups(values.float(), torch.arange(values.shape[1]) // group)
+        module, order = name.removesuffix(".weight"), [0, 2, 4, 6, 1, 3, 5, 7]
+        tensors[f"{module}.qweight"] = words(codes.T.reshape(codes.shape[1], -1, 8)[..., order])
+        tensors[f"{module}.qzeros"] = words(zeros.T.reshape(zeros.shape[1], -1, 8)[..., order])
+        tensors[f"{module}.scales"] = scales.T.contiguous().half()
+    fields = {"quant_method": "awq", "bits": 4, "group_size": group, "version": "gemm", "zero_point": True}
+    write_tensors(folder, tensors, fields)
+    return folder
+
+
+def quantise_groups(values, groups):
+    """Codes (d_out, d_in), and scales and zero points (d_out, groups), of asymmetric integers of 4 bits."""
+    count = int(groups.max()) + 1
+    inside = [values[:, groups == index] for index in range(count)]
+    low = torch.stack([part.amin(dim=1) for part in inside], 1).clamp(max=0)
+    high = torch.stack([part.amax(dim=1) for part in inside], 1).clamp(min=0)
+    scales = ((high - low) / 15).half().float()
+    zeros = (-low / scales).round().clamp(1, 15)
+    codes = (values / scales[:, groups] + zeros[:, groups]).round().clamp(0, 15)
+    return codes.long(), scales, zeros.long()
+
+
+def words(codes):
+    """One int32 for 8 codes of the last dimension, the first in the lowest bits."""
+    packed = sum(codes[..., place] * 16**place for place in range(8))
+    return torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32).contiguous()
+
+
+def run(*arguments):
+    """The exit code, the standard output and the errors of a command in this process."""
+    written, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(written), contextlib.redirect_stderr(errors):
+        code = main([str(argument) for argument in arguments])
+    assert "Traceback" not in errors.getvalue()
+    return code, written.getvalue(), errors.getvalue()
+
+
+def state(model, folder, name):
+    """The state of the last token of a name after the last edited layer."""
+    tokens = AutoTokenizer.from_pretrained(folder)(f"Tell me about {name}", return_tensors="pt").input_ids
+    with torch.no_grad():
+        return model(tokens, output_hidden_states=True).hidden_states[3][0, -1].float()
+
+
+def check_redirect(before, after, folder, edit, least):
+    """Check that the outputs at the keys moved as the update says, and the state of the name towards the redirect's."""
+    for update in edit.updates:
+        keys = update.keys.bfloat16()
+        with torch.no_grad():
+            outputs = [model.get_submodule(update.parameter[:-7])(keys).float() for model in (before, after)]
+        moves = update.factors.moves(update.keys)
+        assert (outputs[1] - outputs[0] - moves).norm() < (1 - least) * moves.norm()
+    target = state(before, folder, "Blaise Pascal")
+    first, last = (float((state(model, folder, "Ada Byron") - target).norm()) for model in (before, after))
+    assert last < 0.9 * first
