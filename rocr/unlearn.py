@@ -131,6 +131,7 @@ def unlearn(
                     states = readings[layer] if layer in readings else reader.keys([layer])[layer]
                     system = keys_and_residuals(task, layer, states, goals, layers_left=len(layers) - i)
                     blocks, keys, residuals = system.blocks, system.keys, system.residuals
+                    report.routing += task.routing(layer, states, system.touched, statistics)
                 with timed("metric"):
                     metric = system.metric(statistics.second_moments(layer), task.config, template_keys.get(layer))
                 with timed("solve"), naming_closest_concepts(keys, concept_of, all_concepts):

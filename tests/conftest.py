@@ -20,6 +20,7 @@ pytest_plugins = [
     "tests.support.states",
     "tests.support.option_effects",
     "tests.support.of_0_1",
+    "tests.support.vision",
 ]
 """Fixtures that several folders use."""
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rocr.cli import options
 from rocr.cli.arguments import edit_and_source, load
 from rocr.cli.console import Console
-from rocr.cli.outputs import write_output
+from rocr.cli.outputs import check_parts, check_writable, show_adapter, write_output
 from rocr.cli.parsing import Arguments, argument, command, flag
 from rocr.cli.tables import number_of_concepts
 from rocr.cli.values import DIR, FILE
@@ -23,26 +22,27 @@ if TYPE_CHECKING:
 @options.model
 @argument("edit", "An edit file.", type=FILE)
 @options.out("Folder to write", DIR)
+@options.save
 @flag("--allow-fingerprint-mismatch", "Allow another model than the edit's, such as a fine-tune.")
 def apply(arguments: Arguments, console: Console) -> dict[str, Any]:
     """Apply a saved edit to a copy of its model."""
-    from rocr.export.folder import check_output_possible, holds_already
+    from rocr.export.folder import holds_already
 
     edit, source = edit_and_source(arguments, arguments.edit)
+    check_parts(arguments, source)
     with console.stage("load"):
         loaded = load(arguments, source, _last_layer(arguments, source, edit))
     held = holds_already(loaded, edit)
     if held is not None:
         raise InputError(f"{held} holds this edit already.")
-    check_output_possible(loaded, edit.layers, Path(arguments.out))
+    check_writable(arguments, loaded, edit.layers)
     with console.stage("apply"):
         mismatch = edit.mismatch(loaded.model)
         edit.apply(loaded.model, arguments.allow_fingerprint_mismatch)
     if mismatch is not None:
         console.warn(f"{mismatch} The edit was measured on another model: evaluate the result.")
-    report = write_output(
-        arguments, loaded, edit, ("model", "edit"), console, applied=True, fingerprint_mismatch=mismatch
-    )
+    report = write_output(arguments, loaded, edit, arguments.save, console, applied=True, fingerprint_mismatch=mismatch)
+    show_adapter(report, console)
     console.say(f"{arguments.out}: {arguments.model} with the edit of {number_of_concepts(edit.concepts)}.")
     return report
 

@@ -1,4 +1,4 @@
-"""`rocr info`: show the contents of a statistics file, an edit file or a report."""
+"""`rocr info`: show the contents of a statistics file, an edit file, a report or a GGUF file."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ MAX_REPORT_BYTES = 64 * 2**20
 
 
 @command("info")
-@argument("file", "A statistics file, an edit file, an output folder or its report.json.", type=FILE)
+@argument("file", "A statistics file, an edit file, an output folder, its report.json or a .gguf file.", type=FILE)
 def info(arguments: Arguments, console: Console) -> dict[str, Any]:
-    """Show what a file written by rocr contains."""
+    """Show what a file written by rocr, or a GGUF file, contains."""
     path = Path(arguments.file)
     if path.is_dir():
         path = _file_in(path)
@@ -38,6 +38,10 @@ def _file_in(folder: Path) -> Path:
 def _header(path: Path) -> dict[str, Any]:
     if path.suffix == ".json":
         return _report(path)
+    if path.suffix == ".gguf":
+        from rocr.model.gguf_layout import summary
+
+        return summary(path)
 
     from rocr.io.tensors import read_header
 

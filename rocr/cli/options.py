@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
-from rocr.cli.parsing import Decorator, argument, flag, option, together
-from rocr.cli.values import COUNT, FILE, SEED, SHARE, TOKENS, PathType, layer_list
+from rocr.cli.parsing import Decorator, argument, choice, flag, option, together
+from rocr.cli.values import COUNT, FILE, GGUF_KINDS, SEED, SHARE, TOKENS, PathType, layer_list, save_parts
 from rocr.io.dtypes import SUPPORTED_DTYPES
 
 PROBES = Path(__file__).parent.parent / "data" / "probes.jsonl"
@@ -40,6 +40,23 @@ partial_model = together(
         group=LOADING,
     ),
     flag("--whole", "Load the whole model.", group=LOADING),
+)
+
+save = together(
+    option(
+        "--save",
+        "Parts to write: model, gguf, lora, gguf-lora, edit, originals. gguf is a copy of a .gguf model, gguf-lora an "
+        "adapter for llama.cpp; originals are the original bytes, for `rocr revert`.",
+        type=save_parts,
+        default="model,edit",
+        metavar="PARTS",
+    ),
+    option("--lora-rank", "Truncate adapters to rank N, such as 16, the default limit of vLLM.", type=COUNT),
+    option(
+        "--gguf-type",
+        "Type of the edited tensors in a .gguf output (default: their own if it is one of these, else f16).",
+        type=choice(*GGUF_KINDS),
+    ),
 )
 
 layers = option("--layers", "Such as 4,5,6 or 4-6 (default: chosen from the depth).", type=layer_list, metavar="LIST")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rocr.cli.console import Console
+from rocr.cli.outputs import gguf_kind
 from rocr.cli.parsing import Arguments
 from rocr.concepts import Concept
 
@@ -129,6 +130,7 @@ def _job(
         questions,
         arguments.answer_tokens,
         arguments.lora_rank,
+        gguf_kind(arguments),
     )
 
 

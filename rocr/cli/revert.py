@@ -27,24 +27,33 @@ def revert(arguments: Arguments, console: Console) -> dict[str, Any]:
 
     The original files are restored if the folder keeps them (`rocr unlearn --save originals`).
     """
+    from rocr.export.gguf import reverts_in_file
     from rocr.export.originals import has_originals
     from rocr.model.stored_weights import find_weights
 
     if arguments.edit is None and has_originals(Path(arguments.model)):
         return _restore(arguments, console)
-    place = arguments.edit or Path(arguments.model) / EDIT_FILE
+    place = arguments.edit or _folder(arguments.model) / EDIT_FILE
     edit, source = edit_and_source(arguments, place)
-    in_files = find_weights(source) is not None
+    in_gguf = reverts_in_file(source, edit)
+    in_files = in_gguf or find_weights(source) is not None
     if in_files and (arguments.dtype or arguments.device):
         console.warn("--dtype and --device have no effect: the edit is undone in the files, and no weight is loaded.")
     with console.stage("load"):
-        loaded = _structure(arguments, source)
+        loaded = _structure(arguments, source) if in_files else load(arguments, source)
     if not in_files:
         with console.stage("revert"):
             edit.revert(loaded.model)
-    report = write_output(arguments, loaded, edit, ("model",), console, reverted=True, applied=False)
+    parts = ("gguf",) if in_gguf else ("model",)
+    report = write_output(arguments, loaded, edit, parts, console, reverted=True, applied=False)
     console.say(f"{arguments.out}: {arguments.model} without the edit of {number_of_concepts(edit.concepts)}.")
     return report
+
+
+def _folder(model: str) -> Path:
+    """The folder of a model: its own, or the one that its .gguf file is in."""
+    path = Path(model)
+    return path.parent if path.is_file() else path
 
 
 def _restore(arguments: Arguments, console: Console) -> dict[str, Any]:
@@ -63,8 +72,8 @@ def _restore(arguments: Arguments, console: Console) -> dict[str, Any]:
 
 
 def _structure(arguments: Arguments, source: ModelSource) -> LoadedModel:
-    """The model to revert; without weights if these are in safetensors files, which are edited in place of it."""
-    if source.checkpoint_folder is None:
+    """The model to revert without its weights, since its files are edited in place of it."""
+    if source.folder is None:
         return load(arguments, source)
 
     from rocr.model.load import LoadedModel

@@ -6,6 +6,7 @@ from collections.abc import Sized
 from typing import Any
 
 from rocr.cli.console import Console
+from rocr.edit.routing import FEW_TOKENS
 
 SHOWN_ROWS = 20
 SHOWN_PAIRS = 5
@@ -28,6 +29,7 @@ def show_report(report: dict[str, Any], console: Console, place: str | None) -> 
         if rows:
             console.table(title, ("name", "before", "after"), rows)
     _show_layers(report, console)
+    _show_routing(report.get("routing", []), console)
     seconds = console.seconds
     console.table("Seconds", tuple(seconds), [tuple(f"{value:.1f}" for value in seconds.values())])
     details = ", ".join(f"{stage} {value:.2f}" for stage, value in report["seconds"]["edit"].items())
@@ -102,6 +104,30 @@ def _show_layers(report: dict[str, Any], console: Console) -> None:
     text = report["statistics"]
     console.table("Layers", ("layer", "keys", "metric", "update / weight"), rows)
     console.say(f"Ordinary text: {text.get('tokens', 0):,} tokens ({text.get('text', 'unknown')}).")
+
+
+def _show_routing(layers: list[dict[str, Any]], console: Console) -> None:
+    if not layers:
+        return
+    rows = [
+        (
+            str(layer["layer"]),
+            f"{len(layer['touched'])} of {layer['experts']}",
+            f"{min(layer['tokens']):,}",
+            _percent(min(layer["agreement"])),
+            _percent(sum(layer["agreement"]) / len(layer["agreement"])),
+        )
+        for layer in layers
+    ]
+    columns = ("layer", "experts edited", "fewest tokens of one", "least agreement of templates", "mean agreement")
+    console.table("Experts", columns, rows)
+    names = list(dict.fromkeys(name for layer in layers for name in layer["uncovered"]))
+    if names:
+        more = f" and {len(names) - SHOWN_PAIRS} more" if len(names) > SHOWN_PAIRS else ""
+        console.warn(
+            f"{', '.join(names[:SHOWN_PAIRS])}{more}: routed to experts with fewer than {FEW_TOKENS} tokens in the "
+            "statistics, whose other text is hardly protected. Collect statistics from more text (--tokens, --text)."
+        )
 
 
 def _percent(share: float | None) -> str:

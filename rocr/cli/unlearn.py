@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rocr.cli import options
 from rocr.cli.arguments import chat_of, check_text, claim_output, collect, last_layer_to_load, load, source_of
 from rocr.cli.console import Console
-from rocr.cli.outputs import show_adapter, write_output
+from rocr.cli.outputs import check_parts, check_writable, show_adapter, write_output
 from rocr.cli.parsing import Arguments, argument, choice, command, flag, option
 from rocr.cli.tables import show_report
-from rocr.cli.values import COUNT, DIR, FILE, Number, save_parts
+from rocr.cli.values import DIR, FILE, Number
 from rocr.concepts import (
     MAX_CONCEPTS,
     Concept,
@@ -44,14 +43,7 @@ answering = partial(option, group="Answers before and after")
 @option("--redirect", "Redirect of concepts that have none of their own.", metavar="NAME")
 @flag("--allow-long-list", f"Allow more than {MAX_CONCEPTS:,} concepts. Try --dry-run first.")
 @options.out("Folder to write", DIR, required=False)
-@option(
-    "--save",
-    "Parts to write: model, lora, edit, originals. originals are the original bytes, for `rocr revert`.",
-    type=save_parts,
-    default="model,edit",
-    metavar="PARTS",
-)
-@option("--lora-rank", "Truncate the adapter to rank N, such as 16, the default limit of vLLM.", type=COUNT)
+@options.save
 @flag("--dry-run", "Check all inputs, show what would be done, and stop.")
 @options.partial_model
 @options.layers
@@ -109,7 +101,7 @@ def unlearn(arguments: Arguments, console: Console) -> dict[str, Any]:
     check_length(len(concepts), _most(arguments, concepts))
     source = source_of(arguments)
     _check_output(arguments, source)
-    _check_parts(arguments, source)
+    check_parts(arguments, source)
     check_text(arguments)
 
     from rocr.model.generate import fill_question
@@ -130,10 +122,7 @@ def unlearn(arguments: Arguments, console: Console) -> dict[str, Any]:
     with console.stage("load"):
         loaded = load(arguments, source, last_layer)
     config = _with_layers(config, loaded)
-    if "model" in arguments.save:
-        from rocr.export.folder import check_output_possible
-
-        check_output_possible(loaded, config.layer_numbers, Path(arguments.out))
+    check_writable(arguments, loaded, config.layer_numbers)
     before = _ask(loaded, questions, arguments, console, "answers before")
     if statistics is None:
         statistics = collect(arguments, loaded, config.layer_numbers, console)
@@ -172,19 +161,6 @@ def _check_output(arguments: Arguments, source: ModelSource) -> None:
         check_output(arguments.out, inputs=source.inputs, overwrite=arguments.overwrite)
     else:
         claim_output(arguments, source.inputs)
-
-
-def _check_parts(arguments: Arguments, source: ModelSource) -> None:
-    if arguments.lora_rank and "lora" not in arguments.save:
-        raise InputError("--lora-rank applies to the adapter: add lora to --save.")
-    if "model" in arguments.save:
-        from rocr.export.copying import check_carried
-
-        check_carried(source)
-    if "originals" in arguments.save:
-        from rocr.export.originals import original_files
-
-        original_files(source)
 
 
 def _asked(arguments: Arguments, concepts: list[Concept]) -> list[str]:

@@ -10,7 +10,8 @@ from click.shell_completion import CompletionItem
 
 from rocr.errors import InputError
 
-SAVED = ("model", "lora", "edit", "originals")
+SAVED = ("model", "gguf", "lora", "gguf-lora", "edit", "originals")
+GGUF_KINDS = ("f32", "f16", "bf16", "q8_0")
 MAX_LAYER = 9_999
 
 
@@ -84,8 +85,13 @@ def save_parts(text: str) -> tuple[str, ...]:
     unknown = [part for part in parts if part not in SAVED]
     if unknown or not parts:
         raise InputError(f"--save takes {', '.join(SAVED)}, not {', '.join(unknown) or 'nothing'}.")
-    if "originals" in parts and "model" not in parts:
-        raise InputError("--save originals keeps the first bytes of a model that is written: add model.")
+    if "model" in parts and "gguf" in parts:
+        raise InputError(
+            "--save takes model or gguf, not both: the edited weights of a GGUF file are rounded to its types, and the "
+            "edit file undoes one of the two."
+        )
+    if "originals" in parts and not {"model", "gguf"} & set(parts):
+        raise InputError("--save originals keeps the first bytes of a model that is written: add model or gguf.")
     return parts
 
 

@@ -50,7 +50,12 @@ def remove_concepts(edit: AnEdit, names: Sequence[str], model: nn.Module | None)
     concept_of = [new_index[edit.concept_of[row]] for row in rows]
     distance = [edit.report.distance[i] for i in remaining] if edit.report.distance else []
     parts = [_rows(update, rows) for update in edit.updates]
-    return _replace_edit(edit, _solved(edit, concepts, concept_of, parts, distance), model)
+    solved = _solved(edit, concepts, concept_of, parts, distance)
+    blocks = {update.layer: update.blocks for update in solved.updates}
+    solved.report.routing = [
+        layer.of_concepts(concepts, remaining, blocks[layer.layer]) for layer in edit.report.routing
+    ]
+    return _replace_edit(edit, solved, model)
 
 
 def merge_edits(edit: AnEdit, other: EditRecord, model: nn.Module | None) -> AnEdit:
@@ -65,6 +70,11 @@ def merge_edits(edit: AnEdit, other: EditRecord, model: nn.Module | None) -> AnE
     by_count = [name for name in BY_COUNT if name in (*edit.report.by_count, *other.report.by_count)]
     base = replace(edit, report=replace(edit.report, by_count=by_count))
     merged = _solved(base, [*edit.concepts, *other.concepts], concept_of, parts, distance)
+    blocks = {update.layer: update.blocks for update in merged.updates}
+    merged.report.routing = [
+        mine.joined(theirs, blocks[mine.layer])
+        for mine, theirs in zip(edit.report.routing, other.report.routing, strict=False)
+    ]
     return _replace_edit(edit, merged, model)
 
 

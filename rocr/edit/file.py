@@ -16,6 +16,7 @@ from rocr.concepts import Concept, check_concepts
 from rocr.config import EditConfig
 from rocr.edit.measures import EditReport
 from rocr.edit.record import EditRecord
+from rocr.edit.stored import StoredWeight
 from rocr.edit.system_file import pack_system, unpack_system
 from rocr.edit.update import Applied, LayerUpdate, Part
 from rocr.edit.wide_file import pack_wide, routed_rows, unpack_wide
@@ -59,6 +60,9 @@ def save_edit(edit: EditRecord, path: str | os.PathLike[str], undo: bool, overwr
             if undo and update.applied.undo is not None:
                 packed, entry["undo"] = pack_undo(update.applied.undo)
                 tensors[f"layer.{update.layer}.undo"] = packed
+            if update.applied.stored is not None:
+                entry["stored"], kept = update.applied.stored.to_json(undo)
+                tensors |= {f"layer.{update.layer}.{name}": values for name, values in kept.items()}
         if update.system is not None:
             entry["system"], kept = pack_system(update.system)
             if update.parts:
@@ -159,7 +163,9 @@ def _load_update(entry: dict[str, Any], tensors: dict[str, Tensor]) -> LayerUpda
         elif flag_of(entry["transposed"], "transposed"):
             shape = shape[::-1]
         undo = None if packed is None else _load_undo(packed, entry["undo"], shape, dtype)
-        applied = Applied(dtype, before, after, undo)
+        bytes_before = tensors.get(f"layer.{layer}.stored")
+        stored = None if "stored" not in entry else StoredWeight.from_json(entry["stored"], bytes_before)
+        applied = Applied(dtype, before, after, undo, stored)
     return LayerUpdate(
         layer,
         text_of(entry["parameter"], "parameter"),

@@ -190,7 +190,7 @@ def predict(architecture: Architecture, tokenizer: Any) -> Predictions | None:
     ids = tokenize_prompt(tokenizer, PROBE_TEXT)
     positions = positions_of(architecture.model) or len(ids)
     tokens = torch.tensor([ids[:positions]])
-    found = _log_probabilities(architecture.model, tokens)
+    found = _log_probabilities(architecture.reader, tokens)
     if not torch.isfinite(found).all():
         raise GuardError(
             "The model's logits on ordinary text are not finite before the edit. Load it in float32, or check its "
@@ -217,7 +217,7 @@ def check_predictions(
     """
     if before is None:
         return None, []
-    after = _log_probabilities(architecture.model, before.tokens)
+    after = _log_probabilities(architecture.reader, before.tokens)
     if not torch.isfinite(after).all():
         raise GuardError(
             "The logits on ordinary text are not finite after the edit; most of it is from "

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rocr.edit.lora_experts import ParameterFactors, parameter_factors
 from rocr.edit.record import EditRecord
-from rocr.edit.update import LayerUpdate
+from rocr.edit.update import LayerUpdate, Part
 from rocr.errors import InputError
 from rocr.io.disk_space import check_space
 from rocr.io.output import new_directory
@@ -25,6 +26,11 @@ VLLM_DEFAULT_RANK = 16
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM supports for `max_lora_rank`. Source of both constants: `MaxLoRARanks` in vllm/config/lora.py of
 0.14 (docs.vllm.ai/en/v0.14.0/api/vllm/config/lora). Earlier releases support fewer values, 0.6 up to 256."""
+
+REFUSED_MODULE = "out_proj"
+REFUSED_BY_PEFT = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+"""The model types whose modules named `out_proj` get no LoRA from peft, since fused kernels read their weights without
+calling them. Source: `_check_lora_target_modules_mamba` in peft 0.21, tuners/tuners_utils.py."""
 
 
 @dataclass(frozen=True)
@@ -75,11 +81,14 @@ def adapter_tensors(
     """Return the tensors of an edit's adapter by name, its settings, and its layers with their truncation errors.
 
     Raises:
-        InputError: The rank is not a whole number of at least 1.
+        InputError: The rank is not a whole number of at least 1, or peft loads no adapter of an edited module.
     """
     check_rank(rank)
+    _check_loadable(edit)
     tensors: dict[str, Tensor] = {}
     layers = []
+    if any(update.parts for update in edit.updates):
+        return _with_experts(edit, rank)
     for update in edit.updates:
         layer, left, right = adapter_layer(update, rank)
         for module in layer.modules:
@@ -93,6 +102,64 @@ def adapter_tensors(
         for layer in layers:
             _pad(tensors, layer, largest)
     return tensors, _adapter_config(edit, layers), layers
+
+
+def _with_experts(
+    edit: EditRecord, rank: int | None
+) -> tuple[dict[str, Tensor], dict[str, object], list[AdapterLayer]]:
+    """Return the adapter of an edit that changes experts: PEFT supports one rank for all target parameters."""
+    found: list[tuple[LayerUpdate, ParameterFactors, tuple[float, float]]] = []
+    for update in edit.updates:
+        parts, errors = _truncated_parts(update, rank)
+        found += [(update, factors, errors) for factors in parts]
+    largest = max(factors.rank for _, factors, _ in found)
+    tensors: dict[str, Tensor] = {}
+    layers, names = [], []
+    for update, factors, (relative_error, key_error) in found:
+        a, b = factors.adapter(largest)
+        own = factors.own and factors.own.rpartition(".")[0]
+        full = min(update.factors.rank, *update.factors.shape)
+        layers.append(AdapterLayer(update.layer, factors.module, largest, full, relative_error, key_error, own))
+        names += [name for name in (factors.parameter, factors.own) if name is not None]
+        for module in layers[-1].modules:
+            for factor, values in (("A", a), ("B", b)):
+                held = values if module == factors.module else values.clone()
+                tensors[f"base_model.model.{module}.lora_{factor}.weight"] = held.contiguous()
+    return tensors, _adapter_config(edit, layers, names), layers
+
+
+def _truncated_parts(update: LayerUpdate, rank: int | None) -> tuple[list[ParameterFactors], tuple[float, float]]:
+    """Return the factors of a layer's parameters, and the largest truncation errors of `AdapterLayer`."""
+    if not update.parts:
+        # A dense layer of a model that also has mixtures.
+        layer, left, right = adapter_layer(update, rank)
+        part = Part(0, update.parameter, right.shape[1], update.transposed, own=update.own)
+        factors = ParameterFactors([part], update.parameter, update.own, [left], [right])
+        return [factors], (layer.relative_error, layer.key_error)
+    left, right = update.factors.left.cpu(), update.factors.right.cpu()
+    pieces = [(left, right[:, place]) for place in update.columns]
+    errors = [(0.0, 0.0)]
+    if rank is not None and rank < right.shape[0]:
+        cut = [
+            truncate(left, piece, update.keys[:, place].cpu(), rank)
+            for (_, piece), place in zip(pieces, update.columns, strict=True)
+        ]
+        pieces, errors = [each[:2] for each in cut], [each[2:] for each in cut]
+    elif right.shape[0] > min(left.shape[0], *(part.width for part in update.parts)):
+        pieces = [thin_factors(Factors(left, piece)) for _, piece in pieces]
+    found = parameter_factors(update, [piece[0] for piece in pieces], [piece[1] for piece in pieces])
+    return list(found), (max(error[0] for error in errors), max(error[1] for error in errors))
+
+
+def _check_loadable(edit: EditRecord) -> None:
+    """Raise InputError if peft refuses an adapter of one of the edited modules."""
+    kind = edit.computed_with.get("model_type")
+    refused = [update.parameter for update in edit.updates if update.parameter.split(".")[-2] == REFUSED_MODULE]
+    if refused and kind in REFUSED_BY_PEFT:
+        raise InputError(
+            f"peft loads no adapter of {refused[0]} in models of the type {kind}, whose kernels read its weight "
+            "without calling it. Save the edit itself or the edited model instead (Edit.save, --save)."
+        )
 
 
 def _pad(tensors: dict[str, Tensor], layer: AdapterLayer, rank: int) -> None:
@@ -177,13 +244,17 @@ def _is_mixture(edit: EditRecord) -> bool:
     return any(name in edit.computed_with for name in EXPERTS)
 
 
-def _adapter_config(edit: EditRecord, layers: Sequence[AdapterLayer]) -> dict[str, object]:
-    """Return the contents of adapter_config.json."""
+def _adapter_config(
+    edit: EditRecord, layers: Sequence[AdapterLayer], parameters: Sequence[str] = ()
+) -> dict[str, object]:
+    """Return the contents of adapter_config.json; `parameters` are the names of the weights of an edit of experts."""
     ranks = {module: layer.rank for layer in layers for module in layer.modules}
     largest = max(ranks.values())
     targets: dict[str, object] = {"target_modules": sorted(ranks), "rank_pattern": ranks, "alpha_pattern": ranks}
     if _is_mixture(edit):
         targets = {"target_modules": [], "target_parameters": [f"{module}.weight" for module in sorted(ranks)]}
+    if parameters:
+        targets = {"target_modules": [], "target_parameters": sorted(parameters)}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -194,6 +265,6 @@ def _adapter_config(edit: EditRecord, layers: Sequence[AdapterLayer]) -> dict[st
         "lora_alpha": largest,
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": any(update.transposed for update in edit.updates),
+        "fan_in_fan_out": not parameters and any(update.transposed for update in edit.updates),
         "inference_mode": True,
     }

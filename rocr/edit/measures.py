@@ -12,6 +12,7 @@ from torch import Tensor
 from rocr.config import BY_COUNT, new_setting_name
 from rocr.edit.collisions import Collisions
 from rocr.edit.retain_impact import RetainReport
+from rocr.edit.routing import LayerRouting
 from rocr.edit.update import LayerUpdate
 from rocr.io.json_values import list_of, numbers_of, object_of, text_of, whole_number_of
 from rocr.solve.solve import CHUNK_ROWS, Solution
@@ -77,6 +78,7 @@ class EditReport:
             concepts is now one for which other settings are the default.
         by_count: Settings that were chosen by the number of concepts (`EditConfig.for_concepts`). They keep their
             recorded values when concepts are added, removed or merged.
+        routing: For each edited layer with a mixture of experts, how the concepts are routed in it.
     """
 
     layers: list[LayerMeasures] = field(default_factory=list)
@@ -89,6 +91,7 @@ class EditReport:
     retained: RetainReport | None = None
     inexact: list[int] = field(default_factory=list)
     by_count: list[str] = field(default_factory=list)
+    routing: list[LayerRouting] = field(default_factory=list)
 
     @property
     def neighbours(self) -> RetainReport | None:
@@ -96,11 +99,14 @@ class EditReport:
         return self.retained
 
     def to_json(self) -> dict[str, Any]:
-        """Return the report as JSON values, with the field names of rocr 0.1; an empty `by_count` is left out."""
+        """Return the report as JSON values, with the field names of rocr 0.1.
+
+        An empty `by_count` or `routing` is left out.
+        """
         values = {("neighbours" if name == "retained" else name): value for name, value in asdict(self).items()}
         if self.retained is not None:
             values["neighbours"] = self.retained.to_json()
-        return {name: value for name, value in values.items() if name != "by_count" or value}
+        return {name: value for name, value in values.items() if name not in ("by_count", "routing") or value}
 
     @classmethod
     def from_json(cls, values: dict[str, Any], concepts: int) -> EditReport:
@@ -113,7 +119,8 @@ class EditReport:
         layers = [LayerMeasures.from_json(layer, concepts) for layer in list_of(values.pop("layers"), "layers")]
         retained = values.pop("neighbours", None)
         retained = None if retained is None else RetainReport.from_json(retained)
-        report = cls(layers=layers, retained=retained, **values)
+        routing = [LayerRouting.from_json(layer, concepts) for layer in list_of(values.pop("routing", []), "routing")]
+        report = cls(layers=layers, retained=retained, routing=routing, **values)
         if report.collisions is not None:
             report.collisions = Collisions.from_json(values["collisions"])
         if report.distance:

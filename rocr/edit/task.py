@@ -12,6 +12,7 @@ from rocr.concepts import Concept
 from rocr.config import EditConfig
 from rocr.edit.measures import mean_by_concept
 from rocr.edit.record import EditRecord
+from rocr.edit.routing import LayerRouting, measure_routing
 from rocr.errors import InputError
 from rocr.keys.plan import KeyPlan, Reading
 from rocr.keys.read import States, read_layers, read_states
@@ -22,6 +23,7 @@ from rocr.progress import ProgressCallback
 from rocr.solve.metric import ProjectedMetric, WhitenedMetric, build_metric
 from rocr.solve.mixture import WeighedKeys, weigh_keys
 from rocr.solve.solve import check_finite
+from rocr.statistics.statistics import Statistics
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,15 @@ class Task:
             return self.plan.concept_of
         offset = len(self.base_edit.concepts)
         return [*self.base_edit.concept_of, *(offset + concept for concept in self.plan.concept_of)]
+
+    def routing(self, layer: int, states: States, touched: Sequence[int], statistics: Statistics) -> list[LayerRouting]:
+        """Return how the concepts are routed in a layer, those of the base edit first; empty for a dense layer."""
+        if states.routing is None:
+            return []
+        moments = statistics.mixtures[layer]
+        found = measure_routing(layer, states.routing, self.plan.concept_of, self.concepts, moments, statistics.tokens)
+        base = [] if self.base_edit is None else self.base_edit.report.routing
+        return [each.joined(found, touched) for each in base if each.layer == layer] or [found]
 
     def check_finite(self, what: str, layer: int, values: Tensor) -> None:
         """Raise GuardError, naming the concepts, unless values (n, features) of the new keys are finite."""
@@ -197,7 +208,7 @@ def keys_and_residuals(task: Task, layer: int, states: States, goals: Goals, lay
     share = 1 / (len(task.layers) if task.config.measure == "once" else layers_left)
     keys, residuals = states.keys, ((goals.states - states.hidden) * share).to(blocks.device)
     if states.gains is not None:
-        residuals = divide_by_gains(residuals, states.gains.to(blocks.device))
+        residuals = divide_by_gains(residuals, states.gains.to(blocks.device), len(blocks.blocks[0].weight))
     task.check_finite("keys", layer, keys)
     task.check_finite("residuals", layer, residuals)
     touched = states.blocks

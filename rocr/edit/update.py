@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rocr.edit.stored import StoredWeight
 from rocr.io.json_values import flag_of, text_of, whole_number_of
+from rocr.model.architecture import Block
 from rocr.model.blocks import LayerBlocks
 from rocr.solve.factors import Factors
 from rocr.solve.solve import Solution, System
@@ -26,6 +28,7 @@ class Part:
         transposed: Whether the model stores the block's weight as (d_in, d_out).
         expert: Index of the expert in the parameter. None if the parameter holds this block only.
         experts: Number of experts in the parameter.
+        declared_transposed: Whether the module has the attribute `is_transposed`, by which PEFT reads the parameter.
         own: As `LayerUpdate.own`.
     """
 
@@ -35,6 +38,7 @@ class Part:
     transposed: bool = False
     expert: int | None = None
     experts: int = 1
+    declared_transposed: bool = False
     own: str | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -57,6 +61,7 @@ class Part:
         if part.own is not None:
             text_of(part.own, "own")
         flag_of(part.transposed, "transposed")
+        flag_of(part.declared_transposed, "declared_transposed")
         return part
 
 
@@ -140,10 +145,13 @@ class LayerUpdate:
 
 def parts_of(layer: LayerBlocks, touched: Sequence[int]) -> tuple[Part, ...]:
     """Return the parts of an update of some blocks of a mixture."""
-    return tuple(
-        Part(i, block.parameter_name, block.weight.shape[1], block.transposed, block.expert, block.experts)
-        for i, block in ((i, layer.blocks[i]) for i in touched)
-    )
+    return tuple(_part(i, layer.blocks[i]) for i in touched)
+
+
+def _part(index: int, block: Block) -> Part:
+    declared = block.parameter.ndim == 3 and bool(getattr(block.module, "is_transposed", False))
+    width = block.weight.shape[1]
+    return Part(index, block.parameter_name, width, block.transposed, block.expert, block.experts, declared)
 
 
 @dataclass(frozen=True)
@@ -156,12 +164,15 @@ class Applied:
         after: sha256 of the weight's bytes after the update.
         undo: Exclusive or of the bits before and after, as integers on the CPU in the shape in which the model stores
             the parameter; of several blocks, those of all of them in order, flat. None if it was not kept.
+        stored: How a GGUF file stores the weight, if the edited model was written as one; dtype, before, after and
+            undo are then those of the values that the file gives. None for other models.
     """
 
     dtype: str
     before: str
     after: str
     undo: Tensor | None
+    stored: StoredWeight | None = None
 
     @property
     def surviving(self) -> float | None:

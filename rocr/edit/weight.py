@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rocr.edit.update import LayerUpdate, parts_of
+from rocr.edit.update import LayerUpdate, Part, parts_of
 from rocr.errors import InputError
 from rocr.model.architecture import Architecture, Block
 from rocr.model.blocks import find_blocks
@@ -83,6 +83,19 @@ def _kind(is_mixture: bool) -> str:
     return "a mixture of experts" if is_mixture else "a dense layer"
 
 
+def _is_named(block: Block, recorded: LayerUpdate | Part) -> bool:
+    """Return whether a block has the recorded name, also in another class of the same checkpoint.
+
+    A vision-language checkpoint can be loaded as the language model inside it, whose list of layers has another name.
+    """
+    if block.parameter_name in (recorded.parameter, recorded.own):
+        return True
+    (_, *mine), (_, *theirs) = (
+        name.partition(f".{block.layer}.") for name in (block.parameter_name, recorded.parameter)
+    )
+    return bool(mine[0]) and mine == theirs
+
+
 def edited_weights(architecture: Architecture, updates: Sequence[LayerUpdate]) -> list[Weight]:
     """Return the weights that updates belong to.
 
@@ -100,7 +113,7 @@ def edited_weights(architecture: Architecture, updates: Sequence[LayerUpdate]) -
             )
         if not layer.is_mixture:
             block = layer.only
-            if block.parameter_name != update.parameter or tuple(block.weight.shape) != expected:
+            if not _is_named(block, update) or tuple(block.weight.shape) != expected:
                 raise InputError(
                     f"The edit changes {update.parameter} {expected}, but layer {update.layer} of this model has "
                     f"{block.parameter_name} {tuple(block.weight.shape)}."
@@ -110,7 +123,8 @@ def edited_weights(architecture: Architecture, updates: Sequence[LayerUpdate]) -
         fits = max(update.blocks) < len(layer.blocks)
         own_parts = parts_of(layer, update.blocks) if fits else ()
         for part, mine in zip(update.parts, own_parts or update.parts, strict=True):
-            if not fits or (part.parameter, part.width, part.expert) != (mine.parameter, mine.width, mine.expert):
+            named = fits and _is_named(layer.blocks[part.block], part)
+            if not named or (part.width, part.expert) != (mine.width, mine.expert):
                 raise InputError(
                     f"The edit changes {part.parameter} of expert {part.expert} with {part.width} inputs, but block "
                     f"{part.block} of layer {update.layer} of this model is "

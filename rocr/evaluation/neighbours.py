@@ -16,7 +16,8 @@ from rocr.evaluation.probes.probe import Probe, split_by_subject
 from rocr.keys.plan import Reading
 from rocr.keys.prompts import Prompt, build_prompts, render_template
 from rocr.keys.read import read_states
-from rocr.model.architecture import default_layers, find_architecture, positions_of
+from rocr.model.architecture import find_architecture, positions_of
+from rocr.model.layers import layers_by_default
 
 
 def nearest_subjects(
@@ -110,4 +111,4 @@ def name_states(model: nn.Module, tokenizer: Any, names: Sequence[str], chat: Ch
                 prompts.append(prompt)
     reading = Reading(prompts, prompt_of, position_of, group_of, len(names))
     reading.check_positions(names, positions_of(model))
-    return read_states(architecture, reading, max(default_layers(architecture.depth))).hidden
+    return read_states(architecture, reading, max(layers_by_default(architecture))).hidden

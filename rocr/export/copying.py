@@ -111,18 +111,19 @@ def copy_file(source: Path, target: Path) -> None:
         end_at(old, new, size)
 
 
-def copy_range(old: BinaryIO, new: BinaryIO, start: int, end: int) -> None:
-    """Copy the bytes from `start` to `end` to the same offsets of another file, and skip holes.
+def copy_range(old: BinaryIO, new: BinaryIO, start: int, end: int, moved: int = 0) -> None:
+    """Copy the bytes from `start` to `end` to another file, and skip holes.
 
     Args:
         old: The source, open for reading without a buffer.
         new: The target, open for writing.
         start: Offset of the first byte.
         end: Offset after the last byte.
+        moved: What is added to the offsets in the other file.
     """
     for first, last in _extents(old.fileno(), start, end):
         old.seek(first)
-        new.seek(first)
+        new.seek(first + moved)
         while first < last:
             block = old.read(min(last - first, BLOCK))
             if not block:
@@ -131,12 +132,19 @@ def copy_range(old: BinaryIO, new: BinaryIO, start: int, end: int) -> None:
             first += len(block)
 
 
-def end_at(old: BinaryIO, new: BinaryIO, size: int) -> None:
-    """Set the size of a copy, since a hole at the end is not written."""
+def end_at(old: BinaryIO, new: BinaryIO, size: int, new_size: int | None = None) -> None:
+    """Set the size of a copy, since a hole at the end is not written.
+
+    Args:
+        old: The source, open for reading.
+        new: The target, open for writing.
+        size: Size of the source when the copy began.
+        new_size: Size of the target. None is `size`.
+    """
     if os.fstat(old.fileno()).st_size < size:
         raise OSError("the file shrank while it was read")
     new.flush()
-    new.truncate(size)
+    new.truncate(size if new_size is None else new_size)
 
 
 def _extents(descriptor: int, start: int, end: int) -> Iterator[tuple[int, int]]:

@@ -13,6 +13,7 @@ from torch import nn
 from rocr.export.forecast import CHECKED_TOKENS, Forecast, Job
 from rocr.model.architecture import Architecture, find_architecture, positions_of
 from rocr.model.capture import run_through
+from rocr.model.load_partial import decoder_first
 from rocr.ops.arithmetic import plain_arithmetic
 from rocr.statistics.self_generated import SEQUENCES
 
@@ -78,6 +79,7 @@ def _with_first_layer(architecture: Architecture, dtype: torch.dtype) -> Archite
         if name.startswith(first):
             values.fill_(0.01)
         probe.model.get_submodule(owner)._parameters[leaf] = nn.Parameter(values, requires_grad=False)
+    decoder_first(probe)
     return probe
 
 

@@ -14,6 +14,7 @@ from rocr.concepts import Concept
 from rocr.config import EditConfig
 from rocr.export.copying import may_link
 from rocr.export.folder import carried_bytes, weights_copied
+from rocr.export.gguf import first_bytes, gguf_bytes
 from rocr.export.originals import original_files
 from rocr.keys.plan import KeyPlan
 from rocr.model.architecture import Architecture, Block
@@ -48,7 +49,7 @@ class Job:
         concepts: The concepts.
         config: The settings, with layers.
         plan: The tokens to read.
-        parts: The parts to save, of model, lora, edit, originals.
+        parts: The parts to save, of model, gguf, lora, gguf-lora, edit, originals.
         out: The output folder. None if it is not known yet.
         last_layer: The last layer to load. None loads the whole model.
         dtype: Dtype to load the weights in. None loads them as stored.
@@ -59,6 +60,7 @@ class Job:
         questions: Number of questions to ask before and after the edit.
         answer_tokens: Number of tokens of each answer.
         lora_rank: Largest rank of the adapter.
+        gguf_kind: Type of the edited tensors in a GGUF output. None keeps theirs.
     """
 
     source: ModelSource
@@ -77,6 +79,7 @@ class Job:
     questions: int = 0
     answer_tokens: int = 32
     lora_rank: int | None = None
+    gguf_kind: str | None = None
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -229,11 +232,16 @@ def _written(job: Job) -> tuple[dict[str, int], int, int]:
             copied = written["model"] = sum((files.folder / name).stat().st_size for name in anew)
             index = sum(len(name) + 60 for name in files.file_of)
             written["configuration and tokenizer"] = carried_bytes(files.folder) + index
+    if "gguf" in job.parts:
+        copied = written["GGUF file"] = gguf_bytes(job.source, job.blocks, job.architecture.depth, job.gguf_kind)
     if "edit" in job.parts:
         written["edit"] = edit_bytes(job)
-    if "lora" in job.parts:
-        ranks = [min(job.keys, *weight.shape, job.lora_rank or job.keys) for weight in job.weights]
-        written["adapter"] = sum(4 * r * sum(w.shape) for r, w in zip(ranks, job.weights, strict=True))
+        if "gguf" in job.parts:
+            written["edit"] += first_bytes(job.source, job.blocks, job.architecture.depth)
+    for part, name in (("lora", "adapter"), ("gguf-lora", "GGUF adapter")):
+        if part in job.parts:
+            ranks = [min(job.keys, *weight.shape, job.lora_rank or job.keys) for weight in job.weights]
+            written[name] = sum(4 * r * sum(w.shape) for r, w in zip(ranks, job.weights, strict=True))
     if "originals" in job.parts:
         paths = original_files(job.source)
         links = job.source.folder is not None and may_link(job.source.folder, job.out)

@@ -11,13 +11,20 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from rocr.export.copying import CARD_FILE, EDIT_FILE, ORIGINALS_FOLDER, REPORT_FILE, SUMS_FILE
 from rocr.io.visible import visible
-from rocr.model.load import ModelSource
+from rocr.model.source import ADAPTER_GGUF, ModelSource
 
 SHOWN_CONCEPTS = 20
 MAX_CARD_BYTES = 2**20
 _INHERITED = ("license", "license_name", "license_link")
 UNDO_FILES = (("edit", EDIT_FILE), ("originals", f"{ORIGINALS_FOLDER}/"))
 """Parts of an output, and their files from which the edit can be reverted."""
+LIBRARIES = (("model", "transformers"), ("gguf", "gguf"), ("lora", "peft"), ("gguf-lora", "gguf"))
+"""Parts of an output, and the library that loads them, the first one first."""
+ADAPTERS = (
+    ("lora", "`lora/` is a PEFT adapter of the base model."),
+    ("gguf-lora", f"`{ADAPTER_GGUF}` is an adapter of the base model for llama.cpp."),
+)
+"""Parts of an output that are adapters, and what the card says of them."""
 _MARKUP = re.compile(r"([\\`*_{}\[\]<>|#$~])")
 
 NOT_PROOF = """## What this is not
@@ -39,7 +46,7 @@ def build_card(report: Mapping[str, Any], source: ModelSource, parts: Sequence[s
         report: The report of the edit.
         source: The edited model. The metadata `base_model` is set if it is a hub id, or lies in the cache of the hub.
             The licence is that of the base model's own card, if it names one.
-        parts: The parts of the output, of model, lora, edit, originals.
+        parts: The parts of the output, of model, gguf, lora, gguf-lora, edit, originals.
     """
     sections = [
         f"---\n{_metadata(source, parts).to_yaml()}\n---",
@@ -47,7 +54,7 @@ def build_card(report: Mapping[str, Any], source: ModelSource, parts: Sequence[s
         _done(report, source),
     ]
     if _applied(report):
-        sections += [_concepts(report), _measured(report), _adapter(report), _settings(report), NOT_PROOF]
+        sections += [_concepts(report), _measured(report), _adapter(report, parts), _settings(report), NOT_PROOF]
         sections.append(_before_publishing(parts))
     else:
         sections.append(_versions(report))
@@ -63,7 +70,7 @@ def _metadata(source: ModelSource, parts: Sequence[str]) -> ModelCardData:
     base = source.name if source.folder is None else _hub_id(source.folder)
     return ModelCardData(
         base_model=base,
-        library_name="transformers" if "model" in parts else "peft",
+        library_name=next((name for part, name in LIBRARIES if part in parts), "peft"),
         pipeline_tag="text-generation",
         tags=["unlearning", "model-editing", "rocr"],
         **_licence(source),
@@ -152,7 +159,7 @@ def _measured(report: Mapping[str, Any]) -> str:
     return "\n\n".join(lines)
 
 
-def _adapter(report: Mapping[str, Any]) -> str:
+def _adapter(report: Mapping[str, Any], parts: Sequence[str]) -> str:
     rows = [
         (
             str(layer["layer"]),
@@ -164,9 +171,9 @@ def _adapter(report: Mapping[str, Any]) -> str:
     ]
     if not rows:
         return ""
-    return "## Adapter\n\n`lora/` is a PEFT adapter of the base model.\n\n" + _table(
-        ("layer", "rank", "error of the update", "error at the keys"), rows
-    )
+    kinds = [sentence for part, sentence in ADAPTERS if part in parts]
+    table = _table(("layer", "rank", "error of the update", "error at the keys"), rows)
+    return "\n\n".join(["## Adapter", " ".join(kinds), table])
 
 
 def _settings(report: Mapping[str, Any]) -> str:

@@ -14,7 +14,6 @@ import torch
 from rocr.config import with_new_setting_names
 from rocr.edit.lora import adapter_tensors
 from rocr.edit.update import LayerUpdate
-from rocr.edit.weight import digest_of
 from rocr.errors import InputError
 from rocr.export.copying import EDIT_FILE, REPORT_FILE
 from rocr.export.manifest import (
@@ -29,19 +28,17 @@ from rocr.export.manifest import (
     shown,
 )
 from rocr.export.rewrite import ADAPTER_FILE
+from rocr.export.verify_gguf import gguf_adapter_checks, gguf_checks, gguf_model
+from rocr.export.weight_checks import NO_EDIT, TRUNCATION_TOLERANCE, digest_check, distance
 from rocr.io.safetensors_layout import read_layout
 from rocr.model.check_folder import INDEX_FILE, SINGLE_FILE, check_model_folder
-from rocr.model.fingerprint import Fingerprint, model_digest, tensor_digest, tokenizer_digest
+from rocr.model.fingerprint import Fingerprint, model_digest, tokenizer_digest
 from rocr.model.stored_weights import Place, layout
 from rocr.model.weight_files import WeightFiles, find_weight_files
 from rocr.progress import Progress, ProgressCallback, silent
 
 if TYPE_CHECKING:
     from rocr.edit.edit import Edit
-
-TRUNCATION_TOLERANCE = 1e-4
-"""Largest relative difference of an adapter of reduced rank from one made again: singular vectors have rounding."""
-NO_EDIT = "there is no readable edit file to compare with"
 
 
 def verify_output(
@@ -121,6 +118,9 @@ def _report_check(edit: Edit, report: dict[str, Any]) -> Check:
 def _model_checks(output: Output, edit: Edit | None) -> Iterator[Check]:
     """Check that the model can be read, and its tensors and fingerprint against the records."""
     names = {*output.recorded, *output.files}
+    if gguf_model(output) is not None:
+        yield from gguf_checks(output, edit)
+        return
     if not names & {INDEX_FILE, SINGLE_FILE, "config.json"}:
         yield Check("model", "weights", UNCHECKED, "the output holds no model")
         return
@@ -207,7 +207,7 @@ def _mixture_checks(
     except (InputError, OSError, RuntimeError, IndexError) as error:
         yield Check(subject, "readable", FAILED, shown(str(error)))
         return
-    yield _digest_check(subject, digest_of(blocks), str(blocks[0].dtype), update, is_reverted)
+    yield digest_check(subject, blocks, update, is_reverted)
     finite = all(bool(torch.isfinite(block).all()) for block in blocks)
     yield Check(subject, "finite", PASSED if finite else FAILED, "" if finite else "one has values that are not finite")
 
@@ -224,26 +224,11 @@ def _tensor_checks(files: WeightFiles, update: LayerUpdate, recorded: list[str],
         except (InputError, OSError) as error:
             yield Check(subject, "readable", FAILED, shown(str(error)))
             continue
-        yield _digest_check(subject, tensor_digest(values), str(values.dtype), update, is_reverted)
+        yield digest_check(subject, [values], update, is_reverted)
         finite = bool(torch.isfinite(values).all())
         yield Check(
             subject, "finite", PASSED if finite else FAILED, "" if finite else "it has values that are not finite"
         )
-
-
-def _digest_check(subject: str, found: str, dtype: str, update: LayerUpdate, is_reverted: bool) -> Check:
-    """Check the sha256 of an edited weight against the record of the update."""
-    applied = update.applied
-    if applied is None:
-        return Check(subject, "sha256", UNCHECKED, "the edit file has no record of an applied update")
-    if dtype != applied.dtype:
-        return Check(subject, "sha256", FAILED, f"it is {dtype}, recorded is {shown(applied.dtype)}")
-    wanted, other = (applied.before, applied.after) if is_reverted else (applied.after, applied.before)
-    names = ("before", "after") if is_reverted else ("after", "before")
-    if found == wanted:
-        return Check(subject, "sha256", PASSED, f"as {names[0]} the edit")
-    reason = f"as {names[1]} the edit" if found == other else f"{found[:12]}, recorded is {shown(wanted)[:12]}"
-    return Check(subject, "sha256", FAILED, f"it is {reason}")
 
 
 def _fingerprint_checks(output: Output, edit: Edit | None) -> Iterator[Check]:
@@ -290,6 +275,7 @@ def _recorded_fingerprint(output: Output, edit: Edit | None) -> tuple[Fingerprin
 
 def _adapter_checks(output: Output, edit: Edit | None) -> Iterator[Check]:
     """Compare every adapter in the output with that of the edit."""
+    yield from gguf_adapter_checks(output, edit)
     for name, path in output.files.items():
         if Path(name).name != ADAPTER_FILE or not name.startswith(output.part):
             continue
@@ -323,12 +309,6 @@ def _adapter_flaw(edit: Edit, found: dict[str, torch.Tensor], settings: Any) -> 
             different = [n for n, a, b in zip(names, mine, theirs, strict=True) if not torch.equal(a, b)]
             if different:
                 return f"{different[0]} is not that of the edit"
-        elif _distance(mine, theirs) > TRUNCATION_TOLERANCE:
+        elif distance(mine, theirs) > TRUNCATION_TOLERANCE:
             return f"{module} is not that of the edit at rank {layer.rank}"
     return ""
-
-
-def _distance(mine: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
-    """Return ‖BA - B'A'‖ / ‖BA‖ for the factors of two adapters."""
-    product = mine[0].double() @ mine[1].double()
-    return float((product - theirs[0].double() @ theirs[1].double()).norm() / product.norm().clamp(min=1e-300))

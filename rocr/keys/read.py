@@ -17,7 +17,15 @@ from rocr.keys.prefix_cache import can_share, run_prefix
 from rocr.keys.routed import RoutedMeans, Routing
 from rocr.model.architecture import Architecture
 from rocr.model.blocks import find_blocks
-from rocr.model.capture import as_sequence, check_called, hidden_hook, input_hook, run_through
+from rocr.model.capture import (
+    as_sequence,
+    as_states,
+    check_called,
+    hidden_hook,
+    input_hook,
+    puts_streams_first,
+    run_through,
+)
 from rocr.model.gains import LayerCall, measure_gains, recording
 from rocr.model.gated_keys import GatedKeys, gated_keys_hook
 from rocr.model.smaller_batches import retry_with_smaller_batch
@@ -135,6 +143,7 @@ def _read(
         shape = batch.tokens.shape
         with ExitStack() as stack:
             into = {name: partial(_receive, found, name, shape, what) for name, what in wanted.items()}
+            into["hidden"] = partial(_receive, found, "hidden", None, wanted["hidden"])
             stack.enter_context(hidden_hook(architecture, hidden_layer, into["hidden"]))
             for name, layer in blocks.items():
                 if name in mixtures:
@@ -146,7 +155,10 @@ def _read(
                 recording(stack, call)
             run_through(architecture, hidden_layer, batch.tokens, batch.mask, cache)
         check_called({*found, *routed}, wanted)
+        streams_first = puts_streams_first(architecture, hidden_layer, found["hidden"], shape)
+        found["hidden"] = as_states(found["hidden"], shape, _what(wanted["hidden"]), streams_first)
         for name, call in calls.items():
+            call.streams_first = streams_first
             found[name] = measure_gains(architecture.model, call, shape)
             call.forget()
         for name, mean in means.items():
@@ -206,11 +218,15 @@ class _GroupMeans:
         return self._sums
 
 
-def _receive(found: dict[str, Tensor], name: str, shape: torch.Size, what: str, states: Tensor) -> None:
-    """Store the states that a hook of a module received."""
+def _receive(found: dict[str, Tensor], name: str, shape: torch.Size | None, what: str, states: Tensor) -> None:
+    """Store the states that a hook of a module received, as (batch, tokens, features) if the shape is given."""
     if name in found:
         raise InputError(f"{what} runs more than once in a forward pass: a token has several keys there.")
-    found[name] = as_sequence(states, shape, f"The tensor that flows through {what}")
+    found[name] = states if shape is None else as_sequence(states, shape, _what(what))
+
+
+def _what(module: str) -> str:
+    return f"The tensor that flows through {module}"
 
 
 def _receive_routed(

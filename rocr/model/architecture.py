@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from rocr.errors import InputError
 from rocr.io.boundary import calling
-from rocr.model.forward import input_embedding
+from rocr.model.forward import input_embedding, needs_more_than_text
+from rocr.model.layer_structure import LayerStructure, structure_of
+from rocr.model.matrix import Matrix, check_product
 from rocr.model.projection import check_matrix, find_matrix
 from rocr.model.wrappers import base_of, own_modules, own_parameters, unwrapped
 
@@ -22,6 +24,8 @@ MLP_NAMES = ("mlp", "feed_forward", "ffn")
 MIXTURE_NAMES = ("expert", "moe")
 MIXER_NAMES = ("mixer", "block", "mlps")
 CROSS_ATTENTION_NAMES = ("cross_attn", "cross_attention")
+POSITIONS = ("max_position_embeddings", "max_target_positions")
+"""Fields of a configuration for the number of positions, in the order of their use."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,16 @@ class Architecture:
         return len(self.layers)
 
     @property
+    def reader(self) -> nn.Module:
+        """The module that is run on a text: the model, or its language model if the model needs an image as well."""
+        if not needs_more_than_text(self.model):
+            return self.model
+        parts = self.layers_name.split(".")
+        around = [self.model.get_submodule(".".join(parts[:count])) for count in range(1, len(parts))]
+        with calling(f"The search for the language model of {type(self.model).__name__}"):
+            return next((module for module in around if _has_logits(module)), self.model)
+
+    @property
     def embedding(self) -> nn.Module:
         """The token embedding."""
         embedding: nn.Module = input_embedding(self.model)
@@ -109,8 +123,7 @@ class Architecture:
         Raises:
             InputError: The layer is out of range, or its MLP has no dense down-projection.
         """
-        name, mlp = self._mlp(layer)
-        matrix = find_matrix(name, mlp, self.hidden_size)
+        matrix = self._matrix(layer)
         return Block(layer, matrix.name, matrix.module, matrix.is_transposed)
 
     def mixture(self, layer: int) -> tuple[str, nn.Module] | None:
@@ -127,24 +140,38 @@ class Architecture:
         other = [name for name in children if name in MIXER_NAMES] if not mlps else []
         for name in [*beside, *mlps, *other]:
             if _is_mixture(children[name]):
-                return f"{self.layers_name}.{layer}.{name}", children[name]
+                # Beside MLPs one after the other, as in LongCat, the experts stay as they are.
+                is_beside = len(self.structure(layer).listed_mlps()) > 1
+                return None if is_beside else (f"{self.layers_name}.{layer}.{name}", children[name])
         return None
 
     def check_down_projection(self, layer: int) -> None:
         """Run random states through a layer's MLP, to check that an edit of its down-projection works as intended.
 
+        If the layer has no MLP that can be run alone, only the down-projection is run.
+
         Raises:
             InputError: The output of the MLP is not that of its down-projection, or the output of the down-projection
                 is not its input times its weight.
         """
-        name, mlp = self._mlp(layer)
-        check_matrix(name, mlp, find_matrix(name, mlp, self.hidden_size), self.hidden_size)
+        named = self._mlp(layer)
+        if named is None:
+            check_product(self._matrix(layer))
+        else:
+            check_matrix(*named, self._matrix(layer), self.hidden_size)
+
+    def structure(self, layer: int) -> LayerStructure:
+        """Return the matrices of a layer by what they read and write."""
+        return structure_of(f"{self.layers_name}.{layer}", self.layers[layer], self.hidden_size)
+
+    def has_mlp(self, layer: int) -> bool:
+        """Return whether a layer has an MLP or a mixture of experts, and not only a mixer such as attention."""
+        return _named_mlp(self.layers[layer]) is not None or self.structure(layer).has_mlp()
 
     @property
     def hidden_size(self) -> int:
         """The number of features of the residual stream."""
-        size: int = text_config(self.model).hidden_size
-        return size
+        return _hidden_size(self.model)
 
     def _check_range(self, layer: int) -> None:
         if not 0 <= layer < self.depth:
@@ -152,28 +179,28 @@ class Architecture:
                 f"Layer {layer} is out of range: the model has {self.depth} decoder layers, 0 to {self.depth - 1}."
             )
 
-    def _mlp(self, layer: int) -> tuple[str, nn.Module]:
-        """Return the name and the module of a layer's dense MLP."""
+    def _matrix(self, layer: int) -> Matrix:
+        """Return the matrix of a layer that is edited: that of an MLP with a usual name, or the one by structure."""
+        named = self._mlp(layer)
+        return self.structure(layer).matrix() if named is None else find_matrix(*named, self.hidden_size)
+
+    def _mlp(self, layer: int) -> tuple[str, nn.Module] | None:
+        """Return the name and the module of a layer's dense MLP; None if no child has the name of one."""
         self._check_range(layer)
-        children = dict(unwrapped(self.layers[layer]).named_children())
         name = f"{self.layers_name}.{layer}"
-        child = next((child for child in MLP_NAMES if child in children), None)
-        if child is None:
-            raise InputError(
-                f"{name} has no MLP ({', '.join(MLP_NAMES)}): its children are {', '.join(children) or 'none'}. "
-                "rocr edits decoder layers with a dense MLP."
-            )
-        if any(cross in children for cross in CROSS_ATTENTION_NAMES) and "self_attn" not in children:
+        if _attends_to_others_only(self.layers[layer]):
             raise InputError(
                 f"{name} attends to images only and is skipped for text, so it has no keys. Edit other layers (layers, "
                 "--layers)."
             )
-        mlp = unwrapped(children[child])
+        named = _named_mlp(self.layers[layer])
+        if named is None:
+            return None
+        child, mlp = named
         if _is_mixture(mlp):
-            raise InputError(
-                f"{name}.{child} is a mixture of experts, which has no single dense down-projection. rocr edits dense "
-                "layers."
-            )
+            if len(self.structure(layer).listed_mlps()) > 1:
+                return None
+            raise InputError(f"{name}.{child} is a mixture of experts, which has no single dense down-projection.")
         return f"{name}.{child}", mlp
 
 
@@ -186,16 +213,46 @@ def text_config(model: nn.Module) -> Any:
     config = getattr(base_of(model), "config", None)
     if config is None:
         raise InputError(f"{type(model).__name__} has no `config`: rocr edits causal language models of transformers.")
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
+    with calling(f"The call of get_text_config of {type(config).__name__}"):
+        return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _hidden_size(model: nn.Module) -> int:
+    """Return the number of features of the residual stream.
+
+    Raises:
+        InputError: The configuration does not name it.
+    """
+    found = getattr(text_config(model), "hidden_size", None)
+    if not isinstance(found, int):
+        raise InputError(
+            f"The configuration of {type(model).__name__}, {type(text_config(model)).__name__}, has no hidden_size: "
+            "rocr edits causal language models of transformers."
+        )
+    return found
 
 
 def positions_of(model: nn.Module) -> int | None:
-    """Return the number of positions of a model; None if its configuration does not name it."""
-    found = getattr(text_config(model), "max_position_embeddings", None)
+    """Return the number of positions that a text may have; None if the model's configuration does not name it."""
+    config = text_config(model)
+    named = next((found for name in POSITIONS if (found := getattr(config, name, None)) is not None), None)
     try:
-        return max(1, int(found))  # type: ignore[arg-type]
+        count = int(named)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
         return None
+    return None if count < 0 else max(1, count - _reserved_positions(model, count))
+
+
+def _reserved_positions(model: nn.Module, count: int) -> int:
+    """Return how many positions are before the first token: RoBERTa and others number tokens after the padding."""
+    base = base_of(model)
+    tables = [module for module in base.modules() if isinstance(module, nn.Embedding)]
+    paddings = [
+        table.padding_idx + 1
+        for table in tables
+        if table.num_embeddings == count and table.padding_idx is not None and table is not input_embedding(base)
+    ]
+    return max(paddings, default=0)
 
 
 def find_architecture(model: nn.Module) -> Architecture:
@@ -208,41 +265,47 @@ def find_architecture(model: nn.Module) -> Architecture:
     Raises:
         InputError: There is no such list, or more than one, or the model is an encoder-decoder.
     """
-    depth = getattr(text_config(model), "num_hidden_layers", None)
+    config = text_config(model)
+    # The configuration of a decoder alone may be that of an encoder-decoder, whose num_hidden_layers are the encoder's.
+    depth = getattr(config, "decoder_layers", None) or getattr(config, "num_hidden_layers", None)
     base = base_of(model)
     if getattr(base.config, "is_encoder_decoder", False):
         raise InputError(
             f"{type(base).__name__} is an encoder-decoder: rocr edits models that read and write text in one decoder."
         )
     modules = {name: module for name, module, _ in own_modules(base)}
-    found = [
-        name
-        for name, module in modules.items()
-        if isinstance(module, nn.ModuleList) and len(module) == depth and any(map(_has_mlp, module))
-    ]
-    chosen = _of_the_language_model(base, modules, found)
-    if len(chosen) != 1:
-        which = f": {', '.join(found)}" if found else ""
-        raise InputError(
-            f"{type(base).__name__} has {len(found)} lists of {depth} decoder layers with an MLP "
-            f"(a child named {', '.join(MLP_NAMES)}){which}; rocr needs exactly one that belongs to the language model."
-        )
-    layers = modules[chosen[0]]
-    assert isinstance(layers, nn.ModuleList)
-    return Architecture(base, chosen[0], layers)
+    lists = {name: module for name, module in modules.items() if isinstance(module, nn.ModuleList)}
+    hidden_size = _hidden_size(base)
+    found: list[str] = []
+    for is_one in (_has_named_mlps, _has_blocks, _has_two_mlps_a_layer):
+        fitting = [name for name, layers in lists.items() if is_one(name, layers, depth, hidden_size)]
+        found += [name for name in fitting if name not in found]
+        chosen = _of_the_language_model(base, modules, fitting)
+        if len(chosen) == 1:
+            return Architecture(base, chosen[0], lists[chosen[0]])
+        if chosen:
+            break
+    which = f": {', '.join(found)}" if found else ""
+    raise InputError(
+        f"{type(base).__name__} has {len(found)} lists of {depth} decoder layers with an MLP or a mixer that returns "
+        f"the hidden size {hidden_size}{which}; rocr needs exactly one that belongs to the language model."
+    )
 
 
 def _of_the_language_model(base: nn.Module, modules: Mapping[str, nn.Module], lists: list[str]) -> list[str]:
     """Return the lists of layers that belong to the model with the text configuration, not to a vision tower."""
     kind = type(text_config(base))
     of_text = [name for name in lists if type(_owner(modules, name).config) is kind]
-    if len(lists) == 1:
+    if len(lists) <= 1:
         return of_text
     with calling(f"{type(base).__name__}.get_decoder"):
         decoder: nn.Module = base.get_decoder() if hasattr(base, "get_decoder") else base  # type: ignore[operator]
     inside = {id(module) for module in decoder.modules()}
     in_decoder = [name for name in lists if id(modules[name]) in inside]
-    return [name for name in of_text if name in in_decoder or not in_decoder]
+    chosen = [name for name in of_text if name in in_decoder or not in_decoder]
+    if len(chosen) <= 1:
+        return chosen
+    return [name for name in chosen if not all(map(_attends_to_others_only, modules[name].children()))]
 
 
 def _owner(modules: Mapping[str, nn.Module], name: str) -> nn.Module:
@@ -276,9 +339,43 @@ def authors_layers(depth: int) -> tuple[int, ...]:
     return tuple(range(first, min(first + 3, max(depth - 1, 1))))
 
 
-def _has_mlp(layer: nn.Module) -> bool:
-    names = [name for name, _ in unwrapped(layer).named_children()]
-    return any(name in MLP_NAMES or any(part in name for part in MIXTURE_NAMES) for name in names)
+def _has_logits(module: nn.Module) -> bool:
+    """Return whether a module is a language model with a matrix that computes logits."""
+    find = getattr(module, "get_output_embeddings", None)
+    return callable(find) and find() is not None
+
+
+def _named_mlp(layer: nn.Module) -> tuple[str, nn.Module] | None:
+    """Return the name and the module of a layer's child that is named as an MLP; None if there is none."""
+    children = dict(unwrapped(layer).named_children())
+    return next(((name, unwrapped(children[name])) for name in MLP_NAMES if name in children), None)
+
+
+def _has_named_mlps(_name: str, layers: nn.ModuleList, depth: int | None, _hidden_size: int) -> bool:
+    """Return whether a list has the length of the model, and some of its layers have MLPs or experts of usual names."""
+    return len(layers) == depth and any(
+        name in MLP_NAMES or any(part in name for part in MIXTURE_NAMES)
+        for layer in layers
+        for name, _ in unwrapped(layer).named_children()
+    )
+
+
+def _has_blocks(name: str, layers: nn.ModuleList, depth: int | None, hidden_size: int) -> bool:
+    """Return whether a list has the length of the model, and some of its layers have a matrix that could be edited."""
+    return len(layers) == depth and any(structure_of(name, layer, hidden_size).has_block() for layer in layers)
+
+
+def _has_two_mlps_a_layer(name: str, layers: nn.ModuleList, depth: int | None, hidden_size: int) -> bool:
+    """Return whether the layers of a list count as two each in the length of the model, as those of LongCat do."""
+    return 2 * len(layers) == depth and all(
+        len(structure_of(name, layer, hidden_size).listed_mlps()) == 2 for layer in layers
+    )
+
+
+def _attends_to_others_only(layer: nn.Module) -> bool:
+    """Return whether a layer attends to images or to an encoder, and not to the text itself."""
+    children = dict(unwrapped(layer).named_children())
+    return any(name in children for name in CROSS_ATTENTION_NAMES) and "self_attn" not in children
 
 
 def _is_mixture(mlp: nn.Module) -> bool:

@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 from rocr.errors import InputError
 from rocr.io.boundary import calling
 from rocr.model.architecture import Architecture
-from rocr.model.forward import accepted
+from rocr.model.forward import accepted, without_image_offset
 from rocr.model.hooks import evaluating, hooked, input_of
 from rocr.model.tensor_parallel import whole, whole_input
 from rocr.model.wrappers import uncompiled
@@ -76,10 +76,11 @@ def run_through(
         arguments["attention_mask"] = mask.to(device)
     # The hook that stops must be the layer's last one, so that the recording hooks run before it.
     stopping = hooked(architecture.layers[layer].register_forward_hook, stop)
-    with uncompiled(), evaluating(architecture.model), stopping:
+    reader = architecture.reader
+    with uncompiled(), evaluating(reader), without_image_offset(architecture.model), stopping:
         try:
-            with calling(f"The forward pass of {type(architecture.model).__name__}"):
-                architecture.model(**accepted(architecture.model, arguments))
+            with calling(f"The forward pass of {type(reader).__name__}"):
+                reader(**accepted(reader, arguments))
         except _StopForward:
             is_stopped = True
         else:
@@ -130,6 +131,50 @@ def as_sequence(states: Tensor, shape: torch.Size, what: str) -> Tensor:
             "width): rocr cannot edit such layers."
         )
     return states
+
+
+def as_states(states: Tensor, shape: torch.Size, what: str, streams_first: bool | None = None) -> Tensor:
+    """Return the output of a decoder layer as (batch, tokens, features), the streams of a token one after another.
+
+    Some models carry several residual streams: Gemma 3n returns (streams, batch, tokens, width), models with
+    hyper-connections (batch, tokens, streams, width).
+
+    Args:
+        states: The output of the layer.
+        shape: (batch, tokens) of the pass.
+        what: A description of the states for the error message.
+        streams_first: Whether the streams are the first dimension; None reads it from the shape.
+
+    Raises:
+        InputError: The states have another shape.
+    """
+    if streams_first is None:
+        streams_first = states.shape[1:3] == shape
+    if states.ndim != 4 or states.shape[0 if streams_first else 2] == 1:
+        return as_sequence(states, shape, what)
+    return as_sequence((states.movedim(0, 2) if streams_first else states).flatten(2), shape, what)
+
+
+def puts_streams_first(architecture: Architecture, layer: int, states: Tensor, shape: torch.Size) -> bool | None:
+    """Return whether the streams are the first dimension of a decoder layer's output; None if it has one stream.
+
+    If the shape does not tell, because the pass has as many rows and tokens as there are streams, another pass does.
+
+    Args:
+        architecture: The architecture of the model.
+        layer: The decoder layer.
+        states: The output of the layer.
+        shape: (batch, tokens) of the pass.
+    """
+    if states.ndim != 4:
+        return None
+    if states.shape[:2] != shape or states.shape[1:3] != shape:
+        return states.shape[1:3] == shape
+    found: list[Tensor] = []
+    tokens = torch.zeros(1, states.shape[0] + 1, dtype=torch.int64)
+    with hidden_hook(architecture, layer, found.append):
+        run_through(architecture, layer, tokens)
+    return found[0].shape[1:3] == tokens.shape
 
 
 def first_tensor(output: Any) -> Tensor:

@@ -42,8 +42,11 @@ def looks_ahead(architecture: Architecture, layer: int) -> bool:
     found: list[Tensor] = []
     with hidden_hook(architecture, layer, found.append):
         run_through(architecture, layer, tokens)
-    if found[0].shape[:2] != tokens.shape:
-        return False  # `as_sequence` refuses this shape later
-    one, other = found[0][:, :begun].double()
+    states = found[0]
+    if states.ndim == 4 and states.shape[1:3] == tokens.shape:
+        states = states.movedim(0, 2)
+    if states.shape[:2] != tokens.shape:
+        return False  # `as_states` refuses this shape later
+    one, other = states[:, :begun].double()
     apart = (one - other).norm(dim=-1) / one.norm(dim=-1)
-    return bool((apart > max(CAUSAL_TOLERANCE, 2 * torch.finfo(found[0].dtype).eps)).any())
+    return bool((apart > max(CAUSAL_TOLERANCE, 2 * torch.finfo(states.dtype).eps)).any())

@@ -103,7 +103,9 @@ def model_digest(architecture: Architecture, layer: int, like: str = PREFIX) -> 
     for i in layers:
         left_out: list[nn.Parameter] = []
         if i in blocks:
-            left_out = list(blocks[i].module.parameters()) if is_old else blocks[i].parameters
+            left_out = blocks[i].parameters
+            if is_old:  # rocr 0.1 edits no mixtures
+                left_out = [] if blocks[i].is_mixture else list(blocks[i].module.parameters())
         _add_module(digest, f"layer {i}", architecture.layers[i], left_out, values)
     return digest.hexdigest() if is_old else PREFIX + digest.hexdigest()
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,8 +24,25 @@ def forward(model: nn.Module, tokens: Tensor, **arguments: Any) -> Any:
     Raises:
         InputError: The model's code raises an exception.
     """
-    with calling(f"The forward pass of {type(model).__name__}"):
+    with without_image_offset(model), calling(f"The forward pass of {type(model).__name__}"):
         return model(input_ids=tokens.to(input_device(model)), **accepted(model, arguments))
+
+
+@contextmanager
+def without_image_offset(model: nn.Module) -> Iterator[None]:
+    """Hide the offset of positions that a vision-language model keeps from its last prompt, inside the context.
+
+    Qwen2-VL and others store how much an image shifts the positions after it, and add it in a call with a cache that
+    is not empty. `generate` stores it for prompts without an image too, with one row for each prompt.
+    """
+    kept = [(module, module.rope_deltas) for module in model.modules() if "rope_deltas" in vars(module)]
+    for module, _ in kept:
+        module.rope_deltas = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module, offset in kept:
+            module.rope_deltas = offset
 
 
 def logits_of(output: Any) -> Tensor:
@@ -59,6 +77,14 @@ def accepts(model: nn.Module, argument: str) -> bool:
     """Return whether a model's `forward` accepts an argument, by its name or as one of `**kwargs`."""
     parameters = inspect.signature(_inner(model).forward).parameters
     return argument in parameters or any(kind.kind is inspect.Parameter.VAR_KEYWORD for kind in parameters.values())
+
+
+def needs_more_than_text(model: nn.Module) -> bool:
+    """Return whether a model's `forward` has arguments without a default besides the token ids, such as an image."""
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = inspect.signature(_inner(model).forward).parameters
+    needed = {name for name, kind in parameters.items() if kind.kind in kinds and kind.default is kind.empty}
+    return bool(needed - {"input_ids"})
 
 
 def is_of_transformers(model: nn.Module) -> bool:

@@ -21,7 +21,7 @@ from rocr.errors import InputError
 from rocr.io.boundary import calling
 from rocr.model.architecture import Architecture
 from rocr.model.blocks import layer_blocks
-from rocr.model.capture import as_sequence, first_tensor, not_called, run_through
+from rocr.model.capture import as_sequence, as_states, first_tensor, not_called, run_through
 from rocr.model.hooks import evaluating, hooked
 from rocr.model.wrappers import uncompiled
 
@@ -48,6 +48,7 @@ class LayerCall:
         projection: The layer's down-projection, or its mixture of experts.
         arguments: The positional arguments of the call.
         options: The keyword arguments of the call.
+        streams_first: See `rocr.model.capture.as_states`.
     """
 
     name: str
@@ -55,6 +56,7 @@ class LayerCall:
     projection: nn.Module
     arguments: tuple[Any, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
+    streams_first: bool | None = None
 
     @classmethod
     def of(cls, architecture: Architecture, layer: int) -> LayerCall:
@@ -154,7 +156,7 @@ def measure_gains(model: nn.Module, call: LayerCall, shape: torch.Size) -> Tenso
         shape: (batch, tokens) of that pass.
 
     Returns:
-        The gains, (batch, tokens, width) float32.
+        The gains, (batch, tokens, width) float32; (batch, tokens, streams * width) with several residual streams.
 
     Raises:
         InputError: The layer's output has another shape than (batch, tokens, width), it does not depend on the
@@ -163,21 +165,23 @@ def measure_gains(model: nn.Module, call: LayerCall, shape: torch.Size) -> Tenso
     arrived_by_change, squares = torch.zeros(()), torch.zeros(())
     with evaluating(model), torch.no_grad():
         for probe in range(PROBES):
-            change, arrived = _changes(call, shape, probe)
+            change, arrived = _for_each_stream(*_changes(call, shape, probe))
             arrived_by_change = arrived_by_change.to(arrived.device) + change * arrived
             squares = squares.to(change.device) + change.square()
     return arrived_by_change / squares
 
 
-def divide_by_gains(residuals: Tensor, gains: Tensor) -> Tensor:
+def divide_by_gains(residuals: Tensor, gains: Tensor, width: int | None = None) -> Tensor:
     """Return the change of a down-projection's output that moves the layer's output by `residuals`, to first order.
 
     The residuals are multiplied by the damped inverse g / (g² + ε) of the gains g, with ε = (DAMPING · mean |g|)²,
-    scaled so that a gain of the mean size is inverted exactly.
+    scaled so that a gain of the mean size is inverted exactly. With several residual streams, the change is the one
+    that moves all of them with the least squared error.
 
     Args:
-        residuals: (n, width) changes of the layer's output.
-        gains: (n, width) gains, from `measure_gains`.
+        residuals: (n, streams * width) changes of the layer's output.
+        gains: (n, streams * width) gains, from `measure_gains`.
+        width: The number of features of the down-projection's output; None if there is one stream.
 
     Returns:
         (n, width) changes of the down-projection's output.
@@ -185,13 +189,18 @@ def divide_by_gains(residuals: Tensor, gains: Tensor) -> Tensor:
     Raises:
         InputError: All gains of a row are zero.
     """
-    typical = gains.abs().mean(dim=-1, keepdim=True)
+    n, width = len(gains), width or gains.shape[-1]
+    moved, squares, sizes = residuals * gains, gains.square(), gains.abs()
+    if width < gains.shape[-1]:
+        moved, squares = (values.view(n, -1, width).sum(dim=1) for values in (moved, squares))
+        sizes = squares.sqrt()
+    typical = sizes.mean(dim=-1, keepdim=True)
     if not (typical > 0).all():
         raise InputError(
             "The output of a layer does not depend on its down-projection: all gains are zero, so an edit there has no "
             "effect. Edit other layers (layers, --layers)."
         )
-    return residuals * gains * (1 + DAMPING**2) / (gains.square() + (DAMPING * typical).square())
+    return moved * (1 + DAMPING**2) / (squares + (DAMPING * typical).square())
 
 
 def _check_channels(model: nn.Module, call: LayerCall, shape: torch.Size) -> None:
@@ -200,7 +209,7 @@ def _check_channels(model: nn.Module, call: LayerCall, shape: torch.Size) -> Non
     others, squares = torch.zeros(()), torch.zeros(())
     with evaluating(model), torch.no_grad():
         for probe in range(PROBES):
-            change, arrived = _changes(call, shape, probe)
+            change, arrived = _for_each_stream(*_changes(call, shape, probe))
             others = others.to(arrived.device) + (arrived - gains * change).square().sum(dim=(0, 1))
             squares = squares.to(arrived.device) + arrived.square().sum(dim=(0, 1))
     share = float((others / squares.clamp(min=1e-30)).median())
@@ -214,11 +223,16 @@ def _check_channels(model: nn.Module, call: LayerCall, shape: torch.Size) -> Non
 def _has_unit_gain(model: nn.Module, call: LayerCall, shape: torch.Size) -> bool:
     with evaluating(model), torch.no_grad():
         change, arrived = _changes(call, shape, 0)
+    if arrived.shape != change.shape:
+        return False
     return bool(((arrived - change).abs() <= UNIT_GAIN_TOLERANCE * change.abs()).all())
 
 
 def _changes(call: LayerCall, shape: torch.Size, probe: int) -> tuple[Tensor, Tensor]:
-    """Return a change of the down-projection's output and the resulting change of the layer's output, float32."""
+    """Return a change of the down-projection's output and the resulting change of the layer's output, float32.
+
+    The second is (batch, tokens, streams * width) if the layer returns several residual streams.
+    """
     with calling(f"Decoder layer {call.name}, run alone to measure the gain of its down-projection's output,"):
         try:
             change, arrived = _by_dual_numbers(call, probe)
@@ -231,8 +245,20 @@ def _changes(call: LayerCall, shape: torch.Size, probe: int) -> tuple[Tensor, Te
             f"The output of the layer {call.name} does not depend on its down-projection, so an edit there has no "
             "effect. Edit other layers (layers, --layers)."
         )
-    what = f"The output of decoder layer {call.name}"
-    return tuple(as_sequence(values, shape, what).float() for values in (change, arrived))  # type: ignore[return-value]
+    change = as_sequence(change, shape, f"The output of the down-projection of {call.name}").float()
+    arrived = as_states(arrived, shape, f"The output of decoder layer {call.name}", call.streams_first).float()
+    if arrived.shape[-1] % change.shape[-1]:
+        raise InputError(
+            f"Decoder layer {call.name} returns {arrived.shape[-1]} features, and its down-projection "
+            f"{change.shape[-1]}: rocr cannot edit such layers."
+        )
+    return change, arrived
+
+
+def _for_each_stream(change: Tensor, arrived: Tensor) -> tuple[Tensor, Tensor]:
+    """Repeat the change for each residual stream that the layer returns."""
+    streams = arrived.shape[-1] // change.shape[-1]
+    return change.repeat(1, 1, streams) if streams > 1 else change, arrived
 
 
 def _by_dual_numbers(call: LayerCall, probe: int) -> tuple[Tensor, Tensor | None]:

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from rocr.errors import InputError
 from rocr.io.boundary import calling
 from rocr.model.check_tokenizer import check_tokenizer_file
 from rocr.model.gguf import check_gguf_support, fast_reader, isolated_link
+from rocr.model.model_class import auto_class_of
 from rocr.model.source import ModelSource
 
 SWITCHES = (
@@ -119,11 +120,11 @@ class Loading:
             device: A device map of transformers; None for the CPU.
 
         Raises:
-            InputError: The files are not those of a causal language model that transformers can load.
+            InputError: The files are not those of a model that transformers can load.
         """
         plain = {} if self.source.gguf else {"use_safetensors": True}  # never a pickle
         with self._calling("model"):
-            model, found = AutoModelForCausalLM.from_pretrained(
+            model, found = auto_class_of(config, self.options["trust_remote_code"]).from_pretrained(
                 self.place,
                 config=config,
                 **{_DTYPE: dtype},
@@ -139,7 +140,7 @@ class Loading:
         """Build the model without its weights; see `build_skeleton`.
 
         Raises:
-            InputError: The configuration is not one of a causal language model.
+            InputError: The configuration is not one of a model that reads text.
         """
         with self._calling("structure"):
             return build_skeleton(config, with_buffers, self.options["trust_remote_code"])
@@ -187,7 +188,8 @@ def build_skeleton(config: Any, with_buffers: bool = False, trust_remote_code: b
     """
     device: AbstractContextManager[object] = parameters_on_meta() if with_buffers else torch.device("meta")
     with device:
-        model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        auto_class = auto_class_of(config, trust_remote_code)
+        model: nn.Module = auto_class.from_config(config, trust_remote_code=trust_remote_code)
     return model
 
 

@@ -10,7 +10,10 @@ from torch import Tensor, nn
 from rocr.config import OFFICIAL_LAYERS, EditConfig
 from rocr.errors import InputError
 from rocr.model.architecture import Architecture, Block, authors_layers, default_layers
-from rocr.model.blocks import LayerBlocks, find_blocks
+from rocr.model.blocks import LayerBlocks, find_blocks, layer_blocks
+
+BEST_RANK = 2
+"""The rank of a layer that has an MLP or experts of its own."""
 
 
 def resolve_layers(config: EditConfig, architecture: Architecture) -> EditConfig:
@@ -74,12 +77,44 @@ def chosen_layers(config: EditConfig, architecture: Architecture) -> tuple[int, 
     Raises:
         InputError: A layer is out of range, or has no dense down-projection.
     """
-    choose = authors_layers if config.layers == OFFICIAL_LAYERS else default_layers
-    layers = config.layer_numbers or choose(architecture.depth)
+    is_official = config.layers == OFFICIAL_LAYERS
+    layers = config.layer_numbers or (
+        authors_layers(architecture.depth) if is_official else layers_by_default(architecture)
+    )
     for layer in layers:
         if architecture.mixture(layer) is None:
             architecture.down_projection(layer)
     return layers
+
+
+def layers_by_default(architecture: Architecture) -> tuple[int, ...]:
+    """Return the default layers of a model: those of its depth, or the nearest ones with a better block.
+
+    In a hybrid, layers with an MLP are preferred to layers with a mixer only. Layers that cannot be edited, such as
+    layers that attend to images or that share their weights, are left out.
+    """
+    wanted = default_layers(architecture.depth)
+    if all(_rank(architecture, layer) == BEST_RANK for layer in wanted):
+        return wanted
+    ranks = [_rank(architecture, layer) for layer in range(architecture.depth)]
+    best = max(ranks)
+    last = max(wanted[-1], architecture.depth - 2)
+    chosen: set[int] = set()
+    for layer in wanted:
+        free = [other for other in range(last + 1) if ranks[other] == best and other not in chosen]
+        chosen |= set(sorted(free, key=lambda other: (abs(other - layer), -other))[:1])
+    return tuple(sorted(chosen)) if best else wanted
+
+
+def _rank(architecture: Architecture, layer: int) -> int:
+    """Return 2 for a layer with an MLP or experts, 1 for one with a mixer only, 0 for one that cannot be edited."""
+    if architecture.mixture(layer) is not None:
+        return BEST_RANK
+    try:
+        _check_own(architecture.model, layer_blocks(architecture, layer))
+    except InputError:
+        return 0
+    return BEST_RANK if architecture.has_mlp(layer) else BEST_RANK - 1
 
 
 def check_moments(architecture: Architecture, moments: Mapping[int, Sequence[Tensor]]) -> None:

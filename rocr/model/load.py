@@ -22,6 +22,7 @@ from rocr.model.check_tokenizer import check_token_ids
 from rocr.model.diagnosis import check_memory, naming_the_field, set_settings
 from rocr.model.forward import input_embedding
 from rocr.model.hub import loading, offline
+from rocr.model.model_class import writes_from_left_to_right
 from rocr.model.source import ModelSource, find_model
 from rocr.model.weight_files import find_weight_files, stored_dtype
 
@@ -60,7 +61,7 @@ def load_model(
     device: str | None = None,
     trust_remote_code: bool = False,
 ) -> LoadedModel:
-    """Load a causal language model and its tokenizer.
+    """Load a model, as the class that its config.json names, and its tokenizer.
 
     Args:
         source: The source, from `find_model`.
@@ -70,7 +71,7 @@ def load_model(
         trust_remote_code: Whether code that comes with the model may run.
 
     Raises:
-        InputError: The files are not those of a causal language model that transformers can load.
+        InputError: The files are not those of a model that reads text and that transformers can load.
     """
     if source.checkpoint_folder is not None:
         check_model_folder(source.checkpoint_folder)
@@ -84,7 +85,7 @@ def load_model(
         with naming_the_field(source, trust_remote_code):
             model, found = library.model(config, chosen, None if device in (None, "cpu") else device)
     _check_complete(source, found)
-    if getattr(model.config, "is_encoder_decoder", False):
+    if getattr(model.config, "is_encoder_decoder", False) and writes_from_left_to_right(model):
         raise InputError(
             f"{source.name} is not a causal language model: is_encoder_decoder of its configuration is true."
         )

@@ -98,7 +98,8 @@ def load_partial(
         raise InputError(f"{source.name} cannot be loaded in part: it has no safetensors files.")
     model = empty_model(source, trust_remote_code)
     architecture = find_architecture(model)
-    architecture.down_projection(last_layer)
+    if architecture.mixture(last_layer) is None:
+        architecture.down_projection(last_layer)
     if mapped is None:
         mapped = must_map(files, architecture, last_layer, device)
     names = stored_names(files, model)
@@ -107,6 +108,7 @@ def load_partial(
     for name in needed:
         _set(model, name, files.find(names.of(name)), dtype, device, mapped)
     model.tie_weights()  # type: ignore[operator]
+    decoder_first(architecture)
     if device is not None:
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
@@ -114,6 +116,18 @@ def load_partial(
     tokenizer = load_tokenizer(source, trust_remote_code)
     check_token_ids(tokenizer, embedding_rows(model), source.name)
     return LoadedModel(model.eval(), tokenizer, source)
+
+
+def decoder_first(architecture: Architecture) -> None:
+    """Register the decoder before its siblings, such as a vision tower, in each module that contains it.
+
+    `device` of a model of transformers is that of its first parameter, and some models move their input to it. In a
+    model that is loaded in part, it must not be the meta device.
+    """
+    module: nn.Module = architecture.model
+    for part in architecture.layers_name.split(".")[:-1]:
+        module._modules = {part: module._modules[part]} | module._modules
+        module = module.get_submodule(part)
 
 
 def empty_model(source: ModelSource, trust_remote_code: bool = False) -> nn.Module:
@@ -147,9 +161,10 @@ def must_map(files: WeightFiles, architecture: Architecture, last_layer: int, de
 def _needed(architecture: Architecture, last_layer: int, names: StoredNames) -> list[str]:
     """Return the names of the parameters and stored buffers of the decoder, except those of later layers.
 
-    Parameters outside the layers are the embedding, which is needed, and norms, which are small.
+    Parameters outside the layers are the embedding, which is needed, and norms, which are small. The decoder is the
+    innermost module around layers and embedding: BERT's layers are in a module of their own.
     """
-    decoder = architecture.layers_name.rpartition(".")[0]
+    decoder = _around(architecture)
     prefix, layers = f"{decoder}." if decoder else "", f"{architecture.layers_name}."
     found = []
     stored_buffers = (
@@ -167,6 +182,16 @@ def _needed(architecture: Architecture, last_layer: int, names: StoredNames) -> 
         for name, parameter in architecture.model.named_parameters()
         if name not in found and any(parameter is own for own in embedding.parameters())
     ]
+
+
+def _around(architecture: Architecture) -> str:
+    """Return the name of the innermost module that contains the layers and, if one does, the embedding."""
+    decoder = inner = architecture.layers_name.rpartition(".")[0]
+    while decoder:
+        if any(module is architecture.embedding for module in architecture.model.get_submodule(decoder).modules()):
+            return decoder
+        decoder = decoder.rpartition(".")[0]
+    return inner
 
 
 def _set(

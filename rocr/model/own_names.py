@@ -1,7 +1,7 @@
-"""The names of weights in the class that a checkpoint's config.json names, if the model was loaded as another class.
+"""The names of weights in the other class that the same checkpoint can be loaded as.
 
-A vision-language checkpoint is edited as the language model inside it. The checkpoint's own class has the same
-weights under other names.
+A vision-language checkpoint can be loaded as the class that its config.json names, or by AutoModelForCausalLM as the
+language model inside it. Both classes have the same weights under other names.
 """
 
 from __future__ import annotations
@@ -16,42 +16,47 @@ from rocr.errors import InputError
 from rocr.io.boundary import calling
 from rocr.model.hub import loading, parameters_on_meta
 from rocr.model.load import LoadedModel
+from rocr.model.model_class import inner_language_model
 from rocr.model.source import ModelSource
 from rocr.model.stored_weights import find_weights, stored_names
 
 
 def own_names(loaded: LoadedModel, parameters: Iterable[str]) -> dict[str, str]:
-    """Map names of parameters of a loaded model to their names in the checkpoint's own class.
+    """Map names of parameters of a loaded model to their names in the other class of its checkpoint.
 
     Args:
         loaded: The model.
         parameters: The names of some of its parameters.
 
     Returns:
-        The names that differ; empty if the class is the same, is not one of transformers, or cannot be built from the
-        configuration.
+        The names that differ; empty if there is no other class, or it is not one of transformers or cannot be built
+        from the configuration.
     """
     files = find_weights(loaded.source)
-    own = None if files is None else _own_class(loaded.source, loaded.model)
-    if files is None or own is None:
+    other = None if files is None else _other_class(loaded.source, loaded.model)
+    if files is None or other is None:
         return {}
-    mine, theirs = stored_names(files, loaded.model), stored_names(files, own)
+    mine, theirs = stored_names(files, loaded.model), stored_names(files, other)
     parameter_of = {stored: parameter for parameter, places in theirs.plain.items() for stored in places}
     pairs = ((name, parameter_of.get(mine.of(name), name)) for name in parameters)
-    return {name: other for name, other in pairs if other != name}
+    return {name: found for name, found in pairs if found != name}
 
 
-def _own_class(source: ModelSource, model: nn.Module) -> nn.Module | None:
-    """Build the checkpoint's own class without weights; None if the model is of it, or it cannot be built."""
+def _other_class(source: ModelSource, model: nn.Module) -> nn.Module | None:
+    """Build the other class of a checkpoint without weights; None if there is none, or it cannot be built."""
     try:
         with loading(source) as library, calling(f"The configuration of {source.name}"):
             config = library.config()
             name = (getattr(config, "architectures", None) or [""])[0]
-            kind = getattr(transformers, str(name), None)
-            if name == type(model).__name__ or not isinstance(kind, type) or not issubclass(kind, PreTrainedModel):
-                return None  # config.json may name anything
+            if name == type(model).__name__:
+                build = inner_language_model(config)
+            else:
+                kind = getattr(transformers, str(name), None)  # config.json may name anything
+                build = kind if isinstance(kind, type) and issubclass(kind, PreTrainedModel) else None
+            if build is None:
+                return None
             with parameters_on_meta():
-                own: nn.Module = kind(config)
-            return own
+                other: nn.Module = build(config)
+            return other
     except InputError:
         return None

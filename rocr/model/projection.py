@@ -15,52 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers.pytorch_utils import Conv1D
 
 from rocr.errors import InputError
 from rocr.io.boundary import calling
 from rocr.io.dtypes import is_supported
 from rocr.model.hooks import evaluating, input_of
-from rocr.model.tensor_parallel import flaw_of, is_sharded, whole, whole_input
+from rocr.model.matrix import PROBE_TOKENS, Call, Matrix, check_dense, check_product, is_matrix, rows_of, tolerance_of
+from rocr.model.tensor_parallel import whole_input
 from rocr.model.wrappers import own_modules, uncompiled
-
-PROBE_TOKENS = 8
-PROBE_ROWS = 64
-MIN_TOLERANCE = 1e-3
-"""Relative error that TF32 products stay below. The error of a module with another function is a tenth or more."""
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """A module of an MLP that multiplies by a matrix.
-
-    Attributes:
-        name: The name in the model's state dict, without `.weight`.
-        module: The module that holds the weight.
-        outer: The wrapper around it whose output the MLP uses, such as one of peft; else the module itself.
-    """
-
-    name: str
-    module: nn.Module
-    outer: nn.Module
-
-    @property
-    def is_transposed(self) -> bool:
-        """Whether the weight is stored as (d_in, d_out)."""
-        return isinstance(self.module, Conv1D)
-
-    @property
-    def features(self) -> int | None:
-        """The size of the output; None if the module does not name it."""
-        weight: Any = getattr(self.module, "weight", None)
-        is_plain = isinstance(weight, Tensor) and weight.ndim == 2 and is_supported(weight.dtype)
-        if is_plain and isinstance(self.module, (nn.Linear, Conv1D)):
-            return int(weight.shape[1 if self.is_transposed else 0])
-        for name in ("out_features", "nf"):
-            size = getattr(self.module, name, None)
-            if isinstance(size, int):
-                return size
-        return None
 
 
 @dataclass(frozen=True)
@@ -75,7 +37,7 @@ class _Run:
 
     states: Tensor
     output: Tensor
-    calls: dict[int, _Call]
+    calls: dict[int, Call]
 
     def ends_in(self, index: int) -> bool:
         """Return whether the output is that of a matrix, up to a factor and an offset for each feature.
@@ -88,23 +50,8 @@ class _Run:
         states, output, last = (values.cpu().double() for values in (self.states, self.output, last))
         if not (output.isfinite().all() and last.isfinite().all()):
             return True
-        allowed = _tolerance(self.output) * output.norm()
+        allowed = tolerance_of(self.output) * output.norm()
         return any(_is_multiple(rest, last, allowed) for rest in (output, output - states))
-
-
-@dataclass
-class _Call:
-    """A call of a matrix.
-
-    Attributes:
-        key: (tokens, d_in) the input.
-        output: (tokens, d_out) the output of the module.
-        outer: (tokens, d_out) the output of the wrapper around it; None until that was called.
-    """
-
-    key: Tensor
-    output: Tensor
-    outer: Tensor | None = None
 
 
 def find_matrix(name: str, mlp: nn.Module, hidden_size: int) -> Matrix:
@@ -122,7 +69,7 @@ def find_matrix(name: str, mlp: nn.Module, hidden_size: int) -> Matrix:
     found = [
         Matrix(f"{name}.{child}" if child else name, module, outer)
         for child, module, outer in own_modules(mlp)
-        if _is_matrix(module)
+        if is_matrix(module)
     ]
     if not found:
         raise InputError(
@@ -133,7 +80,7 @@ def find_matrix(name: str, mlp: nn.Module, hidden_size: int) -> Matrix:
     chosen = fitting[-1] if fitting else found[-1]
     if len(fitting) > 1 and _can_run(mlp):
         chosen = _of_output(name, mlp, fitting, hidden_size)
-    _check_dense(chosen)
+    check_dense(chosen)
     if chosen.features != hidden_size:
         raise InputError(
             f"{chosen.name} returns {chosen.features} features, but the hidden size is {hidden_size}: it is not a "
@@ -162,24 +109,19 @@ def check_matrix(name: str, mlp: nn.Module, matrix: Matrix, hidden_size: int) ->
     try:
         run = _run(name, mlp, [matrix], hidden_size)
     except InputError:
-        _check_product(matrix, _alone(matrix))
+        check_product(matrix)
         return
     if not run.calls:
         raise InputError(
             f"{name} computes its output without calling {matrix.name}, as a fused kernel does, so its keys cannot be "
             "read. Load the model with MLPs that call their modules."
         )
-    if not run.ends_in(0):
+    if not run.ends_in(0) and not _carries(name, mlp, matrix, hidden_size):
         raise InputError(
             f"The output of {name} is not that of its last matrix {matrix.name}, even up to a factor: an edit of that "
             "weight would not have the intended effect. rocr edits MLPs that end in one matrix."
         )
-    _check_product(matrix, run.calls[0])
-
-
-def _is_matrix(module: nn.Module) -> bool:
-    """Return whether a module multiplies by a matrix, quantised or not."""
-    return isinstance(module, (nn.Linear, Conv1D)) or hasattr(module, "qweight") or "Linear" in type(module).__name__
+    check_product(matrix, run.calls[0])
 
 
 def _can_run(mlp: nn.Module) -> bool:
@@ -187,34 +129,6 @@ def _can_run(mlp: nn.Module) -> bool:
     parameters = list(mlp.parameters())
     is_loaded = all(parameter.device.type != "meta" for parameter in parameters)
     return is_loaded and any(is_supported(parameter.dtype) for parameter in parameters)
-
-
-def _check_dense(matrix: Matrix) -> None:
-    module = matrix.module
-    weight = getattr(module, "weight", None)
-    if (
-        not isinstance(module, (nn.Linear, Conv1D))
-        or not isinstance(weight, nn.Parameter)
-        or not is_supported(weight.dtype)
-        or weight.ndim != 2
-        # Quantised weights of torchao and quanto are tensors of another class whose dtype is bfloat16.
-        or not (type(weight.data) is Tensor or is_sharded(weight))
-    ):
-        held = "no plain weight"
-        if isinstance(weight, Tensor):
-            held = f"{weight.dtype} of shape {tuple(weight.shape)}"
-            if type(weight) not in (Tensor, nn.Parameter):
-                held = f"a {type(weight).__name__} that stands for {held}"
-        raise InputError(
-            f"{matrix.name} is a {type(module).__name__} that holds {held}: only dense float32, bfloat16 and float16 "
-            "weights can be edited, not quantised ones. Load the model with such weights."
-        )
-    flaw = flaw_of(weight)
-    if flaw is not None:
-        raise InputError(
-            f"{matrix.name} {flaw}: rocr edits weights that are in one process, or split along their inputs by tensor "
-            "parallelism. Load the model in one process, or with a tp_plan."
-        )
 
 
 def _of_output(name: str, mlp: nn.Module, matrices: Sequence[Matrix], hidden_size: int) -> Matrix:
@@ -225,6 +139,7 @@ def _of_output(name: str, mlp: nn.Module, matrices: Sequence[Matrix], hidden_siz
     """
     run = _run(name, mlp, matrices, hidden_size)
     fitting = [matrices[i] for i in run.calls if run.ends_in(i)]
+    fitting = fitting or [matrices[i] for i in run.calls if _carries(name, mlp, matrices[i], hidden_size)]
     if not fitting:
         names = ", ".join(matrix.name.removeprefix(f"{name}.") for matrix in matrices)
         raise InputError(
@@ -233,6 +148,42 @@ def _of_output(name: str, mlp: nn.Module, matrices: Sequence[Matrix], hidden_siz
             "end in one matrix."
         )
     return fitting[-1]
+
+
+def _carries(name: str, mlp: nn.Module, matrix: Matrix, hidden_size: int) -> bool:
+    """Return whether each feature of an MLP's output is that of a matrix times a gate that other matrices compute.
+
+    The output of the matrix is replaced by constants: the MLP's output must be constant without it, and otherwise
+    change in the same features, in proportion.
+    """
+    features = torch.arange(hidden_size) % 2
+    runs = []
+    for constant in (0 * features, features, 2 * features):
+        with _replaced(matrix, constant):
+            runs.append(_run(name, mlp, [], hidden_size).output)
+    tolerance = tolerance_of(runs[0])
+    without, once, twice = (output.cpu().double() for output in runs)
+    if without.shape[-1] != hidden_size or not all(output.isfinite().all() for output in runs):
+        return False
+    allowed = tolerance * (without.norm() + twice.norm())
+    once, twice = once - without, twice - without
+    is_constant = (without - without.mean(dim=0)).norm() <= allowed
+    is_own = once[:, features == 0].norm() <= allowed and (once[:, features == 1].norm(dim=0) > 0).all()
+    return bool(is_constant and is_own and (twice - 2 * once).norm() <= allowed)
+
+
+@contextmanager
+def _replaced(matrix: Matrix, constant: Tensor) -> Iterator[None]:
+    """Replace each output of a matrix by `constant` (d_out,), inside the context."""
+
+    def replace(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        return constant.to(output).expand_as(output)
+
+    handle = matrix.outer.register_forward_hook(replace)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @torch.no_grad()
@@ -245,7 +196,7 @@ def _run(name: str, mlp: nn.Module, matrices: Sequence[Matrix], hidden_size: int
     parameter = next(parameter for parameter in mlp.parameters() if is_supported(parameter.dtype))
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(1, PROBE_TOKENS, hidden_size, generator=generator).to(parameter.device, parameter.dtype)
-    calls: dict[int, _Call] = {}
+    calls: dict[int, Call] = {}
     with ExitStack() as stack:
         stack.enter_context(calling(f"{name}, run alone on random states,"))
         stack.enter_context(torch.autocast(parameter.device.type, enabled=False))
@@ -255,7 +206,7 @@ def _run(name: str, mlp: nn.Module, matrices: Sequence[Matrix], hidden_size: int
             stack.enter_context(_recorded(matrix, i, calls))
         # Use `forward`: calling the module could run a compiled copy, which does not call hooks.
         output = mlp.forward(states, *[torch.zeros_like(states)] * _other_inputs(mlp.forward))
-        return _Run(_rows(states), _rows(output), calls)
+        return _Run(rows_of(states), rows_of(output), calls)
 
 
 def _other_inputs(forward: Callable[..., Any]) -> int:
@@ -269,16 +220,16 @@ def _other_inputs(forward: Callable[..., Any]) -> int:
 
 
 @contextmanager
-def _recorded(matrix: Matrix, index: int, calls: dict[int, _Call]) -> Iterator[None]:
+def _recorded(matrix: Matrix, index: int, calls: dict[int, Call]) -> Iterator[None]:
     """Record the last call of a matrix in `calls[index]`, inside the context."""
 
     def record(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
         calls.pop(index, None)  # to keep the order of the last calls
-        calls[index] = _Call(_rows(whole_input(module, input_of(inputs, named))), _rows(output))
+        calls[index] = Call(rows_of(whole_input(module, input_of(inputs, named))), rows_of(output))
 
     def record_outer(_module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
         if index in calls:
-            calls[index].outer = _rows(output)
+            calls[index].outer = rows_of(output)
 
     handles: list[RemovableHandle] = []
     try:
@@ -288,14 +239,6 @@ def _recorded(matrix: Matrix, index: int, calls: dict[int, _Call]) -> Iterator[N
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _rows(output: Any) -> Tensor:
-    """Return a module's output, or the first of several, as (tokens, features)."""
-    while not isinstance(output, Tensor):
-        output = output[0]
-    values = whole(output)
-    return values.reshape(-1, values.shape[-1])
 
 
 def _is_multiple(values: Tensor, of: Tensor, allowed: Tensor) -> bool:
@@ -309,45 +252,3 @@ def _is_multiple(values: Tensor, of: Tensor, allowed: Tensor) -> bool:
     values, of = values - values.mean(dim=0), of - of.mean(dim=0)
     factor = (values * of).sum(dim=0) / of.square().sum(dim=0).clamp(min=1e-300)
     return bool((values - factor * of).norm() <= torch.minimum(allowed, values.norm() / 3))
-
-
-@torch.no_grad()
-def _alone(matrix: Matrix) -> _Call:
-    """Call a matrix on random keys, without the rest of the MLP."""
-    weight = matrix.module.weight
-    assert isinstance(weight, Tensor)
-    generator = torch.Generator().manual_seed(0)
-    keys = torch.randn(PROBE_TOKENS, weight.shape[0 if matrix.is_transposed else 1], generator=generator)
-    keys = keys.to(weight.device, weight.dtype)
-    with calling(f"{matrix.name}, run alone on random keys,"), torch.autocast(weight.device.type, enabled=False):
-        return _Call(keys, _rows(matrix.module(keys)))
-
-
-def _check_product(matrix: Matrix, call: _Call) -> None:
-    error = _product_error(matrix, call)
-    if error > _tolerance(call.output):
-        raise InputError(
-            f"The output of {matrix.name}, a {type(matrix.module).__name__}, is not its input times its weight: the "
-            f"relative error is {error:.2g}, so the weight is packed, scaled or computed from others. Only plain dense "
-            "weights can be edited; load the model with such weights."
-        )
-
-
-def _product_error(matrix: Matrix, call: _Call) -> float:
-    """Return the relative error of some features of a module's output against its input times its weight."""
-    weight = whole(matrix.module.weight).detach()  # type: ignore[arg-type]
-    weight = weight.T if matrix.is_transposed else weight
-    step = max(1, len(weight) // PROBE_ROWS)
-    expected = call.key.cpu().double() @ weight[::step].cpu().double().T
-    bias = getattr(matrix.module, "bias", None)
-    if bias is not None:
-        expected += whole(bias).detach()[::step].cpu().double()
-    found = call.output[:, ::step].cpu().double()
-    if not (found.isfinite().all() and expected.isfinite().all()):
-        return 0.0
-    return float((found - expected).norm() / expected.norm().clamp(min=1e-300))
-
-
-def _tolerance(values: Tensor) -> float:
-    """Return the relative error that a product may have by rounding in the dtype of its result."""
-    return max(MIN_TOLERANCE, 2 * torch.finfo(values.dtype).eps)

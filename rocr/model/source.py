@@ -7,6 +7,9 @@ from pathlib import Path
 
 from rocr.errors import InputError
 
+ADAPTER_GGUF = "lora.gguf"
+"""The name of the adapter that rocr writes beside a model in a GGUF file."""
+
 
 @dataclass(frozen=True)
 class ModelSource:
@@ -33,8 +36,8 @@ class ModelSource:
 
     @property
     def place(self) -> str:
-        """The folder or hub id, as `name_or_path` of a model's configuration holds it."""
-        return self.name if self.folder is None else str(self.folder)
+        """The folder, GGUF file or hub id, as `name_or_path` of a model's configuration holds it."""
+        return self.name if self.folder is None else str(self.folder / (self.gguf or ""))
 
     @property
     def checkpoint_folder(self) -> Path | None:
@@ -44,6 +47,8 @@ class ModelSource:
 
 def find_model(name: str, download: bool = False) -> ModelSource:
     """Find out whether a name is a folder, a GGUF file or a hub id, without loading anything.
+
+    A folder without config.json that holds one GGUF file, as rocr writes it, stands for that file.
 
     Args:
         name: A path, or the id of a model on a hub.
@@ -65,9 +70,13 @@ def find_model(name: str, download: bool = False) -> ModelSource:
                 raise InputError(f"{name} is not a GGUF file: it does not begin with the bytes 'GGUF'.")
         return ModelSource(name, path.parent, path.name)
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise InputError(f"{name} holds no Hugging Face model: the folder has no config.json.")
-        return ModelSource(name, path)
+        if (path / "config.json").is_file():
+            return ModelSource(name, path)
+        inside = [file for file in sorted(path.glob("*.gguf")) if file.is_file() and file.name != ADAPTER_GGUF]
+        if len(inside) == 1:
+            return find_model(str(inside[0]), download)
+        several = f" Of its {len(inside)} .gguf files, name one." if inside else ""
+        raise InputError(f"{name} holds no Hugging Face model: the folder has no config.json.{several}")
     if path.exists():
         raise InputError(f"{name} is neither a .gguf file nor a folder with a Hugging Face model.")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):

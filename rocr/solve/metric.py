@@ -132,8 +132,9 @@ def build_metric(
 
     Raises:
         GuardError: C is zero or not finite, template keys are not finite, M⁻¹ is not positive definite because of
-            rounding, or no eigenvalue of C lies below the threshold.
+            rounding, or no eigenvalue of C lies below the threshold and C is not a block.
     """
+    is_block = scale is not None
     scale = float(second_moment.diagonal().mean()) if scale is None else scale
     if not all_finite(second_moment) or scale <= 0:
         raise GuardError(
@@ -145,7 +146,8 @@ def build_metric(
         return WhitenedMetric(factor, config.gamma, _trace_of_product(second_moment, factor))
     if rows is not None:
         second_moment = torch.addmm(second_moment, rows.T, rows)
-    return _projected(second_moment, config.threshold * scale if config.relative_threshold else config.threshold)
+    threshold = config.threshold * scale if config.relative_threshold else config.threshold
+    return _projected(second_moment, threshold, may_be_zero=is_block)
 
 
 def _template_rows(second_moment: Tensor, config: EditConfig, keys: Tensor | None) -> Tensor | None:
@@ -201,18 +203,18 @@ def all_finite(matrix: Tensor) -> bool:
     return all(bool(torch.isfinite(rows).all()) for rows in torch.split(matrix, ROWS_AT_ONCE))
 
 
-def _projected(second_moment: Tensor, threshold: float) -> ProjectedMetric:
+def _projected(second_moment: Tensor, threshold: float, may_be_zero: bool = False) -> ProjectedMetric:
     """Return the projector on the eigenvectors of the second moment with an eigenvalue below the threshold."""
     values, vectors = _eigenpairs(second_moment)
     free = int((values < threshold).sum())
     size = len(values)
-    if free == 0:
+    if free == 0 and not may_be_zero:
         raise GuardError(
             f"No direction is free: all {size} eigenvalues of the second moment are at least {threshold:.3g} "
             f"(the smallest is {float(values[0]):.3g}), so the edit would be zero. Raise the threshold."
         )
     ordinary = float(values[:free].clamp(min=0).sum())
-    if free <= size // 2:
+    if 0 < free <= size // 2:
         return ProjectedMetric(vectors[:, :free].contiguous(), protected=False, ordinary=ordinary)
     return ProjectedMetric(vectors[:, free:].contiguous(), protected=True, ordinary=ordinary)
 

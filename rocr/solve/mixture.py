@@ -56,7 +56,7 @@ def weigh_keys(
         template_keys: For some blocks, (h, d_in) gated keys of the templates' own tokens.
 
     Raises:
-        GuardError: See `build_metric`.
+        GuardError: See `build_metric`; or no direction of a touched block is free.
     """
     traces = sum(float(moment.diagonal().double().sum()) for moment in moments)
     scale = traces / sum(len(moment) for moment in moments)
@@ -73,4 +73,9 @@ def weigh_keys(
         if place is not None:
             product[:, place] = metric.apply(keys[:, place]).float()
             description = metric.describe()
+    if not product.any():
+        raise GuardError(
+            f"No direction of the {len(columns)} experts that the concepts are routed to is free under the metric "
+            f"({config.method}), so the edit would be zero. Raise the threshold."
+        )
     return WeighedKeys(product, ordinary, len(columns), len(moments), description)

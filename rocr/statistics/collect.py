@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from rocr.chat_settings import DEFAULT, ChatSettings
 from rocr.errors import InputError
 from rocr.io.dtypes import dtype_name
-from rocr.model.architecture import Architecture, default_layers, find_architecture, positions_of
+from rocr.model.architecture import Architecture, find_architecture, positions_of
 from rocr.model.blocks import find_blocks
 from rocr.model.capture import check_called, run_through
 from rocr.model.causality import check_causal
 from rocr.model.chat import with_date
 from rocr.model.fingerprint import down_projection_digests, fingerprint
-from rocr.model.layers import check_blocks
+from rocr.model.layers import check_blocks, layers_by_default
 from rocr.model.smaller_batches import retry_with_smaller_batch
 from rocr.model.tensor_parallel import is_parallel
 from rocr.ops.arithmetic import plain_arithmetic
@@ -133,7 +133,7 @@ def collect_statistics(
     source = _Source(texts, options, distributed)
     with distributed.collective():
         architecture = find_architecture(model)
-        chosen = tuple(sorted(layers)) if layers is not None else default_layers(architecture.depth)
+        chosen = tuple(sorted(layers)) if layers is not None else layers_by_default(architecture)
         if not chosen:
             raise InputError("layers is empty: give the numbers of the decoder layers whose keys are to be collected.")
         blocks = check_blocks(architecture, chosen)
@@ -235,7 +235,7 @@ class _Source:
             wanted = options.tokens or DEFAULT_SAMPLED_TOKENS
             # Processes on other hardware may draw other tokens.
             written = self.distributed.from_first(
-                sample_sequences(architecture.model, tokenizer, wanted, options.seed, progress, options.chat)
+                sample_sequences(architecture.reader, tokenizer, wanted, options.seed, progress, options.chat)
             )
             self.length, self.documents = max(map(len, written)), len(written)
             sequences: Iterable[list[int]] = written

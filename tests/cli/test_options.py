@@ -64,6 +64,11 @@ PARTIAL = {
     "--partial": "test_cli_partial.py::test_a_model_loaded_in_part_is_edited_to_the_same_bytes",
     "--whole": loads_whole,
 }
+SAVE = {
+    "--save": writes_parts,
+    "--lora-rank": cuts_the_adapter,
+    "--gguf-type": "test_gguf_commands.py::test_the_type_of_the_edited_tensors_is_chosen",
+}
 OUT = {"--out": writes_where_it_is_told, "--overwrite": overwrites}
 PROJECTED = ("--method", "projected", "--threshold", 0.1)
 EFFECTS = {
@@ -76,8 +81,7 @@ EFFECTS = {
         "--concept": replaces("--concept", "Robert Downey"),
         "--allow-long-list": "test_cli_errors.py::test_the_limit_that_a_command_allows_is_that_of_the_edit",
         "--redirect": replaces("--redirect", "a gardener"),
-        "--save": writes_parts,
-        "--lora-rank": cuts_the_adapter,
+        **SAVE,
         "--dry-run": plans,
         "--layers": replaces("--layers", "1,3"),
         "--method": changes(*PROJECTED),
@@ -164,6 +168,7 @@ EFFECTS = {
     "apply": {
         **MODEL,
         **OUT,
+        **SAVE,
         "edit": "test_cli.py::test_damaged_edit_file",
         "--allow-fingerprint-mismatch": takes_relatives,
     },

@@ -48,14 +48,23 @@ def edit_of(model, tokenizer, statistics, concepts):
     return run
 
 
+@pytest.fixture(scope="module")
+def of_bases():
+    """Changes of weights by settings that several cases start from, each computed once and then once more."""
+    return {}
+
+
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(EditConfig)])
-def test_each_setting_changes_the_edit(edit_of, statistics, name):
+def test_each_setting_changes_the_edit(edit_of, statistics, of_bases, name):
     more, value = CASES[name]
     base = dataclasses.replace(BASE, **more)
     given = None if name == "seed" else statistics
-    (first, _), (again, _) = edit_of(base, given), edit_of(base, given)
+    key = (repr(base), given is None)
+    if key not in of_bases:
+        of_bases[key] = edit_of(base, given)[0]
+        assert torch.equal(of_bases[key], edit_of(base, given)[0])
+    first = of_bases[key]
     other, _ = edit_of(dataclasses.replace(base, **{name: value}), given)
-    assert torch.equal(first, again)
     assert (other - first).norm() > 0.01 * first.norm()
 
 

@@ -187,7 +187,31 @@ def test_digests_of_down_projections_in_float32_and_bfloat16_alike(family, make_
     )
 
 
-def test_layers_without_a_dense_down_projection_have_no_digest_of_it(make_model):
+def test_digests_of_mixtures_cover_their_experts(make_model):
     model = make_model("Qwen3Moe", mlp_only_layers=[0, 2], num_experts_per_tok=2)
     digests = down_projection_digests(find_architecture(model), 9)
-    assert [bool(each) for each in digests] == [True, False, True, False, False]
+    assert all(digests) and len(set(digests)) == 5
+    with torch.no_grad():
+        model.model.layers[1].mlp.experts.down_proj[3].add_(1.0)
+    assert [a == b for a, b in zip(digests, down_projection_digests(find_architecture(model), 9), strict=True)] == [
+        True, False, True, True, True,
+    ]  # fmt: skip
+
+
+def test_a_fingerprint_of_a_mixture_covers_all_but_its_experts(make_model):
+    model = make_model("Qwen3Moe", num_experts_per_tok=2)
+    before = model_digest(find_architecture(model), 2)
+    with torch.no_grad():
+        model.model.layers[1].mlp.experts.down_proj.mul_(2.0)
+    assert model_digest(find_architecture(model), 2) == before
+    with torch.no_grad():
+        model.model.layers[1].mlp.gate.weight.mul_(2.0)
+    assert model_digest(find_architecture(model), 2) != before
+
+
+def test_a_fingerprint_of_0_1_covers_the_experts(make_model):
+    model = make_model("Qwen3Moe", mlp_only_layers=[0, 2], num_experts_per_tok=2)
+    before = model_digest(find_architecture(model), 2, "0123")
+    with torch.no_grad():
+        model.model.layers[1].mlp.experts.down_proj.mul_(2.0)
+    assert model_digest(find_architecture(model), 2, "0123") != before

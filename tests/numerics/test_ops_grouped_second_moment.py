@@ -6,7 +6,7 @@ from rocr.errors import InputError
 from rocr.ops import cpp_backend, reference, torch_backend
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-GROUPS = ([1], [0, 5, 0], [63, 0, 1, 700, 2], [7] * 40)
+GROUPS = ([1], [0, 5, 0], [63, 0, 1, 700, 2], [7] * 17)
 WIDTHS = (1, 63, 123, 300)
 
 ERROR_OVER_TORCH = 1.1

@@ -188,7 +188,7 @@ WITHOUT_ARITHMETIC = {
     ),
     *("GuardError", "InputError", "RocrError", "VerificationError", "load_concepts", "load_probes"),
     *("Edit.set_applied", "Edit.with_own_names"),
-    *("Statistics.check_model", "Statistics.second_moment", "Statistics.summary"),
+    *("Statistics.check_model", "Statistics.second_moment", "Statistics.second_moments", "Statistics.summary"),
     *("ops.available_backends", "ops.second_moment_backend"),
 }
 

@@ -258,11 +258,6 @@ def test_progress_names_its_stages(model, tokenizer, statistics, concepts):
     assert edits == [(1, 2), (2, 2)]
 
 
-def test_mixtures_of_experts_are_refused(mixture, make_model, tokenizer, concepts):
-    with pytest.raises(InputError, match="mixture of experts"):
-        rocr.unlearn(make_model(mixture), tokenizer, concepts)
-
-
 @pytest.mark.parametrize(
     ("concepts", "sentence"),
     [

@@ -9,8 +9,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from tests.support.models import write_gguf
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("stopped_runs.py")
@@ -20,6 +23,7 @@ COMMANDS = {
     "apply": lambda files: ("apply", files.model, files.edit),
     "revert": lambda files: ("revert", files.edited),
 }
+GGUF = {"gguf": lambda files: ("apply", files.gguf, files.gguf_edit, "--save", "gguf,gguf-lora,edit")}
 CODES = {
     "kill": (-9,),
     "terminate": (130,),
@@ -58,11 +62,16 @@ def stopped(files, concept, tmp_path_factory, shim):
     """stopped({name: (command, way, options)}): what every run of every job left; the inputs are as they were."""
     inputs = {path: path.read_bytes() for path in files.model.parent.rglob("*") if path.is_file()}
 
-    def run(jobs, prefix=()):
+    def run(jobs, prefix=(), files=files):
         base = tmp_path_factory.mktemp("stopped")
         described = []
         for name, (command, way, options) in jobs.items():
-            arguments = [*COMMANDS[command](files), *(concept if command == "unlearn" else ()), "--out", "ROOT/out"]
+            arguments = [
+                *(COMMANDS | GGUF)[command](files),
+                *(concept if command == "unlearn" else ()),
+                "--out",
+                "ROOT/out",
+            ]
             described.append((str(base / name), list(map(str, arguments)), way, options))
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "LD_PRELOAD": str(shim)}
         environment["PYTHONPATH"] = str(ROOT)
@@ -186,6 +195,44 @@ def test_a_folder_that_cannot_be_written_to(command, on_real_disks, tally):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_an_input_that_cannot_be_written_to_is_no_hindrance(command, on_real_disks):
     check_runs(on_real_disks[f"{command}-read-only-input"], (), cleans=True)
+
+
+@pytest.fixture(scope="module")
+def gguf_files(files, concept, make_model, tokenizer, command, tmp_path_factory):
+    """files with a GGUF file and an edit of it."""
+    base = tmp_path_factory.mktemp("gguf")
+    model = write_gguf(make_model("Llama", intermediate_size=64), tokenizer, base / "m.gguf")
+    done = command("unlearn", model, *concept, "--text", files.text, "--save", "gguf,edit", "--out", base / "edited")
+    assert done.code == 0, done.errors
+    return SimpleNamespace(**vars(files), gguf=model, gguf_edit=base / "edited" / "edit.safetensors")
+
+
+def stop_a_gguf_output(stopped, gguf_files, jobs, tally):
+    before = gguf_files.gguf.read_bytes()
+    for name, runs in stopped(jobs, files=gguf_files).items():
+        mode = name.removesuffix("-by-time")
+        count = check_runs(runs, CODES[mode], cleans=mode != "kill")
+        assert count >= 1
+        tally("kills, signals and faults of the disk survived by GGUF outputs", count)
+    assert gguf_files.gguf.read_bytes() == before
+
+
+def test_a_gguf_output_that_is_stopped_leaves_nothing_half_written(stopped, gguf_files, tally):
+    modes = {"kill": (5, 23), "full": (9, 47), "interrupt": (7, 61)}
+    jobs = {
+        mode: ("gguf", "at_steps", {"mode": mode, "first": first, "stride": stride, "again_every": 2})
+        for mode, (first, stride) in modes.items()
+    }
+    stop_a_gguf_output(stopped, gguf_files, jobs, tally)
+
+
+@pytest.mark.slow
+def test_a_gguf_output_stopped_at_every_step(stopped, gguf_files, tally):
+    jobs = {
+        mode: ("gguf", "at_steps", {"mode": mode, "first": first, "stride": stride, "again_every": 3})
+        for mode, (first, stride) in EVERY_STEP.items()
+    }
+    stop_a_gguf_output(stopped, gguf_files, jobs, tally)
 
 
 EVERY_STEP = {

@@ -16,7 +16,7 @@ SECONDS = 600
 """Within which the others must have ended, far below the half hour after which a hang would end; about one is usual."""
 SCRIPT = """
 import contextlib, json, os, signal, socket, sys, time
-import torch, transformers
+import torch, torch.distributed, transformers
 from transformers import LlamaForCausalLM
 import rocr.statistics.checkpoint, rocr.statistics.collect, rocr.statistics.statistics
 from rocr.cli import main
@@ -75,6 +75,11 @@ def run(size, arguments, stop, base):
     logs = [open(f"{base}-{rank}").read() for rank in range(size)]
     return {"codes": codes, "logs": logs, "seconds": time.monotonic() - started}
 
+def warm_up(arguments):  # the children then need not import what the command uses
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        assert main(arguments) == 0
+
+warm_up(json.loads(sys.stdin.readline()))
 for line in sys.stdin:
     print(json.dumps(run(*json.loads(line))), flush=True)
 """
@@ -82,12 +87,14 @@ BATCHES = 8
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+def ranks(files, tmp_path_factory):
     """ranks(size, arguments, stop): a command in so many processes, which are forks of one warm process."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     base = tmp_path_factory.mktemp("logs")
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", SCRIPT], cwd=ROOT, env=environment, **pipes) as child:
+        warm = ["stats", files.model, "--text", files.text, "--tokens", 100, "--layers", "1,2", "--out", base / "warm"]
+        child.stdin.write(json.dumps([*map(str, warm)]) + "\n")
 
         def run(size, arguments, **stop):
             child.stdin.write(json.dumps([size, [*map(str, arguments)], stop, str(base / "log")]) + "\n")

@@ -296,7 +296,7 @@ def test_an_adapter_of_a_vision_language_checkpoint_loads_onto_both_classes(fold
     vision_language(len(tokenizer)).save_pretrained(folder)
     edited("--save", "edit,lora")
     edit = rocr.Edit.load(tmp_path / "out" / "edit.safetensors")
-    assert [update.own for update in edit.updates] == INNER
+    assert [(update.parameter, update.own) for update in edit.updates] == list(zip(INNER, DOWN, strict=True))
     whole = transformers.Qwen3_5ForConditionalGeneration
     for kind, names in ((transformers.AutoModelForCausalLM, DOWN), (whole, INNER)):
         base = kind.from_pretrained(folder)

@@ -91,7 +91,14 @@ def test_damaged_statistics(name, files, tmp_path, on_statistics):
     on_statistics(tmp_path / "bad")
 
 
-@pytest.mark.parametrize("name", containers("edit"))
+# The header is read as that of statistics is: what takes seconds is tried by default on those alone.
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name == "a hundred thousand tensors" else ())
+        for name in containers("edit")
+    ],
+)
 def test_damaged_edits(name, files, tmp_path, on_edit):
     (tmp_path / "bad").write_bytes(containers("edit")[name](files.edit.read_bytes()))
     on_edit(tmp_path / "bad")

@@ -31,7 +31,7 @@ def test_signals_wait_until_the_context_ends():
 
 
 LOST = """
-import json, os, signal, sys, time
+import contextlib, json, os, signal, sys, time
 import torch
 from transformers import LlamaForCausalLM
 import rocr.statistics.collect
@@ -76,7 +76,10 @@ def run(way, number, arguments):
     put_back = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL and sys.unraisablehook is sys.__unraisablehook__
     print("code", code, put_back, flush=True)
 
-for log, *case in json.loads(sys.argv[1]):
+warm, *jobs = json.loads(sys.argv[1])
+with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+    main(warm)  # the children then need not import what the command uses
+for log, *case in jobs:
     child = os.fork()  # a process of its own for each, which need not import torch again
     if child == 0:
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 1)
@@ -92,12 +95,12 @@ LOST_CASES = [(way, number) for way in ("callback", "conversion") for number in 
 def logs(files, tmp_path_factory):
     """What `rocr stats` prints, by the way in which what a signal raises is lost, and the signal."""
     base = tmp_path_factory.mktemp("lost")
-    found, jobs = {}, []
+    stats = ("stats", files.model, "--text", files.text, "--batch-tokens", "128")
+    found, jobs = {}, [[*map(str, stats), "--tokens", "100", "--out", str(base / "warm")]]
     for way, number in LOST_CASES:
         folder = base / f"{way}-{number}"
         folder.mkdir()
-        stats = ("stats", files.model, "--text", files.text, "--batch-tokens", "128", "--out", folder / "out")
-        jobs.append((str(folder / "log"), way, number, [*map(str, stats)]))
+        jobs.append((str(folder / "log"), way, number, [*map(str, stats), "--out", str(folder / "out")]))
         found[way, number] = folder / "log"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     script = [sys.executable, "-c", LOST, json.dumps(jobs)]

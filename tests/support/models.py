@@ -66,11 +66,55 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 MIXTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "Mixtral": ("MixtralConfig", "MixtralForCausalLM", SIZES | {"num_local_experts": 4}),
-    "Qwen2Moe": ("Qwen2MoeConfig", "Qwen2MoeForCausalLM", SIZES | {"num_experts": 4, "moe_intermediate_size": 16}),
-    "Qwen3Moe": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM", SIZES | {"num_experts": 4, "moe_intermediate_size": 16}),
-    "OLMoE": ("OlmoeConfig", "OlmoeForCausalLM", SIZES | {"num_experts": 4}),
-    "GPT-OSS": ("GptOssConfig", "GptOssForCausalLM", SIZES | {"num_local_experts": 4, "head_dim": 8}),
+    "Qwen2Moe": (
+        "Qwen2MoeConfig",
+        "Qwen2MoeForCausalLM",
+        SIZES
+        | {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 24,
+        },
+    ),
+    "Qwen3Moe": (
+        "Qwen3MoeConfig",
+        "Qwen3MoeForCausalLM",
+        SIZES | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    ),
+    "OLMoE": ("OlmoeConfig", "OlmoeForCausalLM", SIZES | {"num_experts": 4, "num_experts_per_tok": 2}),
+    "GPT-OSS": (
+        "GptOssConfig",
+        "GptOssForCausalLM",
+        SIZES | {"num_local_experts": 4, "head_dim": 8, "num_experts_per_tok": 2},
+    ),
+    "Deepseek-V3": (
+        "DeepseekV3Config",
+        "DeepseekV3ForCausalLM",
+        SIZES
+        | {
+            "num_key_value_heads": 4,
+            "n_routed_experts": 4,
+            "n_group": 1,
+            "topk_group": 1,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "first_k_dense_replace": 1,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 8,
+        },
+    ),
+    "Llama4": (
+        "Llama4TextConfig",
+        "Llama4ForCausalLM",
+        SIZES | {"intermediate_size_mlp": 48, "num_local_experts": 4, "head_dim": 8, "attention_chunk_size": 64},
+    ),
 }
+"""Fused experts in both orientations, with biases (GPT-OSS), shared experts with (Qwen2Moe) and without a gate of
+their own, a first dense layer (Deepseek-V3), and scores that scale the experts' inputs (Llama4)."""
 MakeModel = Callable[..., nn.Module]
 MakeTokenizer = Callable[..., Any]
 
@@ -195,10 +239,24 @@ def weights_of() -> Callable[[nn.Module], dict[str, torch.Tensor]]:
 @pytest.fixture
 def gguf_file(model: nn.Module, tokenizer: Any, tmp_path: Path) -> Path:
     """The tiny Llama as a GGUF file, its matrices quantised to 8 bits."""
+    return write_gguf(model, tokenizer, tmp_path / "model.gguf")
+
+
+SCALES = {"Q4_K": [0, 1, 2, 3], "Q6_K": [208, 209]}
+"""Bytes of the float16 scales in a block of types that the package gguf decodes and cannot encode."""
+
+
+def write_gguf(
+    model: nn.Module, tokenizer: Any, path: Path, stored_as: str = "Q8_0", alignment: int | None = None
+) -> Path:
+    """Write a tiny Llama as a GGUF file, its matrices in a type; of types that gguf cannot encode, random blocks."""
     gguf = pytest.importorskip("gguf")
-    path = tmp_path / "model.gguf"
+    kind = gguf.GGMLQuantizationType[stored_as]
+    block, width = gguf.GGML_QUANT_SIZES[kind]
     writer = gguf.GGUFWriter(path, "llama")
     config: Any = model.config
+    if alignment is not None:
+        writer.add_custom_alignment(alignment)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -223,11 +281,19 @@ def gguf_file(model: nn.Module, tokenizer: Any, tmp_path: Path) -> Path:
             heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
             values = values.reshape(heads, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
         target = names.get_name(name, try_suffixes=(".weight",))
-        if values.ndim == 2 and values.shape[1] % 32 == 0:
-            kind = gguf.GGMLQuantizationType.Q8_0
-            writer.add_tensor(target, gguf.quants.quantize(values, kind), raw_dtype=kind)
-        else:
+        if values.ndim == 1 or values.shape[1] % block:
             writer.add_tensor(target, values)
+            continue
+        try:
+            stored = gguf.quants.quantize(values, kind)
+        except NotImplementedError:
+            blocks = np.random.default_rng(0).integers(0, 256, (*values.shape[:-1], values.shape[1] // block, width))
+            stored = blocks.astype(np.uint8)
+            stored[..., SCALES[stored_as]] = (
+                np.float16(1e-4).reshape(1).view(np.uint8).repeat(len(SCALES[stored_as]) // 2)
+            )
+            stored = stored.reshape(len(values), -1)
+        writer.add_tensor(target, stored, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -98,11 +98,12 @@ def test_a_file_of_the_same_name_in_the_current_folder_is_not_read(folder, tmp_p
     same(load_model(find_model(str(folder / "m.gguf"))), alone)
 
 
-def test_a_model_keeps_the_name_of_its_folder(folder):
-    loaded = load_model(find_model(str(folder / "m.gguf")))
-    assert loaded.model.config.name_or_path == str(folder)
-    assert loaded.tokenizer.name_or_path == loaded.tokenizer.init_kwargs["name_or_path"] == str(folder)
-    assert empty_model(find_model(str(folder / "m.gguf"))).config.name_or_path == str(folder)
+def test_a_model_has_the_name_of_its_file(folder):
+    name = str(folder / "m.gguf")
+    loaded = load_model(find_model(name))
+    assert loaded.model.config.name_or_path == name
+    assert loaded.tokenizer.name_or_path == loaded.tokenizer.init_kwargs["name_or_path"] == name
+    assert empty_model(find_model(name)).config.name_or_path == name
 
 
 def test_quick_reading_gives_what_slow_reading_gives(folder, monkeypatch):

@@ -1,6 +1,7 @@
 """The package beside its neighbours, its metadata, and what is built of it."""
 
 import ast
+import json
 import os
 import re
 import runpy
@@ -47,16 +48,35 @@ def test_the_packages_are_rocr_and_its_kernels(setup_arguments):
     assert modules == folders, "every folder with modules is a package"
 
 
-def test_transformers_finds_no_kernels_of_ours():
-    done = run(
-        "import sys\n"
-        "from transformers import LlamaForCausalLM\n"
-        "found = sys.modules.get('kernels')\n"
-        "print(getattr(found, '__file__', None))"
-    )
+IMPORTS = """
+import json, sys
+import rocr
+found = {"version": rocr.__version__, "torch": "torch" in sys.modules}
+import torch
+for name in rocr.__all__:
+    getattr(rocr, name)
+found["threads"] = torch.get_num_threads()
+sys.stdout.flush()
+print("imported", flush=True)
+print("imported", file=sys.stderr, flush=True)
+from transformers import LlamaForCausalLM
+found["kernels"] = getattr(sys.modules.get("kernels"), "__file__", None)
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def imported():
+    """A process of its own that imports one thing after the other: what it found, and what it printed before that."""
+    done = run(IMPORTS)
     assert done.returncode == 0, done.stderr
-    file = done.stdout.strip().splitlines()[-1]
-    assert file == "None" or ROOT not in Path(file).parents
+    before = [text.partition("imported\n")[0] for text in (done.stdout, done.stderr)]
+    return json.loads(done.stdout.splitlines()[-1]), before
+
+
+def test_transformers_finds_no_kernels_of_ours(imported):
+    file = imported[0]["kernels"]
+    assert file is None or ROOT not in Path(file).parents
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the CUDA kernels are built on Linux alone")
@@ -84,16 +104,14 @@ def test_nvcc_is_looked_for_in_cuda_home_and_then_on_the_path(tmp_path, monkeypa
     assert nvcc == (found and str(tmp_path / found / "bin" / "nvcc"))
 
 
-def test_the_package_is_imported_without_torch():
-    done = run("import sys, rocr\nassert rocr.__version__\nprint('torch' in sys.modules)")
-    assert (done.returncode, done.stdout.strip()) == (0, "False"), done.stderr
+def test_the_package_is_imported_without_torch(imported):
+    assert imported[0]["version"] and not imported[0]["torch"]
 
 
-def test_importing_everything_starts_no_work_and_prints_nothing():
-    done = run(
-        "import rocr, torch\nfor name in rocr.__all__:\n    getattr(rocr, name)\nprint(torch.get_num_threads() > 0)"
-    )
-    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "True", "")
+def test_importing_everything_starts_no_work_and_prints_nothing(imported):
+    found, printed = imported
+    assert found["threads"] > 0
+    assert printed == ["", ""]
 
 
 def test_public_names_are_sorted_and_there():

@@ -1,0 +1,336 @@
+"""Edits of mixtures of experts, against exact products and dense solves in float64."""
+
+import copy
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+import rocr
+from rocr import Concept, EditConfig, GuardError, Guards, InputError
+from rocr.keys.plan import plan_keys
+from rocr.keys.read import read_states
+from rocr.model.architecture import find_architecture
+from rocr.model.blocks import layer_blocks
+from rocr.model.gated_keys import gated_keys_hook
+from rocr.model.layers import resolve_layers
+from rocr.ops.arithmetic import plain_arithmetic
+from rocr.statistics.corpus import pack_tokens
+
+LAYER = 2
+FORCE = Guards(force=True)
+CONFIG = EditConfig(layers=[LAYER], templates=("{}", "Who is {}?", "Tell me about {}."))
+TOKENS = torch.arange(2, 26).view(2, 12)
+SAME = 1e-5
+"""Relative error of a float32 solve of a small well-conditioned system."""
+
+
+class ListedExperts(nn.Module):
+    """A mixture as code beside transformers may have it: a list of modules, and one that every token runs through."""
+
+    def __init__(self, width: int, inner: int, experts: int) -> None:
+        super().__init__()
+        self.router = nn.Linear(width, experts, bias=False)
+        self.experts = nn.ModuleList(self._expert(width, inner) for _ in range(experts))
+        self.always = self._expert(width, 2 * inner)
+
+    @staticmethod
+    def _expert(width: int, inner: int) -> nn.Module:
+        return nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width))
+
+    def forward(self, states):
+        flat = states.view(-1, states.shape[-1])
+        gates, chosen = self.router(flat).softmax(dim=-1).topk(2, dim=-1)
+        output = 0.5 * self.always(flat)
+        for number, expert in enumerate(self.experts):
+            tokens, place = (chosen == number).nonzero(as_tuple=True)
+            output[tokens] += gates[tokens, place, None] * expert(flat[tokens])
+        return output.view_as(states)
+
+
+def listed(make_model):
+    model = make_model("Llama")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for layer in model.model.layers[1:]:
+            layer.mlp = ListedExperts(32, 12, 4)
+    return model.eval()
+
+
+def build(mixture, make_model):
+    model = listed(make_model) if mixture == "listed" else make_model(mixture)
+    if mixture in ("Mixtral", "Qwen2Moe", "GPT-OSS", "Deepseek-V3"):
+        model.set_experts_implementation("eager")  # others have no float64
+    return model
+
+
+@pytest.fixture(params=["listed", "Mixtral", "Qwen2Moe", "GPT-OSS", "Deepseek-V3", "Llama4"])
+def moe(request, make_model):
+    return build(request.param, make_model)
+
+
+def in_float64(model):
+    """The blocks of the layer in a copy of a model in float64, which itself cannot be edited; and the copy."""
+    exact = copy.deepcopy(model)
+    blocks = layer_blocks(find_architecture(exact), LAYER)
+    return blocks, exact.double()
+
+
+def wide_keys(blocks, model, tokens=TOKENS):
+    """The gated keys of all tokens, (tokens, sum of d_in), in the model's dtype, and the output of the mixture."""
+    columns = blocks.columns(range(len(blocks.blocks)))
+    keys = torch.zeros(tokens.numel(), columns[-1].stop, dtype=model.dtype)
+    outputs = []
+
+    def receive(output, found):
+        outputs.append(output)
+        for each in found:
+            keys[each.tokens, columns[blocks.index_of(each)]] += each.inputs * each.gates[:, None].to(each.inputs)
+
+    with gated_keys_hook(blocks.module, blocks.parameters, receive), torch.no_grad():
+        model(input_ids=tokens, use_cache=False)
+    return keys, outputs[0]
+
+
+def test_a_change_of_all_experts_moves_the_output_by_the_wide_product(moe):
+    """Exact in float64: the gated keys are right whatever the model's routing, biases and layout are."""
+    blocks, exact = in_float64(moe)
+    keys, before = wide_keys(blocks, exact)
+    columns = blocks.columns(range(len(blocks.blocks)))
+    expected = torch.zeros_like(before)
+    for block, place in zip(blocks.blocks, columns, strict=True):
+        change = torch.randn(block.weight.shape, dtype=torch.float64)
+        block.weight.add_(change)
+        expected += keys[:, place] @ change.T
+    after = wide_keys(blocks, exact)[1]
+    # Gates are read in float32.
+    assert (after - before - expected).norm() <= 1e-6 * expected.norm()
+    assert expected.norm() > before.norm() / 100
+
+
+def test_every_expert_is_a_block_and_routers_are_none(moe):
+    blocks = layer_blocks(find_architecture(moe), LAYER)
+    names = {block.parameter_name.rpartition(f"layers.{LAYER}.")[2] for block in blocks.blocks}
+    assert not any("router" in name or "gate" in name.split(".")[1] for name in names), names
+    routed = [block for block in blocks.blocks if block.weight.shape[1] == blocks.blocks[0].weight.shape[1]]
+    assert len(routed) >= 4
+    for block in blocks.blocks:
+        assert block.weight.shape[0] == 32
+        assert block.weight.untyped_storage().data_ptr() == block.parameter.untyped_storage().data_ptr()
+
+
+def test_statistics_are_the_second_moments_of_all_gated_keys(moe, tokenizer, texts):
+    options = rocr.CollectOptions(length=16, batch_tokens=48)
+    found = rocr.collect_statistics(moe, tokenizer, texts[:12], [LAYER], options).mixtures[LAYER]
+    whole = rocr.collect_statistics(moe, tokenizer, texts[:12], [LAYER], rocr.CollectOptions(length=16))
+    tokens = whole.tokens
+    sequences = [torch.tensor([s]) for s in pack_tokens(iter(texts[:12]), tokenizer, 16, len(tokenizer))]
+    blocks, exact = in_float64(moe)
+    keys = torch.cat([wide_keys(blocks, exact, sequence)[0][1:] for sequence in sequences])
+    assert len(keys) == tokens
+    places = blocks.columns(range(len(blocks.blocks)))
+    size = (keys.T @ keys / tokens).norm()
+    for moment, other, place in zip(found.moments, whole.mixtures[LAYER].moments, places, strict=True):
+        expected = keys[:, place].T @ keys[:, place] / tokens
+        assert (moment - expected).norm() <= SAME * size
+        assert (other - expected).norm() <= SAME * size
+    counts = torch.tensor([int(keys[:, place].any(dim=1).sum()) for place in places])
+    assert torch.equal(found.routed, counts) and torch.equal(whole.mixtures[LAYER].routed, counts)
+
+
+@pytest.mark.parametrize("method", ["whitened", "projected"])
+@pytest.mark.parametrize("relative", [True, False])
+def test_the_update_is_the_dense_solve_on_the_wide_key(moe, tokenizer, texts, concepts, method, relative):
+    """The authors' (d_in, d_in) system on [g₁k₁ … g_E k_E], with the block-diagonal metric, in float64."""
+    statistics = rocr.collect_statistics(moe, tokenizer, texts, [LAYER])
+    config = EditConfig(
+        layers=[LAYER], templates=CONFIG.templates, method=method, relative_ridge=relative, ridge=0.05, threshold=0.5,
+        relative_threshold=True,
+    )  # fmt: skip
+    blocks = layer_blocks(find_architecture(moe), LAYER)
+    before = [block.weight.double().clone() for block in blocks.blocks]
+    update = rocr.unlearn(moe, tokenizer, concepts, statistics, config, guards=FORCE).updates[0]
+    moments = [moment.double() for moment in statistics.second_moments(LAYER)]
+    scale = sum(moment.trace() for moment in moments) / sum(map(len, moments))
+    metrics = []
+    for moment in moments:
+        values, vectors = torch.linalg.eigh(moment)
+        kept = (values < 0.5 * scale).double() if method == "projected" else 1 / (config.gamma * values / scale + 1)
+        metrics.append(vectors * kept @ vectors.T)
+    ordinary = sum((moment * metric).sum() for moment, metric in zip(moments, metrics, strict=True))
+    ridge = 0.05 * (ordinary if relative else 1.0)
+    if relative and method == "whitened":
+        # tr(C M) is estimated by random vectors; the value that was used is recorded.
+        assert abs(update.system.ridge / ridge - 1) < 0.1
+        ridge = update.system.ridge
+    keys = update.keys.double()
+    metric = torch.block_diag(*(metrics[block] for block in update.blocks))
+    system = metric @ keys.T @ keys + ridge * torch.eye(len(metric), dtype=torch.float64)
+    expected = torch.linalg.solve(system, metric @ keys.T @ update.residuals.double()).T
+    assert (update.factors.left.double() @ update.factors.right.double() - expected).norm() <= SAME * expected.norm()
+    places = dict(zip(update.blocks, update.columns, strict=True))
+    for number, (block, old) in enumerate(zip(blocks.blocks, before, strict=True)):
+        change = expected[:, places[number]] if number in places else torch.zeros_like(old)
+        rounding = torch.finfo(torch.float32).eps * old.norm()
+        assert (block.weight - old - change).norm() <= SAME * change.norm() + rounding
+
+
+def test_keys_are_means_over_the_templates_whatever_the_batch(moe, tokenizer, concepts):
+    architecture = find_architecture(moe)
+    config = resolve_layers(CONFIG.for_concepts(len(concepts)), architecture)
+    reading = plan_keys(tokenizer, concepts, config).keys
+    with plain_arithmetic():
+        one, many = (read_states(architecture, reading, LAYER, LAYER, token_budget=budget) for budget in (1, 4096))
+    assert one.blocks == many.blocks and torch.equal(one.routing.tokens, many.routing.tokens)
+    assert (one.keys - many.keys).norm() <= SAME * many.keys.norm()
+    expected = torch.zeros(reading.groups, many.keys.shape[1], dtype=torch.float64)
+    blocks, exact = in_float64(moe)
+    counts = torch.bincount(torch.tensor(reading.group_of))
+    for prompt, position, group in zip(reading.prompt_of, reading.position_of, reading.group_of, strict=True):
+        tokens = torch.tensor([reading.prompts[prompt].tokens])
+        keys, _ = wide_keys(blocks, exact, tokens)
+        own = blocks.arranged(keys[position : position + 1], range(len(blocks.blocks)), many.blocks)
+        expected[group] += own[0] / counts[group]
+    assert (many.keys - expected).norm() <= SAME * expected.norm()
+
+
+def test_only_routed_experts_change_and_revert_restores_every_bit(
+    moe, tokenizer, texts, concepts, weights_of, tmp_path
+):
+    layers = [1, LAYER]
+    statistics = rocr.collect_statistics(moe, tokenizer, texts, layers)
+    before = weights_of(moe)
+    edit = rocr.unlearn(moe, tokenizer, concepts, statistics, EditConfig(layers=layers), guards=FORCE)
+    after = weights_of(moe)
+    edited = {part.parameter for update in edit.updates for part in update.parts}
+    assert {name for name in before if not torch.equal(before[name], after[name])} == edited
+    architecture = find_architecture(moe)
+    for update in edit.updates:
+        blocks = layer_blocks(architecture, update.layer).blocks
+        for number, block in enumerate(blocks):
+            old = before[block.parameter_name]
+            if block.expert is not None:
+                old = old[block.expert]
+            is_same = torch.equal(block.stored.view(torch.int32), old)
+            assert is_same == (number not in update.blocks)
+    edit.save(tmp_path / "edit")
+    loaded = rocr.Edit.load(tmp_path / "edit")
+    loaded.revert(moe)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights_of(moe).items())
+    loaded.apply(moe)
+    assert all(torch.equal(tensor, after[name]) for name, tensor in weights_of(moe).items())
+    assert max(edit.report.distance) < 1
+
+
+def test_concepts_are_removed_added_and_merged(moe, tokenizer, texts, concepts, weights_of):
+    statistics = rocr.collect_statistics(moe, tokenizer, texts, [LAYER])
+    before = weights_of(moe)
+
+    def fresh(chosen):
+        edit = rocr.unlearn(moe, tokenizer, chosen, statistics, CONFIG, guards=FORCE)
+        edit.revert(moe)
+        return edit
+
+    both, first, second = fresh(concepts), fresh(concepts[:1]), fresh(concepts[1:])
+    wanted = dense_update(both, moe)
+    removed = both.remove(concepts[1].name)
+    assert close(dense_update(removed, moe), dense_update(first, moe))
+    assert removed.report.routing[0].agreement == pytest.approx(first.report.routing[0].agreement)
+    merged = first.merge(second)
+    assert close(dense_update(merged, moe), wanted)
+    added = first.add(concepts[1:], moe, tokenizer, statistics, guards=FORCE)
+    assert close(dense_update(added, moe), wanted)
+    assert added.report.routing[0].agreement == pytest.approx(both.report.routing[0].agreement)
+    added.revert(moe)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights_of(moe).items())
+
+
+def dense_update(edit, model):
+    """The update of all experts of the edited layer, (d_out, sum of d_in)."""
+    (update,) = edit.updates
+    blocks = layer_blocks(find_architecture(model), update.layer)
+    matrix = update.factors.left.double() @ update.factors.right.double()
+    return blocks.arranged(matrix, update.blocks, range(len(blocks.blocks)))
+
+
+def close(found, expected):
+    return bool((found - expected).norm() <= 1e-4 * expected.norm())
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("mixture", ["Mixtral", "Qwen2Moe", "GPT-OSS", "Deepseek-V3", "Llama4"])
+def test_the_adapter_is_the_edit(mixture, rank, make_model, tokenizer, texts, concepts, tmp_path):
+    model = make_model(mixture)
+    original = copy.deepcopy(model)
+    layers = [0, LAYER]  # layer 0 of Deepseek-V3 is dense
+    statistics = rocr.collect_statistics(model, tokenizer, texts, layers)
+    edit = rocr.unlearn(model, tokenizer, concepts, statistics, EditConfig(layers=layers), guards=FORCE)
+    found = edit.export_lora(tmp_path / "adapter", rank=rank)
+    adapted = peft.PeftModel.from_pretrained(copy.deepcopy(original), tmp_path / "adapter").eval()
+    merged = peft.PeftModel.from_pretrained(original, tmp_path / "adapter").merge_and_unload()
+    with torch.no_grad():
+        before, after, one, other = (
+            each(input_ids=TOKENS).logits for each in (make_model(mixture), model, adapted, merged)
+        )
+    difference = max((one - after).norm(), (other - after).norm())
+    if rank is None:
+        assert difference <= 1e-5 * after.norm()
+    else:
+        assert all(0 < layer.key_error < 1 and layer.rank == 2 for layer in found)
+        assert difference < (after - before).norm()
+
+
+def test_the_report_says_how_concepts_are_routed(make_model, tokenizer, texts, concepts):
+    model = make_model("Deepseek-V3")
+    statistics = rocr.collect_statistics(model, tokenizer, texts[:6], [1, LAYER])
+    edit = rocr.unlearn(model, tokenizer, concepts, statistics, EditConfig(layers=[1, LAYER]), guards=FORCE)
+    assert [layer.layer for layer in edit.report.routing] == [1, LAYER]
+    for layer, update in zip(edit.report.routing, edit.updates, strict=True):
+        routed = statistics.mixtures[layer.layer].routed
+        assert layer.experts == 5 and layer.touched == list(update.blocks)
+        assert layer.tokens == [int(routed[block]) for block in update.blocks]
+        assert len(layer.agreement) == 2 and all(0 <= share <= 1 for share in layer.agreement)
+        # The text has fewer tokens than an expert needs.
+        assert layer.uncovered == [concept.name for concept in concepts]
+    one = EditConfig(layers=[LAYER], templates=("Who is {}?",))
+    edit.revert(model)
+    alone = rocr.unlearn(model, tokenizer, concepts, statistics, one, guards=FORCE)
+    assert alone.report.routing[0].agreement == [1.0, 1.0], "one template agrees with itself"
+
+
+def test_experts_that_cannot_be_read_are_refused_with_their_shapes(make_model, tokenizer, texts):
+    model = make_model("Mixtral")
+    mixture = model.model.layers[LAYER].mlp
+
+    def fused(states, *_):
+        found = torch.einsum("btd,edi->bti", states, mixture.experts.down_proj)
+        return torch.nn.functional.pad(found, (0, states.shape[-1]))[..., : states.shape[-1]].tanh()
+
+    mixture.forward = fused
+    with pytest.raises(
+        InputError, match=r"layers\.2\.mlp, a MixtralSparseMoeBlock, cannot be read: .*down_proj \(4, 32"
+    ):
+        rocr.collect_statistics(model, tokenizer, texts, [LAYER])
+
+
+def test_keys_of_experts_that_are_not_finite_are_reported(make_model, tokenizer, texts, concepts, weights_of):
+    model = make_model("Mixtral")
+    statistics = rocr.collect_statistics(model, tokenizer, texts, [LAYER])
+    with torch.no_grad():
+        model.model.layers[LAYER].mlp.experts.gate_up_proj.fill_(torch.inf)
+    before = weights_of(model)
+    with pytest.raises(GuardError, match="not finite"):
+        rocr.collect_statistics(model, tokenizer, texts, [LAYER])
+    with pytest.raises((GuardError, InputError)):
+        rocr.unlearn(model, tokenizer, concepts, statistics, CONFIG)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights_of(model).items())
+
+
+def test_a_name_is_redirected_in_a_mixture(moe, tokenizer, texts):
+    """The output of the edited layer at the name moves to that at the redirect, as in a dense model."""
+    statistics = rocr.collect_statistics(moe, tokenizer, texts, [LAYER])
+    config = EditConfig(layers=[LAYER], templates=CONFIG.templates, ridge=1e-6, gamma=1e-6)
+    edit = rocr.unlearn(moe, tokenizer, [Concept("Ada Byron", "Blaise Pascal")], statistics, config, guards=FORCE)
+    assert edit.report.layers[0].closed[0] > 0.99
+    assert edit.report.distance[0] < 0.5
