@@ -60,12 +60,11 @@ class Subject:
     before: Tensor
 
     @classmethod
-    def of(cls, learned: Learned, kind: Kind) -> Subject:
-        """Collect statistics from text about people who are never unlearned, and ask about everybody."""
-        texts = list(ordinary_text(learned.people[max(COUNTS) :], TEXTS, seed=1))
+    def of(cls, learned: Learned, kind: Kind, unlearned: int = max(COUNTS)) -> Subject:
+        """Collect statistics from text about all but the first people, who are unlearned, and ask about everybody."""
+        texts = list(ordinary_text(learned.people[unlearned:], TEXTS, seed=1))
         options = rocr.CollectOptions(length=64)
-        layers = sorted({*kind.layers})
-        statistics = rocr.collect_statistics(learned.model, learned.tokenizer, texts, layers, options)
+        statistics = rocr.collect_statistics(learned.model, learned.tokenizer, texts, kind.layers, options)
         asked = questions(learned.people, HELD_OUT)
         return cls(learned, kind, statistics, asked, right_answers(learned, asked))
 

@@ -1,4 +1,4 @@
-"""Train tiny models of many kinds on made-up facts, unlearn some people, and measure what is forgotten and what is kept.
+"""Train tiny models of many kinds on made-up facts, unlearn some people, and measure what is forgotten and kept.
 
     python benches/learned_families.py --kinds Llama GPT-2 --out benches/results/learned_families.json
     python benches/learned_families.py --table benches/results/learned_families.json
@@ -27,7 +27,7 @@ from machine import commit, cpu_name
 from rocr.errors import InputError
 
 KNOWN = 0.9
-"""Least share of right answers to held-out questions before an edit: of a model that knows less, the rows say little."""
+"""Least share of right answers to held-out questions before an edit: an edit of a model that knows less says little."""
 
 
 def run_kind(name: str, cache: Path | None) -> dict[str, Any]:
@@ -46,6 +46,8 @@ def run_kind(name: str, cache: Path | None) -> dict[str, Any]:
         subject = Subject.of(learned, kind)
         found["known"] = float(subject.before.float().mean())
         log(f"knows {found['known']:.3f}")
+        if found["known"] < KNOWN:
+            return found | {"refused": f"not edited: it knows {found['known']:.1%} of the facts, below {KNOWN:.0%}"}
         return found | {"rows": [asdict(row) for row in measure(subject, log)]}
     except InputError as error:
         return found | {"refused": str(error)}
@@ -53,7 +55,8 @@ def run_kind(name: str, cache: Path | None) -> dict[str, Any]:
 
 def table(kinds: dict[str, Any]) -> str:
     """Return a Markdown table: for each kind and method, the shares gone and lost for each number of people."""
-    lines = ["| kind | knows | method | 1, gone | 1, lost | 10, gone | 10, lost | 10, lost, same first or last name | 40, gone | 40, lost |"]
+    columns = ["kind", "knows", "method", "1, gone", "1, lost", "10, gone", "10, lost", "10, lost, shared name"]
+    lines = [f"| {' | '.join([*columns, '40, gone', '40, lost'])} |"]
     lines.append("|---|---:|---|" + "---:|" * 7)
     for name, found in kinds.items():
         if "refused" in found:
@@ -66,7 +69,9 @@ def table(kinds: dict[str, Any]) -> str:
             cells = []
             for people in (1, 10, 40):
                 row = by[method, people]
-                cells += [_percent(row.forget), _percent(row.others)] + ([_percent(row.sharing)] if people == 10 else [])
+                cells += [_percent(row.forget), _percent(row.others)] + (
+                    [_percent(row.sharing)] if people == 10 else []
+                )
             opening = f"| {name} | {found['known']:.1%} " if method == "rocr" else "| | "
             lines.append(f"{opening}| {method} | " + " | ".join(cells) + " |")
         lines.append(f"| | | {limit.method}, no edit | | | | | | {_percent(limit.forget)} | |")

@@ -27,13 +27,13 @@ class Kind:
     model: str
     sizes: dict[str, Any] = field(default_factory=dict)
     layers: tuple[int, ...] = (0, 1)
-    steps: int = 600
+    steps: int = 900
     rate: float = 4e-3
 
 
 COMMON: dict[str, Any] = {
     "hidden_size": 80,
-    "intermediate_size": 640,
+    "intermediate_size": 512,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
@@ -41,7 +41,7 @@ COMMON: dict[str, Any] = {
     "max_position_embeddings": 64,
     "tie_word_embeddings": False,
 }
-GPT: dict[str, Any] = {"n_embd": 80, "n_inner": 640, "n_layer": 4, "n_head": 4, "n_positions": 64}
+GPT: dict[str, Any] = {"n_embd": 80, "n_inner": 512, "n_layer": 4, "n_head": 4, "n_positions": 64}
 GPT |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 320}
 DEEPSEEK: dict[str, Any] = {
@@ -71,9 +71,7 @@ FALCON |= {"mamba_n_groups": 1, "mamba_chunk_size": 32}
 KINDS: dict[str, Kind] = {
     "Llama": Kind("LlamaConfig", "LlamaForCausalLM"),
     "GPT-2": Kind("GPT2Config", "GPT2LMHeadModel", GPT),
-    "Gemma 3": Kind(
-        "Gemma3TextConfig", "Gemma3ForCausalLM", {"query_pre_attn_scalar": 20, "sliding_window": 64}
-    ),
+    "Gemma 3": Kind("Gemma3TextConfig", "Gemma3ForCausalLM", {"query_pre_attn_scalar": 20, "sliding_window": 64}),
     "Qwen3-MoE": Kind("Qwen3MoeConfig", "Qwen3MoeForCausalLM", EXPERTS),
     "DeepSeek-V3": Kind("DeepseekV3Config", "DeepseekV3ForCausalLM", DEEPSEEK),
     "gpt-oss": Kind(
@@ -86,7 +84,9 @@ KINDS: dict[str, Kind] = {
         "MixtralForCausalLM",
         {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 320},
     ),
-    "Qwen3-Next": Kind("Qwen3NextConfig", "Qwen3NextForCausalLM", EXPERTS | LINEAR | {"shared_expert_intermediate_size": 160}),
+    "Qwen3-Next": Kind(
+        "Qwen3NextConfig", "Qwen3NextForCausalLM", EXPERTS | LINEAR | {"shared_expert_intermediate_size": 160}
+    ),
     "Falcon-H1": Kind("FalconH1Config", "FalconH1ForCausalLM", FALCON),
 }
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from rocr.model.architecture import find_architecture
 
-BATCH = 64
+BATCH = 40
 OTHER_TOKENS = 0.1
 """Weight of the tokens that are not answers: most of them are names, which nothing tells."""
 
@@ -44,7 +44,9 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rocr-benches" / "learned"
 
 
-def learn(kind: Kind, cache: Path | None, people: int = facts.PEOPLE, seed: int = 0, log: Callable[[str], None] = print) -> Learned:
+def learn(
+    kind: Kind, cache: Path | None, people: int = facts.PEOPLE, seed: int = 0, log: Callable[[str], None] = print
+) -> Learned:
     """Return the trained model of a kind, from the cache if it is there.
 
     Args:
@@ -87,14 +89,16 @@ def digest(kind: Kind, people: Sequence[Person], seed: int) -> str:
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
 
-def train(model: nn.Module, tokenizer: Any, people: Sequence[Person], kind: Kind, seed: int, log: Callable[[str], None]) -> None:
+def train(
+    model: nn.Module, tokenizer: Any, people: Sequence[Person], kind: Kind, seed: int, log: Callable[[str], None]
+) -> None:
     """Train a model in place, with AdamW, a short warm-up and a linear decay."""
     torch.manual_seed(seed)
     batches = Batches(tokenizer, people, seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=kind.rate, weight_decay=0.01, betas=(0.9, 0.98))
     model.train()
     for step in range(kind.steps):
-        share = min((step + 1) / 50, (kind.steps - step) / kind.steps)
+        share = min((step + 1) / 50, 1.0, 2 * (kind.steps - step) / kind.steps)
         for group in optimizer.param_groups:
             group["lr"] = kind.rate * share
         batch = batches.next()
