@@ -19,7 +19,7 @@ from rocr.errors import InputError
 from rocr.io.dtypes import is_supported
 from rocr.model.architecture import Architecture, Block
 from rocr.model.capture import run_through
-from rocr.model.gated_keys import GatedKeys, gated_keys_hook
+from rocr.model.gated_keys import FORM_TOLERANCE, GatedKeys, gated_keys_hook
 from rocr.model.tensor_parallel import is_sharded, whole
 from rocr.model.wrappers import own_modules
 
@@ -162,25 +162,52 @@ def _is_unloaded(module: nn.Module) -> bool:
     return any(parameter.device.type == "meta" for parameter in module.parameters())
 
 
-def _by_running(architecture: Architecture, mixtures: Mapping[int, tuple[str, nn.Module]]) -> Mapping[int, LayerBlocks]:
-    """Run the model on a few tokens and find the weights whose products reach the outputs of mixtures."""
+def _by_running(architecture: Architecture, mixtures: Mapping[int, tuple[str, nn.Module]]) -> dict[int, LayerBlocks]:
+    """Run the model on a few tokens and find the weights whose products reach the outputs of mixtures.
+
+    A mixture whose output is changed after the sum over the experts, by a norm, is looked at again without its outer
+    module, or is edited at the one matrix that it ends in.
+    """
     vocabulary = int(architecture.embedding.weight.shape[0])  # type: ignore[index, union-attr, operator]
     tokens = (torch.arange(PROBED_TOKENS) * 7919 % vocabulary)[None]
     candidates = {layer: _Candidates.of(*mixture) for layer, mixture in mixtures.items()}
     read: dict[int, list[GatedKeys]] = {}
+    outputs: dict[int, Tensor] = {}
 
-    def receive(layer: int, _output: Tensor, found: list[GatedKeys]) -> None:
-        read.setdefault(layer, []).extend(found)
+    def receive(layer: int, output: Tensor, keys: list[GatedKeys]) -> None:
+        read.setdefault(layer, []).extend(keys)
+        outputs[layer] = output
 
     with ExitStack() as stack:
         for layer, (_, module) in mixtures.items():
             hook = gated_keys_hook(module, candidates[layer].parameters, partial(receive, layer))
             stack.enter_context(hook)
         run_through(architecture, max(mixtures), tokens)
-    return {
-        layer: LayerBlocks(layer, name, module, candidates[layer].blocks(layer, read.get(layer, [])), is_mixture=True)
-        for layer, (name, module) in mixtures.items()
-    }
+    found, inner = {}, {}
+    for layer, (name, module) in mixtures.items():
+        blocks = candidates[layer].blocks(layer, read.get(layer, []))
+        last = _last_matrix(blocks, read.get(layer, []), outputs.get(layer))
+        experts = candidates[layer].experts_inside()
+        if any(block.expert is not None for block in blocks) or candidates[layer].has_listed(blocks):
+            found[layer] = LayerBlocks(layer, name, module, blocks, is_mixture=True)
+        elif last is not None:
+            found[layer] = LayerBlocks(layer, last.name, last.module, (last,))
+        elif experts is not None:
+            inner[layer] = experts
+        else:
+            raise candidates[layer].unreadable()
+    return found | (_by_running(architecture, inner) if inner else {})
+
+
+def _last_matrix(blocks: Sequence[Block], read: Sequence[GatedKeys], output: Tensor | None) -> Block | None:
+    """Return the only block if its result is the output of the whole mixture."""
+    if len(blocks) != 1 or output is None:
+        return None
+    result = torch.zeros_like(output)
+    for keys in read:
+        result[keys.tokens] += blocks[0].module(keys.inputs).reshape(len(keys.tokens), -1)
+    difference = (result - output).norm() / output.norm().clamp(min=1e-30)
+    return blocks[0] if float(difference) <= FORM_TOLERANCE else None
 
 
 @dataclass(frozen=True)
@@ -191,8 +218,7 @@ class _Candidates:
         name: The name of the mixture.
         places: The name and the module of each parameter, and its name in the module.
         parameters: The parameters.
-        members: For the name of each module: the modules of the same place in the other elements of a list of
-            experts, by name.
+        modules: The modules of the mixture by name.
     """
 
     name: str
@@ -216,7 +242,7 @@ class _Candidates:
         """Return the blocks: all experts of each parameter that was read, and the like of other experts in a list.
 
         Raises:
-            InputError: No expert can be read, or the weights are not plain.
+            InputError: The weights are not plain.
         """
         kinds = {keys.weight: keys for keys in read}
         found: dict[tuple[str, int], Block] = {}
@@ -229,13 +255,26 @@ class _Candidates:
                     held = expert if keys.experts > 1 or parameter.ndim > 2 else None
                     block = Block(layer, like, self.modules[like], keys.transposed, attribute, held, keys.experts)
                     found[like, expert] = block
-        if not any(block.expert is not None for block in found.values()) and len(found) < 2:
-            raise InputError(
-                f"The experts of {self.name}, a {type(self.modules[self.name]).__name__}, cannot be read: no product "
-                f"with one of its weights ({self._shapes()}) reaches its output as a gate times the result. A fused "
-                "kernel may compute it, or the output is changed in another way. Edit other layers (layers, --layers)."
-            )
         return tuple(found.values())
+
+    def has_listed(self, blocks: Sequence[Block]) -> bool:
+        """Return whether two blocks are of one list of experts."""
+        return any(len(self._alike(block.name, block.attribute)) > 1 for block in blocks)
+
+    def experts_inside(self) -> tuple[str, nn.Module] | None:
+        """Return the name and the module of the experts inside the mixture; None if the mixture itself holds them."""
+        for (name, module, _), parameter in zip(self.places, self.parameters, strict=True):
+            if parameter.ndim == 3 and name != self.name:
+                return name, module
+        return None
+
+    def unreadable(self) -> InputError:
+        """Return the error of a mixture whose experts cannot be read."""
+        return InputError(
+            f"The experts of {self.name}, a {type(self.modules[self.name]).__name__}, cannot be read: no product "
+            f"with one of its weights ({self._shapes()}) reaches its output as a gate times the result. A fused "
+            "kernel may compute it, or the output is changed in another way. Edit other layers (layers, --layers)."
+        )
 
     def _alike(self, name: str, attribute: str) -> list[str]:
         """Return the names of the modules at the same place in all elements of the list of experts around a module."""

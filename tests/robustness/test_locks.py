@@ -103,38 +103,40 @@ RACE = """
 import os, sys, time
 from rocr.errors import InputError
 from rocr.io.locks import locked
-out = sys.argv[1]
-children = []
-for number in range(8):
-    child = os.fork()
-    if child == 0:
-        try:
-            with locked(out):
-                with open(out + ".inside", "x"):
-                    time.sleep(0.05)
-                os.unlink(out + ".inside")
-        except InputError:
-            os._exit(0)
-        except BaseException:
-            os._exit(99)
-        os._exit(1)
-    children.append(child)
-print(*sorted(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
+for out in sys.argv[1:]:
+    children = []
+    for number in range(8):
+        child = os.fork()
+        if child == 0:
+            try:
+                with locked(out):
+                    with open(out + ".inside", "x"):
+                        time.sleep(0.05)
+                    os.unlink(out + ".inside")
+            except InputError:
+                os._exit(0)
+            except BaseException:
+                os._exit(99)
+            os._exit(1)
+        children.append(child)
+    print(*sorted(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children), flush=True)
 """
 
 
 @pytest.mark.parametrize("stale", [False, True])
 def test_of_eight_at_once_never_two_hold_it(tmp_path, stale):
-    for attempt in range(6):
-        (tmp_path / str(attempt)).mkdir()
+    folders = [tmp_path / str(attempt) for attempt in range(6)]
+    for folder in folders:
+        folder.mkdir()
         if stale:
-            write_lock(tmp_path / str(attempt), started=1)
-        script = [sys.executable, "-c", RACE, str(tmp_path / str(attempt) / "out")]
-        done = subprocess.run(script, capture_output=True, text=True, check=True, timeout=600, cwd=ROOT)
-        codes = list(map(int, done.stdout.split()))
-        assert set(codes) <= {0, 1}
+            write_lock(folder, started=1)
+    script = [sys.executable, "-c", RACE, *(str(folder / "out") for folder in folders)]
+    done = subprocess.run(script, capture_output=True, text=True, check=True, timeout=600, cwd=ROOT)
+    for folder, line in zip(folders, done.stdout.splitlines(), strict=True):
+        codes = list(map(int, line.split()))
+        assert len(codes) == 8 and set(codes) <= {0, 1}
         assert 1 in codes
-        assert names(tmp_path / str(attempt)) == []
+        assert names(folder) == []
 
 
 @pytest.mark.parametrize("stale", [False, True])

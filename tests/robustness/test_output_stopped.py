@@ -116,41 +116,44 @@ def test_a_run_stopped_at_any_stage_leaves_a_whole_result_or_none(tmp_path, kind
 
 
 RACE = """
-import os, sys
+import os, sys, time
 from pathlib import Path
 from rocr.errors import RocrError
 from rocr.io.output import new_directory, new_file
 
-out, kind = Path(sys.argv[1]), sys.argv[2]
-wait, go = os.pipe()
-children = []
-for number in range(6):
-    child = os.fork()
-    if child == 0:
-        os.close(go)
-        try:
-            with (new_directory if kind == "folder" else new_file)(out) as partial:
-                (partial / "number" if kind == "folder" else partial).write_text(str(number))
-                os.read(wait, 1)  # returns when the parent closes its end: all six go at once
-        except RocrError as error:
-            os._exit(0 if "Another process wrote" in str(error) else 3)
-        os._exit(100 + number)
-    children.append(child)
-while sum(1 for path in out.parent.iterdir()) < 6:
-    pass
-os.close(go)
-print(*(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
+kind = sys.argv[1]
+for out in map(Path, sys.argv[2:]):
+    wait, go = os.pipe()
+    children = []
+    for number in range(6):
+        child = os.fork()
+        if child == 0:
+            os.close(go)
+            try:
+                with (new_directory if kind == "folder" else new_file)(out) as partial:
+                    (partial / "number" if kind == "folder" else partial).write_text(str(number))
+                    os.read(wait, 1)  # returns when the parent closes its end: all six go at once
+            except RocrError as error:
+                os._exit(0 if "Another process wrote" in str(error) else 3)
+            os._exit(100 + number)
+        children.append(child)
+    while sum(1 for path in out.parent.iterdir()) < 6:
+        time.sleep(0.001)
+    os.close(go)
+    os.close(wait)
+    print(*(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children), flush=True)
 """
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
 def test_of_six_processes_that_finish_at_once_one_wins(tmp_path, kind):
-    for attempt in range(10):
-        out = tmp_path / str(attempt) / "out"
+    outs = [tmp_path / str(attempt) / "out" for attempt in range(10)]
+    for out in outs:
         out.parent.mkdir()
-        script = [sys.executable, "-c", RACE, str(out), kind]
-        done = subprocess.run(script, check=True, timeout=600, capture_output=True, cwd=ROOT)
-        *losers, winner = sorted(map(int, done.stdout.split()))
+    script = [sys.executable, "-c", RACE, kind, *map(str, outs)]
+    done = subprocess.run(script, check=True, timeout=600, capture_output=True, text=True, cwd=ROOT)
+    for out, line in zip(outs, done.stdout.splitlines(), strict=True):
+        *losers, winner = sorted(map(int, line.split()))
         assert losers == [0] * 5
         assert (out / "number" if kind == "folder" else out).read_text() == str(winner - 100)
         assert names(out.parent) == ["out"]
