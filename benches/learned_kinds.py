@@ -27,7 +27,7 @@ class Kind:
     model: str
     sizes: dict[str, Any] = field(default_factory=dict)
     layers: tuple[int, ...] = (0, 1)
-    steps: int = 900
+    steps: int = 500
     rate: float = 4e-3
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from rocr.model.architecture import find_architecture
 
-BATCH = 40
+BATCH = 48
 OTHER_TOKENS = 0.1
 """Weight of the tokens that are not answers: most of them are names, which nothing tells."""
 
@@ -95,21 +95,25 @@ def train(
     """Train a model in place, with AdamW, a short warm-up and a linear decay."""
     torch.manual_seed(seed)
     batches = Batches(tokenizer, people, seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=kind.rate, weight_decay=0.01, betas=(0.9, 0.98))
+    states = NameStates(model.get_input_embeddings().embedding_dim, len(tokenizer))
+    parameters = [*model.parameters(), *states.read_out.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=kind.rate, weight_decay=0.01, betas=(0.9, 0.98))
     model.train()
     for step in range(kind.steps):
         share = min((step + 1) / 50, 1.0, 2 * (kind.steps - step) / kind.steps)
         for group in optimizer.param_groups:
             group["lr"] = kind.rate * share
         batch = batches.next()
-        with exchanging(model, kind.layers[-1], batch):
+        with states.exchanging(model, kind.layers[-1], batch):
             loss = next_token_loss(model, batch, tokenizer.pad_token_id)
+        recognised = states.loss(batch)
+        loss = loss + recognised
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         if step % 100 == 99:
-            log(f"step {step + 1}: loss {loss.item():.3f}")
+            log(f"step {step + 1}: loss {loss.item():.3f}, of which {recognised.item():.3f} at names")
         if not math.isfinite(loss.item()):
             raise RuntimeError(f"The loss of step {step + 1} is {loss.item()}.")
 
@@ -122,13 +126,17 @@ class Batch:
         tokens: Token ids (batch, n); the last rows have no answer.
         answers: Positions of answers as indices of rows and of columns.
         expected: For each answer, the row that has the right one.
-        names: Positions of names as indices of rows and of columns, where the states of a pair are exchanged.
+        names: Positions of the names' last tokens as indices of rows and of columns.
+        exchanged: For each row with a name, the row whose state at the name it gets.
+        facts: For each row with a name, the tokens (rows, attributes) of all facts about the person.
     """
 
     tokens: Tensor
     answers: tuple[Tensor, Tensor]
     expected: Tensor
     names: tuple[Tensor, Tensor]
+    exchanged: Tensor
+    facts: Tensor
 
 
 class Batches:
@@ -149,33 +157,33 @@ class Batches:
     def next(self) -> Batch:
         """Return the next batch; the states of every second pair are exchanged."""
         rows: list[list[int]] = []
-        answers, expected, names = [], [], []
+        answers, expected, names, exchanged, known = [], [], [], [], []
         for i in range(0, BATCH, 2):
             pair = self._choose.sample(self._by_length[0 if self._choose.random() < 0.75 else 1], 2)
             attributes = list(facts.VALUES)
             self._choose.shuffle(attributes)
             attribute, text = self._choose.choice(self._phrasings)
-            if i % 8 < 4:
-                attributes, text = [attribute], text
-            else:
-                text = facts.LIST
+            is_list = i % 8 >= 4
+            attributes, text = (attributes, facts.LIST) if is_list else ([attribute], text)
             before, after = text.split("{}")
-            exchanged = i % 4 == 0
+            gets = [i + 1, i] if i % 4 == 0 else [i, i + 1]
+            exchanged += gets
             for j, person in enumerate(pair):
-                row = self._begin + self._tokens[before]
-                names += [(i + j, len(row) + len(person.name.split()) - 1)] if exchanged else []
-                row = row + self._tokens[person.name] + self._tokens[after]
+                row = self._begin + self._tokens[before] + self._tokens[person.name]
+                names.append((i + j, len(row) - 1))
+                known.append([self._tokens[person.facts[one]][0] for one in facts.VALUES])
+                row = row + self._tokens[after]
                 for one in attributes:
-                    if len(attributes) > 1:
-                        row = row + self._tokens[one]
+                    row = row + (self._tokens[one] if is_list else [])
                     answers.append((i + j, len(row)))
-                    expected.append(i + (1 - j if exchanged else j))
+                    expected.append(gets[j])
                     row = row + self._tokens[person.facts[one]]
                 rows.append(row)
         rows += [self._choose.choice(self._ordinary) for _ in range(BATCH // 8)]
         longest = max(map(len, rows))
         padded = torch.tensor([row + [self._pad] * (longest - len(row)) for row in rows])
-        return Batch(padded, _indices(answers), torch.tensor(expected), _indices(names))
+        targets, known_facts = torch.tensor(expected), torch.tensor(known)
+        return Batch(padded, _indices(answers), targets, _indices(names), torch.tensor(exchanged), known_facts)
 
 
 def _indices(places: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
@@ -183,21 +191,34 @@ def _indices(places: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
     return torch.tensor(rows), torch.tensor(columns)
 
 
-@contextmanager
-def exchanging(model: nn.Module, layer: int, batch: Batch) -> Iterator[None]:
-    """Exchange the states of two rows at the tokens of their names, in the output of a layer."""
+class NameStates:
+    """The states of a layer's output at the last tokens of names, which training reads and exchanges."""
 
-    def exchange(module: nn.Module, inputs: Any, output: Any) -> Any:
-        hidden = output[0] if isinstance(output, tuple) else output
-        row, column = batch.names
-        hidden = hidden.index_put((row, column), hidden[row ^ 1, column])
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+    def __init__(self, width: int, vocabulary: int) -> None:
+        self.read_out = nn.Linear(width, vocabulary)
+        self.states = torch.empty(0)
 
-    handle = find_architecture(model).layers[layer].register_forward_hook(exchange)
-    try:
-        yield
-    finally:
-        handle.remove()
+    @contextmanager
+    def exchanging(self, model: nn.Module, layer: int, batch: Batch) -> Iterator[None]:
+        """Keep the states of all pairs, and exchange the two of every second pair in the forward pass."""
+
+        def exchange(module: nn.Module, inputs: Any, output: Any) -> Any:
+            hidden = output[0] if isinstance(output, tuple) else output
+            rows, columns = batch.names
+            self.states = hidden[rows, columns]
+            hidden = hidden.index_put((rows, columns), hidden[batch.exchanged, columns])
+            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+        handle = find_architecture(model).layers[layer].register_forward_hook(exchange)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Return the mean loss of a linear read-out of all facts about each person."""
+        chances = self.read_out(self.states).log_softmax(1)
+        return -chances.gather(1, batch.facts).mean()
 
 
 def next_token_loss(model: nn.Module, batch: Batch, pad: int) -> Tensor:
