@@ -19,6 +19,8 @@ from rocr.model.architecture import find_architecture
 CHANCE = 1 / len(VALUES["city"].split())
 """Share of right answers of a model that knows nothing: every attribute has equally many values."""
 COUNTS = (1, 10, 40)
+ALONE = 5
+"""Number of people who are unlearned alone; their row is the mean."""
 TEXTS = 3000
 FORCED = rocr.Guards(force=True)
 """In models this small, the updates of many people are larger than their weights, which the guards refuse."""
@@ -159,6 +161,11 @@ def of_rocr(subject: Subject, concepts: Sequence[rocr.Concept]) -> Revert:
     return _edit(subject, concepts, rocr.EditConfig(layers=subject.kind.layers))
 
 
+def of_rocr_at_last_tokens(subject: Subject, concepts: Sequence[rocr.Concept]) -> Revert:
+    """Edit with the default settings but at the last token of a name only, where these models recognise it."""
+    return _edit(subject, concepts, rocr.EditConfig(layers=subject.kind.layers, key_tokens="last"))
+
+
 def of_the_authors(subject: Subject, concepts: Sequence[rocr.Concept]) -> Revert:
     """Edit with the authors' settings, in the same layers."""
     return _edit(subject, concepts, rocr.EditConfig.official(subject.kind.layers))
@@ -182,18 +189,19 @@ def one_after_another(subject: Subject, concepts: Sequence[rocr.Concept]) -> Rev
 
 METHODS: dict[str, Callable[[Subject, Sequence[rocr.Concept]], Revert]] = {
     "rocr": of_rocr,
+    "rocr, last tokens": of_rocr_at_last_tokens,
     "the authors' settings": of_the_authors,
     "one after another": one_after_another,
 }
 
 
 def measure(subject: Subject, log: Callable[[str], None]) -> list[Row]:
-    """Return the rows of all methods and counts. A count of 1 is the mean over the people of the next count, alone."""
+    """Return the rows of all methods and counts. A count of 1 is the mean over some people, each alone."""
     people = subject.learned.people
     rows = [subject.limit(people[: max(COUNTS)])]
     for method in METHODS:
         log(method)
-        alone = [subject.edit(method, [person]) for person in people[: COUNTS[1]]]
+        alone = [subject.edit(method, [person]) for person in people[:ALONE]]
         rows.append(mean_row(alone))
         rows += [subject.edit(method, people[:count]) for count in COUNTS[1:]]
     return rows
