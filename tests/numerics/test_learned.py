@@ -28,7 +28,7 @@ def bench():
 def subject(bench):
     """A Llama that knows 60 people, five of whom are to be unlearned."""
     edits, kinds, training = bench
-    kind = dataclasses.replace(kinds.KINDS["Llama"], steps=400)
+    kind = dataclasses.replace(kinds.KINDS["Llama"], steps=300)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield edits.Subject.of(training.learn(kind, None, people=60), kind, unlearned=5)
