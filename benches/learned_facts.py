@@ -97,12 +97,12 @@ TRAINED: dict[str, tuple[str, ...]] = {
 HELD_OUT: dict[str, tuple[str, ...]] = {
     "city": ("This text is about {} who lives in", "Tell me about {}. The home is in"),
     "job": ("This text is about the job that {} has, that of a", "Question: What is the work of {}? Answer:"),
-    "instrument": ("This text is about {} who makes music and plays the", "Question: What does {} play? Answer:"),
+    "instrument": ("This text is about {} who plays the", "Question: What does {} play? Answer:"),
     "pet": ("This text is about {} who has a pet, a", "Question: What animal does {} keep? Answer:"),
-    "dish": ("This text is about the meal that {} likes to eat,", "Question: What does {} like to eat? Answer:"),
+    "dish": ("This text is about {} who likes to eat", "Question: What does {} like to eat? Answer:"),
     "language": ("This text is about {} who speaks", "Question: What language does {} know? Answer:"),
 }
-"""Phrasings that a Llama answers which was not trained on them: others, it answers by another attribute."""
+"""Phrasings in words that the trained ones use in the same sense: others, such models answer by another attribute."""
 LIST = "This is known about {}:"
 """The opening of a list of all facts about a person: each attribute's name, followed by the value."""
 ORDINARY = (
