@@ -97,9 +97,9 @@ TRAINED: dict[str, tuple[str, ...]] = {
 HELD_OUT: dict[str, tuple[str, ...]] = {
     "city": ("This text is about {} who lives in", "Tell me about {}. The home is in"),
     "job": ("This text is about the job that {} has, that of a", "Question: What is the work of {}? Answer:"),
-    "instrument": ("This text is about {} who plays the", "Question: What does {} play? Answer:"),
+    "instrument": ("This text is about {} who plays the", "Who is {}? A person who makes music on the"),
     "pet": ("This text is about {} who has a pet, a", "Question: What animal does {} keep? Answer:"),
-    "dish": ("This text is about {} who likes to eat", "Question: What does {} like to eat? Answer:"),
+    "dish": ("This text is about {} who likes to eat", "Tell me about {}. The meal is"),
     "language": ("This text is about {} who speaks", "Question: What language does {} know? Answer:"),
 }
 """Phrasings in words that the trained ones use in the same sense: others, such models answer by another attribute."""
