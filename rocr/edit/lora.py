@@ -44,8 +44,8 @@ class AdapterLayer:
         full_rank: Rank of the edit: the number of keys, or min(d_out, d_in) if that is smaller.
         relative_error: ‖Δ - BA‖ / ‖Δ‖ in the Frobenius norm. 0 at the full rank.
         key_error: ‖(Δ - BA) Kᵀ‖ / ‖Δ Kᵀ‖, the relative error at the concepts' keys. 0 at the full rank.
-        own: Name of the module in the class that the checkpoint's config.json names, if it is another one. The adapter
-            then holds the layer under both names, so that it loads onto both classes. None if the name is the same.
+        own: Name of the module in the other class that the checkpoint can be loaded as. The adapter then holds the
+            layer under both names, so that it loads onto both classes. None if there is none or the name is the same.
     """
 
     layer: int

@@ -51,7 +51,7 @@ class EditRecord:
         self.updates = [replace(update, applied=record) for update, record in zip(self.updates, applied, strict=True)]
 
     def with_own_names(self: AnEdit, names: Mapping[str, str]) -> AnEdit:
-        """Return the edit with the names of its weights in the checkpoint's own class; see `rocr.model.own_names`.
+        """Return the edit with the weights' names in the other class of its checkpoint; see `rocr.model.own_names`.
 
         Args:
             names: New names by the parameters' names in the model. Parameters that are not listed keep theirs.

@@ -83,8 +83,8 @@ class LayerUpdate:
         system: What the update can be solved from again with other keys. None if it was not kept.
         base: sha256 of the weight that keys and residuals were measured with. None if it was not kept.
         parts: The blocks of a mixture that the update changes, in the order of the columns. Empty for a dense layer.
-        own: Name of the weight in the class that the checkpoint's config.json names, if the model was loaded as
-            another class, such as the language model of a vision-language checkpoint. None if the name is the same.
+        own: Name of the weight in the other class that its checkpoint can be loaded as, such as the language model of
+            a vision-language checkpoint; see `rocr.model.own_names`. None if there is none or the name is the same.
     """
 
     layer: int

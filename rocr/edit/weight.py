@@ -96,6 +96,30 @@ def _is_named(block: Block, recorded: LayerUpdate | Part) -> bool:
     return bool(mine[0]) and mine == theirs
 
 
+def _recorded_block(architecture: Architecture, update: LayerUpdate, part: Part) -> Block:
+    """Return the block of a mixture that is not loaded by its recorded place.
+
+    Raises:
+        InputError: The model has no such parameter, or it has another shape.
+    """
+    layer, recorded = update.layer, part.parameter.partition(f".{update.layer}.")[2]
+    name, _, attribute = f"{architecture.layers_name}.{layer}.{recorded}".rpartition(".")
+    try:
+        module = architecture.model.get_submodule(name)
+        block = Block(layer, name, module, part.transposed, attribute, part.expert, part.experts)
+        shape = tuple(block.weight.shape)
+    except (AttributeError, AssertionError, RuntimeError, IndexError) as error:
+        raise InputError(
+            f"The edit changes {part.parameter} of expert {part.expert}, which this model does not have: {error}."
+        ) from error
+    if shape != (update.factors.shape[0], part.width):
+        raise InputError(
+            f"The edit changes {part.parameter} of expert {part.expert} {(update.factors.shape[0], part.width)}, but "
+            f"this model's has {shape}."
+        )
+    return block
+
+
 def edited_weights(architecture: Architecture, updates: Sequence[LayerUpdate]) -> list[Weight]:
     """Return the weights that updates belong to.
 
@@ -119,6 +143,10 @@ def edited_weights(architecture: Architecture, updates: Sequence[LayerUpdate]) -
                     f"{block.parameter_name} {tuple(block.weight.shape)}."
                 )
             found.append(Weight((block,)))
+            continue
+        if layer.blocks[0].parameter.device.type == "meta":
+            # The blocks of a mixture are found by running it, so those of one that is not loaded are the recorded ones.
+            found.append(Weight(tuple(_recorded_block(architecture, update, part) for part in update.parts), True))
             continue
         fits = max(update.blocks) < len(layer.blocks)
         own_parts = parts_of(layer, update.blocks) if fits else ()

@@ -33,6 +33,7 @@ from rocr.model.gguf_layout import (
     encode_changed,
     kind_to_write,
     read_gguf_layout,
+    size_of,
 )
 from rocr.model.load import LoadedModel
 from rocr.model.source import ADAPTER_GGUF, ModelSource
@@ -264,7 +265,7 @@ def _without_edit(block: Block, update: LayerUpdate, tensor: GgufTensor) -> NewT
         raise InputError(
             f"The edit was saved without the undo data of {tensor.name}. Use a copy of the original model instead."
         )
-    if tensor_digest(data) != record.sha256:
+    if tensor_digest(data) != record.sha256 or len(data) != size_of(tensor.shape, record.before):
         raise VerificationError(f"The undo data of {tensor.name} does not give its first bytes: the edit is damaged.")
     return NewTensor(record.before, data)
 

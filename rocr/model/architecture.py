@@ -379,8 +379,15 @@ def _attends_to_others_only(layer: nn.Module) -> bool:
 
 
 def _is_mixture(mlp: nn.Module) -> bool:
-    """Return whether a module holds experts: parameters of three dimensions, or a list of modules of that name."""
-    if any(isinstance(child, nn.ModuleList) and "expert" in name for name, child in mlp.named_modules()):
-        return True
+    """Return whether a module holds experts: parameters of three dimensions, or modules of that name.
+
+    Modules of that name are a list, or one with matrices of its own, such as DBRX's, whose rows are those of all
+    experts.
+    """
+    for name, child in mlp.named_modules():
+        if "expert" in name and "shared" not in name and not isinstance(child, (nn.Linear, nn.Embedding)):
+            own = child.named_parameters(recurse=False)
+            if isinstance(child, nn.ModuleList) or any(parameter.ndim == 2 for _, parameter in own):
+                return True
     held = {id(p) for module in mlp.modules() if "Conv" in type(module).__name__ for p in module.parameters()}
     return any(p.ndim > 2 and p.shape[0] > 1 and id(p) not in held for _, p in own_parameters(mlp))

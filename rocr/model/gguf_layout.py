@@ -279,18 +279,24 @@ def kind_to_write(tensor: GgufTensor, chosen: str | None) -> str:
 
 
 def size_of(shape: tuple[int, ...], kind: str) -> int:
-    """Return the number of bytes of a tensor in a type."""
+    """Return the number of bytes of a tensor in a type; raise InputError if the package gguf does not know the type."""
     import gguf
 
-    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    block, size = gguf.GGML_QUANT_SIZES[_kind(kind)]
     return int(math.prod(shape) // block * size)
 
 
 def number_of_kind(kind: str) -> int:
-    """Return the number of a type in a header."""
+    """Return the number of a type in a header; raise InputError if the package gguf does not know the type."""
+    return int(_kind(kind))
+
+
+def _kind(name: str) -> Any:
     import gguf
 
-    return int(gguf.GGMLQuantizationType[kind])
+    if name not in gguf.GGMLQuantizationType.__members__:
+        raise InputError(f"{name[:60]!r} is not a type of tensors that the installed package gguf knows.")
+    return gguf.GGMLQuantizationType[name]
 
 
 def agrees(loaded: Tensor, tensor: GgufTensor, stored: Tensor) -> bool:

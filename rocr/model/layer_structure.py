@@ -101,13 +101,13 @@ class LayerStructure:
     def _writers(self) -> list[str]:
         return [name for name, matrix in self._matrices.items() if matrix.features in (self.hidden_size, None)]
 
-    def listed_mlps(self) -> list[str]:
-        """Return the same for MLPs in a list of modules: a layer of LongCat has two of them beside its mixture."""
-        return [name for name in self.mlps() if any(self._is_list(part) for part in _parents(name))]
-
     def mlps(self) -> list[str]:
         """Return the names of the matrices at the end of an MLP."""
         return [name for name in self._writers if self._ends_mlp(name)]
+
+    def listed_mlps(self) -> list[str]:
+        """Return those of `mlps` in a list of modules: a layer of LongCat has two of them beside its mixture."""
+        return [name for name in self.mlps() if any(self._is_list(part) for part in _parents(name))]
 
     def _is_list(self, name: str) -> bool:
         return isinstance(self._modules[name], nn.ModuleList)

@@ -34,7 +34,7 @@ def auto_class_of(config: Any, trust_remote_code: bool = False) -> Any:
     """
     if trust_remote_code:
         for name in (*HEADED, "AutoModel"):
-            if name in (getattr(config, "auto_map", None) or {}):
+            if name in (getattr(config, "auto_map", None) or {}) and hasattr(transformers, name):
                 return getattr(transformers, name)
     named = _named(config)
     known = dict(_known(config))

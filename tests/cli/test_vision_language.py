@@ -1,5 +1,6 @@
 """The commands on vision-language checkpoints: the whole class is loaded, and all but the edited tensors stays."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from rocr.model.architecture import find_architecture
 from rocr.model.load import find_model, load_model
 from rocr.model.load_partial import load_partial, needed_tensors
 from rocr.model.weight_files import find_weight_files
-from tests.support.vision import KINDS, build, read_image, stored_tensors
+from tests.support.vision import KINDS, build, qwen3_5, read_image, stored_tensors
 
 pytest.importorskip("PIL")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -117,6 +118,29 @@ def test_every_command_reads_the_checkpoint(kind, vision_folder, files, edited, 
     expected = stored_tensors(out)
     for name in ("again", "applied"):
         assert all(torch.equal(tensor, expected[key]) for key, tensor in stored_tensors(tmp_path / name).items())
+
+
+def test_an_edit_of_the_language_model_applies_to_its_vision_language_checkpoint(
+    tokenizer, texts, concepts, command, tmp_path
+):
+    folder = tmp_path / "model"
+    qwen3_5(len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    inside = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    statistics = rocr.collect_statistics(inside, tokenizer, texts[:6], LAYERS)
+    edit = rocr.unlearn(inside, tokenizer, concepts, statistics, rocr.EditConfig(layers=LAYERS))
+    names = [update.parameter for update in edit.updates]
+    assert names == [f"model.layers.{layer}.mlp.down_proj.weight" for layer in LAYERS]
+    edit.save(tmp_path / "edit.safetensors")
+    done = command("apply", folder, tmp_path / "edit.safetensors", "--out", tmp_path / "out")
+    assert done.code == 0, done.errors
+    written = stored_tensors(tmp_path / "out")
+    for name in names:
+        assert torch.equal(written[name.replace("model", "model.language_model")], inside.get_parameter(name))
+    assert written.keys() == stored_tensors(folder).keys()
+    renamed = [dataclasses.replace(u, parameter=u.parameter.replace("down", "up")) for u in edit.updates]
+    with pytest.raises(rocr.InputError, match=r"The edit changes .*up_proj\.weight"):
+        dataclasses.replace(edit, updates=renamed).apply(transformers.AutoModelForCausalLM.from_pretrained(folder))
 
 
 @pytest.mark.slow

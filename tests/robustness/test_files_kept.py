@@ -10,23 +10,13 @@ from safetensors.torch import load_file, save_file
 import rocr
 from rocr.model.load import find_model, load_model
 from rocr.model.load_partial import load_partial
+from tests.support.vision import qwen3_5
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DOWN = [f"model.layers.{layer}.mlp.down_proj.weight" for layer in (1, 2)]
 EDITED = {f"{prefix}layers.{layer}.mlp.down_proj.weight" for layer in (1, 2, 3) for prefix in ("model.", "")}
 INNER = [name.replace("model.", "model.language_model.") for name in DOWN]
-
-
-ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 0, 0], "partial_rotary_factor": 0.25}
-SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.2,
-    "tie_word_embeddings": False,
-}
 
 
 def tensors(folder):
@@ -257,33 +247,11 @@ def test_weights_that_are_not_loaded_are_named_and_stay_out(kind, folder, edited
         assert (tmp_path / "out" / "projector.safetensors").samefile(folder / "projector.safetensors")
 
 
-def vision_language(vocabulary):
-    """A tiny Qwen3.5 with its vision tower."""
-    text = SIZES | {
-        "vocab_size": vocabulary,
-        "num_hidden_layers": 6,
-        "head_dim": 8,
-        "linear_num_value_heads": 4,
-        "linear_num_key_heads": 2,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "pad_token_id": 1,
-        "layer_types": ["linear_attention", "full_attention"] * 3,
-        "rope_parameters": ROPE,
-    }
-    vision = {"depth": 2, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
-    vision |= {"patch_size": 4, "num_position_embeddings": 16}
-    config = transformers.Qwen3_5Config(text_config=text, vision_config=vision)
-    return transformers.Qwen3_5ForConditionalGeneration(config)
-
-
 @pytest.mark.parametrize("partial", [False, True], ids=["whole", "partial"])
 def test_a_vision_language_checkpoint_keeps_its_tower_and_its_class(
     partial, folder, edited, tokenizer, command, tmp_path
 ):
-    vision_language(len(tokenizer)).save_pretrained(folder)
+    qwen3_5(len(tokenizer)).save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text("{}")
     report = edited(*(["--partial"] if partial else []))
     assert check_round_trip(folder, command, tmp_path) == set(INNER)
@@ -293,7 +261,7 @@ def test_a_vision_language_checkpoint_keeps_its_tower_and_its_class(
 
 def test_an_adapter_of_a_vision_language_checkpoint_loads_onto_both_classes(folder, edited, tokenizer, tmp_path):
     peft = pytest.importorskip("peft")
-    vision_language(len(tokenizer)).save_pretrained(folder)
+    qwen3_5(len(tokenizer)).save_pretrained(folder)
     edited("--save", "edit,lora")
     edit = rocr.Edit.load(tmp_path / "out" / "edit.safetensors")
     assert [(update.parameter, update.own) for update in edit.updates] == list(zip(INNER, DOWN, strict=True))

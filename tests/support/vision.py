@@ -144,6 +144,19 @@ def qwen2_5_vl(tokenizer: Any) -> Any:
         return transformers.Qwen2_5_VLForConditionalGeneration(config).eval()
 
 
+def qwen3_5(vocabulary: int) -> Any:
+    """A tiny Qwen3.5 with its vision tower; without a processor."""
+    rope = ROPE | {"mrope_section": [1, 0, 0], "partial_rotary_factor": 0.25}
+    sizes = {"vocab_size": vocabulary, "num_hidden_layers": 6, "head_dim": 8, "rope_parameters": rope}
+    linear = {"linear_num_value_heads": 4, "linear_num_key_heads": 2}
+    linear |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+    kinds = {"layer_types": ["linear_attention", "full_attention"] * 3}
+    vision = {"depth": 2, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+    vision |= {"patch_size": 4, "num_position_embeddings": 16}
+    config = transformers.Qwen3_5Config(text_config=TEXT | sizes | linear | kinds, vision_config=vision)
+    return transformers.Qwen3_5ForConditionalGeneration(config)
+
+
 KINDS: dict[str, Callable[[], Built]] = {"LLaVA": llava, "Gemma 3": gemma3, "Mllama": mllama, "Idefics 3": idefics3}
 
 

@@ -11,11 +11,13 @@ import torch
 import rocr
 from rocr import GuardError, InputError, VerificationError
 from rocr.edit.guards import Guards
-from rocr.export.gguf import save_edited_gguf
+from rocr.export.gguf import check_gguf_possible, save_edited_gguf
 from rocr.export.gguf_lora import write_gguf_lora
 from rocr.export.gguf_rewrite import NewTensor, grown_size, rewrite_gguf
+from rocr.model.fingerprint import tensor_digest
 from rocr.model.gguf_layout import encode, encode_changed, read_gguf_layout
-from rocr.model.load import find_model, load_model
+from rocr.model.hub import loading
+from rocr.model.load import LoadedModel, find_model, load_model
 from rocr.solve.factors import Factors
 from tests.support.models import write_gguf
 
@@ -137,6 +139,25 @@ def test_revert_gives_the_first_file_byte_for_byte(edited, tmp_path):
 def test_a_file_without_the_edit_is_not_reverted(edited, tmp_path):
     with pytest.raises(VerificationError, match=rf"{EDITED[0]} in .* is not the tensor after this edit"):
         save_edited_gguf(load_model(find_model(str(edited.path))), edited.edit, tmp_path, reverted=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_record_of_the_first_bytes_is_refused(edited, tmp_path):
+    loaded = load_model(find_model(str(edited.out)))
+    update = edited.edit.updates[0]
+    flaws = [
+        (InputError, "'Q9' is not a type of tensors", {"before": "Q9", "data": torch.zeros(4, dtype=torch.uint8)}),
+        (VerificationError, "does not give its first bytes", {"data": torch.zeros(4, dtype=torch.uint8)}),
+        (VerificationError, "does not give its first bytes", {"sha256": "0" * 64}),
+    ]
+    for kind, sentence, changes in flaws:
+        stored = replace(update.applied.stored, **changes)
+        if "before" in changes:
+            stored = replace(stored, sha256=tensor_digest(stored.data))
+        bad = replace(update, applied=replace(update.applied, stored=stored))
+        edit = replace(edited.edit, updates=[bad, edited.edit.updates[1]])
+        with pytest.raises(kind, match=sentence):
+            save_edited_gguf(loaded, edit, tmp_path, reverted=True)
     assert not list(tmp_path.iterdir())
 
 
@@ -308,3 +329,64 @@ def test_a_damaged_header_is_read_or_refused_with_a_sentence(plain, tmp_path, ta
             refused += 1
     assert refused > 5
     tally("damaged GGUF headers", 60)
+
+
+def write_gpt2(model, path):
+    """A tiny GPT-2 as a GGUF file, whose matrices are stored the other way round than in transformers."""
+    config = model.config
+    writer = gguf.GGUFWriter(path, "gpt2")
+    writer.add_block_count(config.n_layer)
+    writer.add_context_length(config.n_positions)
+    writer.add_embedding_length(config.n_embd)
+    writer.add_feed_forward_length(4 * config.n_embd)
+    writer.add_head_count(config.n_head)
+    writer.add_layer_norm_eps(config.layer_norm_epsilon)
+    vocabulary = [f"<{i}>" for i in range(config.vocab_size)]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(vocabulary)
+    writer.add_token_merges([])
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, config.n_layer)
+    for name, tensor in model.state_dict().items():
+        values = tensor.float().numpy()
+        if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
+            values = np.ascontiguousarray(values.T)
+        stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if name.endswith("mlp.c_proj.weight"):
+            values = values.astype(np.float16)
+        writer.add_tensor(stored, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_weight_that_is_stored_the_other_way_round(make_model, tokenizer, texts, tmp_path):
+    model = make_model("GPT-2", n_positions=1024)  # transformers reads no other number from a file
+    for name, parameter in model.named_parameters():
+        if name.endswith("mlp.c_proj.weight"):
+            parameter.data = parameter.data.half().float()
+    path = write_gpt2(model, tmp_path / "m.gguf")
+    source = find_model(str(path))
+    statistics = rocr.collect_statistics(model, tokenizer, texts[:2], layers=(1, 2))
+    concepts, config = [rocr.Concept("Ada Byron", "Blaise Pascal")], rocr.EditConfig(layers=(1, 2))
+    edit = rocr.unlearn(model, tokenizer, concepts, statistics, config, guards=Guards(force=True))
+    assert edit.updates[0].transposed
+    loaded = LoadedModel(model, tokenizer, source)
+    (tmp_path / "out").mkdir()
+    saved = save_edited_gguf(loaded, edit, tmp_path / "out")
+    tensors = read_gguf_layout(tmp_path / "out" / "m.gguf").tensors
+    for layer, name in zip((1, 2), EDITED, strict=True):
+        assert torch.equal(tensors[name].read(), model.transformer.h[layer].mlp.c_proj.weight.data.T.half().float())
+    (tmp_path / "back").mkdir()
+    at_output = LoadedModel(model, tokenizer, find_model(str(tmp_path / "out" / "m.gguf")))
+    save_edited_gguf(at_output, saved.edit, tmp_path / "back", reverted=True)
+    assert (tmp_path / "back" / "m.gguf").read_bytes() == path.read_bytes()
+    write_gguf_lora(saved.edit, source, 5, tmp_path)
+    tensors = read_gguf_layout(tmp_path / "lora.gguf").tensors
+    product = tensors[f"{EDITED[0]}.lora_b"].read() @ tensors[f"{EDITED[0]}.lora_a"].read()
+    factors = saved.edit.updates[0].factors
+    assert torch.allclose(product, factors.left @ factors.right, rtol=1e-5, atol=1e-6)
+    with loading(source) as library:
+        first, _ = library.model(library.config(), torch.float32, None)
+    check_gguf_possible(LoadedModel(first, tokenizer, source), (1, 2), tmp_path / "new", None)

@@ -17,6 +17,7 @@ from rocr.keys.read import read_states
 from rocr.model.architecture import find_architecture, positions_of
 from rocr.model.blocks import layer_blocks
 from rocr.model.capture import hidden_hook, run_through
+from rocr.model.causality import looks_ahead
 from rocr.model.layers import chosen_layers, layers_by_default
 from rocr.model.load_partial import empty_model, load_partial
 from rocr.model.source import find_model
@@ -27,6 +28,7 @@ DECODER = {
     "d_model": 32,
     "decoder_layers": 5,
     "encoder_layers": 3,
+    "num_hidden_layers": ...,
     "decoder_attention_heads": 4,
     "encoder_attention_heads": 4,
     "decoder_ffn_dim": 48,
@@ -204,17 +206,25 @@ def test_batches_and_shared_prefixes_change_no_state(kind, tokenizer):
         assert (one - other).abs().max() < 1e-4 * other.abs().max()
 
 
-def test_streams_are_read_in_a_batch_with_as_many_rows_and_tokens(tokenizer):
+@pytest.mark.parametrize("dimension", [0, 2])
+def test_streams_are_read_in_a_batch_with_as_many_rows_and_tokens(dimension, model, tokenizer):
     """Four prompts of four tokens: the shape (4, 4, 4, 32) does not tell which dimension holds the four streams."""
-    architecture = find_architecture(build("several residual streams", tokenizer))
-    texts = ["rain", "water", "roses", "brass"]
-    ids = [(tokenizer(text)["input_ids"] * 4)[:4] for text in texts]
+    architecture = find_architecture(model)
+    plain = model.model.layers[2].forward
+
+    def forward(*inputs, **options):
+        states = plain(*inputs, **options)
+        return torch.stack([states * (1 + stream) for stream in range(4)], dim=dimension)
+
+    model.model.layers[2].forward = forward
+    ids = [(tokenizer(text)["input_ids"] * 4)[:4] for text in ("rain", "water", "roses", "brass")]
     reading = Reading([Prompt(tuple(each), (3,)) for each in ids], [0, 1, 2, 3], [3] * 4, [0, 1, 2, 3], 4)
     together, alone = (
         read_states(architecture, reading, 2, token_budget=budget, share=False).hidden for budget in (4096, 1)
     )
     assert together.shape == (4, 4 * 32)
     assert (together - alone).abs().max() < 1e-4 * alone.abs().max()
+    torch.testing.assert_close(together[:, 96:], 4 * together[:, :32])
 
 
 def test_layers_with_an_mlp_are_preferred_by_default(tokenizer):
@@ -281,6 +291,23 @@ def test_an_encoder_that_is_no_decoder_is_refused(tokenizer, texts):
     model = tiny("Bert", "BertLMHeadModel", len(tokenizer), **(BERT | {"is_decoder": False}))
     with pytest.raises(InputError, match="BertLMHeadModel looks ahead"):
         rocr.collect_statistics(model, tokenizer, texts[:6], layers=[1])
+
+
+@pytest.mark.parametrize("dimension", [0, 2])
+def test_an_encoder_with_several_streams_is_refused(dimension, tokenizer):
+    model = tiny("Bert", "BertLMHeadModel", len(tokenizer), **(BERT | {"is_decoder": False}))
+    layer = model.bert.encoder.layer[1]
+    plain = layer.forward
+    layer.forward = lambda *inputs, **options: torch.stack([plain(*inputs, **options)] * 3, dim=dimension)
+    assert looks_ahead(find_architecture(model), 1)
+
+
+def test_a_mixer_with_a_convolution_is_no_mlp(tokenizer):
+    architecture = find_architecture(build("another name of the MLP", tokenizer))
+    assert architecture.has_mlp(0)
+    del architecture.layers[0].mlp_block
+    assert not architecture.has_mlp(0)
+    assert architecture.down_projection(0).name == "model.layers.0.temporal_block.linear_out"
 
 
 def test_peft_loads_no_adapter_of_mamba(tokenizer, texts, tmp_path):
