@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 DEMO_OUT ?= demo-output
 COMMA := ,
 
-.PHONY: demo test numerics check docs sanitize bench compare gpu clean
+.PHONY: demo test numerics learned check docs sanitize bench compare gpu clean
 
 demo: $(VENV)/.installed
 	rm -rf $(DEMO_OUT)
@@ -21,6 +21,10 @@ test: $(VENV)/.tools
 # What depends on how a chip multiplies and adds; .ci/run repeats it with the instructions of other chips.
 numerics: $(VENV)/.tools
 	$(BIN)/python -m pytest -q tests/numerics tests/kernels/test_csrc.py tests/kernels/test_kernels_backends.py
+
+# A tiny model learns facts about people, some of whom are unlearned: under 90 seconds.
+learned: $(VENV)/.tools
+	$(BIN)/python -m pytest -q -m slow tests/numerics/test_learned.py
 
 check: $(VENV)/.tools
 	$(BIN)/ruff format --check .

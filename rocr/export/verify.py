@@ -227,7 +227,7 @@ def _tensor_checks(files: WeightFiles, update: LayerUpdate, recorded: list[str],
             values = weight.read(update.factors.shape)
             if update.applied is not None and update.applied.dtype in _DTYPES:
                 values = values.to(torch_dtype(update.applied.dtype.removeprefix("torch.")))
-            yield _digest_check(shown(module), values, update, is_reverted)
+            yield digest_check(shown(module), [values], update, is_reverted)
         except (InputError, OSError) as error:
             yield Check(shown(module), "readable", FAILED, shown(str(error)))
     names = [name for name in names if name not in quantised]
