@@ -60,7 +60,7 @@ def listed(make_model):
 
 def build(mixture, make_model):
     model = listed(make_model) if mixture == "listed" else make_model(mixture)
-    if mixture in ("Mixtral", "Qwen2Moe", "GPT-OSS", "Deepseek-V3"):
+    if mixture in ("Mixtral", "Qwen2Moe", "GPT-OSS", "Deepseek-V3") and hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # others have no float64
     return model
 
@@ -139,6 +139,27 @@ def test_statistics_are_the_second_moments_of_all_gated_keys(moe, tokenizer, tex
     assert torch.equal(found.routed, counts) and torch.equal(whole.mixtures[LAYER].routed, counts)
 
 
+def metrics_of(moments, config, scale, dtype):
+    """The metric of each block, (d_in, d_in) float64, from eigenvectors in a dtype."""
+    found = []
+    for moment in moments:
+        values, vectors = (each.double() for each in torch.linalg.eigh(moment.to(dtype)))
+        kept = 1 / (config.gamma * values / scale + 1)
+        if config.method == "projected":
+            kept = (values < config.threshold * scale).double()
+        found.append(vectors * kept @ vectors.T)
+    return found
+
+
+def dense_solve(update, metrics, ridge, dtype=torch.float64):
+    """The authors' (d_in, d_in) system of an update's wide keys in float64, with the product M Kᵀ of a dtype."""
+    keys = update.keys.double()
+    metric = torch.block_diag(*(metrics[block] for block in update.blocks))
+    product = (metric.to(dtype) @ keys.to(dtype).T).double()
+    system = product @ keys + ridge * torch.eye(len(metric), dtype=torch.float64)
+    return torch.linalg.solve(system, product @ update.residuals.double()).T
+
+
 @pytest.mark.parametrize("method", ["whitened", "projected"])
 @pytest.mark.parametrize("relative", [True, False])
 def test_the_update_is_the_dense_solve_on_the_wide_key(moe, tokenizer, texts, concepts, method, relative):
@@ -153,27 +174,28 @@ def test_the_update_is_the_dense_solve_on_the_wide_key(moe, tokenizer, texts, co
     update = rocr.unlearn(moe, tokenizer, concepts, statistics, config, guards=FORCE).updates[0]
     moments = [moment.double() for moment in statistics.second_moments(LAYER)]
     scale = sum(moment.trace() for moment in moments) / sum(map(len, moments))
-    metrics = []
-    for moment in moments:
-        values, vectors = torch.linalg.eigh(moment)
-        kept = (values < 0.5 * scale).double() if method == "projected" else 1 / (config.gamma * values / scale + 1)
-        metrics.append(vectors * kept @ vectors.T)
+    metrics = metrics_of(moments, config, scale, torch.float64)
     ordinary = sum((moment * metric).sum() for moment, metric in zip(moments, metrics, strict=True))
     ridge = 0.05 * (ordinary if relative else 1.0)
     if relative and method == "whitened":
         # tr(C M) is estimated by random vectors; the value that was used is recorded.
         assert abs(update.system.ridge / ridge - 1) < 0.1
         ridge = update.system.ridge
-    keys = update.keys.double()
-    metric = torch.block_diag(*(metrics[block] for block in update.blocks))
-    system = metric @ keys.T @ keys + ridge * torch.eye(len(metric), dtype=torch.float64)
-    expected = torch.linalg.solve(system, metric @ keys.T @ update.residuals.double()).T
-    assert (update.factors.left.double() @ update.factors.right.double() - expected).norm() <= SAME * expected.norm()
+    expected = dense_solve(update, metrics, ridge)
+    # The factors are stored in float32, and their product may cancel.
+    stored = torch.finfo(torch.float32).eps * update.factors.left.norm() * update.factors.right.norm()
+    allowed = SAME * expected.norm() + stored
+    if method == "projected":
+        # What the rounding of torch's own eigenvectors and product does: the projector removes most of a key.
+        rounded = dense_solve(update, metrics_of(moments, config, scale, torch.float32), ridge, torch.float32)
+        allowed += 2 * (rounded - expected).norm()
+        assert allowed < 1e-3 * expected.norm()
+    assert (update.factors.left.double() @ update.factors.right.double() - expected).norm() <= allowed
     places = dict(zip(update.blocks, update.columns, strict=True))
     for number, (block, old) in enumerate(zip(blocks.blocks, before, strict=True)):
         change = expected[:, places[number]] if number in places else torch.zeros_like(old)
         rounding = torch.finfo(torch.float32).eps * old.norm()
-        assert (block.weight - old - change).norm() <= SAME * change.norm() + rounding
+        assert (block.weight - old - change).norm() <= allowed * bool(change.any()) + rounding
 
 
 def test_keys_are_means_over_the_templates_whatever_the_batch(moe, tokenizer, concepts):
@@ -308,9 +330,7 @@ def test_experts_that_cannot_be_read_are_refused_with_their_shapes(make_model, t
         return torch.nn.functional.pad(found, (0, states.shape[-1]))[..., : states.shape[-1]].tanh()
 
     mixture.forward = fused
-    with pytest.raises(
-        InputError, match=r"layers\.2\.mlp, a MixtralSparseMoeBlock, cannot be read: .*down_proj \(4, 32"
-    ):
+    with pytest.raises(InputError, match=r"layers\.2\.mlp\S*, a Mixtral\w+, cannot be read: .*down_proj \(4, 32"):
         rocr.collect_statistics(model, tokenizer, texts, [LAYER])
 
 

@@ -9,6 +9,7 @@ import rocr
 from rocr import Concept, EditConfig, InputError
 from rocr.edit.guards import Guards
 from rocr.model.architecture import find_architecture
+from rocr.model.causality import PROBE_TOKENS
 from tests.support.models import same_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -274,8 +275,12 @@ def test_bad_concepts_are_refused_before_anything_runs(model, tokenizer, concept
         rocr.unlearn(model, tokenizer, concepts)
 
 
-def test_names_without_a_key_are_refused_before_the_model_runs(model, tokenizer):
-    model.model.layers[0].register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
+def test_names_without_a_key_are_refused_before_the_model_reads_prompts(model, tokenizer):
+    # A few tokens are run to find out whether the model reads from left to right.
+    def check(_, inputs):
+        assert inputs[0].shape[1] <= PROBE_TOKENS, "the model read prompts"
+
+    model.model.layers[0].register_forward_pre_hook(check)
     with pytest.raises(InputError, match="'x': the name is a single token"):
         rocr.unlearn(model, tokenizer, [Concept("x", "y")], config=EditConfig(templates=("{}?",)))
 

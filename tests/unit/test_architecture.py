@@ -224,4 +224,5 @@ def test_settings_that_raise_are_left_out(model):
 
     before = computed_with(model)
     model.config.__class__ = PerLayer
-    assert computed_with(model) == before | {}
+    # transformers 4 keeps this setting in the configuration itself.
+    assert computed_with(model) == {name: value for name, value in before.items() if name != "rope_theta"}
