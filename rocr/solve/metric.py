@@ -94,6 +94,8 @@ class ProjectedMetric:
     def apply(self, keys: Tensor) -> Tensor:
         """Return keys @ P."""
         keys = keys.to(self.basis)
+        if self.free_directions == 0:
+            return torch.zeros_like(keys)
         along = (keys @ self.basis) @ self.basis.T
         return keys - along if self.protected else along
 

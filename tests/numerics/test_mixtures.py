@@ -155,7 +155,8 @@ def dense_solve(update, metrics, ridge, dtype=torch.float64):
     """The authors' (d_in, d_in) system of an update's wide keys in float64, with the product M Kᵀ of a dtype."""
     keys = update.keys.double()
     metric = torch.block_diag(*(metrics[block] for block in update.blocks))
-    product = (metric.to(dtype) @ keys.to(dtype).T).double()
+    removed = torch.eye(len(metric), dtype=torch.float64) - metric
+    product = (keys.to(dtype) - keys.to(dtype) @ removed.to(dtype)).double().T
     system = product @ keys + ridge * torch.eye(len(metric), dtype=torch.float64)
     return torch.linalg.solve(system, product @ update.residuals.double()).T
 
