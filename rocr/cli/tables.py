@@ -6,7 +6,6 @@ from collections.abc import Sized
 from typing import Any
 
 from rocr.cli.console import Console
-from rocr.edit.routing import FEW_TOKENS
 
 SHOWN_ROWS = 20
 SHOWN_PAIRS = 5
@@ -123,6 +122,8 @@ def _show_routing(layers: list[dict[str, Any]], console: Console) -> None:
     console.table("Experts", columns, rows)
     names = list(dict.fromkeys(name for layer in layers for name in layer["uncovered"]))
     if names:
+        from rocr.edit.routing import FEW_TOKENS
+
         more = f" and {len(names) - SHOWN_PAIRS} more" if len(names) > SHOWN_PAIRS else ""
         console.warn(
             f"{', '.join(names[:SHOWN_PAIRS])}{more}: routed to experts with fewer than {FEW_TOKENS} tokens in the "

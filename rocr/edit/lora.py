@@ -160,6 +160,33 @@ def _check_loadable(edit: EditRecord) -> None:
             f"peft loads no adapter of {refused[0]} in models of the type {kind}, whose kernels read its weight "
             "without calling it. Save the edit itself or the edited model instead (Edit.save, --save)."
         )
+    for part in (part for update in edit.updates for part in update.parts):
+        if part.stacked:
+            raise InputError(
+                f"peft has no adapter for {part.parameter}, one matrix with the rows of {part.experts} experts. Save "
+                "the edit itself or the edited model instead (Edit.save, --save)."
+            )
+        renamed = _renamed_by_peft(f"{part.parameter.rpartition('.')[0]}.lora_A.weight", str(kind))
+        if renamed is not None:
+            raise InputError(
+                f"peft would look for the adapter of {part.parameter} under the name {renamed}, by a rule of "
+                f"transformers for the checkpoints of {kind}, and leave it out. Save the edit itself or the edited "
+                "model instead (Edit.save, --save)."
+            )
+
+
+def _renamed_by_peft(name: str, kind: str) -> str | None:
+    """Return the name that peft gives to a tensor of an adapter when it loads it; None if it keeps the name."""
+    try:
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+    except ImportError:  # before transformers 5
+        return None
+    found = name
+    for rule in get_checkpoint_conversion_mapping(kind) or ():
+        if isinstance(rule, WeightRenaming):
+            found = rule.rename_source_key(found)[0]
+    return found if found != name else None
 
 
 def _pad(tensors: dict[str, Tensor], layer: AdapterLayer, rank: int) -> None:

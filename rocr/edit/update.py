@@ -29,6 +29,7 @@ class Part:
         expert: Index of the expert in the parameter. None if the parameter holds this block only.
         experts: Number of experts in the parameter.
         declared_transposed: Whether the module has the attribute `is_transposed`, by which PEFT reads the parameter.
+        stacked: Whether the parameter is one matrix, whose rows are those of all experts.
         own: As `LayerUpdate.own`.
     """
 
@@ -39,6 +40,7 @@ class Part:
     expert: int | None = None
     experts: int = 1
     declared_transposed: bool = False
+    stacked: bool = False
     own: str | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -62,6 +64,7 @@ class Part:
             text_of(part.own, "own")
         flag_of(part.transposed, "transposed")
         flag_of(part.declared_transposed, "declared_transposed")
+        flag_of(part.stacked, "stacked")
         return part
 
 
@@ -150,8 +153,17 @@ def parts_of(layer: LayerBlocks, touched: Sequence[int]) -> tuple[Part, ...]:
 
 def _part(index: int, block: Block) -> Part:
     declared = block.parameter.ndim == 3 and bool(getattr(block.module, "is_transposed", False))
-    width = block.weight.shape[1]
-    return Part(index, block.parameter_name, width, block.transposed, block.expert, block.experts, declared)
+    stacked = block.experts > 1 and block.parameter.ndim == 2
+    return Part(
+        index,
+        block.parameter_name,
+        block.weight.shape[1],
+        block.transposed,
+        block.expert,
+        block.experts,
+        declared,
+        stacked,
+    )
 
 
 @dataclass(frozen=True)

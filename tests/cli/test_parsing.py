@@ -76,7 +76,7 @@ def test_words_and_what_they_mean(words, values):
         (["unlearn", "m", "--layers", "3-1"], "'3-1' is not a list of layers from 0 to 9,999"),
         (["unlearn", "m", "--layers", "1,1"], "'1,1' names a layer twice."),
         (["eval", "m", "--out", "o", "--known", "nan"], "'nan' is not a number from 0 to 1."),
-        (["unlearn", "m", "--save", "all"], "--save takes model, lora, edit, originals, not all."),
+        (["unlearn", "m", "--save", "all"], "--save takes model, gguf, lora, gguf-lora, edit, originals, not all."),
         (["unlearn", "m", "--system", "x" * 5000, "--dtype", "y" * 5000], "Invalid value for '--dtype': 'yyy"),
     ],
     ids=lambda part: " ".join(part)[:60] if isinstance(part, list) else "",

@@ -287,12 +287,6 @@ def test_models_without_a_list_of_whole_layers_are_refused(tokenizer):
         find_architecture(tiny("XLM", "XLMWithLMHeadModel", len(tokenizer), **sizes))
 
 
-def test_an_encoder_that_is_no_decoder_is_refused(tokenizer, texts):
-    model = tiny("Bert", "BertLMHeadModel", len(tokenizer), **(BERT | {"is_decoder": False}))
-    with pytest.raises(InputError, match="BertLMHeadModel looks ahead"):
-        rocr.collect_statistics(model, tokenizer, texts[:6], layers=[1])
-
-
 @pytest.mark.parametrize("dimension", [0, 2])
 def test_an_encoder_with_several_streams_is_refused(dimension, tokenizer):
     model = tiny("Bert", "BertLMHeadModel", len(tokenizer), **(BERT | {"is_decoder": False}))
