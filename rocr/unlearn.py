@@ -165,7 +165,8 @@ def unlearn(
             if retained is not None:
                 report.retained = retained.report([concept.name for concept in all_concepts])
             settings = computed_with(model) | ({} if architecture.kind.writes_text else {TEXT_ENCODER: True})
-            return Edit(all_concepts, task.config, origin, updates, concept_of, report, settings, task.plan.rendered)
+            edit = Edit(all_concepts, task.config, origin, updates, concept_of, report, settings, task.plan.rendered)
+            return replace(edit, model_type=architecture.model_type) if report.routing else edit
     except BaseException:
         # Not in a context manager, since an interruption at its own exit would skip it.
         plain.restore()

@@ -37,6 +37,8 @@ class Edit(EditRecord):
         report: Measurements, see `EditReport`.
         computed_with: Settings of the model that the keys depend on. Empty if they are not known.
         rendered: The templates of the settings as the model reads them. Empty if they are not known.
+        model_type: The type of the whole model, by whose rules peft renames the adapters of experts. None for an edit
+            of dense layers.
     """
 
     @plain_arithmetic()

@@ -81,6 +81,8 @@ def save_edit(edit: EditRecord, path: str | os.PathLike[str], undo: bool, overwr
     }
     if edit.computed_with:
         header["computed_with"] = dict(edit.computed_with)
+    if edit.model_type is not None:
+        header["model_type"] = edit.model_type
     if edit.rendered:
         header["rendered"] = [rendered.to_json() for rendered in edit.rendered]
     write_tensors(path, header, tensors, overwrite=overwrite)
@@ -105,6 +107,7 @@ def load_edit(path: str | os.PathLike[str]) -> EditRecord:
             EditReport.from_json(header["report"], len(concepts)),
             config_of(header.get("computed_with", {}), "computed_with"),
             tuple(_load_rendered(entry) for entry in list_of(header.get("rendered", []), "rendered")),
+            None if "model_type" not in header else text_of(header["model_type"], "model_type"),
         )
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, zlib.error) as error:
         raise InputError(f"{path} is not a complete edit file: {repr(error)[:200]}.") from None

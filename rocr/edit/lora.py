@@ -118,9 +118,12 @@ def _with_experts(
     for update, factors, (relative_error, key_error) in found:
         a, b = factors.adapter(largest)
         own = factors.own and factors.own.rpartition(".")[0]
+        kind = str(edit.model_type or edit.computed_with.get("model_type"))
+        if own is not None and _renamed_by_peft(f"base_model.model.{own}.lora_A.weight", kind) is not None:
+            own = None  # peft itself turns this name into the other one, and would find two adapters
         full = min(update.factors.rank, *update.factors.shape)
         layers.append(AdapterLayer(update.layer, factors.module, largest, full, relative_error, key_error, own))
-        names += [name for name in (factors.parameter, factors.own) if name is not None]
+        names += [name for name in (factors.parameter, own and factors.own) if name is not None]
         for module in layers[-1].modules:
             for factor, values in (("A", a), ("B", b)):
                 held = values if module == factors.module else values.clone()
@@ -166,11 +169,13 @@ def _check_loadable(edit: EditRecord) -> None:
                 f"peft has no adapter for {part.parameter}, one matrix with the rows of {part.experts} experts. Save "
                 "the edit itself or the edited model instead (Edit.save, --save)."
             )
-        renamed = _renamed_by_peft(f"{part.parameter.rpartition('.')[0]}.lora_A.weight", str(kind))
+        module = part.parameter.rpartition(".")[0]
+        name = f"base_model.model.{module}.lora_A.weight"
+        renamed = _renamed_by_peft(name, str(edit.model_type)) or _renamed_by_peft(name, str(kind))
         if renamed is not None:
             raise InputError(
                 f"peft would look for the adapter of {part.parameter} under the name {renamed}, by a rule of "
-                f"transformers for the checkpoints of {kind}, and leave it out. Save the edit itself or the edited "
+                f"transformers for checkpoints of {edit.model_type}, and leave it out. Save the edit itself or the edited "
                 "model instead (Edit.save, --save)."
             )
 

@@ -30,6 +30,8 @@ class EditRecord:
         report: Measurements.
         computed_with: Settings of the model that the keys depend on. Empty if they are not known.
         rendered: The templates of the settings as the model reads them. Empty if they are not known.
+        model_type: The type of the whole model, by whose rules peft renames the adapters of experts. None for an edit
+            of dense layers.
     """
 
     concepts: list[Concept]
@@ -40,6 +42,7 @@ class EditRecord:
     report: EditReport = field(default_factory=EditReport)
     computed_with: Mapping[str, Any] = field(default_factory=dict)
     rendered: tuple[RenderedTemplate, ...] = ()
+    model_type: str | None = None
 
     @property
     def layers(self) -> tuple[int, ...]:

@@ -57,6 +57,12 @@ class Architecture:
         return len(self.layers)
 
     @property
+    def model_type(self) -> str | None:
+        """The type of the whole model, such as "llava", from its configuration."""
+        found = getattr(getattr(self.model, "config", None), "model_type", None)
+        return found if isinstance(found, str) else None
+
+    @property
     def reader(self) -> nn.Module:
         """The module that is run on a text: the model, or its language model if the model needs an image as well."""
         if not needs_more_than_text(self.model):
@@ -175,7 +181,7 @@ def text_config(model: nn.Module) -> Any:
         raise InputError(f"{type(model).__name__} has no `config`: rocr edits causal language models of transformers.")
     encoder = encoder_config(base_of(model))
     if encoder is not None:
-        return encoder
+        return encoder if hasattr(encoder, "hidden_size") else encoder.get_text_config()
     with calling(f"The call of get_text_config of {type(config).__name__}"):
         return config.get_text_config() if hasattr(config, "get_text_config") else config
 

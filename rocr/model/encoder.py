@@ -71,6 +71,10 @@ def encoder_layers(base: nn.Module) -> tuple[str, nn.ModuleList]:
             and any(map(_has_matrix, module))
         ):
             found[name] = module
+    if len(found) > 1:  # beside a vision tower, as in T5Gemma 2
+        inside_text = [name for name, module, _ in own_modules(base) if module is base.get_input_embeddings()]  # type: ignore[operator]
+        around = inside_text[0].rpartition(".")[0] if inside_text else ""
+        found = {name: layers for name, layers in found.items() if name.startswith(f"{around}.")} or found
     if len(found) != 1:
         raise InputError(
             f"The encoder of {type(base).__name__} has {len(found)} lists of layers "
@@ -81,7 +85,9 @@ def encoder_layers(base: nn.Module) -> tuple[str, nn.ModuleList]:
 
 def has_decoder(base: nn.Module) -> bool:
     """Return whether a model of transformers has a decoder, alone or with an encoder."""
-    return any(hasattr(part, "decoder") for part in (base, getattr(base, "base_model", base)))
+    inner = getattr(base, "base_model", base)
+    parts = (base, inner, getattr(inner, "language_model", inner))
+    return any(hasattr(part, "decoder") for part in parts)
 
 
 def _has_matrix(layer: nn.Module) -> bool:
