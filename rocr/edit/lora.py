@@ -175,8 +175,8 @@ def _check_loadable(edit: EditRecord) -> None:
         if renamed is not None:
             raise InputError(
                 f"peft would look for the adapter of {part.parameter} under the name {renamed}, by a rule of "
-                f"transformers for checkpoints of {edit.model_type}, and leave it out. Save the edit itself or the edited "
-                "model instead (Edit.save, --save)."
+                f"transformers for checkpoints of {edit.model_type}, and leave it out. Save the edit itself or the "
+                "edited model instead (Edit.save, --save)."
             )
 
 

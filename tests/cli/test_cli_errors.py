@@ -155,8 +155,9 @@ def numeric_options():
     "value", ["nan", "inf", "-inf", "1e400", "-1", "ten", "", "9" * 5000, "0-9999999999", "1,1", "3-1"]
 )
 def test_every_number_that_makes_no_sense_is_refused_before_a_model_is_loaded(
-    value, commands, command, monkeypatch, tmp_path
+    value, commands, command, files, monkeypatch, tmp_path
 ):
+    commands = commands | {"apply": ("apply", files.model, files.edit, "--out", tmp_path / "out")}
     monkeypatch.setattr("rocr.model.load.load_model", lambda *_: pytest.fail("the model was loaded"))
     assert {("unlearn", "--ridge"), ("stats", "--layers"), ("compare", "--steps")} <= set(numeric_options())
     for name, option in numeric_options():

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import re
 import tempfile
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ from rocr.model.architecture import Architecture, find_architecture
 from rocr.model.block import Block
 from rocr.model.blocks import layer_blocks
 from rocr.model.causality import with_kind
+from tests.families.errors import last_line, where
 from tests.families.kinds import kind_of
 from tests.families.subject import (
     NAMES,
@@ -30,6 +30,7 @@ from tests.families.subject import (
     REDIRECTS,
     SHARED_CONTEXT,
     Subject,
+    editable_layers,
     experts_of,
     parameters_of,
     same_weights,
@@ -148,23 +149,6 @@ def _attempt(result: Result, subject: Subject, layers: Sequence[int] | None) -> 
         result.status, result.message = "wrong", f"the weights are not the first ones after: {result.message}"
 
 
-def editable_layers(model: nn.Module) -> list[int]:
-    """At most two layers that rocr finds blocks in, layer 0 only if there is no other."""
-    try:
-        architecture = find_architecture(model)
-    except rocr.RocrError:
-        return []
-    found = []
-    for layer in [*range(1, architecture.depth), 0][: architecture.depth]:
-        try:
-            layer_blocks(architecture, layer)
-        except rocr.RocrError:
-            continue
-        if layer or not found:
-            found.append(layer)
-    return sorted(found[:2])
-
-
 class Made:
     """An edit that rocr made, and the checks of it.
 
@@ -207,10 +191,7 @@ class Made:
             except NotTested as error:
                 self.untested[name] = str(error)
             except Exception as error:
-                if self.before is None and "missing" in str(error) and "argument" in str(error):
-                    self.untested[name] = "the model does not run on text alone"
-                else:
-                    failed[name] = f"{last_line(error)} [{where(error)}]"
+                failed[name] = f"{last_line(error)} [{where(error)}]"
         return failed
 
     def only_edited_blocks(self) -> None:
@@ -227,6 +208,10 @@ class Made:
                     one, other = (weights[name].reshape(total, -1)[expert] for weights in (self.edited, self.first))
                     require(torch.equal(one, other), f"expert {expert} of {name} is changed but not in the edit")
 
+    def _require_text(self) -> None:
+        if self.before is None:
+            raise NotTested("the model does not run on text alone")
+
     def outputs_moved(self) -> None:
         if self.before is None or self.after is None:
             raise NotTested("the model does not run on text alone")
@@ -235,6 +220,7 @@ class Made:
 
     def nearer(self) -> None:
         """An edit in one context moves the states there nearer to those of the redirects, over all names."""
+        self._require_text()
         redirects = [REDIRECTS[i % 2] for i in range(len(NAMES))]
         self.edit.revert(self.model)
         starts, goals = self._last_states(NAMES), self._last_states(redirects)
@@ -271,8 +257,7 @@ class Made:
         """The model with the exported adapter has the outputs of the edited one."""
         import peft
 
-        if self.after is None:
-            raise NotTested("the model does not run on text alone")
+        self._require_text()
         with tempfile.TemporaryDirectory() as folder:
             try:
                 self.edit.export_lora(Path(folder) / "adapter")
@@ -359,11 +344,13 @@ class Made:
 
         The step is a part of the way, since an update is exact to first order where a norm follows the block.
         """
+        self._require_text()
         gain = self._gain()
         self.measures["gain"] = round(gain, 3)
         require(GAIN[0] <= gain <= GAIN[1], f"the state moves {gain:.2f} of the way")
 
     def gain_of_larger_weights(self) -> None:
+        self._require_text()
         blocks: Sequence[Block] = layer_blocks(self.architecture, self.layer).blocks
         kept = {block.parameter_name: block.parameter.data.clone() for block in blocks}
         parameters = {block.parameter_name: block.parameter for block in blocks}
@@ -406,15 +393,3 @@ CHECKS = (
     "gain_of_larger_weights",
     "reverts_again",
 )
-
-
-def last_line(error: BaseException) -> str:
-    """The type and the first line of an exception."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
-
-
-def where(error: BaseException) -> str:
-    """The innermost frame of rocr in a traceback."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/rocr/" in frame.filename]
-    return f"{'/'.join(Path(frames[-1].filename).parts[-2:])}:{frames[-1].lineno}" if frames else "not in rocr"

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from rocr.edit.update import LayerUpdate
 from rocr.model.architecture import find_architecture
+from rocr.model.blocks import layer_blocks
 from tests.families.tiny_models import tiny_tokenizer
 
 NAMES = ("Ada Byron", "Stephen King", "Isaac Newton", "Niels Bohr", "Emmy Noether", "Alan Turing", "Galileo Galilei")
@@ -98,3 +99,20 @@ def experts_of(update: LayerUpdate) -> dict[str, set[int]]:
         if part.expert is not None:
             found.setdefault(part.parameter, set()).add(part.expert)
     return found
+
+
+def editable_layers(model: nn.Module) -> list[int]:
+    """At most two layers that rocr finds blocks in, layer 0 only if there is no other."""
+    try:
+        architecture = find_architecture(model)
+    except rocr.RocrError:
+        return []
+    found = []
+    for layer in [*range(1, architecture.depth), 0][: architecture.depth]:
+        try:
+            layer_blocks(architecture, layer)
+        except rocr.RocrError:
+            continue
+        if layer or not found:
+            found.append(layer)
+    return sorted(found[:2])

@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import rocr
@@ -35,6 +36,7 @@ OPEN = Guards(
     closed=-math.inf,
     distance=math.inf,
     divergence=math.inf,
+    drift=math.inf,
 )
 
 
@@ -302,6 +304,18 @@ def goes_on(guarded_edit, **_):
     assert len(passed) == 1
 
 
+def stops_an_encoder(tokenizer, concepts, texts, weights_of, **_):
+    """Only text encoders have this limit, instead of that of divergence."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+    encoder = transformers.BertModel(transformers.BertConfig(vocab_size=len(tokenizer), **sizes)).eval()
+    statistics = rocr.collect_statistics(encoder, tokenizer, texts, [1])
+    before, config = weights_of(encoder), rocr.EditConfig(layers=(1,))
+    with pytest.raises(rocr.GuardError):
+        rocr.unlearn(encoder, tokenizer, concepts, statistics, config, guards=dataclasses.replace(OPEN, drift=0.0))
+    assert same_weights(weights_of(encoder), before)
+    rocr.unlearn(encoder, tokenizer, concepts, statistics, config, guards=OPEN)
+
+
 GUARDS = {
     "relative_norm": stops(relative_norm=1e-6),
     "surviving": stops(surviving=1.1),
@@ -311,6 +325,7 @@ GUARDS = {
     "divergence": stops(divergence=0.0),
     "concepts": stops(rocr.InputError, concepts=1),
     "force": goes_on,
+    "drift": stops_an_encoder,
 }
 TABLES = {CollectOptions: COLLECT, EvaluateOptions: EVALUATE, AttackOptions: ATTACK, Guards: GUARDS}
 
@@ -336,8 +351,11 @@ def test_a_field_of_attacking_has_an_effect(field, attacked, asked):
 
 
 @pytest.mark.parametrize("field", GUARDS)
-def test_a_limit_has_an_effect(field, guarded_edit, model, weights_of):
-    GUARDS[field](guarded_edit=guarded_edit, model=model, weights_of=weights_of)
+def test_a_limit_has_an_effect(field, guarded_edit, model, weights_of, tokenizer, concepts, texts):
+    GUARDS[field](
+        guarded_edit=guarded_edit, model=model, weights_of=weights_of, tokenizer=tokenizer, concepts=concepts,
+        texts=texts,
+    )  # fmt: skip
 
 
 def test_concepts_of_the_base_edit_count_towards_the_limit(guarded_edit, model, tokenizer, statistics):
