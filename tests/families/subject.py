@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rocr.edit.update import LayerUpdate
+from rocr.errors import RocrError
 from rocr.model.architecture import find_architecture
 from rocr.model.blocks import layer_blocks
 from tests.families.tiny_models import tiny_tokenizer
@@ -105,13 +106,13 @@ def editable_layers(model: nn.Module) -> list[int]:
     """At most two layers that rocr finds blocks in, layer 0 only if there is no other."""
     try:
         architecture = find_architecture(model)
-    except rocr.RocrError:
+    except RocrError:
         return []
     found = []
     for layer in [*range(1, architecture.depth), 0][: architecture.depth]:
         try:
             layer_blocks(architecture, layer)
-        except rocr.RocrError:
+        except RocrError:
             continue
         if layer or not found:
             found.append(layer)
