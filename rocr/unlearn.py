@@ -79,8 +79,8 @@ def unlearn(
     After any exception, the model has its original weights, bit for bit.
 
     Args:
-        model: A causal language model of transformers with dense MLPs and float32, bfloat16 or float16 weights; or a
-            text encoder, or an encoder-decoder, whose encoder is then edited.
+        model: A causal language model of transformers with dense MLPs or experts, or a text encoder, or an
+            encoder-decoder, whose encoder is then edited; with float32, bfloat16 or float16 weights.
         tokenizer: The tokenizer of the model.
         concepts: The concepts, each with its redirect; at most 10,000 unless `guards.concepts` is larger.
         statistics: Second moments of ordinary keys at the edited layers, collected on the same model. None collects

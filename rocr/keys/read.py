@@ -149,7 +149,7 @@ def _read(
             for name, layer in blocks.items():
                 if name in mixtures:
                     receive = partial(_receive_routed, routed, name, shape, layer.name)
-                    stack.enter_context(gated_keys_hook(layer.module, layer.parameters, receive))
+                    stack.enter_context(gated_keys_hook(layer.module, layer.parameters, receive, layer.name))
                 else:
                     stack.enter_context(input_hook(layer.module, into[name]))
             for call in calls.values():

@@ -78,15 +78,22 @@ class _Product:
 
 @contextmanager
 def gated_keys_hook(
-    mixture: nn.Module, parameters: Sequence[nn.Parameter], receive: Callable[[Tensor, list[GatedKeys]], None]
+    mixture: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    receive: Callable[[Tensor, list[GatedKeys]], None],
+    name: str | None = None,
 ) -> Iterator[None]:
     """Call `receive` after each call of a mixture, inside the context, with its output and its gated keys.
 
     Args:
         mixture: The module whose output the experts' outputs add up to.
         parameters: The parameters whose products are recorded.
-        receive: Called with the output (tokens, d_out) and one entry for each expert that was called. Products that do
-            not reach the output as a gate times their result are left out.
+        receive: Called with the output (tokens, d_out) and one entry for each expert that was called.
+        name: The name of the mixture, if all parameters are known to be weights of its experts. None leaves out
+            products that do not reach the output as a gate times their result.
+
+    Raises:
+        InputError: In the forward pass, if a product with a known weight reaches the output in another way.
     """
     forward = mixture.forward
     had_own = "forward" in vars(mixture)
@@ -100,7 +107,7 @@ def gated_keys_hook(
             stack.enter_context(recorder)
             output = forward(*arguments, **options)
         states = _first_tensor(output)
-        receive(states.detach().reshape(-1, states.shape[-1]), recorder.gated_keys(states))
+        receive(states.detach().reshape(-1, states.shape[-1]), recorder.gated_keys(states, name))
         return _detached(output)
 
     mixture.forward = recorded  # type: ignore[method-assign]
@@ -198,8 +205,13 @@ class _Recorder(TorchFunctionMode):
         rows = inputs.reshape(-1, inputs.shape[-1])
         self._products.append(_Product(index, expert, experts, transposed, rows, result))
 
-    def gated_keys(self, output: Tensor) -> list[GatedKeys]:
-        """Return the gated keys of the products that reach an output (…, d_out) as a gate times their result."""
+    def gated_keys(self, output: Tensor, name: str | None) -> list[GatedKeys]:
+        """Return the gated keys of the products that reach an output (…, d_out) as a gate times their result.
+
+        Args:
+            output: The output of the mixture.
+            name: As in `gated_keys_hook`.
+        """
         with torch.enable_grad():
             flat = output.reshape(-1, output.shape[-1])
         results = {id(product.result): product.result for product in self._products}
@@ -211,13 +223,27 @@ class _Recorder(TorchFunctionMode):
         found = []
         for product in self._products:
             gradient = by_result[id(product.result)]
-            if gradient is None or gradient.shape[-1] != flat.shape[-1]:
+            if gradient is None:
+                continue  # the output does not depend on the product
+            if gradient.shape[-1] != flat.shape[-1]:
+                _check_unknown(name, product)
                 continue
             gradient = gradient if product.part is None else gradient[product.part]
             keys = _decoded(product, gradient.reshape(-1, flat.shape[-1]), codes)
-            if keys is not None:
+            if keys is None:
+                _check_unknown(name, product)
+            else:
                 found.append(keys)
         return found
+
+
+def _check_unknown(name: str | None, product: _Product) -> None:
+    """Raise InputError if a product that cannot be read is one with a known weight of an expert."""
+    if name is not None:
+        raise InputError(
+            f"The result of expert {product.expert} of {name} does not reach the output as a gate times the result, "
+            "though it did on the first tokens, so its keys cannot be read. Edit other layers (layers, --layers)."
+        )
 
 
 def _decoded(product: _Product, gradient: Tensor, codes: Tensor) -> GatedKeys | None:

@@ -50,7 +50,7 @@ class LayerCollector:
     def hook(self) -> Iterator[None]:
         """Receive the keys of the layer inside the context."""
         if self.layer.is_mixture:
-            with gated_keys_hook(self.layer.module, self.layer.parameters, self._receive_routed):
+            with gated_keys_hook(self.layer.module, self.layer.parameters, self._receive_routed, self.layer.name):
                 yield
         else:
             with input_hook(self.layer.module, self._receive):

@@ -108,8 +108,9 @@ def collect_statistics(
     added in float64 at the end. The result equals that of a single process up to rounding.
 
     Args:
-        model: A causal language model of transformers with dense MLPs, or a text encoder or encoder-decoder, which
-            reads each document as a text of its own, with the tokens that its tokenizer puts around it.
+        model: A causal language model of transformers with dense MLPs or experts, or a text encoder or
+            encoder-decoder, which reads each document as a text of its own, with the tokens that its tokenizer puts
+            around it.
         tokenizer: The tokenizer of the model.
         texts: The documents. None is text that the model itself writes, drawn with `options.seed`; an encoder cannot
             write any.

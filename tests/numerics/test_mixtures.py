@@ -335,6 +335,21 @@ def test_experts_that_cannot_be_read_are_refused_with_their_shapes(make_model, t
         rocr.collect_statistics(model, tokenizer, texts, [LAYER])
 
 
+def test_a_mixture_that_sometimes_changes_its_sum_is_refused(make_model, tokenizer, texts):
+    """The first tokens show gated products; in text, the sum is cut off where it is large."""
+    model = make_model("Mixtral")
+    mixture = model.model.layers[LAYER].mlp
+    plain = mixture.forward
+
+    def cut(states, *inputs):
+        output = plain(states, *inputs)
+        return output if states.shape[0] == 1 else output.tanh()
+
+    mixture.forward = cut
+    with pytest.raises(InputError, match=r"expert \d of model\.layers\.2\.mlp does not reach the output as a gate"):
+        rocr.collect_statistics(model, tokenizer, texts, [LAYER], rocr.CollectOptions(length=16, batch_tokens=64))
+
+
 def test_keys_of_experts_that_are_not_finite_are_reported(make_model, tokenizer, texts, concepts, weights_of):
     model = make_model("Mixtral")
     statistics = rocr.collect_statistics(model, tokenizer, texts, [LAYER])
