@@ -220,7 +220,10 @@ def _plan(
     guards: Guards,
     base_edit: Edit | None,
 ) -> Task:
-    """Complete the settings and choose the tokens that become keys, with all checks that need no forward pass."""
+    """Complete the settings and choose the tokens that become keys, with all checks before a prompt is read.
+
+    The model is run on a few tokens, which show the blocks of mixtures and whether it reads from left to right.
+    """
     concepts = list(concepts)
     everything = [*base_edit.concepts, *concepts] if base_edit else concepts
     check_length(len(everything), guards.concepts)

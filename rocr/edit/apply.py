@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from rocr import ops
 from rocr.edit.record import EditRecord
 from rocr.edit.update import Applied, LayerUpdate
-from rocr.edit.weight import Weight, digest_of, edited_weights
+from rocr.edit.weight import Weight, edited_weights
 from rocr.errors import GuardError, InputError, VerificationError
 from rocr.model.architecture import Architecture, find_architecture
-from rocr.model.fingerprint import model_digest
+from rocr.model.fingerprint import model_digest, tensor_digest
 from rocr.model.tensor_parallel import own, own_part, whole
 from rocr.ops.arithmetic import plain_arithmetic, writing
 from rocr.solve.factors import Factors
@@ -167,7 +167,7 @@ def _applied(weight: Weight, originals: Sequence[Tensor]) -> Applied:
     pairs = zip(originals, changed, strict=True)
     undo = [bits(original).bitwise_xor(bits(stored)).cpu() for original, stored in pairs]
     undo_data = torch.cat([part.reshape(-1) for part in undo]) if weight.is_mixture else undo[0]
-    return Applied(str(weight.dtype), digest_of(originals), digest_of(changed), undo_data)
+    return Applied(str(weight.dtype), tensor_digest(*originals), tensor_digest(*changed), undo_data)
 
 
 def _checked_undo(weight: Weight, applied: Applied | None) -> Tensor:

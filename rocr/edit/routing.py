@@ -31,7 +31,7 @@ class LayerRouting:
         tokens: For each touched block, the number of tokens of the statistics that were routed to it.
         agreement: For each concept, the share of its routing weight that goes to experts to which every template routes
             the same token of its name. Shared experts do not count. 1 if no routed expert is called.
-        uncovered: Names of the concepts of which at least 5% of the routing weight goes to experts with fewer than 256
+        uncovered: Names of the concepts of which more than 5% of the routing weight goes to experts with fewer than 256
             tokens in the statistics.
     """
 

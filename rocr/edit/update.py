@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from rocr.edit.stored import StoredWeight
 from rocr.io.json_values import flag_of, text_of, whole_number_of
 from rocr.model.block import Block
-from rocr.model.blocks import LayerBlocks
+from rocr.model.blocks import LayerBlocks, arranged, column_slices
 from rocr.solve.factors import Factors
 from rocr.solve.solve import Solution, System
 
@@ -135,11 +134,7 @@ class LayerUpdate:
     @property
     def columns(self) -> list[slice]:
         """The columns of each part in the wide update."""
-        found, start = [], 0
-        for part in self.parts:
-            found.append(slice(start, start + part.width))
-            start += part.width
-        return found
+        return column_slices(part.width for part in self.parts)
 
     def after(self, applied: Applied) -> LayerUpdate:
         """Return the update with the record of its first application, to the weight that the keys were read with."""
@@ -202,17 +197,11 @@ def with_same_parts(mine: LayerUpdate, theirs: LayerUpdate) -> tuple[LayerUpdate
 
 
 def _with_parts(update: LayerUpdate, parts: tuple[Part, ...]) -> LayerUpdate:
-    columns = dict(zip(update.blocks, update.columns, strict=True))
-
-    def spread(values: Tensor) -> Tensor:
-        pieces = [
-            values[:, columns[part.block]] if part.block in columns else values.new_zeros(len(values), part.width)
-            for part in parts
-        ]
-        return torch.cat(pieces, dim=1)
-
+    held, wanted = ({part.block: part.width for part in each} for each in (update.parts, parts))
     system = update.system
     if system is not None and system.product is not None:
-        system = replace(system, product=spread(system.product))
-    factors = Factors(update.factors.left, spread(update.factors.right))
-    return replace(update, parts=parts, keys=spread(update.keys), factors=factors, system=system, applied=None)
+        system = replace(system, product=arranged(system.product, held, wanted))
+    factors = Factors(update.factors.left, arranged(update.factors.right, held, wanted))
+    return replace(
+        update, parts=parts, keys=arranged(update.keys, held, wanted), factors=factors, system=system, applied=None
+    )

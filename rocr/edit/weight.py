@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +12,9 @@ from rocr.edit.update import LayerUpdate, Part, parts_of
 from rocr.errors import InputError
 from rocr.model.architecture import Architecture
 from rocr.model.block import Block
-from rocr.model.blocks import find_blocks
-from rocr.model.tensor_parallel import own, own_part, whole
+from rocr.model.blocks import column_slices, find_blocks
+from rocr.model.fingerprint import tensor_digest
+from rocr.model.tensor_parallel import own, own_part
 from rocr.solve.factors import Factors
 
 
@@ -50,34 +49,22 @@ class Weight:
 
     def digest(self) -> str:
         """Return the sha256 of the bytes of all blocks, each in row-major order."""
-        return digest_of(self.stored)
+        return tensor_digest(*self.stored)
 
     def parts(self, update: Factors) -> list[tuple[Tensor, Tensor]]:
         """Return the factors left (d_out, r) and right (r, d_in) of each block's part of a product."""
         if not self.is_mixture:
             (block,) = self.blocks
             return [(update.left.to(block.weight.device), own_part(update.right, block.weight))]
-        found, start, device = [], 0, self.blocks[0].parameter.device
+        device = self.blocks[0].parameter.device
         left = update.left.to(device)
-        for block in self.blocks:
-            width = block.weight.shape[1]
-            found.append((left, update.right[:, start : start + width].contiguous().to(device)))
-            start += width
-        return found
+        places = column_slices(block.weight.shape[1] for block in self.blocks)
+        return [(left, update.right[:, place].contiguous().to(device)) for place in places]
 
     @property
     def targets(self) -> list[Tensor]:
         """The (d_out, d_in) view of each block that this process changes."""
         return [own(block.weight) for block in self.blocks]
-
-
-def digest_of(stored: Sequence[Tensor]) -> str:
-    """Return the sha256 of the bytes of tensors, each in row-major order."""
-    digest = hashlib.sha256()
-    for tensor in stored:
-        plain: Any = whole(tensor).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        digest.update(plain)
-    return digest.hexdigest()
 
 
 def _kind(is_mixture: bool) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rocr.edit.update import LayerUpdate, Part
+from rocr.model.blocks import column_slices
 
 
 def routed_rows(update: LayerUpdate) -> Tensor:
@@ -53,8 +54,7 @@ def _unpacked(flat: Tensor, parts: Sequence[Part], routed: Tensor, name: str) ->
     if flat.dtype != torch.float32 or tuple(flat.shape) != (sum(sizes),):
         raise ValueError(f"{name} is {flat.dtype} of shape {tuple(flat.shape)}, not float32 of {sum(sizes)} values")
     values = torch.zeros(routed.shape[1], sum(part.width for part in parts))
-    start = 0
-    for part, rows, piece in zip(parts, routed, torch.split(flat, sizes), strict=True):
-        values[rows, start : start + part.width] = piece.view(-1, part.width)
-        start += part.width
+    places = column_slices(part.width for part in parts)
+    for part, place, rows, piece in zip(parts, places, routed, torch.split(flat, sizes), strict=True):
+        values[rows, place] = piece.view(-1, part.width)
     return values

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rocr.edit.apply import apply_updates, undo_updates
 from rocr.edit.update import Applied, LayerUpdate
-from rocr.edit.weight import Weight, digest_of, edited_weights
+from rocr.edit.weight import Weight, edited_weights
 from rocr.errors import InputError, VerificationError
 from rocr.export.copying import REPLACED_FILE, carried_files, may_link, other_weights
 from rocr.export.quantised import PLAIN, WrittenQuantised, check_surviving, edit_quantised, report_of
@@ -33,6 +33,7 @@ from rocr.io.disk_space import check_space
 from rocr.io.dtypes import dtype_name, torch_dtype
 from rocr.model.block import Block
 from rocr.model.blocks import find_blocks
+from rocr.model.fingerprint import tensor_digest
 from rocr.model.load import LoadedModel, save_model, saved_bytes
 from rocr.model.quantised.checkpoint import find_quantisation
 from rocr.model.stored_weights import (
@@ -238,9 +239,9 @@ def _digest(files: WeightFiles, names: StoredNames, weight: Weight, applied: App
     """Return the sha256 of the values of a stored weight; of a quantised one, in the dtype of a record."""
     packed = names.quantised.get(weight.blocks[0].parameter_name)
     if packed is None:
-        return digest_of([find_stored(files, names, block)[0].read() for block in weight.blocks])
+        return tensor_digest(*(find_stored(files, names, block)[0].read() for block in weight.blocks))
     values = packed.read(tuple(weight.blocks[0].parameter.shape))
-    return digest_of([values.to(torch_dtype(applied.dtype.removeprefix("torch.")))])
+    return tensor_digest(values.to(torch_dtype(applied.dtype.removeprefix("torch."))))
 
 
 def _layout(files: WeightFiles, folder: Path, is_whole: bool, replaced: Replacements | None) -> dict[str, Any]:
@@ -297,7 +298,7 @@ def _with_edit(weight: Weight, update: LayerUpdate, places: Places) -> tuple[lis
     values, loaded = [block_places[0].read() for block_places in places], weight.stored
     applied = update.applied
     assert applied is not None, "the model has the edit applied"
-    if digest_of([stored.to(weight.dtype) for stored in values]) != applied.before:
+    if tensor_digest(*(stored.to(weight.dtype) for stored in values)) != applied.before:
         raise InputError(
             f"{places[0][0].tensor.file} does not hold {weight.name} as it was before the edit. Use the files that the "
             "model was loaded from."

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from rocr.edit.update import LayerUpdate
-from rocr.edit.weight import digest_of
 from rocr.export.manifest import FAILED, PASSED, UNCHECKED, Check, shown
+from rocr.model.fingerprint import tensor_digest
 
 TRUNCATION_TOLERANCE = 1e-4
 """Largest relative difference of an adapter of reduced rank from one made again: singular vectors have rounding."""
@@ -22,7 +22,7 @@ def digest_check(subject: str, blocks: Sequence[torch.Tensor], update: LayerUpda
         return Check(subject, "sha256", UNCHECKED, "the edit file has no record of an applied update")
     if str(blocks[0].dtype) != applied.dtype:
         return Check(subject, "sha256", FAILED, f"it is {blocks[0].dtype}, recorded is {shown(applied.dtype)}")
-    found = digest_of(blocks)
+    found = tensor_digest(*blocks)
     wanted, other = (applied.before, applied.after) if is_reverted else (applied.after, applied.before)
     names = ("before", "after") if is_reverted else ("after", "before")
     if found == wanted:

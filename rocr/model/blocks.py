@@ -6,6 +6,7 @@ routed and each shared expert. They are found by running the model on a few toke
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -87,12 +88,7 @@ class LayerBlocks:
 
     def columns(self, chosen: Sequence[int]) -> list[slice]:
         """Return the columns of each chosen block in the wide key of these blocks."""
-        found, start = [], 0
-        for block in chosen:
-            width = self.blocks[block].weight.shape[1]
-            found.append(slice(start, start + width))
-            start += width
-        return found
+        return column_slices(self.blocks[block].weight.shape[1] for block in chosen)
 
     def outputs(self, keys: Tensor, held: Sequence[int]) -> Tensor:
         """Return the sum of the outputs (n, d_out) of some blocks at wide keys (n, sum of d_in), in float32."""
@@ -113,15 +109,32 @@ class LayerBlocks:
             held: Indices of blocks.
             wanted: Indices of the blocks of the result. Blocks that are not wanted are left out.
         """
-        if tuple(held) == tuple(wanted):
-            return keys
-        from_columns = dict(zip(held, self.columns(held), strict=True))
-        to_columns = self.columns(wanted)
-        found = keys.new_zeros(len(keys), to_columns[-1].stop if to_columns else 0)
-        for block, place in zip(wanted, to_columns, strict=True):
-            if block in from_columns:
-                found[:, place] = keys[:, from_columns[block]]
-        return found
+        widths = self.widths
+        return arranged(keys, *({block: widths[block] for block in blocks} for blocks in (held, wanted)))
+
+
+def column_slices(widths: Iterable[int]) -> list[slice]:
+    """Return the columns of blocks with these widths that stand side by side."""
+    ends = list(itertools.accumulate(widths, initial=0))
+    return [slice(*pair) for pair in itertools.pairwise(ends)]
+
+
+def arranged(values: Tensor, held: Mapping[int, int], wanted: Mapping[int, int]) -> Tensor:
+    """Return a wide matrix with the columns of other blocks; those of blocks that it does not hold are zero.
+
+    Args:
+        values: (n, sum of the widths of `held`).
+        held: For each block of the matrix its width, in the order of the columns.
+        wanted: The same for the result. Blocks that are not wanted are left out.
+    """
+    if list(held) == list(wanted):
+        return values
+    from_columns = dict(zip(held, column_slices(held.values()), strict=True))
+    found = values.new_zeros(len(values), sum(wanted.values()))
+    for block, place in zip(wanted, column_slices(wanted.values()), strict=True):
+        if block in from_columns:
+            found[:, place] = values[:, from_columns[block]]
+    return found
 
 
 def layer_blocks(architecture: Architecture, layer: int) -> LayerBlocks:

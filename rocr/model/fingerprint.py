@@ -149,11 +149,14 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()
 
 
-def tensor_digest(tensor: Tensor) -> str:
-    """Return the sha256 of a tensor's bytes in row-major order."""
-    plain = whole(tensor).detach().cpu().contiguous().reshape(-1)
-    buffer: Any = plain.view(torch.uint8).numpy()
-    return hashlib.sha256(buffer).hexdigest()
+def tensor_digest(*tensors: Tensor) -> str:
+    """Return the sha256 of the bytes of tensors, one after the other, each in row-major order."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        plain = whole(tensor).detach().cpu().contiguous().reshape(-1)
+        buffer: Any = plain.view(torch.uint8).numpy()
+        digest.update(buffer)
+    return digest.hexdigest()
 
 
 def _blocks(architecture: Architecture, layers: Sequence[int]) -> dict[int, LayerBlocks]:

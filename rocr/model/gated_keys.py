@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from rocr.errors import InputError
+from rocr.model.capture import first_tensor
 
 FORM_TOLERANCE = 1e-2
 """Largest relative difference of a derivative from a gate times the identity; rounding to bfloat16 causes 4e-3."""
@@ -106,7 +107,7 @@ def gated_keys_hook(
             stack.enter_context(torch.enable_grad())
             stack.enter_context(recorder)
             output = forward(*arguments, **options)
-        states = _first_tensor(output)
+        states = first_tensor(output)
         receive(states.detach().reshape(-1, states.shape[-1]), recorder.gated_keys(states, name))
         return _detached(output)
 
@@ -281,12 +282,13 @@ def _keys_of(product: _Product, rows: Tensor, tokens: Tensor, gates: Tensor) -> 
 
 
 def _codes(tokens: int, features: int) -> Tensor:
-    """Return a code of signs for each token, (tokens, features): 1, then the bits of its index, then random signs."""
+    """Return a code of signs for each token (tokens, features): 1, the bits of its index, then signs that all share."""
     bits = _bits(tokens)
     if features < bits + 2:
         raise InputError(f"The layer has {features} features, too few to read a mixture of experts at {tokens} tokens.")
     generator = torch.Generator().manual_seed(0)
-    codes = (torch.randint(0, 2, (tokens, features), generator=generator) * 2 - 1).float()
+    signs = (torch.randint(0, 2, (features,), generator=generator) * 2 - 1).float()
+    codes = signs.repeat(tokens, 1)
     codes[:, 0] = 1
     places = torch.arange(tokens)
     for bit in range(bits):
@@ -309,12 +311,6 @@ def _without_gradients(module: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
-
-
-def _first_tensor(output: Any) -> Tensor:
-    while not isinstance(output, Tensor):
-        output = output[0]
-    return output
 
 
 def _detached(output: Any) -> Any:

@@ -140,7 +140,7 @@ def test_an_interruption_at_any_line_that_applies_leaves_the_first_bytes(
 ):
     """A trace function raises where a signal could: before each line that applies, one line further every time."""
     is_unchanged = unchanged(model)
-    ends = "apply_updates", "_applied", "digest_of", "bits", "_record", "after", "unlearn"
+    ends = "apply_updates", "_applied", "tensor_digest", "bits", "_record", "after", "unlearn"
 
     def run(stop_at):
         lines = []
