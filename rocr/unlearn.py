@@ -38,7 +38,7 @@ from rocr.edit.guards import (
 )
 from rocr.edit.measures import EditReport, measure_layer
 from rocr.edit.retain_impact import RetainedNames, read_retained_names
-from rocr.edit.task import Goals, Reader, Task, keys_and_residuals
+from rocr.edit.task import Goals, Reader, Task, keys_and_residuals, with_token_schedule
 from rocr.edit.update import Applied, LayerUpdate
 from rocr.edit.weight import edited_weights
 from rocr.io.dtypes import dtype_name
@@ -123,7 +123,7 @@ def unlearn(
             with timed("keys"):
                 template_keys = reader.template_keys()
                 readings = reader.keys(layers if task.config.measure == "once" else layers[:1])
-                goals = Goals.of(targets, readings[layers[0]].hidden, task)
+                goals = Goals.of(targets, readings[layers[0]].hidden, reader.distance_shares(), task)
             retained = read_retained_names(architecture, tokenizer, all_concepts, retain, task.config, progress)
             with timed("check"):
                 predictions = predict(architecture, tokenizer)
@@ -154,9 +154,10 @@ def unlearn(
                 progress(Progress("edit", i + 1, len(layers), "layers"))
 
             with timed("measure"):
-                distance = goals.distance(reader.states_after_edit(), task)
+                hidden = reader.states_after_edit()
+                distance = goals.distance(hidden, task)
             with timed("check"):
-                _check_edit(task, guards, updates, predictions, distance, report)
+                _check_edit(task, guards, updates, predictions, goals.moved(hidden, task), report)
                 report.drift, exceeded = check_drift(
                     guards, final_states, architecture, updates, concept_of, all_concepts
                 )
@@ -229,11 +230,13 @@ def _plan(
     check_length(len(everything), guards.concepts)
     check_concepts(everything)
     config = config or (base_edit.config if base_edit else EditConfig())
-    by_count = base_edit.report.by_count if base_edit else config.unset_by_count()
     architecture = find_architecture(model)
-    config = resolve_layers(config.for_concepts(len(concepts)), architecture)
-    config = replace(config, chat=with_date(config.chat, tokenizer))
+    config = resolve_layers(config, architecture)
     architecture = with_kind(architecture, max(config.layer_numbers))
+    config = with_token_schedule(config, architecture)
+    by_count = base_edit.report.by_count if base_edit else config.unset_by_count()
+    config = config.for_concepts(len(concepts))
+    config = replace(config, chat=with_date(config.chat, tokenizer))
     plan = plan_keys(tokenizer, concepts, config, architecture.kind)
     if base_edit is not None:
         check_rendered(base_edit.rendered, plan.rendered, "the tokenizer now")
@@ -296,12 +299,12 @@ def _check_edit(
     guards: Guards,
     updates: Sequence[LayerUpdate],
     predictions: Predictions | None,
-    distance: Sequence[float],
+    moved: Sequence[float],
     report: EditReport,
 ) -> None:
     """Raise GuardError if the finished edit exceeds a limit; with `guards.force`, record the limit in the report."""
     report.limits_passed += check_closed(guards, report.layers, task.all_concepts)
-    report.limits_passed += check_distance(guards, report.layers, distance, task.config)
+    report.limits_passed += check_distance(guards, report.layers, moved, task.config)
     report.divergence, exceeded = check_predictions(
         guards, predictions, task.architecture, updates, task.concept_of, task.all_concepts
     )

@@ -17,9 +17,6 @@ from rocr.edit.update import LayerUpdate
 from rocr.io.json_values import list_of, numbers_of, object_of, text_of, whole_number_of
 from rocr.solve.solve import CHUNK_ROWS, Solution
 
-MIN_RELATIVE_DISTANCE = 1e-3
-"""A key whose state is moved by less than this share of the concept's longest move is not counted in means."""
-
 
 @dataclass(frozen=True)
 class LayerMeasures:
@@ -185,32 +182,28 @@ def measure_layer(
     )
 
 
-def mean_by_concept(values: Tensor, concept_of: Sequence[int], distances: Tensor | None = None) -> list[float]:
-    """Return the mean of `values` over the keys of each concept.
+def mean_by_concept(values: Tensor, concept_of: Sequence[int], weights: Tensor) -> list[float]:
+    """Return the weighted mean of `values` over the keys of each concept; 0 if all of its weights are 0.
 
     Args:
         values: (n,) one value for each key.
         concept_of: For each key, the index of its concept.
-        distances: (n,) how far the state of each key is moved. Keys that are hardly moved are left out of the mean,
-            as "Ada" of "Ada Byron" if the redirect is "Ada": a share of such a distance is rounding error. None
-            counts all keys.
+        weights: (n,) the weight of each key, at least 0.
     """
-    index = torch.tensor(concept_of)
-    weights = torch.ones(len(index), dtype=torch.float64)
+    index, weights = torch.tensor(concept_of), weights.double().cpu()
     zeros = torch.zeros(int(index.max()) + 1, dtype=torch.float64)
-    if distances is not None:
-        distances = distances.double().cpu()
-        longest = zeros.scatter_reduce(0, index, distances, "amax")
-        weights = (distances >= MIN_RELATIVE_DISTANCE * longest[index]).double()
     sums = zeros.index_add(0, index, values.double().cpu() * weights)
-    return [float(mean) for mean in sums / zeros.index_add(0, index, weights)]
+    return [float(mean) for mean in sums / zeros.index_add(0, index, weights).clamp(min=1e-300)]
 
 
 def _closed(update: LayerUpdate, concept_of: Sequence[int]) -> list[float]:
-    """Return for each concept the share of its residuals that the update closes: the projection of the move on them."""
-    shares, lengths = [], update.residuals.double().norm(dim=1)
+    """Return for each concept the share of its residuals that the update closes: the projection of the move on them.
+
+    Keys count by the square of their residual: with several keys, it is the projection of all moves side by side.
+    """
+    shares, squares = [], update.residuals.double().square().sum(dim=1)
     for start in range(0, len(update.keys), CHUNK_ROWS):
         rows = slice(start, start + CHUNK_ROWS)
         moved, wanted = update.factors.moves(update.keys[rows].double()), update.residuals[rows].double()
         shares.append((moved * wanted).sum(dim=1) / wanted.square().sum(dim=1).clamp(min=1e-30))
-    return mean_by_concept(torch.cat(shares), concept_of, lengths)
+    return mean_by_concept(torch.cat(shares), concept_of, squares)

@@ -73,6 +73,11 @@ class Architecture:
             return next((module for module in around if _has_logits(module)), self.model)
 
     @property
+    def predicts_text(self) -> bool:
+        """Whether the model predicts the next token of a text, and all of it is loaded."""
+        return self.kind.writes_text and all(each.device.type != "meta" for each in self.model.parameters())
+
+    @property
     def embedding(self) -> nn.Module:
         """The token embedding."""
         embedding: nn.Module = input_embedding(self.model)
