@@ -96,7 +96,8 @@ answering = partial(option, group="Answers before and after")
 @answering("--ask", "Question to ask, with {} for a name.", default="Who is {}?", metavar="QUESTION")
 @answering(
     "--control",
-    "Names that should not change: they are asked about too, and the effect of the edit on them is measured.",
+    "Names that should not change: they are asked about too, and the effect of the edit on them is measured (default: "
+    "names that the edit is likely to harm are measured).",
     several=True,
     metavar="NAME",
 )
@@ -244,7 +245,10 @@ def _edit(
     guards = Guards(force=arguments.force, concepts=_most(arguments, concepts))
     retain = _retained(arguments, concepts)
     with console.stage("edit") as progress:
-        edit = unlearn(loaded.model, loaded.tokenizer, concepts, statistics, config, progress, guards, retain=retain)
+        asked = {"ask": 0} if arguments.no_answers else {}
+        edit = unlearn(
+            loaded.model, loaded.tokenizer, concepts, statistics, config, progress, guards, retain=retain, **asked
+        )
     for sentence in edit.report.limits_passed:
         console.warn(f"Forced: {sentence}")
     return edit

@@ -13,7 +13,7 @@ from rocr.concepts import Concept
 from rocr.edit.guards import PROBE_TEXT, Guards, largest_concepts, stop
 from rocr.edit.update import LayerUpdate
 from rocr.errors import GuardError
-from rocr.model.architecture import Architecture, positions_of
+from rocr.model.architecture import Architecture, is_partial, positions_of
 from rocr.model.capture import hidden_hook, run_through
 from rocr.model.tokenizer import closing_tokens, tokenize_prompt
 from rocr.ops.arithmetic import plain_arithmetic
@@ -38,8 +38,7 @@ def read_final_states(architecture: Architecture, tokenizer: Any) -> FinalStates
     Raises:
         GuardError: The states are not finite.
     """
-    parameters = architecture.model.parameters()
-    if architecture.kind.writes_text or any(parameter.device.type == "meta" for parameter in parameters):
+    if architecture.kind.writes_text or is_partial(architecture):
         return None
     closing = closing_tokens(tokenizer)
     ids = tokenize_prompt(tokenizer, PROBE_TEXT)

@@ -201,6 +201,11 @@ def _hidden_size(model: nn.Module) -> int:
     return found
 
 
+def is_partial(architecture: Architecture) -> bool:
+    """Return whether only the beginning of the model is loaded, so that it writes nothing."""
+    return any(parameter.device.type == "meta" for parameter in architecture.model.parameters())
+
+
 def positions_of(model: nn.Module) -> int | None:
     """Return the number of positions that a text may have; None if the model's configuration does not name it."""
     config = text_config(model)
