@@ -16,7 +16,7 @@ def show_report(report: dict[str, Any], console: Console, place: str | None) -> 
     _show_concepts(report, console)
     _show_collisions(report["collisions"], console)
     _show_retained(report["neighbours"], console)
-    _show_harmed(report.get("harmed", []), console)
+    show_harmed(report.get("harmed", []), console)
     for on_list, title in (
         (True, "Answers about concepts on the list"),
         (False, "Answers about names not on the list"),
@@ -96,7 +96,8 @@ def _show_retained(found: dict[str, Any] | None, console: Console) -> None:
     )
 
 
-def _show_harmed(harms: list[dict[str, Any]], console: Console) -> None:
+def show_harmed(harms: list[dict[str, Any]], console: Console) -> None:
+    """Name what an edit harms, each with numbers, and what may spare it; nothing if there is none."""
     for harm in harms:
         console.warn(
             f"harmed: {harm['name']} (answer's probability per token {harm['before']:.2f} to {harm['after']:.2f}"

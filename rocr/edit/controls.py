@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any, Literal
@@ -82,7 +83,8 @@ def choose_controls(
     """Choose names that an edit of concepts is likely to harm.
 
     For each concept in turn these are a name with the same first word that the model proposes, another one of the list,
-    one with the same last word, and one of the same kind; of several, those whose state is nearest to the concept's.
+    one with the same last word, and one of the same kind; of several, those of the concept's kind come first, then those
+    whose state is nearest to the concept's.
     A concept has the kind of its name on the list, or else that of the nearest name there. Of a list of more than 50
     concepts, only 50 at equal distances are given proposals and nearest names.
 
@@ -138,10 +140,11 @@ def choose_controls(
         kind = kinds.get(concept.name)
         if kind is None and order is not None:
             kind = next((kinds[pool[j]] for j in order if pool[j] in kinds), None)
+        of_kind_first = partial(_of_kind_first, kinds=kinds, kind=kind)
         groups: dict[Reason, list[str]] = {
             "proposed": [name for name in proposed.get(i, []) if name in in_pool],
-            "first word": _sorted(first.get(words[0], []), pool, order),
-            "last word": _sorted(last.get(words[-1], []), pool, order) if len(words) > 1 else [],
+            "first word": of_kind_first(_sorted(first.get(words[0], []), pool, order)),
+            "last word": of_kind_first(_sorted(last.get(words[-1], []), pool, order)) if len(words) > 1 else [],
             "nearest": [pool[j] for j in order or [] if kinds.get(pool[j]) == kind],
         }
         controls = (
@@ -210,7 +213,7 @@ class _Beginnings:
             with calling_tokenizer(tokenizer):
                 texts = [str(tokenizer.decode(more, skip_special_tokens=True)) for more in written]
             for (word, token), text in zip(begun, texts, strict=True):
-                name = _name_at_start(word + text_of(token) + text)
+                name = name_at_start(word + text_of(token) + text)
                 if name is not None and name not in found[word]:
                     found[word].append(name)
         return [found[word] for word in self.words]
@@ -224,7 +227,7 @@ def _beginning_words(row: Tensor, text_of: Callable[[int], str]) -> Iterator[int
             yield token
 
 
-def _name_at_start(text: str) -> str | None:
+def name_at_start(text: str) -> str | None:
     """Return the capitalised words, two to four, that a text begins with.
 
     None if there are fewer or more, or if the text ends with them, since the last word may be incomplete.
@@ -294,6 +297,11 @@ def _sorted(names: Collection[str], pool: Sequence[str], order: Sequence[int] | 
     """Return names of the pool in its order by similarity; as they are without one."""
     wanted = set(names)
     return list(names) if order is None else [pool[j] for j in order if pool[j] in wanted]
+
+
+def _of_kind_first(names: Sequence[str], kinds: Mapping[str, str], kind: str | None) -> list[str]:
+    """Return the names of a kind, then the others, each in their order."""
+    return sorted(names, key=lambda name: kinds.get(name) != kind)
 
 
 def _different(controls: Iterable[Control]) -> Iterator[Control]:

@@ -59,7 +59,7 @@ class Guards:
         drift: Maximum mean distance of a text encoder's last states on ordinary prose after the edit from those before
             it, as a share of their length. Typical: below 0.05 (tests/unit/test_encoders.py). At 0.5, half of what the
             encoder says about any text changes.
-        kept: Minimum share of the probability per token that the edit leaves to the model's own answers about each
+        kept_answers: Minimum share of the probability per token that the edit leaves to the model's own answers about each
             name that is not unlearned, of those that it moves most (`rocr.edit.harm`). Typical: 0.07 to 0.9. At 0.03,
             hardly a word of the answer is left.
         concepts: Maximum number of concepts of one edit, including those of a base edit. `force` does not lift it. It
@@ -80,7 +80,7 @@ class Guards:
     concepts: int = MAX_CONCEPTS
     force: bool = False
     drift: float = 0.5
-    kept: float = 0.03
+    kept_answers: float = 0.03
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -158,7 +158,7 @@ def check_harm(guards: Guards, harms: Sequence[Harm]) -> list[str]:
         guards: The limits.
         harms: The names that were asked about, the most harmed first.
     """
-    below = [harm for harm in harms if not harm.kept >= guards.kept]
+    below = [harm for harm in harms if not harm.kept >= guards.kept_answers]
     if not below:
         return []
     worst = below[0]
@@ -167,7 +167,7 @@ def check_harm(guards: Guards, harms: Sequence[Harm]) -> list[str]:
         guards,
         [
             f"The edit harms {worst.name}: the model's own answer about it keeps {worst.kept:.1%} of its probability "
-            f"per token, below the limit of {guards.kept:.1%}. {by}Names below it: "
+            f"per token, below the limit of {guards.kept_answers:.1%}. {by}Names below it: "
             f"{_names([harm.name for harm in below])}. Choose another redirect, or --key-tokens last, which harms "
             "other names less."
         ],

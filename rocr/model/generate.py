@@ -83,6 +83,7 @@ def continue_greedily(
     return [_greedy(model, prompt, ends, max_tokens) for prompt in prompts]
 
 
+@torch.no_grad()
 def log_probabilities(
     model: nn.Module, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
 ) -> list[Tensor]:

@@ -37,6 +37,7 @@ OPEN = Guards(
     distance=math.inf,
     divergence=math.inf,
     drift=math.inf,
+    kept_answers=0.0,
 )
 
 
