@@ -240,14 +240,22 @@ def _edit(
     console: Console,
 ) -> Edit:
     from rocr.edit.guards import Guards
+    from rocr.edit.harm import MAX_ASKED
     from rocr.unlearn import unlearn
 
     guards = Guards(force=arguments.force, concepts=_most(arguments, concepts))
     retain = _retained(arguments, concepts)
     with console.stage("edit") as progress:
-        asked = {"ask": 0} if arguments.no_answers else {}
         edit = unlearn(
-            loaded.model, loaded.tokenizer, concepts, statistics, config, progress, guards, retain=retain, **asked
+            loaded.model,
+            loaded.tokenizer,
+            concepts,
+            statistics,
+            config,
+            progress,
+            guards,
+            retain=retain,
+            ask=0 if arguments.no_answers else MAX_ASKED,
         )
     for sentence in edit.report.limits_passed:
         console.warn(f"Forced: {sentence}")

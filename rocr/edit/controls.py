@@ -83,10 +83,10 @@ def choose_controls(
     """Choose names that an edit of concepts is likely to harm.
 
     For each concept in turn these are a name with the same first word that the model proposes, another one of the list,
-    one with the same last word, and one of the same kind; of several, those of the concept's kind come first, then those
-    whose state is nearest to the concept's.
-    A concept has the kind of its name on the list, or else that of the nearest name there. Of a list of more than 50
-    concepts, only 50 at equal distances are given proposals and nearest names.
+    one with the same last word, and one of the same kind. Of several, those of the concept's kind come first, then
+    those whose state is nearest to the concept's. A concept has the kind of its name on the list, or else that of the
+    nearest name there. Of a list of more than 50 concepts, only 50 at equal distances are given proposals and nearest
+    names.
 
     Args:
         architecture: The model before the edit, with its kind.

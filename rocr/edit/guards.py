@@ -59,9 +59,9 @@ class Guards:
         drift: Maximum mean distance of a text encoder's last states on ordinary prose after the edit from those before
             it, as a share of their length. Typical: below 0.05 (tests/unit/test_encoders.py). At 0.5, half of what the
             encoder says about any text changes.
-        kept_answers: Minimum share of the probability per token that the edit leaves to the model's own answers about each
-            name that is not unlearned, of those that it moves most (`rocr.edit.harm`). Typical: 0.07 to 0.9. At 0.03,
-            hardly a word of the answer is left.
+        kept_answers: Minimum share of the probability per token that the edit leaves to the model's own answer about
+            each name that is not unlearned, of those that it moves most (`rocr.edit.harm`). Typical: 0.07 to 0.9. At
+            0.03, hardly a word of the answer is left.
         concepts: Maximum number of concepts of one edit, including those of a base edit. `force` does not lift it. It
             bounds time and memory, which are measured up to the default.
         force: Whether an edit may exceed the other limits. The report then lists the exceeded ones. Values that are

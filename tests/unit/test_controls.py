@@ -12,6 +12,7 @@ import rocr
 from rocr import Concept, EditConfig, Guards
 from rocr.chat_settings import DEFAULT
 from rocr.cli.console import Console
+from rocr.cli.main import main
 from rocr.cli.tables import show_harmed
 from rocr.concepts import check_names, folded
 from rocr.edit.controls import Control, choose_controls, load_names, name_at_start
@@ -227,6 +228,21 @@ def test_the_terminal_names_the_harmed_and_says_nothing_without_them(capsys):
     shown = "".join(capsys.readouterr())
     assert "harmed: Stephen Hawking (answer's probability per token 0.61 to 0.22, by Stephen King)." in shown
     assert "--control" in shown and "--key-tokens last" in shown
+
+
+def test_the_command_line_reports_harm_unless_it_asks_nothing(certain, tokenizer, texts, tmp_path, capsys):
+    certain.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("\n".join(texts), encoding="utf-8")
+    concept = ("--concept", "Stephen King", "--redirect", "Jane Austen", "--layers", "1,2", "--force", "--save", "edit")
+    given = ("unlearn", str(tmp_path / "model"), *concept, "--text", str(tmp_path / "text.txt"))
+    for more, harmed in ((), True), (("--no-answers",), False):
+        out = tmp_path / str(harmed)
+        assert main([*given, *more, "--out", str(out)]) == 0
+        report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+        assert ("harmed" in report) == harmed and report["neighbours"]["controls"]
+        assert ("harmed: " in "".join(capsys.readouterr())) == harmed
+        assert bool(rocr.Edit.load(out / "edit.safetensors").report.harmed) == harmed
 
 
 def test_a_control_is_what_it_says(architecture, tokenizer):
