@@ -30,12 +30,14 @@ from rocr.edit.guards import (
     Predictions,
     check_closed,
     check_distance,
+    check_harm,
     check_layer,
     check_predictions,
     naming_closest_concepts,
     naming_largest_concepts,
     predict,
 )
+from rocr.edit.harm import HARMED, MAX_ASKED, OwnAnswers, read_own_answers
 from rocr.edit.measures import EditReport, measure_layer
 from rocr.edit.retain_impact import RetainedNames, read_retained_names
 from rocr.edit.task import Goals, Reader, Task, keys_and_residuals, with_token_schedule
@@ -69,6 +71,7 @@ def unlearn(
     guards: Guards | None = None,
     base_edit: Edit | None = None,
     retain: Sequence[str] | None = None,
+    ask: int = MAX_ASKED,
 ) -> Edit:
     """Redirect concepts in a model, in place: on reading a concept, the model then perceives its redirect.
 
@@ -91,7 +94,10 @@ def unlearn(
         base_edit: An edit whose concepts stay redirected, from the keys and residuals that it stores. The model must
             have its weights from before that edit; `Edit.add` restores them first.
         retain: Names that should stay as they are, for which the effect of the edit is measured. None measures the
-            redirects.
+            redirects and, in a language model, names that the edit is likely to harm (`rocr.edit.controls`); an empty
+            list measures nothing.
+        ask: Of these names, the redirects excepted, the largest number that the model is asked about before and after
+            the edit: those that it moves most (`rocr.edit.harm`). 0 asks nothing.
 
     Returns:
         The edit, which is applied to the model. `Edit.revert` restores the original weights.
@@ -124,7 +130,11 @@ def unlearn(
                 template_keys = reader.template_keys()
                 readings = reader.keys(layers if task.config.measure == "once" else layers[:1])
                 goals = Goals.of(targets, readings[layers[0]].hidden, reader.distance_shares(), task)
-            retained = read_retained_names(architecture, tokenizer, all_concepts, retain, task.config, progress)
+            with timed("controls"):
+                retained = read_retained_names(
+                    architecture, tokenizer, all_concepts, retain, task.config, progress, propose=ask > 0
+                )
+            own_answers: OwnAnswers | None = None
             with timed("check"):
                 predictions = predict(architecture, tokenizer)
                 final_states = read_final_states(architecture, tokenizer)
@@ -143,6 +153,9 @@ def unlearn(
                     update = LayerUpdate.solved(blocks, system.touched, keys, residuals, solution)
                 with timed("compare"):
                     _compare(task, blocks, update, solution, retained, report)
+                if i == 0 and retained is not None and ask > 0:
+                    with timed("controls"):  # the model is still unedited
+                        own_answers = _ask_about_most_moved(task, tokenizer, retained, ask)
                 with timed("apply"), naming_largest_concepts(update, concept_of, all_concepts):
                     weight_norm = blocks.norm(system.touched)
                     weights = edited_weights(architecture, [update])
@@ -162,6 +175,10 @@ def unlearn(
                     guards, final_states, architecture, updates, concept_of, all_concepts
                 )
                 report.limits_passed += exceeded
+            with timed("controls"):
+                harms = [] if own_answers is None else own_answers.harms(architecture)
+                report.limits_passed += check_harm(guards, harms)
+                report.harmed = [harm for harm in harms if harm.kept < HARMED]
             report.distance = _with_distance_of_base(task, distance)
             if retained is not None:
                 report.retained = retained.report([concept.name for concept in all_concepts])
@@ -287,6 +304,14 @@ def _compare(
         report.collisions = find_collisions(task.all_concepts, task.concept_of, update)
     if retained is not None:
         retained.measure(blocks, update, solution, task.concept_of)
+
+
+def _ask_about_most_moved(task: Task, tokenizer: Any, retained: RetainedNames, count: int) -> OwnAnswers | None:
+    """Ask the model about the names that the update of the first layer, not yet applied, moves most."""
+    names = retained.most_moved([concept.name for concept in task.all_concepts], count)
+    kinds = {control.name: control.kind for control in retained.controls}
+    things = [kinds.get(name) not in (None, "person") for name, _ in names]
+    return read_own_answers(task.architecture, tokenizer, names, things, task.config.chat)
 
 
 def _record(updates: list[LayerUpdate], update: LayerUpdate, applied: Sequence[Applied]) -> None:

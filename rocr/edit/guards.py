@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rocr.concepts import MAX_CONCEPTS, Concept
 from rocr.config import EditConfig
 from rocr.edit.collisions import nearest_keys
+from rocr.edit.harm import Harm
 from rocr.edit.measures import LayerMeasures
 from rocr.edit.update import LayerUpdate
 from rocr.errors import GuardError, InputError
@@ -58,6 +59,9 @@ class Guards:
         drift: Maximum mean distance of a text encoder's last states on ordinary prose after the edit from those before
             it, as a share of their length. Typical: below 0.05 (tests/unit/test_encoders.py). At 0.5, half of what the
             encoder says about any text changes.
+        kept_answers: Minimum share of the probability per token that the edit leaves to the model's own answer about
+            each name that is not unlearned, of those that it moves most (`rocr.edit.harm`). Typical: 0.07 to 0.9. At
+            0.03, hardly a word of the answer is left.
         concepts: Maximum number of concepts of one edit, including those of a base edit. `force` does not lift it. It
             bounds time and memory, which are measured up to the default.
         force: Whether an edit may exceed the other limits. The report then lists the exceeded ones. Values that are
@@ -76,6 +80,7 @@ class Guards:
     concepts: int = MAX_CONCEPTS
     force: bool = False
     drift: float = 0.5
+    kept_answers: float = 0.03
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -142,6 +147,29 @@ def check_closed(guards: Guards, layers: Sequence[LayerMeasures], concepts: Sequ
         [
             f"The edit closes only {shares[least]:.2%} of the residual of {concepts[least].name}, below the limit of "
             f"{guards.closed:.2%}. Concepts below it: {_names([concepts[i].name for i in below])}."
+        ],
+    )
+
+
+def check_harm(guards: Guards, harms: Sequence[Harm]) -> list[str]:
+    """Check what is kept of the answers about names that are not unlearned; returns and raises as `check_layer`.
+
+    Args:
+        guards: The limits.
+        harms: The names that were asked about, the most harmed first.
+    """
+    below = [harm for harm in harms if not harm.kept >= guards.kept_answers]
+    if not below:
+        return []
+    worst = below[0]
+    by = "" if worst.concept is None else f"Most of it is from {worst.concept!r}. "
+    return stop(
+        guards,
+        [
+            f"The edit harms {worst.name}: the model's own answer about it keeps {worst.kept:.1%} of its probability "
+            f"per token, below the limit of {guards.kept_answers:.1%}. {by}Names below it: "
+            f"{_names([harm.name for harm in below])}. Choose another redirect, or --key-tokens last, which harms "
+            "other names less."
         ],
     )
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rocr.config import BY_COUNT, new_setting_name
 from rocr.edit.collisions import Collisions
+from rocr.edit.harm import Harm
 from rocr.edit.retain_impact import RetainReport
 from rocr.edit.routing import LayerRouting
 from rocr.edit.update import LayerUpdate
@@ -78,6 +79,8 @@ class EditReport:
         by_count: Settings that were chosen by the number of concepts (`EditConfig.for_concepts`). They keep their
             recorded values when concepts are added, removed or merged.
         routing: For each edited layer with a mixture of experts, how the concepts are routed in it.
+        harmed: Names that are not unlearned and about which the edited model answers otherwise, of the controls or the
+            retained names that the edit moves most; the most harmed first. See `rocr.edit.harm`.
     """
 
     layers: list[LayerMeasures] = field(default_factory=list)
@@ -92,6 +95,7 @@ class EditReport:
     by_count: list[str] = field(default_factory=list)
     routing: list[LayerRouting] = field(default_factory=list)
     drift: float | None = None
+    harmed: list[Harm] = field(default_factory=list)
 
     @property
     def neighbours(self) -> RetainReport | None:
@@ -101,7 +105,7 @@ class EditReport:
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON values, with the field names of rocr 0.1.
 
-        An empty `by_count` or `routing` and a `drift` of None are left out.
+        An empty `by_count`, `routing` or `harmed` and a `drift` of None are left out.
         """
         values = {("neighbours" if name == "retained" else name): value for name, value in asdict(self).items()}
         if self.retained is not None:
@@ -109,7 +113,7 @@ class EditReport:
         return {
             name: value
             for name, value in values.items()
-            if name not in ("by_count", "routing", "drift") or value not in ([], None)
+            if name not in ("by_count", "routing", "drift", "harmed") or value not in ([], None)
         }
 
     @classmethod
@@ -124,7 +128,8 @@ class EditReport:
         retained = values.pop("neighbours", None)
         retained = None if retained is None else RetainReport.from_json(retained)
         routing = [LayerRouting.from_json(layer, concepts) for layer in list_of(values.pop("routing", []), "routing")]
-        report = cls(layers=layers, retained=retained, routing=routing, **values)
+        harmed = [Harm.from_json(harm) for harm in list_of(values.pop("harmed", []), "harmed")]
+        report = cls(layers=layers, retained=retained, routing=routing, harmed=harmed, **values)
         if report.collisions is not None:
             report.collisions = Collisions.from_json(values["collisions"])
         if report.distance:
