@@ -50,13 +50,16 @@ class Control:
         concept: Name of the concept for which it was chosen.
         reason: What it has in common with the concept: its "first word", its "last word", the first word in a name
             that the model "proposed", or the "nearest" state of all names of its kind.
-        kind: The kind of the name in the package's list, such as "person". None if it is not on the list.
+        kind: The kind of the name in the package's list, such as "person"; of a name that is not on it, that of the
+            concept. None if neither is known.
+        listed: Whether the name is on the list.
     """
 
     name: str
     concept: str
     reason: Reason
     kind: str | None = None
+    listed: bool = True
 
 
 def load_names() -> dict[str, str]:
@@ -148,7 +151,7 @@ def choose_controls(
             "nearest": [pool[j] for j in order or [] if kinds.get(pool[j]) == kind],
         }
         controls = (
-            Control(name, concept.name, reason, kinds.get(name))
+            Control(name, concept.name, reason, kinds.get(name, kind), name in kinds)
             for names in zip_longest(*groups.values())
             for reason, name in zip(groups, names, strict=True)
             if name is not None

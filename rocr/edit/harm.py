@@ -62,6 +62,8 @@ class Harm:
             if field != "concept" or found.concept is not None:
                 text_of(getattr(found, field), field)
         numbers_of([found.before, found.after], "before and after", 2)
+        if not found.before > 0:
+            raise ValueError(f"before is {found.before:g}")
         return found
 
 

@@ -182,7 +182,7 @@ class RetainedNames:
         if self.given:
             order = sorted(self.names, key=lambda name: -shares[name])
         else:
-            ranked = sorted(self.controls, key=lambda control: (-round(shares[control.name], 3), control.kind is None))
+            ranked = sorted(self.controls, key=lambda control: (-round(shares[control.name], 3), not control.listed))
             of_concept: dict[str, list[str]] = {}
             for control in ranked:
                 of_concept.setdefault(control.concept, []).append(control.name)

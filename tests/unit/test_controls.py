@@ -73,7 +73,8 @@ def test_controls_share_a_word_or_are_nearest_and_are_no_names_of_the_edit(archi
     assert len(found) <= 4 * len(concepts) and len({control.name for control in found}) == len(found)
     taken = {name for concept in concepts for name in (*concept.names, concept.redirect)}
     for control in found:
-        assert control.name not in taken and control.kind == kinds.get(control.name)
+        assert control.name not in taken and control.listed == (control.name in kinds)
+        assert control.kind == kinds.get(control.name, kinds.get(control.concept))
         first, *_, last = control.concept.split() * 2
         if control.reason in ("first word", "proposed"):
             assert control.name.split()[0] == first
@@ -179,6 +180,9 @@ def test_a_namesake_whose_first_word_is_moved_is_found_named_and_reported(unlear
     assert read.harmed == [] and read.retained == replace(retained, controls=[])
     written["harmed"] = [{"name": 1, "concept": None, "before": 1.0, "after": 1.0, "answer": ""}]
     with pytest.raises((TypeError, ValueError)):
+        EditReport.from_json(written, 1)
+    written["harmed"][0].update(name="Stephen Fry", before=0.0)
+    with pytest.raises(ValueError, match="before is 0"):
         EditReport.from_json(written, 1)
 
 
