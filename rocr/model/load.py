@@ -21,6 +21,7 @@ from rocr.model.check_folder import INDEX_FILE, SINGLE_FILE, check_model_folder
 from rocr.model.check_tokenizer import check_token_ids
 from rocr.model.diagnosis import check_memory, naming_the_field, set_settings
 from rocr.model.forward import input_embedding
+from rocr.model.gguf_layout import read_gguf_layout
 from rocr.model.hub import loading, offline
 from rocr.model.model_class import writes_from_left_to_right
 from rocr.model.quantised.checkpoint import check_packages, find_quantisation
@@ -123,9 +124,25 @@ def _check_complete(source: ModelSource, found: dict[str, Any]) -> None:
     """Raise InputError if tensors are missing or have other shapes: transformers fills them with random values."""
     missing = sorted(map(str, found.get("missing_keys") or ()))
     if missing:
-        raise InputError(f"{source.name} lacks {len(missing)} of the model's tensors, such as {missing[0][:100]}.")
+        raise InputError(
+            f"{source.name} lacks {len(missing)} of the model's tensors, such as {missing[0][:100]}.{_experts(source)}"
+        )
     if found.get("mismatched_keys"):
         raise InputError(f"{source.name} holds tensors whose shapes differ from those of its config.json.")
+
+
+def _experts(source: ModelSource) -> str:
+    """Return a sentence on experts of a GGUF file: transformers reads those of some architectures only."""
+    if source.folder is None or source.gguf is None:
+        return ""
+    layout = read_gguf_layout(source.folder / source.gguf)
+    expert = next((name for name in layout.tensors if "_exps." in name), None)
+    if expert is None:
+        return ""
+    return (
+        f" The file holds experts ({expert}), which transformers does not load for the architecture "
+        f"{layout.architecture[:60]!r}. Edit the model's Hugging Face folder instead."
+    )
 
 
 def save_model(loaded: LoadedModel, folder: Path) -> None:

@@ -8,18 +8,48 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import transformers
 from torch import nn
 
-ARCHITECTURES = {"Qwen3Moe": "qwen3moe", "Qwen2Moe": "qwen2moe"}
-"""The families that transformers loads from GGUF files, and the names of their architectures there."""
-SIZES = {
+from tests.support.models import build_model
+
+ARCHITECTURES = {"Qwen3Moe": "qwen3moe", "Qwen2Moe": "qwen2moe", "MiniMaxM2": "minimax-m2", "Mixtral": "llama"}
+"""Families, and the names of their architectures in GGUF files. transformers loads all but Mixtral, whose architecture
+is that of dense models."""
+SIZES: dict[str, Any] = {
     "hidden_size": 64,
     "moe_intermediate_size": 32,
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
+    "num_experts": 8,
+    "num_experts_per_tok": 1,
     "initializer_range": 0.2,
 }
-"""Sizes of which every row can be stored in Q8_0."""
+"""Every row can be stored in Q8_0. A token has one of eight experts, so that some are not edited."""
+MODELS: dict[str, dict[str, Any]] = {
+    # transformers assumes this of the family's GGUF files, as llama.cpp does.
+    "Qwen3Moe": SIZES | {"norm_topk_prob": True},
+    "Qwen2Moe": SIZES | {"shared_expert_intermediate_size": 96},
+    "Mixtral": {"hidden_size": 64},
+}
+MINIMAX = {
+    "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "rotary_dim": 8, "num_local_experts": 8, "num_experts_per_tok": 1,
+    "max_position_embeddings": 128, "initializer_range": 0.2, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def build_mixture(family: str, vocabulary: int, **changes: Any) -> nn.Module:
+    """A tiny random mixture, always the same one."""
+    if family != "MiniMaxM2":
+        return build_model(family, vocabulary, **(MODELS[family] | changes))
+    if not hasattr(transformers, "MiniMaxM2Config"):
+        pytest.skip("this version of transformers lacks MiniMax M2")
+    config = transformers.MiniMaxM2Config(vocab_size=vocabulary, **(MINIMAX | changes))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model: nn.Module = transformers.MiniMaxM2ForCausalLM(config)
+    return model.eval()
 
 
 def write_mixture_gguf(
@@ -51,13 +81,16 @@ def write_mixture_gguf(
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
+    if hasattr(config, "rotary_dim"):
+        writer.add_rope_dimension_count(config.rotary_dim)
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
     writer.add_expert_count(config.num_experts)
     writer.add_expert_used_count(config.num_experts_per_tok)
-    writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    writer.add_expert_feed_forward_length(getattr(config, "moe_intermediate_size", config.intermediate_size))
     if family == "Qwen2Moe":
         writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
     _add_tokenizer(gguf, writer, tokenizer)
-    kind = gguf.MODEL_ARCH[architecture.upper()]
+    kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
     for name, tensor in model.state_dict().items():
         values = tensor.float().numpy().astype(np.float32)
@@ -65,6 +98,9 @@ def write_mixture_gguf(
             layer, middle = name.split(".")[2], values.shape[1] // 2
             _add(gguf, writer, f"blk.{layer}.ffn_gate_exps.weight", values[:, :middle], stored_as)
             _add(gguf, writer, f"blk.{layer}.ffn_up_exps.weight", values[:, middle:], stored_as)
+            continue
+        if name.endswith("e_score_correction_bias"):
+            _add(gguf, writer, f"blk.{name.split('.')[2]}.exp_probs_b.bias", values, "F32")
             continue
         target = names.get_name(name, try_suffixes=(".weight", ".bias"))
         target = target if name.endswith((".weight", ".bias")) else f"{target}.weight"

@@ -14,23 +14,17 @@ from rocr.export.gguf import check_gguf_possible, save_edited_gguf
 from rocr.export.gguf_lora import write_gguf_lora
 from rocr.model.gguf_layout import read_gguf_layout
 from rocr.model.load import find_model, load_model
-from tests.support.gguf_mixtures import SIZES, write_mixture_gguf
+from tests.support.gguf_mixtures import build_mixture, write_mixture_gguf
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 gguf = pytest.importorskip("gguf")
-FEW = SIZES | {"num_experts": 8, "num_experts_per_tok": 1}
-"""One of eight experts for a token, so that some experts are not edited."""
-MODELS = {
-    "Qwen3Moe": FEW | {"norm_topk_prob": True},  # transformers assumes this of the family's GGUF files, as llama.cpp
-    "Qwen2Moe": FEW | {"shared_expert_intermediate_size": 96},
-}
 KINDS = {"F32": "F32", "F16": "F16", "Q8_0": "Q8_0", "Q4_0": "F16"}
 """The type of the experts, and the type that edited ones are written in."""
 
 
-def edited_model(family, kind, make_model, tokenizer, texts, folder, dtype=None):
+def edited_model(family, kind, tokenizer, texts, folder, dtype=None):
     """A mixture that is loaded from a GGUF file and edited, and the file that is written."""
-    model = make_model(family, **MODELS[family])
+    model = build_mixture(family, len(tokenizer))
     path = write_mixture_gguf(model, family, tokenizer, folder / "m.gguf", kind)
     loaded = load_model(find_model(str(path)), dtype)
     first = {name: values.clone() for name, values in loaded.model.state_dict().items()}
@@ -50,7 +44,7 @@ def edited_model(family, kind, make_model, tokenizer, texts, folder, dtype=None)
 
 
 CASES = [("Qwen2Moe", "F16"), ("Qwen2Moe", "Q8_0"), ("Qwen3Moe", "Q4_0")]
-SLOW = [("Qwen3Moe", "F32"), ("Qwen3Moe", "Q8_0"), ("Qwen2Moe", "Q4_0")]
+SLOW = [("Qwen3Moe", "F32"), ("Qwen3Moe", "Q8_0"), ("Qwen2Moe", "Q4_0"), ("MiniMaxM2", "F32"), ("MiniMaxM2", "Q8_0")]
 
 
 @pytest.fixture(
@@ -58,8 +52,8 @@ SLOW = [("Qwen3Moe", "F32"), ("Qwen3Moe", "Q8_0"), ("Qwen2Moe", "Q4_0")]
     params=[*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)],
     ids=lambda case: "-".join(case),
 )
-def edited(request, make_model, tokenizer, texts, tmp_path_factory):
-    return edited_model(*request.param, make_model, tokenizer, texts, tmp_path_factory.mktemp("mixture"))
+def edited(request, tokenizer, texts, tmp_path_factory):
+    return edited_model(*request.param, tokenizer, texts, tmp_path_factory.mktemp("mixture"))
 
 
 def tensors_of(edited):
@@ -75,7 +69,8 @@ def tensors_of(edited):
 def test_the_loaded_model_has_the_sizes_and_the_values_of_the_file(edited):
     if edited.kind == "F32":
         assert all(torch.equal(values, edited.first[name]) for name, values in edited.model.state_dict().items())
-    assert edited.loaded.model.config.moe_intermediate_size == 32
+    if edited.family != "MiniMaxM2":
+        assert edited.loaded.model.config.moe_intermediate_size == 32
     if edited.family == "Qwen2Moe":
         assert edited.loaded.model.config.shared_expert_intermediate_size == 96
 
@@ -193,8 +188,8 @@ def test_a_damaged_record_is_refused(edited, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_model_that_was_loaded_in_bfloat16_gives_nearly_the_same_file(make_model, tokenizer, texts, tmp_path):
-    made = edited_model("Qwen2Moe", "Q8_0", make_model, tokenizer, texts, tmp_path, torch.bfloat16)
+def test_a_model_that_was_loaded_in_bfloat16_gives_nearly_the_same_file(tokenizer, texts, tmp_path):
+    made = edited_model("Qwen2Moe", "Q8_0", tokenizer, texts, tmp_path, torch.bfloat16)
     before, after = read_gguf_layout(made.path), read_gguf_layout(made.out)
     for update in made.edit.updates:
         assert update.applied.dtype == "torch.float32"
@@ -209,12 +204,10 @@ def test_a_model_that_was_loaded_in_bfloat16_gives_nearly_the_same_file(make_mod
     assert (tmp_path / "back" / "m.gguf").read_bytes() == made.path.read_bytes()
 
 
-def test_a_file_of_a_family_that_transformers_does_not_read_is_refused(make_model, tokenizer, tmp_path):
-    """Mixtral's experts in a file of the architecture llama: transformers builds a dense model and misses its MLPs."""
-    from tests.support.models import write_gguf
-
-    path = write_gguf(make_model("Llama", intermediate_size=64), tokenizer, tmp_path / "m.gguf")
-    data = path.read_bytes()
-    path.write_bytes(data.replace(b"blk.1.ffn_down.weight", b"blk.1.ffn_d0wn.weight"))
-    with pytest.raises(InputError, match="lacks 1 of the model's tensors"):
+def test_experts_that_transformers_does_not_load_are_refused(tokenizer, tmp_path):
+    """Files of Mixtral have the architecture of the dense Llama, whose MLPs they lack."""
+    path = write_mixture_gguf(build_mixture("Mixtral", len(tokenizer)), "Mixtral", tokenizer, tmp_path / "m.gguf")
+    with pytest.raises(
+        InputError, match=r"lacks 15 .* holds experts \(blk\.0\.ffn_gate_exps\.weight\), which .* 'llama'"
+    ):
         load_model(find_model(str(path)))
