@@ -60,6 +60,9 @@ def fast_reader() -> Iterator[None]:
     import gguf
 
     reader, name_map = gguf.GGUFReader, gguf.get_tensor_name_map
+    if not isinstance(reader, type):  # inside another context
+        yield
+        return
     patched: Any = gguf
     patched.GGUFReader = functools.cache(_fast_reader_class(reader))
     patched.get_tensor_name_map = functools.cache(name_map)
