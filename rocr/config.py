@@ -24,7 +24,7 @@ Method = Literal["whitened", "projected"]
 KeyTokens = Literal["last", "all"]
 KeysPerConcept = Literal["mean", "all"]
 Contexts = Literal["matched", "official"]
-TokenSchedule = Literal["full", "ramp"]
+TokenSchedule = Literal["full", "ramp", "predicted"]
 Measure = Literal["each", "once"]
 RENAMED = {
     "reach": Renamed("token_schedule", {"whole": "full", "gradual": "ramp"}),
@@ -154,10 +154,12 @@ class EditConfig:
         contexts: Where target and current state are read. "matched" reads both in the template of the key.
             "official" reads the target in the first template and the current state in the text "{name}.", as the
             authors do.
-        token_schedule: How far each token of a name is moved. "full" moves all tokens the full distance. "ramp" moves
-            token j of m by √(j/m) of it, since other names begin with the same tokens. None is "ramp" for lists of 25
-            concepts or more, where other subjects then lose a third as much, and "full" for shorter lists, where "ramp"
-            would leave more of a concept (benches/search_defaults.py).
+        token_schedule: How far each token of a name is moved towards its target, as a share of the distance. Names that
+            begin alike share the keys of their first tokens. "predicted" moves each token by √p of it, where p is the
+            probability that the model itself gives to the rest of the name after that token (`rocr.keys.predicted`).
+            "full" moves all tokens the full distance. "ramp" moves token j of m by √(j/m) of it. None is "predicted"
+            if the model predicts text and all of it is loaded; otherwise "ramp" for lists of 25 concepts or more and
+            "full" for shorter lists.
         template_weight: s >= 0, the weight of the tokens of the templates before a name, such as a chat's system
             prompt: C + s mean(k kᵀ) over their keys k takes the place of C. They precede everything that a chat model
             reads, and ordinary text does not contain them. None is 0.03 for lists of 25 concepts or more, and 0 for

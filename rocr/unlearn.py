@@ -30,15 +30,17 @@ from rocr.edit.guards import (
     Predictions,
     check_closed,
     check_distance,
+    check_harm,
     check_layer,
     check_predictions,
     naming_closest_concepts,
     naming_largest_concepts,
     predict,
 )
+from rocr.edit.harm import HARMED, MAX_ASKED, OwnAnswers, read_own_answers
 from rocr.edit.measures import EditReport, measure_layer
 from rocr.edit.retain_impact import RetainedNames, read_retained_names
-from rocr.edit.task import Goals, Reader, Task, keys_and_residuals
+from rocr.edit.task import Goals, Reader, Task, keys_and_residuals, with_token_schedule
 from rocr.edit.update import Applied, LayerUpdate
 from rocr.edit.weight import edited_weights
 from rocr.io.dtypes import dtype_name
@@ -69,6 +71,7 @@ def unlearn(
     guards: Guards | None = None,
     base_edit: Edit | None = None,
     retain: Sequence[str] | None = None,
+    ask: int = MAX_ASKED,
 ) -> Edit:
     """Redirect concepts in a model, in place: on reading a concept, the model then perceives its redirect.
 
@@ -91,7 +94,10 @@ def unlearn(
         base_edit: An edit whose concepts stay redirected, from the keys and residuals that it stores. The model must
             have its weights from before that edit; `Edit.add` restores them first.
         retain: Names that should stay as they are, for which the effect of the edit is measured. None measures the
-            redirects.
+            redirects and, in a language model, names that the edit is likely to harm (`rocr.edit.controls`); an empty
+            list measures nothing.
+        ask: Of these names, the redirects excepted, the largest number that the model is asked about before and after
+            the edit: those that it moves most (`rocr.edit.harm`). 0 asks nothing.
 
     Returns:
         The edit, which is applied to the model. `Edit.revert` restores the original weights.
@@ -123,8 +129,12 @@ def unlearn(
             with timed("keys"):
                 template_keys = reader.template_keys()
                 readings = reader.keys(layers if task.config.measure == "once" else layers[:1])
-                goals = Goals.of(targets, readings[layers[0]].hidden, task)
-            retained = read_retained_names(architecture, tokenizer, all_concepts, retain, task.config, progress)
+                goals = Goals.of(targets, readings[layers[0]].hidden, reader.distance_shares(), task)
+            with timed("controls"):
+                retained = read_retained_names(
+                    architecture, tokenizer, all_concepts, retain, task.config, progress, propose=ask > 0
+                )
+            own_answers: OwnAnswers | None = None
             with timed("check"):
                 predictions = predict(architecture, tokenizer)
                 final_states = read_final_states(architecture, tokenizer)
@@ -143,6 +153,9 @@ def unlearn(
                     update = LayerUpdate.solved(blocks, system.touched, keys, residuals, solution)
                 with timed("compare"):
                     _compare(task, blocks, update, solution, retained, report)
+                if i == 0 and retained is not None and ask > 0:
+                    with timed("controls"):  # the model is still unedited
+                        own_answers = _ask_about_most_moved(task, tokenizer, retained, ask)
                 with timed("apply"), naming_largest_concepts(update, concept_of, all_concepts):
                     weight_norm = blocks.norm(system.touched)
                     weights = edited_weights(architecture, [update])
@@ -154,13 +167,18 @@ def unlearn(
                 progress(Progress("edit", i + 1, len(layers), "layers"))
 
             with timed("measure"):
-                distance = goals.distance(reader.states_after_edit(), task)
+                hidden = reader.states_after_edit()
+                distance = goals.distance(hidden, task)
             with timed("check"):
-                _check_edit(task, guards, updates, predictions, distance, report)
+                _check_edit(task, guards, updates, predictions, goals.moved(hidden, task), report)
                 report.drift, exceeded = check_drift(
                     guards, final_states, architecture, updates, concept_of, all_concepts
                 )
                 report.limits_passed += exceeded
+            with timed("controls"):
+                harms = [] if own_answers is None else own_answers.harms(architecture)
+                report.limits_passed += check_harm(guards, harms)
+                report.harmed = [harm for harm in harms if harm.kept < HARMED]
             report.distance = _with_distance_of_base(task, distance)
             if retained is not None:
                 report.retained = retained.report([concept.name for concept in all_concepts])
@@ -229,11 +247,13 @@ def _plan(
     check_length(len(everything), guards.concepts)
     check_concepts(everything)
     config = config or (base_edit.config if base_edit else EditConfig())
-    by_count = base_edit.report.by_count if base_edit else config.unset_by_count()
     architecture = find_architecture(model)
-    config = resolve_layers(config.for_concepts(len(concepts)), architecture)
-    config = replace(config, chat=with_date(config.chat, tokenizer))
+    config = resolve_layers(config, architecture)
     architecture = with_kind(architecture, max(config.layer_numbers))
+    config = with_token_schedule(config, architecture)
+    by_count = base_edit.report.by_count if base_edit else config.unset_by_count()
+    config = config.for_concepts(len(concepts))
+    config = replace(config, chat=with_date(config.chat, tokenizer))
     plan = plan_keys(tokenizer, concepts, config, architecture.kind)
     if base_edit is not None:
         check_rendered(base_edit.rendered, plan.rendered, "the tokenizer now")
@@ -286,6 +306,14 @@ def _compare(
         retained.measure(blocks, update, solution, task.concept_of)
 
 
+def _ask_about_most_moved(task: Task, tokenizer: Any, retained: RetainedNames, count: int) -> OwnAnswers | None:
+    """Ask the model about the names that the update of the first layer, not yet applied, moves most."""
+    names = retained.most_moved([concept.name for concept in task.all_concepts], count)
+    kinds = {control.name: control.kind for control in retained.controls}
+    things = [kinds.get(name) not in (None, "person") for name, _ in names]
+    return read_own_answers(task.architecture, tokenizer, names, things, task.config.chat)
+
+
 def _record(updates: list[LayerUpdate], update: LayerUpdate, applied: Sequence[Applied]) -> None:
     """Append an update that was applied."""
     updates.append(update.after(*applied))
@@ -296,12 +324,12 @@ def _check_edit(
     guards: Guards,
     updates: Sequence[LayerUpdate],
     predictions: Predictions | None,
-    distance: Sequence[float],
+    moved: Sequence[float],
     report: EditReport,
 ) -> None:
     """Raise GuardError if the finished edit exceeds a limit; with `guards.force`, record the limit in the report."""
     report.limits_passed += check_closed(guards, report.layers, task.all_concepts)
-    report.limits_passed += check_distance(guards, report.layers, distance, task.config)
+    report.limits_passed += check_distance(guards, report.layers, moved, task.config)
     report.divergence, exceeded = check_predictions(
         guards, predictions, task.architecture, updates, task.concept_of, task.all_concepts
     )

@@ -103,7 +103,8 @@ chat = together(
 
 probes = option(
     "--probes",
-    "Questions: a .jsonl file, a folder of RWKU or ORT, or hf:OWNER/NAME.",
+    "Questions: a .jsonl file, a folder of RWKU or ORT, hf:OWNER/NAME, or namesakes: 159 questions about people and "
+    "things that share a word with a famous name.",
     type=FILE,
     default=str(PROBES),
     show_default="300 questions about 50 people",

@@ -16,6 +16,7 @@ def show_report(report: dict[str, Any], console: Console, place: str | None) -> 
     _show_concepts(report, console)
     _show_collisions(report["collisions"], console)
     _show_retained(report["neighbours"], console)
+    show_harmed(report.get("harmed", []), console)
     for on_list, title in (
         (True, "Answers about concepts on the list"),
         (False, "Answers about names not on the list"),
@@ -80,7 +81,7 @@ def _show_collisions(found: dict[str, Any] | None, console: Console) -> None:
 def _show_retained(found: dict[str, Any] | None, console: Console) -> None:
     if found is None:
         return
-    kind = "retained names" if found["given"] else "redirects"
+    kind = "retained names" if found["given"] else "redirects and namesakes" if "controls" in found else "redirects"
     rows = [
         (impact["neighbour"], impact["concept"], str(impact["layer"]), _percent(impact["share"]))
         for impact in found["worst"][:SHOWN_PAIRS]
@@ -93,6 +94,20 @@ def _show_retained(found: dict[str, Any] | None, console: Console) -> None:
         f"The whole edit moves the outputs of {found['count']:,} {kind} by {_percent(found['mean'])} on average, and "
         f"of {worst['neighbour']} most, by {_percent(worst['share'])}."
     )
+
+
+def show_harmed(harms: list[dict[str, Any]], console: Console) -> None:
+    """Name what an edit harms, each with numbers, and what may spare it; nothing if there is none."""
+    for harm in harms:
+        console.warn(
+            f"harmed: {harm['name']} (answer's probability per token {harm['before']:.2f} to {harm['after']:.2f}"
+            + (f", by {harm['concept']})." if harm["concept"] is not None else ").")
+        )
+    if harms:
+        console.say(
+            "Names on no list are harmed: another redirect, --token-schedule ramp or --key-tokens last may spare them. "
+            "--control measures names of your choice."
+        )
 
 
 def _show_layers(report: dict[str, Any], console: Console) -> None:

@@ -96,7 +96,8 @@ answering = partial(option, group="Answers before and after")
 @answering("--ask", "Question to ask, with {} for a name.", default="Who is {}?", metavar="QUESTION")
 @answering(
     "--control",
-    "Names that should not change: they are asked about too, and the effect of the edit on them is measured.",
+    "Names that should not change: they are asked about too, and the effect of the edit on them is measured (default: "
+    "names that the edit is likely to harm are measured).",
     several=True,
     metavar="NAME",
 )
@@ -240,12 +241,23 @@ def _edit(
     console: Console,
 ) -> Edit:
     from rocr.edit.guards import Guards
+    from rocr.edit.harm import MAX_ASKED
     from rocr.unlearn import unlearn
 
     guards = Guards(force=arguments.force, concepts=_most(arguments, concepts))
     retain = _retained(arguments, concepts)
     with console.stage("edit") as progress:
-        edit = unlearn(loaded.model, loaded.tokenizer, concepts, statistics, config, progress, guards, retain=retain)
+        edit = unlearn(
+            loaded.model,
+            loaded.tokenizer,
+            concepts,
+            statistics,
+            config,
+            progress,
+            guards,
+            retain=retain,
+            ask=0 if arguments.no_answers else MAX_ASKED,
+        )
     for sentence in edit.report.limits_passed:
         console.warn(f"Forced: {sentence}")
     return edit

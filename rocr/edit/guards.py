@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rocr.concepts import MAX_CONCEPTS, Concept
 from rocr.config import EditConfig
 from rocr.edit.collisions import nearest_keys
+from rocr.edit.harm import Harm
 from rocr.edit.measures import LayerMeasures
 from rocr.edit.update import LayerUpdate
 from rocr.errors import GuardError, InputError
@@ -58,6 +59,9 @@ class Guards:
         drift: Maximum mean distance of a text encoder's last states on ordinary prose after the edit from those before
             it, as a share of their length. Typical: below 0.05 (tests/unit/test_encoders.py). At 0.5, half of what the
             encoder says about any text changes.
+        kept_answers: Minimum share of the probability per token that the edit leaves to the model's own answer about
+            each name that is not unlearned, of those that it moves most (`rocr.edit.harm`). Typical: 0.07 to 0.9. At
+            0.03, hardly a word of the answer is left.
         concepts: Maximum number of concepts of one edit, including those of a base edit. `force` does not lift it. It
             bounds time and memory, which are measured up to the default.
         force: Whether an edit may exceed the other limits. The report then lists the exceeded ones. Values that are
@@ -76,6 +80,7 @@ class Guards:
     concepts: int = MAX_CONCEPTS
     force: bool = False
     drift: float = 0.5
+    kept_answers: float = 0.03
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -146,21 +151,45 @@ def check_closed(guards: Guards, layers: Sequence[LayerMeasures], concepts: Sequ
     )
 
 
+def check_harm(guards: Guards, harms: Sequence[Harm]) -> list[str]:
+    """Check what is kept of the answers about names that are not unlearned; returns and raises as `check_layer`.
+
+    Args:
+        guards: The limits.
+        harms: The names that were asked about, the most harmed first.
+    """
+    below = [harm for harm in harms if not harm.kept >= guards.kept_answers]
+    if not below:
+        return []
+    worst = below[0]
+    by = "" if worst.concept is None else f"Most of it is from {worst.concept!r}. "
+    return stop(
+        guards,
+        [
+            f"The edit harms {worst.name}: the model's own answer about it keeps {worst.kept:.1%} of its probability "
+            f"per token, below the limit of {guards.kept_answers:.1%}. {by}Names below it: "
+            f"{_names([harm.name for harm in below])}. Choose another redirect, or --key-tokens last, which harms "
+            "other names less."
+        ],
+    )
+
+
 def check_distance(
-    guards: Guards, layers: Sequence[LayerMeasures], distance: Sequence[float], config: EditConfig
+    guards: Guards, layers: Sequence[LayerMeasures], moved: Sequence[float], config: EditConfig
 ) -> list[str]:
     """Check how far the states move, against how far the updates should move them; returns and raises as `check_layer`.
 
     Args:
         guards: The limits.
         layers: Measures of the edited layers, in order.
-        distance: The remaining share of the distance to the target for the last `len(distance)` concepts of `layers`.
+        moved: The share of the way to the goals that the states moved, for the last `len(moved)` concepts of `layers`.
         config: Settings of the edit.
     """
-    if not distance or config.contexts == "official":  # "official" does not read the states at the keys
+    if not moved or config.contexts == "official":  # "official" does not read the states at the keys
         return []
-    expected = [expected_distance([layer.closed[-i - 1] for layer in layers], config) for i in range(len(distance))]
-    should, does = (sum(1 - share for share in shares) for shares in (expected, distance))
+    count = len(moved)
+    should = sum(expected_movement([layer.closed[-i - 1] for layer in layers], config) for i in range(count))
+    does = sum(moved)
     missing = 1 - does / should if should > 0 else 0.0
     if missing <= guards.distance:
         return []
@@ -168,20 +197,19 @@ def check_distance(
         guards,
         [
             "The edit does not reach the states: at the concepts' keys, the updates cover "
-            f"{should / len(distance):.0%} of the distance to the redirects, but the states move by "
-            f"{does / len(distance):.0%} of it. {missing:.0%} of the movement is missing, above the limit of "
-            f"{guards.distance:.0%}: a part of the model between the edited weights and the outputs of their layers "
-            "cancels it."
+            f"{should / count:.0%} of the distance to the redirects, but the states move by {does / count:.0%} of it. "
+            f"{missing:.0%} of the movement is missing, above the limit of {guards.distance:.0%}: a part of the model "
+            "between the edited weights and the outputs of their layers cancels it."
         ],
     )
 
 
-def expected_distance(closed: Sequence[float], config: EditConfig) -> float:
-    """Return the share of the distance to a target that remains if the layers close these shares of their residuals."""
+def expected_movement(closed: Sequence[float], config: EditConfig) -> float:
+    """Return the share of the way to a goal that is covered if the layers close these shares of their residuals."""
     count = len(closed)
     if config.measure == "once":
-        return 1 - sum(closed) / count
-    return math.prod(1 - share / (count - i) for i, share in enumerate(closed))
+        return sum(closed) / count
+    return 1 - math.prod(1 - share / (count - i) for i, share in enumerate(closed))
 
 
 def predict(architecture: Architecture, tokenizer: Any) -> Predictions | None:
@@ -190,9 +218,7 @@ def predict(architecture: Architecture, tokenizer: Any) -> Predictions | None:
     Raises:
         GuardError: The logits are not finite.
     """
-    if not architecture.kind.writes_text:
-        return None
-    if any(parameter.device.type == "meta" for parameter in architecture.model.parameters()):
+    if not architecture.predicts_text:
         return None
     ids = tokenize_prompt(tokenizer, PROBE_TEXT)
     positions = positions_of(architecture.model) or len(ids)

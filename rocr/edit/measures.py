@@ -11,14 +11,12 @@ from torch import Tensor
 
 from rocr.config import BY_COUNT, new_setting_name
 from rocr.edit.collisions import Collisions
+from rocr.edit.harm import Harm
 from rocr.edit.retain_impact import RetainReport
 from rocr.edit.routing import LayerRouting
 from rocr.edit.update import LayerUpdate
 from rocr.io.json_values import list_of, numbers_of, object_of, text_of, whole_number_of
 from rocr.solve.solve import CHUNK_ROWS, Solution
-
-MIN_RELATIVE_DISTANCE = 1e-3
-"""A key whose state is moved by less than this share of the concept's longest move is not counted in means."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +79,8 @@ class EditReport:
         by_count: Settings that were chosen by the number of concepts (`EditConfig.for_concepts`). They keep their
             recorded values when concepts are added, removed or merged.
         routing: For each edited layer with a mixture of experts, how the concepts are routed in it.
+        harmed: Names that are not unlearned and about which the edited model answers otherwise, of the controls or the
+            retained names that the edit moves most; the most harmed first. See `rocr.edit.harm`.
     """
 
     layers: list[LayerMeasures] = field(default_factory=list)
@@ -95,6 +95,7 @@ class EditReport:
     by_count: list[str] = field(default_factory=list)
     routing: list[LayerRouting] = field(default_factory=list)
     drift: float | None = None
+    harmed: list[Harm] = field(default_factory=list)
 
     @property
     def neighbours(self) -> RetainReport | None:
@@ -104,7 +105,7 @@ class EditReport:
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON values, with the field names of rocr 0.1.
 
-        An empty `by_count` or `routing` and a `drift` of None are left out.
+        An empty `by_count`, `routing` or `harmed` and a `drift` of None are left out.
         """
         values = {("neighbours" if name == "retained" else name): value for name, value in asdict(self).items()}
         if self.retained is not None:
@@ -112,7 +113,7 @@ class EditReport:
         return {
             name: value
             for name, value in values.items()
-            if name not in ("by_count", "routing", "drift") or value not in ([], None)
+            if name not in ("by_count", "routing", "drift", "harmed") or value not in ([], None)
         }
 
     @classmethod
@@ -127,7 +128,8 @@ class EditReport:
         retained = values.pop("neighbours", None)
         retained = None if retained is None else RetainReport.from_json(retained)
         routing = [LayerRouting.from_json(layer, concepts) for layer in list_of(values.pop("routing", []), "routing")]
-        report = cls(layers=layers, retained=retained, routing=routing, **values)
+        harmed = [Harm.from_json(harm) for harm in list_of(values.pop("harmed", []), "harmed")]
+        report = cls(layers=layers, retained=retained, routing=routing, harmed=harmed, **values)
         if report.collisions is not None:
             report.collisions = Collisions.from_json(values["collisions"])
         if report.distance:
@@ -185,32 +187,28 @@ def measure_layer(
     )
 
 
-def mean_by_concept(values: Tensor, concept_of: Sequence[int], distances: Tensor | None = None) -> list[float]:
-    """Return the mean of `values` over the keys of each concept.
+def mean_by_concept(values: Tensor, concept_of: Sequence[int], weights: Tensor) -> list[float]:
+    """Return the weighted mean of `values` over the keys of each concept; 0 if all of its weights are 0.
 
     Args:
         values: (n,) one value for each key.
         concept_of: For each key, the index of its concept.
-        distances: (n,) how far the state of each key is moved. Keys that are hardly moved are left out of the mean,
-            as "Ada" of "Ada Byron" if the redirect is "Ada": a share of such a distance is rounding error. None
-            counts all keys.
+        weights: (n,) the weight of each key, at least 0.
     """
-    index = torch.tensor(concept_of)
-    weights = torch.ones(len(index), dtype=torch.float64)
+    index, weights = torch.tensor(concept_of), weights.double().cpu()
     zeros = torch.zeros(int(index.max()) + 1, dtype=torch.float64)
-    if distances is not None:
-        distances = distances.double().cpu()
-        longest = zeros.scatter_reduce(0, index, distances, "amax")
-        weights = (distances >= MIN_RELATIVE_DISTANCE * longest[index]).double()
     sums = zeros.index_add(0, index, values.double().cpu() * weights)
-    return [float(mean) for mean in sums / zeros.index_add(0, index, weights)]
+    return [float(mean) for mean in sums / zeros.index_add(0, index, weights).clamp(min=1e-300)]
 
 
 def _closed(update: LayerUpdate, concept_of: Sequence[int]) -> list[float]:
-    """Return for each concept the share of its residuals that the update closes: the projection of the move on them."""
-    shares, lengths = [], update.residuals.double().norm(dim=1)
+    """Return for each concept the share of its residuals that the update closes: the projection of the move on them.
+
+    Keys count by the square of their residual: with several keys, it is the projection of all moves side by side.
+    """
+    shares, squares = [], update.residuals.double().square().sum(dim=1)
     for start in range(0, len(update.keys), CHUNK_ROWS):
         rows = slice(start, start + CHUNK_ROWS)
         moved, wanted = update.factors.moves(update.keys[rows].double()), update.residuals[rows].double()
         shares.append((moved * wanted).sum(dim=1) / wanted.square().sum(dim=1).clamp(min=1e-30))
-    return mean_by_concept(torch.cat(shares), concept_of, lengths)
+    return mean_by_concept(torch.cat(shares), concept_of, squares)

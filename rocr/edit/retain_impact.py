@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from rocr.concepts import Concept, check_names, folded
 from rocr.config import EditConfig
+from rocr.edit.controls import Control, choose_controls
 from rocr.edit.update import LayerUpdate
 from rocr.errors import InputError
 from rocr.io.json_values import flag_of, list_of, numbers_of, text_of, whole_number_of
@@ -73,12 +75,14 @@ class RetainReport:
     """The impact of an edit on all retained names.
 
     Attributes:
-        given: Whether the caller gave the names. If not, they are the redirects of the concepts.
+        given: Whether the caller gave the names. If not, they are the redirects of the concepts and the controls.
         count: Number of names measured, each at all keys of its name in the unedited model.
         mean: Mean of `share` over the names, for the whole update.
         moved: The names with the largest shares for the whole update, at most 20, largest first.
         worst: The pairs of a name and a concept with the largest shares for the concept's part of the update, at most
             20, largest first. The parts of all concepts sum to the update.
+        controls: The names that were chosen because an edit of the concepts is likely to harm them, see
+            `rocr.edit.controls`. Empty if the caller gave the names.
     """
 
     given: bool
@@ -86,11 +90,15 @@ class RetainReport:
     mean: float
     moved: list[RetainImpact] = field(default_factory=list)
     worst: list[RetainImpact] = field(default_factory=list)
+    controls: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the report as JSON values."""
+        """Return the report as JSON values. An empty list of controls is left out."""
         lists = {name: [impact.to_json() for impact in getattr(self, name)] for name in ("moved", "worst")}
-        return asdict(self) | lists
+        values = asdict(self) | lists
+        if not self.controls:
+            del values["controls"]
+        return values
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> RetainReport:
@@ -103,6 +111,8 @@ class RetainReport:
         flag_of(found.given, "given")
         whole_number_of(found.count, "count")
         numbers_of([found.mean], "mean", 1)
+        for name in list_of(found.controls, "controls"):
+            text_of(name, "controls")
         return found
 
 
@@ -115,12 +125,14 @@ class RetainedNames:
         given: Whether the caller gave them.
         name_of: For each key, the index of its name.
         states: For each edited layer, the states with (m, d_in) float32 keys in the unedited model.
+        controls: Those of the names that are controls.
     """
 
     names: list[str]
     given: bool
     name_of: list[int]
     states: dict[int, States]
+    controls: list[Control] = field(default_factory=list)
     _by_name: dict[int, tuple[float, int]] = field(default_factory=dict)
     _by_pair: dict[tuple[int, int], tuple[float, int]] = field(default_factory=dict)
 
@@ -153,6 +165,30 @@ class RetainedNames:
         largest = sorted(self._by_pair.items(), key=lambda item: -item[1][0])
         self._by_pair = dict(largest[:MAX_REPORTED])
 
+    def most_moved(self, concepts: Sequence[str], count: int) -> list[tuple[str, str | None]]:
+        """Return the given names or the controls with the largest shares so far, each with the concept that moves it.
+
+        Of the controls, these are at first the most moved one of each concept, then the second, and so on. Names that
+        begin with the same tokens often have the same share, and those of the package's list come first then.
+
+        Args:
+            concepts: Names of the concepts of the edit.
+            count: Largest number of names.
+        """
+        concept_of = {control.name: control.concept for control in self.controls}
+        for (name, concept), _ in sorted(self._by_pair.items(), key=lambda item: item[1][0]):
+            concept_of[self.names[name]] = concepts[concept]
+        shares = {name: self._by_name[i][0] for i, name in enumerate(self.names)}
+        if self.given:
+            order = sorted(self.names, key=lambda name: -shares[name])
+        else:
+            ranked = sorted(self.controls, key=lambda control: (-round(shares[control.name], 3), control.kind is None))
+            of_concept: dict[str, list[str]] = {}
+            for control in ranked:
+                of_concept.setdefault(control.concept, []).append(control.name)
+            order = [name for names in zip_longest(*of_concept.values()) for name in names if name is not None]
+        return [(name, concept_of.get(name)) for name in order[:count]]
+
     def report(self, concepts: Sequence[str]) -> RetainReport:
         """Return the report of the measured layers, for an edit of concepts with these names."""
         moved = [RetainImpact(self.names[name], None, layer, share) for name, (share, layer) in self._by_name.items()]
@@ -162,7 +198,8 @@ class RetainedNames:
         ]
         mean = sum(impact.share for impact in moved) / len(moved)
         moved.sort(key=lambda impact: -impact.share)
-        return RetainReport(self.given, len(self.names), mean, moved[:MAX_REPORTED], worst)
+        controls = [control.name for control in self.controls]
+        return RetainReport(self.given, len(self.names), mean, moved[:MAX_REPORTED], worst, controls)
 
     def _largest_by_name(self, shares: Tensor) -> Tensor:
         """Return the largest share over the keys of each name: (rows, m) to (rows, names)."""
@@ -177,6 +214,7 @@ def read_retained_names(
     names: Sequence[str] | None,
     config: EditConfig,
     progress: ProgressCallback,
+    propose: bool = True,
 ) -> RetainedNames | None:
     """Read the keys of retained names in the unedited model.
 
@@ -184,9 +222,10 @@ def read_retained_names(
         architecture: The model.
         tokenizer: Its tokenizer.
         concepts: The concepts that are unlearned.
-        names: The retained names. None stands for the redirects, at most 200 of them.
+        names: The retained names. None stands for the redirects, at most 200 of them, and the controls.
         config: The settings, with layers.
         progress: Called after every batch.
+        propose: Whether the model proposes some of the controls.
 
     Returns:
         The names with their keys. None if there is no name to measure.
@@ -196,15 +235,20 @@ def read_retained_names(
             has no token that can be a key, or exceeds the positions of the model.
     """
     chosen = list(dict.fromkeys(concept.redirect for concept in concepts))[:MAX_REDIRECTS]
+    controls: list[Control] = []
     if names is not None:
         chosen = _checked_names(names, concepts)
+    else:
+        layer = min(config.layer_numbers)
+        controls = choose_controls(architecture, tokenizer, concepts, layer, propose=propose, progress=progress)
+        chosen += [control.name for control in controls]
     if not chosen:
         return None
     reading, name_of = plan_names(tokenizer, chosen, config, architecture.kind)
     reading.check_positions([chosen[name] for name in name_of], positions_of(architecture.model))
     layers = config.layer_numbers
     states = read_layers(architecture, reading, max(layers), layers, progress=progress, stage="retained names")
-    return RetainedNames(chosen, names is not None, name_of, states)
+    return RetainedNames(chosen, names is not None, name_of, states, controls)
 
 
 def _checked_names(names: Sequence[str], concepts: Sequence[Concept]) -> list[str]:

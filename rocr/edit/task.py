@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -15,6 +16,7 @@ from rocr.edit.record import EditRecord
 from rocr.edit.routing import LayerRouting, measure_routing
 from rocr.errors import InputError
 from rocr.keys.plan import KeyPlan, Reading
+from rocr.keys.predicted import rest_probabilities
 from rocr.keys.read import States, read_layers, read_states
 from rocr.model.architecture import Architecture
 from rocr.model.blocks import LayerBlocks, layer_blocks
@@ -78,6 +80,22 @@ class Task:
         check_finite(what, layer, values, self.plan.concept_of, self.concepts)
 
 
+def with_token_schedule(config: EditConfig, architecture: Architecture) -> EditConfig:
+    """Return the settings with the token schedule "predicted" in place of None, if the model predicts text.
+
+    Raises:
+        InputError: The schedule is "predicted", but the model predicts no text or is loaded only in part.
+    """
+    if architecture.predicts_text:
+        return replace(config, token_schedule=config.token_schedule or "predicted")
+    if config.token_schedule == "predicted":
+        raise InputError(
+            'The token schedule "predicted" needs the predictions of the model, but it predicts no text or is loaded '
+            'only in part: use "full" or "ramp" (token_schedule, --token-schedule).'
+        )
+    return config
+
+
 @dataclass(frozen=True)
 class Reader:
     """Reads states and keys from the model with its current weights.
@@ -124,6 +142,16 @@ class Reader:
         hidden = self._states(task.plan.current, stage)
         return {layer: replace(states, hidden=hidden) for layer, states in found.items()}
 
+    def distance_shares(self) -> list[float]:
+        """Return for each key the share of the distance to its target that it is moved."""
+        task = self.task
+        if task.config.token_schedule != "predicted":
+            return task.plan.distance_shares
+        probabilities = rest_probabilities(
+            task.architecture, task.plan.keys, task.plan.concept_of, progress=self.progress
+        )
+        return [math.sqrt(probability) for probability in probabilities]
+
     def states_after_edit(self) -> Tensor:
         """Return (n, d_out): the current states, at the output of the last edited layer."""
         hidden = self._states(self.task.plan.current or self.task.plan.keys, "check")
@@ -137,27 +165,40 @@ class Reader:
 
 @dataclass(frozen=True)
 class Goals:
-    """The states that the edit aims at.
+    """The states that the edit aims at, at the output of the last edited layer.
 
     Attributes:
-        states: (n, d_out) float32, at the output of the last edited layer.
-        first_distance: (n,) Euclidean distance of the states before the edit to `states`.
+        start: (n, d_out) float32, the states before the edit.
+        states: (n, d_out) float32, the goals.
     """
 
+    start: Tensor
     states: Tensor
-    first_distance: Tensor
 
     @classmethod
-    def of(cls, targets: Tensor, hidden: Tensor, task: Task) -> Goals:
-        """Return the goals between states (n, d_out) and targets (n, d_out), by strength and token schedule."""
-        share = task.config.strength * torch.tensor(task.plan.distance_shares).to(targets)[:, None]
-        goals = hidden + share * (targets - hidden)
-        return cls(goals, (goals - hidden).norm(dim=1))
+    def of(cls, targets: Tensor, hidden: Tensor, shares: Sequence[float], task: Task) -> Goals:
+        """Return the goals between states (n, d_out) and targets (n, d_out), by strength and shares of the distance."""
+        share = task.config.strength * torch.tensor(shares).to(targets)[:, None]
+        return cls(hidden, hidden + share * (targets - hidden))
 
     def distance(self, hidden: Tensor, task: Task) -> list[float]:
-        """Return the distance of states (n, d_out) to the goals by new concept, as a share of the first distance."""
-        shares = (self.states - hidden).norm(dim=1) / self.first_distance.clamp(min=1e-12)
-        return mean_by_concept(shares, task.plan.concept_of, self.first_distance)
+        """Return the distance of states (n, d_out) to the goals by new concept, as a share of the first distance.
+
+        Keys count by their first distance.
+        """
+        first = (self.states - self.start).norm(dim=1)
+        shares = (self.states - hidden).norm(dim=1) / first.clamp(min=1e-12)
+        return mean_by_concept(shares, task.plan.concept_of, first)
+
+    def moved(self, hidden: Tensor, task: Task) -> list[float]:
+        """Return how far states (n, d_out) moved towards the goals by new concept, as a share of the whole way.
+
+        It is the projection of the moves of all keys side by side, as `LayerMeasures.closed` is that of the updates.
+        """
+        way = self.states - self.start
+        squares = way.square().sum(dim=1)
+        shares = ((hidden - self.start) * way).sum(dim=1) / squares.clamp(min=1e-24)
+        return mean_by_concept(shares, task.plan.concept_of, squares)
 
 
 @dataclass(frozen=True)

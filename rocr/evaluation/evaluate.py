@@ -23,9 +23,10 @@ from rocr.evaluation.forms import ORT_FORMS, Item, PromptStyle, build_items, ite
 from rocr.evaluation.measures import ChoiceQuestion, TextSample, choice_accuracy, contained_answers, perplexity
 from rocr.evaluation.probes.probe import Probe, check_probes, split_by_subject
 from rocr.evaluation.scores import Evaluation, ItemScore
-from rocr.evaluation.scoring import TOKEN_BUDGET, AnswerScore, score_answers, tokenize_questions
+from rocr.evaluation.scoring import AnswerScore, score_answers, tokenize_questions
 from rocr.io.bounded import read_bounded
 from rocr.io.json_values import parse_json
+from rocr.keys.continuations import TOKEN_BUDGET
 from rocr.model.causality import check_writes_text
 from rocr.model.chat import with_date
 from rocr.model.fingerprint import tensor_digest, tokenizer_digest

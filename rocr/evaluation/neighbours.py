@@ -13,10 +13,8 @@ from rocr.concepts import check_names, folded
 from rocr.config import EditConfig
 from rocr.errors import InputError
 from rocr.evaluation.probes.probe import Probe, split_by_subject
-from rocr.keys.plan import Reading
-from rocr.keys.prompts import Prompt, build_prompts, render_template
-from rocr.keys.read import read_states
-from rocr.model.architecture import find_architecture, positions_of
+from rocr.keys.name_states import cosines, read_name_states
+from rocr.model.architecture import find_architecture
 from rocr.model.causality import with_kind
 from rocr.model.layers import layers_by_default
 
@@ -51,10 +49,8 @@ def nearest_subjects(
             f"{len(others)} other subjects are too few to find the neighbours of {target!r}; give probes about two or "
             "more."
         )
-    states = name_states(model, tokenizer, [target, *others], chat)
-    centred = nn.functional.normalize(states - states.mean(dim=0), dim=1)
-    cosines = centred[1:] @ centred[0]
-    best = torch.topk(cosines, min(count, len(others)))
+    found = cosines(name_states(model, tokenizer, [target, *others], chat), of=[0])[0, 1:]
+    best = torch.topk(found, min(count, len(others)))
     return [(others[int(i)], float(value)) for value, i in zip(best.values, best.indices, strict=True)]
 
 
@@ -99,19 +95,4 @@ def name_states(model: nn.Module, tokenizer: Any, names: Sequence[str], chat: Ch
     """
     architecture = find_architecture(model)
     last = max(layers_by_default(architecture))
-    architecture = with_kind(architecture, last)
-    prompts: list[Prompt] = []
-    prompt_of: list[int] = []
-    position_of: list[int] = []
-    group_of: list[int] = []
-    for template in EditConfig().templates:
-        rendered = render_template(tokenizer, template, chat)
-        for group, prompt in enumerate(build_prompts(tokenizer, rendered, names, architecture.kind)):
-            if prompt.name:
-                prompt_of.append(len(prompts))
-                position_of.append(prompt.name[-1])
-                group_of.append(group)
-                prompts.append(prompt)
-    reading = Reading(prompts, prompt_of, position_of, group_of, len(names))
-    reading.check_positions(names, positions_of(model))
-    return read_states(architecture, reading, last).hidden
+    return read_name_states(with_kind(architecture, last), tokenizer, names, last, EditConfig().templates, chat)

@@ -169,12 +169,13 @@ class Evaluation:
             threshold: Score from which a probe counts as known, for `known_threshold`.
 
         Raises:
-            InputError: If no item of the forget set is left.
+            InputError: If no item of the forget set is left, or of the retain set if there is no forget set.
         """
         items = [item for item in self.items if item.probe in probes]
-        if not any(item.split == "forget" for item in items):
+        split = "forget" if any(item.split == "forget" for item in self.items) else "retain"
+        if not any(item.split == split for item in items):
             raise InputError(
-                f"The model knows none of the {self.probes} probes to forget (scores of at least {threshold:g}); "
+                f"The model knows none of the {self.probes} probes to {split} (scores of at least {threshold:g}); "
                 "lower --known, or give probes about better-known subjects."
             )
         return Evaluation(

@@ -1,24 +1,18 @@
-"""Score answers after prompts in batches; tokens that all rows of a batch begin with run through the model once."""
+"""Score answers after prompts, in batches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache
 
 from rocr.errors import InputError, RocrError
-from rocr.keys.prefix_cache import has_attention_only, read_only
-from rocr.model.forward import accepts, forward, input_device, is_of_transformers, logits_of
+from rocr.keys.continuations import TOKEN_BUDGET, Continuation, continuation_batches, continuation_logits
 from rocr.model.tokenizer import opening_tokens, tokenize
 from rocr.ops.arithmetic import plain_arithmetic
-
-TOKEN_BUDGET = 2048
-MIN_SHARED_TOKENS = 8
-"""A shorter common prefix costs more in a separate forward pass than it saves."""
 
 
 @dataclass(frozen=True)
@@ -52,19 +46,15 @@ class AnswerScore:
 
 
 @dataclass(frozen=True)
-class _Row:
-    """A token sequence to run.
+class _Row(Continuation):
+    """The sequence of a question's prompt and an answer.
 
     Attributes:
         question: Index of the question.
-        tokens: Token ids of the prompt and of an answer without its last token.
-        prompt_length: Number of tokens of the prompt.
         answers: Indices of the question's answers that are scored with the logits of this row.
     """
 
     question: int
-    tokens: tuple[int, ...]
-    prompt_length: int
     answers: tuple[int, ...]
 
 
@@ -123,8 +113,8 @@ def score_answers(
     model.eval()
     try:
         found: dict[int, dict[int, AnswerScore]] = {}
-        for batch in _batches(_rows(questions), token_budget):
-            for row, logits in zip(batch, _answer_logits(model, batch), strict=True):
+        for batch in continuation_batches(_rows(questions), token_budget):
+            for row, logits in zip(batch, continuation_logits(model, batch), strict=True):
                 scores = found.setdefault(row.question, {})
                 for answer in row.answers:
                     scores[answer] = _score(questions[row.question].answers[answer], logits)
@@ -148,58 +138,8 @@ def _rows(questions: Sequence[Question]) -> list[_Row]:
         for group in groups:
             # The last token of an answer is left out: the logits after it are not scored.
             tokens = (*question.prompt, *question.answers[group[0]][:-1])
-            rows.append(_Row(index, tokens, len(question.prompt), group))
+            rows.append(_Row(tokens, len(question.prompt), index, group))
     return rows
-
-
-def _batches(rows: Sequence[_Row], token_budget: int) -> Iterator[list[_Row]]:
-    """Yield batches of rows of similar length; rows with the same prompt are not separated."""
-    prompts: dict[tuple[int, int], list[_Row]] = {}
-    for row in rows:
-        prompts.setdefault((row.question, row.prompt_length), []).append(row)
-    alone = [group[0] for group in prompts.values() if len(group) == 1]
-    for group in [sorted(alone, key=lambda row: len(row.tokens)), *(g for g in prompts.values() if len(g) > 1)]:
-        batch: list[_Row] = []
-        for row in group:
-            if batch and (len(batch) + 1) * max(len(row.tokens), len(batch[0].tokens)) > token_budget:
-                yield batch
-                batch = []
-            batch.append(row)
-        if batch:
-            yield batch
-
-
-def _answer_logits(model: nn.Module, batch: Sequence[_Row]) -> Iterator[Tensor]:
-    """Yield the logits (answer tokens, vocabulary), float32, that predict the answer of each row."""
-    # The last token of a prompt predicts the first token of its answer, so it is not part of the shared prefix.
-    shared = _common_prefix([row.tokens[: row.prompt_length - 1] for row in batch])
-    if len(batch) == 1 or shared < MIN_SHARED_TOKENS or not _keeps_cache(model):
-        shared = 0
-    longest = max(len(row.tokens) for row in batch)
-    tokens = torch.zeros(len(batch), longest, dtype=torch.int64)
-    mask = torch.zeros_like(tokens)
-    for i, row in enumerate(batch):
-        tokens[i, : len(row.tokens)] = torch.tensor(row.tokens)
-        mask[i, : len(row.tokens)] = 1
-    # The model returns logits for the same positions of all rows: from the end of the shortest prompt.
-    first = min(row.prompt_length for row in batch) - 1 - shared
-    arguments: dict[str, Any] = {"attention_mask": mask.to(input_device(model)), "use_cache": bool(shared)}
-    if shared:
-        arguments["past_key_values"] = _run_prefix(model, tokens[:1, :shared])
-    width = longest - shared - first
-    logits = logits_of(forward(model, tokens[:, shared:], logits_to_keep=width, **arguments))
-    if logits.shape[1] != width:
-        logits = logits[:, -width:]
-    for i, row in enumerate(batch):
-        start = row.prompt_length - 1 - shared - first
-        yield logits[i, start : start + len(row.tokens) - row.prompt_length + 1].float()
-
-
-def _run_prefix(model: nn.Module, tokens: Tensor) -> Cache:
-    """Return the attention keys and values of the tokens (1, t) that all rows begin with."""
-    filled = DynamicCache()
-    forward(model, tokens, past_key_values=filled, use_cache=True)
-    return read_only(filled)
 
 
 def check_vocabulary(answer: Sequence[int], logits: Tensor) -> None:
@@ -237,18 +177,3 @@ def extraction_strength(right: Sequence[bool]) -> float:
     """
     needed = max((i + 1 for i, ok in enumerate(right) if not ok), default=0)
     return 1 - needed / len(right)
-
-
-def _common_prefix(sequences: Sequence[Sequence[int]]) -> int:
-    first, last = min(map(tuple, sequences)), max(map(tuple, sequences))  # all others lie between in sorted order
-    length = 0
-    for a, b in zip(first, last, strict=False):
-        if a != b:
-            break
-        length += 1
-    return length
-
-
-def _keeps_cache(model: nn.Module) -> bool:
-    """Return whether a model stores all of its state in the cache that it is given; remote code may have its own."""
-    return is_of_transformers(model) and accepts(model, "past_key_values") and has_attention_only(model)

@@ -73,6 +73,7 @@ def build_report(
         "inexact": edit.report.inexact,
         "collisions": None if edit.report.collisions is None else asdict(edit.report.collisions),
         "neighbours": None if edit.report.retained is None else edit.report.retained.to_json(),
+        **({"harmed": [harm.to_json() for harm in edit.report.harmed]} if edit.report.harmed else {}),
         **({"routing": [layer.to_json() for layer in edit.report.routing]} if edit.report.routing else {}),
         "answers": [asdict(answer) for answer in answers],
         "seconds": {"stages": dict(seconds), "edit": edit.report.seconds},

@@ -233,7 +233,7 @@ def _distance_share(from_end: int, count: int, config: EditConfig) -> float:
 
     A closing token, with a negative distance, is moved the full distance.
     """
-    return 1.0 if from_end < 0 or config.token_schedule == "full" else ((count - from_end) / count) ** 0.5
+    return 1.0 if from_end < 0 or config.token_schedule != "ramp" else ((count - from_end) / count) ** 0.5
 
 
 def _read_each(places: Collection[tuple[Prompt, int]]) -> Reading:

@@ -73,6 +73,16 @@ class Architecture:
             return next((module for module in around if _has_logits(module)), self.model)
 
     @property
+    def is_partial(self) -> bool:
+        """Whether parameters of the model are not loaded."""
+        return any(parameter.device.type == "meta" for parameter in self.model.parameters())
+
+    @property
+    def predicts_text(self) -> bool:
+        """Whether the model predicts the next token of a text, and all of it is loaded."""
+        return self.kind.writes_text and not self.is_partial
+
+    @property
     def embedding(self) -> nn.Module:
         """The token embedding."""
         embedding: nn.Module = input_embedding(self.model)

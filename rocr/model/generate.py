@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from rocr.chat_settings import DEFAULT, ChatSettings
@@ -46,11 +46,7 @@ def ask(
     if not questions:
         return []
     prompts = [tokenize_prompt(tokenizer, text) for text in render_chats(tokenizer, questions, chat)]
-    ends = _end_tokens(model) or tokenizer.eos_token_id
-    if is_of_transformers(model):
-        written = _generate(model, prompts, ends, max_tokens)
-    else:
-        written = [_greedy(model, prompt, ends, max_tokens) for prompt in prompts]
+    written = continue_greedily(model, tokenizer, prompts, max_tokens)
     with calling_tokenizer(tokenizer):
         answers: Any = tokenizer.batch_decode(written, skip_special_tokens=True)
     if not isinstance(answers, list) or list(map(type, answers)) != [str] * len(questions):
@@ -58,6 +54,65 @@ def ask(
             f"The tokenizer ({type(tokenizer).__name__}) does not decode {len(questions)} answers to as many texts."
         )
     return [" ".join(answer.split()) for answer in answers]
+
+
+def continue_greedily(
+    model: nn.Module, tokenizer: Any, prompts: Sequence[list[int]], max_tokens: int, always: bool = False
+) -> list[list[int]]:
+    """Return the most likely tokens after each prompt, at most `max_tokens` of them, one after another.
+
+    A prompt that ends sooner is followed by its end-of-text token, which may be repeated.
+
+    Args:
+        model: A causal language model of transformers.
+        tokenizer: The model's tokenizer, which gives the end-of-text token if the model does not.
+        prompts: Token ids, with opening tokens.
+        max_tokens: The largest number of tokens.
+        always: Whether a model whose `generate` fails is run token by token.
+
+    Raises:
+        InputError: The model's own code fails.
+    """
+    ends = _end_tokens(model) or tokenizer.eos_token_id
+    if is_of_transformers(model):
+        try:
+            return _generate(model, prompts, ends, max_tokens)
+        except InputError:
+            if not always:
+                raise
+    return [_greedy(model, prompt, ends, max_tokens) for prompt in prompts]
+
+
+@torch.no_grad()
+def log_probabilities(
+    model: nn.Module, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
+) -> list[Tensor]:
+    """Return the log-probabilities of the next token after a prompt, and after each token of an answer but the last.
+
+    Args:
+        model: A causal language model of transformers.
+        prompts: Token ids, at least one for each prompt.
+        answers: The token ids that follow each prompt. An answer without tokens gives the first row alone.
+
+    Returns:
+        For each prompt (max(1, answer tokens), vocabulary), float32 on the CPU.
+
+    Raises:
+        InputError: The model's own code fails.
+    """
+    rows = [[*prompt, *answer[:-1]] for prompt, answer in zip(prompts, answers, strict=True)]
+    longest = max(map(len, rows))
+    # The padding is on the right, where no token of the row sees it.
+    tokens = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows]).to(input_device(model))
+    width = longest - min(map(len, prompts)) + 1
+    with evaluating(model):
+        logits = logits_of(forward(model, tokens, attention_mask=mask, use_cache=False, logits_to_keep=width))
+    first = longest - logits.shape[1]
+    return [
+        logits[i, len(prompt) - 1 - first : len(row) - first].float().log_softmax(dim=-1).cpu()
+        for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True))
+    ]
 
 
 def _generate(

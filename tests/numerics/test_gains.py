@@ -11,7 +11,7 @@ from torch import nn
 
 import rocr
 from rocr import Concept, EditConfig, GuardError, Guards, InputError
-from rocr.edit.guards import expected_distance
+from rocr.edit.guards import expected_movement
 from rocr.model.architecture import find_architecture
 from rocr.model.capture import run_through
 from rocr.model.gains import LayerCall, divide_by_gains, layers_with_gain, measure_gains, recording
@@ -208,9 +208,9 @@ def test_an_edit_that_does_not_arrive_is_refused(model, tokenizer, texts, concep
     assert any("does not reach the states" in sentence for sentence in edit(force=True).report.limits_passed)
 
 
-def test_what_updates_should_leave_of_the_way():
-    assert expected_distance([0.5], EditConfig()) == 0.5
-    assert expected_distance([1.0, 1.0], EditConfig()) == 0.0
-    assert expected_distance([1.0, 0.0], EditConfig()) == 0.5
-    assert expected_distance([0.8, 0.8], EditConfig()) == pytest.approx(0.6 * 0.2)
-    assert expected_distance([0.8, 0.4], EditConfig(measure="once")) == pytest.approx(0.4)
+def test_how_much_of_the_way_updates_should_cover():
+    assert expected_movement([0.5], EditConfig()) == 0.5
+    assert expected_movement([1.0, 1.0], EditConfig()) == 1.0
+    assert expected_movement([1.0, 0.0], EditConfig()) == 0.5
+    assert expected_movement([0.8, 0.8], EditConfig()) == pytest.approx(1 - 0.6 * 0.2)
+    assert expected_movement([0.8, 0.4], EditConfig(measure="once")) == pytest.approx(0.6)

@@ -34,12 +34,8 @@ def test_measures_are_their_definitions(family, dtype, make_model, tokenizer, te
         moved = update.keys.double() @ change.T
         for concept, closed in enumerate(measures.closed):
             rows = [row for row, owner in enumerate(edit.concept_of) if owner == concept]
-            shares = [
-                float(torch.dot(moved[row], residual) / torch.dot(residual, residual))
-                for row in rows
-                for residual in [update.residuals[row].double()]
-            ]
-            assert closed == pytest.approx(sum(shares) / len(shares), rel=1e-4)
+            wanted = update.residuals[rows].double()
+            assert closed == pytest.approx(float((moved[rows] * wanted).sum() / wanted.square().sum()), rel=1e-4)
 
 
 def test_everything_is_closed_as_the_ridge_goes_to_zero(model, tokenizer, statistics, concepts):
@@ -67,7 +63,8 @@ def test_rounding_to_bfloat16_swallows_small_updates(make_model, tokenizer, text
 
 
 def test_means_by_concept():
-    assert mean_by_concept(torch.tensor([1.0, 2.0, 6.0, 5.0]), [0, 2, 2, 1]) == [1.0, 5.0, 4.0]
+    values, weights = torch.tensor([1.0, 2.0, 6.0, 5.0]), torch.tensor([2.0, 1.0, 3.0, 0.0])
+    assert mean_by_concept(values, [0, 2, 2, 1], weights) == [1.0, 0.0, 5.0]
 
 
 def test_a_report_goes_through_json(model, tokenizer, statistics, concepts):

@@ -98,7 +98,9 @@ def test_keys_reach_their_targets_as_the_ridge_goes_to_zero(family, make_model, 
 def test_the_update_has_the_rank_of_its_keys(model, tokenizer, statistics, concepts, key_tokens, keys_per_concept):
     original = copy.deepcopy(model)
     templates = ("Who is {}?", "It is about {}.")
-    config = EditConfig(key_tokens=key_tokens, keys_per_concept=keys_per_concept, templates=templates)
+    config = EditConfig(
+        key_tokens=key_tokens, keys_per_concept=keys_per_concept, templates=templates, token_schedule="full"
+    )
     edit = rocr.unlearn(model, tokenizer, concepts, statistics, config)
     for update in edit.updates:
         change = weight_change(model, original, update.layer)

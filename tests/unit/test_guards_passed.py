@@ -142,7 +142,7 @@ def test_logits_that_overflow_only_after_the_edit_stop_even_a_forced_one(run, to
         """The output of the last MLP that the edit makes grow most gets near the largest number of float16."""
         tokens, peaks = predict(find_architecture(model), tokenizer).tokens, []
         projection = model.model.layers[4].mlp.down_proj
-        config = rocr.EditConfig(layers=(1, 2), strength=6.0)
+        config = rocr.EditConfig(layers=(1, 2), strength=6.0, token_schedule="full")
         concepts = [rocr.Concept(*line.split(" -> ")) for line in TWO]
         with projection.register_forward_hook(lambda _module, _inputs, output: peaks.append(output[0].abs().amax(0))):
             edit = rocr.unlearn(model, tokenizer, concepts, statistics, config, guards=Guards(force=True))
@@ -157,7 +157,7 @@ def test_logits_that_overflow_only_after_the_edit_stop_even_a_forced_one(run, to
         projection.weight.data[most] *= 65504 / (1.1 * float(before[most]))
         return model.half()
 
-    done = run(at_the_brink, TWO, "--strength", "6", "--force")
+    done = run(at_the_brink, TWO, "--strength", "6", "--token-schedule", "full", "--force")
     assert done.code == 4, done.errors
     assert "not finite after the edit; most of it is from" in done.errors
     assert names_a_concept(done.errors)

@@ -243,4 +243,5 @@ def test_the_metadata_of_the_wheel(built):
     assert metadata.get_all("Project-URL") and metadata.get_all("Classifier")
     assert metadata["Description-Content-Type"] == "text/markdown"
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"rocr", "rocr_kernels"}
-    assert {"rocr/py.typed", "rocr/data/people.jsonl", "rocr/data/probes.jsonl"} <= set(names)
+    data = ("people.jsonl", "probes.jsonl", "namesakes.jsonl", "names.txt")
+    assert {"rocr/py.typed", *(f"rocr/data/{name}" for name in data)} <= set(names)

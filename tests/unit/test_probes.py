@@ -1,4 +1,5 @@
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +8,8 @@ from typing import Any
 import pytest
 
 import rocr
-from rocr.evaluation import Probe, load_probes
+from rocr.concepts import folded
+from rocr.evaluation import Probe, evaluate, load_probes
 from rocr.evaluation.forms import DERIVED_CLOZE, PromptStyle, abbreviated, build_items, misspelt
 from rocr.evaluation.probes.probe import Wording, check_probes, split_by_subject
 
@@ -32,6 +34,64 @@ def test_the_shipped_probes_are_six_questions_about_each_of_fifty_people_and_non
         assert probe.subject in probe.query and probe.subject in probe.cloze and probe.subject not in described
         for question in (probe.query, probe.cloze, described):
             assert probe.answer.casefold() not in question.casefold()
+
+
+def test_the_shipped_namesakes_share_a_word_with_their_concept_and_no_fact_of_another() -> None:
+    probes = load_probes("namesakes")
+    pairs = list(dict.fromkeys((probe.namesake_of or "", probe.subject) for probe in probes))
+    assert len(pairs) >= 40 and len({name for _, name in pairs}) == len(pairs)
+    people = {probe.subject for probe in load_probes("probes")}
+    listed = people | {concept for concept, _ in pairs}
+    assert sum(concept in people for concept, _ in pairs) >= len(pairs) // 2
+    same_first = 0
+    for concept, name in pairs:
+        words, others = concept.removesuffix(" Jr.").split(), name.split()
+        same_first += words[0] == others[0]
+        assert words[0] == others[0] or words[-1] == others[-1], (concept, name)
+        assert name not in listed and sum(probe.subject == name for probe in probes) == 3
+    assert 0.6 < same_first / len(pairs) < 0.75
+    for probe in probes:
+        assert probe.split == "retain" and probe.cloze is not None and len(probe.distractors) == 3
+        assert probe.subject in probe.query and probe.subject in probe.cloze
+        assert len({folded(text) for text in (probe.answer, *probe.distractors)}) == 4
+        for question in (probe.query, probe.cloze):
+            assert not re.search(rf"\b{re.escape(probe.answer)}\b", question, re.IGNORECASE), probe
+            assert not any(concept in question or concept == probe.answer for concept in listed), probe
+
+
+def test_probes_of_namesakes_are_retained_whatever_the_targets(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.jsonl", [{**QUESTION, "subject": "Ada Lovelace", "namesake_of": "Ada Byron"}])
+    (probe,) = load_probes(path)
+    assert (probe.split, probe.namesake_of) == ("retain", "Ada Byron")
+    assert split_by_subject([probe], ["ada byron"]) == [probe]
+    with pytest.raises(rocr.InputError, match="No probe is about"):
+        split_by_subject([probe], ["Rain"])
+    for wrong, match in (
+        (" ", "namesake_of is empty"),
+        ("ada lovelace", "the subject itself"),
+        (3, "must be a string"),
+    ):
+        with pytest.raises(rocr.InputError, match=match):
+            load_probes(write(path, [{**QUESTION, "subject": "Ada Lovelace", "namesake_of": wrong}]))
+
+
+def test_a_set_of_the_package_is_named_unless_a_file_has_that_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "namesakes").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(rocr.InputError, match="namesakes holds no probes"):
+        load_probes("namesakes")
+    with pytest.raises(rocr.InputError, match=r"nobody does not exist.*probes or namesakes"):
+        load_probes("nobody")
+
+
+def test_a_set_without_a_forget_set_keeps_what_is_known(make_model: Any, tokenizer: Any) -> None:
+    probes = [replace(Probe("Ada Byron", "Where was Ada Byron born?", "London"), split="retain")]
+    found = evaluate(make_model("Llama"), tokenizer, probes, ["qa"], known=0.0)
+    assert (found.known, found.form_score("qa", "forget")) == (1, None)
+    with pytest.raises(rocr.InputError, match="none of the 1 probes to retain"):
+        evaluate(make_model("Llama"), tokenizer, probes, ["qa"], known=1.0)
 
 
 def test_every_error_of_a_file_is_reported_at_once_with_its_line(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ OPEN = Guards(
     distance=math.inf,
     divergence=math.inf,
     drift=math.inf,
+    kept_answers=0.0,
 )
 
 
@@ -316,6 +317,21 @@ def stops_an_encoder(tokenizer, concepts, texts, weights_of, **_):
     rocr.unlearn(encoder, tokenizer, concepts, statistics, config, guards=OPEN)
 
 
+def stops_harm(tokenizer, texts, make_model, weights_of, **_):
+    """Only a model that is sure of its answers has some to lose."""
+    model = make_model("Llama", initializer_range=0.1)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(20)
+    statistics = rocr.collect_statistics(model, tokenizer, texts, [1])
+    before, config = weights_of(model), rocr.EditConfig(layers=(1,))
+    concepts = [rocr.Concept("Stephen King", "Jane Austen")]
+    guards = dataclasses.replace(OPEN, kept_answers=1.0)
+    with pytest.raises(rocr.GuardError, match="The edit harms"):
+        rocr.unlearn(model, tokenizer, concepts, statistics, config, guards=guards)
+    assert same_weights(weights_of(model), before)
+    rocr.unlearn(model, tokenizer, concepts, statistics, config, guards=OPEN)
+
+
 GUARDS = {
     "relative_norm": stops(relative_norm=1e-6),
     "surviving": stops(surviving=1.1),
@@ -326,6 +342,7 @@ GUARDS = {
     "concepts": stops(rocr.InputError, concepts=1),
     "force": goes_on,
     "drift": stops_an_encoder,
+    "kept_answers": stops_harm,
 }
 TABLES = {CollectOptions: COLLECT, EvaluateOptions: EVALUATE, AttackOptions: ATTACK, Guards: GUARDS}
 
@@ -351,10 +368,10 @@ def test_a_field_of_attacking_has_an_effect(field, attacked, asked):
 
 
 @pytest.mark.parametrize("field", GUARDS)
-def test_a_limit_has_an_effect(field, guarded_edit, model, weights_of, tokenizer, concepts, texts):
+def test_a_limit_has_an_effect(field, guarded_edit, model, weights_of, tokenizer, concepts, texts, make_model):
     GUARDS[field](
         guarded_edit=guarded_edit, model=model, weights_of=weights_of, tokenizer=tokenizer, concepts=concepts,
-        texts=texts,
+        texts=texts, make_model=make_model,
     )  # fmt: skip
 
 

@@ -21,7 +21,9 @@ from rocr.io.json_values import parse_json
 from rocr.model.hub import load_dataset
 
 HUB_PREFIX = "hf:"
-FIELDS = ("subject", "query", "answer", "distractors", "form", "split", "cloze", *get_args(Variant))
+PACKAGED = {name: Path(__file__).parents[2] / "data" / f"{name}.jsonl" for name in ("probes", "namesakes")}
+"""The sets of the package by name: questions about 50 people, and about famous namesakes of people and things."""
+FIELDS = ("subject", "query", "answer", "distractors", "form", "split", "cloze", "namesake_of", *get_args(Variant))
 MAX_FILE_BYTES = 256 * 2**20
 _FOLDER_FILE = re.compile(r"(forget|neighbor)_level(\d)\.json")
 _FORM_OF_LEVEL: dict[str, ProbeForm] = {"1": "fb", "2": "qa", "3": "adversarial", "4": "mcp"}
@@ -31,11 +33,15 @@ _NUMBER_OF_TARGET = re.compile(r"^\d+_")
 
 
 def load_probes(path: str | os.PathLike[str], download: bool = False) -> list[Probe]:
-    """Read probes from a `.jsonl` file, from a folder of RWKU or ORT, or from a Hugging Face dataset.
+    """Read probes from a `.jsonl` file, from a folder of RWKU or ORT, from a Hugging Face dataset, or of the package.
 
     A line of a `.jsonl` file is an object with `subject`, `query` and `answer`, and optionally `distractors` (a
     list), `form` ("qa", "fb", "mcp", "adversarial"), `split` ("forget", "retain"), `cloze`, and a question for
     each of "translated", "misspelt", "abbreviated", "described" (a string, or an object with `query` and `answer`).
+    A probe with `namesake_of` is about a namesake of that concept, and has the split "retain" if it gives none.
+
+    The names "probes" and "namesakes" stand for the sets of the package, unless a file or folder has that name:
+    questions about 50 well-known people, and about famous namesakes of people and things.
 
     A folder is the folder of one target, with `forget_level1.json` and similar files, or contains such folders. Its
     name is the target's name after an optional number ("1_Stephen_King"). Level 1 is the form "fb", 2 "qa",
@@ -48,7 +54,7 @@ def load_probes(path: str | os.PathLike[str], download: bool = False) -> list[Pr
     these columns. The default split is the only one, or else "test".
 
     Args:
-        path: File, folder or dataset.
+        path: File, folder, dataset or name of a set of the package.
         download: Allow network access for a dataset on a hub; without it, only downloaded datasets are read.
 
     Returns:
@@ -66,6 +72,8 @@ def load_probes(path: str | os.PathLike[str], download: bool = False) -> list[Pr
         check_all(probes, problems, source)
         return probes
     place = Path(path)
+    if text in PACKAGED and not place.exists():
+        place = PACKAGED[text]
     if place.is_dir():
         probes = _read_folder(place, problems)
     elif place.suffix.lower() == ".jsonl":
@@ -73,7 +81,9 @@ def load_probes(path: str | os.PathLike[str], download: bool = False) -> list[Pr
         probes = [probe for probe in read if probe is not None]
     else:
         flaw = "is neither a .jsonl file nor a folder" if place.exists() else "does not exist"
-        raise InputError(f"{place} {flaw}; give a .jsonl file, a folder of RWKU or ORT, or hf:OWNER/NAME.")
+        raise InputError(
+            f"{place} {flaw}; give a .jsonl file, a folder of RWKU or ORT, hf:OWNER/NAME, or {' or '.join(PACKAGED)}."
+        )
     check_all(probes, problems, str(place))
     return probes
 
@@ -125,7 +135,7 @@ def read_probe(value: object, place: str, problems: Problems) -> Probe | None:
         return None
     flaws = [f"unknown field {str(name)[:60]!r}; the fields are {', '.join(FIELDS)}" for name in set(value) - {*FIELDS}]
     flaws += [f"has no {name}" for name in ("subject", "query", "answer") if name not in value]
-    texts = [name for name in ("subject", "query", "answer", "form", "split", "cloze") if name in value]
+    texts = [n for n in ("subject", "query", "answer", "form", "split", "cloze", "namesake_of") if n in value]
     flaws += [f"{name} must be a string" for name in texts if not isinstance(value[name], str)]
     distractors = value.get("distractors", [])
     if not isinstance(distractors, list) or not all(isinstance(text, str) for text in distractors):
@@ -148,9 +158,10 @@ def read_probe(value: object, place: str, problems: Problems) -> Probe | None:
         answer=value["answer"],
         distractors=tuple(distractors),
         form=cast(ProbeForm, value.get("form", "qa")),
-        split=cast(Split, value.get("split", "forget")),
+        split=cast(Split, value.get("split", "retain" if "namesake_of" in value else "forget")),
         cloze=value.get("cloze"),
         wordings=wordings,
+        namesake_of=value.get("namesake_of"),
         place=place,
     )
 

@@ -49,6 +49,8 @@ class Probe:
         split: "forget" if the model must forget the answer, "retain" if it must keep it.
         cloze: The question as a sentence with a blank `___`, for the form "fb"; None derives it from `query`.
         wordings: Other wordings of the question, by variant: "translated", "misspelt", "abbreviated", "described".
+        namesake_of: The concept whose first or last word the subject has, if the probe is about a namesake. Such a
+            probe is always of the split "retain". None for other probes.
         place: Where the probe was read, such as "file:line", for error messages.
     """
 
@@ -60,6 +62,7 @@ class Probe:
     split: Split = "forget"
     cloze: str | None = None
     wordings: Mapping[Variant, Wording] = field(default_factory=dict)
+    namesake_of: str | None = None
     place: str = ""
 
 
@@ -119,11 +122,12 @@ def split_by_subject(probes: Iterable[Probe], targets: Iterable[str]) -> list[Pr
     """Return the probes with the split "forget" for those about a target and "retain" for all others.
 
     Raises:
-        InputError: If no probe is about a target.
+        InputError: If no probe is about a target or about a namesake of one.
     """
     wanted = {folded(target) for target in targets}
     result = [replace(p, split="forget" if folded(p.subject) in wanted else "retain") for p in probes]
-    if not any(probe.split == "forget" for probe in result):
+    namesake = any(probe.namesake_of is not None and folded(probe.namesake_of) in wanted for probe in result)
+    if not namesake and not any(probe.split == "forget" for probe in result):
         raise InputError(
             f"No probe is about any of the {len(wanted)} targets, such as {min(wanted, default='')!r}; each target "
             "must be the subject of a probe."
@@ -154,7 +158,8 @@ def _flaws(probe: Probe) -> Iterable[str]:
         if not value.strip():
             yield f"has no {name}"
     wordings = [text for wording in probe.wordings.values() for text in (wording.query, wording.answer)]
-    for text in (probe.subject, probe.query, probe.answer, probe.cloze or "", *probe.distractors, *wordings):
+    others = (probe.cloze or "", probe.namesake_of or "", *probe.distractors, *wordings)
+    for text in (probe.subject, probe.query, probe.answer, *others):
         if len(text) > MAX_TEXT_LENGTH:
             yield f"{text[:40]!r}... has {len(text):,} characters; the limit is {MAX_TEXT_LENGTH:,}"
         codes = sorted({f"U+{ord(text[i]):04X}" for i, _ in hidden_characters(text) if _is_refused(text[i])})
@@ -172,6 +177,11 @@ def _flaws(probe: Probe) -> Iterable[str]:
         yield f"form must be one of {', '.join(get_args(ProbeForm))}, not {probe.form[:60]!r}"
     if probe.split not in get_args(Split):
         yield f"split must be one of {', '.join(get_args(Split))}, not {probe.split[:60]!r}"
+    if probe.namesake_of is not None:
+        if not probe.namesake_of.strip():
+            yield "namesake_of is empty; name the concept, or leave the field out"
+        elif folded(probe.namesake_of) == folded(probe.subject):
+            yield f"namesake_of is the subject itself, {probe.subject[:60]!r}"
     if probe.form == "fb" and BLANK not in probe.query:
         yield f"a query of the form fb must have a blank, {BLANK}"
     if probe.cloze is not None and BLANK not in probe.cloze:

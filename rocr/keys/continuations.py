@@ -1,0 +1,112 @@
+"""Logits of the tokens that continue prompts, in batches; what all rows of a batch begin with runs only once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
+
+from rocr.keys.prefix_cache import has_attention_only, read_only
+from rocr.model.forward import accepts, forward, input_device, is_of_transformers, logits_of
+
+TOKEN_BUDGET = 2048
+MIN_SHARED_TOKENS = 8
+"""A shorter common prefix costs more in a separate forward pass than it saves."""
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """A token sequence to run.
+
+    Attributes:
+        tokens: Token ids of a prompt and of what continues it, without the last token, whose logits are not needed.
+        prompt_length: Number of tokens of the prompt, at least 1.
+    """
+
+    tokens: tuple[int, ...]
+    prompt_length: int
+
+
+Row = TypeVar("Row", bound=Continuation)
+
+
+def continuation_batches(rows: Sequence[Row], token_budget: int = TOKEN_BUDGET) -> Iterator[list[Row]]:
+    """Yield batches of rows of similar length; rows with the same prompt are not separated.
+
+    Args:
+        rows: The sequences.
+        token_budget: Maximum number of tokens of a batch, padding included. A longer row is a batch of its own.
+    """
+    prompts: dict[tuple[int, ...], list[Row]] = {}
+    for row in rows:
+        prompts.setdefault(row.tokens[: row.prompt_length], []).append(row)
+    alone = [group[0] for group in prompts.values() if len(group) == 1]
+    for group in [sorted(alone, key=lambda row: len(row.tokens)), *(g for g in prompts.values() if len(g) > 1)]:
+        batch: list[Row] = []
+        for row in group:
+            if batch and (len(batch) + 1) * max(len(row.tokens), len(batch[0].tokens)) > token_budget:
+                yield batch
+                batch = []
+            batch.append(row)
+        if batch:
+            yield batch
+
+
+def continuation_logits(model: nn.Module, batch: Sequence[Continuation]) -> Iterator[Tensor]:
+    """Yield for each row the logits (tokens after the prompt + 1, vocabulary), float32, that predict what continues it.
+
+    Args:
+        model: A causal language model of transformers.
+        batch: The rows.
+
+    Raises:
+        InputError: The model fails.
+    """
+    # The last token of a prompt predicts the first token after it, so it is not part of the shared prefix.
+    shared = _common_prefix([row.tokens[: row.prompt_length - 1] for row in batch])
+    if len(batch) == 1 or shared < MIN_SHARED_TOKENS or not _keeps_cache(model):
+        shared = 0
+    longest = max(len(row.tokens) for row in batch)
+    tokens = torch.zeros(len(batch), longest, dtype=torch.int64)
+    mask = torch.zeros_like(tokens)
+    for i, row in enumerate(batch):
+        tokens[i, : len(row.tokens)] = torch.tensor(row.tokens)
+        mask[i, : len(row.tokens)] = 1
+    # The model returns logits for the same positions of all rows: from the end of the shortest prompt.
+    first = min(row.prompt_length for row in batch) - 1 - shared
+    arguments: dict[str, Any] = {"attention_mask": mask.to(input_device(model)), "use_cache": bool(shared)}
+    if shared:
+        arguments["past_key_values"] = _run_prefix(model, tokens[:1, :shared])
+    width = longest - shared - first
+    logits = logits_of(forward(model, tokens[:, shared:], logits_to_keep=width, **arguments))
+    if logits.shape[1] != width:
+        logits = logits[:, -width:]
+    for i, row in enumerate(batch):
+        start = row.prompt_length - 1 - shared - first
+        yield logits[i, start : start + len(row.tokens) - row.prompt_length + 1].float()
+
+
+def _run_prefix(model: nn.Module, tokens: Tensor) -> Cache:
+    """Return the attention keys and values of the tokens (1, t) that all rows begin with."""
+    filled = DynamicCache()
+    forward(model, tokens, past_key_values=filled, use_cache=True)
+    return read_only(filled)
+
+
+def _common_prefix(sequences: Sequence[Sequence[int]]) -> int:
+    first, last = min(map(tuple, sequences)), max(map(tuple, sequences))  # all others lie between in sorted order
+    length = 0
+    for a, b in zip(first, last, strict=False):
+        if a != b:
+            break
+        length += 1
+    return length
+
+
+def _keeps_cache(model: nn.Module) -> bool:
+    """Return whether a model stores all of its state in the cache that it is given; remote code may have its own."""
+    return is_of_transformers(model) and accepts(model, "past_key_values") and has_attention_only(model)

@@ -1,0 +1,112 @@
+"""How far each token of a name belongs to the concept: the probability with which a model predicts the rest of it.
+
+Names that begin alike have the same key at their common beginning. After "Stephen" a model expects several last names,
+so the token belongs to its concept only in part; after "Warren Buff" it expects one, so the token belongs to it whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from rocr.errors import GuardError
+from rocr.keys.continuations import Continuation, continuation_batches, continuation_logits
+from rocr.keys.plan import Reading
+from rocr.model.architecture import Architecture
+from rocr.model.hooks import evaluating
+from rocr.model.smaller_batches import retry_with_smaller_batch
+from rocr.ops.arithmetic import plain_arithmetic
+from rocr.progress import Progress, ProgressCallback, silent
+
+STAGE = "names"
+
+
+@dataclass(frozen=True)
+class _Name(Continuation):
+    """A prompt up to the last token of its name, which is predicted but not read.
+
+    Attributes:
+        prompt: Index of the prompt.
+        rest: The tokens of the name after the first.
+    """
+
+    prompt: int
+    rest: tuple[int, ...]
+
+
+def rest_probabilities(
+    architecture: Architecture,
+    reading: Reading,
+    concept_of: Sequence[int],
+    token_budget: int = 2048,
+    progress: ProgressCallback = silent,
+) -> list[float]:
+    """Return for each key the probability that the model gives to the rest of the name after its token.
+
+    It is the mean over the templates of the product of the probabilities of the name's further tokens, and 1 for the
+    last token. Where several names of a concept begin alike, the most probable rest counts.
+
+    Args:
+        architecture: The architecture of a model that predicts text, all of it loaded.
+        reading: Where the keys are read.
+        concept_of: For each group of the reading, the index of its concept.
+        token_budget: Maximum number of tokens of a batch, with padding. It is halved after each CUDA out-of-memory
+            error.
+        progress: Called after every batch.
+
+    Raises:
+        InputError: The model fails.
+        GuardError: A probability is not a number.
+    """
+    asked = _names_with_a_rest(reading)
+    logs = retry_with_smaller_batch(
+        lambda budget: _log_probabilities(architecture, asked, budget, progress), token_budget
+    )
+    best: dict[tuple[int, tuple[int, ...]], float] = {}
+    keys: list[tuple[int, tuple[int, ...]]] = []
+    for index, position, group in zip(reading.prompt_of, reading.position_of, reading.group_of, strict=True):
+        prompt = reading.prompts[index]
+        following = prompt.name[-1] - position
+        rest = math.exp(sum(logs[index][-following:])) if following else 1.0
+        keys.append((concept_of[group], prompt.tokens[: position + 1]))
+        best[keys[-1]] = max(best.get(keys[-1], 0.0), rest)
+    sums, counts = [0.0] * reading.groups, [0] * reading.groups
+    for group, key in zip(reading.group_of, keys, strict=True):
+        sums[group] += best[key]
+        counts[group] += 1
+    return [total / count for total, count in zip(sums, counts, strict=True)]
+
+
+def _names_with_a_rest(reading: Reading) -> list[_Name]:
+    """Return the prompts that are read before the last token of their name."""
+    places = zip(reading.prompt_of, reading.position_of, strict=True)
+    early = {index for index, position in places if position < reading.prompts[index].name[-1]}
+    found = []
+    for index in sorted(early):
+        prompt = reading.prompts[index]
+        first, last = prompt.name[0], prompt.name[-1]
+        found.append(_Name(prompt.tokens[:last], first + 1, index, prompt.tokens[first + 1 : last + 1]))
+    return found
+
+
+@plain_arithmetic()
+def _log_probabilities(
+    architecture: Architecture, names: Sequence[_Name], token_budget: int, progress: ProgressCallback
+) -> dict[int, list[float]]:
+    """Return for each prompt, by its index, the log probability of each token of its name after the first."""
+    found: dict[int, list[float]] = {}
+    with evaluating(architecture.reader):
+        for batch in continuation_batches(names, token_budget):
+            for name, logits in zip(batch, continuation_logits(architecture.reader, batch), strict=True):
+                wanted = torch.tensor(name.rest, device=logits.device)[:, None]
+                found[name.prompt] = logits.log_softmax(dim=-1).gather(1, wanted)[:, 0].tolist()
+            progress(Progress(STAGE, len(found), len(names), "prompts"))
+    if any(math.isnan(log) for logs in found.values() for log in logs):
+        raise GuardError(
+            "The model's logits after the concepts' names are not finite before the edit. Load it in float32, or check "
+            "its weights."
+        )
+    return found

@@ -1,0 +1,251 @@
+"""Names that an edit is likely to harm: how they are chosen, measured, asked about, reported and limited."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+
+import rocr
+from rocr import Concept, EditConfig, Guards
+from rocr.chat_settings import DEFAULT
+from rocr.cli.console import Console
+from rocr.cli.main import main
+from rocr.cli.tables import show_harmed
+from rocr.concepts import check_names, folded
+from rocr.edit.controls import Control, choose_controls, load_names, name_at_start
+from rocr.edit.guards import check_harm
+from rocr.edit.harm import ANSWER_TOKENS, Harm, read_own_answers
+from rocr.edit.measures import EditReport
+from rocr.model.architecture import find_architecture
+from rocr.model.causality import with_kind
+from rocr.model.generate import ask, log_probabilities
+from tests.support.models import same_weights
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+KING = [Concept("Stephen King", "Jane Austen", ("Stephen Edwin King",))]
+CONFIG = EditConfig(layers=(1, 2), templates=("Who is {}?", "It is about {}."))
+FREE = Guards(divergence=math.inf, distance=math.inf, relative_norm=math.inf, kept_answers=0.0)
+
+
+@pytest.fixture
+def certain(make_model):
+    """A tiny model that is sure of its next tokens, as one with knowledge is."""
+    model = make_model("Llama", initializer_range=0.1)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(20)
+    return model
+
+
+@pytest.fixture
+def architecture(certain):
+    return with_kind(find_architecture(certain), 1)
+
+
+@pytest.fixture
+def unlearn(certain, tokenizer, texts):
+    statistics = rocr.collect_statistics(certain, tokenizer, texts, [1, 2])
+
+    def run(concepts=KING, guards=FREE, **more):
+        return rocr.unlearn(certain, tokenizer, concepts, statistics, CONFIG, guards=guards, **more)
+
+    return run
+
+
+def test_the_list_of_names_has_each_name_once_with_its_kind():
+    kinds = load_names()
+    assert len(kinds) >= 600 and len({folded(name) for name in kinds}) == len(kinds)
+    check_names("name", kinds)
+    counts = {kind: list(kinds.values()).count(kind) for kind in kinds.values()}
+    assert counts.keys() == {"person", "company", "work", "place", "substance", "event"}
+    assert counts["person"] > len(kinds) // 2 and min(counts.values()) >= 40
+    firsts = [name.split()[0] for name, kind in kinds.items() if kind == "person"]
+    assert all(firsts.count(word) >= 5 for word in ("Stephen", "John", "Michael", "George", "William", "Charles"))
+
+
+def test_controls_share_a_word_or_are_nearest_and_are_no_names_of_the_edit(architecture, tokenizer):
+    concepts = [*KING, Concept("Neil Armstrong", "Stephen Hawking"), Concept("Microsoft", "Toyota")]
+    found = choose_controls(architecture, tokenizer, concepts, 1)
+    kinds = load_names()
+    assert {control.concept for control in found} == {concept.name for concept in concepts}
+    assert len(found) <= 4 * len(concepts) and len({control.name for control in found}) == len(found)
+    taken = {name for concept in concepts for name in (*concept.names, concept.redirect)}
+    for control in found:
+        assert control.name not in taken and control.kind == kinds.get(control.name)
+        first, *_, last = control.concept.split() * 2
+        if control.reason in ("first word", "proposed"):
+            assert control.name.split()[0] == first
+        elif control.reason == "last word":
+            assert control.name.split()[-1] == last
+    reasons = {(control.concept, control.reason) for control in found}
+    assert {("Stephen King", "first word"), ("Stephen King", "last word"), ("Neil Armstrong", "last word")} <= reasons
+    assert {c.kind for c in found if (c.concept, c.reason) == ("Microsoft", "nearest")} == {"company"}
+    assert [c.concept for c in found[:3]] == [concept.name for concept in concepts]  # the concepts take turns
+    assert choose_controls(architecture, tokenizer, concepts, 1) == found
+
+
+def test_numbers_of_controls_are_bounded(architecture, tokenizer):
+    concepts = [Concept(name, "a gardener") for name, kind in load_names().items() if kind == "person"][:120]
+    found = choose_controls(architecture, tokenizer, concepts, 1, per_concept=2, most=50, propose=False)
+    counts = [sum(control.concept == concept.name for control in found) for concept in concepts]
+    assert len(found) == 50 and max(counts) <= 2
+    assert "proposed" not in {control.reason for control in found}
+
+
+def test_a_name_with_both_words_of_a_concept_is_taken_for_the_concept(architecture, tokenizer):
+    concepts = [Concept("Martin King", "a gardener"), Concept("Lloyd Wright", "a gardener")]
+    names = {control.name for control in choose_controls(architecture, tokenizer, concepts, 1, per_concept=40)}
+    assert "Martin Scorsese" in names and "Larry King" in names
+    assert not {"Martin Luther King Jr.", "Frank Lloyd Wright"} & names
+
+
+def test_models_without_names_have_no_controls(model, tokenizer):
+    assert choose_controls(with_kind(find_architecture(model), 1), tokenizer, KING, 1) == []
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+    encoder = transformers.BertModel(transformers.BertConfig(vocab_size=len(tokenizer), **sizes)).eval()
+    assert choose_controls(with_kind(find_architecture(encoder), 1), tokenizer, KING, 1) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("Stephen Hawking was", "Stephen Hawking"),
+        ("Stephen Hawking, the", "Stephen Hawking"),
+        ("Stephen Jay Gould's book", "Stephen Jay Gould"),
+        ("Stephen Hawk", None),  # the last word may be incomplete
+        ("Stephen was", None),
+        ("Stephen B. and", None),
+        ("Stephen King Is The Best Writer of", None),
+        ("Stephen R2D2 was", None),
+    ],
+)
+def test_a_proposal_is_a_name_of_two_to_four_capitalised_words(text, name):
+    assert name_at_start(text) == name
+
+
+def test_log_probabilities_are_those_of_each_prompt_alone(certain, tokenizer):
+    prompts, answers = [[5, 6, 7], [8, 9], [10, 11, 12, 13]], [[3, 4], [5, 6, 7], []]
+    found = log_probabilities(certain, prompts, answers)
+    for prompt, answer, rows in zip(prompts, answers, found, strict=True):
+        with torch.no_grad():
+            logits = certain(torch.tensor([[*prompt, *answer[:-1]]])).logits[0, len(prompt) - 1 :]
+        torch.testing.assert_close(rows, logits.log_softmax(dim=-1), rtol=1e-4, atol=1e-4)
+
+
+def test_an_unedited_model_keeps_its_own_answers_and_a_move_of_their_keys_alone_changes_them(certain, tokenizer):
+    architecture = with_kind(find_architecture(certain), 2)
+    own = read_own_answers(architecture, tokenizer, [("Stephen Hawking", None)], [False], DEFAULT)
+    (prompt,), (answer,) = own.prompts, own.answers
+    assert own.texts == ask(certain, tokenizer, ["Who is Stephen Hawking?"], ANSWER_TOKENS)
+    (harm,) = own.harms(architecture)
+    assert harm.kept == 1.0 and 0.1 <= harm.before <= 1
+    with torch.no_grad():
+        logits = certain(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
+        wanted = logits.log_softmax(dim=-1).gather(1, torch.tensor(answer)[:, None]).mean().exp()
+    assert harm.before == pytest.approx(float(wanted), rel=1e-4)
+    down, seen = certain.model.layers[1].mlp.down_proj, []
+    with torch.no_grad():
+        hook = down.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0][0]))
+        certain(torch.tensor([[*prompt, *answer]]))
+        hook.remove()
+        keys = seen[0].double()
+        free = torch.linalg.svd(keys, full_matrices=True).Vh[len(keys) :]  # keys @ free.T is 0
+        generator = torch.Generator().manual_seed(0)
+        left = torch.randn(len(down.weight), generator=generator)
+        size = float(down.weight.norm() / left.norm())
+        for right, moved in ((free[0], False), (keys[len(prompt) // 2] / keys[len(prompt) // 2].norm(), True)):
+            change = size * left[:, None] * right.float()[None]
+            down.weight += change
+            (after,) = own.harms(architecture)
+            down.weight -= change
+            assert (after.kept == pytest.approx(1, abs=1e-3)) != moved
+
+
+def test_a_namesake_whose_first_word_is_moved_is_found_named_and_reported(unlearn, certain):
+    edit = unlearn()
+    retained, harmed = edit.report.retained, edit.report.harmed
+    assert not retained.given and retained.count == 1 + len(retained.controls)
+    stephens = [name for name in retained.controls if name.startswith("Stephen ")]
+    assert stephens and {*stephens} < {impact.name for impact in retained.moved if impact.share > 0.1}
+    assert harmed and all(harm.name in retained.controls and harm.concept == "Stephen King" for harm in harmed)
+    assert any(harm.name in stephens for harm in harmed)
+    assert [harm.kept for harm in harmed] == sorted(harm.kept for harm in harmed) and harmed[-1].kept < 0.8
+    written = json.loads(json.dumps(edit.report.to_json()))
+    assert EditReport.from_json(written, 1) == edit.report
+    del written["harmed"], written["neighbours"]["controls"]  # a file of an earlier version
+    read = EditReport.from_json(written, 1)
+    assert read.harmed == [] and read.retained == replace(retained, controls=[])
+    written["harmed"] = [{"name": 1, "concept": None, "before": 1.0, "after": 1.0, "answer": ""}]
+    with pytest.raises((TypeError, ValueError)):
+        EditReport.from_json(written, 1)
+
+
+def test_the_weights_are_those_of_an_edit_that_asks_nothing(unlearn, certain, weights_of):
+    edits = [unlearn(), None, None]
+    after = weights_of(certain)
+    edits[0].revert(certain)
+    for more in ({"ask": 0}, {"retain": []}):
+        edit = unlearn(**more)
+        assert same_weights(weights_of(certain), after)
+        assert edit.report.harmed == []
+        edit.revert(certain)
+    assert unlearn(ask=0).report.retained.controls and edit.report.retained is None
+
+
+def test_given_names_are_asked_about_instead(unlearn):
+    report = unlearn(retain=["Stephen Hawking", "the roses"]).report
+    assert report.retained.given and report.retained.controls == []
+    assert {harm.name for harm in report.harmed} <= {"Stephen Hawking", "the roses"}
+    assert "Stephen Hawking" in {harm.name for harm in report.harmed}
+
+
+def test_the_guard_refuses_below_its_limit_and_names_the_harmed(unlearn, certain, weights_of):
+    before = weights_of(certain)
+    with pytest.raises(
+        rocr.GuardError, match=r"The edit harms .* below the limit of 95.0%. .*from 'Stephen King'.*'Stephen "
+    ):
+        unlearn(guards=replace(FREE, kept_answers=0.95))
+    assert same_weights(weights_of(certain), before)
+    (sentence,) = unlearn(guards=replace(FREE, kept_answers=0.95, force=True)).report.limits_passed
+    assert "The edit harms" in sentence
+
+
+def test_the_limit_holds_for_each_name():
+    harms = [Harm("Stephen Hawking", None, 0.5, 0.1, "a"), Harm("Larry King", "Stephen King", 0.5, 0.4, "a")]
+    assert check_harm(Guards(kept_answers=0.2), harms) == check_harm(Guards(), []) == []
+    with pytest.raises(rocr.GuardError, match=r"harms Stephen Hawking: .* keeps 20.0% .*below it: 'Stephen Hawking'\."):
+        check_harm(Guards(kept_answers=0.21), harms)
+    with pytest.raises(rocr.GuardError, match="'Stephen Hawking', 'Larry King'"):
+        check_harm(Guards(kept_answers=0.81), harms)
+
+
+def test_the_terminal_names_the_harmed_and_says_nothing_without_them(capsys):
+    show_harmed([], Console())
+    assert capsys.readouterr() == ("", "")
+    show_harmed([Harm("Stephen Hawking", "Stephen King", 0.612, 0.221, "a").to_json()], Console())
+    shown = "".join(capsys.readouterr())
+    assert "harmed: Stephen Hawking (answer's probability per token 0.61 to 0.22, by Stephen King)." in shown
+    assert "--control" in shown and "--key-tokens last" in shown
+
+
+def test_the_command_line_reports_harm_unless_it_asks_nothing(certain, tokenizer, texts, tmp_path, capsys):
+    certain.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("\n".join(texts), encoding="utf-8")
+    concept = ("--concept", "Stephen King", "--redirect", "Jane Austen", "--layers", "1,2", "--force", "--save", "edit")
+    given = ("unlearn", str(tmp_path / "model"), *concept, "--text", str(tmp_path / "text.txt"))
+    for more, harmed in ((), True), (("--no-answers",), False):
+        out = tmp_path / str(harmed)
+        assert main([*given, *more, "--out", str(out)]) == 0
+        report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+        assert ("harmed" in report) == harmed and report["neighbours"]["controls"]
+        assert ("harmed: " in "".join(capsys.readouterr())) == harmed
+        assert bool(rocr.Edit.load(out / "edit.safetensors").report.harmed) == harmed
+
+
+def test_a_control_is_what_it_says(architecture, tokenizer):
+    found = choose_controls(architecture, tokenizer, KING, 1, propose=False)
+    assert {control.kind for control in found} == {"person"}  # Burger King and The Lion King come after people
+    assert any(control == Control(control.name, "Stephen King", "last word", "person") for control in found)
