@@ -41,6 +41,8 @@ MINIMAX = {
 
 def build_mixture(family: str, vocabulary: int, **changes: Any) -> nn.Module:
     """A tiny random mixture, always the same one."""
+    if int(transformers.__version__.partition(".")[0]) < 5:
+        pytest.skip("before version 5 of transformers, experts are modules of their own, and rocr writes no GGUF files")
     if family != "MiniMaxM2":
         return build_model(family, vocabulary, **(MODELS[family] | changes))
     if not hasattr(transformers, "MiniMaxM2Config"):

@@ -12,6 +12,7 @@ from rocr import InputError, VerificationError
 from rocr.edit.guards import Guards
 from rocr.export.gguf import check_gguf_possible, save_edited_gguf
 from rocr.export.gguf_lora import write_gguf_lora
+from rocr.model.gguf import fast_reader
 from rocr.model.gguf_layout import read_gguf_layout
 from rocr.model.load import find_model, load_model
 from tests.support.gguf_mixtures import build_mixture, write_mixture_gguf
@@ -211,3 +212,12 @@ def test_experts_that_transformers_does_not_load_are_refused(tokenizer, tmp_path
         InputError, match=r"lacks 15 .* holds experts \(blk\.0\.ffn_gate_exps\.weight\)\. .* is 'llama'"
     ):
         load_model(find_model(str(path)))
+
+
+def test_a_file_is_read_while_it_is_loaded(tokenizer, tmp_path):
+    """The reader of the package gguf is replaced while transformers loads a file; its layout can be read then too."""
+    path = write_mixture_gguf(build_mixture("Qwen3Moe", len(tokenizer)), "Qwen3Moe", tokenizer, tmp_path / "m.gguf")
+    with fast_reader():
+        assert read_gguf_layout(path).tensors.keys() == read_gguf_layout(path).tensors.keys()
+        assert not isinstance(gguf.GGUFReader, type)
+    assert isinstance(gguf.GGUFReader, type)
