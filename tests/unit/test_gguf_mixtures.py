@@ -153,6 +153,21 @@ def test_the_edit_is_applied_again_with_the_same_bytes(edited, tmp_path):
         save_edited_gguf(load_model(find_model(str(edited.path))), edited.edit, tmp_path, reverted=True)
 
 
+@pytest.mark.parametrize("kind", ["F32", "BF16", "Q8_0"])
+def test_experts_that_are_not_edited_get_their_bytes_back_from_another_type(kind, edited, tmp_path):
+    loaded, edit = load_model(find_model(str(edited.path))), rocr.Edit.load(edited.path.parent / "edit.safetensors")
+    edit.apply(loaded.model)
+    for name in ("other", "back"):
+        (tmp_path / name).mkdir()
+    saved = save_edited_gguf(loaded, edit, tmp_path / "other", kind=kind)
+    saved.edit.save(tmp_path / "edit.safetensors")
+    tensors = read_gguf_layout(tmp_path / "other" / "m.gguf").tensors
+    assert {tensors[name].kind for name in tensors_of(edited)} == {kind}
+    stored = rocr.Edit.load(tmp_path / "edit.safetensors")
+    save_edited_gguf(load_model(find_model(str(tmp_path / "other" / "m.gguf"))), stored, tmp_path / "back", True)
+    assert (tmp_path / "back" / "m.gguf").read_bytes() == edited.path.read_bytes()
+
+
 def test_the_adapter_has_a_pair_for_each_expert(edited, tmp_path):
     layers = write_gguf_lora(edited.edit, edited.loaded.source, 5, tmp_path)
     tensors, changed = read_gguf_layout(tmp_path / "lora.gguf").tensors, tensors_of(edited)
