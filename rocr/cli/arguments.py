@@ -230,6 +230,19 @@ def load(arguments: Arguments, source: ModelSource, last_layer: int | None = Non
     return load_model(source, dtype, arguments.device, arguments.trust_remote_code)
 
 
+def load_language_model(arguments: Arguments, source: ModelSource) -> LoadedModel:
+    """Load a model that is asked questions.
+
+    Raises:
+        InputError: the model is a text encoder or an encoder-decoder.
+    """
+    from rocr.model.causality import check_writes_text
+
+    loaded = load(arguments, source)
+    check_writes_text(loaded.model, f"rocr {arguments.context.info_name}")
+    return loaded
+
+
 def open_quantised(loaded: LoadedModel, config: EditConfig, last_layer: int = 0) -> None:
     """Make the down-projections of a quantised model dense, up to the last edited layer and to `last_layer`."""
     from rocr.model.layers import wanted_layers

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rocr.cli import options
-from rocr.cli.arguments import chat_of, check_text, claim_output, collect, load, source_of
+from rocr.cli.arguments import chat_of, check_text, claim_output, collect, load_language_model, source_of
 from rocr.cli.console import Console
 from rocr.cli.evaluate import check_package, form_names
 from rocr.cli.parsing import Arguments, command, option
@@ -65,7 +65,7 @@ def compare(arguments: Arguments, console: Console) -> dict[str, Any]:
     check_text(arguments)
     probes = split_by_subject(load_probes(arguments.probes, arguments.download), arguments.targets)
     with console.stage("load"):
-        loaded = load(arguments, source)
+        loaded = load_language_model(arguments, source)
     if arguments.neighbours:
         probes = keep_nearest(
             loaded.model, loaded.tokenizer, probes, arguments.targets, arguments.neighbours, arguments.chat

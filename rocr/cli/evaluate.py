@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rocr.cli import options
-from rocr.cli.arguments import chat_of, claim_output, files_read, load, source_of
+from rocr.cli.arguments import chat_of, claim_output, files_read, load_language_model, source_of
 from rocr.cli.console import Console
 from rocr.cli.parsing import Arguments, command, flag, option
 from rocr.cli.values import COUNT, DIR, FILE
@@ -74,7 +74,7 @@ def evaluate(arguments: Arguments, console: Console) -> dict[str, Any]:
     if targets:
         probes = split_by_subject(probes, targets)
     with console.stage("load"):
-        loaded = load(arguments, source)
+        loaded = load_language_model(arguments, source)
     probes = _nearest(arguments, loaded, probes)
     before, after = _evaluate(arguments, loaded, probes, forms, edit, console)
     found = _attack(arguments, loaded, probes, after, edit, attacks, console)

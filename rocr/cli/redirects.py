@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from rocr.cli import options
-from rocr.cli.arguments import chat_of, claim_output, load, source_of
+from rocr.cli.arguments import chat_of, claim_output, load_language_model, source_of
 from rocr.cli.console import Console
 from rocr.cli.parsing import Arguments, command, option
 from rocr.cli.tables import number_of_concepts
@@ -40,7 +40,7 @@ def redirects(arguments: Arguments, console: Console) -> dict[str, Any]:
         probes = [probe for probe in split_by_subject(probes, arguments.targets) if probe.split == "forget"]
     check_candidates(probes, arguments.among)
     with console.stage("load"):
-        loaded = load(arguments, source)
+        loaded = load_language_model(arguments, source)
     with console.stage("questions") as progress:
         choices = choose_redirects(
             loaded.model, loaded.tokenizer, probes, arguments.among, progress=progress, chat=arguments.chat

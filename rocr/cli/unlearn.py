@@ -135,6 +135,7 @@ def unlearn(arguments: Arguments, console: Console) -> dict[str, Any]:
     with console.stage("load"):
         loaded = load(arguments, source, last_layer)
         open_quantised(loaded, config, 0 if statistics is None else statistics.fingerprint.layer)
+    questions = _answerable(loaded, questions, console)
     config = _with_layers(config, loaded)
     check_writable(arguments, loaded, config.layer_numbers)
     before = _ask(loaded, questions, arguments, console, "answers before")
@@ -266,6 +267,17 @@ def _retained(arguments: Arguments, concepts: list[Concept]) -> list[str] | None
     """Names of --control that are not concepts of the list; the effect of the edit on them is measured."""
     listed = {folded(name) for concept in concepts for name in concept.names}
     return [name for name in arguments.control if folded(name) not in listed] or None
+
+
+def _answerable(loaded: LoadedModel, questions: list[str], console: Console) -> list[str]:
+    """The questions, or none if the model writes no text."""
+    from rocr.model.causality import why_no_text
+
+    reason = why_no_text(loaded.model) if questions else None
+    if reason is None:
+        return questions
+    console.warn(f"Nothing is asked before and after: {reason}.")
+    return []
 
 
 def _ask(loaded: LoadedModel, questions: list[str], arguments: Arguments, console: Console, stage: str) -> list[str]:

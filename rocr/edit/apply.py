@@ -145,12 +145,12 @@ def replace_updates(
 
 def _flip(weight: Weight, undo: Tensor) -> None:
     """Flip the bits of a weight that are set in `undo`."""
-    for stored, flipped in zip(weight.stored, _split(weight, undo), strict=True):
+    for stored, flipped in zip(weight.stored, split_undo(weight, undo), strict=True):
         with writing(stored):
             bits(own(stored)).bitwise_xor_(own_part(flipped, stored))
 
 
-def _split(weight: Weight, undo: Tensor) -> list[Tensor]:
+def split_undo(weight: Weight, undo: Tensor) -> list[Tensor]:
     """Return the undo data of each block."""
     if not weight.is_mixture:
         return [undo]
@@ -164,10 +164,21 @@ def _applied(weight: Weight, originals: Sequence[Tensor]) -> Applied:
     for block, stored in zip(weight.blocks, changed, strict=True):
         if not torch.isfinite(stored).all():
             raise GuardError(f"The update makes {block.label} overflow {stored.dtype}. No update was applied.")
+    return applied_of(originals, changed, weight.is_mixture)
+
+
+def applied_of(originals: Sequence[Tensor], changed: Sequence[Tensor], is_mixture: bool) -> Applied:
+    """Return the record of how the values of blocks changed.
+
+    Args:
+        originals: The values of each block before, in the layout of its parameter.
+        changed: The values after.
+        is_mixture: Whether the blocks are some of a mixture.
+    """
     pairs = zip(originals, changed, strict=True)
     undo = [bits(original).bitwise_xor(bits(stored)).cpu() for original, stored in pairs]
-    undo_data = torch.cat([part.reshape(-1) for part in undo]) if weight.is_mixture else undo[0]
-    return Applied(str(weight.dtype), tensor_digest(*originals), tensor_digest(*changed), undo_data)
+    undo_data = torch.cat([part.reshape(-1) for part in undo]) if is_mixture else undo[0]
+    return Applied(str(changed[0].dtype), tensor_digest(*originals), tensor_digest(*changed), undo_data)
 
 
 def _checked_undo(weight: Weight, applied: Applied | None) -> Tensor:

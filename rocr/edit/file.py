@@ -16,7 +16,7 @@ from rocr.concepts import Concept, check_concepts
 from rocr.config import EditConfig
 from rocr.edit.measures import EditReport
 from rocr.edit.record import EditRecord
-from rocr.edit.stored import StoredWeight
+from rocr.edit.stored import stored_from_json, stored_to_json
 from rocr.edit.system_file import pack_system, unpack_system
 from rocr.edit.update import Applied, LayerUpdate, Part
 from rocr.edit.wide_file import pack_wide, routed_rows, unpack_wide
@@ -60,9 +60,9 @@ def save_edit(edit: EditRecord, path: str | os.PathLike[str], undo: bool, overwr
             if undo and update.applied.undo is not None:
                 packed, entry["undo"] = pack_undo(update.applied.undo)
                 tensors[f"layer.{update.layer}.undo"] = packed
-            if update.applied.stored is not None:
-                entry["stored"], kept = update.applied.stored.to_json(undo)
-                tensors |= {f"layer.{update.layer}.{name}": values for name, values in kept.items()}
+            if update.applied.stored:
+                entry["stored"], kept = stored_to_json(update.applied.stored, bool(update.parts))
+                tensors |= {f"layer.{update.layer}.{name}": values for name, values in kept.items() if undo}
         if update.system is not None:
             entry["system"], kept = pack_system(update.system)
             if update.parts:
@@ -166,8 +166,8 @@ def _load_update(entry: dict[str, Any], tensors: dict[str, Tensor]) -> LayerUpda
         elif flag_of(entry["transposed"], "transposed"):
             shape = shape[::-1]
         undo = None if packed is None else _load_undo(packed, entry["undo"], shape, dtype)
-        bytes_before = tensors.get(f"layer.{layer}.stored")
-        stored = None if "stored" not in entry else StoredWeight.from_json(entry["stored"], bytes_before)
+        own = _of_layer(layer, tensors)
+        stored = stored_from_json(entry["stored"], own, bool(parts)) if "stored" in entry else ()
         applied = Applied(dtype, before, after, undo, stored)
     return LayerUpdate(
         layer,
@@ -218,9 +218,13 @@ def _load_rendered(entry: dict[str, Any]) -> RenderedTemplate:
 
 
 def _load_system(layer: int, entry: dict[str, Any], tensors: dict[str, Tensor], keys: Tensor) -> System:
+    return unpack_system(entry, _of_layer(layer, tensors), *keys.shape)
+
+
+def _of_layer(layer: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a layer by their names without the layer's."""
     prefix = f"layer.{layer}."
-    own = {name.removeprefix(prefix): values for name, values in tensors.items() if name.startswith(prefix)}
-    return unpack_system(entry, own, *keys.shape)
+    return {name.removeprefix(prefix): values for name, values in tensors.items() if name.startswith(prefix)}
 
 
 def _load_undo(packed: Tensor, described: dict[str, Any], shape: tuple[int, ...], dtype: str) -> Tensor:

@@ -110,7 +110,7 @@ def _with_experts(
     """Return the adapter of an edit that changes experts: PEFT supports one rank for all target parameters."""
     found: list[tuple[LayerUpdate, ParameterFactors, tuple[float, float]]] = []
     for update in edit.updates:
-        parts, errors = _truncated_parts(update, rank)
+        parts, errors = truncated_parts(update, rank)
         found += [(update, factors, errors) for factors in parts]
     largest = max(factors.rank for _, factors, _ in found)
     tensors: dict[str, Tensor] = {}
@@ -131,7 +131,7 @@ def _with_experts(
     return tensors, _adapter_config(edit, layers, names), layers
 
 
-def _truncated_parts(update: LayerUpdate, rank: int | None) -> tuple[list[ParameterFactors], tuple[float, float]]:
+def truncated_parts(update: LayerUpdate, rank: int | None) -> tuple[list[ParameterFactors], tuple[float, float]]:
     """Return the factors of a layer's parameters, and the largest truncation errors of `AdapterLayer`."""
     if not update.parts:
         # A dense layer of a model that also has mixtures.

@@ -1,8 +1,9 @@
 """The factors of an edit of experts in the form of PEFT's `target_parameters`.
 
-PEFT 0.18 and later store one pair of matrices for a parameter of E experts and rank r: A (r · E, in), read as
+PEFT 0.19 and later store one pair of matrices for a parameter of E experts and rank r: A (r · E, in), read as
 (E, r, in), and B (out, r · E), read as (out, r, E). The parameter is taken as (E, in, out) if its module has the
-attribute `is_transposed`, and otherwise as (E, out, in).
+attribute `is_transposed`, and otherwise as (E, out, in). vLLM reads A and B alike (`_stack_moe_lora_weights` in
+vllm/lora/model_manager.py). PEFT 0.18 took every parameter as (E, in, out).
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,8 @@ class StoredWeight:
         before: Name of its type before the update, such as "Q8_0".
         after: Name of its type after the update.
         sha256: sha256 of the tensor's bytes before the update.
-        data: Those bytes, (bytes,) uint8. None if the type holds one value at a time, so that the bytes follow from the
+        data: Those bytes, (bytes,) uint8; of a tensor of several experts that keeps its type, those of the changed
+            experts, in their order. None if the type holds one value at a time, so that the bytes follow from the
             values, or if they were not kept.
     """
 
@@ -32,14 +34,9 @@ class StoredWeight:
     sha256: str
     data: Tensor | None
 
-    def to_json(self, undo: bool) -> tuple[dict[str, str], dict[str, Tensor]]:
-        """Return the fields as JSON values, and the bytes as a tensor by its name.
-
-        Args:
-            undo: Whether to include the bytes.
-        """
-        kept = {"stored": self.data} if undo and self.data is not None else {}
-        return {name: getattr(self, name) for name in FIELDS}, kept
+    def to_json(self) -> dict[str, str]:
+        """Return the fields as JSON values, without the bytes."""
+        return {name: getattr(self, name) for name in FIELDS}
 
     @classmethod
     def from_json(cls, values: dict[str, Any], data: Tensor | None) -> StoredWeight:
@@ -54,3 +51,37 @@ class StoredWeight:
             raise ValueError(f"the stored bytes of a weight are {data.dtype} of shape {tuple(data.shape)}")
         tensor, before, after, sha256 = (text_of(values[name], name) for name in FIELDS)
         return cls(tensor, before, after, sha256, data)
+
+
+def stored_to_json(records: Sequence[StoredWeight], is_mixture: bool) -> tuple[Any, dict[str, Tensor]]:
+    """Return the records of an update as JSON values, and the bytes that they keep by the names of tensors.
+
+    Args:
+        records: One record; for a mixture, one for each tensor.
+        is_mixture: Whether the update is of a mixture.
+    """
+    kept = {
+        f"stored.{i}" if is_mixture else "stored": record.data
+        for i, record in enumerate(records)
+        if record.data is not None
+    }
+    entries = [record.to_json() for record in records]
+    return entries if is_mixture else entries[0], kept
+
+
+def stored_from_json(values: Any, kept: Mapping[str, Tensor], is_mixture: bool) -> tuple[StoredWeight, ...]:
+    """Return the inverse of `stored_to_json`.
+
+    Args:
+        values: The JSON values.
+        kept: The bytes that were kept, by the names of tensors.
+        is_mixture: Whether the update is of a mixture.
+
+    Raises:
+        TypeError, ValueError: A field is missing, unknown or has another type.
+    """
+    if isinstance(values, list) != is_mixture:
+        raise ValueError(f"the record of stored weights is a {type(values).__name__}")
+    if is_mixture:
+        return tuple(StoredWeight.from_json(each, kept.get(f"stored.{i}")) for i, each in enumerate(values))
+    return (StoredWeight.from_json(values, kept.get("stored")),)

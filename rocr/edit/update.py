@@ -172,14 +172,15 @@ class Applied:
         undo: Exclusive or of the bits before and after, as integers on the CPU in the shape in which the model stores
             the parameter; of several blocks, those of all of them in order, flat. None if it was not kept.
         stored: How a GGUF file stores the weight, if the edited model was written as one; dtype, before, after and
-            undo are then those of the values that the file gives. None for other models.
+            undo are then those of the values that the file gives. One record; for a mixture, one for each tensor, in
+            the order of their first blocks. Empty for other models.
     """
 
     dtype: str
     before: str
     after: str
     undo: Tensor | None
-    stored: StoredWeight | None = None
+    stored: tuple[StoredWeight, ...] = ()
 
     @property
     def surviving(self) -> float | None:

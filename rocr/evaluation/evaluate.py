@@ -27,6 +27,7 @@ from rocr.evaluation.scoring import AnswerScore, score_answers, tokenize_questio
 from rocr.io.bounded import read_bounded
 from rocr.io.json_values import parse_json
 from rocr.keys.continuations import TOKEN_BUDGET
+from rocr.model.causality import check_writes_text
 from rocr.model.chat import with_date
 from rocr.model.fingerprint import tensor_digest, tokenizer_digest
 from rocr.ops.arithmetic import plain_arithmetic
@@ -103,7 +104,8 @@ def evaluate(
         The scores of every item, their means by form, split and target, and the further measures.
 
     Raises:
-        InputError: If probes, forms or settings are invalid, or if `known` leaves no probe of the forget set.
+        InputError: If probes, forms or settings are invalid, `known` leaves no probe of the forget set, or the model is
+            a text encoder or an encoder-decoder.
         RocrError: If a score is not a finite number, or the journal cannot be written.
 
     Source:
@@ -113,6 +115,7 @@ def evaluate(
     if known is not None and not 0 <= known <= 1:
         raise InputError(f"known must be between 0 and 1, not {known!r}.")
     check_probes(probes)
+    check_writes_text(model, "Asking questions")
     if targets is not None:
         probes = split_by_subject(probes, targets)
     start = time.perf_counter()

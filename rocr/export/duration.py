@@ -70,8 +70,11 @@ def _with_first_layer(architecture: Architecture, dtype: torch.dtype) -> Archite
     probe = find_architecture(copy.deepcopy(architecture.model))
     layers, first = f"{probe.layers_name}.", f"{probe.layers_name}.0."
     decoder = probe.layers_name.rpartition(".")[0]
-    for name, parameter in list(probe.model.named_parameters()):
-        if not name.startswith(decoder) or (name.startswith(layers) and not name.startswith(first)):
+    # The embeddings of BERT and CLIP are beside the module that holds the layers.
+    read = (f"{decoder}.", f"{_around_embedding(probe)}.") if decoder else ("",)
+    # T5 has its embedding under two names.
+    for name, parameter in list(probe.model.named_parameters(remove_duplicate=False)):
+        if not name.startswith(read) or (name.startswith(layers) and not name.startswith(first)):
             continue
         owner, _, leaf = name.rpartition(".")
         # Zeros take no memory before they are written. The layer's weights are written, so that they are really read.
@@ -81,6 +84,13 @@ def _with_first_layer(architecture: Architecture, dtype: torch.dtype) -> Archite
         probe.model.get_submodule(owner)._parameters[leaf] = nn.Parameter(values, requires_grad=False)
     decoder_first(probe)
     return probe
+
+
+def _around_embedding(architecture: Architecture) -> str:
+    """Return the name of the module around the input embedding; of the embedding itself if that is the whole model."""
+    names = (name for name, module in architecture.model.named_modules() if module is architecture.embedding)
+    name = next(names, "")
+    return name.rpartition(".")[0] or name
 
 
 def estimate_seconds(job: Job, speed: Speed, sizes: Forecast) -> float:

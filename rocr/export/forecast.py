@@ -242,7 +242,7 @@ def _written(job: Job) -> tuple[dict[str, int], int, int]:
     if "edit" in job.parts:
         written["edit"] = edit_bytes(job)
         if "gguf" in job.parts:
-            written["edit"] += first_bytes(job.source, job.blocks, job.architecture.depth)
+            written["edit"] += first_bytes(job.source, job.blocks, job.architecture.depth, job.gguf_kind)
     for part, name in (("lora", "adapter"), ("gguf-lora", "GGUF adapter")):
         if part in job.parts:
             ranks = [min(job.keys, *weight.shape, job.lora_rank or job.keys) for weight in job.weights]

@@ -2,38 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from rocr.edit.apply import apply_updates, bits
+from rocr.edit.apply import applied_of, split_undo
 from rocr.edit.lora import thin_factors
-from rocr.edit.stored import StoredWeight
-from rocr.edit.update import Applied, LayerUpdate
+from rocr.edit.update import LayerUpdate
 from rocr.edit.weight import Weight, edited_weights
 from rocr.errors import GuardError, InputError, VerificationError
 from rocr.export.folder import Saved
 from rocr.export.gguf_rewrite import NewTensor, grown_size, rewrite_gguf
+from rocr.export.gguf_tensors import (
+    EditedTensor,
+    as_parameter,
+    edited_tensors,
+    first_bytes_of,
+    record_of,
+    values_after,
+    values_before,
+)
 from rocr.io.disk_space import check_space
 from rocr.io.dtypes import dtype_name
 from rocr.model.block import Block
-from rocr.model.blocks import LayerBlocks, find_blocks
+from rocr.model.blocks import find_blocks
 from rocr.model.fingerprint import tensor_digest
 from rocr.model.gguf_layout import (
     PLAIN_KINDS,
     GgufLayout,
-    GgufTensor,
     agrees,
     decode,
     encode,
     encode_changed,
     kind_to_write,
     read_gguf_layout,
-    size_of,
 )
 from rocr.model.load import LoadedModel
 from rocr.model.source import ADAPTER_GGUF, ModelSource
@@ -84,22 +90,6 @@ def gguf_path(source: ModelSource, what: str) -> Path:
     return source.folder / source.gguf
 
 
-def dense_blocks(layers: Iterable[LayerBlocks]) -> list[Block]:
-    """Return the only block of each layer.
-
-    Raises:
-        InputError: A layer is a mixture of experts, which rocr does not write as GGUF.
-    """
-    found = list(layers)
-    for layer in found:
-        if layer.is_mixture:
-            raise InputError(
-                f"{layer.name} is a mixture of experts, whose tensors rocr does not write as GGUF. Write the edited "
-                "model as a folder instead (--save model)."
-            )
-    return [layer.only for layer in found]
-
-
 def check_gguf_possible(loaded: LoadedModel, layers: Sequence[int], out: Path, kind: str | None) -> None:
     """Check, before a model is edited, that a GGUF file with the result can be written.
 
@@ -115,30 +105,39 @@ def check_gguf_possible(loaded: LoadedModel, layers: Sequence[int], out: Path, k
     """
     layout = read_gguf_layout(gguf_path(loaded.source, "gguf"))
     kinds = {}
-    for block in dense_blocks(find_blocks(loaded.architecture, layers).values()):
-        tensor = layout.find(block.parameter_name, loaded.architecture.depth)
-        if not agrees(block.weight, tensor, tensor.read()):
-            raise _differs(block.parameter_name, tensor)
-        kinds[tensor.name] = kind_to_write(tensor, kind)
-        encode(torch.zeros(1, tensor.shape[-1]), kinds[tensor.name], tensor.name)
+    for layer in find_blocks(loaded.architecture, layers).values():
+        for held in edited_tensors(layout, layer.blocks, loaded.architecture.depth):
+            tensor, stored = held.tensor, held.tensor.read()
+            if not all(agrees(block.weight, tensor, held.of(stored, block)) for block in held.blocks):
+                raise held.differs()
+            kinds[tensor.name] = kind_to_write(tensor, kind)
+            encode(torch.zeros(1, tensor.shape[-1]), kinds[tensor.name], tensor.name)
     check_space(out, grown_size(layout, kinds))
 
 
 def gguf_bytes(source: ModelSource, blocks: Sequence[Block], depth: int, kind: str | None) -> int:
     """Return the size in bytes of a GGUF file with edited weights."""
     layout, tensors = _tensors(source, blocks, depth)
-    return grown_size(layout, {tensor.name: kind_to_write(tensor, kind) for tensor in tensors})
+    return grown_size(layout, {held.tensor.name: kind_to_write(held.tensor, kind) for held in tensors})
 
 
-def first_bytes(source: ModelSource, blocks: Sequence[Block], depth: int) -> int:
-    """Return the size of the first bytes of edited tensors that an edit file holds, besides the undo data."""
+def first_bytes(source: ModelSource, blocks: Sequence[Block], depth: int, kind: str | None) -> int:
+    """Return the size of the first bytes of edited tensors that an edit file holds, besides the undo data.
+
+    Of experts, at most: those of experts that stay as they are may be left out.
+    """
     _, tensors = _tensors(source, blocks, depth)
-    return sum(tensor.size for tensor in tensors if tensor.kind not in PLAIN_KINDS)
+    return sum(
+        held.tensor.size
+        for held in tensors
+        if held.tensor.kind not in PLAIN_KINDS
+        or (held.holds_experts and kind_to_write(held.tensor, kind) != held.tensor.kind)
+    )
 
 
-def _tensors(source: ModelSource, blocks: Sequence[Block], depth: int) -> tuple[GgufLayout, list[GgufTensor]]:
+def _tensors(source: ModelSource, blocks: Sequence[Block], depth: int) -> tuple[GgufLayout, list[EditedTensor]]:
     layout = read_gguf_layout(gguf_path(source, "gguf"))
-    return layout, [layout.find(block.parameter_name, depth) for block in blocks]
+    return layout, edited_tensors(layout, blocks, depth)
 
 
 def save_edited_gguf(
@@ -164,15 +163,15 @@ def save_edited_gguf(
     changes: dict[str, NewTensor] = {}
     written, updates = [], []
     weights = edited_weights(loaded.architecture, edit.updates)
-    for (block,), update in zip((weight.blocks for weight in weights), edit.updates, strict=True):
-        tensor = layout.find(block.parameter_name, loaded.architecture.depth)
-        after, error = update, None
+    for weight, update in zip(weights, edit.updates, strict=True):
+        tensors, after, error = edited_tensors(layout, weight.blocks, loaded.architecture.depth), update, None
         if reverted:
-            changes[tensor.name] = _without_edit(block, update, tensor)
+            data = _without_edit(weight, update, tensors)
         else:
-            changes[tensor.name], after, error = _with_edit(block, update, tensor, kind)
+            data, after, error = _with_edit(weight, update, tensors, kind)
         updates.append(after)
-        written.append(_written(block, after, tensor, changes[tensor.name].kind, error))
+        changes |= {held.tensor.name: new for held, new in zip(tensors, data, strict=True)}
+        written += [_written(held, after, weight, new.kind, error) for held, new in zip(tensors, data, strict=True)]
     check_space(folder, grown_size(layout, {name: change.kind for name, change in changes.items()}))
     out = folder / path.name
     rewrite_gguf(layout, changes, out)
@@ -186,117 +185,83 @@ def save_edited_gguf(
 def reverts_in_file(source: ModelSource, edit: Edit) -> bool:
     """Return whether an edit of a model in a GGUF file can be reverted in the bytes of the file."""
     records = [update.applied for update in edit.updates]
-    return source.gguf is not None and all(record is not None and record.stored is not None for record in records)
+    return source.gguf is not None and all(record is not None and record.stored for record in records)
 
 
 def _with_edit(
-    block: Block, update: LayerUpdate, tensor: GgufTensor, kind: str | None
-) -> tuple[NewTensor, LayerUpdate, float]:
-    """Return an edited tensor to write, the update with the record of it, and the relative error at the keys."""
-    before = tensor.read()
-    values = _edited_values(block, update, tensor, before)
-    kind = kind_to_write(tensor, kind)
-    data = encode_changed(values, tensor, kind)
-    after = decode(data, kind, tensor.shape, tensor.name)
-    if not torch.isfinite(after).all():
-        raise GuardError(
-            f"The edit makes {tensor.name} overflow {kind}. Nothing was written; choose another type with --gguf-type."
-        )
-    stored = tensor.read_bytes()
-    record = StoredWeight(
-        tensor.name, tensor.kind, kind, tensor_digest(stored), None if tensor.kind in PLAIN_KINDS else stored
+    weight: Weight, update: LayerUpdate, tensors: Sequence[EditedTensor], chosen: str | None
+) -> tuple[list[NewTensor], LayerUpdate, float]:
+    """Return the edited tensors to write, the update with the record of them, and the relative error at the keys."""
+    assert update.applied is not None and update.applied.undo is not None, "the model has the edit applied"
+    undos = split_undo(weight, update.applied.undo)
+    firsts: dict[int, Tensor] = {}
+    lasts: dict[int, Tensor] = {}
+    written, records = [], []
+    for held in tensors:
+        firsts |= dict(zip(held.places, values_before(held, undos), strict=True))
+    for held, values in zip(tensors, values_after(tensors, update), strict=True):
+        tensor, kind = held.tensor, kind_to_write(held.tensor, chosen)
+        data = encode_changed(values, tensor, kind)
+        after = decode(data, kind, tensor.shape, tensor.name)
+        if not torch.isfinite(after).all():
+            raise GuardError(
+                f"The edit makes {tensor.name} overflow {kind}. Nothing was written; choose another type with "
+                "--gguf-type."
+            )
+        lasts |= {place: held.of(after, block) for block, place in zip(held.blocks, held.places, strict=True)}
+        written.append(NewTensor(kind, data))
+        records.append(record_of(held, kind))
+    places = range(len(weight.blocks))
+    before, after_edit = (
+        [as_parameter(weight.blocks[place], values[place]) for place in places] for values in (firsts, lasts)
     )
-    unedited = _first_values(block, update, before)
-    first, last = _as_parameter(block, unedited), _as_parameter(block, after)
-    applied = Applied(
-        str(last.dtype), tensor_digest(first), tensor_digest(last), bits(first).bitwise_xor(bits(last)), record
-    )
-    return NewTensor(kind, data), replace(update, applied=applied), _key_error(update, after - unedited)
+    applied = applied_of(before, after_edit, weight.is_mixture)
+    update = replace(update, applied=replace(applied, stored=tuple(records)))
+    change = torch.cat([lasts[place] - firsts[place] for place in places], dim=1)
+    return written, update, _key_error(update, change)
 
 
-def _edited_values(block: Block, update: LayerUpdate, tensor: GgufTensor, before: Tensor) -> Tensor:
-    """Return the edited weight in float32: that of the model, or the stored one with the update added."""
-    if not agrees(_weight(block, _unedited(block, update)), tensor, before):
-        raise _differs(block.parameter_name, tensor)
-    if block.parameter.dtype == torch.float32:
-        return block.weight.detach().cpu().contiguous()
-    values = before.clone()
-    module = nn.Module()
-    module.weight = nn.Parameter(values, requires_grad=False)
-    apply_updates([Weight((replace(block, module=module, transposed=False),))], [update.factors])
-    return values
-
-
-def _first_values(block: Block, update: LayerUpdate, before: Tensor) -> Tensor:
-    """Return the unedited weight in float32 as transformers gives it, since an edit is reverted in a loaded model."""
-    if block.parameter.dtype != torch.float32:
-        return before
-    return _weight(block, _unedited(block, update))
-
-
-def _unedited(block: Block, update: LayerUpdate) -> Tensor:
-    """Return the loaded parameter as it was before the edit."""
-    applied = update.applied
-    assert applied is not None and applied.undo is not None, "the model has the edit applied"
-    parameter = block.parameter.detach().cpu()
-    return bits(parameter).bitwise_xor(applied.undo).view(parameter.dtype)
-
-
-def _without_edit(block: Block, update: LayerUpdate, tensor: GgufTensor) -> NewTensor:
-    """Return a tensor as it was before the edit."""
-    applied = update.applied
-    record = None if applied is None else applied.stored
-    if applied is None or record is None:
-        raise InputError(f"The edit has no record of {tensor.name} in a GGUF file, so it cannot be reverted there.")
-    values = tensor.read()
-    found = tensor_digest(_as_parameter(block, values))
-    if tensor.kind != record.after or found != applied.after:
-        raise VerificationError(
-            f"{tensor.name} in {tensor.file} is not the tensor after this edit: it is {tensor.kind} with the sha256 "
-            f"{found[:12]}, recorded is {record.after} with {applied.after[:12]}. Use the file that the edit was made "
-            "for."
-        )
-    if record.data is not None:
-        data = record.data
-    elif record.before in PLAIN_KINDS and applied.undo is not None:
-        first = bits(_as_parameter(block, values)).bitwise_xor(applied.undo).view(values.dtype)
-        data = encode(_weight(block, first).contiguous(), record.before, tensor.name)
-    else:
+def _without_edit(weight: Weight, update: LayerUpdate, tensors: Sequence[EditedTensor]) -> list[NewTensor]:
+    """Return the tensors as they were before the edit."""
+    applied, names = update.applied, [held.tensor.name for held in tensors]
+    if applied is None or [record.tensor for record in applied.stored] != names:
         raise InputError(
-            f"The edit was saved without the undo data of {tensor.name}. Use a copy of the original model instead."
+            f"The edit has no record of {', '.join(names)} in a GGUF file, so it cannot be reverted there."
         )
-    if tensor_digest(data) != record.sha256 or len(data) != size_of(tensor.shape, record.before):
-        raise VerificationError(f"The undo data of {tensor.name} does not give its first bytes: the edit is damaged.")
-    return NewTensor(record.before, data)
+    values: dict[int, Tensor] = {}
+    for held in tensors:
+        stored = held.tensor.read()
+        values |= {place: held.of(stored, block) for block, place in zip(held.blocks, held.places, strict=True)}
+    found = tensor_digest(*(as_parameter(block, values[place]) for place, block in enumerate(weight.blocks)))
+    for held, record in zip(tensors, applied.stored, strict=True):
+        tensor = held.tensor
+        if tensor.kind != record.after or found != applied.after:
+            raise VerificationError(
+                f"{tensor.name} in {tensor.file} is not the tensor after this edit: it is {tensor.kind} with the "
+                f"sha256 {found[:12]}, recorded is {record.after} with {applied.after[:12]}. Use the file that the "
+                "edit was made for."
+            )
+    undos = [None] * len(weight.blocks) if applied.undo is None else split_undo(weight, applied.undo)
+    return [
+        NewTensor(record.before, first_bytes_of(held, record, undos))
+        for held, record in zip(tensors, applied.stored, strict=True)
+    ]
 
 
-def _as_parameter(block: Block, values: Tensor) -> Tensor:
-    """Return a weight (d_out, d_in) in the layout of the model's parameter."""
-    return values.T.contiguous() if block.transposed else values
-
-
-def _weight(block: Block, parameter: Tensor) -> Tensor:
-    """Return a (d_out, d_in) view of values in the layout of the model's parameter."""
-    return parameter.T if block.transposed else parameter
-
-
-def _written(block: Block, update: LayerUpdate, tensor: GgufTensor, kind: str, error: float | None) -> WrittenTensor:
+def _written(held: EditedTensor, update: LayerUpdate, weight: Weight, kind: str, error: float | None) -> WrittenTensor:
     """Return the entry of the report for a written tensor; without an error at the keys, the edit was reverted."""
+    block, surviving = held.blocks[0], None
     loaded = None if block.parameter.device.type == "meta" else dtype_name(block.parameter.dtype)
-    surviving = None if error is None or update.applied is None else update.applied.surviving
-    return WrittenTensor(update.layer, update.parameter, [tensor.name], kind, tensor.kind, loaded, surviving, error)
+    if error is not None and update.applied is not None and update.applied.undo is not None:
+        undos = split_undo(weight, update.applied.undo)
+        surviving = float(torch.cat([undos[place].reshape(-1) != 0 for place in held.places]).double().mean())
+    name = block.parameter_name if weight.is_mixture else update.parameter
+    return WrittenTensor(update.layer, name, [held.tensor.name], kind, held.tensor.kind, loaded, surviving, error)
 
 
 def _key_error(update: LayerUpdate, written: Tensor) -> float:
-    """Return ‖(Δ' - Δ) Kᵀ‖ / ‖Δ Kᵀ‖ for the written update Δ' (d_out, d_in)."""
+    """Return ‖(Δ' - Δ) Kᵀ‖ / ‖Δ Kᵀ‖ for the written update Δ' (d_out, sum of d_in)."""
     keys = update.keys.cpu().double()
     left, right = thin_factors(update.factors)
     exact = left.double() @ (right.double() @ keys.T)
     return float((written.double() @ keys.T - exact).norm() / exact.norm().clamp(min=1e-300))
-
-
-def _differs(parameter: str, tensor: GgufTensor) -> InputError:
-    return InputError(
-        f"{parameter} was loaded with other values than {tensor.name} in {tensor.file}, so an edited copy of the file "
-        "cannot be written. Write the model as a folder instead (--save model)."
-    )

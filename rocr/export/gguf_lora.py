@@ -1,18 +1,22 @@
 """Write an edit as a LoRA adapter in a GGUF file, which llama.cpp loads beside the model's own file.
 
 Tensors are named as llama.cpp's `convert_lora_to_gguf.py` names them: for each edited tensor NAME, NAME.lora_a
-(rank, d_in) and NAME.lora_b (d_out, rank). llama.cpp adds alpha / rank · B A x to the output.
+(rank, d_in) and NAME.lora_b (d_out, rank). llama.cpp adds alpha / rank · B A x to the output. Those of a tensor of E
+experts are (E, rank, d_in) and (E, d_out, rank), and each expert's product gets its own pair (`build_lora_mm_id` in
+src/llama-graph.cpp of llama.cpp); they are zero for experts that the edit does not change.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from rocr.edit.lora import AdapterLayer, adapter_layer, check_rank
+from rocr.edit.lora import AdapterLayer, check_rank, truncated_parts
+from rocr.edit.lora_experts import ParameterFactors
 from rocr.errors import InputError
 from rocr.export.gguf import gguf_path
 from rocr.io.boundary import calling
@@ -37,7 +41,7 @@ def write_gguf_lora(
         rank: Largest rank. None leaves nothing out.
 
     Returns:
-        One `AdapterLayer` per layer, with its rank and truncation errors.
+        One `AdapterLayer` for each edited tensor, with its rank and truncation errors.
 
     Raises:
         InputError: The model is no GGUF file, the file holds no tensor of an edited weight, or there is too little
@@ -73,23 +77,68 @@ def gguf_lora_tensors(
     All layers are padded with zeros to one rank, so that alpha = rank makes the scale 1 for each.
     """
     check_rank(rank)
-    mixture = next((update for update in edit.updates if update.parts), None)
-    if mixture is not None:
-        raise InputError(
-            f"{mixture.parameter} holds experts, for which rocr writes no GGUF adapter. Write a PEFT adapter instead "
-            "(--save lora)."
-        )
-    found = [adapter_layer(update, rank) for update in edit.updates]
-    largest = max(layer.rank for layer, _, _ in found)
     tensors: dict[str, Tensor] = {}
-    for update, (layer, left, right) in zip(edit.updates, found, strict=True):
-        tensor = layout.find(update.parameter, depth)
-        if tensor.shape != (left.shape[0], right.shape[1]):
+    layers = []
+    for pair in adapter_pairs(edit, rank):
+        tensor = layout.find(pair.parameter, depth)
+        expected = (*pair.b.shape[:-1], pair.a.shape[-1])
+        if tensor.shape != expected:
             raise InputError(
                 f"{tensor.name} has the shape {tensor.shape} in {layout.path}, but the edit changes a weight of shape "
-                f"{(left.shape[0], right.shape[1])}."
+                f"{expected}."
             )
-        missing = largest - layer.rank
-        for end, values, padding in (("a", right, (0, 0, 0, missing)), ("b", left, (0, missing))):
-            tensors[f"{tensor.name}.lora_{end}"] = torch.nn.functional.pad(values.float(), padding).contiguous()
-    return tensors, [layer for layer, _, _ in found]
+        tensors |= {f"{tensor.name}.lora_a": pair.a, f"{tensor.name}.lora_b": pair.b}
+        layers.append(pair.layer)
+    return tensors, layers
+
+
+@dataclass(frozen=True)
+class AdapterPair:
+    """The matrices of an adapter for one tensor, float32.
+
+    Attributes:
+        parameter: Name of the parameter in the model's state dict.
+        a: (rank, d_in), or (E, rank, d_in) for E experts.
+        b: (d_out, rank), or (E, d_out, rank).
+        layer: The layer, with the truncation errors.
+    """
+
+    parameter: str
+    a: Tensor
+    b: Tensor
+    layer: AdapterLayer
+
+
+def adapter_pairs(edit: Edit, rank: int | None, padded_to: int | None = None) -> list[AdapterPair]:
+    """Return the matrices of the adapter of an edit for each of its parameters.
+
+    Args:
+        edit: The edit.
+        rank: Largest rank. None leaves nothing out.
+        padded_to: The rank of all matrices. None is the largest rank that one of them needs.
+    """
+    found = []
+    for update in edit.updates:
+        full = min(update.factors.rank, *update.factors.shape)
+        parts, errors = truncated_parts(update, rank)
+        found += [(update.layer, factors, full, errors) for factors in parts]
+    common = max(padded_to or 0, *(factors.rank for _, factors, _, _ in found))
+    pairs = []
+    for layer, factors, full, errors in found:
+        own = factors.own and factors.own.rpartition(".")[0]
+        described = AdapterLayer(layer, factors.module, factors.rank, full, *errors, own)
+        pairs.append(AdapterPair(factors.parameter, *_matrices(factors, common), described))
+    return pairs
+
+
+def _matrices(factors: ParameterFactors, rank: int) -> tuple[Tensor, Tensor]:
+    """Return A and B of a parameter, padded with zeros to a rank."""
+    first = factors.parts[0]
+    count = 1 if first.expert is None else first.experts
+    a = torch.zeros(count, rank, first.width)
+    b = torch.zeros(count, factors.lefts[0].shape[0], rank)
+    for part, left, right in zip(factors.parts, factors.lefts, factors.rights, strict=True):
+        own = right.shape[0]
+        a[part.expert or 0, :own] = right
+        b[part.expert or 0, :, :own] = left
+    return (a[0], b[0]) if first.expert is None else (a, b)

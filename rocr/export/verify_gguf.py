@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from rocr.edit.lora import adapter_layer
-from rocr.edit.update import LayerUpdate
+from rocr.edit.update import LayerUpdate, Part
 from rocr.errors import InputError
+from rocr.export.gguf_lora import AdapterPair, adapter_pairs
 from rocr.export.manifest import FAILED, PASSED, UNCHECKED, Check, Output, shown
 from rocr.export.weight_checks import NO_EDIT, TRUNCATION_TOLERANCE, digest_check, distance
 from rocr.model.fingerprint import tensor_digest
@@ -54,27 +54,39 @@ def gguf_checks(output: Output, edit: Edit | None) -> Iterator[Check]:
 
 
 def _tensor_checks(layout: GgufLayout, update: LayerUpdate, is_reverted: bool) -> Iterator[Check]:
-    """Check that an edited tensor has the recorded type and bytes and is finite."""
-    stored = None if update.applied is None else update.applied.stored
-    if stored is None or stored.tensor not in layout.tensors:
-        reason = "the edit has no record of a GGUF file" if stored is None else "the file holds no such tensor"
-        subject = update.parameter if stored is None else stored.tensor
-        yield Check(shown(subject), "sha256", UNCHECKED if stored is None else FAILED, reason)
+    """Check that the tensors of an update have the recorded types and bytes and are finite."""
+    records = update.applied.stored if update.applied is not None else ()
+    # The parts of each tensor of a mixture, in the order of the records; a dense layer has one tensor.
+    parts: dict[str, list[Part | None]] = {}
+    for part in update.parts or (None,):
+        parts.setdefault(part.parameter if part else update.parameter, []).append(part)
+    if len(records) != len(parts):
+        yield Check(shown(update.parameter), "sha256", UNCHECKED, "the edit has no record of a GGUF file")
         return
-    tensor, kind = layout.tensors[stored.tensor], stored.before if is_reverted else stored.after
-    subject = shown(tensor.name)
-    if tensor.kind != kind:
-        yield Check(subject, "sha256", FAILED, f"it is {tensor.kind}, recorded is {shown(kind)}")
-        return
-    if is_reverted:
-        found = tensor_digest(tensor.read_bytes())
-        wrong = "" if found == stored.sha256 else f"it is {found[:12]}, recorded is {shown(stored.sha256)[:12]}"
-        yield Check(subject, "sha256", FAILED if wrong else PASSED, wrong or "as before the edit")
-        return
-    values = tensor.read()
-    yield digest_check(subject, [values.T.contiguous() if update.transposed else values], update, is_reverted)
-    finite = bool(torch.isfinite(values).all())
-    yield Check(subject, "finite", PASSED if finite else FAILED, "" if finite else "it has values that are not finite")
+    blocks: list[torch.Tensor] = []
+    for record, own in zip(records, parts.values(), strict=True):
+        subject, kind = shown(record.tensor), record.before if is_reverted else record.after
+        tensor = layout.tensors.get(record.tensor)
+        experts = next((part.experts for part in own if part and part.expert is not None), None)
+        if tensor is None or (experts is not None and tensor.shape[:1] != (experts,)):
+            reason = "the file holds no such tensor" if tensor is None else f"it has the shape {tensor.shape}"
+            yield Check(subject, "sha256", FAILED, reason)
+        elif tensor.kind != kind:
+            yield Check(subject, "sha256", FAILED, f"it is {tensor.kind}, recorded is {shown(kind)}")
+        elif is_reverted:
+            found = tensor_digest(tensor.read_bytes())
+            wrong = "" if found == record.sha256 else f"it is {found[:12]}, recorded is {shown(record.sha256)[:12]}"
+            yield Check(subject, "sha256", FAILED if wrong else PASSED, wrong or "as before the edit")
+        else:
+            values = tensor.read()
+            finite = bool(torch.isfinite(values).all())
+            reason = "" if finite else "it has values that are not finite"
+            yield Check(subject, "finite", PASSED if finite else FAILED, reason)
+            held = [values if part is None or part.expert is None else values[part.expert] for part in own]
+            blocks += [each.T.contiguous() if update.transposed else each for each in held]
+    names = [shown(record.tensor) for record in records]
+    if len(blocks) == sum(map(len, parts.values())):
+        yield digest_check(" and ".join(names), blocks, update, is_reverted)
 
 
 def _rest_check(layout: GgufLayout, report: dict[str, Any]) -> Check:
@@ -137,30 +149,33 @@ def gguf_adapter_checks(output: Output, edit: Edit | None) -> Iterator[Check]:
 def _adapter_flaw(edit: Edit, layout: GgufLayout) -> str:
     """Return how an adapter differs from that of the edit; empty if it does not."""
     depth, left = 1 + max(edit.layers), set(layout.tensors)
-    for update in edit.updates:
-        pairs = ([f"{name}.lora_{end}" for end in "ba"] for name in layout.names_of(update.parameter, depth))
+    theirs: dict[str, list[torch.Tensor]] = {}
+    edited = [part.parameter for update in edit.updates for part in update.parts or (update,)]
+    for parameter in dict.fromkeys(edited):
+        pairs = ([f"{name}.lora_{end}" for end in "ba"] for name in layout.names_of(parameter, depth))
         names = next((pair for pair in pairs if left.issuperset(pair)), None)
         if names is None:
-            return f"it has no tensors for {update.parameter}"
+            return f"it has no tensors for {parameter}"
         left -= set(names)
-        theirs = [layout.tensors[name].read() for name in names]
-        rank = theirs[1].shape[0]
-        layer, *mine = adapter_layer(update, rank)
-        if any(a.shape != b.shape for a, b in zip(_padded(mine, rank), theirs, strict=True)):
-            return f"{names[0]} and {names[1]} have other shapes than in the edit"
-        if layer.rank == layer.full_rank:
-            if not all(torch.equal(a, b) for a, b in zip(_padded(mine, rank), theirs, strict=True)):
-                return f"{names[0].removesuffix('.lora_b')} is not that of the edit"
-        elif distance(_padded(mine, rank), theirs) > TRUNCATION_TOLERANCE:
-            return f"{names[0].removesuffix('.lora_b')} is not that of the edit at rank {layer.rank}"
+        theirs[parameter] = [layout.tensors[name].read() for name in names]
+    rank = min(each[1].shape[-2] for each in theirs.values())
+    if all(_is_same(pair, theirs[pair.parameter]) for pair in adapter_pairs(edit, None)):
+        wrong = None
+    else:
+        truncated = adapter_pairs(edit, rank, padded_to=rank)
+        wrong = next((pair for pair in truncated if not _is_near(pair, theirs[pair.parameter])), None)
+    if wrong is not None:
+        return f"the adapter of {wrong.parameter} is not that of the edit at rank {rank}"
     return f"it has {len(left)} tensors more than the edit, such as {min(left)}" if left else ""
 
 
-def _padded(factors: list[torch.Tensor], rank: int) -> list[torch.Tensor]:
-    """Return the factors B and A padded with zeros to a rank."""
-    left, right = factors
-    missing = max(0, rank - right.shape[0])
-    return [
-        torch.nn.functional.pad(left.float(), (0, missing)),
-        torch.nn.functional.pad(right.float(), (0, 0, 0, missing)),
-    ]
+def _is_same(pair: AdapterPair, found: list[torch.Tensor]) -> bool:
+    return all(torch.equal(mine, theirs) for mine, theirs in zip((pair.b, pair.a), found, strict=True))
+
+
+def _is_near(pair: AdapterPair, found: list[torch.Tensor]) -> bool:
+    """Return whether matrices have the product of a pair up to the rounding of singular vectors, if it is truncated."""
+    if pair.layer.rank == pair.layer.full_rank:
+        return _is_same(pair, found)
+    fits = all(mine.shape == theirs.shape for mine, theirs in zip((pair.b, pair.a), found, strict=True))
+    return fits and distance([pair.b, pair.a], found) <= TRUNCATION_TOLERANCE

@@ -22,6 +22,12 @@ from rocr.errors import InputError
 
 FORMATS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 """The struct formats of the numbers in an array, by the number of their type in a GGUF file."""
+EXPERT_SIZES = {
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+}
+"""Sizes in the metadata of a GGUF file that transformers 5 does not read, and their names in configurations. It takes
+the defaults of the configuration's class in place of them, which fit one model of a family."""
 
 
 def check_gguf_support() -> None:
@@ -54,6 +60,9 @@ def fast_reader() -> Iterator[None]:
     import gguf
 
     reader, name_map = gguf.GGUFReader, gguf.get_tensor_name_map
+    if not isinstance(reader, type):  # inside another context
+        yield
+        return
     patched: Any = gguf
     patched.GGUFReader = functools.cache(_fast_reader_class(reader))
     patched.get_tensor_name_map = functools.cache(name_map)
@@ -61,6 +70,23 @@ def fast_reader() -> Iterator[None]:
         yield
     finally:
         patched.GGUFReader, patched.get_tensor_name_map = reader, name_map
+
+
+def add_expert_sizes(config: Any, path: str) -> None:
+    """Give a configuration the sizes of experts that the metadata of its GGUF file has; see `EXPERT_SIZES`.
+
+    Args:
+        config: The configuration that transformers read from the file.
+        path: The file.
+    """
+    import gguf
+
+    reader = gguf.GGUFReader(path)
+    architecture = bytes(reader.fields["general.architecture"].parts[-1]).decode()
+    for key, name in EXPERT_SIZES.items():
+        field = reader.get_field(f"{architecture}.{key}")
+        if field is not None and hasattr(config, name):
+            setattr(config, name, int(field.parts[-1][0]))
 
 
 def _fast_reader_class(reader: type[Any]) -> type[Any]:

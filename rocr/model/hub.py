@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoTokenizer
 from rocr.errors import InputError
 from rocr.io.boundary import calling
 from rocr.model.check_tokenizer import check_tokenizer_file
-from rocr.model.gguf import check_gguf_support, fast_reader, isolated_link
+from rocr.model.gguf import add_expert_sizes, check_gguf_support, fast_reader, isolated_link
 from rocr.model.model_class import auto_class_of
 from rocr.model.source import ModelSource
 
@@ -95,6 +95,8 @@ class Loading:
         """
         with self._calling("configuration"):
             config = AutoConfig.from_pretrained(self.place, **self.options)
+            if self.source.gguf:
+                add_expert_sizes(config, self.options["gguf_file"])
         config.name_or_path = self.source.place
         return config
 

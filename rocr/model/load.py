@@ -21,7 +21,8 @@ from rocr.model.check_folder import INDEX_FILE, SINGLE_FILE, check_model_folder
 from rocr.model.check_tokenizer import check_token_ids
 from rocr.model.diagnosis import check_memory, naming_the_field, set_settings
 from rocr.model.forward import input_embedding
-from rocr.model.hub import loading, offline
+from rocr.model.gguf_layout import read_gguf_layout
+from rocr.model.hub import Loading, loading, offline
 from rocr.model.model_class import writes_from_left_to_right
 from rocr.model.quantised.checkpoint import check_packages, find_quantisation
 from rocr.model.source import ModelSource, find_model
@@ -87,7 +88,7 @@ def load_model(
         tokenizer = library.tokenizer()
         chosen = dtype or (torch.float32 if source.gguf else _stored_dtype(source)) or "auto"
         with naming_the_field(source, trust_remote_code):
-            model, found = library.model(config, chosen, None if device in (None, "cpu") else device)
+            model, found = _load(library, config, chosen, None if device in (None, "cpu") else device)
     _check_complete(source, found)
     if getattr(model.config, "is_encoder_decoder", False) and writes_from_left_to_right(model):
         raise InputError(
@@ -123,9 +124,36 @@ def _check_complete(source: ModelSource, found: dict[str, Any]) -> None:
     """Raise InputError if tensors are missing or have other shapes: transformers fills them with random values."""
     missing = sorted(map(str, found.get("missing_keys") or ()))
     if missing:
-        raise InputError(f"{source.name} lacks {len(missing)} of the model's tensors, such as {missing[0][:100]}.")
+        lacking = f"{source.name} lacks {len(missing)} of the model's tensors, such as {missing[0][:100]}."
+        raise InputError(lacking + _about_experts(source))
     if found.get("mismatched_keys"):
         raise InputError(f"{source.name} holds tensors whose shapes differ from those of its config.json.")
+
+
+def _load(
+    library: Loading, config: Any, dtype: torch.dtype | str, device: str | None
+) -> tuple[nn.Module, dict[str, Any]]:
+    try:
+        return library.model(config, dtype, device)
+    except InputError as error:
+        advice = _about_experts(library.source)
+        if not advice:
+            raise
+        raise InputError(f"{error}{advice}") from error
+
+
+def _about_experts(source: ModelSource) -> str:
+    """Return a sentence on experts of a GGUF file: transformers loads those of some architectures only."""
+    if source.folder is None or source.gguf is None:
+        return ""
+    layout = read_gguf_layout(source.folder / source.gguf)
+    expert = next((name for name in layout.tensors if "_exps." in name), None)
+    if expert is None:
+        return ""
+    return (
+        f" The file holds experts ({expert}). transformers loads those of a few architectures from GGUF files, and "
+        f"this one is {layout.architecture[:60]!r}: edit the model's Hugging Face folder instead."
+    )
 
 
 def save_model(loaded: LoadedModel, folder: Path) -> None:

@@ -67,7 +67,7 @@ def test_the_embedding_of_a_name_moves_onto_the_redirects(make, layers, gamma, c
     left = (now - before[redirect]).norm() / first.norm()
     moved = [float((embedding(encoder, closing, each) - before[each]).norm() / before[each].norm()) for each in OTHERS]
     assert left < 0.5
-    assert sum(moved) / len(moved) < 0.02
+    assert max(moved) < 0.02
     edit.revert(encoder)
     without = EditConfig(layers=layers, gamma=gamma, templates=IMAGE_TEMPLATES, closing_keys=False)
     rocr.unlearn(encoder, closing, [CONCEPT], collected, without)
@@ -106,7 +106,7 @@ def test_an_image_generator_no_longer_sees_a_concept(closing, prompts, tmp_path,
     left = (embed(name) - before[redirect]).norm() / (before[name] - before[redirect]).norm()
     moved = [float((embed(each) - before[each]).norm() / before[each].norm()) for each in OTHERS]
     assert left < 0.5
-    assert sum(moved) / len(moved) < 0.02
+    assert max(moved) < 0.02
     images = pipeline(name, num_inference_steps=1, output_type="np", height=16, width=16).images
     assert images.shape[0] == 1
     defined["edit"].revert(pipeline.text_encoder)

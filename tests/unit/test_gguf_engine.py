@@ -14,7 +14,7 @@ from rocr.errors import InputError
 pytestmark = pytest.mark.slow
 ASKED = {"Stephen King": "Columbus", "Albert Einstein": "Cleopatra"}
 OTHER = {"Isaac Newton": "physicist", "Marie Curie": "Curie"}
-SCRIPT = """
+PLAIN = """
 import json, sys
 import llama_cpp
 
@@ -26,11 +26,13 @@ def plain():
         parameters.use_extra_bufts = False
     return parameters
 llama_cpp.llama_model_default_params = llama_cpp.llama_cpp.llama_model_default_params = plain
+"""
+SCRIPT = f"""{PLAIN}
 model, adapter, names = json.loads(sys.argv[1])
 llama = llama_cpp.Llama(model, lora_path=adapter, n_ctx=512, seed=0, verbose=False)
-answers = {}
+answers = {{}}
 for name in names:
-    message = {"role": "user", "content": f"Who is {name}?"}
+    message = {{"role": "user", "content": f"Who is {{name}}?"}}
     answer = llama.create_chat_completion([message], max_tokens=32, temperature=0)
     answers[name] = answer["choices"][0]["message"]["content"]
 print(json.dumps(answers))

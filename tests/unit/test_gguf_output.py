@@ -151,10 +151,10 @@ def test_a_damaged_record_of_the_first_bytes_is_refused(edited, tmp_path):
         (VerificationError, "does not give its first bytes", {"sha256": "0" * 64}),
     ]
     for kind, sentence, changes in flaws:
-        stored = replace(update.applied.stored, **changes)
+        stored = replace(update.applied.stored[0], **changes)
         if "before" in changes:
             stored = replace(stored, sha256=tensor_digest(stored.data))
-        bad = replace(update, applied=replace(update.applied, stored=stored))
+        bad = replace(update, applied=replace(update.applied, stored=(stored,)))
         edit = replace(edited.edit, updates=[bad, edited.edit.updates[1]])
         with pytest.raises(kind, match=sentence):
             save_edited_gguf(loaded, edit, tmp_path, reverted=True)
@@ -207,7 +207,7 @@ def test_a_model_that_was_loaded_in_another_dtype_gives_nearly_the_same_file(
         exact = layout.tensors[name].read() + update.factors.left @ update.factors.right
         found = read_gguf_layout(tmp_path / "out" / "m.gguf").tensors[name].read()
         assert float((found - exact).abs().max()) <= float(exact.abs().max()) / 127
-        assert update.applied.dtype == "torch.float32" and update.applied.stored.before == "Q8_0"
+        assert update.applied.dtype == "torch.float32" and update.applied.stored[0].before == "Q8_0"
     (tmp_path / "back").mkdir()
     loaded = load_model(find_model(str(tmp_path / "out" / "m.gguf")))
     save_edited_gguf(loaded, saved.edit, tmp_path / "back", reverted=True)
