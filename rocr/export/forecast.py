@@ -23,7 +23,8 @@ from rocr.model.blocks import find_blocks
 from rocr.model.load import ModelSource
 from rocr.model.load_partial import must_map, needed_tensors
 from rocr.model.quantised.checkpoint import find_quantisation
-from rocr.model.stored_weights import StoredNames, find_stored, find_weights, stored_names
+from rocr.model.stored_names import StoredNames, stored_names
+from rocr.model.stored_weights import find_quantised, find_stored, find_weights
 from rocr.model.weight_files import WeightFiles, stored_dtype
 
 UNDO_SHARE = {torch.float32: 0.77, torch.bfloat16: 0.55, torch.float16: 0.73}
@@ -205,7 +206,7 @@ def written_dtype(job: Job) -> torch.dtype:
     if job.files is None or "model" not in job.parts:
         return weight_dtype(job)
     quantisation = find_quantisation(job.files.folder)
-    if quantisation is not None and job.blocks[0].parameter_name in job.names.quantised:
+    if quantisation is not None and find_quantised(job.names, job.blocks[0]) is not None:
         return quantisation.dtype
     return find_stored(job.files, job.names, job.blocks[0])[0].dtype
 

@@ -21,7 +21,7 @@ from rocr.model.hub import loading
 from rocr.model.load import LoadedModel, embedding_rows, load_tokenizer
 from rocr.model.quantised.checkpoint import find_quantisation
 from rocr.model.source import ModelSource
-from rocr.model.stored_weights import StoredNames, stored_names
+from rocr.model.stored_names import StoredNames, stored_names
 from rocr.model.weight_files import WeightFiles, find_weight_files, stored_dtype
 
 MEMORY_SHARE = 0.5
@@ -29,7 +29,7 @@ MEMORY_SHARE = 0.5
 
 
 def can_load_partially(source: ModelSource, last_layer: int = 0) -> bool:
-    """Return whether safetensors files hold each parameter up to a layer as a tensor of its own.
+    """Return whether rocr can read each parameter up to a layer from safetensors files.
 
     Args:
         source: Where the model comes from.
@@ -108,12 +108,10 @@ def load_partial(
     needed = _needed(architecture, last_layer, names)
     dtype = dtype or _dtype(files, names, needed)
     for name in needed:
-        weight = names.quantised.get(name)
-        if weight is not None:
-            assert dtype is not None, "quantised weights have one"
-            _set_values(model, name, weight.read(tuple(model.get_parameter(name).shape)).to(dtype), device)
-        else:
+        if name in names.plain:
             _set(model, name, files.find(names.of(name)), dtype, device, mapped)
+        else:
+            _set_values(model, name, _made_values(model, name, files, names, dtype), device)
     model.tie_weights()  # type: ignore[operator]
     decoder_first(architecture)
     if device is not None:
@@ -218,6 +216,40 @@ def _set(
     _set_values(model, name, values, device)
 
 
+def _made_values(
+    model: nn.Module, name: str, files: WeightFiles, names: StoredNames, dtype: torch.dtype | None
+) -> torch.Tensor:
+    """Return the values of a parameter that is quantised, or joined, split or transposed from stored tensors.
+
+    Raises:
+        InputError: The values have another shape than the parameter, or cannot be read.
+    """
+    parameter = model.get_parameter(name)
+    dtype = None if dtype is None else _loaded_dtype(model, name, parameter, dtype)
+
+    def read(stored: str) -> torch.Tensor:
+        weight = names.packed.get(stored)
+        if weight is None:
+            values = files.find(stored).map()
+            return values if dtype is None or not values.is_floating_point() else values.to(dtype)
+        assert dtype is not None, "quantised weights have one"
+        return weight.read(None).to(dtype)
+
+    if name in names.quantised:
+        assert dtype is not None, "quantised weights have one"
+        return names.quantised[name].load(tuple(parameter.shape), dtype)
+    if name not in names.converted:
+        raise InputError(f"{files.folder} does not hold {name}.")
+    values = names.converted[name].values(name, model, read)
+    if values.shape != parameter.shape:
+        stored_names = names.converted[name].names
+        raise InputError(
+            f"{name} is made of {len(stored_names)} stored tensors such as {stored_names[0]}, which give the shape "
+            f"{tuple(values.shape)}, but the model's parameter has {tuple(parameter.shape)}."
+        )
+    return values.contiguous()
+
+
 def _set_values(model: nn.Module, name: str, values: torch.Tensor, device: str | None) -> None:
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
@@ -233,7 +265,7 @@ def _dtype(files: WeightFiles, names: StoredNames, needed: list[str]) -> torch.d
     quantisation = find_quantisation(files.folder)
     if quantisation is not None:
         return quantisation.dtype
-    return stored_dtype(files, [names.of(name) for name in needed])
+    return stored_dtype(files, [tensor.name for name in needed for tensor in names.places(files, name)])
 
 
 def _loaded_dtype(model: nn.Module, name: str, parameter: torch.Tensor, dtype: torch.dtype) -> torch.dtype:

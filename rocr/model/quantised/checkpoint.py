@@ -103,15 +103,38 @@ class QuantisedWeight:
         """The bytes of all parts."""
         return sum(place.size for place in self.places.values())
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the values. Of most schemes, headers tell it."""
+        known = self.scheme.shape({role: place.shape for role, place in self.places.items()})
+        return tuple(self.read(None).shape) if known is None else known
+
     def parts(self) -> dict[str, Tensor]:
         """Read the parts."""
         return {role: place.read() for role, place in self.places.items()}
 
-    def read(self, shape: tuple[int, ...], parts: Mapping[str, Tensor] | None = None) -> Tensor:
+    def parts_of(self, expert: int) -> dict[str, Tensor]:
+        """Read the parts of one expert of a weight that holds several, with a first dimension of 1."""
+        return {role: place.map()[expert : expert + 1].clone() for role, place in self.places.items()}
+
+    def load(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return the values in a dtype. Experts are read one after the other, since float32 takes more memory.
+
+        Raises:
+            InputError: As `read`.
+        """
+        if len(shape) < 3:
+            return self.read(shape).to(dtype)
+        values = torch.empty(shape, dtype=dtype)
+        for expert in range(shape[0]):
+            values[expert] = self.read((1, *shape[1:]), self.parts_of(expert))[0]
+        return values
+
+    def read(self, shape: tuple[int, ...] | None, parts: Mapping[str, Tensor] | None = None) -> Tensor:
         """Return the values, float32.
 
         Args:
-            shape: The shape that the weight must have.
+            shape: The shape that the weight must have; None for any.
             parts: The parts; None reads them from the files.
 
         Raises:
@@ -125,7 +148,7 @@ class QuantisedWeight:
                 f"{self.module} cannot be read as {self.scheme.label}: {str(error)[:200]}. Its tensors are "
                 f"{', '.join(f'{place.name} ({place.kind} {list(place.shape)})' for place in self.places.values())}."
             ) from None
-        if tuple(values.shape) != shape:
+        if shape is not None and tuple(values.shape) != shape:
             raise InputError(
                 f"{self.module} has the shape {tuple(values.shape)} in {self.scheme.label}, but the model's weight has "
                 f"{shape}. rocr edits quantised weights that are stored as (outputs, inputs)."

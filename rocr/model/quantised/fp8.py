@@ -52,6 +52,10 @@ class Fp8(Scheme):
         codes = torch.where(fits.reshape(stored.shape), stored, grown)
         return {"weight": encoded, "scale": codes}
 
+    def shape(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+        """Return the shape of the values; see `Scheme.shape`."""
+        return shapes["weight"]
+
     def _block(self, weight: Tensor, scale: Tensor) -> tuple[int, int]:
         """Return the rows and columns of a block: those of the settings if they fit, else those of an even grid."""
         rows, columns = _shape(weight)

@@ -16,7 +16,8 @@ from rocr.model.architecture import find_architecture
 from rocr.model.load import LoadedModel
 from rocr.model.load_partial import empty_model
 from rocr.model.quantised.checkpoint import Quantisation, QuantisedWeight, find_quantisation
-from rocr.model.stored_weights import find_weights, stored_names
+from rocr.model.stored_names import stored_names
+from rocr.model.stored_weights import find_weights
 
 PROBE_KEYS = 8
 LARGEST_DIFFERENCE = 0.3

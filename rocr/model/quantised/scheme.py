@@ -61,6 +61,10 @@ class Scheme(ABC):
             The parts that change, by role, each of the dtype and shape of the replaced one.
         """
 
+    def shape(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...] | None:
+        """Return the shape of the values of a weight from those of its parts by role; None if they do not tell it."""
+        return None
+
     def modules(self, names: Collection[str]) -> dict[str, dict[str, str]]:
         """Return the quantised modules among the names of stored tensors: for each the names of its parts by role."""
         found: dict[str, dict[str, str]] = {}
