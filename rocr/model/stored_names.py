@@ -10,7 +10,7 @@ import copy
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ class Conversion:
     rule: Any
     patterns: dict[str, str] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def names(self) -> list[str]:
         """The names of the stored tensors; numbers in names are sorted by their values, as transformers does."""
         return sorted(self.patterns, key=_natural)
