@@ -1,0 +1,143 @@
+"""Mixtures of experts in FP8 (experts stored one by one) and in MXFP4 (all experts of a layer in one tensor)."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import rocr
+from tests.support.models import TEXTS
+from tests.support.quantised import EDIT, run, state, write_fp8_mixture, write_mxfp4_mixture
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+WRITERS = {
+    "fp8": write_fp8_mixture,
+    "fp8-e8m0": lambda folder: write_fp8_mixture(folder, scales="e8m0"),
+    "mxfp4": write_mxfp4_mixture,
+}
+OUTPUTS = ("plain", "keep", "adapter")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("texts") / "text.txt"
+    path.write_text(" ".join(TEXTS) * 40, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module", params=WRITERS)
+def quantised(request, text, tmp_path_factory):
+    """The folder of a quantised mixture, and that of its outputs by the value of --quantised."""
+    base = tmp_path_factory.mktemp(request.param)
+    (base / "model").mkdir()
+    WRITERS[request.param](base / "model")
+    for output in OUTPUTS:
+        arguments = ("--text", text, "--out", base / output, "--quantised", output)
+        code, _, errors = run("unlearn", base / "model", *EDIT, *arguments)
+        assert code == 0, errors
+    return base
+
+
+def tensors_of(folder):
+    """All tensors of a folder, as bytes."""
+    files = set(json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"].values())
+    return {name: value.view(torch.uint8) for file in files for name, value in load_file(folder / file).items()}
+
+
+def moved(before, after, folder):
+    """How far the concept's state is from the redirect's, compared with before."""
+    target = state(before, folder, "Blaise Pascal")
+    first, last = (float((state(model, folder, "Ada Byron") - target).norm()) for model in (before, after))
+    return last / first
+
+
+@pytest.mark.parametrize("output", ["plain", "keep"])
+def test_transformers_loads_an_edited_mixture_and_finds_the_redirect(quantised, output):
+    before, after = (AutoModelForCausalLM.from_pretrained(quantised / name) for name in ("model", output))
+    assert moved(before, after, quantised / "model") < 0.9
+    edit = rocr.Edit.load(quantised / output / "edit.safetensors")
+    edited = {(part.parameter, part.expert) for update in edit.updates for part in update.parts}
+    changed = {
+        (name, expert)
+        for (name, old), (_, new) in zip(before.named_parameters(), after.named_parameters(), strict=True)
+        for expert in (range(len(old)) if old.ndim == 3 else [None])
+        if not torch.equal(old if expert is None else old[expert], new if expert is None else new[expert])
+    }
+    assert changed == edited
+
+
+def test_the_adapter_has_the_redirect(quantised):
+    peft = pytest.importorskip("peft")
+    before, base = (AutoModelForCausalLM.from_pretrained(quantised / "model") for _ in range(2))
+    adapted = peft.PeftModel.from_pretrained(base, quantised / "adapter" / "lora").merge_and_unload()
+    assert not (quantised / "adapter" / "config.json").exists()
+    assert moved(before, adapted, quantised / "model") < 0.9
+
+
+def test_plain_stores_all_experts_of_edited_layers_unquantised(quantised):
+    """Loaders run the experts of a layer in one kernel, which takes them in one form."""
+    before, after = tensors_of(quantised / "model"), tensors_of(quantised / "plain")
+    suffixes = ("_scale_inv", "_blocks", "_scales")
+    gone, new = set(before) - set(after), set(after) - set(before)
+    assert gone and all(".mlp.experts." in name and name.endswith(suffixes) for name in gone)
+    assert not any(f"layers.{layer}.mlp.experts" in name for layer in (1, 2) for name in after if name.endswith(suffixes))
+    assert all(torch.equal(before[name], after[name]) for name in set(before) & set(after) if ".experts." not in name)
+    others = [name for name in before if "layers.3.mlp" in name]
+    assert others and all(torch.equal(before[name], after[name]) for name in others)
+    assert all(name.endswith("_proj") for name in new)
+    settings = json.loads((quantised / "plain" / "config.json").read_text())["quantization_config"]
+    assert [name for name in settings["modules_to_not_convert"] if ".experts" in name] == [
+        f"model.layers.{layer}.mlp.experts" for layer in (1, 2)
+    ]
+
+
+def test_keep_changes_the_parts_of_edited_experts_alone(quantised):
+    before, after = tensors_of(quantised / "model"), tensors_of(quantised / "keep")
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all("down_proj" in name and "layers.3." not in name for name in changed)
+    report = json.loads((quantised / "keep" / "report.json").read_text())
+    assert all(0.8 < layer["surviving"] <= 1 for layer in report["quantised"]["layers"])
+
+
+@pytest.mark.parametrize("output", ["plain", "keep"])
+def test_an_edited_mixture_is_verified_and_reverted_byte_for_byte(quantised, output, tmp_path):
+    code, shown, errors = run("verify", quantised / output)
+    assert code == 0, errors
+    code, _, errors = run("revert", quantised / output, "--out", tmp_path / "back")
+    assert code == 0, errors
+    for path in (quantised / "model").iterdir():
+        assert (tmp_path / "back" / path.name).read_bytes() == path.read_bytes(), path.name
+    edit = quantised / output / "edit.safetensors"
+    code, _, errors = run("apply", tmp_path / "back", edit, "--out", tmp_path / "again", "--quantised", output)
+    assert code == 0, errors
+    first, again = tensors_of(quantised / output), tensors_of(tmp_path / "again")
+    assert first.keys() == again.keys() and all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.parametrize("output", ["plain", "keep"])
+def test_a_changed_expert_is_found(quantised, output, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(quantised / output, copy)
+    (part, *_) = json.loads((copy / "report.json").read_text())["weights"][0]["parts"]
+    path = copy / json.loads((copy / "model.safetensors.index.json").read_text())["weight_map"][part["stored"]]
+    tensors = load_file(path)
+    values = tensors[part["stored"]] if part["expert"] is None else tensors[part["stored"]][part["expert"]]
+    values.view(torch.uint8).reshape(-1)[:8] += 1
+    save_file(tensors, path, metadata={"format": "pt"})
+    assert run("verify", copy)[0] == 3
+    code, _, errors = run("revert", copy, "--out", tmp_path / "back")
+    assert code == 3 and "is not the weight after this edit" in errors
+    assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize("output", ["plain", "keep"])
+def test_a_part_of_the_mixture_is_edited_as_the_whole(quantised, text, output, tmp_path):
+    more = ("--text", text, "--out", tmp_path / "out", "--quantised", output, "--partial")
+    code, _, errors = run("unlearn", quantised / "model", *EDIT, *more)
+    assert code == 0, errors
+    whole, part = tensors_of(quantised / output), tensors_of(tmp_path / "out")
+    assert whole.keys() == part.keys() and all(torch.equal(whole[name], part[name]) for name in whole)
