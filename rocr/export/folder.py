@@ -38,7 +38,7 @@ from rocr.export.replaced import (
 )
 from rocr.export.replacing import Replacements
 from rocr.export.rewrite import files_beside, rewrite_model
-from rocr.export.written import WrittenWeight, written_plain, written_quantised
+from rocr.export.written import written_plain, written_quantised
 from rocr.io.disk_space import check_space
 from rocr.io.dtypes import torch_dtype
 from rocr.model.block import Block

@@ -23,7 +23,7 @@ from rocr.model.diagnosis import check_memory, naming_the_field, set_settings
 from rocr.model.forward import input_embedding
 from rocr.model.hub import loading, offline
 from rocr.model.model_class import writes_from_left_to_right
-from rocr.model.quantised.checkpoint import check_packages, find_quantisation
+from rocr.model.quantised.checkpoint import check_packages, dequantise_experts, find_quantisation
 from rocr.model.source import ModelSource, find_model
 from rocr.model.weight_files import find_weight_files, stored_dtype
 
@@ -74,6 +74,7 @@ def load_model(
     Raises:
         InputError: The files are not those of a model that reads text and that transformers can load.
     """
+    quantisation = None
     if source.checkpoint_folder is not None:
         check_model_folder(source.checkpoint_folder)
         quantisation = find_quantisation(source.checkpoint_folder)
@@ -84,6 +85,9 @@ def load_model(
             config = library.config()
             own_settings = set_settings(config)
             check_memory(library, config)
+            files = find_weight_files(source.checkpoint_folder)
+            if quantisation is not None and files is not None:
+                dequantise_experts(quantisation, files, config)
         tokenizer = library.tokenizer()
         chosen = dtype or (torch.float32 if source.gguf else _stored_dtype(source)) or "auto"
         with naming_the_field(source, trust_remote_code):

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import rocr
+from rocr.model.load import find_model, load_model
 from tests.support.models import TEXTS
 from tests.support.quantised import EDIT, run, state, write_fp8_mixture, write_mxfp4_mixture
 
@@ -18,6 +19,7 @@ WRITERS = {
     "fp8-e8m0": lambda folder: write_fp8_mixture(folder, scales="e8m0"),
     "mxfp4": write_mxfp4_mixture,
 }
+SLOW = ("fp8-e8m0", "mxfp4")
 OUTPUTS = ("plain", "keep", "adapter")
 
 
@@ -28,7 +30,7 @@ def text(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module", params=WRITERS)
+@pytest.fixture(scope="module", params=["fp8", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def quantised(request, text, tmp_path_factory):
     """The folder of a quantised mixture, and that of its outputs by the value of --quantised."""
     base = tmp_path_factory.mktemp(request.param)
@@ -83,7 +85,9 @@ def test_plain_stores_all_experts_of_edited_layers_unquantised(quantised):
     suffixes = ("_scale_inv", "_blocks", "_scales")
     gone, new = set(before) - set(after), set(after) - set(before)
     assert gone and all(".mlp.experts." in name and name.endswith(suffixes) for name in gone)
-    assert not any(f"layers.{layer}.mlp.experts" in name for layer in (1, 2) for name in after if name.endswith(suffixes))
+    assert not any(
+        f"layers.{layer}.mlp.experts" in name for layer in (1, 2) for name in after if name.endswith(suffixes)
+    )
     assert all(torch.equal(before[name], after[name]) for name in set(before) & set(after) if ".experts." not in name)
     others = [name for name in before if "layers.3.mlp" in name]
     assert others and all(torch.equal(before[name], after[name]) for name in others)
@@ -105,14 +109,19 @@ def test_keep_changes_the_parts_of_edited_experts_alone(quantised):
 
 @pytest.mark.parametrize("output", ["plain", "keep"])
 def test_an_edited_mixture_is_verified_and_reverted_byte_for_byte(quantised, output, tmp_path):
-    code, shown, errors = run("verify", quantised / output)
-    assert code == 0, errors
+    code, shown, _ = run("verify", quantised / output)
+    assert code == 0, shown
     code, _, errors = run("revert", quantised / output, "--out", tmp_path / "back")
     assert code == 0, errors
     for path in (quantised / "model").iterdir():
         assert (tmp_path / "back" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("output", ["plain", "keep"])
+def test_an_edit_is_applied_to_the_files_again(quantised, output, tmp_path):
     edit = quantised / output / "edit.safetensors"
-    code, _, errors = run("apply", tmp_path / "back", edit, "--out", tmp_path / "again", "--quantised", output)
+    code, _, errors = run("apply", quantised / "model", edit, "--out", tmp_path / "again", "--quantised", output)
     assert code == 0, errors
     first, again = tensors_of(quantised / output), tensors_of(tmp_path / "again")
     assert first.keys() == again.keys() and all(torch.equal(first[name], again[name]) for name in first)
@@ -134,6 +143,7 @@ def test_a_changed_expert_is_found(quantised, output, tmp_path):
     assert not (tmp_path / "back").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("output", ["plain", "keep"])
 def test_a_part_of_the_mixture_is_edited_as_the_whole(quantised, text, output, tmp_path):
     more = ("--text", text, "--out", tmp_path / "out", "--quantised", output, "--partial")
@@ -141,3 +151,40 @@ def test_a_part_of_the_mixture_is_edited_as_the_whole(quantised, text, output, t
     assert code == 0, errors
     whole, part = tensors_of(quantised / output), tensors_of(tmp_path / "out")
     assert whole.keys() == part.keys() and all(torch.equal(whole[name], part[name]) for name in whole)
+
+
+def test_experts_in_mxfp4_are_edited_in_part(text, tmp_path):
+    model, out = tmp_path / "model", tmp_path / "out"
+    model.mkdir()
+    write_mxfp4_mixture(model)
+    code, _, errors = run("unlearn", model, *EDIT, "--text", text, "--out", out, "--quantised", "keep", "--partial")
+    assert code == 0, errors
+    before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (model, out))
+    assert moved(before, after, model) < 0.9
+    first, last = tensors_of(model), tensors_of(out)
+    changed = {name for name in first if not torch.equal(first[name], last[name])}
+    assert "model.layers.1.mlp.experts.down_proj_blocks" in changed
+    assert all("mlp.experts.down_proj_" in name and "layers.3." not in name for name in changed)
+
+
+@pytest.fixture
+def like_a_gpu(monkeypatch):
+    """Without transformers' check of the device, which makes it dequantise all weights on a CPU."""
+    quantizer = "transformers.quantizers.quantizer_finegrained_fp8.FineGrainedFP8HfQuantizer"
+    monkeypatch.setattr(f"{quantizer}.validate_environment", lambda self, *args, **options: None)
+
+
+def test_loaders_that_keep_fp8_find_every_tensor_of_the_output(quantised, like_a_gpu):
+    settings = json.loads((quantised / "model" / "config.json").read_text())["quantization_config"]
+    if settings["quant_method"] != "fp8":
+        pytest.skip("the check of the device is that of FP8")
+    for output, kinds in (("plain", {1: torch.bfloat16, 3: torch.float8_e4m3fn}), ("keep", {1: torch.float8_e4m3fn})):
+        loaded, found = AutoModelForCausalLM.from_pretrained(quantised / output, output_loading_info=True)
+        assert not any(found.values())
+        for layer, dtype in kinds.items():
+            assert loaded.get_parameter(f"model.layers.{layer}.mlp.experts.down_proj").dtype == dtype
+
+
+def test_rocr_asks_for_plain_experts_where_transformers_would_keep_them(quantised, like_a_gpu):
+    loaded = load_model(find_model(str(quantised / "model"))).model
+    assert loaded.get_parameter("model.layers.1.mlp.experts.down_proj").dtype == torch.bfloat16

@@ -53,7 +53,7 @@ def fp8_tensors(plain, block, scales):
     """The tensors of a plain checkpoint with the projections in e4m3, and the quantization_config."""
     tensors = {}
     for name, values in plain.items():
-        if name.split(".")[-2] not in PROJECTIONS:
+        if name.split(".")[-2] not in PROJECTIONS or values.ndim != 2:
             tensors[name] = values
             continue
         rows, columns = (size // by for size, by in zip(values.shape, block, strict=True))
@@ -79,9 +79,14 @@ def write_tensors(folder, tensors, settings, shards=1):
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         return
     names = sorted(tensors)
-    weight_map = {name: f"model-{i * shards // len(names):05}.safetensors" for i, name in enumerate(names)}
+    write_shards(folder, tensors, {name: f"{i * shards // len(names):05}" for i, name in enumerate(names)})
+
+
+def write_shards(folder, tensors, shard_of):
+    """Write tensors into the shards of these names, and their index."""
+    weight_map = {name: f"model-{shard_of[name]}.safetensors" for name in tensors}
     for file in set(weight_map.values()):
-        inside = {name: tensors[name] for name in names if weight_map[name] == file}
+        inside = {name: tensors[name] for name in tensors if weight_map[name] == file}
         save_file(inside, folder / file, metadata={"format": "pt"})
     index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,8 @@ SCHEMES: Mapping[str, type[Scheme]] = {
 }
 """The schemes by the names in `quant_method`, besides bitsandbytes."""
 FIELDS = ("quantization_config", "compression_config")
+EXPERTS = re.compile(r"(^|\.)experts(\.|$)")
+"""The name of a module that is one of the experts of a mixture, or holds them."""
 MODULES_OF_PACKAGES = {"compressed-tensors": "compressed_tensors"}
 """The names that Python imports, of packages that pip installs under other names."""
 
@@ -191,6 +194,22 @@ def quantised_weights(files: WeightFiles) -> list[QuantisedWeight]:
         return []
     found = quantisation.scheme.modules(files.file_of)
     return [QuantisedWeight(quantisation.scheme, module, names, files) for module, names in found.items()]
+
+
+def dequantise_experts(quantisation: Quantisation, files: WeightFiles, config: Any) -> None:
+    """Set `config` of a mixture so that transformers loads plain weights, where it can, in place.
+
+    Without a GPU transformers does so anyway. With one, it runs quantised experts in kernels that hide their keys.
+
+    Args:
+        quantisation: The quantisation of the model.
+        files: Its files.
+        config: Its configuration.
+    """
+    settings = getattr(config, "quantization_config", None)
+    has_experts = any(EXPERTS.search(weight.module) for weight in quantised_weights(files))
+    if quantisation.scheme.can_dequantise and isinstance(settings, dict) and has_experts:
+        settings["dequantize"] = True
 
 
 def check_packages(quantisation: Quantisation, name: str) -> None:

@@ -23,6 +23,7 @@ class Fp8(Scheme):
 
     label = "FP8"
     packages = ("accelerate",)
+    can_dequantise = True
     suffixes: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "weight": (".weight",),
         "scale": (".weight_scale_inv", ".scale"),

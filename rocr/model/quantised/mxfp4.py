@@ -24,6 +24,7 @@ class Mxfp4(Scheme):
 
     label = "MXFP4"
     packages = ("accelerate",)
+    can_dequantise = True
     suffixes: ClassVar[Mapping[str, tuple[str, ...]]] = {"weight": ("_blocks",), "scale": ("_scales",)}
     marker = "weight"
 

@@ -28,6 +28,7 @@ class Scheme(ABC):
         marker: The role of a tensor that only quantised weights have.
         optional: Roles that a quantised weight may lack.
         skipped: The field of `settings` that lists modules that are not quantised.
+        can_dequantise: Whether transformers can load plain weights from the scheme, with `dequantize` in `settings`.
         runs_first: Whether the library makes its modules ready when the model runs for the first time.
     """
 
@@ -39,6 +40,7 @@ class Scheme(ABC):
     marker: ClassVar[str]
     optional: ClassVar[frozenset[str]] = frozenset()
     skipped: ClassVar[str] = "modules_to_not_convert"
+    can_dequantise: ClassVar[bool] = False
     runs_first: ClassVar[bool] = False
 
     @abstractmethod
