@@ -1,4 +1,7 @@
-"""Models that bitsandbytes and compressed-tensors quantised themselves, and that they load again after an edit."""
+"""Edited models that the library of their scheme loads: bitsandbytes, compressed-tensors and gptqmodel.
+
+The models of the first two are quantised by the library itself. gptqmodel compiles its kernels when it first runs.
+"""
 
 import shutil
 
@@ -11,7 +14,7 @@ from rocr.model.architecture import find_architecture
 from rocr.model.load import find_model, load_model
 from rocr.model.quantised.opening import open_down_projections
 from tests.support.models import TEXTS
-from tests.support.quantised import EDIT, EDITED, check_redirect, run, write_plain
+from tests.support.quantised import EDIT, EDITED, check_redirect, run, write_awq, write_gptq, write_plain
 
 pytestmark = pytest.mark.slow
 BITSANDBYTES = {
@@ -20,7 +23,8 @@ BITSANDBYTES = {
     "int8": {"load_in_8bit": True},
 }
 COMPRESSED = ("W4A16", "NVFP4A16", "MXFP4A16", "FP8_DYNAMIC", "W8A8")
-COARSE = {"W4A16", "NVFP4A16", "MXFP4A16", "nf4", "fp4"}
+GPTQMODEL = {"GPTQ": write_gptq, "GPTQ-desc_act": lambda folder: write_gptq(folder, ordered=False), "AWQ": write_awq}
+COARSE = {"W4A16", "NVFP4A16", "MXFP4A16", "nf4", "fp4", *GPTQMODEL}
 
 
 def write_bitsandbytes(plain, folder, scheme):
@@ -55,9 +59,15 @@ def write_compressed(plain, folder, scheme):
     compressor.update_config(str(folder))
 
 
-@pytest.fixture(scope="module", params=[*BITSANDBYTES, *COMPRESSED])
+@pytest.fixture(scope="module", params=[*BITSANDBYTES, *COMPRESSED, *GPTQMODEL])
 def quantised(request, tmp_path_factory):
-    """The scheme and the folder of a model that its library quantised."""
+    """The scheme and the folder of a quantised model."""
+    if request.param in GPTQMODEL:
+        pytest.importorskip("optimum")
+        pytest.importorskip("gptqmodel")
+        folder = tmp_path_factory.mktemp("quantised")
+        GPTQMODEL[request.param](folder)
+        return request.param, folder
     plain, folder = (tmp_path_factory.mktemp(name) for name in ("plain", "quantised"))
     write_plain(plain)
     write = write_bitsandbytes if request.param in BITSANDBYTES else write_compressed
@@ -108,4 +118,4 @@ def test_opened_weights_are_those_of_the_library(quantised):
         keys = torch.eye(weight.shape[1]).to(weight.dtype)
         theirs = library.model.get_submodule(f"model.layers.{layer}.mlp.down_proj")(keys).T
         difference = (theirs - weight).float().norm() / weight.float().norm()
-        assert difference < (0.02 if scheme in (*BITSANDBYTES, "FP8_DYNAMIC", "W8A8") else 1e-6)
+        assert difference < (0.02 if scheme in (*BITSANDBYTES, *GPTQMODEL, "FP8_DYNAMIC", "W8A8") else 1e-6)
