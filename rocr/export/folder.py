@@ -22,6 +22,7 @@ from rocr.export.copying import REPLACED_FILE, carried_files, may_link, other_we
 from rocr.export.quantised import (
     PLAIN,
     WrittenQuantised,
+    check_plain,
     check_surviving,
     edit_quantised,
     report_of,
@@ -81,8 +82,14 @@ class Saved:
     report: dict[str, Any]
 
 
-def check_output_possible(loaded: LoadedModel, layers: Sequence[int], out: Path) -> None:
+def check_output_possible(loaded: LoadedModel, layers: Sequence[int], out: Path, quantised: str = PLAIN) -> None:
     """Check, before a model is edited, that the result can be written.
+
+    Args:
+        loaded: The model.
+        layers: The layers that are edited.
+        out: The folder to write to.
+        quantised: How edited weights of a quantised model are written, "plain" or "keep".
 
     Raises:
         InputError: The files hold other weights than the loaded ones, an edited weight is stored in another shape, a
@@ -94,6 +101,8 @@ def check_output_possible(loaded: LoadedModel, layers: Sequence[int], out: Path)
         return
     blocks = [block for layer in find_blocks(loaded.architecture, layers).values() for block in layer.blocks]
     names = stored_names(files, loaded.model)
+    if quantised == PLAIN:
+        check_plain(names, blocks)
     check_loaded(files, names, loaded.model, blocks)
     check_space(out, bytes_written(files, names, blocks, out))
 
@@ -157,6 +166,8 @@ def save_edited(
         return Saved(edit, [], {} if written is None else {"tensors": layout(written)})
     names = stored_names(files, loaded.model)
     edited = edited_weights(loaded.architecture, edit.updates)
+    if quantised == PLAIN and not reverted:
+        check_plain(names, [block for weight in edited for block in weight.blocks])
     if reverted and has_replaced(files.folder):
         return _restore(files, names, edit, edited, folder)
     changes: dict[str, Tensor] = {}

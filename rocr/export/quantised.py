@@ -6,7 +6,7 @@ concepts' keys is measured, and an output in which too little arrives is refused
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -17,10 +17,12 @@ from rocr.edit.apply import apply_updates, bits
 from rocr.edit.update import Applied, LayerUpdate
 from rocr.edit.weight import Weight
 from rocr.errors import GuardError, InputError
+from rocr.model.block import Block
 from rocr.model.fingerprint import tensor_digest
 from rocr.model.quantised.checkpoint import Quantisation
 from rocr.model.quantised.place import QuantisedPlace
-from rocr.model.stored_weights import Place
+from rocr.model.stored_names import StoredNames
+from rocr.model.stored_weights import Place, find_quantised
 
 PLAIN, KEEP, ADAPTER = "plain", "keep", "adapter"
 OUTPUTS = (PLAIN, KEEP, ADAPTER)
@@ -149,6 +151,18 @@ def edit_quantised(
     flat = torch.cat([part.reshape(-1) for part in undo]) if weight.is_mixture else undo[0]
     record = Applied(str(quantisation.dtype), tensor_digest(*firsts), tensor_digest(*lasts), flat)
     return WrittenQuantised(blocks, record, report)
+
+
+def check_plain(names: StoredNames, blocks: Iterable[Block]) -> None:
+    """Raise InputError if a loader would not accept edited weights that are stored unquantised."""
+    for block in blocks:
+        place = find_quantised(names, block) if block.expert is not None else None
+        if place is not None and not place.weight.scheme.can_dequantise:
+            raise InputError(
+                f"{block.label} is stored as {place.weight.module} in {place.weight.scheme.label}, and transformers "
+                "does not load a mixture in this scheme in which the experts of some layers are unquantised. Write it "
+                "in its scheme (--quantised keep) or as an adapter (--quantised adapter)."
+            )
 
 
 def check_surviving(entries: Sequence[Requantised], force: bool) -> list[str]:

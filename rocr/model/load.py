@@ -23,7 +23,7 @@ from rocr.model.diagnosis import check_memory, naming_the_field, set_settings
 from rocr.model.forward import input_embedding
 from rocr.model.hub import loading, offline
 from rocr.model.model_class import writes_from_left_to_right
-from rocr.model.quantised.checkpoint import check_packages, dequantise_experts, find_quantisation
+from rocr.model.quantised.checkpoint import Quantisation, check_packages, dequantise_experts, find_quantisation
 from rocr.model.source import ModelSource, find_model
 from rocr.model.weight_files import find_weight_files, stored_dtype
 
@@ -92,7 +92,7 @@ def load_model(
         chosen = dtype or (torch.float32 if source.gguf else _stored_dtype(source)) or "auto"
         with naming_the_field(source, trust_remote_code):
             model, found = library.model(config, chosen, None if device in (None, "cpu") else device)
-    _check_complete(source, found)
+    _check_complete(source, found, quantisation)
     if getattr(model.config, "is_encoder_decoder", False) and writes_from_left_to_right(model):
         raise InputError(
             f"{source.name} is not a causal language model: is_encoder_decoder of its configuration is true."
@@ -123,11 +123,19 @@ def _stored_dtype(source: ModelSource) -> torch.dtype | None:
     return None if files is None else stored_dtype(files)
 
 
-def _check_complete(source: ModelSource, found: dict[str, Any]) -> None:
+def _check_complete(source: ModelSource, found: dict[str, Any], quantisation: Quantisation | None) -> None:
     """Raise InputError if tensors are missing or have other shapes: transformers fills them with random values."""
     missing = sorted(map(str, found.get("missing_keys") or ()))
     if missing:
-        raise InputError(f"{source.name} lacks {len(missing)} of the model's tensors, such as {missing[0][:100]}.")
+        advice = ""
+        if quantisation is not None:
+            advice = (
+                f", or transformers does not read them in {quantisation.scheme.label}. rocr can read the first layers "
+                "itself: give --partial, with --text or --statistics"
+            )
+        raise InputError(
+            f"{source.name} lacks {len(missing)} of the model's tensors, such as {missing[0][:100]}{advice}."
+        )
     if found.get("mismatched_keys"):
         raise InputError(f"{source.name} holds tensors whose shapes differ from those of its config.json.")
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 import rocr
 from rocr.model.load import find_model, load_model
 from tests.support.models import TEXTS
-from tests.support.quantised import EDIT, run, state, write_fp8_mixture, write_mxfp4_mixture
+from tests.support.quantised import EDIT, moved, run, write_fp8_mixture, write_gptq, write_mxfp4_mixture
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WRITERS = {
@@ -47,13 +47,6 @@ def tensors_of(folder):
     """All tensors of a folder, as bytes."""
     files = set(json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"].values())
     return {name: value.view(torch.uint8) for file in files for name, value in load_file(folder / file).items()}
-
-
-def moved(before, after, folder):
-    """How far the concept's state is from the redirect's, compared with before."""
-    target = state(before, folder, "Blaise Pascal")
-    first, last = (float((state(model, folder, "Ada Byron") - target).norm()) for model in (before, after))
-    return last / first
 
 
 @pytest.mark.parametrize("output", ["plain", "keep"])
@@ -165,6 +158,20 @@ def test_experts_in_mxfp4_are_edited_in_part(text, tmp_path):
     changed = {name for name in first if not torch.equal(first[name], last[name])}
     assert "model.layers.1.mlp.experts.down_proj_blocks" in changed
     assert all("mlp.experts.down_proj_" in name and "layers.3." not in name for name in changed)
+
+
+def test_experts_that_loaders_take_in_their_scheme_only(text, tmp_path):
+    model, out = tmp_path / "model", tmp_path / "out"
+    model.mkdir()
+    write_gptq(model, mixture=True)
+    given = ("unlearn", model, *EDIT, "--text", text, "--out", out, "--partial", "--quantised")
+    code, _, errors = run(*given, "plain")
+    assert code == 2 and "experts.0.down_proj in GPTQ" in errors and "--quantised keep" in errors and not out.exists()
+    code, _, errors = run(*given, "keep")
+    assert code == 0, errors
+    assert run("verify", out)[0] == 0
+    assert run("revert", out, "--out", tmp_path / "back")[0] == 0
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
 
 
 @pytest.fixture

@@ -20,6 +20,8 @@ SIZES = {
     "num_key_value_heads": 2,
     "initializer_range": 0.06,
 }
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+"""Of a tiny Qwen3-MoE, whose files hold the experts one by one."""
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -92,9 +94,15 @@ def write_shards(folder, tensors, shard_of):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def write_gptq(folder, group=32, ordered=True, **settings):
-    """Write a tiny Llama whose projections are 4-bit GPTQ: words along the inputs, zero points stored less 1."""
-    write_plain(folder)
+def write_gptq(folder, group=32, ordered=True, mixture=False, **settings):
+    """Write a tiny Llama, or a tiny Qwen3-MoE, whose projections are 4-bit GPTQ.
+
+    Words are along the inputs, and zero points are stored less 1.
+    """
+    if mixture:
+        write_plain(folder, "Qwen3Moe", **EXPERTS, head_dim=32)
+    else:
+        write_plain(folder)
     tensors = {}
     for name, values in load_file(folder / "model.safetensors").items():
         if name.split(".")[-2] not in PROJECTIONS:
@@ -180,10 +188,6 @@ def check_redirect(before, after, folder, edit, least):
     assert last < 0.9 * first
 
 
-EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
-"""Of a tiny Qwen3-MoE, whose files hold the experts one by one."""
-
-
 def write_fp8_mixture(folder, scales="float32", shards=4, block=(64, 32)):
     """Write a tiny Qwen3-MoE whose projections, those of single experts too, are e4m3 in blocks."""
     write_plain(folder, "Qwen3Moe", **EXPERTS, head_dim=32, mlp_only_layers=[0])
@@ -210,3 +214,31 @@ def write_mxfp4_mixture(folder, shards=4):
     skipped = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
     write_tensors(folder, tensors, {"quant_method": "mxfp4", "modules_to_not_convert": skipped}, shards)
     return folder
+
+
+def write_int4_mixture(folder, group=32):
+    """Write a tiny Qwen3-MoE whose projections are 4-bit integers of compressed-tensors."""
+    write_plain(folder, "Qwen3Moe", **EXPERTS, head_dim=32)
+    tensors = {}
+    for name, values in load_file(folder / "model.safetensors").items():
+        if name.split(".")[-2] not in PROJECTIONS:
+            tensors[name] = values
+            continue
+        groups, module = values.float().unflatten(1, (-1, group)), name.removesuffix(".weight")
+        scale = (groups.abs().amax(-1) / 7.5).bfloat16()
+        codes = (groups / scale.float().unsqueeze(-1)).round().clamp(-8, 7).flatten(1) + 8
+        tensors[f"{module}.weight_packed"] = words(codes.long().unflatten(1, (-1, 8)))
+        tensors[f"{module}.weight_scale"] = scale
+        tensors[f"{module}.weight_shape"] = torch.tensor(values.shape)
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "group_size": group, "strategy": "group"}
+    settings = {"quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed"}
+    groups_of = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    write_tensors(folder, tensors, {**settings, "config_groups": groups_of, "ignore": ["lm_head", "re:.*mlp.gate$"]})
+    return folder
+
+
+def moved(before, after, folder):
+    """How far the state of the concept is from that of the redirect, as a share of the distance before."""
+    target = state(before, folder, "Blaise Pascal")
+    first, last = (float((state(model, folder, "Ada Byron") - target).norm()) for model in (before, after))
+    return last / first

@@ -28,7 +28,8 @@ class Scheme(ABC):
         marker: The role of a tensor that only quantised weights have.
         optional: Roles that a quantised weight may lack.
         skipped: The field of `settings` that lists modules that are not quantised.
-        can_dequantise: Whether transformers can load plain weights from the scheme, with `dequantize` in `settings`.
+        can_dequantise: Whether transformers can load the experts of a mixture as plain weights, with `dequantize` in
+            `settings`, and also loads a checkpoint in which those of some layers are stored unquantised.
         runs_first: Whether the library makes its modules ready when the model runs for the first time.
     """
 
