@@ -23,7 +23,13 @@ from rocr.model.diagnosis import check_memory, naming_the_field, set_settings
 from rocr.model.forward import input_embedding
 from rocr.model.hub import loading, offline
 from rocr.model.model_class import writes_from_left_to_right
-from rocr.model.quantised.checkpoint import Quantisation, check_packages, dequantise_experts, find_quantisation
+from rocr.model.quantised.checkpoint import (
+    Quantisation,
+    check_packages,
+    check_scales,
+    dequantise_experts,
+    find_quantisation,
+)
 from rocr.model.source import ModelSource, find_model
 from rocr.model.weight_files import find_weight_files, stored_dtype
 
@@ -87,6 +93,7 @@ def load_model(
             check_memory(library, config)
             files = find_weight_files(source.checkpoint_folder)
             if quantisation is not None and files is not None:
+                check_scales(quantisation, files)
                 dequantise_experts(quantisation, files, config)
         tokenizer = library.tokenizer()
         chosen = dtype or (torch.float32 if source.gguf else _stored_dtype(source)) or "auto"

@@ -19,7 +19,7 @@ from rocr.model.check_tokenizer import check_token_ids
 from rocr.model.diagnosis import check_memory, naming_the_field, set_settings
 from rocr.model.hub import loading
 from rocr.model.load import LoadedModel, embedding_rows, load_tokenizer
-from rocr.model.quantised.checkpoint import find_quantisation
+from rocr.model.quantised.checkpoint import check_scales, find_quantisation
 from rocr.model.source import ModelSource
 from rocr.model.stored_names import StoredNames, stored_names
 from rocr.model.weight_files import WeightFiles, find_weight_files, stored_dtype
@@ -98,6 +98,9 @@ def load_partial(
     files = find_weight_files(source.checkpoint_folder)
     if files is None:
         raise InputError(f"{source.name} cannot be loaded in part: it has no safetensors files.")
+    quantisation = find_quantisation(files.folder)
+    if quantisation is not None:
+        check_scales(quantisation, files)
     model = empty_model(source, trust_remote_code)
     architecture = find_architecture(model)
     if architecture.mixture(last_layer) is None:

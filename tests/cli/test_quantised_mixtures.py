@@ -174,6 +174,23 @@ def test_experts_that_loaders_take_in_their_scheme_only(text, tmp_path):
     assert (tmp_path / "back" / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("more", [(), ("--partial",)])
+def test_scales_that_no_weight_is_read_with_are_an_error(more, text, tmp_path):
+    """transformers loads such a weight without its scales on a CPU."""
+    model = tmp_path / "model"
+    model.mkdir()
+    write_fp8_mixture(model, shards=1)
+    tensors = load_file(model / "model.safetensors")
+    for kind in ("weight", "weight_scale_inv"):
+        parts = [tensors.pop(f"model.layers.1.mlp.experts.{expert}.down_proj.{kind}") for expert in range(6)]
+        stacked = torch.stack([part.view(torch.uint8) for part in parts]).view(parts[0].dtype)
+        tensors[f"model.layers.1.mlp.experts.down_proj{kind.removeprefix('weight')}"] = stacked
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    code, _, errors = run("unlearn", model, *EDIT, "--text", text, "--out", tmp_path / "out", *more)
+    assert code == 2 and "experts.down_proj_scale_inv" in errors and "one by one" in errors
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.fixture
 def like_a_gpu(monkeypatch):
     """Without transformers' check of the device, which makes it dequantise all weights on a CPU."""

@@ -36,6 +36,8 @@ SCHEMES: Mapping[str, type[Scheme]] = {
 FIELDS = ("quantization_config", "compression_config")
 EXPERTS = re.compile(r"(^|\.)experts(\.|$)")
 """The name of a module that is one of the experts of a mixture, or holds them."""
+UNREAD_SCALES = "_scale_inv"
+"""The ending of the names of scales in FP8."""
 MODULES_OF_PACKAGES = {"compressed-tensors": "compressed_tensors"}
 """The names that Python imports, of packages that pip installs under other names."""
 
@@ -194,6 +196,22 @@ def quantised_weights(files: WeightFiles) -> list[QuantisedWeight]:
         return []
     found = quantisation.scheme.modules(files.file_of)
     return [QuantisedWeight(quantisation.scheme, module, names, files) for module, names in found.items()]
+
+
+def check_scales(quantisation: Quantisation, files: WeightFiles) -> None:
+    """Raise InputError if the files hold scales of a weight that is stored in a form that rocr does not read.
+
+    transformers leaves such scales out without an error if it dequantises a model, as it does on a CPU, and so loads
+    other values.
+    """
+    known = {name for weight in quantised_weights(files) for name in weight.names.values()}
+    unknown = sorted(name for name in files.file_of if name.endswith(UNREAD_SCALES) and name not in known)
+    if quantisation.scheme.label == Fp8.label and unknown:
+        raise InputError(
+            f"{files.folder} holds {unknown[0]} and {len(unknown) - 1} more scales of FP8 weights that are not stored "
+            "as NAME.weight with NAME.weight_scale_inv: rocr and transformers read FP8 experts that are stored one by "
+            "one, not all experts of a layer in one tensor."
+        )
 
 
 def dequantise_experts(quantisation: Quantisation, files: WeightFiles, config: Any) -> None:
