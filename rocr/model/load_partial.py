@@ -110,6 +110,7 @@ def load_partial(
     names = stored_names(files, model)
     needed = _needed(architecture, last_layer, names)
     dtype = dtype or _dtype(files, names, needed)
+    _check_memory(model, names, needed, dtype, source)
     for name in needed:
         if name in names.plain:
             _set(model, name, files.find(names.of(name)), dtype, device, mapped)
@@ -164,6 +165,33 @@ def must_map(files: WeightFiles, architecture: Architecture, last_layer: int, de
     """Return whether `load_partial` memory-maps the layers 0 to `last_layer`: if they take much of the free memory."""
     size = sum(stored.size for stored in needed_tensors(files, architecture, last_layer))
     return device in (None, "cpu") and size > MEMORY_SHARE * free_memory()
+
+
+def bytes_in_memory(files: WeightFiles, architecture: Architecture, last_layer: int) -> int:
+    """Return the bytes of the weights that `load_partial` loads, in the dtype that they have then."""
+    names = stored_names(files, architecture.model)
+    needed = _needed(architecture, last_layer, names)
+    stored = sum(files.find(names.of(name)).size for name in needed if name in names.plain)
+    return stored + _made_bytes(architecture.model, names, needed, _dtype(files, names, needed))
+
+
+def _made_bytes(model: nn.Module, names: StoredNames, needed: list[str], dtype: torch.dtype | None) -> int:
+    """Return the bytes of the parameters that are dequantised or joined, and so cannot be memory-mapped."""
+    made = [model.get_parameter(name) for name in needed if name not in names.plain]
+    return sum(parameter.numel() * (dtype or parameter.dtype).itemsize for parameter in made)
+
+
+def _check_memory(
+    model: nn.Module, names: StoredNames, needed: list[str], dtype: torch.dtype | None, source: ModelSource
+) -> None:
+    """Raise InputError if parameters that cannot be memory-mapped do not fit into the free memory."""
+    size, free = _made_bytes(model, names, needed, dtype), free_memory()
+    if size > free:
+        raise InputError(
+            f"{source.name} cannot be loaded in part: the weights of its first layers that are dequantised or stacked "
+            f"take {size:,} bytes of memory, and {free:,} are free. Edit earlier layers (--layers), or use a machine "
+            "with more memory."
+        )
 
 
 def _needed(architecture: Architecture, last_layer: int, names: StoredNames) -> list[str]:

@@ -212,3 +212,21 @@ def test_loaders_that_keep_fp8_find_every_tensor_of_the_output(quantised, like_a
 def test_rocr_asks_for_plain_experts_where_transformers_would_keep_them(quantised, like_a_gpu):
     loaded = load_model(find_model(str(quantised / "model"))).model
     assert loaded.get_parameter("model.layers.1.mlp.experts.down_proj").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("output", ["plain", "keep"])
+def test_a_dry_run_tells_the_bytes_that_are_written(quantised, text, output):
+    given = ("--text", text, "--out", quantised / f"planned-{output}", "--quantised", output, "--dry-run", "--json")
+    code, shown, errors = run("unlearn", quantised / "model", *EDIT, *given)
+    assert code == 0, errors
+    written = json.loads(shown)["written"]
+    size = sum(
+        path.stat().st_size for path in (quantised / output).glob("model-*.safetensors") if path.stat().st_nlink < 2
+    )
+    tensors = load_file(quantised / output / "replaced.safetensors")
+    replaced = sum(values.nbytes for name, values in tensors.items() if name.startswith("tensor "))
+    assert written["model"] == pytest.approx(size, rel=0.03)
+    if output == "plain":
+        assert written["replaced tensors"] == replaced
+    else:  # experts that no key is routed to are counted
+        assert replaced <= written["replaced tensors"] < 3 * replaced
