@@ -96,3 +96,10 @@ def test_an_expert_that_is_missing_is_an_error(tmp_path):
     path.write_text(json.dumps(index))
     with pytest.raises(rocr.InputError, match=r"mlp\.experts\.down_proj"):
         load_partial(find_model(str(tmp_path)), 1)
+
+
+def test_experts_that_do_not_fit_the_memory_are_refused_before_they_are_read(tmp_path, monkeypatch):
+    write_mixture(tmp_path, "fp8")
+    monkeypatch.setattr("rocr.model.load_partial.free_memory", lambda: 2**19)
+    with pytest.raises(rocr.InputError, match=r"take [\d,]+ bytes of memory, and 524,288 are free"):
+        load_partial(find_model(str(tmp_path)), 2)

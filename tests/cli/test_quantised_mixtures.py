@@ -11,7 +11,17 @@ from transformers import AutoModelForCausalLM
 import rocr
 from rocr.model.load import find_model, load_model
 from tests.support.models import TEXTS
-from tests.support.quantised import EDIT, moved, run, write_fp8_mixture, write_gptq, write_mxfp4_mixture
+from tests.support.quantised import (
+    EDIT,
+    fp8_tensors,
+    moved,
+    run,
+    write_fp8_mixture,
+    write_gptq,
+    write_mxfp4_mixture,
+    write_plain,
+    write_tensors,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WRITERS = {
@@ -158,6 +168,30 @@ def test_experts_in_mxfp4_are_edited_in_part(text, tmp_path):
     changed = {name for name in first if not torch.equal(first[name], last[name])}
     assert "model.layers.1.mlp.experts.down_proj_blocks" in changed
     assert all("mlp.experts.down_proj_" in name and "layers.3." not in name for name in changed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("output", ["plain", "keep"])
+@pytest.mark.parametrize("shared", ["quantised", "plain"])
+def test_a_shared_expert_is_written_as_it_is_stored(shared, output, text, tmp_path):
+    model, out, back = (tmp_path / name for name in ("model", "out", "back"))
+    model.mkdir()
+    write_plain(model, "Qwen2Moe", moe_intermediate_size=64, shared_expert_intermediate_size=64)
+    plain = load_file(model / "model.safetensors")
+    left = {name: values for name, values in plain.items() if shared == "plain" and ".shared_expert" in name}
+    tensors, settings = fp8_tensors({name: plain[name] for name in plain if name not in left}, (64, 32), "float32")
+    write_tensors(model, tensors | left, settings | {"modules_to_not_convert": ["lm_head", "shared_expert"]}, 3)
+    code, _, errors = run("unlearn", model, *EDIT, "--text", text, "--out", out, "--quantised", output)
+    assert code == 0, errors
+    before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (model, out))
+    assert moved(before, after, model) < 0.9
+    first, last = tensors_of(model), tensors_of(out)
+    name = "model.layers.1.mlp.shared_expert.down_proj.weight"
+    assert not torch.equal(first[name], last[name])
+    assert (f"{name}_scale_inv" in last) == (shared == "quantised" and output == "keep")
+    assert run("verify", out)[0] == 0
+    assert run("revert", out, "--out", back)[0] == 0
+    assert all((back / path.name).read_bytes() == path.read_bytes() for path in model.iterdir())
 
 
 def test_experts_that_loaders_take_in_their_scheme_only(text, tmp_path):
