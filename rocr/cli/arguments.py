@@ -42,8 +42,8 @@ def loads_partially(arguments: Arguments, source: ModelSource, last_layer: int =
     possible = can_load_partially(source, last_layer)
     if arguments.partial and not possible:
         raise InputError(
-            f"{source.name} cannot be loaded in part: that needs a folder of safetensors files whose tensors have the "
-            "names of the model's own parameters."
+            f"{source.name} cannot be loaded in part: that needs a folder of safetensors files from whose tensors rocr "
+            "can make each parameter of the first layers, and a quantisation that it knows."
         )
     return possible
 
@@ -172,7 +172,7 @@ def check_quantised(arguments: Arguments, source: ModelSource) -> None:
     if files is None or find_quantisation(files.folder) is None:
         raise InputError(
             f"--quantised is for models in safetensors files with a quantization_config that rocr knows; {source.name} "
-            "is none. Leave it out."
+            "is none. Leave it out; a .gguf file has --save gguf, --gguf-type and --save gguf-lora instead."
         )
     if arguments.quantised == "adapter":
         kept = [part for part in arguments.save if part not in ("model", "lora", "originals")]

@@ -56,9 +56,10 @@ def check_writable(arguments: Arguments, loaded: LoadedModel, layers: Sequence[i
     """
     from rocr.export.folder import check_output_possible
     from rocr.export.gguf import check_gguf_possible
+    from rocr.export.quantised import PLAIN
 
     if "model" in arguments.save:
-        check_output_possible(loaded, layers, Path(arguments.out))
+        check_output_possible(loaded, layers, Path(arguments.out), getattr(arguments, "quantised", None) or PLAIN)
     if "gguf" in arguments.save:
         check_gguf_possible(loaded, layers, Path(arguments.out), gguf_kind(arguments))
 

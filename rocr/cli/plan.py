@@ -99,6 +99,7 @@ def _job(
     import transformers
 
     from rocr.export.forecast import Job
+    from rocr.export.quantised import PLAIN
     from rocr.io.dtypes import torch_dtype
     from rocr.keys.plan import plan_keys
     from rocr.model.architecture import find_architecture
@@ -131,6 +132,7 @@ def _job(
         arguments.answer_tokens,
         arguments.lora_rank,
         gguf_kind(arguments),
+        arguments.quantised or PLAIN,
     )
 
 

@@ -6,45 +6,57 @@ loaded in another one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from rocr.edit.apply import apply_updates, undo_updates
 from rocr.edit.update import Applied, LayerUpdate
 from rocr.edit.weight import Weight, edited_weights
 from rocr.errors import InputError, VerificationError
 from rocr.export.copying import REPLACED_FILE, carried_files, may_link, other_weights
-from rocr.export.quantised import PLAIN, WrittenQuantised, check_surviving, edit_quantised, report_of
+from rocr.export.quantised import (
+    PLAIN,
+    WrittenQuantised,
+    check_plain,
+    check_surviving,
+    edit_quantised,
+    report_of,
+    with_values,
+)
 from rocr.export.replaced import (
     has_replaced,
     kept_parts,
     names_added,
+    replaced_by,
     replacements,
     restore_replaced,
     save_replaced,
 )
 from rocr.export.replacing import Replacements
 from rocr.export.rewrite import files_beside, rewrite_model
+from rocr.export.written import written_plain, written_quantised
 from rocr.io.disk_space import check_space
-from rocr.io.dtypes import dtype_name, torch_dtype
+from rocr.io.dtypes import torch_dtype
 from rocr.model.block import Block
 from rocr.model.blocks import find_blocks
 from rocr.model.fingerprint import tensor_digest
 from rocr.model.load import LoadedModel, save_model, saved_bytes
 from rocr.model.quantised.checkpoint import find_quantisation
+from rocr.model.stored_names import StoredNames, stored_names
 from rocr.model.stored_weights import (
     Place,
-    StoredNames,
     check_loaded,
     edited_places,
+    find_quantised,
     find_stored,
     find_weights,
     layout,
-    stored_names,
+    replaced_weights,
 )
 from rocr.model.weight_files import WeightFiles, find_weight_files
 
@@ -53,35 +65,6 @@ if TYPE_CHECKING:
 
 Places = Sequence[Sequence[Place]]
 """For each block of a weight, where the files hold it."""
-
-
-@dataclass(frozen=True)
-class WrittenWeight:
-    """An edited weight in the output.
-
-    Attributes:
-        layer: Index of the decoder layer.
-        parameter: Name of the weight in the loaded model.
-        stored: Names of the weight in the files.
-        dtype: The stored dtype.
-        loaded: The dtype in the loaded model. None if the weight was not loaded, to revert an edit.
-        surviving: Share of the entries that the update changes after rounding to the stored dtype. None if the edit
-            was reverted.
-        parts: For each block of a mixture of experts, in the order of the update, where the files hold it. None for a
-            dense layer.
-    """
-
-    layer: int
-    parameter: str
-    stored: list[str]
-    dtype: str
-    loaded: str | None
-    surviving: float | None
-    parts: list[dict[str, Any]] | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the fields as JSON values, without `parts` for a dense layer."""
-        return {name: value for name, value in asdict(self).items() if name != "parts" or value is not None}
 
 
 @dataclass(frozen=True)
@@ -99,8 +82,14 @@ class Saved:
     report: dict[str, Any]
 
 
-def check_output_possible(loaded: LoadedModel, layers: Sequence[int], out: Path) -> None:
+def check_output_possible(loaded: LoadedModel, layers: Sequence[int], out: Path, quantised: str = PLAIN) -> None:
     """Check, before a model is edited, that the result can be written.
+
+    Args:
+        loaded: The model.
+        layers: The layers that are edited.
+        out: The folder to write to.
+        quantised: How edited weights of a quantised model are written, "plain" or "keep".
 
     Raises:
         InputError: The files hold other weights than the loaded ones, an edited weight is stored in another shape, a
@@ -112,6 +101,8 @@ def check_output_possible(loaded: LoadedModel, layers: Sequence[int], out: Path)
         return
     blocks = [block for layer in find_blocks(loaded.architecture, layers).values() for block in layer.blocks]
     names = stored_names(files, loaded.model)
+    if quantised == PLAIN:
+        check_plain(names, blocks)
     check_loaded(files, names, loaded.model, blocks)
     check_space(out, bytes_written(files, names, blocks, out))
 
@@ -120,13 +111,13 @@ def bytes_written(files: WeightFiles, names: StoredNames, blocks: Sequence[Block
     """Return the number of bytes that writing an edited copy of a folder takes on the disk."""
     anew = weights_copied(files, names, blocks, out)
     size = sum((files.folder / name).stat().st_size for name in anew) + carried_bytes(files.folder)
-    return size + sum(replaced_bytes(names, block) for block in blocks)
+    return size + replaced_bytes(names, blocks)
 
 
-def replaced_bytes(names: StoredNames, block: Block) -> int:
-    """Return the most bytes that a quantised weight adds to an output: its plain values and its former parts."""
-    weight = names.quantised.get(block.parameter_name)
-    return 0 if weight is None else 4 * block.parameter.numel() + weight.size
+def replaced_bytes(names: StoredNames, blocks: Sequence[Block]) -> int:
+    """Return the most bytes that quantised weights add to an output: their plain values and their former parts."""
+    weights = {weight.module: weight for block in blocks for weight in replaced_weights(names, block)}
+    return sum(4 * math.prod(weight.shape) + weight.size for weight in weights.values())
 
 
 def weights_copied(files: WeightFiles, names: StoredNames, blocks: Sequence[Block], out: Path | None) -> list[str]:
@@ -175,36 +166,46 @@ def save_edited(
         return Saved(edit, [], {} if written is None else {"tensors": layout(written)})
     names = stored_names(files, loaded.model)
     edited = edited_weights(loaded.architecture, edit.updates)
+    if quantised == PLAIN and not reverted:
+        check_plain(names, [block for weight in edited for block in weight.blocks])
     if reverted and has_replaced(files.folder):
         return _restore(files, names, edit, edited, folder)
     changes: dict[str, Tensor] = {}
     weights, updates = [], []
+    packed: list[Weight] = []
     requantised: list[WrittenQuantised] = []
     quantisation = find_quantisation(files.folder)
     for weight, update in zip(edited, edit.updates, strict=True):
-        packed = names.quantised.get(weight.blocks[0].parameter_name)
-        if packed is not None:
+        found = [find_quantised(names, block) for block in weight.blocks]
+        first = next((place for place in found if place is not None), None)
+        if first is not None:
             if reverted:
-                raise InputError(f"{files.folder} lacks {REPLACED_FILE}, from which {packed.module} is restored.")
+                raise InputError(f"{files.folder} lacks {REPLACED_FILE}, from which {first.weight.module} is restored.")
             assert quantisation is not None, "it has the weight"
-            done = edit_quantised(quantisation, packed, weight.blocks[0], update, quantised)
+            pairs = zip(found, weight.blocks, strict=True)
+            mixed = [place or find_stored(files, names, block)[0] for place, block in pairs]
+            done = edit_quantised(quantisation, weight, mixed, update, quantised)
+            packed.append(weight)
             requantised.append(done)
             updates.append(replace(update, applied=done.applied))
-            weights.append(_written_quantised(weight.blocks[0], update, done))
+            weights.append(written_quantised(weight, update, done))
+            _add_unquantised(changes, files, names, weight, done)
             continue
         places = [find_stored(files, names, block) for block in weight.blocks]
         values, record = _without_edit(weight, update, places) if reverted else _with_edit(weight, update, places)
         _add_changes(changes, places, values)
         updates.append(update if reverted else replace(update, applied=record))
-        weights.append(_written(weight, update, places, None if reverted else record))
+        weights.append(written_plain(weight, update, places, None if reverted else record))
     beside = files_beside(files, _shapes([block for weight in edited for block in weight.blocks]))
     replaced = None
-    passed = check_surviving([done.report for done in requantised if done.parts is not None], force)
+    passed = check_surviving([done.report for done in requantised if not done.is_plain], force)
     if quantisation is not None and requantised:
         changes |= kept_parts(requantised)
-        replaced = replacements(quantisation, files, names, loaded.model, requantised)
+        replaced = replacements(quantisation, files, names, loaded.model, packed, requantised)
         if undo:
-            save_replaced(files, requantised, replaced, folder / REPLACED_FILE)
+            own = {place.weight.module: place.weight for done in requantised for place, _ in done.quantised}
+            former = list(own.values()) if replaced is None else replaced_by(names, packed)
+            save_replaced(files, former, replaced, folder / REPLACED_FILE)
     rewritten = rewrite_model(files, changes, folder, beside, replaced)
     kept = [name for name in [*files.files, *beside] if name not in rewritten]
     is_whole = all(parameter.device.type != "meta" for parameter in loaded.model.parameters())
@@ -237,11 +238,19 @@ def holds_already(loaded: LoadedModel, edit: Edit) -> str | None:
 
 def _digest(files: WeightFiles, names: StoredNames, weight: Weight, applied: Applied) -> str:
     """Return the sha256 of the values of a stored weight; of a quantised one, in the dtype of a record."""
-    packed = names.quantised.get(weight.blocks[0].parameter_name)
-    if packed is None:
-        return tensor_digest(*(find_stored(files, names, block)[0].read() for block in weight.blocks))
-    values = packed.read(tuple(weight.blocks[0].parameter.shape))
-    return tensor_digest(values.to(torch_dtype(applied.dtype.removeprefix("torch."))))
+    return tensor_digest(*_stored_values(files, names, weight, applied))
+
+
+def _stored_values(files: WeightFiles, names: StoredNames, weight: Weight, applied: Applied) -> list[Tensor]:
+    """Return the stored values of the blocks of a weight; those of quantised ones in the dtype of a record."""
+    values = []
+    for block in weight.blocks:
+        packed = find_quantised(names, block)
+        if packed is None:
+            values.append(find_stored(files, names, block)[0].read())
+        else:
+            values.append(packed.read().to(torch_dtype(applied.dtype.removeprefix("torch."))))
+    return values
 
 
 def _layout(files: WeightFiles, folder: Path, is_whole: bool, replaced: Replacements | None) -> dict[str, Any]:
@@ -266,31 +275,33 @@ def _restore(files: WeightFiles, names: StoredNames, edit: Edit, edited: Sequenc
                 f"{weight.name} in {files.folder} is not the weight after this edit. Revert later edits "
                 "first, or use the output of this edit."
             )
-        if weight.blocks[0].parameter_name not in names.quantised:
-            places = [find_stored(files, names, block) for block in weight.blocks]
-            if places[0][0].tensor.name not in restored_names:
-                values, _ = _without_edit(weight, update, places)
-                _add_changes(changes, places, values)
+        found = [
+            [] if find_quantised(names, block) is not None else find_stored(files, names, block)
+            for block in weight.blocks
+        ]
+        unquantised = [bool(places) and places[0].tensor.name not in restored_names for places in found]
+        if any(unquantised):
+            values = _stored_values(files, names, weight, applied)
+            undo_updates([with_values(weight, values)], [applied])
+            rows = zip(found, values, unquantised, strict=True)
+            for places, block_values in [row[:2] for row in rows if row[2]]:
+                _add_changes(changes, [places], [block_values])
     rewritten = restore_replaced(files, folder, changes)
-    restored = find_weight_files(folder)
-    assert restored is not None, "the output was written"
+    restored_files = find_weight_files(folder)
+    assert restored_files is not None, "the output was written"
     kept = [name for name in files.files if name not in rewritten]
     linked = [name for name in kept if (folder / name).samefile(files.folder / name)]
-    report = {"weights": [], "tensors": layout(restored), "beside": [], "left_out": []}
+    report = {"weights": [], "tensors": layout(restored_files), "beside": [], "left_out": []}
     return Saved(edit, linked, report)
 
 
-def _written_quantised(projection: Block, update: LayerUpdate, written: WrittenQuantised) -> WrittenWeight:
-    """Return the entry of the report for an edited weight of a quantised model."""
-    parts = written.weight.names
-    return WrittenWeight(
-        update.layer,
-        update.parameter,
-        [written.weight.name] if written.parts is None else sorted(parts.values()),
-        dtype_name(written.values.dtype) if written.parts is None else written.weight.scheme.label,
-        dtype_name(projection.parameter.dtype),
-        written.applied.surviving,
-    )
+def _add_unquantised(
+    changes: dict[str, Tensor], files: WeightFiles, names: StoredNames, weight: Weight, written: WrittenQuantised
+) -> None:
+    """Add the new values of the blocks of a mixture that are not quantised, such as those of a shared expert."""
+    for block, done in zip(weight.blocks, written.blocks, strict=True):
+        if isinstance(done.place, Place):
+            _add_changes(changes, [find_stored(files, names, block)], [done.values])
 
 
 def _with_edit(weight: Weight, update: LayerUpdate, places: Places) -> tuple[list[Tensor], Applied]:
@@ -305,25 +316,15 @@ def _with_edit(weight: Weight, update: LayerUpdate, places: Places) -> tuple[lis
         )
     if values[0].dtype == weight.dtype:
         return loaded, applied
-    record = apply_updates([_with_values(weight, values)], [update.factors])[0]
+    record = apply_updates([with_values(weight, values)], [update.factors])[0]
     return values, record
 
 
 def _without_edit(weight: Weight, update: LayerUpdate, places: Places) -> tuple[list[Tensor], Applied | None]:
     """Return the stored blocks with the edit reverted."""
     values = [block_places[0].read() for block_places in places]
-    undo_updates([_with_values(weight, values)], [update.applied])
+    undo_updates([with_values(weight, values)], [update.applied])
     return values, update.applied
-
-
-def _with_values(weight: Weight, values: Sequence[Tensor]) -> Weight:
-    """Return a weight with other values, which are changed in place; the given one is not changed."""
-    blocks = []
-    for block, stored in zip(weight.blocks, values, strict=True):
-        module = nn.Module()
-        module.weight = nn.Parameter(stored, requires_grad=False)
-        blocks.append(replace(block, module=module, attribute="weight", expert=None))
-    return replace(weight, blocks=tuple(blocks))
 
 
 def _add_changes(changes: dict[str, Tensor], places: Places, values: Sequence[Tensor]) -> None:
@@ -337,24 +338,6 @@ def _add_changes(changes: dict[str, Tensor], places: Places, values: Sequence[Te
             if name not in changes:
                 changes[name] = place.tensor.read()
             place.write_to(changes[name], stored)
-
-
-def _written(weight: Weight, update: LayerUpdate, places: Places, record: Applied | None) -> WrittenWeight:
-    """Return the entry of the report for a written weight."""
-    block = weight.blocks[0]
-    return WrittenWeight(
-        update.layer,
-        update.parameter,
-        list(dict.fromkeys(place.tensor.name for block_places in places for place in block_places)),
-        str(places[0][0].dtype).removeprefix("torch."),
-        None if block.parameter.device.type == "meta" else dtype_name(block.parameter.dtype),
-        None if record is None else record.surviving,
-        [_part_entry(block_places[0]) for block_places in places] if weight.is_mixture else None,
-    )
-
-
-def _part_entry(place: Place) -> dict[str, Any]:
-    return {"stored": place.tensor.name, "expert": place.expert, "experts": place.experts, "flipped": place.flipped}
 
 
 def _shapes(blocks: Sequence[Block]) -> set[tuple[int, ...]]:

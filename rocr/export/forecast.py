@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,14 +17,16 @@ from rocr.export.copying import may_link
 from rocr.export.folder import carried_bytes, weights_copied
 from rocr.export.gguf import first_bytes, gguf_bytes
 from rocr.export.originals import original_files
+from rocr.export.quantised import PLAIN
 from rocr.keys.plan import KeyPlan
 from rocr.model.architecture import Architecture
 from rocr.model.block import Block
 from rocr.model.blocks import find_blocks
 from rocr.model.load import ModelSource
-from rocr.model.load_partial import must_map, needed_tensors
+from rocr.model.load_partial import bytes_in_memory, must_map, needed_tensors
 from rocr.model.quantised.checkpoint import find_quantisation
-from rocr.model.stored_weights import StoredNames, find_stored, find_weights, stored_names
+from rocr.model.stored_names import StoredNames, stored_names
+from rocr.model.stored_weights import find_quantised, find_stored, find_weights, replaced_weights
 from rocr.model.weight_files import WeightFiles, stored_dtype
 
 UNDO_SHARE = {torch.float32: 0.77, torch.bfloat16: 0.55, torch.float16: 0.73}
@@ -63,6 +66,7 @@ class Job:
         answer_tokens: Number of tokens of each answer.
         lora_rank: Largest rank of the adapter.
         gguf_kind: Type of the edited tensors in a GGUF output. None keeps theirs.
+        quantised: How edited weights of a quantised model are written, "plain" or "keep".
     """
 
     source: ModelSource
@@ -82,6 +86,7 @@ class Job:
     answer_tokens: int = 32
     lora_rank: int | None = None
     gguf_kind: str | None = None
+    quantised: str = PLAIN
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -183,8 +188,10 @@ def held_bytes(job: Job) -> int:
     """Return the size of the loaded weights in bytes."""
     files = job.files
     if files is not None and job.last_layer is not None:
-        return sum(tensor.size for tensor in needed_tensors(files, job.architecture, job.last_layer))
-    if files is not None and job.dtype is None:
+        return bytes_in_memory(files, job.architecture, job.last_layer)
+    quantisation = None if files is None else find_quantisation(files.folder)
+    is_dequantised = quantisation is not None and quantisation.scheme.can_dequantise
+    if files is not None and job.dtype is None and not is_dequantised:
         return files.size
     return sum(parameter.numel() for parameter in job.architecture.model.parameters()) * weight_dtype(job).itemsize
 
@@ -194,6 +201,9 @@ def weight_dtype(job: Job) -> torch.dtype:
     files = job.files
     if job.dtype is not None or files is None:
         return job.dtype or torch.float32
+    quantisation = find_quantisation(files.folder)
+    if quantisation is not None:
+        return quantisation.dtype
     if job.last_layer is None:
         return stored_dtype(files) or job.weights[0].dtype
     needed = needed_tensors(files, job.architecture, job.last_layer)
@@ -205,7 +215,7 @@ def written_dtype(job: Job) -> torch.dtype:
     if job.files is None or "model" not in job.parts:
         return weight_dtype(job)
     quantisation = find_quantisation(job.files.folder)
-    if quantisation is not None and job.blocks[0].parameter_name in job.names.quantised:
+    if quantisation is not None and find_quantised(job.names, job.blocks[0]) is not None:
         return quantisation.dtype
     return find_stored(job.files, job.names, job.blocks[0])[0].dtype
 
@@ -235,6 +245,10 @@ def _written(job: Job) -> tuple[dict[str, int], int, int]:
             anew = weights_copied(files, job.names, job.blocks, job.out)
             linked = len([name for name in files.files if name not in anew])
             copied = written["model"] = sum((files.folder / name).stat().st_size for name in anew)
+            growth, replaced = _replaced_bytes(job)
+            written["model"] += growth
+            if replaced:
+                written["replaced tensors"] = replaced
             index = sum(len(name) + 60 for name in files.file_of)
             written["configuration and tokenizer"] = carried_bytes(files.folder) + index
     if "gguf" in job.parts:
@@ -253,6 +267,19 @@ def _written(job: Job) -> tuple[dict[str, int], int, int]:
         written["originals"] = 0 if links else sum(path.stat().st_size for path in paths)
     written["report and model card"] = HEADER_BYTES // 3 + HEADER_BYTES_OF_CONCEPT * len(job.concepts)
     return written, linked, copied
+
+
+def _replaced_bytes(job: Job) -> tuple[int, int]:
+    """Return by how many bytes a quantised model grows, and the bytes of the quantised tensors that it replaces."""
+    if job.quantised == PLAIN:
+        weights = [weight for block in job.blocks for weight in replaced_weights(job.names, block)]
+    else:
+        places = [find_quantised(job.names, block) for block in job.blocks]
+        weights = [place.weight for place in places if place is not None]
+    sizes = {weight.module: (weight.size, math.prod(weight.shape)) for weight in weights}
+    size, count = (sum(pair[i] for pair in sizes.values()) for i in range(2))
+    growth = count * written_dtype(job).itemsize - size if sizes and job.quantised == PLAIN else 0
+    return growth, size if "edit" in job.parts else 0
 
 
 def _text_bytes(job: Job) -> dict[str, int]:

@@ -6,7 +6,7 @@ concepts' keys is measured, and an output in which too little arrives is refused
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -19,7 +19,10 @@ from rocr.edit.weight import Weight
 from rocr.errors import GuardError, InputError
 from rocr.model.block import Block
 from rocr.model.fingerprint import tensor_digest
-from rocr.model.quantised.checkpoint import Quantisation, QuantisedWeight
+from rocr.model.quantised.checkpoint import Quantisation
+from rocr.model.quantised.place import QuantisedPlace
+from rocr.model.stored_names import StoredNames
+from rocr.model.stored_weights import Place, find_quantised
 
 PLAIN, KEEP, ADAPTER = "plain", "keep", "adapter"
 OUTPUTS = (PLAIN, KEEP, ADAPTER)
@@ -35,7 +38,7 @@ class Requantised:
 
     Attributes:
         layer: Index of the decoder layer.
-        module: Name of the module in the files.
+        module: Name of the module in the files; of a mixture of experts, that of the first edited expert.
         scheme: The scheme of the weight before the edit.
         output: "plain" or "keep".
         surviving: 1 − ‖E Kᵀ‖ / ‖Δ Kᵀ‖ for the update Δ, the concepts' keys K and the error E that the dtype or scheme
@@ -52,33 +55,60 @@ class Requantised:
 
 
 @dataclass(frozen=True)
+class WrittenBlock:
+    """An edited block, ready to be written.
+
+    Attributes:
+        place: Where the files hold it.
+        values: The edited values as the model holds them, in a plain dtype: those of the output as loaders dequantise
+            them.
+        parts: The parts to write by role with `keep`, in the form of `QuantisedPlace.parts`; None with `plain`, and
+            for a block that was not quantised.
+    """
+
+    place: QuantisedPlace | Place
+    values: Tensor
+    parts: dict[str, Tensor] | None
+
+
+@dataclass(frozen=True)
 class WrittenQuantised:
     """An edited weight of a quantised model, ready to be written.
 
     Attributes:
-        weight: The weight in the files.
-        values: The edited values in a plain dtype: those of the output as loaders dequantise them.
-        parts: The parts to write by role with `keep`; None with `plain`.
+        blocks: Its blocks. Some of a mixture may be stored unquantised.
         applied: The record of the change of the values.
         report: The entry of the report.
     """
 
-    weight: QuantisedWeight
-    values: Tensor
-    parts: dict[str, Tensor] | None
+    blocks: list[WrittenBlock]
     applied: Applied
     report: Requantised
 
+    @property
+    def quantised(self) -> list[tuple[QuantisedPlace, WrittenBlock]]:
+        """The blocks that are quantised in the files, with their places."""
+        return [(block.place, block) for block in self.blocks if isinstance(block.place, QuantisedPlace)]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the quantised blocks are written unquantised."""
+        return self.report.output == PLAIN
+
 
 def edit_quantised(
-    quantisation: Quantisation, weight: QuantisedWeight, projection: Block, update: LayerUpdate, output: str
+    quantisation: Quantisation,
+    weight: Weight,
+    places: Sequence[QuantisedPlace | Place],
+    update: LayerUpdate,
+    output: str,
 ) -> WrittenQuantised:
     """Add an update to the float32 values of a quantised weight, and quantise or round the result.
 
     Args:
         quantisation: The quantisation of the model.
-        weight: The weight in the files.
-        projection: The weight in the model, with the edit applied.
+        weight: The weight in the model, with the edit applied.
+        places: For each of its blocks, where the files hold it. One at least is quantised.
         update: The update.
         output: "plain" or "keep".
 
@@ -86,32 +116,53 @@ def edit_quantised(
         InputError: The files do not hold the weight that was edited.
         GuardError: An edited value is not finite.
     """
-    dtype, loaded = quantisation.dtype, projection.parameter.data
-    parts = weight.parts()
-    before = weight.read(tuple(loaded.shape), parts)
+    parts = [place.parts() if isinstance(place, QuantisedPlace) else None for place in places]
+    before = [_read(place, own) for place, own in zip(places, parts, strict=True)]
+    first = next(place for place in places if isinstance(place, QuantisedPlace)).weight
     assert update.applied is not None, "the model has the edit applied"
-    if tensor_digest(before.to(loaded.dtype)) != update.applied.before:
+    if tensor_digest(*(values.to(weight.dtype) for values in before)) != update.applied.before:
         raise InputError(
-            f"{weight.module} in {weight.files.folder} does not hold {projection.parameter_name} as it was before the "
-            "edit. Use the files that the model was loaded from."
+            f"{first.module} in {first.files.folder} does not hold {weight.name} as it was before the edit. Use the "
+            "files that the model was loaded from."
         )
-    wanted = _with_update(projection, before, update)
-    written = _requantised(weight, wanted, before, parts, update) if output == KEEP else None
-    after = wanted.to(dtype) if written is None else weight.read(tuple(loaded.shape), written)
-    keys = update.keys.cpu().float()
-    change, lost = wanted - before, after.float() - wanted
-    moved = float((change @ keys.T).norm())
+    wanted = _with_update(weight, before, update)
+    columns = _Columns.of(weight, update)
+    dtypes = [place.dtype if isinstance(place, Place) else quantisation.dtype for place in places]
+    if output == KEEP:
+        blocks = _requantised(places, wanted, parts, dtypes, columns)
+    else:
+        rows = zip(places, wanted, dtypes, strict=True)
+        blocks = [WrittenBlock(place, values.to(dtype), None) for place, values, dtype in rows]
+    after = [_as_loaded(block) for block in blocks]
+    moved = float(columns.outputs([new - old for new, old in zip(wanted, before, strict=True)]).norm())
+    lost = [new - aim for new, aim in zip(after, wanted, strict=True)]
+    size = sum(float(values.double().norm() ** 2) for values in before) ** 0.5
     report = Requantised(
         update.layer,
-        weight.module,
-        weight.scheme.label,
+        first.module,
+        first.scheme.label,
         output,
-        1 - float((lost @ keys.T).norm()) / moved if moved else 0.0,
-        float(lost.norm() / before.norm().clamp(min=1e-30)),
+        1 - float(columns.outputs(lost).norm()) / moved if moved else 0.0,
+        sum(float(values.double().norm() ** 2) for values in lost) ** 0.5 / max(size, 1e-30),
     )
-    first, last = before.to(dtype), after.to(dtype)
-    record = Applied(str(dtype), tensor_digest(first), tensor_digest(last), bits(first).bitwise_xor(bits(last)))
-    return WrittenQuantised(weight, last, written, record, report)
+    firsts = [values.to(dtype) for values, dtype in zip(before, dtypes, strict=True)]
+    lasts = [block.values for block in blocks]
+    undo = [bits(old).bitwise_xor(bits(new)) for old, new in zip(firsts, lasts, strict=True)]
+    flat = torch.cat([part.reshape(-1) for part in undo]) if weight.is_mixture else undo[0]
+    record = Applied(str(quantisation.dtype), tensor_digest(*firsts), tensor_digest(*lasts), flat)
+    return WrittenQuantised(blocks, record, report)
+
+
+def check_plain(names: StoredNames, blocks: Iterable[Block]) -> None:
+    """Raise InputError if a loader would not accept edited weights that are stored unquantised."""
+    for block in blocks:
+        place = find_quantised(names, block) if block.expert is not None else None
+        if place is not None and not place.weight.scheme.can_dequantise:
+            raise InputError(
+                f"{block.label} is stored as {place.weight.module} in {place.weight.scheme.label}, and transformers "
+                "does not load a mixture in this scheme in which the experts of some layers are unquantised. Write it "
+                "in its scheme (--quantised keep) or as an adapter (--quantised adapter)."
+            )
 
 
 def check_surviving(entries: Sequence[Requantised], force: bool) -> list[str]:
@@ -150,44 +201,114 @@ def report_of(entries: Sequence[Requantised]) -> dict[str, Any]:
     }
 
 
-def _with_update(projection: Block, values: Tensor, update: LayerUpdate) -> Tensor:
-    """Return float32 values with an update added."""
-    module = nn.Module()
-    module.weight = nn.Parameter(values.clone(), requires_grad=False)
-    apply_updates([Weight((replace(projection, module=module),))], [update.factors])
-    return module.weight.data
+def with_values(weight: Weight, values: Sequence[Tensor]) -> Weight:
+    """Return a weight with other values, which are changed in place; the given one is not changed."""
+    blocks = []
+    for block, stored in zip(weight.blocks, values, strict=True):
+        module = nn.Module()
+        module.weight = nn.Parameter(stored, requires_grad=False)
+        blocks.append(replace(block, module=module, attribute="weight", expert=None))
+    return replace(weight, blocks=tuple(blocks))
+
+
+def _read(place: QuantisedPlace | Place, parts: Mapping[str, Tensor] | None) -> Tensor:
+    """Return the values of a block as the model holds them, float32."""
+    return place.read(parts) if isinstance(place, QuantisedPlace) else place.read().float()
+
+
+def _as_loaded(block: WrittenBlock) -> Tensor:
+    """Return the values of a written block, float32: with `keep`, without rounding to a plain dtype."""
+    if isinstance(block.place, QuantisedPlace) and block.parts is not None:
+        return block.place.read(block.parts)
+    return block.values.float()
+
+
+def _with_update(weight: Weight, values: Sequence[Tensor], update: LayerUpdate) -> list[Tensor]:
+    """Return float32 values of the blocks with an update added."""
+    changed = [block.clone() for block in values]
+    apply_updates([with_values(weight, changed)], [update.factors])
+    return changed
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """The keys of an update, and the directions in which a missing output is added, by block.
+
+    Attributes:
+        keys: For each block (n, d_in) float64.
+        rights: For each block the rows (r, d_in) float64 of the directions.
+        inverse: (n, r) float64: the product with missing outputs (d_out, n) gives their coefficients.
+        transposed: For each block whether its values are (d_in, d_out).
+    """
+
+    keys: list[Tensor]
+    rights: list[Tensor]
+    inverse: Tensor
+    transposed: list[bool]
+
+    @classmethod
+    def of(cls, weight: Weight, update: LayerUpdate) -> _Columns:
+        """Return the columns of an update of a weight.
+
+        The directions are `update.right`, which ordinary keys share least, so that the change with given outputs at
+        the keys is the smallest one in the metric.
+        """
+        keys = update.keys.cpu().double()
+        right = keys if update.factors.matrix is not None else update.factors.right.cpu().double()
+        right = right if right.shape == keys.shape else keys
+        places = update.columns if update.parts else [slice(None)]
+        return cls(
+            [keys[:, place] for place in places],
+            [right[:, place] for place in places],
+            torch.linalg.pinv(right @ keys.T, rtol=1e-3),
+            [block.transposed for block in weight.blocks],
+        )
+
+    def outputs(self, values: Sequence[Tensor]) -> Tensor:
+        """Return the sum of the outputs (d_out, n) of blocks at the keys, float64."""
+        rows = zip(values, self.keys, self.transposed, strict=True)
+        parts = [(block.T if flipped else block).double() @ keys.T for block, keys, flipped in rows]
+        return torch.stack(parts).sum(dim=0) if len(parts) > 1 else parts[0]
+
+    def corrected(self, values: Sequence[Tensor], missing: Tensor) -> list[Tensor]:
+        """Return the values of blocks with the smallest change that adds outputs (d_out, n) at the keys."""
+        found, coefficients = [], missing @ self.inverse
+        for block, right, flipped in zip(values, self.rights, self.transposed, strict=True):
+            change = (coefficients @ right).float()
+            found.append(block + (change.T if flipped else change))
+        return found
 
 
 def _requantised(
-    weight: QuantisedWeight, wanted: Tensor, before: Tensor, parts: Mapping[str, Tensor], update: LayerUpdate
-) -> dict[str, Tensor]:
+    places: Sequence[QuantisedPlace | Place],
+    wanted: Sequence[Tensor],
+    parts: Sequence[Mapping[str, Tensor] | None],
+    dtypes: Sequence[torch.dtype],
+    columns: _Columns,
+) -> list[WrittenBlock]:
     """Quantise values so that the outputs at the keys are those of the values, as nearly as the scheme allows.
 
     A value that changes by less than half a step is rounded back. So the values are quantised several times; each time,
-    the movement that is missing at the keys is added to them along `update.right`, the directions that ordinary keys
-    share least. The best result is returned.
+    the movement that is missing at the keys is added to them. The best result is returned.
     """
-    keys = update.keys.cpu().double()
-    correction = _correction(update, keys)
-    goal = wanted.double() @ keys.T
-    best, least, values = dict(parts), torch.inf, wanted
+    goal = columns.outputs(wanted)
+    best: list[WrittenBlock] = []
+    least, values = torch.inf, list(wanted)
     for _ in range(ROUNDS):
-        written = {**parts, **weight.scheme.write(values, parts)}
-        missing = goal - weight.read(tuple(before.shape), written).double() @ keys.T
-        if float(missing.norm()) < least:
+        rows = zip(places, values, parts, dtypes, strict=True)
+        written = [_quantised_block(*row) for row in rows]
+        missing = goal - columns.outputs([_as_loaded(block) for block in written])
+        if not best or float(missing.norm()) < least:
             best, least = written, float(missing.norm())
-        values = values + correction(missing)
+        values = columns.corrected(values, missing)
     return best
 
 
-def _correction(update: LayerUpdate, keys: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return the function that gives the smallest change (d_out, d_in) with some outputs (d_out, n) at the keys."""
-    right = update.factors.right.cpu().double()
-    if update.factors.matrix is not None or right.shape != keys.shape:
-        right = keys
-    inverse: Tensor = torch.linalg.pinv(right @ keys.T, rtol=1e-3)
-
-    def correct(outputs: Tensor) -> Tensor:
-        return (outputs @ inverse @ right).float()
-
-    return correct
+def _quantised_block(
+    place: QuantisedPlace | Place, values: Tensor, parts: Mapping[str, Tensor] | None, dtype: torch.dtype
+) -> WrittenBlock:
+    """Return a block with its values quantised again, or rounded if it was not quantised."""
+    if isinstance(place, Place) or parts is None:
+        return WrittenBlock(place, values.to(dtype), None)
+    written = place.write(values, parts)
+    return WrittenBlock(place, place.read(written).to(dtype), written)

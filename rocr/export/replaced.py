@@ -6,23 +6,28 @@ them, `rocr revert` writes the files of the model as they were, byte for byte.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from rocr.edit.weight import Weight
 from rocr.errors import InputError, VerificationError
 from rocr.export.copying import CONFIG_FILE, REPLACED_FILE
-from rocr.export.quantised import WrittenQuantised
-from rocr.export.replacing import Replacements, header_text
+from rocr.export.quantised import WrittenBlock, WrittenQuantised
+from rocr.export.replacing import Deferred, Replacements, header_text
 from rocr.export.rewrite import rewrite_model
 from rocr.io.json_values import list_of, object_of, parse_json, text_of
 from rocr.io.safetensors_layout import read_layout
 from rocr.io.tensors import read_header, read_tensors, write_tensors
 from rocr.model.check_folder import INDEX_FILE
-from rocr.model.quantised.checkpoint import Quantisation
-from rocr.model.stored_weights import StoredNames
+from rocr.model.quantised.checkpoint import Quantisation, QuantisedWeight
+from rocr.model.quantised.place import QuantisedPlace
+from rocr.model.stored_names import StoredNames
+from rocr.model.stored_weights import replaced_weights
 from rocr.model.weight_files import WeightFiles
 
 FORMAT = "rocr replaced tensors 1"
@@ -32,12 +37,19 @@ TENSOR, HEADER, FILE = "tensor ", "header ", "file "
 
 def kept_parts(written: Sequence[WrittenQuantised]) -> dict[str, Tensor]:
     """Return the parts that are written in their own scheme, by their names in the files."""
-    return {
-        weight.weight.names[role]: values
-        for weight in written
-        if weight.parts is not None
-        for role, values in weight.parts.items()
-    }
+    found: dict[str, Tensor] = {}
+    for place, block in (pair for weight in written for pair in weight.quantised):
+        names = place.weight.names
+        if block.parts is None:
+            continue
+        if place.expert is None:
+            found |= {names[role]: values for role, values in block.parts.items()}
+            continue
+        for role, name in names.items():
+            if name not in found:
+                found[name] = place.weight.places[role].read()
+        place.put_parts({role: found[name] for role, name in names.items()}, block.parts)
+    return found
 
 
 def replacements(
@@ -45,6 +57,7 @@ def replacements(
     files: WeightFiles,
     names: StoredNames,
     model: nn.Module,
+    edited: Sequence[Weight],
     written: Sequence[WrittenQuantised],
 ) -> Replacements | None:
     """Return what a model's files exchange for weights that are no longer quantised; None if there are none.
@@ -54,33 +67,51 @@ def replacements(
         files: Its files.
         names: The names of its parameters in them.
         model: The model, from which the modules that were not quantised are listed.
-        written: The edited weights.
+        edited: The edited weights that are quantised in the files.
+        written: The same, as they are written.
     """
-    plain = [weight for weight in written if weight.parts is None]
-    if not plain:
+    if not any(weight.is_plain for weight in written):
         return None
+    values: dict[str, list[WrittenBlock]] = {}
+    for place, block in (pair for weight in written for pair in weight.quantised):
+        values.setdefault(place.weight.module, []).append(block)
     removed: dict[str, list[str]] = {}
-    added: dict[str, dict[str, Tensor]] = {}
-    for weight in plain:
-        for name in weight.weight.names.values():
+    added: dict[str, dict[str, Tensor | Deferred]] = {}
+    for weight in replaced_by(names, edited):
+        for name in weight.names.values():
             removed.setdefault(files.file_of[name], []).append(name)
-        file = files.file_of[next(iter(weight.weight.names.values()))]
-        added.setdefault(file, {})[weight.weight.name] = weight.values
-    others = [name for name in _matrices(model) if f"{name}.weight" not in names.quantised]
-    modules = [weight.weight.module for weight in plain]
-    quantised = [weight.module for weight in names.quantised.values()]
+        file = files.file_of[next(iter(weight.names.values()))]
+        compute = partial(_plain_values, weight, quantisation.dtype, values.get(weight.module, []))
+        added.setdefault(file, {})[weight.name] = Deferred(weight.shape, quantisation.dtype, compute)
+    modules = _modules(names, edited)
+    others = [name for name in _matrices(model) if not names.quantised_of(f"{name}.weight")]
+    quantised = [weight.module for weight in names.quantised_weights]
     config = quantisation.config_without(modules, [name for name in others if name not in modules], quantised)
     return Replacements(removed, added, config=config.encode("utf-8", "backslashreplace"))
 
 
+def replaced_by(names: StoredNames, edited: Sequence[Weight]) -> list[QuantisedWeight]:
+    """Return the quantised weights that become plain with edited ones, each once; see `replaced_weights`."""
+    blocks = [block for weight in edited for block in weight.blocks]
+    found = {weight.module: weight for block in blocks for weight in replaced_weights(names, block)}
+    return list(found.values())
+
+
 def save_replaced(
-    files: WeightFiles, written: Sequence[WrittenQuantised], replaced: Replacements | None, path: Path
+    files: WeightFiles, weights: Sequence[QuantisedWeight], replaced: Replacements | None, path: Path
 ) -> None:
-    """Write the parts of edited weights as they were, and what else restores the model's files."""
+    """Write the parts of quantised weights as they were, and what else restores the model's files.
+
+    Args:
+        files: The files of the model.
+        weights: The weights whose parts are replaced or changed.
+        replaced: What the files exchange; None if they keep their names and shapes.
+        path: The file to write.
+    """
     tensors: dict[str, Tensor] = {}
-    for weight in written:
-        for place in weight.weight.places.values():
-            tensors[TENSOR + place.name] = place.read()
+    for weight in weights:
+        for place in weight.places.values():
+            tensors[TENSOR + place.name] = place.map()
     changed = [] if replaced is None else sorted(replaced.files)
     for file in changed:
         tensors[HEADER + file] = _bytes(header_text(files.folder / file))
@@ -90,7 +121,7 @@ def save_replaced(
     header = {
         "format": FORMAT,
         "added": {file: sorted(replaced.added.get(file, {})) for file in changed} if replaced is not None else {},
-        "file_of": {name: files.file_of[name] for weight in written for name in weight.weight.names.values()},
+        "file_of": {name: files.file_of[name] for weight in weights for name in weight.names.values()},
     }
     write_tensors(path, header, tensors)
 
@@ -149,7 +180,7 @@ def restore_replaced(files: WeightFiles, out: Path, others: Mapping[str, Tensor]
             raise ValueError(f"{unknown[0][:60]!r} is not in the output")
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{path} cannot be read as replaced tensors: {str(error)[:200]}.") from None
-    back: dict[str, dict[str, Tensor]] = {}
+    back: dict[str, dict[str, Tensor | Deferred]] = {}
     changes = {name: values for name, values in parts.items() if file_of[name] not in added} | dict(others)
     for name, values in parts.items():
         if file_of[name] in added:
@@ -162,6 +193,31 @@ def restore_replaced(files: WeightFiles, out: Path, others: Mapping[str, Tensor]
     except (KeyError, ValueError, TypeError) as error:
         raise VerificationError(f"{path} does not fit the files of {files.folder}: {str(error)[:200]}.") from None
     return rewritten
+
+
+def _plain_values(weight: QuantisedWeight, dtype: torch.dtype, edited: Sequence[WrittenBlock]) -> Tensor:
+    """Return the values of a quantised weight in a plain dtype, with edited blocks in their places."""
+    own = [block for block in edited if isinstance(block.place, QuantisedPlace)]
+    is_whole = any(block.place.expert is None for block in own if isinstance(block.place, QuantisedPlace))
+    values = torch.empty(weight.shape, dtype=dtype) if is_whole else weight.load(weight.shape, dtype)
+    for block in own:
+        assert isinstance(block.place, QuantisedPlace)
+        block.place.put(values, block.values)
+    return values
+
+
+def _modules(names: StoredNames, edited: Sequence[Weight]) -> list[str]:
+    """Return the modules that loaders must not convert: of experts, the module of all experts of a layer."""
+    found: dict[str, None] = {}
+    for block in (block for weight in edited for block in weight.blocks):
+        modules = [weight.module for weight in replaced_weights(names, block)]
+        if block.expert is None:
+            found |= dict.fromkeys(modules)
+        elif modules:
+            paths = [module.split(".") for module in modules]
+            shared = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*paths, strict=False))
+            found[".".join(level[0] for level in shared)] = None
+    return list(found)
 
 
 def _bytes(text: bytes) -> Tensor:

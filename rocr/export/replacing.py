@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
@@ -17,9 +17,29 @@ from rocr.io.dtypes import STORED_DTYPES, dtype_name
 from rocr.io.safetensors_layout import StoredTensor, read_safetensors_header
 
 KIND_OF_DTYPE = {name: kind for kind, name in STORED_DTYPES.items()}
-_Entry: TypeAlias = "StoredTensor | Tensor"
+_Entry: TypeAlias = "StoredTensor | Tensor | Deferred"
 ALIGNMENT = 8
 """Headers are padded with spaces to a multiple of this many bytes, as safetensors does."""
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """A tensor whose values are computed when they are written, so that only one is in memory.
+
+    Attributes:
+        shape: The shape.
+        dtype: The dtype.
+        compute: Returns the values.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    compute: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """The number of bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -35,7 +55,7 @@ class Replacements:
     """
 
     removed: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    added: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    added: Mapping[str, Mapping[str, Tensor | Deferred]] = field(default_factory=dict)
     headers: Mapping[str, bytes] = field(default_factory=dict)
     config: bytes | None = None
     index: bytes | None = None
@@ -99,7 +119,8 @@ def _write(source: Path, text: bytes, entries: Sequence[_Entry], target: Path) -
                 _copy(old, new, entry, end)
                 end += entry.size
             else:
-                buffer: Any = entry.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+                values = entry.compute() if isinstance(entry, Deferred) else entry
+                buffer: Any = values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
                 new.seek(end)
                 new.write(memoryview(buffer))
                 end += entry.nbytes

@@ -34,7 +34,8 @@ from rocr.io.dtypes import SUPPORTED_DTYPES, torch_dtype
 from rocr.io.safetensors_layout import read_layout
 from rocr.model.check_folder import INDEX_FILE, SINGLE_FILE, check_model_folder
 from rocr.model.fingerprint import Fingerprint, model_digest, tokenizer_digest
-from rocr.model.quantised.checkpoint import find_quantisation, quantised_weights
+from rocr.model.quantised.checkpoint import QuantisedWeight, find_quantisation, quantised_weights
+from rocr.model.quantised.place import QuantisedPlace
 from rocr.model.stored_weights import Place, layout
 from rocr.model.weight_files import WeightFiles, find_weight_files
 from rocr.progress import Progress, ProgressCallback, silent
@@ -205,16 +206,35 @@ def _mixture_checks(
     if not parts or any(part["stored"] not in files.file_of for part in parts):
         yield Check(subject, "sha256", UNCHECKED, "the report does not say where the files hold them")
         return
+    packed = {name: weight for weight in quantised_weights(files) for name in weight.names.values()}
     try:
-        blocks = [
-            Place(files.find(part["stored"]), part["expert"], part["experts"], part["flipped"]).read() for part in parts
-        ]
+        blocks = [_recorded_block(files, packed, update, index, part) for index, part in enumerate(parts)]
     except (InputError, OSError, RuntimeError, IndexError) as error:
         yield Check(subject, "readable", FAILED, shown(str(error)))
         return
     yield digest_check(subject, blocks, update, is_reverted)
     finite = all(bool(torch.isfinite(block).all()) for block in blocks)
     yield Check(subject, "finite", PASSED if finite else FAILED, "" if finite else "one has values that are not finite")
+
+
+def _recorded_block(
+    files: WeightFiles, packed: dict[str, QuantisedWeight], update: LayerUpdate, index: int, part: dict[str, Any]
+) -> torch.Tensor:
+    """Read a block of a mixture; one that is quantised, in the dtype of the record."""
+    weight = packed.get(part["stored"])
+    if weight is None:
+        return Place(files.find(part["stored"]), part["expert"], part["experts"], part["flipped"]).read()
+    shape = (update.factors.shape[0], update.parts[index].width)
+    held = shape[::-1] if update.parts[index].transposed else shape
+    values = QuantisedPlace(weight, held, part["expert"], part["flipped"]).read()
+    return values.to(_recorded_dtype(update) or values.dtype)
+
+
+def _recorded_dtype(update: LayerUpdate) -> torch.dtype | None:
+    """Return the dtype in which the digest of an edited weight was taken; None if it is not known."""
+    if update.applied is None or update.applied.dtype not in _DTYPES:
+        return None
+    return torch_dtype(update.applied.dtype.removeprefix("torch."))
 
 
 def _tensor_checks(files: WeightFiles, update: LayerUpdate, recorded: list[str], is_reverted: bool) -> Iterator[Check]:
@@ -225,8 +245,7 @@ def _tensor_checks(files: WeightFiles, update: LayerUpdate, recorded: list[str],
     for module, weight in of_parts.items():
         try:
             values = weight.read(update.factors.shape)
-            if update.applied is not None and update.applied.dtype in _DTYPES:
-                values = values.to(torch_dtype(update.applied.dtype.removeprefix("torch.")))
+            values = values.to(_recorded_dtype(update) or values.dtype)
             yield digest_check(shown(module), [values], update, is_reverted)
         except (InputError, OSError) as error:
             yield Check(shown(module), "readable", FAILED, shown(str(error)))

@@ -24,7 +24,13 @@ from rocr.model.forward import input_embedding
 from rocr.model.gguf_layout import read_gguf_layout
 from rocr.model.hub import Loading, loading, offline
 from rocr.model.model_class import writes_from_left_to_right
-from rocr.model.quantised.checkpoint import check_packages, find_quantisation
+from rocr.model.quantised.checkpoint import (
+    Quantisation,
+    check_packages,
+    check_scales,
+    dequantise_experts,
+    find_quantisation,
+)
 from rocr.model.source import ModelSource, find_model
 from rocr.model.weight_files import find_weight_files, stored_dtype
 
@@ -75,6 +81,7 @@ def load_model(
     Raises:
         InputError: The files are not those of a model that reads text and that transformers can load.
     """
+    quantisation = None
     if source.checkpoint_folder is not None:
         check_model_folder(source.checkpoint_folder)
         quantisation = find_quantisation(source.checkpoint_folder)
@@ -85,11 +92,15 @@ def load_model(
             config = library.config()
             own_settings = set_settings(config)
             check_memory(library, config)
+            files = find_weight_files(source.checkpoint_folder)
+            if quantisation is not None and files is not None:
+                check_scales(quantisation, files)
+                dequantise_experts(quantisation, files, config)
         tokenizer = library.tokenizer()
         chosen = dtype or (torch.float32 if source.gguf else _stored_dtype(source)) or "auto"
         with naming_the_field(source, trust_remote_code):
             model, found = _load(library, config, chosen, None if device in (None, "cpu") else device)
-    _check_complete(source, found)
+    _check_complete(source, found, quantisation)
     if getattr(model.config, "is_encoder_decoder", False) and writes_from_left_to_right(model):
         raise InputError(
             f"{source.name} is not a causal language model: is_encoder_decoder of its configuration is true."
@@ -120,12 +131,19 @@ def _stored_dtype(source: ModelSource) -> torch.dtype | None:
     return None if files is None else stored_dtype(files)
 
 
-def _check_complete(source: ModelSource, found: dict[str, Any]) -> None:
+def _check_complete(source: ModelSource, found: dict[str, Any], quantisation: Quantisation | None) -> None:
     """Raise InputError if tensors are missing or have other shapes: transformers fills them with random values."""
     missing = sorted(map(str, found.get("missing_keys") or ()))
     if missing:
-        lacking = f"{source.name} lacks {len(missing)} of the model's tensors, such as {missing[0][:100]}."
-        raise InputError(lacking + _about_experts(source))
+        advice = _about_experts(source)
+        if quantisation is not None:
+            advice = (
+                f" transformers may not read them in {quantisation.scheme.label}; rocr can read the first layers "
+                "itself: give --partial, with --text or --statistics."
+            )
+        raise InputError(
+            f"{source.name} lacks {len(missing)} of the model's tensors, such as {missing[0][:100]}.{advice}"
+        )
     if found.get("mismatched_keys"):
         raise InputError(f"{source.name} holds tensors whose shapes differ from those of its config.json.")
 

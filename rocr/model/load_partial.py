@@ -19,9 +19,9 @@ from rocr.model.check_tokenizer import check_token_ids
 from rocr.model.diagnosis import check_memory, naming_the_field, set_settings
 from rocr.model.hub import loading
 from rocr.model.load import LoadedModel, embedding_rows, load_tokenizer
-from rocr.model.quantised.checkpoint import find_quantisation
+from rocr.model.quantised.checkpoint import check_scales, find_quantisation
 from rocr.model.source import ModelSource
-from rocr.model.stored_weights import StoredNames, stored_names
+from rocr.model.stored_names import StoredNames, stored_names
 from rocr.model.weight_files import WeightFiles, find_weight_files, stored_dtype
 
 MEMORY_SHARE = 0.5
@@ -29,7 +29,7 @@ MEMORY_SHARE = 0.5
 
 
 def can_load_partially(source: ModelSource, last_layer: int = 0) -> bool:
-    """Return whether safetensors files hold each parameter up to a layer as a tensor of its own.
+    """Return whether rocr can read each parameter up to a layer from safetensors files.
 
     Args:
         source: Where the model comes from.
@@ -98,6 +98,9 @@ def load_partial(
     files = find_weight_files(source.checkpoint_folder)
     if files is None:
         raise InputError(f"{source.name} cannot be loaded in part: it has no safetensors files.")
+    quantisation = find_quantisation(files.folder)
+    if quantisation is not None:
+        check_scales(quantisation, files)
     model = empty_model(source, trust_remote_code)
     architecture = find_architecture(model)
     if architecture.mixture(last_layer) is None:
@@ -107,13 +110,12 @@ def load_partial(
     names = stored_names(files, model)
     needed = _needed(architecture, last_layer, names)
     dtype = dtype or _dtype(files, names, needed)
+    _check_memory(model, names, needed, dtype, source)
     for name in needed:
-        weight = names.quantised.get(name)
-        if weight is not None:
-            assert dtype is not None, "quantised weights have one"
-            _set_values(model, name, weight.read(tuple(model.get_parameter(name).shape)).to(dtype), device)
-        else:
+        if name in names.plain:
             _set(model, name, files.find(names.of(name)), dtype, device, mapped)
+        else:
+            _set_values(model, name, _made_values(model, name, files, names, dtype), device)
     model.tie_weights()  # type: ignore[operator]
     decoder_first(architecture)
     if device is not None:
@@ -163,6 +165,33 @@ def must_map(files: WeightFiles, architecture: Architecture, last_layer: int, de
     """Return whether `load_partial` memory-maps the layers 0 to `last_layer`: if they take much of the free memory."""
     size = sum(stored.size for stored in needed_tensors(files, architecture, last_layer))
     return device in (None, "cpu") and size > MEMORY_SHARE * free_memory()
+
+
+def bytes_in_memory(files: WeightFiles, architecture: Architecture, last_layer: int) -> int:
+    """Return the bytes of the weights that `load_partial` loads, in the dtype that they have then."""
+    names = stored_names(files, architecture.model)
+    needed = _needed(architecture, last_layer, names)
+    stored = sum(files.find(names.of(name)).size for name in needed if name in names.plain)
+    return stored + _made_bytes(architecture.model, names, needed, _dtype(files, names, needed))
+
+
+def _made_bytes(model: nn.Module, names: StoredNames, needed: list[str], dtype: torch.dtype | None) -> int:
+    """Return the bytes of the parameters that are dequantised or joined, and so cannot be memory-mapped."""
+    made = [model.get_parameter(name) for name in needed if name not in names.plain]
+    return sum(parameter.numel() * (dtype or parameter.dtype).itemsize for parameter in made)
+
+
+def _check_memory(
+    model: nn.Module, names: StoredNames, needed: list[str], dtype: torch.dtype | None, source: ModelSource
+) -> None:
+    """Raise InputError if parameters that cannot be memory-mapped do not fit into the free memory."""
+    size, free = _made_bytes(model, names, needed, dtype), free_memory()
+    if size > free:
+        raise InputError(
+            f"{source.name} cannot be loaded in part: the weights of its first layers that are dequantised or stacked "
+            f"take {size:,} bytes of memory, and {free:,} are free. Edit earlier layers (--layers), or use a machine "
+            "with more memory."
+        )
 
 
 def _needed(architecture: Architecture, last_layer: int, names: StoredNames) -> list[str]:
@@ -218,6 +247,40 @@ def _set(
     _set_values(model, name, values, device)
 
 
+def _made_values(
+    model: nn.Module, name: str, files: WeightFiles, names: StoredNames, dtype: torch.dtype | None
+) -> torch.Tensor:
+    """Return the values of a parameter that is quantised, or joined, split or transposed from stored tensors.
+
+    Raises:
+        InputError: The values have another shape than the parameter, or cannot be read.
+    """
+    parameter = model.get_parameter(name)
+    dtype = None if dtype is None else _loaded_dtype(model, name, parameter, dtype)
+
+    def read(stored: str) -> torch.Tensor:
+        weight = names.packed.get(stored)
+        if weight is None:
+            values = files.find(stored).map()
+            return values if dtype is None or not values.is_floating_point() else values.to(dtype)
+        assert dtype is not None, "quantised weights have one"
+        return weight.read(None).to(dtype)
+
+    if name in names.quantised:
+        assert dtype is not None, "quantised weights have one"
+        return names.quantised[name].load(tuple(parameter.shape), dtype)
+    if name not in names.converted:
+        raise InputError(f"{files.folder} does not hold {name}.")
+    values = names.converted[name].values(name, model, read)
+    if values.shape != parameter.shape:
+        stored_names = names.converted[name].names
+        raise InputError(
+            f"{name} is made of {len(stored_names)} stored tensors such as {stored_names[0]}, which give the shape "
+            f"{tuple(values.shape)}, but the model's parameter has {tuple(parameter.shape)}."
+        )
+    return values.contiguous()
+
+
 def _set_values(model: nn.Module, name: str, values: torch.Tensor, device: str | None) -> None:
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
@@ -233,7 +296,7 @@ def _dtype(files: WeightFiles, names: StoredNames, needed: list[str]) -> torch.d
     quantisation = find_quantisation(files.folder)
     if quantisation is not None:
         return quantisation.dtype
-    return stored_dtype(files, [names.of(name) for name in needed])
+    return stored_dtype(files, [tensor.name for name in needed for tensor in names.places(files, name)])
 
 
 def _loaded_dtype(model: nn.Module, name: str, parameter: torch.Tensor, dtype: torch.dtype) -> torch.dtype:

@@ -18,7 +18,8 @@ from rocr.model.hub import loading, parameters_on_meta
 from rocr.model.load import LoadedModel
 from rocr.model.model_class import inner_language_model
 from rocr.model.source import ModelSource
-from rocr.model.stored_weights import find_weights, stored_names
+from rocr.model.stored_names import stored_names
+from rocr.model.stored_weights import find_weights
 
 
 def own_names(loaded: LoadedModel, parameters: Iterable[str]) -> dict[str, str]:

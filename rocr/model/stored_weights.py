@@ -9,9 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,10 @@ from rocr.errors import InputError
 from rocr.io.dtypes import SUPPORTED_KINDS
 from rocr.io.safetensors_layout import StoredTensor
 from rocr.model.block import Block
-from rocr.model.quantised.checkpoint import QuantisedWeight, quantised_weights
+from rocr.model.quantised.checkpoint import QuantisedWeight
+from rocr.model.quantised.place import QuantisedPlace
 from rocr.model.source import ModelSource
+from rocr.model.stored_names import StoredNames
 from rocr.model.tensor_parallel import is_sharded
 from rocr.model.weight_files import WeightFiles, find_weight_files
 
@@ -76,57 +77,6 @@ class Place:
         return tensor.view(self.experts, -1, tensor.shape[-1])[self.expert]
 
 
-@dataclass
-class StoredNames:
-    """The names that the parameters of a model have in its files.
-
-    Attributes:
-        plain: For each parameter that is loaded without a change of layout, the names of its tensors: more than one
-            if it is stored under several names.
-        converted: For each parameter that is joined, split, transposed or dequantised from other tensors, their
-            names.
-        quantised: For each parameter that is dequantised by a scheme that rocr reads, its parts in the files.
-    """
-
-    plain: dict[str, list[str]] = field(default_factory=dict)
-    converted: dict[str, list[str]] = field(default_factory=dict)
-    quantised: dict[str, QuantisedWeight] = field(default_factory=dict)
-
-    @property
-    def readable(self) -> set[str]:
-        """The parameters whose values rocr reads from the files itself."""
-        return {*self.plain, *self.quantised}
-
-    def places(self, files: WeightFiles, parameter: str) -> list[StoredTensor]:
-        """Return the tensors in the files that hold a parameter, each once."""
-        if parameter in self.quantised:
-            return list(self.quantised[parameter].places.values())
-        return [files.find(self.of(parameter))]
-
-    def of(self, parameter: str) -> str:
-        """Return the name of a parameter's tensor; the parameter's own name if the files hold none."""
-        return self.plain.get(parameter, [parameter])[0]
-
-
-def stored_names(files: WeightFiles, model: nn.Module) -> StoredNames:
-    """Find the names that the parameters of a model have in its files.
-
-    Args:
-        files: The files of the model's folder. If the index lacks a parameter, all headers are read.
-        model: A model of transformers, which may be on the meta device.
-    """
-    parameters = model.state_dict(keep_vars=True)
-    found = _names(files, parameters, model)
-    if files.index is not None and any(
-        name not in found.readable and name not in found.converted for name, _ in model.named_parameters()
-    ):
-        before = len(files.file_of)
-        files.read_headers()
-        if len(files.file_of) > before:
-            found = _names(files, parameters, model)
-    return found
-
-
 def find_weights(source: ModelSource) -> WeightFiles | None:
     """Find the safetensors files that a model is loaded from; None if it has none on this machine.
 
@@ -144,7 +94,7 @@ def find_stored(files: WeightFiles, names: StoredNames, block: Block) -> list[Pl
             edited.
     """
     name = block.parameter_name
-    converted = names.converted.get(name, [])
+    converted = names.converted[name].names if name in names.converted else []
     if name not in names.plain and not (converted and block.expert is not None):
         reason = f"store it in another layout, as {converted[0]}" if converted else "do not hold it"
         raise InputError(
@@ -171,22 +121,51 @@ def _place_of_expert(files: WeightFiles, names: Sequence[str], block: Block) -> 
     assert block.expert is not None
     shape = tuple(block.stored.shape)
     if len(names) == block.experts:
-        tensor = files.find(sorted(names, key=_natural)[block.expert])
+        tensor = files.find(names[block.expert])
         return Place(tensor, None, 1, flipped=tensor.shape != shape)
     tensor = files.find(names[0])
     return Place(tensor, block.expert, block.experts, flipped=tensor.shape[-2:] != shape)
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Return a key that sorts numbers in a name by their value."""
-    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", name)]
-
-
 def edited_places(files: WeightFiles, names: StoredNames, block: Block) -> list[StoredTensor]:
     """Return the tensors that an edit of a weight changes or replaces; raises as `find_stored`."""
-    if block.parameter_name in names.quantised:
-        return names.places(files, block.parameter_name)
+    if find_quantised(names, block) is not None:
+        return [tensor for weight in replaced_weights(names, block) for tensor in weight.places.values()]
     return [place.tensor for place in find_stored(files, names, block)]
+
+
+def find_quantised(names: StoredNames, block: Block) -> QuantisedPlace | None:
+    """Find where the files hold an edited weight that is quantised; None if it is not.
+
+    Raises:
+        InputError: The weight is one of several that the files hold in one quantised weight of another layout.
+    """
+    weights = names.quantised_of(block.parameter_name)
+    if not weights:
+        return None
+    if len(weights) > 1 and block.expert is not None and len(weights) == block.experts:
+        weight, expert = weights[block.expert], None
+    elif len(weights) == 1:
+        weight, expert = weights[0], block.expert
+    else:
+        raise InputError(
+            f"{block.label} is made of {len(weights)} quantised weights such as {weights[0].module}, and rocr edits "
+            "quantised experts that are stored one by one, or all in one tensor."
+        )
+    # Schemes give the values of one matrix as (d_out, d_in), and those of all experts as the model holds them.
+    return QuantisedPlace(weight, tuple(block.stored.shape), expert, flipped=block.transposed and expert is None)
+
+
+def replaced_weights(names: StoredNames, block: Block) -> list[QuantisedWeight]:
+    """Return the quantised weights that become plain with an edited one.
+
+    Those of all experts of a layer, since loaders run all experts of a layer in one kernel; else the edited one.
+    """
+    if block.expert is None:
+        return names.quantised_of(block.parameter_name)
+    prefix = f"{block.name}."
+    parameters = [name for name in (*names.quantised, *names.converted) if name.startswith(prefix)]
+    return [weight for name in parameters for weight in names.quantised_of(name)]
 
 
 def check_loaded(files: WeightFiles, names: StoredNames, model: nn.Module, blocks: Iterable[Block]) -> None:
@@ -199,9 +178,9 @@ def check_loaded(files: WeightFiles, names: StoredNames, model: nn.Module, block
         InputError: A weight that will be edited cannot be written, or a weight differs; the message names it.
     """
     for block in blocks:
-        weight = names.quantised.get(block.parameter_name)
-        if weight is not None:
-            check_dequantised(weight, block)
+        quantised = find_quantised(names, block)
+        if quantised is not None:
+            check_dequantised(quantised, block)
             continue
         for block_place in find_stored(files, names, block):
             if not same_values(block.stored, block_place.read()):
@@ -214,14 +193,13 @@ def check_loaded(files: WeightFiles, names: StoredNames, model: nn.Module, block
                 raise _differs(name, place)
 
 
-def check_dequantised(weight: QuantisedWeight, projection: Block) -> None:
+def check_dequantised(place: QuantisedPlace, block: Block) -> None:
     """Raise InputError unless a loaded weight has the values of its quantised parts in the files."""
-    loaded = projection.parameter.data
-    if not same_values(loaded, weight.read(tuple(loaded.shape))):
+    if not same_values(block.stored, place.read()):
         raise InputError(
-            f"{projection.parameter_name} was loaded with other values than {weight.module} has in the files as "
-            f"{weight.scheme.label}, so an edited copy of the files cannot be written. Write only the edit and the "
-            "adapter (--quantised adapter)."
+            f"{block.label} was loaded with other values than {place.weight.module} has in the files as "
+            f"{place.weight.scheme.label}, so an edited copy of the files cannot be written. Write only the edit and "
+            "the adapter (--quantised adapter)."
         )
 
 
@@ -272,53 +250,3 @@ def _cached(source: ModelSource) -> Path | None:
 
     config = try_to_load_from_cache(source.name, "config.json") if source.folder is None else None
     return Path(config).parent if isinstance(config, str) else None
-
-
-def _names(files: WeightFiles, parameters: dict[str, Any], model: nn.Module) -> StoredNames:
-    weights = quantised_weights(files)
-    # The rules of a quantiser are for its own modules; without them, a weight has the name of the dense weight.
-    rename = _renaming(model, parameters, None if weights else getattr(model, "hf_quantizer", None))
-    found = StoredNames()
-    for weight in weights:
-        found.quantised[rename(weight.name)[0]] = weight
-    parts = {name for weight in weights for name in weight.names.values()}
-    for name in files.file_of:
-        if name in parts:
-            continue
-        parameter, converted = rename(name)
-        if parameter not in parameters and name in parameters:
-            parameter, converted = name, False
-        if parameter in parameters:
-            (found.converted if converted else found.plain).setdefault(parameter, []).append(name)
-    return found
-
-
-def _renaming(model: nn.Module, parameters: dict[str, Any], quantizer: object) -> Callable[[str], tuple[str, bool]]:
-    """Return transformers' mapping from a stored tensor to its parameter and whether the layout is changed."""
-    prefix = getattr(model, "base_model_prefix", "")
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-    except ImportError:  # before transformers 5
-        patterns = getattr(model, "_checkpoint_conversion_mapping", None) or {}
-        return lambda name: (_renamed(name, patterns, prefix, parameters), False)
-    rules = get_model_conversion_mapping(model, None, quantizer)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-
-    def renamed(name: str) -> tuple[str, bool]:
-        parameter, pattern = rename_source_key(name, renamings, converters, prefix, parameters)
-        return parameter, pattern is not None
-
-    return renamed
-
-
-def _renamed(name: str, patterns: dict[str, str], prefix: str, parameters: dict[str, Any]) -> str:
-    for pattern, replacement in patterns.items():
-        name, count = re.subn(pattern, replacement, name)
-        if count:
-            break
-    for candidate in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
-        if candidate in parameters:
-            return candidate
-    return name

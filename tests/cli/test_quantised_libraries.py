@@ -1,4 +1,7 @@
-"""Models that bitsandbytes and compressed-tensors quantised themselves, and that they load again after an edit."""
+"""Edited models that the library of their scheme loads: bitsandbytes, compressed-tensors and gptqmodel.
+
+The models of the first two are quantised by the library itself. gptqmodel compiles its kernels when it first runs.
+"""
 
 import shutil
 
@@ -11,7 +14,17 @@ from rocr.model.architecture import find_architecture
 from rocr.model.load import find_model, load_model
 from rocr.model.quantised.opening import open_down_projections
 from tests.support.models import TEXTS
-from tests.support.quantised import EDIT, EDITED, check_redirect, run, write_plain
+from tests.support.quantised import (
+    EDIT,
+    EDITED,
+    check_redirect,
+    moved,
+    run,
+    write_awq,
+    write_gptq,
+    write_int4_mixture,
+    write_plain,
+)
 
 pytestmark = pytest.mark.slow
 BITSANDBYTES = {
@@ -20,14 +33,13 @@ BITSANDBYTES = {
     "int8": {"load_in_8bit": True},
 }
 COMPRESSED = ("W4A16", "NVFP4A16", "MXFP4A16", "FP8_DYNAMIC", "W8A8")
-COARSE = {"W4A16", "NVFP4A16", "MXFP4A16", "nf4", "fp4"}
+GPTQMODEL = {"GPTQ": write_gptq, "GPTQ-desc_act": lambda folder: write_gptq(folder, ordered=False), "AWQ": write_awq}
 
 
-def write_bitsandbytes(plain, folder, scheme):
+def write_bitsandbytes(plain, folder, scheme, **settings):
     pytest.importorskip("bitsandbytes")
-    AutoModelForCausalLM.from_pretrained(
-        plain, quantization_config=BitsAndBytesConfig(**BITSANDBYTES[scheme])
-    ).save_pretrained(folder)
+    config = BitsAndBytesConfig(**BITSANDBYTES[scheme], **settings)
+    AutoModelForCausalLM.from_pretrained(plain, quantization_config=config).save_pretrained(folder)
 
 
 def write_compressed(plain, folder, scheme):
@@ -55,28 +67,35 @@ def write_compressed(plain, folder, scheme):
     compressor.update_config(str(folder))
 
 
-@pytest.fixture(scope="module", params=[*BITSANDBYTES, *COMPRESSED])
+@pytest.fixture(scope="module", params=[*BITSANDBYTES, *COMPRESSED, *GPTQMODEL])
 def quantised(request, tmp_path_factory):
-    """The scheme and the folder of a model that its library quantised."""
+    """The scheme and the folder of a quantised model."""
+    if request.param in GPTQMODEL:
+        pytest.importorskip("optimum")
+        pytest.importorskip("gptqmodel")
+        folder = tmp_path_factory.mktemp("quantised")
+        GPTQMODEL[request.param](folder)
+        return request.param, folder
     plain, folder = (tmp_path_factory.mktemp(name) for name in ("plain", "quantised"))
     write_plain(plain)
     write = write_bitsandbytes if request.param in BITSANDBYTES else write_compressed
     write(plain, folder, request.param)
+    copy_tokenizer(plain, folder)
+    return request.param, folder
+
+
+def copy_tokenizer(plain, folder):
     for path in plain.glob("*token*"):
         shutil.copy(path, folder / path.name)
     shutil.copy(plain / "chat_template.jinja", folder / "chat_template.jinja")
-    return request.param, folder
 
 
 @pytest.mark.parametrize("output", ["plain", "keep", "adapter"])
 def test_the_library_loads_the_result_and_finds_the_redirect(quantised, output, tmp_path):
-    scheme, folder = quantised
+    _, folder = quantised
     text, out = tmp_path / "text.txt", tmp_path / "out"
     text.write_text(" ".join(TEXTS) * 40)
     code, _, errors = run("unlearn", folder, *EDIT, "--text", text, "--out", out, "--quantised", output)
-    if output == "keep" and code == 4:
-        assert scheme in COARSE and "survives" in errors and not out.exists()
-        return
     assert code == 0, errors
     edit = rocr.Edit.load(out / "edit.safetensors")
     before = AutoModelForCausalLM.from_pretrained(folder)
@@ -108,4 +127,57 @@ def test_opened_weights_are_those_of_the_library(quantised):
         keys = torch.eye(weight.shape[1]).to(weight.dtype)
         theirs = library.model.get_submodule(f"model.layers.{layer}.mlp.down_proj")(keys).T
         difference = (theirs - weight).float().norm() / weight.float().norm()
-        assert difference < (0.02 if scheme in (*BITSANDBYTES, "FP8_DYNAMIC", "W8A8") else 1e-6)
+        assert difference < (0.02 if scheme in (*BITSANDBYTES, *GPTQMODEL, "FP8_DYNAMIC", "W8A8") else 1e-6)
+
+
+@pytest.mark.parametrize("output", ["plain", "keep"])
+def test_a_model_is_edited_in_part_as_its_files_say(quantised, output, tmp_path):
+    _, folder = quantised
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text(" ".join(TEXTS) * 40)
+    more = ("--text", text, "--out", out, "--quantised", output, "--partial")
+    code, _, errors = run("unlearn", folder, *EDIT, *more)
+    assert code == 0, errors
+    before, after = (AutoModelForCausalLM.from_pretrained(place) for place in (folder, out))
+    for model in (before, after):
+        model(torch.zeros((1, 1), dtype=torch.long))
+    check_redirect(before, after, folder, rocr.Edit.load(out / "edit.safetensors"), 0.4)
+
+
+@pytest.mark.parametrize("output", ["plain", "keep"])
+def test_a_quantised_shared_expert_beside_plain_experts(output, tmp_path):
+    """bitsandbytes quantises the matrices of a shared expert, and not the experts that transformers stacks."""
+    plain, folder, text, out = (tmp_path / name for name in ("plain", "quantised", "text.txt", "out"))
+    text.write_text(" ".join(TEXTS) * 40)
+    write_plain(plain, "Qwen2Moe", moe_intermediate_size=64, shared_expert_intermediate_size=64)
+    write_bitsandbytes(plain, folder, "nf4", llm_int8_skip_modules=["lm_head", "shared_expert_gate"])
+    copy_tokenizer(plain, folder)
+    code, _, errors = run("unlearn", folder, *EDIT, "--text", text, "--out", out, "--quantised", output)
+    assert code == 0, errors
+    before, after = (AutoModelForCausalLM.from_pretrained(place) for place in (folder, out))
+    assert moved(before, after, folder) < 0.9
+    assert "matches its records" in run("verify", out)[1]
+    assert run("revert", out, "--out", tmp_path / "back")[0] == 0
+    name = "model.safetensors"
+    assert (tmp_path / "back" / name).read_bytes() == (folder / name).read_bytes()
+
+
+@pytest.mark.parametrize("output", ["keep", "adapter"])
+def test_experts_of_compressed_tensors(output, tmp_path):
+    pytest.importorskip("compressed_tensors")
+    folder, text, out = (tmp_path / name for name in ("model", "text.txt", "out"))
+    text.write_text(" ".join(TEXTS) * 40)
+    write_int4_mixture(folder)
+    code, _, errors = run("unlearn", folder, *EDIT, "--text", text, "--out", tmp_path / "plain")
+    assert code == 2 and "--quantised keep" in errors and not (tmp_path / "plain").exists()
+    code, _, errors = run("unlearn", folder, *EDIT, "--text", text, "--out", out, "--quantised", output)
+    assert code == 0, errors
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(folder if output == "adapter" else place) for place in (folder, out)
+    )
+    for model in (before, after):
+        model(torch.zeros((1, 1), dtype=torch.long))
+    if output == "adapter":
+        peft = pytest.importorskip("peft")
+        after = peft.PeftModel.from_pretrained(after, out / "lora").merge_and_unload()
+    assert moved(before, after, folder) < 0.9

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from rocr.cli.main import main
+from rocr.model.quantised.packing import e2m1_table, pack_nibbles
 from tests.support.models import build_model, build_tokenizer
 
 SIZES = {
@@ -19,6 +20,8 @@ SIZES = {
     "num_key_value_heads": 2,
     "initializer_range": 0.06,
 }
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+"""Of a tiny Qwen3-MoE, whose files hold the experts one by one."""
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -30,10 +33,10 @@ EDIT = (
 EDITED = [f"model.layers.{layer}.mlp.down_proj" for layer in (1, 2)]
 
 
-def write_plain(folder, **changes):
-    """Write a tiny Llama in bfloat16 with its tokenizer."""
+def write_plain(folder, family="Llama", **changes):
+    """Write a tiny model in bfloat16 with its tokenizer."""
     tokenizer = build_tokenizer()
-    model = build_model("Llama", len(tokenizer), **(SIZES | changes)).to(torch.bfloat16)
+    model = build_model(family, len(tokenizer), **(SIZES | changes)).to(torch.bfloat16)
     model.config.dtype = torch.bfloat16
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -43,9 +46,16 @@ def write_plain(folder, **changes):
 def write_fp8(folder, block=(64, 32), scales="float32", shards=1):
     """Write a tiny Llama whose projections are e4m3 in blocks, in one or more files."""
     write_plain(folder)
+    tensors, settings = fp8_tensors(load_file(folder / "model.safetensors"), block, scales)
+    write_tensors(folder, tensors, settings, shards)
+    return folder
+
+
+def fp8_tensors(plain, block, scales):
+    """The tensors of a plain checkpoint with the projections in e4m3, and the quantization_config."""
     tensors = {}
-    for name, values in load_file(folder / "model.safetensors").items():
-        if name.split(".")[-2] not in PROJECTIONS:
+    for name, values in plain.items():
+        if name.split(".")[-2] not in PROJECTIONS or values.ndim != 2:
             tensors[name] = values
             continue
         rows, columns = (size // by for size, by in zip(values.shape, block, strict=True))
@@ -59,8 +69,7 @@ def write_fp8(folder, block=(64, 32), scales="float32", shards=1):
     settings = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": list(block)}
     if scales == "e8m0":
         settings["scale_fmt"] = "ue8m0"
-    write_tensors(folder, tensors, settings, shards)
-    return folder
+    return tensors, settings
 
 
 def write_tensors(folder, tensors, settings, shards=1):
@@ -72,17 +81,28 @@ def write_tensors(folder, tensors, settings, shards=1):
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         return
     names = sorted(tensors)
-    weight_map = {name: f"model-{i * shards // len(names):05}.safetensors" for i, name in enumerate(names)}
+    write_shards(folder, tensors, {name: f"{i * shards // len(names):05}" for i, name in enumerate(names)})
+
+
+def write_shards(folder, tensors, shard_of):
+    """Write tensors into the shards of these names, and their index."""
+    weight_map = {name: f"model-{shard_of[name]}.safetensors" for name in tensors}
     for file in set(weight_map.values()):
-        inside = {name: tensors[name] for name in names if weight_map[name] == file}
+        inside = {name: tensors[name] for name in tensors if weight_map[name] == file}
         save_file(inside, folder / file, metadata={"format": "pt"})
     index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def write_gptq(folder, group=32, ordered=True, **settings):
-    """Write a tiny Llama whose projections are 4-bit GPTQ: words along the inputs, zero points stored less 1."""
-    write_plain(folder)
+def write_gptq(folder, group=32, ordered=True, mixture=False, **settings):
+    """Write a tiny Llama, or a tiny Qwen3-MoE, whose projections are 4-bit GPTQ.
+
+    Words are along the inputs, and zero points are stored less 1.
+    """
+    if mixture:
+        write_plain(folder, "Qwen3Moe", **EXPERTS, head_dim=32)
+    else:
+        write_plain(folder)
     tensors = {}
     for name, values in load_file(folder / "model.safetensors").items():
         if name.split(".")[-2] not in PROJECTIONS:
@@ -166,3 +186,59 @@ def check_redirect(before, after, folder, edit, least):
     target = state(before, folder, "Blaise Pascal")
     first, last = (float((state(model, folder, "Ada Byron") - target).norm()) for model in (before, after))
     assert last < 0.9 * first
+
+
+def write_fp8_mixture(folder, scales="float32", shards=4, block=(64, 32)):
+    """Write a tiny Qwen3-MoE whose projections, those of single experts too, are e4m3 in blocks."""
+    write_plain(folder, "Qwen3Moe", **EXPERTS, head_dim=32, mlp_only_layers=[0])
+    tensors, settings = fp8_tensors(load_file(folder / "model.safetensors"), block, scales)
+    write_tensors(folder, tensors, settings, shards)
+    return folder
+
+
+def write_mxfp4_mixture(folder, shards=4):
+    """Write a tiny gpt-oss: experts as `down_proj_blocks`, `down_proj_scales` and biases, the rest plain."""
+    write_plain(folder, "GPT-OSS", num_local_experts=4, num_experts_per_tok=2, head_dim=32)
+    tensors = {}
+    for name, values in load_file(folder / "model.safetensors").items():
+        if not name.endswith(("experts.down_proj", "experts.gate_up_proj")):
+            tensors[name] = values
+            continue
+        blocks = values.float().transpose(1, 2).unflatten(2, (-1, 32))
+        exponents = (blocks.abs().amax(-1) / 6).log2().ceil()
+        ratio = blocks / exponents.exp2().unsqueeze(-1)
+        table = e2m1_table()
+        codes = (ratio.unsqueeze(-1) - table).abs().argmin(-1)
+        tensors[f"{name}_blocks"] = pack_nibbles(codes)
+        tensors[f"{name}_scales"] = (exponents + 127).to(torch.uint8)
+    skipped = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    write_tensors(folder, tensors, {"quant_method": "mxfp4", "modules_to_not_convert": skipped}, shards)
+    return folder
+
+
+def write_int4_mixture(folder, group=32):
+    """Write a tiny Qwen3-MoE whose projections are 4-bit integers of compressed-tensors."""
+    write_plain(folder, "Qwen3Moe", **EXPERTS, head_dim=32)
+    tensors = {}
+    for name, values in load_file(folder / "model.safetensors").items():
+        if name.split(".")[-2] not in PROJECTIONS:
+            tensors[name] = values
+            continue
+        groups, module = values.float().unflatten(1, (-1, group)), name.removesuffix(".weight")
+        scale = (groups.abs().amax(-1) / 7.5).bfloat16()
+        codes = (groups / scale.float().unsqueeze(-1)).round().clamp(-8, 7).flatten(1) + 8
+        tensors[f"{module}.weight_packed"] = words(codes.long().unflatten(1, (-1, 8)))
+        tensors[f"{module}.weight_scale"] = scale
+        tensors[f"{module}.weight_shape"] = torch.tensor(values.shape)
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "group_size": group, "strategy": "group"}
+    settings = {"quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed"}
+    groups_of = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    write_tensors(folder, tensors, {**settings, "config_groups": groups_of, "ignore": ["lm_head", "re:.*mlp.gate$"]})
+    return folder
+
+
+def moved(before, after, folder):
+    """How far the state of the concept is from that of the redirect, as a share of the distance before."""
+    target = state(before, folder, "Blaise Pascal")
+    first, last = (float((state(model, folder, "Ada Byron") - target).norm()) for model in (before, after))
+    return last / first

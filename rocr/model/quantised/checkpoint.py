@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,10 @@ SCHEMES: Mapping[str, type[Scheme]] = {
 }
 """The schemes by the names in `quant_method`, besides bitsandbytes."""
 FIELDS = ("quantization_config", "compression_config")
+EXPERTS = re.compile(r"(^|\.)experts(\.|$)")
+"""The name of a module that is one of the experts of a mixture, or holds them."""
+UNREAD_SCALES = "_scale_inv"
+"""The ending of the names of scales in FP8."""
 MODULES_OF_PACKAGES = {"compressed-tensors": "compressed_tensors"}
 """The names that Python imports, of packages that pip installs under other names."""
 
@@ -103,15 +108,38 @@ class QuantisedWeight:
         """The bytes of all parts."""
         return sum(place.size for place in self.places.values())
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the values. Of most schemes, headers tell it."""
+        known = self.scheme.shape({role: place.shape for role, place in self.places.items()})
+        return tuple(self.read(None).shape) if known is None else known
+
     def parts(self) -> dict[str, Tensor]:
         """Read the parts."""
         return {role: place.read() for role, place in self.places.items()}
 
-    def read(self, shape: tuple[int, ...], parts: Mapping[str, Tensor] | None = None) -> Tensor:
+    def parts_of(self, expert: int) -> dict[str, Tensor]:
+        """Read the parts of one expert of a weight that holds several, with a first dimension of 1."""
+        return {role: place.map()[expert : expert + 1].clone() for role, place in self.places.items()}
+
+    def load(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return the values in a dtype. Experts are read one after the other, since float32 takes more memory.
+
+        Raises:
+            InputError: As `read`.
+        """
+        if len(shape) < 3:
+            return self.read(shape).to(dtype)
+        values = torch.empty(shape, dtype=dtype)
+        for expert in range(shape[0]):
+            values[expert] = self.read((1, *shape[1:]), self.parts_of(expert))[0]
+        return values
+
+    def read(self, shape: tuple[int, ...] | None, parts: Mapping[str, Tensor] | None = None) -> Tensor:
         """Return the values, float32.
 
         Args:
-            shape: The shape that the weight must have.
+            shape: The shape that the weight must have; None for any.
             parts: The parts; None reads them from the files.
 
         Raises:
@@ -125,7 +153,7 @@ class QuantisedWeight:
                 f"{self.module} cannot be read as {self.scheme.label}: {str(error)[:200]}. Its tensors are "
                 f"{', '.join(f'{place.name} ({place.kind} {list(place.shape)})' for place in self.places.values())}."
             ) from None
-        if tuple(values.shape) != shape:
+        if shape is not None and tuple(values.shape) != shape:
             raise InputError(
                 f"{self.module} has the shape {tuple(values.shape)} in {self.scheme.label}, but the model's weight has "
                 f"{shape}. rocr edits quantised weights that are stored as (outputs, inputs)."
@@ -168,6 +196,38 @@ def quantised_weights(files: WeightFiles) -> list[QuantisedWeight]:
         return []
     found = quantisation.scheme.modules(files.file_of)
     return [QuantisedWeight(quantisation.scheme, module, names, files) for module, names in found.items()]
+
+
+def check_scales(quantisation: Quantisation, files: WeightFiles) -> None:
+    """Raise InputError if the files hold scales of a weight that is stored in a form that rocr does not read.
+
+    transformers leaves such scales out without an error if it dequantises a model, as it does on a CPU, and so loads
+    other values.
+    """
+    known = {name for weight in quantised_weights(files) for name in weight.names.values()}
+    unknown = sorted(name for name in files.file_of if name.endswith(UNREAD_SCALES) and name not in known)
+    if quantisation.scheme.label == Fp8.label and unknown:
+        raise InputError(
+            f"{files.folder} holds {unknown[0]} and {len(unknown) - 1} more scales of FP8 weights that are not stored "
+            "as NAME.weight with NAME.weight_scale_inv: rocr and transformers read FP8 experts that are stored one by "
+            "one, not all experts of a layer in one tensor."
+        )
+
+
+def dequantise_experts(quantisation: Quantisation, files: WeightFiles, config: Any) -> None:
+    """Set `config` of a mixture so that transformers loads plain weights, where it can, in place.
+
+    Without a GPU transformers does so anyway. With one, it runs quantised experts in kernels that hide their keys.
+
+    Args:
+        quantisation: The quantisation of the model.
+        files: Its files.
+        config: Its configuration.
+    """
+    settings = getattr(config, "quantization_config", None)
+    has_experts = any(EXPERTS.search(weight.module) for weight in quantised_weights(files))
+    if quantisation.scheme.can_dequantise and isinstance(settings, dict) and has_experts:
+        settings["dequantize"] = True
 
 
 def check_packages(quantisation: Quantisation, name: str) -> None:

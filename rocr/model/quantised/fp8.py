@@ -23,6 +23,7 @@ class Fp8(Scheme):
 
     label = "FP8"
     packages = ("accelerate",)
+    can_dequantise = True
     suffixes: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "weight": (".weight",),
         "scale": (".weight_scale_inv", ".scale"),
@@ -51,6 +52,10 @@ class Fp8(Scheme):
         encoded = (values / spread(kept, _shape(weight), block)).clamp(-LARGEST, LARGEST).to(weight.dtype)
         codes = torch.where(fits.reshape(stored.shape), stored, grown)
         return {"weight": encoded, "scale": codes}
+
+    def shape(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+        """Return the shape of the values; see `Scheme.shape`."""
+        return shapes["weight"]
 
     def _block(self, weight: Tensor, scale: Tensor) -> tuple[int, int]:
         """Return the rows and columns of a block: those of the settings if they fit, else those of an even grid."""

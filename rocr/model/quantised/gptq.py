@@ -23,6 +23,7 @@ class Gptq(Scheme):
 
     label = "GPTQ"
     packages = ("gptqmodel", "optimum", "accelerate")
+    runs_first = True
     suffixes: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "weight": (".qweight",),
         "zeros": (".qzeros",),
@@ -82,6 +83,7 @@ class Awq(Scheme):
 
     label = "AWQ"
     packages = ("gptqmodel", "accelerate")
+    runs_first = True
     suffixes: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "weight": (".qweight",),
         "zeros": (".qzeros",),

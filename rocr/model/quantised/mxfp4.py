@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -23,12 +24,18 @@ class Mxfp4(Scheme):
 
     label = "MXFP4"
     packages = ("accelerate",)
+    can_dequantise = True
     suffixes: ClassVar[Mapping[str, tuple[str, ...]]] = {"weight": ("_blocks",), "scale": ("_scales",)}
     marker = "weight"
 
     def weight_name(self, module: str) -> str:
         """Return the name of the dense weight: the experts are a parameter, not a module."""
         return module
+
+    def shape(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+        """Return (experts, d_in, d_out); see `Scheme.shape`."""
+        experts, outputs, *blocks = shapes["weight"]
+        return experts, 2 * math.prod(blocks), outputs
 
     def read(self, parts: Parts) -> Tensor:
         """Return the values of all experts, (experts, d_in, d_out); see `Scheme.read`."""

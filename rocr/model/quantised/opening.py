@@ -15,8 +15,10 @@ from rocr.io.dtypes import is_supported
 from rocr.model.architecture import find_architecture
 from rocr.model.load import LoadedModel
 from rocr.model.load_partial import empty_model
+from rocr.model.matrix import is_matrix
 from rocr.model.quantised.checkpoint import Quantisation, QuantisedWeight, find_quantisation
-from rocr.model.stored_weights import find_weights, stored_names
+from rocr.model.stored_names import stored_names
+from rocr.model.stored_weights import find_weights
 
 PROBE_KEYS = 8
 LARGEST_DIFFERENCE = 0.3
@@ -44,32 +46,54 @@ def open_down_projections(loaded: LoadedModel, last_layer: int) -> list[str]:
     quantisation = None if files is None else find_quantisation(files.folder)
     if files is None or quantisation is None or loaded.architecture.depth <= last_layer:
         return []
+    if any(parameter.device.type == "meta" for parameter in loaded.model.parameters()):
+        return []  # loaded in part: rocr read plain weights
     if quantisation.scheme.runs_first:
         _run(loaded.model)
     packed = [layer for layer in range(last_layer + 1) if _is_packed(loaded, layer)]
-    if not packed:
+    inside = [name for layer in range(last_layer + 1) for name in _packed_in_mixture(loaded, layer)]
+    if not packed and not inside:
         return []
     skeleton = find_architecture(empty_model(loaded.source, trust_remote_code=False))
     names = stored_names(files, skeleton.model)
+    projections = [skeleton.down_projection(layer) for layer in packed]
+    wanted = [projection.name for projection in projections if not projection.transposed] + inside
     opened = []
-    for layer in packed:
-        projection = skeleton.down_projection(layer)
-        weight = names.quantised.get(projection.parameter_name)
-        if weight is not None and not projection.transposed:
-            _replace(loaded.model, projection.name, weight, tuple(projection.parameter.shape), quantisation)
-            opened.append(projection.name)
+    for name in wanted:
+        weight = names.quantised.get(f"{name}.weight")
+        if weight is not None:
+            shape = tuple(skeleton.model.get_parameter(f"{name}.weight").shape)
+            _replace(loaded.model, name, weight, shape, quantisation)
+            opened.append(name)
     return opened
 
 
 def _is_packed(loaded: LoadedModel, layer: int) -> bool:
     """Return whether a layer has no dense down-projection, or one whose library quantises its weight or keys."""
     if loaded.architecture.mixture(layer) is not None:
-        return False  # experts are not opened
+        return False
     try:
         projection = loaded.architecture.down_projection(layer)
     except InputError:
         return True
     return hasattr(projection.module, "quantization_scheme")
+
+
+def _packed_in_mixture(loaded: LoadedModel, layer: int) -> list[str]:
+    """Return the names of the quantised modules in a layer's mixture, such as the matrices of a shared expert.
+
+    All of them, since it is known only when the mixture runs which of them are down-projections.
+    """
+    mixture = loaded.architecture.mixture(layer)
+    if mixture is None:
+        return []
+    found = []
+    for name, module in mixture[1].named_modules():
+        weight = getattr(module, "weight", None)
+        is_packed = is_matrix(module) and not (isinstance(weight, Tensor) and is_supported(weight.dtype))
+        if is_packed or hasattr(module, "quantization_scheme"):
+            found.append(f"{mixture[0]}.{name}")
+    return found
 
 
 @torch.no_grad()

@@ -28,6 +28,8 @@ class Scheme(ABC):
         marker: The role of a tensor that only quantised weights have.
         optional: Roles that a quantised weight may lack.
         skipped: The field of `settings` that lists modules that are not quantised.
+        can_dequantise: Whether transformers can load the experts of a mixture as plain weights, with `dequantize` in
+            `settings`, and also loads a checkpoint in which those of some layers are stored unquantised.
         runs_first: Whether the library makes its modules ready when the model runs for the first time.
     """
 
@@ -39,6 +41,7 @@ class Scheme(ABC):
     marker: ClassVar[str]
     optional: ClassVar[frozenset[str]] = frozenset()
     skipped: ClassVar[str] = "modules_to_not_convert"
+    can_dequantise: ClassVar[bool] = False
     runs_first: ClassVar[bool] = False
 
     @abstractmethod
@@ -60,6 +63,10 @@ class Scheme(ABC):
         Returns:
             The parts that change, by role, each of the dtype and shape of the replaced one.
         """
+
+    def shape(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...] | None:
+        """Return the shape of the values of a weight from those of its parts by role; None if they do not tell it."""
+        return None
 
     def modules(self, names: Collection[str]) -> dict[str, dict[str, str]]:
         """Return the quantised modules among the names of stored tensors: for each the names of its parts by role."""
