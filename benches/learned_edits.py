@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from learned_facts import HELD_OUT, VALUES, Person, Question, ordinary_text, questions, redirect_of
 from learned_kinds import Kind
+from learned_rank_one import one_after_another
 from learned_training import Learned, next_logits
 from torch import Tensor, nn
 
@@ -171,27 +172,17 @@ def of_the_authors(subject: Subject, concepts: Sequence[rocr.Concept]) -> Revert
     return _edit(subject, concepts, rocr.EditConfig.official(subject.kind.layers))
 
 
-def one_after_another(subject: Subject, concepts: Sequence[rocr.Concept]) -> Revert:
-    """Edit as ROME does: an update of rank one for each concept, in the last of the layers, without joint system.
-
-    The key k is that of the name's last token, averaged over the templates. The state of the redirect takes its place
-    exactly: Δ = r (C⁻¹ k)ᵀ / (kᵀ C⁻¹ k). The statistics are those of the model before the first update.
-    """
-    config = rocr.EditConfig(layers=subject.kind.layers[-1:], key_tokens="last", gamma=1e4, ridge=1e-6)
-    undo = [_edit(subject, [concept], config) for concept in concepts]
-
-    def revert() -> None:
-        for each in reversed(undo):
-            each()
-
-    return revert
+def of_rank_one_updates(subject: Subject, concepts: Sequence[rocr.Concept]) -> Revert:
+    """Edit as ROME does: an update of rank one for each concept, in the last of the layers, without joint system."""
+    learned = subject.learned
+    return one_after_another(learned.model, learned.tokenizer, concepts, subject.statistics, subject.kind.layers[-1])
 
 
 METHODS: dict[str, Callable[[Subject, Sequence[rocr.Concept]], Revert]] = {
     "rocr": of_rocr,
     "rocr, last tokens": of_rocr_at_last_tokens,
     "the authors' settings": of_the_authors,
-    "one after another": one_after_another,
+    "one after another": of_rank_one_updates,
 }
 
 
