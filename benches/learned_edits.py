@@ -23,6 +23,8 @@ COUNTS = (1, 10, 40)
 ALONE = 5
 """Number of people who are unlearned alone; their row is the mean."""
 TEXTS = 3000
+BATCH = 300
+"""Number of questions of a pass: more do not fit the processor's caches."""
 FORCED = rocr.Guards(force=True)
 """In models this small, the updates of many people are larger than their weights, which the guards refuse."""
 Revert = Callable[[], None]
@@ -99,7 +101,7 @@ class Subject:
         asked = [question for question in self.asked if question.person in people]
         others = [replaced(question, redirect_of(question.person, self.learned.redirects)) for question in asked]
         with exchanged_states(self.learned, self.kind.layers[-1], asked, others):
-            right = right_answers(self.learned, [*asked, *others])
+            right = right_in_batch(self.learned, [*asked, *others])
         after = self.before.clone()
         after[torch.tensor([question.person in people for question in self.asked])] = right[: len(asked)]
         return self.row("the redirect's states", people, after)
@@ -109,9 +111,19 @@ def _mean(right: Tensor) -> float:
     return float(right.float().mean())
 
 
-@torch.no_grad()
 def right_answers(learned: Learned, asked: Sequence[Question]) -> Tensor:
     """Return for each question whether the most probable of the attribute's values is the right one."""
+    order = sorted(range(len(asked)), key=lambda i: len(asked[i].text.split()))
+    right = torch.empty(len(asked), dtype=torch.bool)
+    for start in range(0, len(asked), BATCH):
+        some = order[start : start + BATCH]
+        right[some] = right_in_batch(learned, [asked[i] for i in some])
+    return right
+
+
+@torch.no_grad()
+def right_in_batch(learned: Learned, asked: Sequence[Question]) -> Tensor:
+    """Return the same as `right_answers`, from one pass over all questions."""
     tokenizer = learned.tokenizer
     encoded = tokenizer([question.text for question in asked], padding=True, return_tensors="pt")
     logits = next_logits(learned.model, encoded["input_ids"], encoded["attention_mask"])
