@@ -75,7 +75,7 @@ KINDS: dict[str, Kind] = {
     "GPT-2": Kind("GPT2Config", "GPT2LMHeadModel", GPT),
     "Gemma 3": Kind("Gemma3TextConfig", "Gemma3ForCausalLM", {"query_pre_attn_scalar": 20, "sliding_window": 64}),
     "Qwen3-MoE": Kind("Qwen3MoeConfig", "Qwen3MoeForCausalLM", EXPERTS),
-    "DeepSeek-V3": Kind("DeepseekV3Config", "DeepseekV3ForCausalLM", DEEPSEEK),
+    "DeepSeek-V3": Kind("DeepseekV3Config", "DeepseekV3ForCausalLM", DEEPSEEK, steps=700),
     "gpt-oss": Kind(
         "GptOssConfig",
         "GptOssForCausalLM",
@@ -87,7 +87,10 @@ KINDS: dict[str, Kind] = {
         {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 320},
     ),
     "Qwen3-Next": Kind(
-        "Qwen3NextConfig", "Qwen3NextForCausalLM", EXPERTS | LINEAR | {"shared_expert_intermediate_size": 160}
+        "Qwen3NextConfig",
+        "Qwen3NextForCausalLM",
+        EXPERTS | LINEAR | {"shared_expert_intermediate_size": 160},
+        steps=700,
     ),
     "Falcon-H1": Kind("FalconH1Config", "FalconH1ForCausalLM", FALCON),
     "T5": Kind("T5Config", "T5ForConditionalGeneration", T5),
