@@ -75,7 +75,7 @@ KINDS: dict[str, Kind] = {
     "GPT-2": Kind("GPT2Config", "GPT2LMHeadModel", GPT),
     "Gemma 3": Kind("Gemma3TextConfig", "Gemma3ForCausalLM", {"query_pre_attn_scalar": 20, "sliding_window": 64}),
     "Qwen3-MoE": Kind("Qwen3MoeConfig", "Qwen3MoeForCausalLM", EXPERTS),
-    "DeepSeek-V3": Kind("DeepseekV3Config", "DeepseekV3ForCausalLM", DEEPSEEK, steps=700),
+    "DeepSeek-V3": Kind("DeepseekV3Config", "DeepseekV3ForCausalLM", DEEPSEEK),
     "gpt-oss": Kind(
         "GptOssConfig",
         "GptOssForCausalLM",
