@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from learned_facts import HELD_OUT, VALUES, Person, Question, ordinary_text, questions, redirect_of
 from learned_kinds import Kind
+from learned_rank_one import one_after_another
 from learned_training import Learned, next_logits
 from torch import Tensor, nn
 
@@ -22,6 +23,8 @@ COUNTS = (1, 10, 40)
 ALONE = 5
 """Number of people who are unlearned alone; their row is the mean."""
 TEXTS = 3000
+BATCH = 300
+"""Number of questions of a pass: more do not fit the processor's caches."""
 FORCED = rocr.Guards(force=True)
 """In models this small, the updates of many people are larger than their weights, which the guards refuse."""
 Revert = Callable[[], None]
@@ -98,7 +101,7 @@ class Subject:
         asked = [question for question in self.asked if question.person in people]
         others = [replaced(question, redirect_of(question.person, self.learned.redirects)) for question in asked]
         with exchanged_states(self.learned, self.kind.layers[-1], asked, others):
-            right = right_answers(self.learned, [*asked, *others])
+            right = right_in_batch(self.learned, [*asked, *others])
         after = self.before.clone()
         after[torch.tensor([question.person in people for question in self.asked])] = right[: len(asked)]
         return self.row("the redirect's states", people, after)
@@ -108,9 +111,19 @@ def _mean(right: Tensor) -> float:
     return float(right.float().mean())
 
 
-@torch.no_grad()
 def right_answers(learned: Learned, asked: Sequence[Question]) -> Tensor:
     """Return for each question whether the most probable of the attribute's values is the right one."""
+    order = sorted(range(len(asked)), key=lambda i: len(asked[i].text.split()))
+    right = torch.empty(len(asked), dtype=torch.bool)
+    for start in range(0, len(asked), BATCH):
+        some = order[start : start + BATCH]
+        right[some] = right_in_batch(learned, [asked[i] for i in some])
+    return right
+
+
+@torch.no_grad()
+def right_in_batch(learned: Learned, asked: Sequence[Question]) -> Tensor:
+    """Return the same as `right_answers`, from one pass over all questions."""
     tokenizer = learned.tokenizer
     encoded = tokenizer([question.text for question in asked], padding=True, return_tensors="pt")
     logits = next_logits(learned.model, encoded["input_ids"], encoded["attention_mask"])
@@ -171,27 +184,17 @@ def of_the_authors(subject: Subject, concepts: Sequence[rocr.Concept]) -> Revert
     return _edit(subject, concepts, rocr.EditConfig.official(subject.kind.layers))
 
 
-def one_after_another(subject: Subject, concepts: Sequence[rocr.Concept]) -> Revert:
-    """Edit as ROME does: an update of rank one for each concept, in the last of the layers, without joint system.
-
-    The key k is that of the name's last token, averaged over the templates. The state of the redirect takes its place
-    exactly: Δ = r (C⁻¹ k)ᵀ / (kᵀ C⁻¹ k). The statistics are those of the model before the first update.
-    """
-    config = rocr.EditConfig(layers=subject.kind.layers[-1:], key_tokens="last", gamma=1e4, ridge=1e-6)
-    undo = [_edit(subject, [concept], config) for concept in concepts]
-
-    def revert() -> None:
-        for each in reversed(undo):
-            each()
-
-    return revert
+def of_rank_one_updates(subject: Subject, concepts: Sequence[rocr.Concept]) -> Revert:
+    """Edit as ROME does: an update of rank one for each concept, in the last of the layers, without joint system."""
+    learned = subject.learned
+    return one_after_another(learned.model, learned.tokenizer, concepts, subject.statistics, subject.kind.layers[-1])
 
 
 METHODS: dict[str, Callable[[Subject, Sequence[rocr.Concept]], Revert]] = {
     "rocr": of_rocr,
     "rocr, last tokens": of_rocr_at_last_tokens,
     "the authors' settings": of_the_authors,
-    "one after another": one_after_another,
+    "one after another": of_rank_one_updates,
 }
 
 

@@ -43,6 +43,8 @@ COMMON: dict[str, Any] = {
 }
 GPT: dict[str, Any] = {"n_embd": 80, "n_inner": 512, "n_layer": 4, "n_head": 4, "n_positions": 64}
 GPT |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+T5: dict[str, Any] = {"d_model": 80, "d_ff": 512, "d_kv": 20, "num_heads": 4, "num_layers": 4, "num_decoder_layers": 2}
+T5 |= {"dropout_rate": 0.0, "feed_forward_proj": "gated-gelu"}
 EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 320}
 DEEPSEEK: dict[str, Any] = {
     "n_routed_experts": 4,
@@ -85,16 +87,24 @@ KINDS: dict[str, Kind] = {
         {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 320},
     ),
     "Qwen3-Next": Kind(
-        "Qwen3NextConfig", "Qwen3NextForCausalLM", EXPERTS | LINEAR | {"shared_expert_intermediate_size": 160}
+        "Qwen3NextConfig",
+        "Qwen3NextForCausalLM",
+        EXPERTS | LINEAR | {"shared_expert_intermediate_size": 160},
+        steps=700,
     ),
     "Falcon-H1": Kind("FalconH1Config", "FalconH1ForCausalLM", FALCON),
+    "T5": Kind("T5Config", "T5ForConditionalGeneration", T5),
 }
+OWN_NAMES = ("n_embd", "d_model")
+"""Sizes of the kinds whose configurations have other names than those of `COMMON`."""
 
 
 def build_model(kind: Kind, tokenizer: Any, seed: int) -> nn.Module:
     """Return an untrained model, the same one for the same seed."""
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
-    sizes = kind.sizes if "n_embd" in kind.sizes else COMMON | kind.sizes
+    sizes = kind.sizes if any(name in kind.sizes for name in OWN_NAMES) else COMMON | kind.sizes
+    if kind.config == "T5Config":
+        ids["decoder_start_token_id"] = ids["bos_token_id"]
     config = getattr(transformers, kind.config)(vocab_size=len(tokenizer), **(sizes | ids))
     with torch.random.fork_rng():
         torch.manual_seed(seed)

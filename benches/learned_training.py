@@ -124,6 +124,8 @@ class Batch:
 
     Attributes:
         tokens: Token ids (batch, n); the last rows have no answer.
+        starts: For each row, the first token that the decoder of an encoder-decoder writes; its encoder reads those
+            before it.
         answers: Positions of answers as indices of rows and of columns.
         expected: For each answer, the row that has the right one.
         names: Positions of the names' last tokens as indices of rows and of columns.
@@ -132,6 +134,7 @@ class Batch:
     """
 
     tokens: Tensor
+    starts: Tensor
     answers: tuple[Tensor, Tensor]
     expected: Tensor
     names: tuple[Tensor, Tensor]
@@ -157,7 +160,7 @@ class Batches:
     def next(self) -> Batch:
         """Return the next batch; the states of every second pair are exchanged."""
         rows: list[list[int]] = []
-        answers, expected, names, exchanged, known = [], [], [], [], []
+        answers, expected, names, exchanged, known, starts = [], [], [], [], [], []
         for i in range(0, BATCH, 2):
             pair = self._choose.sample(self._by_length[0 if self._choose.random() < 0.75 else 1], 2)
             attributes = list(facts.VALUES)
@@ -173,6 +176,7 @@ class Batches:
                 names.append((i + j, len(row) - 1))
                 known.append([self._tokens[person.facts[one]][0] for one in facts.VALUES])
                 row = row + self._tokens[after]
+                starts.append(len(row))
                 for one in attributes:
                     row = row + (self._tokens[one] if is_list else [])
                     answers.append((i + j, len(row)))
@@ -180,10 +184,12 @@ class Batches:
                     row = row + self._tokens[person.facts[one]]
                 rows.append(row)
         rows += [self._choose.choice(self._ordinary) for _ in range(BATCH // 8)]
+        starts += [len(row) // 2 for row in rows[len(starts) :]]
         longest = max(map(len, rows))
         padded = torch.tensor([row + [self._pad] * (longest - len(row)) for row in rows])
         targets, known_facts = torch.tensor(expected), torch.tensor(known)
-        return Batch(padded, _indices(answers), targets, _indices(names), torch.tensor(exchanged), known_facts)
+        begins = torch.tensor(starts)
+        return Batch(padded, begins, _indices(answers), targets, _indices(names), torch.tensor(exchanged), known_facts)
 
 
 def _indices(places: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
@@ -222,18 +228,54 @@ class NameStates:
 
 
 def next_token_loss(model: nn.Module, batch: Batch, pad: int) -> Tensor:
-    """Return the mean loss of the answers, plus that of all tokens with a small weight."""
+    """Return the mean loss of the answers, plus that of all tokens with a small weight.
+
+    Of an encoder-decoder, the encoder reads each text up to its first answer, and the decoder writes the rest.
+    """
     tokens = batch.tokens
-    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
     rows, columns = batch.answers
-    answers = nn.functional.cross_entropy(logits[rows, columns - 1], tokens[batch.expected, columns])
+    expected = tokens[batch.expected, columns]
+    if model.config.is_encoder_decoder:
+        logits, tokens = written_logits(model, batch, pad)
+        logits, columns = logits[:, :-1], columns - batch.starts[rows] + 1
+    else:
+        logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
+    answers = nn.functional.cross_entropy(logits[rows, columns - 1], expected)
     following = tokens[:, 1:].masked_fill(tokens[:, 1:] == pad, -100)
     return answers + OTHER_TOKENS * nn.functional.cross_entropy(logits.transpose(1, 2), following)
 
 
+def written_logits(model: nn.Module, batch: Batch, pad: int) -> tuple[Tensor, Tensor]:
+    """Run an encoder-decoder on texts that its encoder reads up to `batch.starts`.
+
+    Returns:
+        The decoder's logits (batch, m, vocabulary) and the tokens (batch, m) that it reads: a begin token and the rest
+        of each text.
+    """
+    tokens, starts = batch.tokens, batch.starts[:, None]
+    places = torch.arange(tokens.shape[1])
+    read = tokens.masked_fill(places >= starts, pad)
+    ahead = (places + starts - 1).clamp(max=tokens.shape[1] - 1)
+    rest = tokens.gather(1, ahead).masked_fill(places + starts - 1 >= tokens.shape[1], pad)
+    rest[:, 0] = model.config.decoder_start_token_id
+    rest = rest[:, : int((rest != pad).sum(1).max())]
+    read = read[:, : int(starts.max())]
+    logits: Tensor = model(
+        input_ids=read, attention_mask=(read != pad).long(), decoder_input_ids=rest, use_cache=False
+    ).logits
+    return logits, rest
+
+
 @torch.no_grad()
 def next_logits(model: nn.Module, tokens: Tensor, mask: Tensor) -> Tensor:
-    """Return the logits (batch, vocabulary) after the last real token of each row, padded on the right."""
+    """Return the logits (batch, vocabulary) after the last real token of each row, padded on the right.
+
+    Of an encoder-decoder, they are those of the decoder's first token, after the encoder read the rows.
+    """
+    if model.config.is_encoder_decoder:
+        begin = torch.full((len(tokens), 1), model.config.decoder_start_token_id)
+        first: Tensor = model(input_ids=tokens, attention_mask=mask, decoder_input_ids=begin, use_cache=False).logits
+        return first[:, 0]
     last = mask.sum(1) - 1
     logits: Tensor = model(input_ids=tokens, use_cache=False).logits
     return logits[torch.arange(len(tokens)), last]

@@ -3,9 +3,15 @@
 import dataclasses
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+
+import rocr
+from rocr.model.architecture import find_architecture
+from rocr.model.blocks import layer_blocks
+from rocr.model.causality import with_kind
 
 BENCHES = str(Path(__file__).parents[2] / "benches")
 pytestmark = pytest.mark.slow
@@ -18,20 +24,22 @@ def bench():
     try:
         import learned_edits
         import learned_kinds
+        import learned_rank_one
         import learned_training
     finally:
         sys.path.remove(BENCHES)
-    return learned_edits, learned_kinds, learned_training
+    return SimpleNamespace(
+        edits=learned_edits, kinds=learned_kinds, rank_one=learned_rank_one, training=learned_training
+    )
 
 
 @pytest.fixture(scope="module")
 def subject(bench):
     """A Llama that knows 60 people, five of whom are to be unlearned."""
-    edits, kinds, training = bench
-    kind = dataclasses.replace(kinds.KINDS["Llama"], steps=300)
+    kind = dataclasses.replace(bench.kinds.KINDS["Llama"], steps=300)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield edits.Subject.of(training.learn(kind, None, people=60), kind, unlearned=5)
+    yield bench.edits.Subject.of(bench.training.learn(kind, None, people=60), kind, unlearned=5)
     torch.set_num_threads(threads)
 
 
@@ -41,13 +49,31 @@ def test_it_knows_the_facts_in_phrasings_that_it_was_not_trained_on(subject):
 
 @pytest.mark.parametrize("count", [1, 5])
 def test_people_are_forgotten_and_others_kept(bench, subject, count):
-    edits, *_ = bench
     row = subject.edit("rocr", subject.learned.people[:count])
-    assert edits.decrease(*row.forget) >= 0.85
-    assert edits.decrease(*row.others) <= 0.2
+    assert bench.edits.decrease(*row.forget) >= 0.85
+    assert bench.edits.decrease(*row.others) <= 0.2
+
+
+def test_an_update_of_rank_one_puts_the_redirects_state_in_the_place_of_the_name_s(bench, subject):
+    model, tokenizer, layer = subject.learned.model, subject.learned.tokenizer, subject.kind.layers[-1]
+    person, redirect = subject.learned.people[0], subject.learned.redirects[0]
+    concept = rocr.Concept(person.name, redirect.name)
+    blocks = layer_blocks(find_architecture(model), layer)
+    key, residual, _ = bench.rank_one.key_and_residual(
+        with_kind(find_architecture(model), layer), tokenizer, concept, layer, ()
+    )
+    before = blocks.only.weight.double().clone()
+    revert = bench.rank_one.one_after_another(model, tokenizer, [concept], subject.statistics, layer)
+    change = blocks.only.weight.double() - before
+    revert()
+    torch.testing.assert_close(change @ key, residual, rtol=0, atol=1e-5 * float(residual.norm()))
+    assert torch.linalg.matrix_rank(change, rtol=1e-3) == 1
+    ordinary = subject.statistics.second_moments(layer)[0].double()
+    plain = torch.outer(residual, key) / key.square().sum()
+    moved, moved_by_plain = (torch.einsum("ij,jk,ik->", each, ordinary, each) for each in (change, plain))
+    assert moved < 0.5 * moved_by_plain
 
 
 def test_an_edit_is_undone(bench, subject):
-    edits, *_ = bench
     subject.edit("one after another", subject.learned.people[:5])
-    assert torch.equal(edits.right_answers(subject.learned, subject.asked), subject.before)
+    assert torch.equal(bench.edits.right_answers(subject.learned, subject.asked), subject.before)
