@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -209,9 +209,12 @@ def parameters_on_meta() -> Iterator[None]:
             parameter = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
         original(module, name, parameter)
 
+    # transformers 4 sets the values of parameters by code that need not run on the meta device.
+    unset = getattr(transformers.modeling_utils, "no_init_weights", nullcontext)
     nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
     try:
-        yield
+        with unset():
+            yield
     finally:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
 
