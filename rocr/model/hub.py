@@ -123,7 +123,7 @@ class Loading:
             InputError: The files are not those of a model that transformers can load.
         """
         plain = {} if self.source.gguf else {"use_safetensors": True}  # never a pickle
-        with self._calling("model"):
+        with self._calling("model"), no_code_of_generation(unless=self.options["trust_remote_code"]):
             model, found = auto_class_of(config, self.options["trust_remote_code"]).from_pretrained(
                 self.place,
                 config=config,
@@ -197,6 +197,29 @@ def skeleton_of_fields(fields: Mapping[str, Any]) -> nn.Module:
     """Build the skeleton of a model of transformers itself from the fields of a config.json; may raise anything."""
     with offline():
         return build_skeleton(AutoConfig.for_model(**fields))
+
+
+@contextmanager
+def no_code_of_generation(unless: bool = False) -> Iterator[None]:
+    """Prevent that a model's folder brings a function for `generate`: transformers 4 runs its code unasked.
+
+    Args:
+        unless: Change nothing, since the code is trusted.
+    """
+    name, mixin = "load_custom_generate", transformers.GenerationMixin
+    original = getattr(mixin, name, None)
+    if unless or original is None:
+        yield
+        return
+
+    def nothing(*_: Any, **__: Any) -> Any:
+        raise OSError("Code of a model is not run.")  # transformers takes it that there is none
+
+    setattr(mixin, name, nothing)
+    try:
+        yield
+    finally:
+        setattr(mixin, name, original)
 
 
 @contextmanager
