@@ -187,7 +187,9 @@ def build_skeleton(config: Any, with_buffers: bool = False, trust_remote_code: b
         trust_remote_code: Whether code that comes with the model may run.
     """
     device: AbstractContextManager[object] = parameters_on_meta() if with_buffers else torch.device("meta")
-    with device:
+    # The code of transformers 4 for initial values runs on the meta device too, where some of it fails.
+    no_values = getattr(transformers.modeling_utils, "no_init_weights", nullcontext)
+    with device, no_values():
         auto_class = auto_class_of(config, trust_remote_code)
         model: nn.Module = auto_class.from_config(config, trust_remote_code=trust_remote_code)
     return model
@@ -230,14 +232,13 @@ def parameters_on_meta() -> Iterator[None]:
     def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         if parameter is not None and parameter.device.type != "meta":
             parameter = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+            # transformers 5 then sets the values of buffers alone; on the meta device that of parameters takes long.
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]
         original(module, name, parameter)
 
-    # transformers 4 sets the values of parameters by code that need not run on the meta device.
-    unset = getattr(transformers.modeling_utils, "no_init_weights", nullcontext)
     nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
     try:
-        with unset():
-            yield
+        yield
     finally:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
 
