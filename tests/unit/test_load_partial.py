@@ -63,6 +63,7 @@ def test_the_beginning_of_every_family_computes_the_same(family, size, make_mode
     ]
 
 
+@needs_transformers(5, "it does not load such weights")
 @pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8], ids=str)
 def test_weights_of_a_kind_that_is_never_edited_are_loaded_as_transformers_does(kind, make_model, save, weights_of):
     folder, name = save(make_model("Llama"), "1GB"), "model.layers.1.mlp.up_proj.weight"
@@ -75,6 +76,7 @@ def test_weights_of_a_kind_that_is_never_edited_are_loaded_as_transformers_does(
     assert part.get_parameter(name).any()
 
 
+@needs_transformers(5, "it has no Gemma 4")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scalars_of_layers_that_are_stored_as_buffers(dtype, make_model, tokenizer, concepts, texts, save):
     """Gemma 4 stores such buffers in its files; they are not computed."""
