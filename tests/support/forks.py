@@ -22,7 +22,8 @@ def start_fork(script: str, arguments: Sequence[object], log: Path, environment:
         environment: Variables of its environment besides those of this process.
 
     Returns:
-        The number of the process, which ends with 0, or with 1 after an exception, whose traceback is printed.
+        The number of the process. It ends with 0, with what the script gives to `sys.exit`, or with 1 after another
+        exception, whose traceback is printed.
     """
     child = os.fork()
     if child:
@@ -40,6 +41,8 @@ def start_fork(script: str, arguments: Sequence[object], log: Path, environment:
         sys.argv = ["-c", *map(str, arguments)]
         exec(compile(script, "<script>", "exec"), {"__name__": "__main__"})
         code = 0
+    except SystemExit as ended:
+        code = int(ended.code or 0)
     except BaseException:
         traceback.print_exc()
     finally:
