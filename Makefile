@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 DEMO_OUT ?= demo-output
 COMMA := ,
 
-.PHONY: demo test numerics learned check docs sanitize bench compare gpu clean
+.PHONY: demo test oldest numerics learned check docs sanitize bench compare gpu clean
 
 demo: $(VENV)/.installed
 	rm -rf $(DEMO_OUT)
@@ -17,6 +17,25 @@ demo: $(VENV)/.installed
 # of their folders, short files come last, so that the processes end together.
 test: $(VENV)/.tools
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
+
+# What depends on transformers, with the oldest version that is supported, from a folder that comes before .venv.
+OLDEST := .oldest
+OLDEST_TESTS := tests/unit/test_architecture.py tests/unit/test_load.py tests/unit/test_load_partial.py \
+	tests/unit/test_layer_kinds.py::test_a_model_that_is_not_loaded_has_the_same_blocks \
+	tests/numerics/test_unlearn.py tests/numerics/test_mixtures.py \
+	tests/numerics/test_prefix_cache.py tests/numerics/test_scoring.py tests/numerics/test_lora.py \
+	tests/cli/test_cli.py tests/cli/test_mixtures.py tests/cli/test_mixture_revert.py \
+	tests/robustness/test_hub.py
+
+oldest: export PYTHONPATH := $(CURDIR)/$(OLDEST)
+oldest: $(OLDEST)/.installed
+	$(BIN)/python -c "import transformers; assert transformers.__file__.startswith('$(CURDIR)/$(OLDEST)')"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder $(OLDEST_TESTS)
+
+$(OLDEST)/.installed: $(VENV)/.tools .ci/oldest.txt
+	rm -rf $(OLDEST)
+	$(PIP) install --no-deps --target $(OLDEST) -r .ci/oldest.txt
+	touch $@
 
 # What depends on how a chip multiplies and adds; .ci/run repeats it with the instructions of other chips.
 numerics: $(VENV)/.tools
@@ -87,4 +106,4 @@ $(VENV)/.tools: $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build rocr.egg-info rocr/_C*.so $(DEMO_OUT)
+	rm -rf $(VENV) $(OLDEST) build rocr.egg-info rocr/_C*.so $(DEMO_OUT)

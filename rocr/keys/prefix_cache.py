@@ -30,8 +30,9 @@ class PrefixLayer(DynamicLayer):  # type: ignore[misc]
             values: (1, heads, tokens, features).
         """
         super().__init__()
-        self.lazy_initialization(keys, values)
+        # Set here: versions of transformers call their own initialisation with different arguments.
         self.keys, self.values = keys, values
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Return the prefix followed by the states of a batch, (batch, heads, tokens, features) each."""

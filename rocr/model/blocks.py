@@ -317,17 +317,24 @@ class _Candidates:
 
 
 def _by_shape(architecture: Architecture, layer: int, name: str, mixture: nn.Module) -> LayerBlocks:
-    """Return the routed experts of a mixture that is not loaded: those of its last parameter with a fitting shape."""
+    """Return the routed experts of a mixture that is not loaded: those of its last parameter with a fitting shape.
+
+    The parameter holds all experts, or that of one of them stands for a list of modules.
+    """
     width = architecture.hidden_size
     candidates = _Candidates.of(name, mixture)
-    for (module_name, module, attribute), parameter in reversed(
-        list(zip(candidates.places, candidates.parameters, strict=True))
-    ):
+    last_first = list(zip(candidates.places, candidates.parameters, strict=True))[::-1]
+    for (module_name, module, attribute), parameter in last_first:
         if parameter.ndim == 3 and width in parameter.shape[1:]:
             transposed = bool(getattr(module, "is_transposed", parameter.shape[1] != width))
             blocks = [
                 Block(layer, module_name, module, transposed, attribute, expert, len(parameter))
                 for expert in range(len(parameter))
             ]
+            return LayerBlocks(layer, name, mixture, tuple(blocks), is_mixture=True)
+    for (module_name, _, attribute), parameter in last_first:
+        listed = candidates._alike(module_name, attribute)
+        if len(listed) > 1 and len(parameter) == width:
+            blocks = [Block(layer, each, candidates.modules[each], False, attribute) for each in listed]
             return LayerBlocks(layer, name, mixture, tuple(blocks), is_mixture=True)
     raise InputError(f"{name} has no parameter of experts with {width} outputs: {candidates._shapes()}.")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,7 +125,7 @@ class Loading:
             InputError: The files are not those of a model that transformers can load.
         """
         plain = {} if self.source.gguf else {"use_safetensors": True}  # never a pickle
-        with self._calling("model"):
+        with self._calling("model"), no_code_of_generation(unless=self.options["trust_remote_code"]):
             model, found = auto_class_of(config, self.options["trust_remote_code"]).from_pretrained(
                 self.place,
                 config=config,
@@ -189,7 +189,9 @@ def build_skeleton(config: Any, with_buffers: bool = False, trust_remote_code: b
         trust_remote_code: Whether code that comes with the model may run.
     """
     device: AbstractContextManager[object] = parameters_on_meta() if with_buffers else torch.device("meta")
-    with device:
+    # The code of transformers 4 for initial values runs on the meta device too, where some of it fails.
+    no_values = getattr(transformers.modeling_utils, "no_init_weights", nullcontext)
+    with device, no_values():
         auto_class = auto_class_of(config, trust_remote_code)
         model: nn.Module = auto_class.from_config(config, trust_remote_code=trust_remote_code)
     return model
@@ -202,6 +204,29 @@ def skeleton_of_fields(fields: Mapping[str, Any]) -> nn.Module:
 
 
 @contextmanager
+def no_code_of_generation(unless: bool = False) -> Iterator[None]:
+    """Prevent that a model's folder brings a function for `generate`: transformers 4 runs its code unasked.
+
+    Args:
+        unless: Change nothing, since the code is trusted.
+    """
+    name, mixin = "load_custom_generate", transformers.GenerationMixin
+    original = getattr(mixin, name, None)
+    if unless or original is None:
+        yield
+        return
+
+    def nothing(*_: Any, **__: Any) -> Any:
+        raise OSError("Code of a model is not run.")  # transformers takes it that there is none
+
+    setattr(mixin, name, nothing)
+    try:
+        yield
+    finally:
+        setattr(mixin, name, original)
+
+
+@contextmanager
 def parameters_on_meta() -> Iterator[None]:
     """Put parameters that are registered inside the context on the meta device, and leave buffers as they are."""
     original = nn.Module.register_parameter
@@ -209,6 +234,8 @@ def parameters_on_meta() -> Iterator[None]:
     def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         if parameter is not None and parameter.device.type != "meta":
             parameter = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+            # transformers 5 then sets the values of buffers alone; on the meta device that of parameters takes long.
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]
         original(module, name, parameter)
 
     nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -15,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rocr.cli import main
+from tests.support.forks import end_of, start_fork
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|user|>{{ message['content'] }}<|end|>{% endfor %}"
@@ -259,16 +259,15 @@ def test_an_interrupted_run_leaves_nothing_half_written(
 ) -> None:
     text = tmp_path / "long.txt"
     text.write_text(TEXT * 100_000, encoding="utf-8")
-    command = [sys.executable, "-m", "rocr", "stats", str(model_folder), "--text", str(text), "--batch-tokens", "512"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    child = subprocess.Popen(
-        [*command, "--out", str(tmp_path / "s")], stderr=subprocess.PIPE, text=True, env=environment
-    )
-    while not (tmp_path / "s.lock").exists() and child.poll() is None:  # by then it has its handlers
+    command = ["stats", model_folder, "--text", text, "--batch-tokens", "512", "--out", tmp_path / "s"]
+    log = tmp_path / "log"
+    child = start_fork("import sys; from rocr.cli import main; sys.exit(main(sys.argv[1:]))", command, log)
+    runs = (os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    while not (tmp_path / "s.lock").exists() and os.waitid(*runs) is None:  # by then it has its handlers
         time.sleep(0.01)
-    child.send_signal(signalled)
-    _, errors = child.communicate(timeout=600)
-    assert child.returncode == 130, errors
+    os.kill(child, signalled)
+    code, errors = end_of(child), log.read_text()
+    assert code == 130, errors
     assert "Traceback" not in errors
     # Whether a batch was done by then depends on the machine; only a complete checkpoint may be there.
-    assert {path.name for path in tmp_path.iterdir()} <= {"long.txt", "s.checkpoint"}
+    assert {path.name for path in tmp_path.iterdir()} <= {"long.txt", "log", "s.checkpoint"}

@@ -75,8 +75,8 @@ def test_second_moments_of_layers_of_odd_shapes(config: str, dtype: torch.dtype)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("tokens", "width"), [(1, 1), (63, 63), (1, 123), (123, 1)])
 def test_second_moments_without_alignment(tokens: int, width: int, dtype: torch.dtype) -> None:
-    # Several layers: the rounding of a single number is luck.
-    totals, keys = torch.randn(6, width, width), torch.randn(6, tokens, width).to(dtype)
+    layers = 6 if width == 1 else 2  # the rounding of a single number is luck
+    totals, keys = torch.randn(layers, width, width), torch.randn(layers, tokens, width).to(dtype)
     ours, of_plain = second_moment_errors(list(totals), list(keys), None)
     assert ours <= ERROR_OVER_PLAIN * of_plain + SPLITS_OF_ONE_TOKEN
 

@@ -17,6 +17,7 @@ from rocr.model.gated_keys import gated_keys_hook
 from rocr.model.layers import resolve_layers
 from rocr.ops.arithmetic import plain_arithmetic
 from rocr.statistics.corpus import pack_tokens
+from tests.support.versions import MAJOR, needs_transformers
 
 LAYER = 2
 FORCE = Guards(force=True)
@@ -74,6 +75,10 @@ def in_float64(model):
     """The blocks of the layer in a copy of a model in float64, which itself cannot be edited; and the copy."""
     exact = copy.deepcopy(model)
     blocks = layer_blocks(find_architecture(exact), LAYER)
+    for module in exact.modules():
+        if MAJOR < 5 and type(module).__name__ == "DeepseekV3TopkRouter":
+            # Experts' outputs are added up in the dtype of the gates, which is float32 else.
+            module.register_forward_hook(lambda _module, _inputs, found: (found[0], found[1].double()))
     return blocks, exact.double()
 
 
@@ -118,6 +123,15 @@ def test_every_expert_is_a_block_and_routers_are_none(moe):
     for block in blocks.blocks:
         assert block.weight.shape[0] == 32
         assert block.weight.untyped_storage().data_ptr() == block.parameter.untyped_storage().data_ptr()
+
+
+def test_listed_experts_that_are_not_loaded_are_found_by_their_shapes(make_model):
+    model = listed(make_model)
+    loaded = layer_blocks(find_architecture(model), LAYER)
+    empty = layer_blocks(find_architecture(model.to("meta")), LAYER)
+    routed = [block.parameter_name for block in loaded.blocks if ".experts." in block.parameter_name]
+    assert empty.is_mixture and [block.parameter_name for block in empty.blocks] == routed
+    assert empty.widths == (12,) * 4
 
 
 def test_statistics_are_the_second_moments_of_all_gated_keys(moe, tokenizer, texts):
@@ -322,6 +336,7 @@ def test_the_report_says_how_concepts_are_routed(make_model, tokenizer, texts, c
     assert alone.report.routing[0].agreement == [1.0, 1.0], "one template agrees with itself"
 
 
+@needs_transformers(5, "the experts of Mixtral are modules, and it returns its gates too")
 def test_experts_that_cannot_be_read_are_refused_with_their_shapes(make_model, tokenizer, texts):
     model = make_model("Mixtral")
     mixture = model.model.layers[LAYER].mlp
@@ -335,6 +350,7 @@ def test_experts_that_cannot_be_read_are_refused_with_their_shapes(make_model, t
         rocr.collect_statistics(model, tokenizer, texts, [LAYER])
 
 
+@needs_transformers(5, "the experts of Mixtral are modules, and it returns its gates too")
 def test_a_mixture_that_sometimes_changes_its_sum_is_refused(make_model, tokenizer, texts):
     """The first tokens show gated products; in text, the sum is cut off where it is large."""
     model = make_model("Mixtral")
@@ -353,8 +369,11 @@ def test_a_mixture_that_sometimes_changes_its_sum_is_refused(make_model, tokeniz
 def test_keys_of_experts_that_are_not_finite_are_reported(make_model, tokenizer, texts, concepts, weights_of):
     model = make_model("Mixtral")
     statistics = rocr.collect_statistics(model, tokenizer, texts, [LAYER])
+    _, mixture = find_architecture(model).mixture(LAYER)
     with torch.no_grad():
-        model.model.layers[LAYER].mlp.experts.gate_up_proj.fill_(torch.inf)
+        for name, parameter in mixture.experts.named_parameters():
+            if name.endswith(("gate_up_proj", "w1.weight")):
+                parameter.fill_(torch.inf)
     before = weights_of(model)
     with pytest.raises(GuardError, match="not finite"):
         rocr.collect_statistics(model, tokenizer, texts, [LAYER])

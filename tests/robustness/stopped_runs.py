@@ -99,7 +99,7 @@ class Runs:
 
 def warm_up(jobs):
     """Run each command once in this process, so that its children need not import and build what it uses again."""
-    commands = {arguments[0]: (base, arguments) for base, arguments, *_ in jobs}
+    commands = {tuple(arguments[:2]): (base, arguments) for base, arguments, *_ in jobs}
     for base, arguments in commands.values():
         root = Path(base) / "warm"
         root.mkdir(parents=True)

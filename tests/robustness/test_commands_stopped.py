@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.support.models import write_gguf
+from tests.support.promises import run_command
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("stopped_runs.py")
@@ -60,9 +61,13 @@ def shim(tmp_path_factory):
 @pytest.fixture(scope="module")
 def stopped(files, concept, tmp_path_factory, shim):
     """stopped({name: (command, way, options)}): what every run of every job left; the inputs are as they were."""
-    inputs = {path: path.read_bytes() for path in files.model.parent.rglob("*") if path.is_file()}
+
+    def bytes_of(files):
+        folders = {path.parent for path in (files.model, getattr(files, "gguf", files.model))}
+        return {path: path.read_bytes() for folder in folders for path in folder.rglob("*") if path.is_file()}
 
     def run(jobs, prefix=(), files=files):
+        inputs = bytes_of(files)
         base = tmp_path_factory.mktemp("stopped")
         described = []
         for name, (command, way, options) in jobs.items():
@@ -78,7 +83,7 @@ def stopped(files, concept, tmp_path_factory, shim):
         script = [*prefix, sys.executable, str(SCRIPT), json.dumps(described)]
         done = subprocess.run(script, capture_output=True, text=True, timeout=3000, cwd=ROOT, env=environment)
         assert done.returncode == 0, done.stderr
-        assert {path: path.read_bytes() for path in files.model.parent.rglob("*") if path.is_file()} == inputs
+        assert bytes_of(files) == inputs
         return dict(zip(jobs, json.loads(done.stdout), strict=True))
 
     return run
@@ -112,7 +117,18 @@ def can_mount(prefix):
 
 
 @pytest.fixture(scope="module")
-def in_some_ways(stopped, files):
+def gguf_files(files, concept, make_model, tokenizer, tmp_path_factory):
+    """files with a GGUF file and an edit of it."""
+    base = tmp_path_factory.mktemp("gguf")
+    model = write_gguf(make_model("Llama", intermediate_size=64), tokenizer, base / "m.gguf")
+    save = ("--save", "gguf,edit", "--out", base / "edited")
+    done = run_command("unlearn", model, *concept, "--text", files.text, *save)
+    assert done.code == 0, done.errors
+    return SimpleNamespace(**vars(files), gguf=model, gguf_edit=base / "edited" / "edit.safetensors")
+
+
+@pytest.fixture(scope="module")
+def in_some_ways(stopped, files, gguf_files):
     """What commands left that were stopped at some steps and times, and on real small disks where these are allowed."""
     prefix = next((p for p in (NAMESPACE, (*NAMESPACE, "--map-root-user")) if can_mount(p)), None)
     jobs = {}
@@ -129,7 +145,10 @@ def in_some_ways(stopped, files):
             jobs[f"{command}-disks"] = (command, "small_disks", {"options": DISKS[command]})
             jobs[f"{command}-read-only-folder"] = (command, "read_only", {})
             jobs[f"{command}-read-only-input"] = (command, "read_only_input", {"folder": str(files.model.parent)})
-    return stopped(jobs, prefix or ())
+    for mode, (first, stride) in {"kill": (5, 23), "full": (9, 47), "interrupt": (7, 61)}.items():
+        options = {"mode": mode, "first": first, "stride": stride, "again_every": 2}
+        jobs[f"gguf-{mode}"] = ("gguf", "at_steps", options)
+    return stopped(jobs, prefix or (), gguf_files)
 
 
 @pytest.mark.parametrize("mode", STRIDES)
@@ -197,33 +216,15 @@ def test_an_input_that_cannot_be_written_to_is_no_hindrance(command, on_real_dis
     check_runs(on_real_disks[f"{command}-read-only-input"], (), cleans=True)
 
 
-@pytest.fixture(scope="module")
-def gguf_files(files, concept, make_model, tokenizer, command, tmp_path_factory):
-    """files with a GGUF file and an edit of it."""
-    base = tmp_path_factory.mktemp("gguf")
-    model = write_gguf(make_model("Llama", intermediate_size=64), tokenizer, base / "m.gguf")
-    done = command("unlearn", model, *concept, "--text", files.text, "--save", "gguf,edit", "--out", base / "edited")
-    assert done.code == 0, done.errors
-    return SimpleNamespace(**vars(files), gguf=model, gguf_edit=base / "edited" / "edit.safetensors")
-
-
-def stop_a_gguf_output(stopped, gguf_files, jobs, tally):
-    before = gguf_files.gguf.read_bytes()
-    for name, runs in stopped(jobs, files=gguf_files).items():
-        mode = name.removesuffix("-by-time")
+def check_gguf_outputs(found, tally):
+    for mode, runs in found.items():
         count = check_runs(runs, CODES[mode], cleans=mode != "kill")
         assert count >= 1
         tally("kills, signals and faults of the disk survived by GGUF outputs", count)
-    assert gguf_files.gguf.read_bytes() == before
 
 
-def test_a_gguf_output_that_is_stopped_leaves_nothing_half_written(stopped, gguf_files, tally):
-    modes = {"kill": (5, 23), "full": (9, 47), "interrupt": (7, 61)}
-    jobs = {
-        mode: ("gguf", "at_steps", {"mode": mode, "first": first, "stride": stride, "again_every": 2})
-        for mode, (first, stride) in modes.items()
-    }
-    stop_a_gguf_output(stopped, gguf_files, jobs, tally)
+def test_a_gguf_output_that_is_stopped_leaves_nothing_half_written(in_some_ways, tally):
+    check_gguf_outputs({mode: in_some_ways[f"gguf-{mode}"] for mode in ("kill", "full", "interrupt")}, tally)
 
 
 @pytest.mark.slow
@@ -232,7 +233,7 @@ def test_a_gguf_output_stopped_at_every_step(stopped, gguf_files, tally):
         mode: ("gguf", "at_steps", {"mode": mode, "first": first, "stride": stride, "again_every": 3})
         for mode, (first, stride) in EVERY_STEP.items()
     }
-    stop_a_gguf_output(stopped, gguf_files, jobs, tally)
+    check_gguf_outputs(stopped(jobs, files=gguf_files), tally)
 
 
 EVERY_STEP = {

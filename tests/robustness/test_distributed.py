@@ -1,4 +1,4 @@
-"""Two processes started by torchrun: shared statistics, and a model spread over them by tensor parallelism."""
+"""Two processes in the environment of torchrun: shared statistics, and a model spread over them by its parts."""
 
 import json
 import os
@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed
 
 import rocr
+from tests.support.forks import end_of, start_fork
 
 ROOT = Path(__file__).parents[2]
 ROUNDING = 2e-6  # float32 sums in another order, relative to the largest entry; at most 3e-7 was measured
@@ -20,7 +22,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import rocr
 from rocr.cli import main
 from rocr.model.tensor_parallel import whole
-torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
 given = json.loads(sys.argv[1])
 texts, layers, found = given["texts"], [1, 2], {}
@@ -135,8 +136,6 @@ def torchrun(processes, *arguments):
 def found(files, texts, tmp_path_factory):
     """What each of two processes found."""
     base = tmp_path_factory.mktemp("distributed")
-    script = base / "script.py"
-    script.write_text(SCRIPT)
     stats = ["stats", files.model, "--text", files.text, "--layers", "1,2", "--length", "32", "--batch-tokens", "512"]
     given = {
         "model": str(files.model),
@@ -144,8 +143,15 @@ def found(files, texts, tmp_path_factory):
         "stats": [*map(str, stats), "--out", str(base / "together")],
         "found": str(base / "found"),
     }
-    done = torchrun(2, script, json.dumps(given))
-    assert done.returncode == 0, done.stderr[-5000:]
+    # As the agent of torchrun does, this process holds the store in which the others find each other.
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    logs, children = [base / f"log-{rank}" for rank in range(2)], []
+    for rank, log in enumerate(logs):
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
+        place |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+        environment = {name: str(value) for name, value in place.items()}
+        children.append(start_fork(SCRIPT, [json.dumps(given)], log, environment))
+    assert [end_of(child) for child in children] == [0, 0], [log.read_text()[-5000:] for log in logs]
     return base, [json.loads((base / f"found-{rank}").read_text()) for rank in range(2)]
 
 

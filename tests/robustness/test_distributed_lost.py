@@ -1,26 +1,20 @@
 """Processes that collect statistics together: if one is lost, fails or is refused, all end and can resume."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed
 
 import rocr
+from tests.support.forks import end_of, start_fork
 
-ROOT = Path(__file__).parents[2]
 SECONDS = 600
 """Within which the others must have ended, far below the half hour after which a hang would end; about one is usual."""
 SCRIPT = """
 import contextlib, json, os, signal, socket, sys, time
-import torch, torch.distributed, transformers
-from transformers import LlamaForCausalLM
 import rocr.statistics.checkpoint, rocr.statistics.collect, rocr.statistics.statistics
 from rocr.cli import main
-torch.set_num_threads(1)
 rocr.statistics.collect.SECONDS_BETWEEN_CHECKPOINTS = 0.0  # a checkpoint after every batch
 
 def free_port():
@@ -75,37 +69,25 @@ def run(size, arguments, stop, base):
     logs = [open(f"{base}-{rank}").read() for rank in range(size)]
     return {"codes": codes, "logs": logs, "seconds": time.monotonic() - started}
 
-def warm_up(arguments):  # the children then need not import what the command uses
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        assert main(arguments) == 0
-
-warm_up(json.loads(sys.stdin.readline()))
-for line in sys.stdin:
-    print(json.dumps(run(*json.loads(line))), flush=True)
+print(json.dumps(run(*json.loads(sys.argv[1]))))
 """
 BATCHES = 8
 
 
 @pytest.fixture(scope="module")
-def ranks(files, tmp_path_factory):
-    """ranks(size, arguments, stop): a command in so many processes, which are forks of one warm process."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+def ranks(tmp_path_factory):
+    """ranks(size, arguments, stop): a command in so many processes, which are forks of one."""
     base = tmp_path_factory.mktemp("logs")
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, "-c", SCRIPT], cwd=ROOT, env=environment, **pipes) as child:
-        warm = ["stats", files.model, "--text", files.text, "--tokens", 100, "--layers", "1,2", "--out", base / "warm"]
-        child.stdin.write(json.dumps([*map(str, warm)]) + "\n")
 
-        def run(size, arguments, **stop):
-            child.stdin.write(json.dumps([size, [*map(str, arguments)], stop, str(base / "log")]) + "\n")
-            child.stdin.flush()
-            found = json.loads(child.stdout.readline())
-            assert not any("Traceback" in log for log in found["logs"]), found["logs"]
-            assert found["seconds"] < SECONDS
-            return found
+    def run(size, arguments, **stop):
+        given = json.dumps([size, [*map(str, arguments)], stop, str(base / "log")])
+        assert end_of(start_fork(SCRIPT, [given], base / "found")) == 0, (base / "found").read_text()
+        found = json.loads((base / "found").read_text())
+        assert not any("Traceback" in log for log in found["logs"]), found["logs"]
+        assert found["seconds"] < SECONDS
+        return found
 
-        yield run
-        child.stdin.close()
+    return run
 
 
 @pytest.fixture

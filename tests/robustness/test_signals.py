@@ -1,15 +1,10 @@
 import json
-import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from rocr.io.signals import postponed_signals
-
-ROOT = Path(__file__).parents[2]
+from tests.support.forks import end_of, start_fork
 
 
 def test_signals_wait_until_the_context_ends():
@@ -31,13 +26,10 @@ def test_signals_wait_until_the_context_ends():
 
 
 LOST = """
-import contextlib, json, os, signal, sys, time
+import json, os, signal, sys, time
 import torch
-from transformers import LlamaForCausalLM
 import rocr.statistics.collect
 from rocr.cli import main
-
-torch.set_num_threads(1)
 
 def stopped_here(number):
     os.kill(os.getpid(), number)
@@ -76,44 +68,19 @@ def run(way, number, arguments):
     put_back = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL and sys.unraisablehook is sys.__unraisablehook__
     print("code", code, put_back, flush=True)
 
-warm, *jobs = json.loads(sys.argv[1])
-with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-    main(warm)  # the children then need not import what the command uses
-for log, *case in jobs:
-    child = os.fork()  # a process of its own for each, which need not import torch again
-    if child == 0:
-        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 1)
-        os.dup2(1, 2)
-        run(*case)
-        os._exit(0)
-    os.waitpid(child, 0)
+run(*json.loads(sys.argv[1]))
 """
 LOST_CASES = [(way, number) for way in ("callback", "conversion") for number in (signal.SIGINT, signal.SIGTERM)]
 
 
-@pytest.fixture(scope="module")
-def logs(files, tmp_path_factory):
-    """What `rocr stats` prints, by the way in which what a signal raises is lost, and the signal."""
-    base = tmp_path_factory.mktemp("lost")
-    stats = ("stats", files.model, "--text", files.text, "--batch-tokens", "128")
-    found, jobs = {}, [[*map(str, stats), "--tokens", "100", "--out", str(base / "warm")]]
-    for way, number in LOST_CASES:
-        folder = base / f"{way}-{number}"
-        folder.mkdir()
-        jobs.append((str(folder / "log"), way, number, [*map(str, stats), "--out", str(folder / "out")]))
-        found[way, number] = folder / "log"
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    script = [sys.executable, "-c", LOST, json.dumps(jobs)]
-    subprocess.run(script, check=True, env=environment, timeout=600)
-    return found
-
-
 @pytest.mark.parametrize(("way", "number"), LOST_CASES)
-def test_a_signal_is_not_lost_where_what_it_raises_is(way, number, logs):
+def test_a_signal_is_not_lost_where_what_it_raises_is(way, number, files, tmp_path):
     # Both occurred in runs stopped at every moment: one continued, one reported a good file as bad.
-    log = logs[way, number]
+    log, out = tmp_path / "log", tmp_path / "out"
+    stats = ("stats", files.model, "--text", files.text, "--batch-tokens", "128", "--out", out)
+    assert end_of(start_fork(LOST, [json.dumps([way, number, [*map(str, stats)]])], log)) == 0, log.read_text()
     text = log.read_text()
     assert "code 130 True" in text, text
     assert "rocr: Interrupted; no partial output was left." in text
     assert "Traceback" not in text
-    assert not (log.parent / "out").exists()
+    assert not out.exists()

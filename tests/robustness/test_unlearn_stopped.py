@@ -1,6 +1,7 @@
 import copy
 import functools
 import inspect
+import os
 import random
 import signal
 import sys
@@ -138,42 +139,40 @@ def test_an_exception_from_any_progress_report_leaves_the_first_bytes(
 def test_an_interruption_at_any_line_that_applies_leaves_the_first_bytes(
     model, tokenizer, statistics, concepts, unchanged
 ):
-    """A trace function raises where a signal could: before each line that applies, one line further every time."""
-    is_unchanged = unchanged(model)
+    """A trace function raises where a signal could: before each line after the first change, each in a fork."""
+    is_unchanged, weight = unchanged(model), model.model.layers[1].mlp.down_proj.weight
+    first = weight.clone()
     ends = "apply_updates", "_applied", "tensor_digest", "bits", "_record", "after", "unlearn"
+    children, in_child = [], []
 
-    def run(stop_at):
-        lines = []
+    def trace(frame, event, _argument):
+        inside = frame.f_code.co_name in ends and frame.f_code.co_filename.endswith(
+            ("apply.py", "update.py", "fingerprint.py", "rocr/unlearn.py")
+        )
+        if event == "line" and inside and not torch.equal(weight, first):
+            child = os.fork()
+            if not child:
+                in_child.append(frame.f_lineno)
+                sys.settrace(None)
+                raise KeyboardInterrupt
+            children.append((frame.f_lineno, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])))
+        return trace if inside or (event == "call" and frame.f_code.co_filename.endswith("rocr/unlearn.py")) else None
 
-        def trace(frame, event, _argument):
-            inside = frame.f_code.co_name in ends and frame.f_code.co_filename.endswith(
-                ("apply.py", "update.py", "fingerprint.py", "rocr/unlearn.py")
-            )
-            if event == "line" and inside:
-                lines.append(frame.f_lineno)
-                if len(lines) == stop_at:
-                    sys.settrace(None)
-                    raise KeyboardInterrupt
-            return (
-                trace if inside or (event == "call" and frame.f_code.co_filename.endswith("rocr/unlearn.py")) else None
-            )
-
-        sys.settrace(trace)
-        try:
-            edit = rocr.unlearn(model, tokenizer, concepts, statistics, CONFIG)
-        finally:
-            sys.settrace(None)
-        edit.revert(model)
-        return len(lines)
-
-    total = run(stop_at=0)
-    assert total > 20
+    code = 1
+    sys.settrace(trace)
+    try:
+        edit = rocr.unlearn(model, tokenizer, concepts, statistics, CONFIG)
+    except KeyboardInterrupt:
+        # The state of torch is restored too.
+        code = 0 if is_unchanged() and torch.is_grad_enabled() else 3
+    finally:
+        sys.settrace(None)
+        if in_child:
+            os._exit(code)
+    edit.revert(model)
     assert is_unchanged()
-    for stop_at in range(total // 2, total + 1):  # the second half is the second layer's, when the first is edited
-        with pytest.raises(KeyboardInterrupt):
-            run(stop_at)
-        assert is_unchanged(), f"line event {stop_at} of {total}"
-        assert torch.is_grad_enabled(), "the state of torch is restored too"
+    assert len(children) > 40
+    assert {code for _, code in children} == {0}, children
 
 
 class Stop(BaseException):

@@ -2,6 +2,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
 import rocr
 from rocr.errors import InputError
@@ -182,9 +183,9 @@ def test_of_an_encoder_decoder_the_encoder_is_found():
 
 
 def test_layers_that_attend_to_images_alone_are_refused(make_model, tokenizer, texts, concepts):
-    config = transformers.models.mllama.MllamaTextConfig(
+    config = MllamaTextConfig(
         **TEXT | {"vocab_size": len(tokenizer), "initializer_range": 0.2}, cross_attention_layers=[2], pad_token_id=1,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        rope_scaling={"rope_type": "default", "rope_theta": 1e4},
     )  # fmt: skip
     model = transformers.MllamaForCausalLM(config).eval()
     with pytest.raises(InputError, match=r"layers\.2 attends to images only and is skipped for text"):

@@ -19,6 +19,7 @@ from rocr.model.load_partial import can_load_partially, empty_model, load_partia
 from rocr.model.weight_files import find_weight_files
 from tests.support.hostile import safetensors_bytes, split_safetensors
 from tests.support.models import FAMILIES
+from tests.support.versions import needs_transformers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -62,6 +63,7 @@ def test_the_beginning_of_every_family_computes_the_same(family, size, make_mode
     ]
 
 
+@needs_transformers(5, "it does not load such weights")
 @pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8], ids=str)
 def test_weights_of_a_kind_that_is_never_edited_are_loaded_as_transformers_does(kind, make_model, save, weights_of):
     folder, name = save(make_model("Llama"), "1GB"), "model.layers.1.mlp.up_proj.weight"
@@ -74,6 +76,7 @@ def test_weights_of_a_kind_that_is_never_edited_are_loaded_as_transformers_does(
     assert part.get_parameter(name).any()
 
 
+@needs_transformers(5, "it has no Gemma 4")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scalars_of_layers_that_are_stored_as_buffers(dtype, make_model, tokenizer, concepts, texts, save):
     """Gemma 4 stores such buffers in its files; they are not computed."""
@@ -101,6 +104,17 @@ def test_scalars_of_layers_that_are_stored_as_buffers(dtype, make_model, tokeniz
         edits.append(rocr.unlearn(each.model, tokenizer, concepts, statistics, rocr.EditConfig(layers=(1, 2))))
     first, second = ([update.applied.after for update in edit.updates] for edit in edits)
     assert first == second
+
+
+@needs_transformers(5, "it sets initial values in another way")
+def test_initial_values_of_parameters_without_memory_are_not_drawn(make_model, save, monkeypatch):
+    folder = save(make_model("Llama"))
+
+    def drawn(*_, **__):
+        raise AssertionError
+
+    monkeypatch.setitem(transformers.initialization.TORCH_INIT_FUNCTIONS, "normal_", drawn)
+    assert all(parameter.device.type == "meta" for parameter in empty_model(source(folder)).parameters())
 
 
 def test_only_the_beginning_is_read(make_model, tokenizer, save):
@@ -275,6 +289,7 @@ def test_damaged_layouts_are_refused(damage, make_model, save):
         load_partial(source(folder), 1)
 
 
+@needs_transformers(5, "it holds experts as the files do")
 def test_layers_that_are_stored_in_different_ways_are_looked_at_each(make_model, save):
     """The files of a mixture of experts name each expert's matrices; the model holds them in one tensor."""
     folder = save(make_model("Qwen3Moe", mlp_only_layers=[0, 1, 4], num_experts_per_tok=2))

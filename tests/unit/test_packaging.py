@@ -137,6 +137,13 @@ def project_lists():
     return {name: re.findall(r'"([^"]*)"', entries) for name, entries in found}
 
 
+def test_the_oldest_transformers_is_tested():
+    (declared,) = (entry for entry in project_lists()["dependencies"] if entry.startswith("transformers"))
+    pinned = re.findall(r"^transformers==(\S+)$", (ROOT / ".ci/oldest.txt").read_text(), flags=re.MULTILINE)
+    assert len(pinned) == 1 and pinned[0].startswith(declared.removeprefix("transformers>=") + ".")
+    assert "make oldest" in (ROOT / ".ci/run").read_text()
+
+
 def test_everything_that_is_imported_is_declared():
     lists = project_lists()
     needed = ("dependencies", "gguf", "parquet", "lora", "report", "datasets", "harness")
@@ -200,7 +207,8 @@ def test_the_sdist_holds_what_builds_and_tests_it(built):
     missing = {name for name in ours if not name.endswith(".pyc")}
     missing -= {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
     assert not missing
-    for name in ("LICENSE", "Makefile", "constraints.txt", "mkdocs.yml", "pyproject.toml", "setup.py", ".ci/run"):
+    beside = ("LICENSE", "Makefile", "constraints.txt", "mkdocs.yml", "pyproject.toml", "setup.py")
+    for name in (*beside, ".ci/run", ".ci/oldest.txt"):
         assert (folder / name).is_file(), name
     assert not [path for path in folder.rglob("*") if path.suffix in (".pyc", ".so")]
 
