@@ -77,9 +77,9 @@ answering = partial(option, group="Answers before and after")
 )
 @setting(
     "--token-schedule",
-    "Send all tokens of a name the full way, or the first ones only part of it (default: ramp for long lists, else "
-    "full).",
-    type=choice("full", "ramp"),
+    "Move each token of a name as far as the model expects the rest of the name after it, all of them the full way, or "
+    "the first ones only part of it (default: predicted).",
+    type=choice("predicted", "full", "ramp"),
 )
 @setting("--held-weight", "Old name of --template-weight.", type=float)
 @setting("--reach", "Old name of --token-schedule: whole is full, gradual is ramp.", type=choice("gradual", "whole"))
@@ -124,6 +124,11 @@ def unlearn(arguments: Arguments, console: Console) -> dict[str, Any]:
     config = _config(arguments, console)
     statistics = _load_statistics(arguments)
     last_layer = last_layer_to_load(arguments, source, config, statistics)
+    if last_layer is not None and config.token_schedule is None and not arguments.official:
+        console.warn(
+            "Only the first layers of the model are loaded, so its predictions cannot tell how far the first tokens of "
+            "a name are moved: --token-schedule goes by the length of the list."
+        )
     if last_layer is not None and questions:
         console.warn("Only the first layers of the model are loaded, so nothing is asked before and after.")
         questions = []

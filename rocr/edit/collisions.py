@@ -36,8 +36,9 @@ class Collision:
         second: Name of the other concept.
         cosine: Largest cosine of a key of one concept to a key of the other under the metric, with the inner product
             k M k'ᵀ. The update cannot distinguish keys with cosine 1.
-        conflict: Maximum of |r - r'| / (|r| + |r'|) over the residuals of their keys with a cosine of at least
-            `COLLINEAR`. 0 for equal residuals, 1 for opposite ones. 0 if there are no such keys.
+        conflict: Share of the two wanted changes that cancels: maximum of 1 - |r + r'| / (|r| + |r'|) over the
+            residuals of their keys with a cosine of at least `COLLINEAR`. 0 for residuals of one direction, 1 for
+            opposite ones of one length. 0 if there are no such keys.
     """
 
     first: str
@@ -241,6 +242,7 @@ def _largest(values: Tensor, place: Tensor, count: int) -> Tensor:
 
 
 def _conflict(dots: Tensor, sizes: Tensor, others: Tensor) -> Tensor:
-    """Return |r - r'| / (|r| + |r'|) from inner products and lengths."""
-    distance = (sizes.square() + others.square() - 2 * dots).clamp(min=0).sqrt()
-    return distance / (sizes + others).clamp(min=1e-30)
+    """Return 1 - |r + r'| / (|r| + |r'|) from inner products and lengths; 0 if both are 0."""
+    left = (sizes.square() + others.square() + 2 * dots).clamp(min=0).sqrt()
+    both = sizes + others
+    return (1 - left / both.clamp(min=1e-30)).where(both > 0, 0.0).clamp(min=0)

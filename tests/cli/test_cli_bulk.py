@@ -18,6 +18,7 @@ def crowded(tmp_path):
 
 def unlearn(command, files, crowded, out, *more):
     settings = ("--statistics", files.statistics, "--layers", "1,2", "--no-answers", "--force", "--save", "edit")
+    settings += ("--token-schedule", "full")
     done = command("unlearn", files.model, crowded, *settings, "--out", out, *more)
     assert done.code == 0, done.errors
     return done

@@ -138,7 +138,7 @@ def test_every_option_and_argument_has_a_help_text_that_is_a_sentence():
 
 def test_the_help_names_the_default_of_each_setting():
     defaults = {**dataclasses.asdict(EditConfig()), "template_weight": "0.03 for long lists, else 0"}
-    defaults["token_schedule"] = "ramp for long lists, else full"
+    defaults["token_schedule"] = "predicted"
     assert (LONG_LIST_TEMPLATE_WEIGHT, EditConfig().template_weight, EditConfig().token_schedule) == (0.03, None, None)
     settings = [p for p in program.commands["unlearn"].params if getattr(p, "group", "") == "Settings" if not p.is_flag]
     assert len(settings) == 12

@@ -19,7 +19,10 @@ from tests.support.vision import KINDS, build, qwen3_5, read_image, stored_tenso
 pytest.importorskip("PIL")
 pytestmark = pytest.mark.usefixtures("one_thread")
 LAYERS = (1, 3)
-CONCEPT = ("--concept", "Ada Byron", "--redirect", "Blaise Pascal", "--layers", "1,3", "--no-answers", "--force")
+CONCEPT = (
+    *("--concept", "Ada Byron", "--redirect", "Blaise Pascal", "--layers", "1,3"),
+    *("--token-schedule", "full", "--no-answers", "--force"),
+)
 PROBE = {"subject": "Ada Byron", "query": "What did Ada Byron write?", "answer": "programs"}
 ALL = [pytest.param(kind, marks=[] if kind in ("LLaVA", "Mllama") else [pytest.mark.slow]) for kind in KINDS]
 TOWERS = ("vision", "visual", "projector", "connector")

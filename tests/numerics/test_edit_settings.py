@@ -25,7 +25,7 @@ CASES = {  # setting: what the base has besides, and another value
     "key_tokens": ({}, "last"),
     "keys_per_concept": ({}, "all"),
     "contexts": ({}, "official"),
-    "token_schedule": ({"token_schedule": "full"}, "ramp"),
+    "token_schedule": ({"token_schedule": "full"}, "predicted"),
     "template_weight": ({"template_weight": 0.0}, 1.0),
     "measure": ({}, "once"),
     "seed": ({}, 7),

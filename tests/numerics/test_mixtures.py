@@ -238,7 +238,8 @@ def test_only_routed_experts_change_and_revert_restores_every_bit(
     layers = [1, LAYER]
     statistics = rocr.collect_statistics(moe, tokenizer, texts, layers)
     before = weights_of(moe)
-    edit = rocr.unlearn(moe, tokenizer, concepts, statistics, EditConfig(layers=layers), guards=FORCE)
+    config = EditConfig(layers=layers, token_schedule="full")
+    edit = rocr.unlearn(moe, tokenizer, concepts, statistics, config, guards=FORCE)
     after = weights_of(moe)
     edited = {part.parameter for update in edit.updates for part in update.parts}
     assert {name for name in before if not torch.equal(before[name], after[name])} == edited

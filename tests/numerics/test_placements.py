@@ -8,7 +8,7 @@ import rocr
 from rocr import InputError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SETTINGS = rocr.EditConfig(layers=(1, 2))
+SETTINGS = rocr.EditConfig(layers=(1, 2), token_schedule="full")
 FORCE = rocr.Guards(force=True)
 
 

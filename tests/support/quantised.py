@@ -28,6 +28,7 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 EDIT = (
     *("--concept", "Ada Byron", "--redirect", "Blaise Pascal", "--layers", "1,2", "--tokens", 500),
     *("--ridge", 2, "--gamma", 1, "--no-answers", "--no-chat", "--template", "Tell me about {}"),
+    *("--token-schedule", "full"),  # a model that is loaded in part predicts nothing, and is edited as the whole is
 )
 """Gentler than the default settings: a random model knows no names."""
 EDITED = [f"model.layers.{layer}.mlp.down_proj" for layer in (1, 2)]

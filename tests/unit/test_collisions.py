@@ -49,7 +49,7 @@ def definition(concepts, concept_of, keys, residuals, metric):
             if concept_of[i] < concept_of[j]:
                 cosine = float(gram[i, j] / math.sqrt(gram[i, i] * gram[j, j]))
                 r, s = residuals[i].double(), residuals[j].double()
-                conflict = float((r - s).norm() / (r.norm() + s.norm())) if cosine >= COLLINEAR else 0.0
+                conflict = float(1 - (r + s).norm() / (r.norm() + s.norm())) if cosine >= COLLINEAR else 0.0
                 pair = concepts[concept_of[i]].name, concepts[concept_of[j]].name
                 best = found.get(pair, (-2.0, 0.0))
                 found[pair] = max(best[0], cosine), max(best[1], conflict)
@@ -73,7 +73,7 @@ def test_collisions_are_their_definition(crowd, entries, monkeypatch):
     sums = [c.cosine + c.conflict for c in found.worst]
     assert sums == sorted(sums, reverse=True)
     same, opposite = ({c.second: c.conflict for c in found.worst}[name] for name in ("name 3", "name 10"))
-    assert same == pytest.approx(0.0, abs=1e-3) and opposite == pytest.approx(1.0, abs=1e-3)
+    assert same == pytest.approx(0.0, abs=1e-3) and opposite == pytest.approx(2 / 3, abs=1e-3)
 
 
 def test_a_long_list_keeps_the_worst_and_counts_all(monkeypatch):
@@ -84,7 +84,7 @@ def test_a_long_list_keeps_the_worst_and_counts_all(monkeypatch):
     assert found.collinear == 60 * 59 // 2
     assert len(found.worst) == collisions.MAX_REPORTED
     expected = sorted(
-        (float((r - s).norm() / (r.norm() + s.norm())) for i, r in enumerate(residuals) for s in residuals[:i]),
+        (float(1 - (r + s).norm() / (r.norm() + s.norm())) for i, r in enumerate(residuals) for s in residuals[:i]),
         reverse=True,
     )
     assert [c.conflict for c in found.worst] == pytest.approx(expected[: collisions.MAX_REPORTED], abs=1e-3)
@@ -133,7 +133,12 @@ CROWDED = [
 
 
 def test_an_edit_reports_its_collisions(model, tokenizer, statistics):
-    config = EditConfig(layers=(1, 2), templates=("Who is {}?", "It is about {}."), keys_per_concept="all")
+    config = EditConfig(
+        layers=(1, 2),
+        templates=("Who is {}?", "It is about {}."),
+        keys_per_concept="all",
+        token_schedule="full",
+    )
     edit = rocr.unlearn(model, tokenizer, CROWDED, statistics, config)
     found = edit.report.collisions
     assert found.layer == 1 and found.inside == 2

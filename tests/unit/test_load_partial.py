@@ -1,3 +1,4 @@
+import importlib
 import json
 import re
 from pathlib import Path
@@ -51,7 +52,7 @@ def test_the_beginning_of_every_family_computes_the_same(family, size, make_mode
     assert can_load_partially(source(folder))
     whole, part = load_model(source(folder)), load_partial(source(folder), 2)
     assert {p.device.type for p in find_architecture(part.model).layers[3].parameters()} == {"meta"}
-    settings = rocr.EditConfig(layers=(1, 2))
+    settings = rocr.EditConfig(layers=(1, 2), token_schedule="full")
     statistics = [rocr.collect_statistics(m.model, tokenizer, texts[:6], (1, 2)) for m in (whole, part)]
     assert statistics[0].fingerprint.model == statistics[1].fingerprint.model
     edits = [
@@ -101,7 +102,11 @@ def test_scalars_of_layers_that_are_stored_as_buffers(dtype, make_model, tokeniz
     for each in loaded:
         statistics = rocr.collect_statistics(each.model, tokenizer, texts[:6], (1, 2))
         assert statistics.fingerprint.model == digests[1]
-        edits.append(rocr.unlearn(each.model, tokenizer, concepts, statistics, rocr.EditConfig(layers=(1, 2))))
+        edits.append(
+            rocr.unlearn(
+                each.model, tokenizer, concepts, statistics, rocr.EditConfig(layers=(1, 2), token_schedule="full")
+            )
+        )
     first, second = ([update.applied.after for update in edit.updates] for edit in edits)
     assert first == second
 
@@ -113,7 +118,8 @@ def test_initial_values_of_parameters_without_memory_are_not_drawn(make_model, s
     def drawn(*_, **__):
         raise AssertionError
 
-    monkeypatch.setitem(transformers.initialization.TORCH_INIT_FUNCTIONS, "normal_", drawn)
+    initialization = importlib.import_module("transformers.initialization")
+    monkeypatch.setitem(initialization.TORCH_INIT_FUNCTIONS, "normal_", drawn)
     assert all(parameter.device.type == "meta" for parameter in empty_model(source(folder)).parameters())
 
 
@@ -187,7 +193,9 @@ def test_tied_embeddings_stay_tied(make_model, save):
 def test_layers_that_were_not_loaded_are_not_edited(make_model, tokenizer, concepts, statistics, save):
     loaded = load_partial(source(save(make_model("Llama"))), 1)
     with pytest.raises(InputError, match="meta device"):
-        rocr.unlearn(loaded.model, tokenizer, concepts, statistics, rocr.EditConfig(layers=(1, 2)))
+        rocr.unlearn(
+            loaded.model, tokenizer, concepts, statistics, rocr.EditConfig(layers=(1, 2), token_schedule="full")
+        )
 
 
 def test_only_edited_tensors_are_rewritten(make_model, save, digests, tmp_path):

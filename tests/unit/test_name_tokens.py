@@ -15,7 +15,6 @@ from rocr.keys.plan import plan_keys
 from rocr.keys.prompts import RenderedTemplate, build_prompts, render_template
 from rocr.model.chat import render_chats
 from rocr.model.generate import ask
-from rocr.model.kind import LANGUAGE_MODEL
 from rocr.model.tokenizer import token_texts
 from rocr.statistics.corpus import pack_tokens
 from rocr.statistics.self_generated import sample_sequences
@@ -171,7 +170,7 @@ class Failing:
         lambda t: build_prompts(t, RenderedTemplate("", ""), ["Ada"]),
         lambda t: list(pack_tokens(["Ada"], t, 8)),
         lambda t: tokenize_questions(t, ["Ada?"], [["yes"]]),
-        lambda t: predict(SimpleNamespace(model=SimpleNamespace(parameters=list), kind=LANGUAGE_MODEL), t),
+        lambda t: predict(SimpleNamespace(model=None, predicts_text=True), t),
         lambda t: ask(None, t, ["Who?"]),
         lambda t: sample_sequences(None, t, 8, 0),
     ],
