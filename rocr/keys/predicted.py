@@ -47,8 +47,8 @@ def rest_probabilities(
     """Return for each key the probability that the model gives to the rest of the name after its token.
 
     It is the product of the probabilities of the name's further tokens, and 1 for the last token, as the mean of the
-    first and the last template: all layers run for it, and more templates change it little. Where several names of a
-    concept begin alike, the most probable rest counts.
+    first and the last template (all layers run for it). Where several names of a concept begin alike, the most probable
+    rest counts.
 
     Args:
         architecture: The architecture of a model that predicts text, all of it loaded.
