@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rocr.cli import options
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 @options.out("Folder to write", DIR)
 @options.save_again
 @flag("--force", "Continue past the safety limits of an edit; the report says so.")
-@options.loading
+@options.loading_or_download
 @options.statistics
 @options.plain_text
 @questions
@@ -65,6 +66,7 @@ def add(arguments: Arguments, console: Console) -> dict[str, Any]:
     check_text(arguments)
     check_names("--control", arguments.control)
 
+    from rocr.export.folder import holds_already
     from rocr.model.generate import fill_question
 
     asked = [] if arguments.no_answers else fill_question(arguments.ask, asked_names(arguments, concepts))
@@ -80,6 +82,9 @@ def add(arguments: Arguments, console: Console) -> dict[str, Any]:
         with console.stage("load"):
             loaded = load(arguments, source, last_layer)
             open_quantised(loaded, edit.config, edit.fingerprint.layer)
+        held = holds_already(loaded, edit)
+        if held is not None:
+            raise InputError(f"{held} of {arguments.model} holds this edit already: give the model without the edit.")
         check_writable(arguments, loaded, edit.layers)
         asked = answerable(loaded, asked, console)
         before = ask_model(loaded, asked, arguments, console, "answers before")
@@ -140,6 +145,8 @@ def _changed(
     from rocr.unlearn import add_concepts
 
     everything = [*edit.concepts, *concepts]
+    # Without the records of the edited weights, which are of the files' dtype: the model is known to be unedited.
+    edit = replace(edit, updates=[replace(update, applied=None) for update in edit.updates])
     guards = Guards(force=arguments.force, concepts=most_concepts(arguments, everything))
     retain, ask = retained_names(arguments, everything), 0 if arguments.no_answers else MAX_ASKED
     with console.stage("edit") as progress:

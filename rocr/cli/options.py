@@ -14,7 +14,7 @@ from rocr.io.dtypes import SUPPORTED_DTYPES
 PROBES = Path(__file__).parent.parent / "data" / "probes.jsonl"
 LOADING, CHAT, TEXT = "Loading the model", "Chat template", "Statistics of ordinary text"
 
-loading = together(
+_placing = together(
     option(
         "--dtype",
         "Load the weights in this dtype (default: as stored; float32 for .gguf). Output files keep their own dtype.",
@@ -27,12 +27,16 @@ loading = together(
         metavar="DEVICE",
         group=LOADING,
     ),
-    flag("--download", "Allow network access, for a model on a hub.", group=LOADING),
-    flag("--trust-remote-code", "Run code that comes with the model.", group=LOADING),
+)
+_code = flag("--trust-remote-code", "Run code that comes with the model.", group=LOADING)
+loading = together(_placing, _code)
+loading_or_download = together(
+    _placing, flag("--download", "Allow network access, for a model on a hub.", group=LOADING), _code
 )
 
 model = together(
-    argument("model", "A Hugging Face folder, a .gguf file, or the id of a model on a hub.", type=FILE), loading
+    argument("model", "A Hugging Face folder, a .gguf file, or the id of a model on a hub.", type=FILE),
+    loading_or_download,
 )
 
 partial_model = together(

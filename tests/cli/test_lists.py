@@ -1,6 +1,7 @@
 """`rocr add`, `rocr remove` and `rocr merge` on output folders and edit files."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -163,3 +164,132 @@ def make_edit(files):
         return path
 
     return make
+
+
+def test_the_text_of_the_edit_stands_for_its_statistics(edits, files, command, tmp_path):
+    """The same text and number of tokens give the same edit as its statistics; fewer tokens are refused."""
+    made = ("unlearn", files.model, "--concept", ADA, "--redirect", BLAISE, *SETTINGS, "--text", files.text)
+    done(command, *made, "--tokens", 400, "--seed", 3, "--save", "model,edit", "--out", tmp_path / "ada")
+    more = ("--concept", GRACE, "--redirect", BLAISE, "--text", files.text, "--force", "--no-answers")
+    done(command, "add", tmp_path / "ada", *more, "--tokens", 400, "--out", tmp_path / "out")
+    both = (*made, "--concept", GRACE, "--tokens", 400, "--seed", 3, "--out", tmp_path / "both")
+    done(command, *both)
+    assert close(factors(tmp_path / "out")[0], factors(tmp_path / "both")[0])
+    refused = command("add", tmp_path / "ada", *more, "--tokens", 300, "--out", tmp_path / "other")
+    assert refused.code == 2 and "400" in refused.errors and "300" in refused.errors
+
+
+def test_a_list_that_grows_beyond_the_limit_is_refused_unless_allowed(edits, files, command, tmp_path, monkeypatch):
+    import rocr.cli.add
+    import rocr.cli.unlearn
+
+    monkeypatch.setattr(rocr.cli.unlearn, "MAX_CONCEPTS", 1)
+    more = ("--concept", GRACE, "--redirect", BLAISE, "--statistics", files.statistics, "--force", "--no-answers")
+    arguments = ("add", edits.ada, *more, "--out", tmp_path / "out")
+    refused = command(*arguments)
+    assert refused.code == 2 and "2 concepts, above the limit of 1" in refused.errors
+    assert command(*arguments, "--allow-long-list").code == 0
+
+
+def test_a_name_with_an_alias_is_removed_by_it(edits, files, command, tmp_path):
+    people = tmp_path / "people.txt"
+    people.write_text(f"{GRACE} | Amazing Grace -> {BLAISE}")
+    more = ("--statistics", files.statistics, "--force", "--no-answers")
+    done(command, "add", edits.ada, people, *more, "--out", tmp_path / "both")
+    report = done(command, "remove", tmp_path / "both", "amazing grace", "--out", tmp_path / "out")
+    assert [concept["name"] for concept in report["concepts"]] == [ADA]
+
+
+@pytest.fixture(scope="module")
+def others(edits, files, tmp_path_factory):
+    """Edits that cannot be merged with the others, models that are not theirs, and damaged folders."""
+    base = tmp_path_factory.mktemp("others")
+    shutil.copytree(edits.both, base / "damaged")
+    original = base / "damaged" / "originals" / WEIGHTS
+    data = bytearray(original.read_bytes())
+    data[-1] ^= 1
+    original.unlink()
+    original.write_bytes(data)
+    (base / "edit-only").mkdir()
+    shutil.copy(edits.ada / "edit.safetensors", base / "edit-only")
+    shutil.copytree(edits.ada, base / "changed")
+    tensors = load_file(base / "changed" / WEIGHTS)
+    tensors["model.layers.1.mlp.down_proj.weight"][0, 0] += 1
+    save_file(tensors, base / "changed" / WEIGHTS, {"format": "pt"})
+    shutil.copytree(files.model, base / "model")
+    tensors = load_file(base / "model" / WEIGHTS)
+    tensors["model.layers.1.mlp.up_proj.weight"] += 0.5
+    save_file(tensors, base / "model" / WEIGHTS, {"format": "pt"})
+    return SimpleNamespace(
+        base=base,
+        statistics=base / "statistics",
+        strong=edits.unlearn("strong", [GRACE], "--ridge", "3"),
+        other=base / "other",
+    )
+
+
+@pytest.fixture(scope="module")
+def of_another_model(others, files, command):
+    for arguments in (
+        ("stats", others.base / "model", "--text", files.text, "--layers", "1,2", "--out", others.statistics),
+        (
+            *("unlearn", others.base / "model", "--concept", GRACE, "--redirect", BLAISE, *SETTINGS),
+            *("--statistics", others.statistics, "--out", others.other),
+        ),
+    ):
+        found = command(*arguments)
+        assert found.code == 0, found.errors
+    return others
+
+
+def refused(command, tmp_path, code, words, *arguments):
+    """A command ends with a code and one sentence with some words, and writes nothing."""
+    before = sorted(tmp_path.iterdir())
+    found = command(*arguments, "--out", tmp_path / "out")
+    assert found.code == code, found.errors
+    assert words in " ".join(found.errors.split()) and "Traceback" not in found.errors
+    assert sorted(tmp_path.iterdir()) == before
+
+
+REFUSED = {
+    "an unknown name": (2, "holds no 'Alan Turing'", lambda e, o: ("remove", e.both, "Alan Turing")),
+    "nothing left": (2, "All 2 concepts would be removed", lambda e, o: ("remove", e.both, ADA, GRACE)),
+    "a name twice": (2, "'ada byron' is given twice", lambda e, o: ("remove", e.both, ADA, "ada byron")),
+    "an empty name": (2, "The name", lambda e, o: ("remove", e.both, "")),
+    "no edit": (2, "There is no edit file at", lambda e, o: ("remove", e.both / "originals", ADA)),
+    "no model": (2, "To change its edit alone, give", lambda e, o: ("remove", o.base / "edit-only", ADA)),
+    "an option for folders": (
+        *(2, "--lora-rank is for output folders"),
+        lambda e, o: ("remove", e.both / "edit.safetensors", ADA, "--lora-rank", 1),
+    ),
+    "damaged originals": (3, "differs from the original file", lambda e, o: ("remove", o.base / "damaged", ADA)),
+    "changed weights": (3, "is not the weight after this edit", lambda e, o: ("merge", o.base / "changed", e.grace)),
+    "one edit": (2, "give at least two", lambda e, o: ("merge", e.ada)),
+    "an edit twice": (2, ADA, lambda e, o: ("merge", e.ada, e.ada)),
+    "other settings": (2, "different settings", lambda e, o: ("merge", e.ada, o.strong)),
+    "another model": (2, "different models", lambda e, o: ("merge", e.ada, o.other)),
+    "an output in an input": (2, "input", lambda e, o: ("merge", e.ada, e.grace, "--out", e.grace / "out")),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_be_changed_is_refused(what, edits, of_another_model, command, tmp_path):
+    code, words, arguments = REFUSED[what]
+    refused(command, tmp_path, code, words, *arguments(edits, of_another_model))
+
+
+def test_what_cannot_be_added_is_refused(edits, of_another_model, files, command, tmp_path):
+    new = ("--concept", GRACE, "--redirect", BLAISE, "--force", "--no-answers")
+    right = ("--statistics", files.statistics)
+    file = edits.ada / "edit.safetensors"
+    cases = [
+        ("give the model that it was made for with --model", file, *new, *right),
+        ("leave out --model", edits.ada, *new, *right, "--model", files.model),
+        ("holds this edit already", file, *new, *right, "--model", edits.ada),
+        ("The edit was made for", file, *new, *right, "--model", of_another_model.base / "model"),
+        ("made for", edits.ada, *new, "--statistics", of_another_model.statistics),
+        (GRACE, edits.both, *new, *right),
+        ("--concept needs a redirect", edits.ada, "--concept", GRACE, *right),
+    ]
+    for words, *arguments in cases:
+        refused(command, tmp_path, 2, words, "add", *arguments)

@@ -46,6 +46,15 @@ class Runs:
         self.utility = self.write(
             "utility.jsonl", '{"question": "What falls?", "choices": ["rain", "a key"], "gold_idx": 0}'
         )
+        self.grace, self.two = base / "grace", base / "two"
+        concept = ("--concept", "Grace Hopper", "--redirect", "Blaise Pascal", "--layers", "1,2")
+        more = ("--statistics", files.statistics, "--force", "--no-answers", "--out", self.grace)
+        for arguments in (
+            ("unlearn", files.model, *concept, *more),
+            ("merge", files.edited, self.grace, "--out", self.two),
+        ):
+            with contextlib.redirect_stdout(io.StringIO()):
+                assert main([*map(str, arguments)]) == 0
         self.bases = {
             "unlearn": (
                 *("--concept", "Ada Byron", "--redirect", "Blaise Pascal", "--layers", "1,2", "--text", files.text),
@@ -62,7 +71,14 @@ class Runs:
             "revert": (),
             "verify": (),
             "info": (),
+            "remove": ("Grace Hopper",),
+            "merge": (self.grace,),
+            "add": (
+                *("--concept", "Grace Hopper", "--redirect", "Blaise Pascal", "--statistics", files.statistics),
+                *("--force", "--no-answers"),
+            ),
         }
+        self.places = {"remove": self.two} | dict.fromkeys(("revert", "verify", "info", "merge", "add"), files.edited)
 
     def write(self, name, text):
         path = self.base / name
@@ -81,7 +97,7 @@ class Runs:
 
     def _run(self, command, more, without, model):
         more = [getattr(self, part[1:]) if str(part).startswith("@") else part for part in more]
-        place = model or (self.files.edited if command in ("revert", "verify", "info") else self.files.model)
+        place = model or self.places.get(command, self.files.model)
         out = self.base / f"{len(self._done)}.out"
         arguments = [command, place, *less(self.bases[command], without), *more]
         if command not in ("verify", "info") and "--out" not in more:
@@ -90,6 +106,15 @@ class Runs:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
             code = main([*map(str, arguments), "--json"])
         return SimpleNamespace(code=code, json=json.loads(output.getvalue()), errors=errors.getvalue(), out=out)
+
+
+def is_refused_without(option):
+    """The command ends with the code of a guard without an option that it is usually given."""
+
+    def check(command, run):
+        assert run(command, without=(option,)).code == 4
+
+    return check
 
 
 def less(arguments, without):
@@ -111,7 +136,7 @@ def run(files, tmp_path_factory):
 def measured(command, done):
     """The numbers that a command ends with."""
     assert done.code == 0, done.errors
-    if command == "unlearn":
+    if command in ("unlearn", "add"):
         return [(layer["layer"], layer["relative_norm"], layer["closed"]) for layer in done.json["layers"]]
     if command == "stats":
         return {name: tensor.tolist() for name, tensor in load_file(done.out).items()}
@@ -201,7 +226,7 @@ def overwrites_page(command, run):
 
 def loads_as(command, run):
     """The weights that are written, or the numbers, are those of another dtype."""
-    if command == "apply":
+    if command in ("apply", "remove", "merge"):
         loaded = [run(command, *more).json["weights"][0]["loaded"] for more in (("--dtype", "bfloat16"), ())]
         assert loaded == ["bfloat16", "float32"]
     else:
@@ -264,9 +289,9 @@ def asks(command, run, *more):
 
 
 def asks_another_question(command, run):
-    few = ("--answer-tokens", 2)
-    assert [question for question, _ in asks(command, run, *few)] == ["Who is Ada Byron?"]
-    assert [question for question, _ in asks(command, run, *few, "--ask", "Is it {}?")] == ["Is it Ada Byron?"]
+    few, name = ("--answer-tokens", 2), "Grace Hopper" if command == "add" else "Ada Byron"
+    assert [question for question, _ in asks(command, run, *few)] == [f"Who is {name}?"]
+    assert [question for question, _ in asks(command, run, *few, "--ask", "Is it {}?")] == [f"Is it {name}?"]
 
 
 def answers_in_so_many_tokens(command, run):
