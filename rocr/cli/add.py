@@ -89,6 +89,9 @@ def add(arguments: Arguments, console: Console) -> dict[str, Any]:
         asked = answerable(loaded, asked, console)
         before = ask_model(loaded, asked, arguments, console, "answers before")
         if statistics is None:
+            differs = edit.mismatch(loaded.model)
+            if differs is not None:
+                raise InputError(differs)
             statistics = collect(arguments, loaded, edit.layers, console)
         changed = _changed(loaded, edit, concepts, statistics, arguments, console)
         after = ask_model(loaded, asked, arguments, console, "answers after")

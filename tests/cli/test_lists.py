@@ -5,6 +5,7 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import rocr
 
@@ -191,6 +192,15 @@ def test_a_list_that_grows_beyond_the_limit_is_refused_unless_allowed(edits, fil
     assert command(*arguments, "--allow-long-list").code == 0
 
 
+def test_limits_of_the_edit_of_all_are_passed_by_force_only(edits, files, command, tmp_path):
+    hard = edits.unlearn("hard", [ADA], "--strength", "100")
+    more = ("--concept", GRACE, "--redirect", BLAISE, "--statistics", files.statistics, "--no-answers")
+    arguments = ("add", hard, *more, "--out", tmp_path / "out")
+    found = command(*arguments)
+    assert found.code == 4 and "--force" in found.errors and not list(tmp_path.iterdir())
+    assert done(command, *arguments, "--force")["limits_passed"]
+
+
 def test_a_name_with_an_alias_is_removed_by_it(edits, files, command, tmp_path):
     people = tmp_path / "people.txt"
     people.write_text(f"{GRACE} | Amazing Grace -> {BLAISE}")
@@ -245,7 +255,7 @@ def of_another_model(others, files, command):
 def refused(command, tmp_path, code, words, *arguments):
     """A command ends with a code and one sentence with some words, and writes nothing."""
     before = sorted(tmp_path.iterdir())
-    found = command(*arguments, "--out", tmp_path / "out")
+    found = command(*arguments, *(() if "--out" in arguments else ("--out", tmp_path / "out")))
     assert found.code == code, found.errors
     assert words in " ".join(found.errors.split()) and "Traceback" not in found.errors
     assert sorted(tmp_path.iterdir()) == before
@@ -280,14 +290,16 @@ def test_what_cannot_be_changed_is_refused(what, edits, of_another_model, comman
 
 def test_what_cannot_be_added_is_refused(edits, of_another_model, files, command, tmp_path):
     new = ("--concept", GRACE, "--redirect", BLAISE, "--force", "--no-answers")
-    right = ("--statistics", files.statistics)
+    right, its = (("--statistics", place) for place in (files.statistics, of_another_model.statistics))
     file = edits.ada / "edit.safetensors"
     cases = [
         ("give the model that it was made for with --model", file, *new, *right),
         ("leave out --model", edits.ada, *new, *right, "--model", files.model),
         ("holds this edit already", file, *new, *right, "--model", edits.ada),
-        ("The edit was made for", file, *new, *right, "--model", of_another_model.base / "model"),
-        ("made for", edits.ada, *new, "--statistics", of_another_model.statistics),
+        ("were collected on", file, *new, *right, "--model", of_another_model.base / "model"),
+        ("The edit was made for", file, *new, *its, "--model", of_another_model.base / "model"),
+        ("The edit was made for", file, *new, "--text", files.text, "--model", of_another_model.base / "model"),
+        ("were collected on", edits.ada, *new, *its),
         (GRACE, edits.both, *new, *right),
         ("--concept needs a redirect", edits.ada, "--concept", GRACE, *right),
     ]

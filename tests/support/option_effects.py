@@ -108,15 +108,6 @@ class Runs:
         return SimpleNamespace(code=code, json=json.loads(output.getvalue()), errors=errors.getvalue(), out=out)
 
 
-def is_refused_without(option):
-    """The command ends with the code of a guard without an option that it is usually given."""
-
-    def check(command, run):
-        assert run(command, without=(option,)).code == 4
-
-    return check
-
-
 def less(arguments, without):
     """Arguments without some options and the values that follow them."""
     kept, skipping = [], False
