@@ -12,6 +12,7 @@ import transformers
 from safetensors.torch import load_file
 
 from rocr.cli.main import main
+from tests.support.changed_lists import changed_lists
 
 WEIGHTS = "model.safetensors"
 ROWS = [
@@ -46,15 +47,6 @@ class Runs:
         self.utility = self.write(
             "utility.jsonl", '{"question": "What falls?", "choices": ["rain", "a key"], "gold_idx": 0}'
         )
-        self.grace, self.two = base / "grace", base / "two"
-        concept = ("--concept", "Grace Hopper", "--redirect", "Blaise Pascal", "--layers", "1,2")
-        more = ("--statistics", files.statistics, "--force", "--no-answers", "--out", self.grace)
-        for arguments in (
-            ("unlearn", files.model, *concept, *more),
-            ("merge", files.edited, self.grace, "--out", self.two),
-        ):
-            with contextlib.redirect_stdout(io.StringIO()):
-                assert main([*map(str, arguments)]) == 0
         self.bases = {
             "unlearn": (
                 *("--concept", "Ada Byron", "--redirect", "Blaise Pascal", "--layers", "1,2", "--text", files.text),
@@ -68,17 +60,10 @@ class Runs:
                 *("--methods", "rocr", "--text", files.text, "--tokens", 200),
             ),
             "apply": (files.edit,),
-            "revert": (),
-            "verify": (),
-            "info": (),
-            "remove": ("Grace Hopper",),
-            "merge": (self.grace,),
-            "add": (
-                *("--concept", "Grace Hopper", "--redirect", "Blaise Pascal", "--statistics", files.statistics),
-                *("--force", "--no-answers"),
-            ),
+            **dict.fromkeys(("revert", "verify", "info"), ()),
         }
-        self.places = {"remove": self.two} | dict.fromkeys(("revert", "verify", "info", "merge", "add"), files.edited)
+        of_lists, self.places = changed_lists(files, base)
+        self.bases |= of_lists
 
     def write(self, name, text):
         path = self.base / name
