@@ -124,17 +124,20 @@ def test_a_folder_and_an_edit_file_are_merged_to_a_folder(edits, command, tmp_pa
 @pytest.mark.parametrize("place", ["folder", "file"])
 def test_add_gives_one_edit_of_both(place, edits, files, command, tmp_path):
     people = tmp_path / "people.txt"
-    people.write_text(f"{GRACE} -> {BLAISE}")
+    people.write_text(f"{GRACE} | Amazing Grace -> {BLAISE}")
     model = () if place == "folder" else ("--model", files.model)
     edited = edits.ada if place == "folder" else edits.ada / "edit.safetensors"
     more = ("--statistics", files.statistics, "--force", "--no-answers")
     report = done(command, "add", edited, people, *model, *more, "--out", tmp_path / "out")
     assert [concept["name"] for concept in report["concepts"]] == [ADA, GRACE]
     assert report["added"] == [GRACE] and report["inexact"] == [2]
-    assert close(factors(tmp_path / "out")[0], factors(edits.both)[0])
+    added = factors(tmp_path / "out")[0]
     done(command, "verify", tmp_path / "out")
     done(command, "revert", tmp_path / "out", "--out", tmp_path / "back")
     assert is_base(files, tmp_path / "back")
+    done(command, "remove", tmp_path / "out" / "edit.safetensors", "amazing grace", "--out", tmp_path / "rest")
+    rest = factors(tmp_path / "rest")[0]
+    assert close(rest, factors(edits.ada)[0]) and not close(added, rest)
 
 
 def test_measured_once_no_layer_is_inexact(edits, files, command, make_edit, tmp_path):
@@ -167,6 +170,7 @@ def make_edit(files):
     return make
 
 
+@pytest.mark.slow
 def test_the_text_of_the_edit_stands_for_its_statistics(edits, files, command, tmp_path):
     """The same text and number of tokens give the same edit as its statistics; fewer tokens are refused."""
     made = ("unlearn", files.model, "--concept", ADA, "--redirect", BLAISE, *SETTINGS, "--text", files.text)
@@ -199,15 +203,6 @@ def test_limits_of_the_edit_of_all_are_passed_by_force_only(edits, files, comman
     found = command(*arguments)
     assert found.code == 4 and "--force" in found.errors and not list(tmp_path.iterdir())
     assert done(command, *arguments, "--force")["limits_passed"]
-
-
-def test_a_name_with_an_alias_is_removed_by_it(edits, files, command, tmp_path):
-    people = tmp_path / "people.txt"
-    people.write_text(f"{GRACE} | Amazing Grace -> {BLAISE}")
-    more = ("--statistics", files.statistics, "--force", "--no-answers")
-    done(command, "add", edits.ada, people, *more, "--out", tmp_path / "both")
-    report = done(command, "remove", tmp_path / "both", "amazing grace", "--out", tmp_path / "out")
-    assert [concept["name"] for concept in report["concepts"]] == [ADA]
 
 
 @pytest.fixture(scope="module")

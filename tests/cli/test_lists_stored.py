@@ -51,7 +51,11 @@ def same_files(model, folder):
     return all((folder / file.name).read_bytes() == file.read_bytes() for file in files)
 
 
-@pytest.mark.parametrize("stored", STORED)
+OFTEN = ("gguf",)
+EACH = [pytest.param(kind, marks=() if kind in OFTEN else pytest.mark.slow) for kind in STORED]
+
+
+@pytest.mark.parametrize("stored", EACH)
 def test_a_removal_is_verified_and_reverted_byte_for_byte(stored, write, files, command, tmp_path):
     model = write(stored.split()[0])
     done(command, "unlearn", model, *TWO, "--text", files.text, *STORED[stored], "--out", tmp_path / "two")
@@ -67,6 +71,7 @@ def test_a_removal_is_verified_and_reverted_byte_for_byte(stored, write, files, 
     assert same_files(model, tmp_path / "back")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stored", ["gguf", "experts", "fp8 keep"])
 def test_an_addition_is_verified_and_reverted_byte_for_byte(stored, write, files, command, tmp_path):
     model = write(stored.split()[0])
