@@ -158,4 +158,5 @@ def _changed(
         )
     for sentence in changed.report.limits_passed:
         console.warn(f"Forced: {sentence}")
-    return changed
+    # The name of the model, and not of the folder in which it is restored.
+    return replace(changed, fingerprint=replace(changed.fingerprint, name=edit.fingerprint.name))

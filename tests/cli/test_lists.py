@@ -52,6 +52,12 @@ def close(first, second):
     return float((first - second).norm() / second.norm()) < 1e-4
 
 
+def check_no_temporary_names(folder):
+    """No file of an output names the folder in which the first model was restored."""
+    for path in folder.rglob("*"):
+        assert path.is_dir() or b".partial-" not in path.read_bytes(), path
+
+
 def is_base(files, folder):
     """Whether a folder holds the weights of the model byte for byte."""
     return (folder / WEIGHTS).read_bytes() == (files.model / WEIGHTS).read_bytes()
@@ -66,6 +72,8 @@ def test_remove_gives_the_edit_of_the_rest(edits, files, command, digests, tmp_p
     found, expected = factors(tmp_path / "out"), factors(edits.ada)
     assert close(found[0], expected[0]) and not close(found[1], expected[1])
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    check_no_temporary_names(tmp_path / "out")
+    assert f"# {files.model.name}, edited by rocr" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_the_weights_are_those_of_the_changed_edit(edits, files, command, tmp_path):
@@ -121,10 +129,12 @@ def test_a_folder_and_an_edit_file_are_merged_to_a_folder(edits, command, tmp_pa
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "folders" / WEIGHTS).read_bytes()
 
 
-@pytest.mark.parametrize("place", ["folder", "file"])
-def test_add_gives_one_edit_of_both(place, edits, files, command, tmp_path):
+@pytest.mark.parametrize(
+    ("place", "alias", "removed"), [("folder", "", GRACE), ("file", " | Amazing Grace", "amazing grace")]
+)
+def test_add_gives_one_edit_of_both(place, alias, removed, edits, files, command, tmp_path):
     people = tmp_path / "people.txt"
-    people.write_text(f"{GRACE} | Amazing Grace -> {BLAISE}")
+    people.write_text(f"{GRACE}{alias} -> {BLAISE}")
     model = () if place == "folder" else ("--model", files.model)
     edited = edits.ada if place == "folder" else edits.ada / "edit.safetensors"
     more = ("--statistics", files.statistics, "--force", "--no-answers")
@@ -132,10 +142,12 @@ def test_add_gives_one_edit_of_both(place, edits, files, command, tmp_path):
     assert [concept["name"] for concept in report["concepts"]] == [ADA, GRACE]
     assert report["added"] == [GRACE] and report["inexact"] == [2]
     added = factors(tmp_path / "out")[0]
+    assert close(added, factors(edits.both)[0]) == (alias == "")
+    check_no_temporary_names(tmp_path / "out")
     done(command, "verify", tmp_path / "out")
     done(command, "revert", tmp_path / "out", "--out", tmp_path / "back")
     assert is_base(files, tmp_path / "back")
-    done(command, "remove", tmp_path / "out" / "edit.safetensors", "amazing grace", "--out", tmp_path / "rest")
+    done(command, "remove", tmp_path / "out" / "edit.safetensors", removed, "--out", tmp_path / "rest")
     rest = factors(tmp_path / "rest")[0]
     assert close(rest, factors(edits.ada)[0]) and not close(added, rest)
 

@@ -64,6 +64,7 @@ def test_a_removal_is_verified_and_reverted_byte_for_byte(stored, write, files, 
     before, after = ({path.name for path in (tmp_path / name).iterdir()} for name in ("two", "one"))
     assert before == after
     assert not same_files(model, tmp_path / "one")
+    assert not any(b".partial-" in path.read_bytes() for path in (tmp_path / "one").rglob("*") if path.is_file())
     if "keep" in stored:
         assert report["quantised"]["output"] == "keep"
     done(command, "verify", tmp_path / "one")
@@ -80,6 +81,7 @@ def test_an_addition_is_verified_and_reverted_byte_for_byte(stored, write, files
     more = ("--concept", GRACE, "--redirect", BLAISE, "--text", files.text, "--no-answers", "--force")
     report = done(command, "add", tmp_path / "one", *more, "--out", tmp_path / "two")
     assert [concept["name"] for concept in report["concepts"]] == [ADA, GRACE]
+    assert not any(b".partial-" in path.read_bytes() for path in (tmp_path / "two").rglob("*") if path.is_file())
     shutil.rmtree(tmp_path / "one")
     found = command("verify", tmp_path / "two")
     assert found.code == 0, found.errors
