@@ -67,7 +67,7 @@ def open_edited(place: str) -> Edited:
     """Read the edit of an output folder, or an edit file.
 
     Raises:
-        InputError: there is no edit file; the folder holds no model; or its edit was reverted.
+        InputError: there is no edit file, it is damaged, or the folder holds no model.
     """
     from rocr.edit.edit import Edit
     from rocr.export.manifest import open_output
