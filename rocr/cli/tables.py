@@ -105,7 +105,7 @@ def show_harmed(harms: list[dict[str, Any]], console: Console) -> None:
         )
     if harms:
         console.say(
-            "Names on no list are harmed: another redirect, --token-schedule ramp or --key-tokens last may spare them. "
+            "Names on no list are harmed: another redirect or --key-tokens last may spare them. "
             "--control measures names of your choice."
         )
 

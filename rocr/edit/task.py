@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -149,7 +150,7 @@ class Reader:
         probabilities = rest_probabilities(
             task.architecture, task.plan.keys, task.plan.concept_of, progress=self.progress
         )
-        return probabilities
+        return [math.sqrt(probability) for probability in probabilities]
 
     def states_after_edit(self) -> Tensor:
         """Return (n, d_out): the current states, at the output of the last edited layer."""

@@ -46,8 +46,9 @@ def rest_probabilities(
 ) -> list[float]:
     """Return for each key the probability that the model gives to the rest of the name after its token.
 
-    It is the mean over the templates of the product of the probabilities of the name's further tokens, and 1 for the
-    last token. Where several names of a concept begin alike, the most probable rest counts.
+    It is the product of the probabilities of the name's further tokens, and 1 for the last token, as the mean of the
+    first and the last template (all layers run for it). Where several names of a concept begin alike, the most probable
+    rest counts.
 
     Args:
         architecture: The architecture of a model that predicts text, all of it loaded.
@@ -61,29 +62,36 @@ def rest_probabilities(
         InputError: The model fails.
         GuardError: A probability is not a number.
     """
-    asked = _names_with_a_rest(reading)
+    places = _places(reading)
+    asked = _names_with_a_rest(reading, places)
     logs = retry_with_smaller_batch(
         lambda budget: _log_probabilities(architecture, asked, budget, progress), token_budget
     )
     best: dict[tuple[int, tuple[int, ...]], float] = {}
     keys: list[tuple[int, tuple[int, ...]]] = []
-    for index, position, group in zip(reading.prompt_of, reading.position_of, reading.group_of, strict=True):
+    for index, position, group in places:
         prompt = reading.prompts[index]
         following = prompt.name[-1] - position
         rest = math.exp(sum(logs[index][-following:])) if following else 1.0
         keys.append((concept_of[group], prompt.tokens[: position + 1]))
         best[keys[-1]] = max(best.get(keys[-1], 0.0), rest)
     sums, counts = [0.0] * reading.groups, [0] * reading.groups
-    for group, key in zip(reading.group_of, keys, strict=True):
+    for (_, _, group), key in zip(places, keys, strict=True):
         sums[group] += best[key]
         counts[group] += 1
     return [total / count for total, count in zip(sums, counts, strict=True)]
 
 
-def _names_with_a_rest(reading: Reading) -> list[_Name]:
+def _places(reading: Reading) -> list[tuple[int, int, int]]:
+    """Return prompt, position and group of the tokens that are asked about: the first and the last of each group."""
+    places = list(zip(reading.prompt_of, reading.position_of, reading.group_of, strict=True))
+    firsts, lasts = {place[2]: place for place in reversed(places)}, {place[2]: place for place in places}
+    return list(dict.fromkeys([*firsts.values(), *lasts.values()]))
+
+
+def _names_with_a_rest(reading: Reading, places: Sequence[tuple[int, int, int]]) -> list[_Name]:
     """Return the prompts that are read before the last token of their name."""
-    places = zip(reading.prompt_of, reading.position_of, strict=True)
-    early = {index for index, position in places if position < reading.prompts[index].name[-1]}
+    early = {index for index, position, _ in places if position < reading.prompts[index].name[-1]}
     found = []
     for index in sorted(early):
         prompt = reading.prompts[index]

@@ -47,6 +47,8 @@ def test_a_model_loaded_in_part_answers_no_questions(files, sharded, command, tm
     done = command("unlearn", sharded, *CONCEPT, *given)
     assert done.code == 0, done.errors
     assert "nothing is asked" in done.errors
+    assert "how far the first tokens of a name are moved" in " ".join(done.errors.split())
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["config"]["token_schedule"] == "full"
 
 
 def test_a_model_loaded_in_part_cannot_write_text(sharded, command, tmp_path):

@@ -37,9 +37,11 @@ def test_each_probability_is_that_of_the_model_read_token_by_token(family, make_
     concepts = [Concept("Ada Byron", "rain"), Concept("Robert Downey Jr.", "rain"), Concept("Pascal", "rain")]
     plan = plan_keys(tokenizer, concepts, EditConfig(templates=TEMPLATES))
     assert len(set(map(len, (prompt.tokens for prompt in plan.keys.prompts)))) > 1, "batches need padding"
-    expected = [[] for _ in range(plan.keys.groups)]
+    every = [[] for _ in range(plan.keys.groups)]
     for group, probability in zip(plan.keys.group_of, read_one_by_one(model, plan.keys), strict=True):
-        expected[group].append(probability)
+        every[group].append(probability)
+    assert all(len(each) == len(TEMPLATES) for each in every)
+    expected = [each[:1] + each[-1:] for each in every]
     for budget in (1, 40, 2048):
         found = rest_probabilities(find_architecture(model), plan.keys, plan.concept_of, token_budget=budget)
         assert found == pytest.approx([sum(each) / len(each) for each in expected], rel=1e-4)
@@ -72,7 +74,7 @@ def test_of_names_that_begin_alike_the_most_probable_rest_counts(make_model, mak
     assert joined != single
 
 
-def test_a_shared_token_is_moved_by_the_probability(make_model, make_tokenizer, texts):
+def test_a_shared_token_is_moved_by_the_root_of_the_probability(make_model, make_tokenizer, texts):
     """With a head that always predicts the same token, "Byron" after "Ada" has the probability of our choice."""
     original, tokenizer = make_model("Llama"), make_tokenizer()
     statistics = rocr.collect_statistics(original, tokenizer, texts, [2])
@@ -99,7 +101,7 @@ def test_a_shared_token_is_moved_by_the_probability(make_model, make_tokenizer, 
             guards=Guards(force=True),
         )
         ratio = edit.updates[0].residuals.norm(dim=1) / full.updates[0].residuals.norm(dim=1)
-        assert ratio.tolist() == pytest.approx([1.0, probability], rel=1e-4)
+        assert ratio.tolist() == pytest.approx([1.0, math.sqrt(probability)], rel=1e-4)
 
 
 def test_a_namesake_keeps_its_first_token(make_model, make_tokenizer, texts):
