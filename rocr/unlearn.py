@@ -201,6 +201,8 @@ def add_concepts(
     statistics: Statistics,
     progress: ProgressCallback = silent,
     guards: Guards | None = None,
+    retain: Sequence[str] | None = None,
+    ask: int = MAX_ASKED,
 ) -> Edit:
     """Add concepts to an applied edit and apply the result in its place; `Edit.add` as a function.
 
@@ -212,6 +214,8 @@ def add_concepts(
         statistics: The statistics that the edit was made with.
         progress: Called after each step of a stage.
         guards: Safety limits of the new edit. None is `Guards()`.
+        retain: As for `unlearn`.
+        ask: As for `unlearn`.
 
     Returns:
         The edit of all concepts, which is applied to the model.
@@ -226,7 +230,7 @@ def add_concepts(
     return replace_updates(
         weights,
         [update.applied for update in edit.updates],
-        lambda: unlearn(model, tokenizer, concepts, statistics, edit.config, progress, guards, base_edit=edit),
+        lambda: unlearn(model, tokenizer, concepts, statistics, edit.config, progress, guards, edit, retain, ask),
     )
 
 

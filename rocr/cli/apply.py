@@ -27,9 +27,35 @@ if TYPE_CHECKING:
 @flag("--allow-fingerprint-mismatch", "Allow another model than the edit's, such as a fine-tune.")
 def apply(arguments: Arguments, console: Console) -> dict[str, Any]:
     """Apply a saved edit to a copy of its model."""
+    edit, source = edit_and_source(arguments, arguments.edit)
+    report = write_applied(arguments, source, edit, console, arguments.allow_fingerprint_mismatch)
+    console.say(f"{arguments.out}: {arguments.model} with the edit of {number_of_concepts(edit.concepts)}.")
+    return report
+
+
+def write_applied(
+    arguments: Arguments,
+    source: ModelSource,
+    edit: Edit,
+    console: Console,
+    allow_fingerprint_mismatch: bool = False,
+    **more: Any,
+) -> dict[str, Any]:
+    """Apply an edit to a model and write the folder --out.
+
+    Args:
+        arguments: of the command.
+        source: the model, without the edit.
+        edit: the edit.
+        console: has the seconds of the stages before.
+        allow_fingerprint_mismatch: whether the model may differ from the edit's.
+        more: further fields of the report.
+
+    Returns:
+        The report.
+    """
     from rocr.export.folder import holds_already
 
-    edit, source = edit_and_source(arguments, arguments.edit)
     check_parts(arguments, source)
     check_quantised(arguments, source)
     with console.stage("load"):
@@ -41,13 +67,12 @@ def apply(arguments: Arguments, console: Console) -> dict[str, Any]:
     check_writable(arguments, loaded, edit.layers)
     with console.stage("apply"):
         mismatch = edit.mismatch(loaded.model)
-        edit.apply(loaded.model, arguments.allow_fingerprint_mismatch)
+        edit.apply(loaded.model, allow_fingerprint_mismatch)
     if mismatch is not None:
         console.warn(f"{mismatch} The edit was measured on another model: evaluate the result.")
-    more: dict[str, Any] = {"applied": True, "fingerprint_mismatch": mismatch}
+    more |= {"applied": True, "fingerprint_mismatch": mismatch}
     report = write_output(arguments, loaded, edit, arguments.save, console, quantised=arguments.quantised, **more)
     show_adapter(report, console)
-    console.say(f"{arguments.out}: {arguments.model} with the edit of {number_of_concepts(edit.concepts)}.")
     return report
 
 

@@ -13,7 +13,9 @@ from typing import Any
 import click
 
 from rocr import __version__
+from rocr.cli.add import add
 from rocr.cli.apply import apply
+from rocr.cli.change import merge, remove
 from rocr.cli.compare import compare
 from rocr.cli.console import Console
 from rocr.cli.doctor import doctor
@@ -42,7 +44,10 @@ Shell completion: eval "$({COMPLETION}=bash_source rocr)" in bash, zsh_source in
 
 program = Program(
     "rocr",
-    commands=(unlearn, stats, apply, revert, evaluate, redirects, compare, info, verify, doctor),
+    commands=(
+        *(unlearn, stats, apply, revert, add, remove, merge),
+        *(evaluate, redirects, compare, info, verify, doctor),
+    ),
     help="Unlearn concepts from language models, in closed form.",
     epilog=EPILOG,
     context_settings=CONTEXT,

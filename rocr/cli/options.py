@@ -14,8 +14,7 @@ from rocr.io.dtypes import SUPPORTED_DTYPES
 PROBES = Path(__file__).parent.parent / "data" / "probes.jsonl"
 LOADING, CHAT, TEXT = "Loading the model", "Chat template", "Statistics of ordinary text"
 
-model = together(
-    argument("model", "A Hugging Face folder, a .gguf file, or the id of a model on a hub.", type=FILE),
+_placing = together(
     option(
         "--dtype",
         "Load the weights in this dtype (default: as stored; float32 for .gguf). Output files keep their own dtype.",
@@ -28,8 +27,16 @@ model = together(
         metavar="DEVICE",
         group=LOADING,
     ),
-    flag("--download", "Allow network access, for a model on a hub.", group=LOADING),
-    flag("--trust-remote-code", "Run code that comes with the model.", group=LOADING),
+)
+_code = flag("--trust-remote-code", "Run code that comes with the model.", group=LOADING)
+loading = together(_placing, _code)
+loading_or_download = together(
+    _placing, flag("--download", "Allow network access, for a model on a hub.", group=LOADING), _code
+)
+
+model = together(
+    argument("model", "A Hugging Face folder, a .gguf file, or the id of a model on a hub.", type=FILE),
+    loading_or_download,
 )
 
 partial_model = together(
@@ -42,15 +49,11 @@ partial_model = together(
     flag("--whole", "Load the whole model.", group=LOADING),
 )
 
-save = together(
-    option(
-        "--save",
-        "Parts to write: model, gguf, lora, gguf-lora, edit, originals. gguf is a copy of a .gguf model, gguf-lora an "
-        "adapter for llama.cpp; originals are the original bytes, for `rocr revert`.",
-        type=save_parts,
-        default="model,edit",
-        metavar="PARTS",
-    ),
+_PARTS = (
+    "Parts to write: model, gguf, lora, gguf-lora, edit, originals. gguf is a copy of a .gguf model, gguf-lora an "
+    "adapter for llama.cpp; originals are the original bytes, for `rocr revert`"
+)
+_adapters = together(
     option("--lora-rank", "Truncate adapters to rank N, such as 16, the default limit of vLLM.", type=COUNT),
     option(
         "--gguf-type",
@@ -58,6 +61,10 @@ save = together(
         type=choice(*GGUF_KINDS),
     ),
 )
+
+_save = partial(option, "--save", type=save_parts, metavar="PARTS")
+save = together(_save(help=f"{_PARTS}.", default="model,edit"), _adapters)
+save_again = together(_save(help=f"{_PARTS} (default: those of the folder EDITED; else model and edit)."), _adapters)
 
 _STORED_AGAIN = (
     "How edited weights of a quantised model are written: plain, unquantised (default), or keep, in the same scheme"
@@ -75,7 +82,7 @@ seed = option("--seed", "Seed of all random choices.", type=SEED, default=0)
 
 statistics = option("--statistics", "Statistics made by `rocr stats`.", type=FILE, group=TEXT)
 
-text = together(
+plain_text = together(
     option(
         "--text",
         ".txt, .jsonl or .parquet files (default: text that the model writes itself).",
@@ -84,8 +91,9 @@ text = together(
         group=TEXT,
     ),
     option("--tokens", "Read at most N tokens of text.", type=TOKENS, group=TEXT),
-    seed,
 )
+
+text = together(plain_text, seed)
 
 _chat = partial(option, group=CHAT)
 chat = together(

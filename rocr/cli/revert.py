@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rocr.cli import options
 from rocr.cli.arguments import claim_output, edit_and_source, load
+from rocr.cli.base import reverts_in, structure_of
 from rocr.cli.console import Console
 from rocr.cli.outputs import EDIT_FILE, write_output
 from rocr.cli.parsing import Arguments, command, option
 from rocr.cli.tables import number_of_concepts
 from rocr.cli.values import DIR, FILE
 from rocr.io.output import new_directory
-
-if TYPE_CHECKING:
-    from rocr.model.load import LoadedModel, ModelSource
 
 
 @command("revert")
@@ -27,20 +25,17 @@ def revert(arguments: Arguments, console: Console) -> dict[str, Any]:
 
     The original files are restored if the folder keeps them (`rocr unlearn --save originals`).
     """
-    from rocr.export.gguf import reverts_in_file
     from rocr.export.originals import has_originals
-    from rocr.model.stored_weights import find_weights
 
     if arguments.edit is None and has_originals(Path(arguments.model)):
         return _restore(arguments, console)
     place = arguments.edit or _folder(arguments.model) / EDIT_FILE
     edit, source = edit_and_source(arguments, place)
-    in_gguf = reverts_in_file(source, edit)
-    in_files = in_gguf or find_weights(source) is not None
+    in_gguf, in_files = reverts_in(source, edit)
     if in_files and (arguments.dtype or arguments.device):
         console.warn("--dtype and --device have no effect: the edit is undone in the files, and no weight is loaded.")
     with console.stage("load"):
-        loaded = _structure(arguments, source) if in_files else load(arguments, source)
+        loaded = structure_of(arguments, source) if in_files else load(arguments, source)
     if not in_files:
         with console.stage("revert"):
             edit.revert(loaded.model)
@@ -69,14 +64,3 @@ def _restore(arguments: Arguments, console: Console) -> dict[str, Any]:
         files = restore_originals(folder, partial)
     console.say(f"{arguments.out}: original files of the model in {folder}: {len(files)}; each sha256 matches.")
     return {"out": arguments.out, "applied": False, "originals": files, "seconds": console.seconds}
-
-
-def _structure(arguments: Arguments, source: ModelSource) -> LoadedModel:
-    """The model to revert without its weights, since its files are edited in place of it."""
-    if source.folder is None:
-        return load(arguments, source)
-
-    from rocr.model.load import LoadedModel
-    from rocr.model.load_partial import empty_model
-
-    return LoadedModel(empty_model(source, arguments.trust_remote_code), None, source)

@@ -6,6 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rocr.cli import options
+from rocr.cli.answers import answerable, answers_of, ask_model, asked_names, questions, retained_names
 from rocr.cli.arguments import (
     chat_of,
     check_quantised,
@@ -21,14 +22,13 @@ from rocr.cli.console import Console
 from rocr.cli.outputs import check_parts, check_writable, show_adapter, write_output
 from rocr.cli.parsing import Arguments, argument, choice, command, flag, option
 from rocr.cli.tables import show_report
-from rocr.cli.values import DIR, FILE, Number
+from rocr.cli.values import DIR, FILE
 from rocr.concepts import (
     MAX_CONCEPTS,
     Concept,
     check_concepts,
     check_length,
     check_names,
-    folded,
     load_concepts,
 )
 from rocr.errors import InputError
@@ -37,13 +37,10 @@ from rocr.io.output import check_output
 if TYPE_CHECKING:
     from rocr.config import EditConfig
     from rocr.edit.edit import Edit
-    from rocr.export.report import Answer
     from rocr.model.load import LoadedModel, ModelSource
     from rocr.statistics.statistics import Statistics
 
-SHOWN_CONCEPTS = 10
 setting = partial(option, group="Settings")
-answering = partial(option, group="Answers before and after")
 
 
 @command("unlearn")
@@ -93,24 +90,15 @@ answering = partial(option, group="Answers before and after")
 @options.chat
 @options.statistics
 @options.text
-@answering("--ask", "Question to ask, with {} for a name.", default="Who is {}?", metavar="QUESTION")
-@answering(
-    "--control",
-    "Names that should not change: they are asked about too, and the effect of the edit on them is measured (default: "
-    "names that the edit is likely to harm are measured).",
-    several=True,
-    metavar="NAME",
-)
-@answering("--answer-tokens", "Tokens of an answer.", type=Number(1, 65_536), default=32)
-@flag("--no-answers", "Ask no questions.", group="Answers before and after")
+@questions
 def unlearn(arguments: Arguments, console: Console) -> dict[str, Any]:
     """Redirect concepts and save the edited model.
 
     Files, options and names are checked before the model is loaded.
     """
     arguments.chat = chat_of(arguments)
-    concepts = _concepts(arguments)
-    check_length(len(concepts), _most(arguments, concepts))
+    concepts = given_concepts(arguments)
+    check_length(len(concepts), most_concepts(arguments, concepts))
     source = source_of(arguments)
     check_quantised(arguments, source)
     _check_output(arguments, source)
@@ -120,42 +108,47 @@ def unlearn(arguments: Arguments, console: Console) -> dict[str, Any]:
     from rocr.model.generate import fill_question
 
     check_names("--control", arguments.control)
-    questions = [] if arguments.no_answers else fill_question(arguments.ask, _asked(arguments, concepts))
+    asked = [] if arguments.no_answers else fill_question(arguments.ask, asked_names(arguments, concepts))
     config = _config(arguments, console)
-    statistics = _load_statistics(arguments)
+    statistics = load_statistics(arguments)
     last_layer = last_layer_to_load(arguments, source, config, statistics)
     if last_layer is not None and config.token_schedule is None and not arguments.official:
         console.warn(
             "Only the first layers of the model are loaded, so its predictions cannot tell how far the first tokens of "
             "a name are moved: --token-schedule goes by the length of the list."
         )
-    if last_layer is not None and questions:
+    if last_layer is not None and asked:
         console.warn("Only the first layers of the model are loaded, so nothing is asked before and after.")
-        questions = []
+        asked = []
     if arguments.dry_run:
         from rocr.cli.plan import show_plan
 
         with console.stage("dry run"):
-            return show_plan(arguments, concepts, source, config, len(questions), last_layer, console)
+            return show_plan(arguments, concepts, source, config, len(asked), last_layer, console)
     with console.stage("load"):
         loaded = load(arguments, source, last_layer)
         open_quantised(loaded, config, 0 if statistics is None else statistics.fingerprint.layer)
-    questions = _answerable(loaded, questions, console)
+    asked = answerable(loaded, asked, console)
     config = _with_layers(config, loaded)
     check_writable(arguments, loaded, config.layer_numbers)
-    before = _ask(loaded, questions, arguments, console, "answers before")
+    before = ask_model(loaded, asked, arguments, console, "answers before")
     if statistics is None:
         statistics = collect(arguments, loaded, config.layer_numbers, console)
     edit = _edit(loaded, concepts, statistics, config, arguments, console)
-    after = _ask(loaded, questions, arguments, console, "answers after")
-    answers = _answers(arguments, concepts, questions, before, after)
+    after = ask_model(loaded, asked, arguments, console, "answers after")
+    answers = answers_of(arguments, concepts, asked, before, after)
     report = write_output(arguments, loaded, edit, arguments.save, console, answers, quantised=arguments.quantised)
     show_report(report, console, arguments.out)
     show_adapter(report, console)
     return report
 
 
-def _concepts(arguments: Arguments) -> list[Concept]:
+def given_concepts(arguments: Arguments) -> list[Concept]:
+    """The concepts of the list, or those of --concept.
+
+    Raises:
+        InputError: both or neither are given, or a concept is not valid.
+    """
     if (arguments.concepts is None) == (not arguments.concept):
         raise InputError("Give either a list of concepts or --concept NAME.")
     if arguments.concepts is not None:
@@ -167,7 +160,7 @@ def _concepts(arguments: Arguments) -> list[Concept]:
     return concepts
 
 
-def _most(arguments: Arguments, concepts: list[Concept]) -> int:
+def most_concepts(arguments: Arguments, concepts: list[Concept]) -> int:
     """Maximum number of concepts."""
     return max(MAX_CONCEPTS, len(concepts)) if arguments.allow_long_list else MAX_CONCEPTS
 
@@ -181,10 +174,6 @@ def _check_output(arguments: Arguments, source: ModelSource) -> None:
         check_output(arguments.out, inputs=source.inputs, overwrite=arguments.overwrite)
     else:
         claim_output(arguments, source.inputs)
-
-
-def _asked(arguments: Arguments, concepts: list[Concept]) -> list[str]:
-    return [*(concept.name for concept in concepts[:SHOWN_CONCEPTS]), *arguments.control]
 
 
 def _config(arguments: Arguments, console: Console) -> EditConfig:
@@ -223,7 +212,8 @@ def _renamed(arguments: Arguments, console: Console) -> dict[str, Any]:
     return found
 
 
-def _load_statistics(arguments: Arguments) -> Statistics | None:
+def load_statistics(arguments: Arguments) -> Statistics | None:
+    """The statistics of --statistics, if it is given."""
     if arguments.statistics is None:
         return None
     from rocr.statistics.statistics import Statistics
@@ -249,8 +239,8 @@ def _edit(
     from rocr.edit.harm import MAX_ASKED
     from rocr.unlearn import unlearn
 
-    guards = Guards(force=arguments.force, concepts=_most(arguments, concepts))
-    retain = _retained(arguments, concepts)
+    guards = Guards(force=arguments.force, concepts=most_concepts(arguments, concepts))
+    retain = retained_names(arguments, concepts)
     with console.stage("edit") as progress:
         edit = unlearn(
             loaded.model,
@@ -266,42 +256,3 @@ def _edit(
     for sentence in edit.report.limits_passed:
         console.warn(f"Forced: {sentence}")
     return edit
-
-
-def _retained(arguments: Arguments, concepts: list[Concept]) -> list[str] | None:
-    """Names of --control that are not concepts of the list; the effect of the edit on them is measured."""
-    listed = {folded(name) for concept in concepts for name in concept.names}
-    return [name for name in arguments.control if folded(name) not in listed] or None
-
-
-def _answerable(loaded: LoadedModel, questions: list[str], console: Console) -> list[str]:
-    """The questions, or none if the model writes no text."""
-    from rocr.model.causality import why_no_text
-
-    reason = why_no_text(loaded.model) if questions else None
-    if reason is None:
-        return questions
-    console.warn(f"Nothing is asked before and after: {reason}.")
-    return []
-
-
-def _ask(loaded: LoadedModel, questions: list[str], arguments: Arguments, console: Console, stage: str) -> list[str]:
-    from rocr.model.generate import ask
-
-    if not questions:
-        return []
-    with console.stage(stage):
-        return ask(loaded.model, loaded.tokenizer, questions, arguments.answer_tokens, arguments.chat)
-
-
-def _answers(
-    arguments: Arguments, concepts: list[Concept], questions: list[str], before: list[str], after: list[str]
-) -> list[Answer]:
-    from rocr.export.report import Answer
-
-    listed = {folded(name) for concept in concepts for name in concept.names}
-    names = _asked(arguments, concepts) if questions else []
-    return [
-        Answer(n, folded(n) in listed, q, b, a)
-        for n, q, b, a in zip(names, questions, before, after, strict=bool(questions))
-    ]

@@ -86,6 +86,21 @@ def new_directory(path: AnyPath, inputs: Iterable[AnyPath] = (), overwrite: bool
 
 
 @contextmanager
+def temporary_directory(path: AnyPath) -> Iterator[Path]:
+    """Yield an empty folder beside an output, for files that are needed until the output is written.
+
+    It is removed at the end, and named as that of `new_directory`, so that a killed process leaves the same name.
+
+    Raises:
+        RocrError: The file system refused a step.
+    """
+    with _unfinished(_location(path)) as folder:
+        folder.mkdir()
+        yield folder
+        _remove(folder)
+
+
+@contextmanager
 def new_file(path: AnyPath, overwrite: bool = False) -> Iterator[Path]:
     """Yield the path of a file to write, and move the file to `path` at the end, after a sync to the disk.
 

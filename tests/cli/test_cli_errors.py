@@ -157,7 +157,13 @@ def numeric_options():
 def test_every_number_that_makes_no_sense_is_refused_before_a_model_is_loaded(
     value, commands, command, files, monkeypatch, tmp_path
 ):
-    commands = commands | {"apply": ("apply", files.model, files.edit, "--out", tmp_path / "out")}
+    out = ("--out", tmp_path / "out")
+    commands = commands | {
+        "apply": ("apply", files.model, files.edit, *out),
+        "remove": ("remove", files.edited, "Ada Byron", *out),
+        "merge": ("merge", files.edited, files.edited, *out),
+        "add": ("add", files.edited, "--concept", "Grace Hopper", "--redirect", "Blaise Pascal", *out),
+    }
     monkeypatch.setattr("rocr.model.load.load_model", lambda *_: pytest.fail("the model was loaded"))
     assert {("unlearn", "--ridge"), ("stats", "--layers"), ("compare", "--steps")} <= set(numeric_options())
     for name, option in numeric_options():

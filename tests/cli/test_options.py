@@ -71,6 +71,15 @@ SAVE = {
 }
 OUT = {"--out": writes_where_it_is_told, "--overwrite": overwrites}
 PROJECTED = ("--method", "projected", "--threshold", 0.1)
+ADDED = "test_lists.py::test_add_gives_one_edit_of_both"
+CHANGED = {
+    **OUT,
+    **SAVE,
+    "edited": "test_lists.py::test_of_edit_files_an_edit_file_is_made",
+    "--dtype": loads_as,
+    "--device": MODEL["--device"],
+    "--trust-remote-code": MODEL["--trust-remote-code"],
+}
 EFFECTS = {
     "unlearn": {
         **MODEL,
@@ -180,6 +189,29 @@ EFFECTS = {
         "--dtype": says_that_nothing_is_loaded("--dtype", "bfloat16"),
         "--device": says_that_nothing_is_loaded("--device", "nonsense"),
         "--edit": reverts_by_another_file,
+    },
+    "remove": {
+        **CHANGED,
+        "names": "test_lists.py::test_remove_gives_the_edit_of_the_rest",
+    },
+    "merge": CHANGED,
+    "add": {
+        **CHANGED,
+        "--download": MODEL["--download"],
+        "--dtype": refuses("--dtype", "bfloat16", words="bfloat16"),
+        "concepts": ADDED,
+        "--concept": replaces("--concept", "Robert Downey"),
+        "--redirect": replaces("--redirect", "a gardener"),
+        "--model": ADDED,
+        "--allow-long-list": "test_lists.py::test_a_list_that_grows_beyond_the_limit_is_refused_unless_allowed",
+        "--force": "test_lists.py::test_limits_of_the_edit_of_all_are_passed_by_force_only",
+        "--statistics": "test_lists.py::test_what_cannot_be_added_is_refused",
+        "--text": "test_lists.py::test_the_text_of_the_edit_stands_for_its_statistics",
+        "--tokens": "test_lists.py::test_the_text_of_the_edit_stands_for_its_statistics",
+        "--ask": asks_another_question,
+        "--control": names_neighbours,
+        "--answer-tokens": answers_in_so_many_tokens,
+        "--no-answers": asks_nothing,
     },
     "info": {"file": shows_another_file},
     "verify": {

@@ -25,6 +25,14 @@ COMMANDS = {
     "revert": lambda files: ("revert", files.edited),
 }
 GGUF = {"gguf": lambda files: ("apply", files.gguf, files.gguf_edit, "--save", "gguf,gguf-lora,edit")}
+LISTS = {
+    "add": lambda files: (
+        *("add", files.edited, "--concept", "Grace Hopper", "--redirect", "Blaise Pascal"),
+        *("--statistics", files.statistics, "--no-answers", "--force"),
+    ),
+    "merge": lambda files: ("merge", files.edited, files.other),
+}
+"""Commands that restore the first model beside their output."""
 CODES = {
     "kill": (-9,),
     "terminate": (130,),
@@ -72,7 +80,7 @@ def stopped(files, concept, tmp_path_factory, shim):
         described = []
         for name, (command, way, options) in jobs.items():
             arguments = [
-                *(COMMANDS | GGUF)[command](files),
+                *(COMMANDS | GGUF | LISTS)[command](files),
                 *(concept if command == "unlearn" else ()),
                 "--out",
                 "ROOT/out",
@@ -234,6 +242,31 @@ def test_a_gguf_output_stopped_at_every_step(stopped, gguf_files, tally):
         for mode, (first, stride) in EVERY_STEP.items()
     }
     check_gguf_outputs(stopped(jobs, files=gguf_files), tally)
+
+
+@pytest.fixture(scope="module")
+def list_files(files, concept, tmp_path_factory):
+    """files with the output of another edit."""
+    other = tmp_path_factory.mktemp("lists") / "other"
+    done = run_command(
+        *("unlearn", files.model, "--concept", "Grace Hopper", *concept[2:]),
+        *("--statistics", files.statistics, "--out", other),
+    )
+    assert done.code == 0, done.errors
+    return SimpleNamespace(**vars(files), other=other)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", LISTS)
+def test_a_changed_list_stopped_at_many_steps(command, stopped, list_files, tally):
+    jobs = {
+        mode: (command, "at_steps", {"mode": mode, "first": first, "stride": 5 * stride, "again_every": 3})
+        for mode, (first, stride) in EVERY_STEP.items()
+    }
+    jobs |= {f"{mode}-by-time": (command, "by_time", {"mode": mode, "times": 4}) for mode in SIGNALS}
+    for name, runs in stopped(jobs, files=list_files).items():
+        mode = name.removesuffix("-by-time")
+        tally("changed lists that were stopped", check_runs(runs, CODES[mode], cleans=mode != "kill"))
 
 
 EVERY_STEP = {

@@ -47,6 +47,8 @@ def commands(files, model, base):
     """Every command that reads a model, with every way of loading."""
     concept = ("--concept", "Ada Byron", "--redirect", "Blaise Pascal", "--layers", "1,2", "--no-answers", "--force")
     edited = ("unlearn", model, *concept, "--statistics", files.statistics)
+    other = with_fields(files.edited, base / "other", *ELSEWHERE)
+    more = ("--concept", "Grace Hopper", "--redirect", "Blaise Pascal", "--statistics", files.statistics)
     (base / "probes.jsonl").write_text(json.dumps(PROBE))
     probes = ("--probes", base / "probes.jsonl")
     return {
@@ -62,6 +64,7 @@ def commands(files, model, base):
         ),
         "redirects": ("redirects", model, *probes, "--among", "Blaise Pascal", "a gardener", "--out", base / "l"),
         "apply": ("apply", model, files.edit, "--out", base / "applied"),
+        "add": ("add", other, *more, "--no-answers", "--force", "--out", base / "more"),
         "revert": ("revert", model, "--edit", files.edit, "--out", base / "reverted"),
         "verify": ("verify", model),
         "info": ("info", files.edit),
@@ -71,7 +74,7 @@ def commands(files, model, base):
 
 NAMES = (
     "stats", "stats --partial", "unlearn", "unlearn --partial", "unlearn --dry-run", "eval", "compare", "redirects",
-    "apply", "revert", "verify", "info", "doctor",
+    "apply", "add", "revert", "verify", "info", "doctor",
 )  # fmt: skip
 
 

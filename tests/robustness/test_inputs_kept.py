@@ -19,6 +19,17 @@ COMMANDS = {
     "a link to a folder around the list": lambda f: (*unlearn(f), "--text", f.text, "--out", f.link / "in"),
     "the edit": lambda f: ("apply", f.model, f / "edit", "--out", f / "edit"),
     "a folder around the edit": lambda f: ("apply", f.model, f / "edit", "--out", f),
+    "an edit whose list changes": lambda f: ("remove", f / "edit", "Ada Byron", "--out", f / "edit"),
+    "a folder around such an edit": lambda f: ("remove", f / "edit", "Ada Byron", "--out", f),
+    "the second of two edits": lambda f: ("merge", f.edited, f / "edit", "--out", f / "edit"),
+    "the list that is added": lambda f: (
+        *("add", f.edited, f / "more.txt", "--statistics", f / "statistics", "--out", f / "more.txt"),
+    ),
+    "the statistics that are added with": lambda f: (
+        *("add", f.edited, f / "more.txt", "--statistics", f / "statistics", "--out", f / "statistics"),
+    ),
+    "an output folder": lambda f: ("merge", f / "edit", f.edited, "--out", f.edited),
+    "a folder in an output folder": lambda f: ("remove", f.edited, "Ada Byron", "--out", f.edited / "out"),
     "the probes": lambda f: ("eval", f.model, "--probes", f / "probes.jsonl", "--out", f / "probes.jsonl"),
     "the model": lambda f: (*unlearn(f), "--text", f.text, "--out", f.model),
     "a folder in the model": lambda f: (*unlearn(f), "--text", f.text, "--out", f.model / "out"),
@@ -48,6 +59,8 @@ class Inputs:
         for name, path in (("text.txt", files.text), ("statistics", files.statistics), ("edit", files.edit)):
             shutil.copy(path, self.folder / name)
         (self.folder / "list.txt").write_text("Ada Byron -> Blaise Pascal")
+        (self.folder / "more.txt").write_text("Grace Hopper -> Blaise Pascal")
+        self.edited = files.edited
         (self.folder / "probes.jsonl").write_text('{"subject": "Ada", "query": "Who?", "answer": "Byron"}')
 
     def __truediv__(self, name):
@@ -62,9 +75,10 @@ class Inputs:
 @pytest.mark.parametrize("what", COMMANDS)
 def test_what_is_read_is_never_replaced(what, files, tmp_path, command, digests):
     arguments = COMMANDS[what](Inputs(tmp_path, files))
-    before, model = digests(tmp_path), digests(files.model)
+    before, model, edited = digests(tmp_path), digests(files.model), digests(files.edited)
     done = command(*arguments, "--overwrite")
     assert done.code == 2, done.errors
     assert "input" in done.errors
     assert digests(tmp_path) == before
     assert digests(files.model) == model
+    assert digests(files.edited) == edited

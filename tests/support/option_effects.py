@@ -12,6 +12,7 @@ import transformers
 from safetensors.torch import load_file
 
 from rocr.cli.main import main
+from tests.support.changed_lists import changed_lists
 
 WEIGHTS = "model.safetensors"
 ROWS = [
@@ -59,10 +60,10 @@ class Runs:
                 *("--methods", "rocr", "--text", files.text, "--tokens", 200),
             ),
             "apply": (files.edit,),
-            "revert": (),
-            "verify": (),
-            "info": (),
+            **dict.fromkeys(("revert", "verify", "info"), ()),
         }
+        of_lists, self.places = changed_lists(files, base)
+        self.bases |= of_lists
 
     def write(self, name, text):
         path = self.base / name
@@ -81,7 +82,7 @@ class Runs:
 
     def _run(self, command, more, without, model):
         more = [getattr(self, part[1:]) if str(part).startswith("@") else part for part in more]
-        place = model or (self.files.edited if command in ("revert", "verify", "info") else self.files.model)
+        place = model or self.places.get(command, self.files.model)
         out = self.base / f"{len(self._done)}.out"
         arguments = [command, place, *less(self.bases[command], without), *more]
         if command not in ("verify", "info") and "--out" not in more:
@@ -111,7 +112,7 @@ def run(files, tmp_path_factory):
 def measured(command, done):
     """The numbers that a command ends with."""
     assert done.code == 0, done.errors
-    if command == "unlearn":
+    if command in ("unlearn", "add"):
         return [(layer["layer"], layer["relative_norm"], layer["closed"]) for layer in done.json["layers"]]
     if command == "stats":
         return {name: tensor.tolist() for name, tensor in load_file(done.out).items()}
@@ -201,7 +202,7 @@ def overwrites_page(command, run):
 
 def loads_as(command, run):
     """The weights that are written, or the numbers, are those of another dtype."""
-    if command == "apply":
+    if command in ("apply", "remove", "merge"):
         loaded = [run(command, *more).json["weights"][0]["loaded"] for more in (("--dtype", "bfloat16"), ())]
         assert loaded == ["bfloat16", "float32"]
     else:
@@ -264,9 +265,9 @@ def asks(command, run, *more):
 
 
 def asks_another_question(command, run):
-    few = ("--answer-tokens", 2)
-    assert [question for question, _ in asks(command, run, *few)] == ["Who is Ada Byron?"]
-    assert [question for question, _ in asks(command, run, *few, "--ask", "Is it {}?")] == ["Is it Ada Byron?"]
+    few, name = ("--answer-tokens", 2), "Grace Hopper" if command == "add" else "Ada Byron"
+    assert [question for question, _ in asks(command, run, *few)] == [f"Who is {name}?"]
+    assert [question for question, _ in asks(command, run, *few, "--ask", "Is it {}?")] == [f"Is it {name}?"]
 
 
 def answers_in_so_many_tokens(command, run):

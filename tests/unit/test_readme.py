@@ -16,7 +16,10 @@ from rocr.model.fingerprint import tensor_digest
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMANDS = {"unlearn", "stats", "eval", "compare", "redirects", "apply", "revert", "info", "verify", "doctor"}
+COMMANDS = {
+    *("unlearn", "stats", "eval", "compare", "redirects", "apply", "revert", "add", "remove", "merge"),
+    *("info", "verify", "doctor"),
+}
 PEOPLE = (
     "Ada Byron | the countess",
     "Blaise Pascal -> Robert Downey Jr.",
