@@ -13,6 +13,13 @@ from rocr.io.dtypes import SUPPORTED_DTYPES
 
 PROBES = Path(__file__).parent.parent / "data" / "probes.jsonl"
 LOADING, CHAT, TEXT = "Loading the model", "Chat template", "Statistics of ordinary text"
+RUNNING = "Running"
+
+running = together(
+    option("--threads", "Compute with N threads of the CPU (default: torch's choice).", type=COUNT, group=RUNNING),
+    flag("--quiet", "Show no progress.", short="-q", group=RUNNING),
+    flag("--verbose", "Show warnings of libraries.", short="-v", group=RUNNING),
+)
 
 model = together(
     argument("model", "A Hugging Face folder, a .gguf file, or the id of a model on a hub.", type=FILE),
@@ -30,6 +37,7 @@ model = together(
     ),
     flag("--download", "Allow network access, for a model on a hub.", group=LOADING),
     flag("--trust-remote-code", "Run code that comes with the model.", group=LOADING),
+    running,
 )
 
 partial_model = together(

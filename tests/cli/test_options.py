@@ -20,6 +20,7 @@ from tests.support.option_effects import (
     attacks,
     changes,
     compares_known_probes,
+    computes_with_threads,
     cuts_the_adapter,
     keeps_known_probes,
     loads_as,
@@ -35,6 +36,8 @@ from tests.support.option_effects import (
     runs_so_many_tokens,
     says_that_nothing_is_loaded,
     shows_another_file,
+    shows_library_warnings,
+    shows_no_progress,
     shuffles_options,
     shuffles_options_of_methods,
     takes_relatives,
@@ -56,6 +59,9 @@ MODEL = {
     "--dtype": loads_as,
     "--device": refuses("--device", "nonsense", words="nonsense"),
     "--download": f"{OFFLINE}::test_an_environment_that_says_offline_is_obeyed_also_where_the_network_was_asked_for",
+    "--threads": computes_with_threads,
+    "--quiet": shows_no_progress,
+    "--verbose": shows_library_warnings,
     "--trust-remote-code": f"{OFFLINE}::test_code_beside_a_model_is_run_only_where_that_is_asked_for",
 }
 RENDERED = "test_rendered.py::test_every_command_that_renders_a_chat_takes_the_settings"

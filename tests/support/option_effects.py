@@ -1,9 +1,12 @@
 """Runs of commands without and with an option, and checks that it has an effect."""
 
 import contextlib
+import importlib
 import io
 import json
+import logging
 import shutil
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -218,6 +221,62 @@ def says_that_nothing_is_loaded(*more):
         assert (done.out / WEIGHTS).read_bytes() == (run(command).out / WEIGHTS).read_bytes()
 
     return check
+
+
+def computes_with_threads(command, run):
+    """Torch has so many threads where the model is located, and as many as before at the end of the command."""
+    seen, before = [], torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        watch(patch, lambda: seen.append(torch.get_num_threads()))
+        done = run(command, "--threads", before + 2)
+    assert done.code == 0, done.errors
+    assert set(seen) == {before + 2}
+    assert torch.get_num_threads() == before
+
+
+def shows_no_progress(command, run):
+    assert any(line.startswith("load: ") for line in run(command).errors.splitlines())
+    done = run(command, "--quiet")
+    assert done.code == 0, done.errors
+    assert not [line for line in done.errors.splitlines() if line.startswith("load")]
+
+
+def shows_library_warnings(command, run):
+    """Python warnings, and messages of loggers with and without a handler of their own."""
+
+    def warn():
+        warnings.warn("a warning of a library", FutureWarning, stacklevel=1)
+        for name in ("a.library", "transformers.modeling_utils"):
+            logging.getLogger(name).warning("a message of a library")
+
+    with pytest.MonkeyPatch.context() as patch:
+        watch(patch, warn)
+        verbose, usual = (run(command, *more) for more in (("--quiet", "-v"), ("--quiet", "--json")))
+    assert (verbose.code, usual.code) == (0, 0), verbose.errors
+    for line in (
+        "FutureWarning: a warning of a library",
+        "a.library: a message",
+        "transformers.modeling_utils: a mess",
+    ):
+        assert f"\n{line}" in f"\n{verbose.errors}"
+    assert "of a library" not in usual.errors
+
+
+def watch(patch, see):
+    """Call a function before a model is loaded, wholly, in part or without weights."""
+    for name in ("load.load_model", "load_partial.load_partial", "load_partial.empty_model"):
+        module, _, function = name.rpartition(".")
+        module = importlib.import_module(f"rocr.model.{module}")
+
+        patch.setattr(module, function, _after(see, getattr(module, function)))
+
+
+def _after(see, function):
+    def watched(*arguments, **more):
+        see()
+        return function(*arguments, **more)
+
+    return watched
 
 
 def loads_whole(command, run):
