@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -93,7 +94,13 @@ answering = partial(option, group="Answers before and after")
 @options.chat
 @options.statistics
 @options.text
-@answering("--ask", "Question to ask, with {} for a name.", default="Who is {}?", metavar="QUESTION")
+@answering(
+    "--ask",
+    "Question to ask, with {} for a name. May be repeated.",
+    default=["Who is {}?"],
+    multiple=True,
+    metavar="QUESTION",
+)
 @answering(
     "--control",
     "Names that should not change: they are asked about too, and the effect of the edit on them is measured (default: "
@@ -117,10 +124,8 @@ def unlearn(arguments: Arguments, console: Console) -> dict[str, Any]:
     check_parts(arguments, source)
     check_text(arguments)
 
-    from rocr.model.generate import fill_question
-
     check_names("--control", arguments.control)
-    questions = [] if arguments.no_answers else fill_question(arguments.ask, _asked(arguments, concepts))
+    questions = [] if arguments.no_answers else _questions(arguments, concepts)
     config = _config(arguments, console)
     statistics = _load_statistics(arguments)
     last_layer = last_layer_to_load(arguments, source, config, statistics)
@@ -185,6 +190,19 @@ def _check_output(arguments: Arguments, source: ModelSource) -> None:
 
 def _asked(arguments: Arguments, concepts: list[Concept]) -> list[str]:
     return [*(concept.name for concept in concepts[:SHOWN_CONCEPTS]), *arguments.control]
+
+
+def _questions(arguments: Arguments, concepts: list[Concept]) -> list[str]:
+    """Every question of --ask about every name, in the order of `_asked`."""
+    from rocr.model.generate import fill_question
+
+    asked = _asked(arguments, concepts)
+    filled = [fill_question(question, asked) for question in _different(arguments.ask)]
+    return [question for about_one in zip(*filled, strict=True) for question in about_one]
+
+
+def _different(questions: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(questions))
 
 
 def _config(arguments: Arguments, console: Console) -> EditConfig:
@@ -300,7 +318,8 @@ def _answers(
     from rocr.export.report import Answer
 
     listed = {folded(name) for concept in concepts for name in concept.names}
-    names = _asked(arguments, concepts) if questions else []
+    times = len(_different(arguments.ask))
+    names = [name for name in _asked(arguments, concepts) for _ in range(times)] if questions else []
     return [
         Answer(n, folded(n) in listed, q, b, a)
         for n, q, b, a in zip(names, questions, before, after, strict=bool(questions))

@@ -326,6 +326,13 @@ def asks_another_question(command, run):
     few = ("--answer-tokens", 2)
     assert [question for question, _ in asks(command, run, *few)] == ["Who is Ada Byron?"]
     assert [question for question, _ in asks(command, run, *few, "--ask", "Is it {}?")] == ["Is it Ada Byron?"]
+    more = ("--control", "the engines", "--ask", "Is it {}?", "--ask", "Who is {}?", "--ask", "Is it {}?")
+    done = run(command, *few, *more, without=("--no-answers",))
+    found = [(answer["name"], answer["question"]) for answer in done.json["answers"]]
+    assert found == [
+        (name, question) for name in ("Ada Byron", "the engines") for question in (f"Is it {name}?", f"Who is {name}?")
+    ]
+    assert "Is it Ada Byron?" in done.errors and "Who is Ada Byron?" in done.errors, "the table names the questions"
 
 
 def answers_in_so_many_tokens(command, run):
