@@ -415,8 +415,12 @@ def asks_suites(limit):
 def trains_for_steps(command, run):
     pytest.importorskip("peft")
     train = ("--methods", "gradient ascent")
-    few, many = (run(command, *train, *more, without=("--methods",)) for more in ((), ("--steps", 12)))
-    assert measured(command, few) != measured(command, many)
+    usual, few, many = (
+        run(command, *train, *more, without=("--methods",)) for more in ((), ("--steps", 2), ("--steps", 12))
+    )
+    for done, steps in ((usual, 5), (few, 2), (many, 12)):
+        assert f"training: {steps} steps in" in done.errors
+    assert measured(command, usual) != measured(command, many)
 
 
 def takes_relatives(command, run):
