@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from rocr.argument_checks import NAMES, check_kind, check_list, check_reader
+from rocr.argument_checks import check_kind, check_list, check_reader
 from rocr.concepts import Concept, check_concepts, check_length
 from rocr.config import EditConfig
 from rocr.deprecation import renamed_arguments
@@ -116,7 +116,7 @@ def unlearn(
     """
     check_reader(model, tokenizer, progress)
     _check_kinds(concepts, statistics, config, guards, base_edit)
-    check_list("retain", retain, str, NAMES, optional=True)
+    check_list("retain", retain, str, "a list of retained names", optional=True)
     check_kind("ask", ask, int, "a whole number")
     updates: list[LayerUpdate] = []  # the updates that are applied
     guards = guards or Guards()

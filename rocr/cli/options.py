@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from rocr.cli.parsing import Decorator, argument, choice, flag, option, together
-from rocr.cli.values import COUNT, FILE, GGUF_KINDS, SEED, SHARE, TOKENS, PathType, layer_list, save_parts
+from rocr.cli.values import COUNT, FILE, GGUF_KINDS, SEED, SHARE, THREADS, TOKENS, PathType, layer_list, save_parts
 from rocr.io.dtypes import SUPPORTED_DTYPES
 
 PROBES = Path(__file__).parent.parent / "data" / "probes.jsonl"
@@ -16,7 +16,7 @@ LOADING, CHAT, TEXT = "Loading the model", "Chat template", "Statistics of ordin
 RUNNING = "Running"
 
 running = together(
-    option("--threads", "Compute with N threads of the CPU (default: torch's choice).", type=COUNT, group=RUNNING),
+    option("--threads", "Compute with N threads of the CPU (default: torch's choice).", type=THREADS, group=RUNNING),
     flag("--quiet", "Show no progress.", short="-q", group=RUNNING),
     flag("--verbose", "Show warnings of libraries.", short="-v", group=RUNNING),
 )

@@ -157,7 +157,10 @@ def numeric_options():
 def test_every_number_that_makes_no_sense_is_refused_before_a_model_is_loaded(
     value, commands, command, files, monkeypatch, tmp_path
 ):
-    commands = commands | {"apply": ("apply", files.model, files.edit, "--out", tmp_path / "out")}
+    commands = commands | {
+        "apply": ("apply", files.model, files.edit, "--out", tmp_path / "out"),
+        "revert": ("revert", files.edited, "--out", tmp_path / "out"),
+    }
     monkeypatch.setattr("rocr.model.load.load_model", lambda *_: pytest.fail("the model was loaded"))
     assert {("unlearn", "--ridge"), ("stats", "--layers"), ("compare", "--steps")} <= set(numeric_options())
     for name, option in numeric_options():

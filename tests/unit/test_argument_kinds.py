@@ -45,7 +45,7 @@ def call(model, tokenizer, texts, statistics, concepts):
         (rocr.unlearn, "config", {"ridge": 2}, r"config must be a rocr.EditConfig, not \{'ridge': 2\} \(dict\)"),
         (rocr.unlearn, "guards", {"force": True}, "guards must be a rocr.Guards, not {"),
         (rocr.unlearn, "base_edit", "edit.safetensors", "base_edit must be a rocr.Edit, such as"),
-        (rocr.unlearn, "retain", "Grace Hopper", "retain must be a list of names, not a single text: 'Grace"),
+        (rocr.unlearn, "retain", "Grace Hopper", "retain must be a list of retained names, not a single text: 'Grace"),
         (rocr.unlearn, "ask", "5", "ask must be a whole number, not '5'"),
         (rocr.evaluate, "probes", PROBES[0], "probes must be a list of rocr.Probe, not Probe"),
         (rocr.evaluate, "probes", "probes.jsonl", "Read a file of probes with rocr.load_probes"),
