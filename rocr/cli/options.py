@@ -86,7 +86,7 @@ statistics = option("--statistics", "Statistics made by `rocr stats`.", type=FIL
 text = together(
     option(
         "--text",
-        ".txt, .jsonl or .parquet files (default: text that the model writes itself).",
+        ".txt, .jsonl or .parquet files (default: text that the model, loaded whole, writes itself).",
         type=FILE,
         several=True,
         group=TEXT,

@@ -20,7 +20,6 @@ from tests.support.option_effects import (
     attacks,
     changes,
     compares_known_probes,
-    computes_with_threads,
     cuts_the_adapter,
     keeps_known_probes,
     loads_as,
@@ -36,17 +35,20 @@ from tests.support.option_effects import (
     runs_so_many_tokens,
     says_that_nothing_is_loaded,
     shows_another_file,
-    shows_library_warnings,
-    shows_no_progress,
     shuffles_options,
     shuffles_options_of_methods,
     takes_relatives,
     takes_statistics,
-    trains_for_steps,
     verifies_by_another_file,
     writes_its_own_text,
     writes_parts,
     writes_where_it_is_told,
+)
+from tests.support.running_effects import (
+    computes_with_threads,
+    shows_library_warnings,
+    shows_no_progress,
+    trains_for_steps,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
