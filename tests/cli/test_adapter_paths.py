@@ -16,6 +16,8 @@ def test_peft_loads_the_adapter_of_a_gguf_file(make_model, tokenizer, concept, c
     peft = pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # peft asks the hub for a tokenizer of the adapter
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "models").mkdir()
     model = make_model("Llama", intermediate_size=64)
     write_gguf(model, tokenizer, tmp_path / "models" / "m.gguf", "F32")
