@@ -46,6 +46,9 @@ _HOMES = {
     "unlearn": "unlearn",
 }
 
+_OF_MODULES = ("__all__", "__doc__", "__file__", "__name__", "__path__", "__version__")
+"""The names beside the public ones that `dir` lists."""
+
 __version__ = "0.1.0"
 __all__ = [
     "ChatSettings",
@@ -84,8 +87,8 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """List public names that are not imported yet too, for completion and `help(rocr)`."""
-    return sorted({*globals(), *__all__})
+    """List the public names, those that are not imported yet too, for completion and `help(rocr)`."""
+    return sorted({*__all__, *(name for name in globals() if name in _OF_MODULES)})
 
 
 class _Package(ModuleType):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rocr.argument_checks import check_path
 from rocr.errors import InputError
 from rocr.io.concept_files import FIELDS, read_fields
 from rocr.io.spelling import hidden_characters, without_ignorable
@@ -59,6 +60,7 @@ def load_concepts(path: str | os.PathLike[str], default_redirect: str | None = N
     Raises:
         InputError: The file cannot be read, or lines are not valid; the message has one line for each error, up to 50.
     """
+    check_path("path", path)
     path = Path(path)
     if default_redirect is not None and (flaw := _flaw("default redirect", default_redirect)):
         raise InputError(f"The {flaw}.")

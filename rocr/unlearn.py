@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import nn
 
+from rocr.argument_checks import check_kind, check_list, check_reader
 from rocr.concepts import Concept, check_concepts, check_length
 from rocr.config import EditConfig
 from rocr.deprecation import renamed_arguments
@@ -58,6 +59,9 @@ from rocr.solve.solve import Solution, solve_layer
 from rocr.statistics.collect import CollectOptions, collect_statistics
 from rocr.statistics.provenance import TEXT_ENCODER, computed_with
 from rocr.statistics.statistics import Statistics
+
+CONCEPTS = "a list of rocr.Concept"
+STATISTICS = "a rocr.Statistics, such as rocr.Statistics.load(path) returns"
 
 
 @renamed_arguments(kept="base_edit", neighbours="retain")
@@ -110,6 +114,10 @@ def unlearn(
     Source:
         Ye, Zhang and Wu, "LLM Unlearning Should Be Form-Independent", arXiv 2506.07795, section 4.
     """
+    check_reader(model, tokenizer, progress)
+    _check_kinds(concepts, statistics, config, guards, base_edit)
+    check_list("retain", retain, str, "a list of retained names", optional=True)
+    check_kind("ask", ask, int, "a whole number")
     updates: list[LayerUpdate] = []  # the updates that are applied
     guards = guards or Guards()
     plain = plain_arithmetic()
@@ -224,6 +232,10 @@ def add_concepts(
         InputError: The model does not have the edit, or an argument is not valid or does not fit the edit.
         GuardError: The new edit exceeds a limit. The model then has the first edit again.
     """
+    check_reader(model, tokenizer, progress)
+    check_kind("edit", edit, Edit, "a rocr.Edit")
+    check_kind("statistics", statistics, Statistics, STATISTICS)
+    _check_kinds(concepts, statistics, None, guards, None)
     # Files without a date were made with the default date.
     edit = replace(edit, config=replace(edit.config, chat=with_date(edit.config.chat, tokenizer)))
     weights = edited_weights(find_architecture(model), edit.updates)
@@ -232,6 +244,15 @@ def add_concepts(
         [update.applied for update in edit.updates],
         lambda: unlearn(model, tokenizer, concepts, statistics, edit.config, progress, guards, edit, retain, ask),
     )
+
+
+def _check_kinds(concepts: object, statistics: object, config: object, guards: object, base_edit: object) -> None:
+    """Raise InputError if an argument is of another type than `unlearn` takes."""
+    check_list("concepts", concepts, object, CONCEPTS, advice="Read a file of concepts with rocr.load_concepts(path).")
+    check_kind("statistics", statistics, Statistics, STATISTICS, optional=True)
+    check_kind("config", config, EditConfig, "a rocr.EditConfig", optional=True)
+    check_kind("guards", guards, Guards, "a rocr.Guards", optional=True)
+    check_kind("base_edit", base_edit, Edit, "a rocr.Edit, such as rocr.Edit.load(path) returns", optional=True)
 
 
 def _plan(

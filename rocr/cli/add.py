@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rocr.cli import options
-from rocr.cli.answers import answerable, answers_of, ask_model, asked_names, questions, retained_names
+from rocr.cli.answers import answerable, answers_of, ask_model, filled_questions, questions, retained_names
 from rocr.cli.arguments import (
     check_quantised,
     check_text,
@@ -67,9 +67,8 @@ def add(arguments: Arguments, console: Console) -> dict[str, Any]:
     check_names("--control", arguments.control)
 
     from rocr.export.folder import holds_already
-    from rocr.model.generate import fill_question
 
-    asked = [] if arguments.no_answers else fill_question(arguments.ask, asked_names(arguments, concepts))
+    asked = [] if arguments.no_answers else filled_questions(arguments, concepts)
     arguments.save = arguments.save or edited.parts
     statistics = load_statistics(arguments)
     with _base(arguments, edited, console) as source:

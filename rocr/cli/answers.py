@@ -18,7 +18,13 @@ if TYPE_CHECKING:
 SHOWN_CONCEPTS = 10
 _answering = partial(option, group="Answers before and after")
 questions = together(
-    _answering("--ask", "Question to ask, with {} for a name.", default="Who is {}?", metavar="QUESTION"),
+    _answering(
+        "--ask",
+        "Question to ask, with {} for a name. May be repeated.",
+        default=["Who is {}?"],
+        multiple=True,
+        metavar="QUESTION",
+    ),
     _answering(
         "--control",
         "Names that should not change: they are asked about too, and the effect of the edit on them is measured "
@@ -34,6 +40,15 @@ questions = together(
 def asked_names(arguments: Arguments, concepts: Sequence[Concept]) -> list[str]:
     """The names that are asked about: some concepts, and those of --control."""
     return [*(concept.name for concept in concepts[:SHOWN_CONCEPTS]), *arguments.control]
+
+
+def filled_questions(arguments: Arguments, concepts: Sequence[Concept]) -> list[str]:
+    """Every question of --ask about every name, name by name."""
+    from rocr.model.generate import fill_question
+
+    names = asked_names(arguments, concepts)
+    filled = [fill_question(question, names) for question in dict.fromkeys(arguments.ask)]
+    return [question for about_one in zip(*filled, strict=True) for question in about_one]
 
 
 def retained_names(arguments: Arguments, concepts: Sequence[Concept]) -> list[str] | None:
@@ -70,7 +85,8 @@ def answers_of(
     from rocr.export.report import Answer
 
     listed = {folded(name) for concept in concepts for name in concept.names}
-    names = asked_names(arguments, concepts) if asked else []
+    times = len(dict.fromkeys(arguments.ask))
+    names = [name for name in asked_names(arguments, concepts) for _ in range(times)] if asked else []
     return [
         Answer(n, folded(n) in listed, q, b, a) for n, q, b, a in zip(names, asked, before, after, strict=bool(asked))
     ]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rocr.cli.console import Console
+from rocr.cli.library_warnings import library_messages
 from rocr.cli.parsing import Arguments
 from rocr.cli.values import short
 from rocr.errors import InputError
@@ -149,9 +151,12 @@ def chat_of(arguments: Arguments) -> ChatSettings:
 
 
 def source_of(arguments: Arguments) -> ModelSource:
-    """Locate and check the model; nothing is loaded."""
+    """Locate and check the model; nothing is loaded. From here on --threads and --verbose have effect."""
     if getattr(arguments, "whole", False) and arguments.partial:
         raise InputError("--partial and --whole exclude each other: leave out one of them.")
+    if arguments.threads is not None:
+        arguments.context.with_resource(_threads(arguments.threads))
+    arguments.context.with_resource(library_messages(arguments.verbose))
     from rocr.model.load import find_model
 
     return find_model(arguments.model, download=arguments.download)
@@ -214,13 +219,9 @@ def load(arguments: Arguments, source: ModelSource, last_layer: int | None = Non
         source: where the model is.
         last_layer: load only the embedding and the layers up to this one; None: the whole model.
     """
-    import transformers
-
     from rocr.io.dtypes import torch_dtype
     from rocr.model.load import load_model
 
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
     _check_device(arguments.device)
     if last_layer is not None:
         from rocr.model.load_partial import load_partial
@@ -249,6 +250,19 @@ def open_quantised(loaded: LoadedModel, config: EditConfig, last_layer: int = 0)
     from rocr.model.quantised.opening import open_down_projections
 
     open_down_projections(loaded, max(*wanted_layers(config, loaded.architecture), last_layer))
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """A context in which torch computes with so many threads."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _check_device(device: str | None) -> None:

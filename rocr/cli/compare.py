@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @options.out("Results to write, JSON")
 @option("--methods", "Methods, separated by commas (default: all).", metavar="LIST")
 @options.scoring
-@option("--steps", "Train for at least N steps (default: 5 epochs).", type=COUNT)
+@option("--steps", "Train methods that train for N steps (default: 5 epochs).", type=COUNT)
 @options.statistics
 @options.text
 @options.chat
@@ -81,7 +81,7 @@ def compare(arguments: Arguments, console: Console) -> dict[str, Any]:
         arguments.redirect,
         config=EditConfig(chat=arguments.chat),
         forms=forms,
-        least_steps=arguments.steps or 0,
+        steps=arguments.steps,
         seed=arguments.seed,
     )
     results = []

@@ -40,6 +40,7 @@ class Console:
         self._json, self.debug, self._interval = json_output, debug, seconds_between_lines
         self.seconds: dict[str, float] = {}
         self._rank = 0
+        self._quiet = False
 
     @cached_property
     def _errors(self) -> rich.console.Console:
@@ -53,9 +54,14 @@ class Console:
 
         return self._errors if self._json else rich.console.Console(highlight=False)
 
-    def begin(self, debug: bool) -> None:
-        """Prepare for a command. rich is imported now: an import may fail once memory or open files run out."""
-        self.debug = debug
+    def begin(self, debug: bool, quiet: bool = False) -> None:
+        """Prepare for a command. rich is imported now: an import may fail once memory or open files run out.
+
+        Args:
+            debug: whether to show the traceback of an error.
+            quiet: whether to show no progress.
+        """
+        self.debug, self._quiet = debug, quiet
         self._output.quiet = self._errors.quiet = False
 
     def speak_as(self, rank: int) -> None:
@@ -73,7 +79,7 @@ class Console:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def _shown(self, name: str) -> AbstractContextManager[ProgressCallback]:
-        if self._errors.quiet:
+        if self._quiet or self._errors.quiet:
             return nullcontext(silent)
         # FORCE_COLOR makes rich call a file interactive.
         if self._errors.is_interactive and sys.stderr.isatty():

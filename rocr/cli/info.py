@@ -1,4 +1,4 @@
-"""`rocr info`: show the contents of a statistics file, an edit file, a report or a GGUF file."""
+"""`rocr info`: show the contents of a statistics file, an edit file, a report, a GGUF file or a list of concepts."""
 
 from __future__ import annotations
 
@@ -13,12 +13,19 @@ from rocr.io.bounded import read_bounded
 from rocr.io.json_values import parse_json
 
 MAX_REPORT_BYTES = 64 * 2**20
+SHOWN_FLAWS = 5
+LISTS = (".txt", ".csv", ".jsonl")
+WITHOUT_REDIRECT = "the redirect of --redirect"
 
 
 @command("info")
-@argument("file", "A statistics file, an edit file, an output folder, its report.json or a .gguf file.", type=FILE)
+@argument(
+    "file",
+    "A statistics file, an edit file, an output folder, its report.json, a .gguf file or a list of concepts.",
+    type=FILE,
+)
 def info(arguments: Arguments, console: Console) -> dict[str, Any]:
-    """Show what a file written by rocr, or a GGUF file, contains."""
+    """Show what a file written by rocr, a GGUF file or a list of concepts contains."""
     path = Path(arguments.file)
     if path.is_dir():
         path = _file_in(path)
@@ -42,10 +49,37 @@ def _header(path: Path) -> dict[str, Any]:
         from rocr.model.gguf_layout import summary
 
         return summary(path)
+    if path.suffix.lower() in LISTS:
+        return _list(path)
 
     from rocr.io.tensors import read_header
 
     return read_header(path)
+
+
+def _list(path: Path) -> dict[str, Any]:
+    """What a list of concepts holds.
+
+    Raises:
+        InputError: the file is no list of concepts; the message has the first flaws.
+    """
+    from rocr.concepts import load_concepts
+
+    try:
+        concepts = load_concepts(path, default_redirect=WITHOUT_REDIRECT)
+    except InputError as error:
+        flaws = str(error).splitlines()
+        more = [f"and {len(flaws) - SHOWN_FLAWS:,} more lines"] if len(flaws) > SHOWN_FLAWS else []
+        first = f"{path} is read as a list of concepts, by its name, but it is not a valid one:"
+        raise InputError("\n".join([first, *flaws[:SHOWN_FLAWS], *more])) from None
+    without = sum(concept.redirect == WITHOUT_REDIRECT for concept in concepts)
+    return {
+        "format": "list of concepts",
+        "concepts": len(concepts),
+        "aliases": sum(len(concept.aliases) for concept in concepts),
+        "redirects": len({concept.redirect for concept in concepts} - {WITHOUT_REDIRECT}),
+        "without a redirect": without,
+    }
 
 
 def _report(path: Path) -> dict[str, Any]:

@@ -8,11 +8,18 @@ from pathlib import Path
 import click
 
 from rocr.cli.parsing import Decorator, argument, choice, flag, option, together
-from rocr.cli.values import COUNT, FILE, GGUF_KINDS, SEED, SHARE, TOKENS, PathType, layer_list, save_parts
+from rocr.cli.values import COUNT, FILE, GGUF_KINDS, SEED, SHARE, THREADS, TOKENS, PathType, layer_list, save_parts
 from rocr.io.dtypes import SUPPORTED_DTYPES
 
 PROBES = Path(__file__).parent.parent / "data" / "probes.jsonl"
 LOADING, CHAT, TEXT = "Loading the model", "Chat template", "Statistics of ordinary text"
+RUNNING = "Running"
+
+running = together(
+    option("--threads", "Compute with N threads of the CPU (default: torch's choice).", type=THREADS, group=RUNNING),
+    flag("--quiet", "Show no progress.", short="-q", group=RUNNING),
+    flag("--verbose", "Show warnings of libraries.", short="-v", group=RUNNING),
+)
 
 _placing = together(
     option(
@@ -29,9 +36,9 @@ _placing = together(
     ),
 )
 _code = flag("--trust-remote-code", "Run code that comes with the model.", group=LOADING)
-loading = together(_placing, _code)
+loading = together(_placing, _code, running)
 loading_or_download = together(
-    _placing, flag("--download", "Allow network access, for a model on a hub.", group=LOADING), _code
+    _placing, flag("--download", "Allow network access, for a model on a hub.", group=LOADING), _code, running
 )
 
 model = together(
@@ -85,7 +92,7 @@ statistics = option("--statistics", "Statistics made by `rocr stats`.", type=FIL
 plain_text = together(
     option(
         "--text",
-        ".txt, .jsonl or .parquet files (default: text that the model writes itself).",
+        ".txt, .jsonl or .parquet files (default: text that the model, loaded whole, writes itself).",
         type=FILE,
         several=True,
         group=TEXT,

@@ -194,7 +194,7 @@ def _say_what_is_stored(report: dict[str, Any], console: Console) -> None:
 
 def show_adapter(report: dict[str, Any], console: Console) -> None:
     """Show an adapter's ranks, its truncation errors, and the setting of vLLM that it needs."""
-    from rocr.edit.lora import VLLM_DEFAULT_RANK, VLLM_RANKS, vllm_rank
+    from rocr.edit.lora import GGUF_SUFFIX, VLLM_DEFAULT_RANK, VLLM_RANKS, loading_call, vllm_rank
 
     layers = report.get("lora")
     if not layers:
@@ -211,6 +211,9 @@ def show_adapter(report: dict[str, Any], console: Console) -> None:
     console.table("LoRA adapter", ("layer", "rank", "error of the update", "error at the keys"), rows)
     if not any(name.startswith("lora/") for name in report["files"]):
         return  # vLLM reads the PEFT adapter only
+    name = report["fingerprint"]["name"]
+    if name.endswith(GGUF_SUFFIX):
+        console.say(f"The base model is a GGUF file, whose name peft needs: {loading_call(name, 'lora')}.")
     rank = max(layer["rank"] for layer in layers)
     allowed = vllm_rank(rank)
     if allowed is None:

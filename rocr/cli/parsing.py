@@ -10,6 +10,8 @@ from typing import Any
 
 import click
 
+from rocr.cli.library_warnings import library_warnings
+
 Decorator = Callable[[Any], Any]
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
 SEVERAL = "NAME... and FILE... are words up to the next option. Put arguments before such an option, or after --."
@@ -77,9 +79,11 @@ class Command(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         """Call the command's function and return its JSON document."""
         values = {name: value for name, value in ctx.params.items() if name not in ("json", "debug")}
-        ctx.obj.begin(ctx.params["debug"])
+        console = ctx.obj
+        console.begin(ctx.params["debug"], ctx.params.get("quiet", False))
         assert self.callback is not None
-        return self.callback(Arguments(**values, context=ctx), ctx.obj)
+        with library_warnings(console.warn, ctx.params.get("verbose", False)):
+            return self.callback(Arguments(**values, context=ctx), console)
 
     def format_arguments(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write nothing: `format_options` lists arguments too."""
@@ -120,9 +124,9 @@ def argument(name: str, help: str, **settings: Any) -> Decorator:
     return click.argument(name, cls=Argument, help=help, **settings)
 
 
-def option(name: str, help: str, **settings: Any) -> Decorator:
-    """Add an `Option` to a command."""
-    return click.option(name, cls=Option, help=help, **settings)
+def option(name: str, help: str, short: str | None = None, **settings: Any) -> Decorator:
+    """Add an `Option` to a command; `short` is a second name, such as "-v"."""
+    return click.option(*filter(None, (name, short)), cls=Option, help=help, **settings)
 
 
 def flag(name: str, help: str, **settings: Any) -> Decorator:

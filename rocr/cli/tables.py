@@ -21,13 +21,12 @@ def show_report(report: dict[str, Any], console: Console, place: str | None) -> 
         (True, "Answers about concepts on the list"),
         (False, "Answers about names not on the list"),
     ):
-        rows = [
-            (answer["name"], answer["before"], answer["after"])
-            for answer in report["answers"]
-            if answer["on_list"] == on_list
-        ]
-        if rows:
-            console.table(title, ("name", "before", "after"), rows)
+        answers = [answer for answer in report["answers"] if answer["on_list"] == on_list]
+        several = len({answer["name"] for answer in answers}) < len(answers)
+        asked = "question" if several else "name"
+        if answers:
+            rows = [(answer[asked], answer["before"], answer["after"]) for answer in answers]
+            console.table(title, (asked, "before", "after"), rows)
     _show_layers(report, console)
     _show_routing(report.get("routing", []), console)
     seconds = console.seconds

@@ -6,7 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rocr.cli import options
-from rocr.cli.answers import answerable, answers_of, ask_model, asked_names, questions, retained_names
+from rocr.cli.answers import answerable, answers_of, ask_model, filled_questions, questions, retained_names
 from rocr.cli.arguments import (
     chat_of,
     check_quantised,
@@ -105,10 +105,8 @@ def unlearn(arguments: Arguments, console: Console) -> dict[str, Any]:
     check_parts(arguments, source)
     check_text(arguments)
 
-    from rocr.model.generate import fill_question
-
     check_names("--control", arguments.control)
-    asked = [] if arguments.no_answers else fill_question(arguments.ask, asked_names(arguments, concepts))
+    asked = [] if arguments.no_answers else filled_questions(arguments, concepts)
     config = _config(arguments, console)
     statistics = load_statistics(arguments)
     last_layer = last_layer_to_load(arguments, source, config, statistics)

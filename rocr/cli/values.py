@@ -52,6 +52,7 @@ class Number(click.ParamType):  # type: ignore[type-arg]  # generic from click 8
 
 FILE, DIR = PathType("file"), PathType("dir")
 COUNT = Number(1, 1_000_000)
+THREADS = Number(1, 1024)
 TOKENS = Number(1, 10**12)
 SEED = Number(0, 2**63 - 1)
 SHARE = Number(0, 1, float)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rocr.argument_checks import NAMES, check_kind, check_list
 from rocr.concepts import Concept, check_concepts, folded
 from rocr.config import BY_COUNT, EditConfig
 from rocr.edit.apply import apply_edit, apply_updates, holds_updates, mismatch, replace_updates
@@ -40,6 +41,8 @@ CHECKED_ROWS = 256
 
 def remove_concepts(edit: AnEdit, names: Sequence[str], model: nn.Module | None) -> AnEdit:
     """Remove concepts from an edit; see `Edit.remove`."""
+    if not isinstance(names, str):
+        check_list("names", names, str, NAMES)
     removed = _find(edit, [names] if isinstance(names, str) else names)
     remaining = [i for i in range(len(edit.concepts)) if i not in removed]
     if not remaining:
@@ -60,6 +63,7 @@ def remove_concepts(edit: AnEdit, names: Sequence[str], model: nn.Module | None)
 
 def merge_edits(edit: AnEdit, other: EditRecord, model: nn.Module | None) -> AnEdit:
     """Merge two edits of one model; see `Edit.merge`."""
+    check_kind("other", other, EditRecord, "a rocr.Edit")
     check_concepts([*edit.concepts, *other.concepts])
     _check_mergeable(edit, other)
     pairs = [with_same_parts(*pair) for pair in zip(edit.updates, other.updates, strict=True)]

@@ -22,7 +22,7 @@ from rocr.progress import ProgressCallback, silent
 from rocr.statistics.statistics import Statistics
 
 
-@dataclass
+@dataclass(repr=False)
 class Edit(EditRecord):
     """An edit: the updates that redirect some concepts in one model.
 

@@ -27,6 +27,7 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM supports for `max_lora_rank`. Source of both constants: `MaxLoRARanks` in vllm/config/lora.py of
 0.14 (docs.vllm.ai/en/v0.14.0/api/vllm/config/lora). Earlier releases support fewer values, 0.6 up to 256."""
 
+GGUF_SUFFIX = ".gguf"
 REFUSED_MODULE = "out_proj"
 REFUSED_BY_PEFT = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 """The model types whose modules named `out_proj` get no LoRA from peft, since fused kernels read their weights without
@@ -276,6 +277,22 @@ def _is_mixture(edit: EditRecord) -> bool:
     return any(name in edit.computed_with for name in EXPERTS)
 
 
+def _base_model(name: str) -> str:
+    """Return where peft finds the base model: of a GGUF file its folder, as transformers takes it with `gguf_file`."""
+    return os.path.dirname(name) or os.curdir if name.endswith(GGUF_SUFFIX) else name
+
+
+def loading_call(name: str, adapter: str) -> str:
+    """Return the Python call that loads an adapter onto its base model, for a message.
+
+    Args:
+        name: The name of the base model in the edit's fingerprint.
+        adapter: The folder of the adapter.
+    """
+    file = f', gguf_file="{os.path.basename(name)}"' if name.endswith(GGUF_SUFFIX) else ""
+    return f'AutoPeftModelForCausalLM.from_pretrained("{adapter}"{file})'
+
+
 def _adapter_config(
     edit: EditRecord, layers: Sequence[AdapterLayer], parameters: Sequence[str] = ()
 ) -> dict[str, object]:
@@ -290,7 +307,7 @@ def _adapter_config(
     return {
         "peft_type": "LORA",
         "task_type": None if edit.computed_with.get(TEXT_ENCODER) else "CAUSAL_LM",
-        "base_model_name_or_path": edit.fingerprint.name,
+        "base_model_name_or_path": _base_model(edit.fingerprint.name),
         **targets,
         "r": largest,
         # alpha = rank makes the scale alpha / r 1 in peft for each module, and in vLLM, which ignores the patterns.

@@ -17,7 +17,7 @@ AnEdit = TypeVar("AnEdit", bound="EditRecord")
 """The caller's class of edit: `EditRecord` or a subclass."""
 
 
-@dataclass
+@dataclass(repr=False)
 class EditRecord:
     """The data of an edit, which is what an edit file holds.
 
@@ -43,6 +43,14 @@ class EditRecord:
     computed_with: Mapping[str, Any] = field(default_factory=dict)
     rendered: tuple[RenderedTemplate, ...] = ()
     model_type: str | None = None
+
+    def __repr__(self) -> str:
+        """Return one line, such as "Edit(3 concepts, layers=(4, 5), method='whitened', model='…')"."""
+        count = len(self.concepts)
+        return (
+            f"{type(self).__name__}({count:,} concept{'s' * (count != 1)}, layers={self.layers}, "
+            f"method={self.config.method!r}, model={self.fingerprint.name[:60]!r})"
+        )
 
     @property
     def layers(self) -> tuple[int, ...]:

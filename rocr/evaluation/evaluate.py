@@ -16,6 +16,7 @@ from typing import IO, Any
 
 from torch import nn
 
+from rocr.argument_checks import NAMES, check_kind, check_list, check_reader
 from rocr.chat_settings import DEFAULT, ChatSettings
 from rocr.concepts import folded
 from rocr.errors import InputError, RocrError
@@ -33,6 +34,7 @@ from rocr.model.fingerprint import tensor_digest, tokenizer_digest
 from rocr.ops.arithmetic import plain_arithmetic
 from rocr.progress import Progress, ProgressCallback, silent
 
+PROBES, FORM_NAMES = "a list of rocr.Probe", "a list of forms"
 MAX_JOURNAL_BYTES = 1024 * 2**20
 
 
@@ -111,6 +113,14 @@ def evaluate(
     Source:
         ORT: Ye, Zhang and Wu, "LLM Unlearning Should Be Form-Independent", arXiv 2506.07795, section V.
     """
+    check_reader(model, tokenizer, progress)
+    check_list("probes", probes, Probe, PROBES, advice="Read a file of probes with rocr.load_probes(path).")
+    check_list("forms", forms, str, FORM_NAMES)
+    check_list("targets", targets, str, NAMES, optional=True)
+    check_kind("known", known, (int, float), "a number from 0 to 1", optional=True)
+    check_kind("base", base, Evaluation, "a rocr.Evaluation", optional=True)
+    check_kind("options", options, EvaluateOptions, "a rocr.evaluation.EvaluateOptions", optional=True)
+    probes = list(probes)
     options = options or EvaluateOptions()
     if known is not None and not 0 <= known <= 1:
         raise InputError(f"known must be between 0 and 1, not {known!r}.")

@@ -61,6 +61,8 @@ class Training:
         rank: Rank of the adapter.
         seed: Seed of the adapter's initial weights and of the order of examples.
         least_steps: Minimum number of optimiser steps; epochs are added until it is reached.
+        steps: Number of optimiser steps, whatever `epochs` and `least_steps` say; the last epoch may end early. None
+            trains for whole epochs.
     """
 
     loss: Loss
@@ -72,6 +74,7 @@ class Training:
     rank: int = 8
     seed: int = 42
     least_steps: int = 0
+    steps: int | None = None
 
 
 GRADIENT_ASCENT = Training("ascent", 2e-5, batch=16)
@@ -168,12 +171,12 @@ def _train(model: Any, examples: Sequence[Example], training: Training, progress
     optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=0.0)
     steps_of_epoch = math.ceil(len(examples) / training.batch)
     epochs = max(training.epochs, math.ceil(training.least_steps / steps_of_epoch))
-    steps = steps_of_epoch * epochs
+    steps = steps_of_epoch * epochs if training.steps is None else training.steps
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _cosine(min(training.warmup, steps // 2), steps))
     done = 0
-    for _ in range(epochs):
+    while done < steps:
         order = torch.randperm(len(examples)).tolist()
-        for start in range(0, len(order), training.batch):
+        for start in range(0, len(order), training.batch)[: steps - done]:
             group = order[start : start + training.batch]
             for index in group:
                 loss = _loss(model, examples[index], training, reference.get(index)) / len(group)

@@ -13,10 +13,11 @@ from typing import Any
 
 from torch import nn
 
+from rocr.argument_checks import NAMES, check_kind, check_list, check_reader
 from rocr.chat_settings import DEFAULT, ChatSettings
 from rocr.concepts import Concept, check_concepts, folded, holds_name, with_name
 from rocr.errors import InputError
-from rocr.evaluation.evaluate import EvaluateOptions, evaluate
+from rocr.evaluation.evaluate import FORM_NAMES, PROBES, EvaluateOptions, evaluate
 from rocr.evaluation.probes.probe import Probe
 from rocr.evaluation.scores import Evaluation
 from rocr.ops.arithmetic import plain_arithmetic
@@ -75,6 +76,11 @@ def choose_redirects(
             the same.
         RocrError: If a score is not a finite number.
     """
+    check_reader(model, tokenizer, progress)
+    check_list("probes", probes, Probe, PROBES, advice="Read a file of probes with rocr.load_probes(path).")
+    check_list("candidates", candidates, str, NAMES)
+    check_list("forms", forms, str, FORM_NAMES)
+    check_kind("chat", chat, ChatSettings, "a rocr.ChatSettings")
     check_candidates(probes, candidates)
     named = [probe for probe in probes if holds_name(probe.query, probe.subject)]
     options = EvaluateOptions(chat=chat)

@@ -90,6 +90,10 @@ class Evaluation:
     settings: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
 
+    def __repr__(self) -> str:
+        """Return one line, such as "Evaluation(300 probes, 1,180 items, forms=('qa', 'fb'))"."""
+        return f"Evaluation({self.probes:,} probes, {len(self.items):,} items, forms={self.forms})"
+
     @property
     def forms(self) -> tuple[str, ...]:
         """The forms that were asked, in the order of the items."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from rocr.edit.lora import GGUF_SUFFIX, loading_call
 from rocr.export.copying import CARD_FILE, EDIT_FILE, ORIGINALS_FOLDER, REPLACED_FILE, REPORT_FILE, SUMS_FILE
 from rocr.io.visible import visible
 from rocr.model.source import ADAPTER_GGUF, ModelSource
@@ -177,6 +178,10 @@ def _adapter(report: Mapping[str, Any], parts: Sequence[str]) -> str:
     if not rows:
         return ""
     kinds = [sentence for part, sentence in ADAPTERS if part in parts]
+    name = str(report["fingerprint"]["name"])
+    if "lora" in parts and name.endswith(GGUF_SUFFIX):
+        call = visible(loading_call(name, "lora")).replace("`", "'")
+        kinds.append(f"The base model is a GGUF file, whose name peft needs: `{call}`.")
     table = _table(("layer", "rank", "error of the update", "error at the keys"), rows)
     return "\n\n".join(["## Adapter", " ".join(kinds), table])
 

@@ -18,6 +18,7 @@ FIELDS = ("name", "redirect", "aliases")
 Fields = dict[str, object]
 Report = Callable[[int, str], None]
 _Lines = Iterable[tuple[int, str]]
+_OTHER_ARROWS = ("=>", "-->", "\N{RIGHTWARDS ARROW}", "\N{RIGHTWARDS DOUBLE ARROW}")
 _TXT_FORM = "write: name | alias | alias -> redirect"
 
 
@@ -57,8 +58,11 @@ def _parse_txt(lines: _Lines, report: Report) -> Iterator[tuple[int, Fields]]:
         text = "" if line.lstrip().startswith("#") else re.split(r"\s#(?:\s|$)", line, maxsplit=1)[0]
         if not text.strip(" \t"):
             continue
+        arrow = next((arrow for arrow in _OTHER_ARROWS if arrow in text), None)
         names, *redirects = text.split("->")
-        if len(redirects) > 1:
+        if arrow is not None and (arrow == "-->" or not redirects):
+            report(number, f"has {arrow!r} in place of '->'; {_TXT_FORM}")
+        elif len(redirects) > 1:
             report(number, f"has more than one '->'; {_TXT_FORM}")
         elif redirects and "|" in redirects[0]:
             report(number, f"has a '|' after '->'; {_TXT_FORM}")

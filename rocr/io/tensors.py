@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rocr.argument_checks import check_path
 from rocr.errors import InputError, RocrError
 from rocr.io.disk_space import check_space
 from rocr.io.dtypes import STORED_DTYPES
@@ -58,6 +59,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
     """Read the JSON header of a file of rocr, and where its tensors are."""
+    check_path("path", path)
     try:
         if not Path(path).is_file():
             raise InputError(f"{path} does not exist or is not a file.")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rocr.argument_checks import TEXTS, check_kind, check_layers, check_list, check_reader
 from rocr.chat_settings import DEFAULT, ChatSettings
 from rocr.errors import InputError
 from rocr.io.dtypes import dtype_name
@@ -122,15 +123,19 @@ def collect_statistics(
         The statistics, with the fingerprint of the model and with how the text was read.
 
     Raises:
-        InputError: A layer does not exist or cannot be edited, the text is empty, more tokens are wanted than the
-            model can write, the model is an encoder and there are no texts, or the checkpoint is that of another
-            collection.
+        InputError: An argument is of another type, such as a single text in place of a list; or a layer does not exist
+            or cannot be edited, the text is empty, more tokens are wanted than the model can write, the model is an
+            encoder and there are no texts, or the checkpoint is that of another collection.
         GuardError: Keys are not finite, or all keys of a layer are zero.
         RocrError: Another process failed or is lost; the checkpoints are kept.
 
     Source:
         The second moment of keys is that of ROME (arXiv 2202.05262, eq. 2), from ordinary text.
     """
+    check_reader(model, tokenizer, progress)
+    check_list("texts", texts, str, TEXTS, True, "Pass texts=[text], or one text for each document of a file.")
+    check_layers("layers", layers)
+    check_kind("options", options, CollectOptions, "a rocr.CollectOptions", optional=True)
     options = options or CollectOptions()
     if texts is None:
         check_sampled(options.tokens)
@@ -288,7 +293,8 @@ class _Source:
         return min(filter(None, (known, self.options.tokens)), default=None)
 
     def _counted(self, texts: Iterable[str]) -> Iterator[str]:
-        for text in texts:
+        for index, text in enumerate(texts):
+            check_kind(f"texts[{index}]", text, str, "a text")
             encoded = text.encode("utf-8", "surrogatepass")
             self.digest.update(len(encoded).to_bytes(8, "little") + encoded)
             self.documents += 1

@@ -57,6 +57,13 @@ class Statistics:
     provenance: Provenance | None = None
     mixtures: Mapping[int, MixtureMoments] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        """Return one line, such as "Statistics(8,192 tokens, layers=(4, 5), model='…', text='…')"."""
+        return (
+            f"Statistics({self.tokens:,} tokens, layers={self.layers}, model={self.fingerprint.name[:60]!r}, "
+            f"text={self.text[:40]!r})"
+        )
+
     @property
     def layers(self) -> tuple[int, ...]:
         """The layers of the moments, ascending."""

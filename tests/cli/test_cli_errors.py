@@ -163,6 +163,7 @@ def test_every_number_that_makes_no_sense_is_refused_before_a_model_is_loaded(
         "remove": ("remove", files.edited, "Ada Byron", *out),
         "merge": ("merge", files.edited, files.edited, *out),
         "add": ("add", files.edited, "--concept", "Grace Hopper", "--redirect", "Blaise Pascal", *out),
+        "revert": ("revert", files.edited, *out),
     }
     monkeypatch.setattr("rocr.model.load.load_model", lambda *_: pytest.fail("the model was loaded"))
     assert {("unlearn", "--ridge"), ("stats", "--layers"), ("compare", "--steps")} <= set(numeric_options())

@@ -39,11 +39,16 @@ from tests.support.option_effects import (
     shuffles_options_of_methods,
     takes_relatives,
     takes_statistics,
-    trains_for_steps,
     verifies_by_another_file,
     writes_its_own_text,
     writes_parts,
     writes_where_it_is_told,
+)
+from tests.support.running_effects import (
+    computes_with_threads,
+    shows_library_warnings,
+    shows_no_progress,
+    trains_for_steps,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -56,6 +61,9 @@ MODEL = {
     "--dtype": loads_as,
     "--device": refuses("--device", "nonsense", words="nonsense"),
     "--download": f"{OFFLINE}::test_an_environment_that_says_offline_is_obeyed_also_where_the_network_was_asked_for",
+    "--threads": computes_with_threads,
+    "--quiet": shows_no_progress,
+    "--verbose": shows_library_warnings,
     "--trust-remote-code": f"{OFFLINE}::test_code_beside_a_model_is_run_only_where_that_is_asked_for",
 }
 RENDERED = "test_rendered.py::test_every_command_that_renders_a_chat_takes_the_settings"

@@ -120,7 +120,7 @@ def test_the_help_page_has_a_heading_for_each_group_of_options(capsys):
     shown = capsys.readouterr().out
     headings = [line.rstrip(":") for line in shown.splitlines() if line.endswith(":") and not line.startswith(" ")]
     assert headings == [
-        *("Arguments", "Options", "Loading the model", "Settings", "Chat template"),
+        *("Arguments", "Options", "Loading the model", "Running", "Settings", "Chat template"),
         *("Statistics of ordinary text", "Answers before and after"),
     ]
     assert "--text FILE..." in shown and "are words up to the next option" in " ".join(shown.split())

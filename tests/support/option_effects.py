@@ -268,6 +268,13 @@ def asks_another_question(command, run):
     few, name = ("--answer-tokens", 2), "Grace Hopper" if command == "add" else "Ada Byron"
     assert [question for question, _ in asks(command, run, *few)] == [f"Who is {name}?"]
     assert [question for question, _ in asks(command, run, *few, "--ask", "Is it {}?")] == [f"Is it {name}?"]
+    more = ("--control", "the engines", "--ask", "Is it {}?", "--ask", "Who is {}?", "--ask", "Is it {}?")
+    done = run(command, *few, *more, without=("--no-answers",))
+    found = [(answer["name"], answer["question"]) for answer in done.json["answers"]]
+    assert found == [
+        (each, question) for each in (name, "the engines") for question in (f"Is it {each}?", f"Who is {each}?")
+    ]
+    assert f"Is it {name}?" in done.errors and f"Who is {name}?" in done.errors, "the table names the questions"
 
 
 def answers_in_so_many_tokens(command, run):
@@ -345,13 +352,6 @@ def asks_suites(limit):
         assert done.json["evaluation"]["measures"]["facts"] == {"acc": 0.5}
 
     return check
-
-
-def trains_for_steps(command, run):
-    pytest.importorskip("peft")
-    train = ("--methods", "gradient ascent")
-    few, many = (run(command, *train, *more, without=("--methods",)) for more in ((), ("--steps", 12)))
-    assert measured(command, few) != measured(command, many)
 
 
 def takes_relatives(command, run):

@@ -112,6 +112,17 @@ def test_few_examples_are_repeated_until_there_are_enough_steps(model: nn.Module
             assert (seen[-1].done, seen[-1].total) == (steps, steps)
 
 
+@pytest.mark.parametrize("steps", [1, 3, 7])
+def test_a_number_of_steps_is_trained_exactly(steps: int, model: nn.Module) -> None:
+    pytest.importorskip("peft")
+    examples = [Example((5, 6), (7,)), Example((5, 8), (9,)), Example((5, 9), (7,))]
+    seen: list[rocr.Progress] = []
+    training = Training("learn", 1e-3, batch=2, epochs=2, least_steps=6, steps=steps)
+    with trained(model, examples, training, seen.append):
+        assert [step.done for step in seen] == [*range(1, steps + 1)]
+        assert {step.total for step in seen} == {steps}
+
+
 def test_only_the_nearest_subjects_are_kept(model: nn.Module, tokenizer: Any) -> None:
     nearest = nearest_subjects(model, tokenizer, "Ada Byron", ["Blaise Pascal", "Robert Downey Jr."], 1)[0][0]
     kept = keep_nearest(model, tokenizer, PROBES, ["Ada Byron"], 1)

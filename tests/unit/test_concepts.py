@@ -125,6 +125,8 @@ BAD_FILES = [
     ("digits.jsonl", '{"name": ' + "9" * 10_000 + "}", {1: ""}),
     ("nan.jsonl", '{"name": NaN, "redirect": Infinity}', {1: "name must be text, not float"}),
     ("arrows.txt", "A -> B -> C", {1: "more than one '->'"}),
+    ("other_arrows.txt", "A => X\nB --> X\nC \u2192 X\nD \u21d2 X\nE => F -> X\n# G => H",
+     {1: "'=>' in place of '->'; write: name", 2: "'-->' in place", 3: "'\u2192' in place", 4: "'\u21d2' in place"}),
     ("bar.txt", "A -> B | C", {1: "'|' after '->'"}),
     ("gaps.txt", "-> X\n| B -> X\nA || B -> X\nC ->", {1: "name is empty", 2: "name", 3: "alias", 4: "redirect"}),
     ("header.csv", "name;redirect\nA;X", {1: "unknown column 'name;redirect'"}),

@@ -86,6 +86,7 @@ class MethodComparison:
         forms: Forms in which the probes are asked.
         least_steps: Minimum number of optimiser steps of trained methods. The authors train on hundreds of texts about
             a target; with a few questions, 5 epochs have too few steps.
+        steps: Number of optimiser steps of trained methods, in place of `least_steps`. None: 5 epochs or more.
         seed: Seed of the order of multiple-choice options; trained methods add it to the authors' seed.
     """
 
@@ -99,6 +100,7 @@ class MethodComparison:
     forms: Sequence[str] = ORT_FORMS
     least_steps: int = 0
     seed: int = 0
+    steps: int | None = None
 
     @property
     def chat(self) -> ChatSettings:
@@ -161,7 +163,7 @@ def _unlearned(
     if method in TRAININGS:
         training = TRAININGS[method]
         seed = (training.seed + comparison.seed) % 2**63
-        training = replace(training, least_steps=comparison.least_steps, seed=seed)
+        training = replace(training, least_steps=comparison.least_steps, steps=comparison.steps, seed=seed)
         examples = _examples(comparison, [p for p in probes if p.split == "forget"], method)
         with trained(comparison.model, examples, training, progress) as model:
             yield model

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast, get_args
 
+from rocr.argument_checks import check_path
 from rocr.errors import InputError
 from rocr.evaluation.probes.probe import Probe, ProbeForm, Problems, Split, Variant, Wording, check_all
 from rocr.io.boundary import calling
@@ -65,6 +66,7 @@ def load_probes(path: str | os.PathLike[str], download: bool = False) -> list[Pr
             (or the row, from 1) of the first 50 of them. Also if a dataset is named and the package datasets is not
             installed.
     """
+    check_path("path", path)
     text = str(path)
     problems = Problems()
     if text.startswith(HUB_PREFIX):

@@ -157,6 +157,9 @@ def _flaws(probe: Probe) -> Iterable[str]:
     for name, value in (("subject", probe.subject), ("query", probe.query), ("answer", probe.answer)):
         if not value.strip():
             yield f"has no {name}"
+    if isinstance(probe.distractors, str):
+        yield f"distractors must be a list of texts, not the single text {probe.distractors[:60]!r}"
+        return
     wordings = [text for wording in probe.wordings.values() for text in (wording.query, wording.answer)]
     others = (probe.cloze or "", probe.namesake_of or "", *probe.distractors, *wordings)
     for text in (probe.subject, probe.query, probe.answer, *others):
