@@ -213,10 +213,17 @@ class TestOutputFolders:
         found = done(
             *("unlearn", "model", "concepts.jsonl", "--statistics", "statistics.safetensors", "--layers", "0,1"),
             *("--template", "Who was {}?", "--template", "Tell me of {}.", "--system", "Be brief.", "--strength", 0.9),
-            *("--seed", 7, "--control", "Grace Hopper", "--answer-tokens", 4),
+            *("--seed", 7, "--control", "Grace Hopper", "--answer-tokens", 4, "--token-schedule", "full"),
             *("--save", "model,edit,lora,originals", "--out", tmp_path / "again"),
         )
-        for name in ("divergence", "concepts", "layers", "lora"):
+        # In 0.1, all keys of a concept counted alike in these; now those count more that are to be moved further.
+        weighted = ("closed", "distance")
+        mine, before = (
+            [{name: value for name, value in concept.items() if name not in weighted} for concept in report["concepts"]]
+            for report in (found, REPORT)
+        )
+        assert_alike(mine, before)
+        for name in ("divergence", "layers", "lora"):
             assert_alike(found[name], REPORT[name])
         assert REPORT.keys() - found.keys() == set(), "fields of the report"
         assert_edited_alike(stored(tmp_path / "again"), stored("output"), CLOSE)
