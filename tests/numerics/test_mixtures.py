@@ -5,7 +5,6 @@ import copy
 import peft
 import pytest
 import torch
-from torch import nn
 
 import rocr
 from rocr import Concept, EditConfig, GuardError, Guards, InputError
@@ -17,6 +16,7 @@ from rocr.model.gated_keys import gated_keys_hook
 from rocr.model.layers import resolve_layers
 from rocr.ops.arithmetic import plain_arithmetic
 from rocr.statistics.corpus import pack_tokens
+from tests.support.listed_experts import ListedExperts
 from tests.support.versions import MAJOR, needs_transformers
 
 LAYER = 2
@@ -27,27 +27,7 @@ SAME = 1e-5
 """Relative error of a float32 solve of a small well-conditioned system."""
 
 
-class ListedExperts(nn.Module):
-    """A mixture as code beside transformers may have it: a list of modules, and one that every token runs through."""
-
-    def __init__(self, width: int, inner: int, experts: int) -> None:
-        super().__init__()
-        self.router = nn.Linear(width, experts, bias=False)
-        self.experts = nn.ModuleList(self._expert(width, inner) for _ in range(experts))
-        self.always = self._expert(width, 2 * inner)
-
-    @staticmethod
-    def _expert(width: int, inner: int) -> nn.Module:
-        return nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width))
-
-    def forward(self, states):
-        flat = states.view(-1, states.shape[-1])
-        gates, chosen = self.router(flat).softmax(dim=-1).topk(2, dim=-1)
-        output = 0.5 * self.always(flat)
-        for number, expert in enumerate(self.experts):
-            tokens, place = (chosen == number).nonzero(as_tuple=True)
-            output[tokens] += gates[tokens, place, None] * expert(flat[tokens])
-        return output.view_as(states)
+ADAPTED = ("Mixtral", "Qwen2Moe", "GPT-OSS", "Deepseek-V3", "Llama4")
 
 
 def listed(make_model):
@@ -187,8 +167,15 @@ def dense_solve(update, metrics, ridge, dtype=torch.float64):
     return torch.linalg.solve(system, product @ update.residuals.double()).T
 
 
-@pytest.mark.parametrize("method", ["whitened", "projected"])
-@pytest.mark.parametrize("relative", [True, False])
+@pytest.mark.parametrize(
+    ("method", "relative"),
+    [
+        ("whitened", True),
+        ("whitened", False),
+        ("projected", True),
+        pytest.param("projected", False, marks=pytest.mark.slow),
+    ],
+)
 def test_the_update_is_the_dense_solve_on_the_wide_key(moe, tokenizer, collected, concepts, method, relative):
     """The authors' (d_in, d_in) system on [g₁k₁ … g_E k_E], with the block-diagonal metric, in float64."""
     config = EditConfig(
@@ -306,8 +293,13 @@ def close(found, expected):
     return bool((found - expected).norm() <= 1e-4 * expected.norm())
 
 
-@pytest.mark.parametrize("rank", [None, 2])
-@pytest.mark.parametrize("mixture", ["Mixtral", "Qwen2Moe", "GPT-OSS", "Deepseek-V3", "Llama4"])
+@pytest.mark.parametrize(
+    ("mixture", "rank"),
+    [
+        *((mixture, None) for mixture in ADAPTED),
+        *(pytest.param(each, 2, marks=() if each in ("Qwen2Moe", "GPT-OSS") else pytest.mark.slow) for each in ADAPTED),
+    ],
+)
 def test_the_adapter_is_the_edit(mixture, rank, make_model, tokenizer, texts, concepts, tmp_path):
     model = make_model(mixture)
     original = copy.deepcopy(model)
