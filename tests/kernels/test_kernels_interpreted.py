@@ -36,12 +36,21 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def cases(*shapes: tuple[int, ...], always: tuple[int, int, int]) -> list[Any]:
     """Shapes with each of DTYPES; of each, so many of the last shapes are in every run, and the rest is slow."""
-    chosen = [(*shape, dtype) for dtype, few in zip(DTYPES, always, strict=True) for shape in shapes[-few:]]
-    all_cases = [(*shape, dtype) for dtype in DTYPES for shape in shapes]
-    return [pytest.param(*case, marks=() if case in chosen else pytest.mark.slow) for case in all_cases]
+    found = []
+    for dtype, count in zip(DTYPES, always, strict=True):
+        marks = [pytest.mark.slow] * (len(shapes) - count) + [()] * count
+        found += [pytest.param(*shape, dtype, marks=mark) for shape, mark in zip(shapes, marks, strict=True)]
+    return found
+
+
+def with_dtype(config: str) -> Any:
+    dtype = torch.float32 if config.endswith("_bf16_splits") else torch.bfloat16
+    return pytest.param(config, dtype, marks=pytest.mark.slow if config.endswith("_small") else ())
 
 
 UNALIGNED = cases((1, 1), (1, 123), (123, 1), (63, 63), always=(2, 4, 1))
+GROUPED = [with_dtype(config) for config in second_moment.CONFIGS if config.startswith("pointers")]
+ODD = cases((123, 200, 16), (70, 136, 17), (70, 136, 40), (63, 123, 1), (1, 1, 1), (8, 72, 100), always=(3, 5, 2))
 
 
 def plain_sum(left: Tensor, right: Tensor) -> Tensor:
@@ -68,12 +77,7 @@ def second_moment_errors(totals: list[Tensor], keys: list[Tensor], config: str |
     return error(totals), error(plain)
 
 
-CHOSEN = [
-    (config, torch.float32 if config.endswith("_bf16_splits") else torch.bfloat16) for config in second_moment.CONFIGS
-]
-
-
-@pytest.mark.parametrize(("config", "dtype"), CHOSEN, ids=str)
+@pytest.mark.parametrize(("config", "dtype"), map(with_dtype, second_moment.CONFIGS), ids=str)
 def test_second_moments_of_layers_of_odd_shapes(config: str, dtype: torch.dtype) -> None:
     width = 72 if dtype == torch.float32 else 264
     keys = [torch.randn(123, width).to(dtype) for _ in range(2)]
@@ -150,9 +154,6 @@ def grouped_errors(totals: Tensor, keys: Tensor, offsets: list[int], config: str
     accumulate_grouped_second_moment(totals, keys, offsets, second_moment.CONFIGS[config] if config else None)
     assert torch.equal(totals.triu(1), upper)
     return tuple(((each.tril() - exact).norm() / exact.norm()).item() for each in (totals, plain))
-
-
-GROUPED = [(config, dtype) for config, dtype in CHOSEN if config.startswith("pointers")]
 
 
 @pytest.mark.parametrize(("config", "dtype"), GROUPED, ids=str)
@@ -252,9 +253,6 @@ def update_errors(
 
 def random_update(rows: int, columns: int, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     return torch.randn(rows, columns).to(dtype), torch.randn(rows, rank), torch.randn(rank, columns) / rank
-
-
-ODD = cases((123, 200, 16), (70, 136, 17), (70, 136, 40), (63, 123, 1), (1, 1, 1), (8, 72, 100), always=(3, 5, 2))
 
 
 @pytest.mark.parametrize(("rows", "columns", "rank", "dtype"), ODD)
