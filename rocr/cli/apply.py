@@ -15,7 +15,7 @@ from rocr.errors import InputError
 
 if TYPE_CHECKING:
     from rocr.edit.edit import Edit
-    from rocr.model.load import ModelSource
+    from rocr.model.load import LoadedModel, ModelSource
 
 
 @command("apply")
@@ -59,7 +59,7 @@ def write_applied(
     check_parts(arguments, source)
     check_quantised(arguments, source)
     with console.stage("load"):
-        loaded = load(arguments, source, _last_layer(arguments, source, edit))
+        loaded = _load(arguments, source, edit)
         open_quantised(loaded, edit.config, edit.fingerprint.layer)
     held = holds_already(loaded, edit)
     if held is not None:
@@ -76,10 +76,12 @@ def write_applied(
     return report
 
 
-def _last_layer(arguments: Arguments, source: ModelSource, edit: Edit) -> int | None:
-    """Index of the last layer that the edit needs; None: the whole model is loaded."""
-    from rocr.model.load_partial import can_load_partially
+def _load(arguments: Arguments, source: ModelSource, edit: Edit) -> LoadedModel:
+    """Load the layers that the edit needs, or the whole model where they cannot be loaded alone."""
+    from rocr.model.load_partial import partial_model
 
+    if arguments.dtype or arguments.device == "auto":
+        return load(arguments, source)
     last = max(*edit.layers, edit.fingerprint.layer)
-    whole = arguments.dtype or arguments.device == "auto" or not can_load_partially(source, last)
-    return None if whole else last
+    empty = partial_model(source, last)
+    return load(arguments, source, None if empty is None else last, empty)

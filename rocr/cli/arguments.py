@@ -19,6 +19,8 @@ from rocr.io.output import check_output
 from rocr.statistics.corpus import check_texts, read_texts, text_digest
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from rocr.chat_settings import ChatSettings
     from rocr.config import EditConfig
     from rocr.edit.edit import Edit
@@ -211,13 +213,16 @@ def files_read(arguments: Arguments) -> list[str]:
     return [path for paths in given for path in ([paths] if isinstance(paths, str) else paths)]
 
 
-def load(arguments: Arguments, source: ModelSource, last_layer: int | None = None) -> LoadedModel:
+def load(
+    arguments: Arguments, source: ModelSource, last_layer: int | None = None, empty: nn.Module | None = None
+) -> LoadedModel:
     """Load the model with the dtype and device of the arguments.
 
     Args:
         arguments: of the command.
         source: where the model is.
         last_layer: load only the embedding and the layers up to this one; None: the whole model.
+        empty: the model without its weights, from `partial_model`, if it was built already.
     """
     from rocr.io.dtypes import torch_dtype
     from rocr.model.load import load_model
@@ -226,7 +231,7 @@ def load(arguments: Arguments, source: ModelSource, last_layer: int | None = Non
     if last_layer is not None:
         from rocr.model.load_partial import load_partial
 
-        return load_partial(source, last_layer, arguments.device, arguments.trust_remote_code)
+        return load_partial(source, last_layer, arguments.device, arguments.trust_remote_code, empty=empty)
     dtype = torch_dtype(arguments.dtype) if arguments.dtype else None
     return load_model(source, dtype, arguments.device, arguments.trust_remote_code)
 

@@ -270,7 +270,7 @@ def _fingerprint_checks(output: Output, edit: Edit | None) -> Iterator[Check]:
     """Compare the fingerprint of the model, which samples the other weights, and of the tokenizer with the record."""
     from rocr.model.architecture import find_architecture
     from rocr.model.load import find_model
-    from rocr.model.load_partial import can_load_partially, load_partial
+    from rocr.model.load_partial import load_partial, partial_model
 
     mark, reason = _recorded_fingerprint(output, edit)
     try:
@@ -278,12 +278,13 @@ def _fingerprint_checks(output: Output, edit: Edit | None) -> Iterator[Check]:
             yield Check("model", "fingerprint", UNCHECKED, reason)
             return
         source = find_model(str(output.folder))
-        if not can_load_partially(source, mark.layer):
+        empty = partial_model(source, mark.layer)
+        if empty is None:
             yield Check("model", "fingerprint", UNCHECKED, "the model cannot be loaded in part")
             return
         # An edit made with --dtype float16 has the fingerprint of values that were rounded to float16.
         for dtype in (None, torch.float16):
-            loaded = load_partial(source, mark.layer, dtype=dtype)
+            loaded = load_partial(source, mark.layer, dtype=dtype, empty=None if dtype else empty)
             found = model_digest(find_architecture(loaded.model), mark.layer, mark.model)
             if found == mark.model:
                 break

@@ -38,18 +38,28 @@ def can_load_partially(source: ModelSource, last_layer: int = 0) -> bool:
     Raises:
         InputError: The files are damaged.
     """
+    return partial_model(source, last_layer) is not None
+
+
+def partial_model(source: ModelSource, last_layer: int = 0) -> nn.Module | None:
+    """Return the model without its weights (`empty_model`) if `can_load_partially` holds for it, else None.
+
+    Raises:
+        InputError: The files are damaged.
+    """
     files = find_weight_files(source.checkpoint_folder)
     if files is None:
-        return False
+        return None
     try:
-        architecture = find_architecture(empty_model(source))
+        model = empty_model(source)
+        architecture = find_architecture(model)
     except InputError:
-        return False
-    is_quantised = getattr(text_config(architecture.model), "quantization_config", None) is not None
+        return None
+    is_quantised = getattr(text_config(model), "quantization_config", None) is not None
     if is_quantised and find_quantisation(files.folder) is None:
-        return False
-    names = stored_names(files, architecture.model)
-    return all(name in names.readable for name in _needed(architecture, last_layer, names))
+        return None
+    names = stored_names(files, model)
+    return model if all(name in names.readable for name in _needed(architecture, last_layer, names)) else None
 
 
 def is_large(source: ModelSource) -> bool:
@@ -77,6 +87,7 @@ def load_partial(
     trust_remote_code: bool = False,
     mapped: bool | None = None,
     dtype: torch.dtype | None = None,
+    empty: nn.Module | None = None,
 ) -> LoadedModel:
     """Load a model's embedding and decoder layers 0 to `last_layer`.
 
@@ -91,6 +102,8 @@ def load_partial(
         mapped: Whether weights are memory-mapped (`StoredTensor.map`) instead of read; the files must then not be
             changed while the model is used. None: map them if they take more than `MEMORY_SHARE` of the free memory.
         dtype: The dtype of the weights; None for the one that most of them are stored in.
+        empty: The model without its weights, from `partial_model`, which receives them; None to build it. Not used
+            where `trust_remote_code` is given, since `partial_model` runs no code of the model.
 
     Raises:
         InputError: A tensor is missing, or its shape is not that of the model's parameter.
@@ -101,7 +114,7 @@ def load_partial(
     quantisation = find_quantisation(files.folder)
     if quantisation is not None:
         check_scales(quantisation, files)
-    model = empty_model(source, trust_remote_code)
+    model = empty_model(source, trust_remote_code) if empty is None or trust_remote_code else empty
     architecture = find_architecture(model)
     if architecture.mixture(last_layer) is None:
         architecture.down_projection(last_layer)

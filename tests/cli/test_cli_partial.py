@@ -6,6 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from rocr.model import hub
+
 CONCEPT = ("--concept", "Ada Byron", "--redirect", "Blaise Pascal")
 
 
@@ -65,3 +67,20 @@ def test_a_disk_too_small_is_refused_before_anything_is_written(files, sharded, 
     done = command("apply", sharded, files.edit, "--out", tmp_path / "out")
     assert done.code == 2 and "MiB are needed; nothing was written" in done.errors
     assert not list(tmp_path.iterdir())
+
+
+COMMANDS = {
+    "apply": lambda files, out: ("apply", files.model, files.edit, "--out", out),
+    "verify": lambda files, out: ("verify", files.edited),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_model_without_its_weights_is_built_once(name, files, command, tmp_path, monkeypatch):
+    """Once to know its sizes, and once with its buffers; whether it can be loaded in part asks for no other."""
+    built = []
+    build = hub.build_skeleton
+    monkeypatch.setattr(hub, "build_skeleton", lambda *given: built.append(given) or build(*given))
+    done = command(*COMMANDS[name](files, tmp_path / "out"))
+    assert done.code == 0, done.errors
+    assert len(built) == 2

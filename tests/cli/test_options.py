@@ -245,13 +245,23 @@ def test_the_tests_that_the_table_names_are_there():
 
 
 # Of `compare`, which trains and asks for each run, the options that it alone has; those shared with others are slow.
-ALWAYS = {f"compare {option}" for option in ("--methods", "--statistics", "--redirect", "--out", "--overwrite")}
+ALWAYS = {f"compare {option}" for option in ("--methods", "--statistics", "--redirect")}
+# What loads a model and writes an output is one function for all commands; of the commands beside `unlearn`, `apply`
+# and `revert`, the options of that function are slow.
+SHARED = {f"{command} {option}" for command in ("stats", "eval", "redirects") for option in ("--dtype", "--overwrite")}
+
+
+def is_always(command, option):
+    name = f"{command} {option}"
+    return name in ALWAYS or (command != "compare" and name not in SHARED)
+
+
 CHECKED = [
     pytest.param(
         command,
         effect,
         id=f"{command} {option}",
-        marks=() if command != "compare" or f"{command} {option}" in ALWAYS else pytest.mark.slow,
+        marks=() if is_always(command, option) else pytest.mark.slow,
     )
     for command, effects in EFFECTS.items()
     for option, effect in effects.items()

@@ -94,8 +94,11 @@ class Result:
         return asdict(self)
 
 
-def examine(family: Family, built: Callable[[], None] = lambda: None) -> Result:
-    """Build, edit and check a family; `built` is called when there is a model."""
+def examine(family: Family, built: Callable[[], None] = lambda: None, without: Sequence[str] = ()) -> Result:
+    """Build, edit and check a family; `built` is called when there is a model, and `without` names checks to leave out.
+
+    A check that is left out counts as one that does not apply.
+    """
     result = Result(family.key, family.class_name)
     try:
         model = build(family)
@@ -105,26 +108,26 @@ def examine(family: Family, built: Callable[[], None] = lambda: None) -> Result:
     built()
     result.kind = kind_of(model)
     is_encoder = family.settings.get("is_decoder") is False
-    _attempt(result, Subject(model, is_encoder), None)
+    _attempt(result, Subject(model, is_encoder), None, without)
     if result.status == "refused":
-        _attempt_other_layers(result, model, is_encoder)
+        _attempt_other_layers(result, model, is_encoder, without)
     return result
 
 
-def _attempt_other_layers(result: Result, model: nn.Module, is_encoder: bool) -> None:
+def _attempt_other_layers(result: Result, model: nn.Module, is_encoder: bool, without: Sequence[str]) -> None:
     """Edit other layers than the default ones, if some can be edited; what fails there is never accepted."""
     layers = editable_layers(model)
     if not layers:
         return
     other = Result(result.key, result.class_name, kind=result.kind, part=", ".join(map(str, layers)))
-    _attempt(other, Subject(model, is_encoder), layers)
+    _attempt(other, Subject(model, is_encoder), layers, without)
     if other.status in ("wrong", "traceback"):
         result.__dict__.update(other.__dict__)
     elif other.status == "ok":
         result.part, result.measures, result.untested = other.part, other.measures, other.untested
 
 
-def _attempt(result: Result, subject: Subject, layers: Sequence[int] | None) -> None:
+def _attempt(result: Result, subject: Subject, layers: Sequence[int] | None, without: Sequence[str]) -> None:
     """Collect statistics and edit with rocr, then check the edit."""
     first = weights_of(subject.model)
     before = subject.all_outputs()
@@ -136,7 +139,7 @@ def _attempt(result: Result, subject: Subject, layers: Sequence[int] | None) -> 
     except Exception as error:
         result.status, result.message = "traceback", f"{last_line(error)} [{where(error)}]"
     else:
-        failed = made.failed_checks()
+        failed = made.failed_checks(without)
         stopped = [limit for limit in made.edit.report.limits_passed if limit.startswith(NOT_REACHED)]
         if "nearer" in failed and stopped and failed.keys() <= {"nearer", "gain", "gain_of_larger_weights"}:
             # Without `force`, a guard refuses the edit.
@@ -179,11 +182,12 @@ class Made:
         guards = rocr.Guards(force=True)
         return rocr.unlearn(self.model, self.subject.tokenizer, concepts, self.statistics, config, guards=guards)
 
-    def failed_checks(self) -> dict[str, str]:
-        """Run all checks; return the messages of those that fail."""
+    def failed_checks(self, without: Sequence[str] = ()) -> dict[str, str]:
+        """Run all checks but those in `without`; return the messages of those that fail."""
         failed = {}
         self.measures["layers"] = [update.layer for update in self.edit.updates]
-        for name in CHECKS:
+        self.untested.update(dict.fromkeys(without, "left out"))
+        for name in [name for name in CHECKS if name not in without]:
             try:
                 getattr(self, name)()
             except CheckFailed as error:

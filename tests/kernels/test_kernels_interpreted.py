@@ -34,6 +34,25 @@ SPLITS_OF_ONE_TOKEN = torch.finfo(torch.float32).eps
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def cases(*shapes: tuple[int, ...], always: tuple[int, int, int]) -> list[Any]:
+    """Shapes with each of DTYPES; of each, so many of the last shapes are in every run, and the rest is slow."""
+    found = []
+    for dtype, count in zip(DTYPES, always, strict=True):
+        marks = [pytest.mark.slow] * (len(shapes) - count) + [()] * count
+        found += [pytest.param(*shape, dtype, marks=mark) for shape, mark in zip(shapes, marks, strict=True)]
+    return found
+
+
+def with_dtype(config: str) -> Any:
+    dtype = torch.float32 if config.endswith("_bf16_splits") else torch.bfloat16
+    return pytest.param(config, dtype, marks=pytest.mark.slow if config.endswith("_small") else ())
+
+
+UNALIGNED = cases((1, 1), (1, 123), (123, 1), (63, 63), always=(2, 4, 1))
+GROUPED = [with_dtype(config) for config in second_moment.CONFIGS if config.startswith("pointers")]
+ODD = cases((123, 200, 16), (70, 136, 17), (70, 136, 40), (63, 123, 1), (1, 1, 1), (8, 72, 100), always=(3, 5, 2))
+
+
 def plain_sum(left: Tensor, right: Tensor) -> Tensor:
     """left @ right in float32, one product added after the other.
 
@@ -58,12 +77,7 @@ def second_moment_errors(totals: list[Tensor], keys: list[Tensor], config: str |
     return error(totals), error(plain)
 
 
-CHOSEN = [
-    (config, torch.float32 if config.endswith("_bf16_splits") else torch.bfloat16) for config in second_moment.CONFIGS
-]
-
-
-@pytest.mark.parametrize(("config", "dtype"), CHOSEN, ids=str)
+@pytest.mark.parametrize(("config", "dtype"), map(with_dtype, second_moment.CONFIGS), ids=str)
 def test_second_moments_of_layers_of_odd_shapes(config: str, dtype: torch.dtype) -> None:
     width = 72 if dtype == torch.float32 else 264
     keys = [torch.randn(123, width).to(dtype) for _ in range(2)]
@@ -72,8 +86,7 @@ def test_second_moments_of_layers_of_odd_shapes(config: str, dtype: torch.dtype)
     assert ours <= ERROR_OVER_PLAIN * of_plain
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("tokens", "width"), [(1, 1), (63, 63), (1, 123), (123, 1)])
+@pytest.mark.parametrize(("tokens", "width", "dtype"), UNALIGNED)
 def test_second_moments_without_alignment(tokens: int, width: int, dtype: torch.dtype) -> None:
     layers = 6 if width == 1 else 2  # the rounding of a single number is luck
     totals, keys = torch.randn(layers, width, width), torch.randn(layers, tokens, width).to(dtype)
@@ -88,7 +101,7 @@ def short_splits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("config", [name for name in second_moment.CONFIGS if not name.endswith("_bf16_splits")])
-@pytest.mark.parametrize("tokens", [70, 300])
+@pytest.mark.parametrize("tokens", [pytest.param(70, marks=pytest.mark.slow), 300])
 def test_second_moment_keeps_every_bit_around_and_above(
     config: str, tokens: int, short_splits: None, left_alone: Callable[[Tensor], Tensor]
 ) -> None:
@@ -143,9 +156,6 @@ def grouped_errors(totals: Tensor, keys: Tensor, offsets: list[int], config: str
     return tuple(((each.tril() - exact).norm() / exact.norm()).item() for each in (totals, plain))
 
 
-GROUPED = [(config, dtype) for config, dtype in CHOSEN if config.startswith("pointers")]
-
-
 @pytest.mark.parametrize(("config", "dtype"), GROUPED, ids=str)
 def test_grouped_second_moments_of_odd_groups(config: str, dtype: torch.dtype) -> None:
     width = 72 if dtype == torch.float32 else 136
@@ -154,15 +164,14 @@ def test_grouped_second_moments_of_odd_groups(config: str, dtype: torch.dtype) -
     assert ours <= ERROR_OVER_PLAIN * of_plain
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("tokens", "width"), [(1, 1), (63, 63), (1, 123), (123, 1)])
+@pytest.mark.parametrize(("tokens", "width", "dtype"), UNALIGNED)
 def test_grouped_second_moments_without_alignment(tokens: int, width: int, dtype: torch.dtype) -> None:
     offsets = [0, tokens // 3, tokens // 3, tokens]
     ours, of_plain = grouped_errors(torch.randn(3, width, width), torch.randn(tokens, width).to(dtype), offsets, None)
     assert ours <= ERROR_OVER_PLAIN * of_plain + SPLITS_OF_ONE_TOKEN
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [pytest.param(torch.bfloat16, marks=pytest.mark.slow), torch.float32], ids=str)
 def test_grouped_second_moments_of_a_group_of_several_parts(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
@@ -173,7 +182,7 @@ def test_grouped_second_moments_of_a_group_of_several_parts(
     assert ours <= ERROR_OVER_PLAIN * of_plain
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float16, marks=pytest.mark.slow), torch.float32], ids=str)
 def test_a_group_of_more_tokens_than_an_accumulator_holds(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     monkeypatch.setattr(grouped_second_moment, "CHUNK_TOKENS", 128)  # fewer, since the interpreter is slow
     monkeypatch.setattr(grouped_second_moment, "SPLIT_BYTES", 6 * 8 * 256)  # float32 keys take two launches
@@ -246,10 +255,7 @@ def random_update(rows: int, columns: int, rank: int, dtype: torch.dtype) -> tup
     return torch.randn(rows, columns).to(dtype), torch.randn(rows, rank), torch.randn(rank, columns) / rank
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("rows", "columns", "rank"), [(1, 1, 1), (63, 123, 1), (123, 200, 16), (70, 136, 17), (70, 136, 40), (8, 72, 100)]
-)
+@pytest.mark.parametrize(("rows", "columns", "rank", "dtype"), ODD)
 def test_low_rank_updates_of_layers_of_odd_shapes(rows: int, columns: int, rank: int, dtype: torch.dtype) -> None:
     layers = [random_update(rows, columns, rank, dtype) for _ in range(2)]
     ours, of_plain = update_errors(*map(list, zip(*layers, strict=True)), scale=0.7, config=None)
@@ -368,6 +374,7 @@ def test_updates_without_numbers_change_nothing() -> None:
     assert torch.equal(weight, before)
 
 
+@pytest.mark.slow  # the compiled function below takes the same operators through torch's tracing
 def test_the_operators_are_what_torch_expects_of_them() -> None:
     checks = ("test_schema", "test_faketensor")
     totals, keys = [torch.zeros(8, 8), torch.zeros(8, 8)], [torch.randn(5, 8), torch.randn(5, 8)]

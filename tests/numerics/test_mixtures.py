@@ -5,7 +5,6 @@ import copy
 import peft
 import pytest
 import torch
-from torch import nn
 
 import rocr
 from rocr import Concept, EditConfig, GuardError, Guards, InputError
@@ -17,6 +16,7 @@ from rocr.model.gated_keys import gated_keys_hook
 from rocr.model.layers import resolve_layers
 from rocr.ops.arithmetic import plain_arithmetic
 from rocr.statistics.corpus import pack_tokens
+from tests.support.listed_experts import ListedExperts
 from tests.support.versions import MAJOR, needs_transformers
 
 LAYER = 2
@@ -27,27 +27,7 @@ SAME = 1e-5
 """Relative error of a float32 solve of a small well-conditioned system."""
 
 
-class ListedExperts(nn.Module):
-    """A mixture as code beside transformers may have it: a list of modules, and one that every token runs through."""
-
-    def __init__(self, width: int, inner: int, experts: int) -> None:
-        super().__init__()
-        self.router = nn.Linear(width, experts, bias=False)
-        self.experts = nn.ModuleList(self._expert(width, inner) for _ in range(experts))
-        self.always = self._expert(width, 2 * inner)
-
-    @staticmethod
-    def _expert(width: int, inner: int) -> nn.Module:
-        return nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width))
-
-    def forward(self, states):
-        flat = states.view(-1, states.shape[-1])
-        gates, chosen = self.router(flat).softmax(dim=-1).topk(2, dim=-1)
-        output = 0.5 * self.always(flat)
-        for number, expert in enumerate(self.experts):
-            tokens, place = (chosen == number).nonzero(as_tuple=True)
-            output[tokens] += gates[tokens, place, None] * expert(flat[tokens])
-        return output.view_as(states)
+ADAPTED = ("Mixtral", "Qwen2Moe", "GPT-OSS", "Deepseek-V3", "Llama4")
 
 
 def listed(make_model):
@@ -66,9 +46,21 @@ def build(mixture, make_model):
     return model
 
 
-@pytest.fixture(params=["listed", "Mixtral", "Qwen2Moe", "GPT-OSS", "Deepseek-V3", "Llama4"])
-def moe(request, make_model):
+@pytest.fixture(scope="module", params=["listed", "Mixtral", "Qwen2Moe", "GPT-OSS", "Deepseek-V3", "Llama4"])
+def first(request, make_model):
+    """A mixture of each kind; tests get copies."""
     return build(request.param, make_model)
+
+
+@pytest.fixture(scope="module")
+def collected(first, tokenizer, texts):
+    """The statistics of all texts at the layer."""
+    return rocr.collect_statistics(copy.deepcopy(first), tokenizer, texts, [LAYER])
+
+
+@pytest.fixture
+def moe(first):
+    return copy.deepcopy(first)
 
 
 def in_float64(model):
@@ -175,19 +167,25 @@ def dense_solve(update, metrics, ridge, dtype=torch.float64):
     return torch.linalg.solve(system, product @ update.residuals.double()).T
 
 
-@pytest.mark.parametrize("method", ["whitened", "projected"])
-@pytest.mark.parametrize("relative", [True, False])
-def test_the_update_is_the_dense_solve_on_the_wide_key(moe, tokenizer, texts, concepts, method, relative):
+@pytest.mark.parametrize(
+    ("method", "relative"),
+    [
+        ("whitened", True),
+        ("whitened", False),
+        ("projected", True),
+        pytest.param("projected", False, marks=pytest.mark.slow),
+    ],
+)
+def test_the_update_is_the_dense_solve_on_the_wide_key(moe, tokenizer, collected, concepts, method, relative):
     """The authors' (d_in, d_in) system on [g₁k₁ … g_E k_E], with the block-diagonal metric, in float64."""
-    statistics = rocr.collect_statistics(moe, tokenizer, texts, [LAYER])
     config = EditConfig(
         layers=[LAYER], templates=CONFIG.templates, method=method, relative_ridge=relative, ridge=0.05, threshold=0.5,
         relative_threshold=True,
     )  # fmt: skip
     blocks = layer_blocks(find_architecture(moe), LAYER)
     before = [block.weight.double().clone() for block in blocks.blocks]
-    update = rocr.unlearn(moe, tokenizer, concepts, statistics, config, guards=FORCE).updates[0]
-    moments = [moment.double() for moment in statistics.second_moments(LAYER)]
+    update = rocr.unlearn(moe, tokenizer, concepts, collected, config, guards=FORCE).updates[0]
+    moments = [moment.double() for moment in collected.second_moments(LAYER)]
     scale = sum(moment.trace() for moment in moments) / sum(map(len, moments))
     metrics = metrics_of(moments, config, scale, torch.float64)
     ordinary = sum((moment * metric).sum() for moment, metric in zip(moments, metrics, strict=True))
@@ -261,12 +259,11 @@ def test_only_routed_experts_change_and_revert_restores_every_bit(
     assert max(edit.report.distance) < 1
 
 
-def test_concepts_are_removed_added_and_merged(moe, tokenizer, texts, concepts, weights_of):
-    statistics = rocr.collect_statistics(moe, tokenizer, texts, [LAYER])
+def test_concepts_are_removed_added_and_merged(moe, tokenizer, collected, concepts, weights_of):
     before = weights_of(moe)
 
     def fresh(chosen):
-        edit = rocr.unlearn(moe, tokenizer, chosen, statistics, CONFIG, guards=FORCE)
+        edit = rocr.unlearn(moe, tokenizer, chosen, collected, CONFIG, guards=FORCE)
         edit.revert(moe)
         return edit
 
@@ -277,7 +274,7 @@ def test_concepts_are_removed_added_and_merged(moe, tokenizer, texts, concepts, 
     assert removed.report.routing[0].agreement == pytest.approx(first.report.routing[0].agreement)
     merged = first.merge(second)
     assert close(dense_update(merged, moe), wanted)
-    added = first.add(concepts[1:], moe, tokenizer, statistics, guards=FORCE)
+    added = first.add(concepts[1:], moe, tokenizer, collected, guards=FORCE)
     assert close(dense_update(added, moe), wanted)
     assert added.report.routing[0].agreement == pytest.approx(both.report.routing[0].agreement)
     added.revert(moe)
@@ -296,8 +293,13 @@ def close(found, expected):
     return bool((found - expected).norm() <= 1e-4 * expected.norm())
 
 
-@pytest.mark.parametrize("rank", [None, 2])
-@pytest.mark.parametrize("mixture", ["Mixtral", "Qwen2Moe", "GPT-OSS", "Deepseek-V3", "Llama4"])
+@pytest.mark.parametrize(
+    ("mixture", "rank"),
+    [
+        *((mixture, None) for mixture in ADAPTED),
+        *(pytest.param(each, 2, marks=() if each in ("Qwen2Moe", "GPT-OSS") else pytest.mark.slow) for each in ADAPTED),
+    ],
+)
 def test_the_adapter_is_the_edit(mixture, rank, make_model, tokenizer, texts, concepts, tmp_path):
     model = make_model(mixture)
     original = copy.deepcopy(model)
@@ -383,10 +385,9 @@ def test_keys_of_experts_that_are_not_finite_are_reported(make_model, tokenizer,
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights_of(model).items())
 
 
-def test_a_name_is_redirected_in_a_mixture(moe, tokenizer, texts):
+def test_a_name_is_redirected_in_a_mixture(moe, tokenizer, collected):
     """The output of the edited layer at the name moves to that at the redirect, as in a dense model."""
-    statistics = rocr.collect_statistics(moe, tokenizer, texts, [LAYER])
     config = EditConfig(layers=[LAYER], templates=CONFIG.templates, ridge=1e-6, gamma=1e-6)
-    edit = rocr.unlearn(moe, tokenizer, [Concept("Ada Byron", "Blaise Pascal")], statistics, config, guards=FORCE)
+    edit = rocr.unlearn(moe, tokenizer, [Concept("Ada Byron", "Blaise Pascal")], collected, config, guards=FORCE)
     assert edit.report.layers[0].closed[0] > 0.99
     assert edit.report.distance[0] < 0.5

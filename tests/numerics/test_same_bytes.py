@@ -101,7 +101,10 @@ def test_edits_come_off_in_any_order_that_is_the_reverse_for_each_weight(stack, 
     tally("stacked edits taken off to the last bit", STACKED)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "dtype",
+    [pytest.param("float32", marks=pytest.mark.slow), "bfloat16", pytest.param("float16", marks=pytest.mark.slow)],
+)
 def test_commands_repeat_their_bytes_and_take_them_off(files, command, concept, digests, tmp_path, dtype, with_threads):
     settings = (*concept, "--text", files.text, "--tokens", 300)
     first, second, back = tmp_path / "1 thread", tmp_path / "stacked", tmp_path / "back"

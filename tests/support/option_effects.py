@@ -224,7 +224,7 @@ def says_that_nothing_is_loaded(*more):
 def loads_whole(command, run):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("rocr.model.load_partial.is_large", lambda _: True)
-        patch.setattr("rocr.model.load_partial.load_partial", lambda *_: pytest.fail("loaded in part"))
+        patch.setattr("rocr.model.load_partial.load_partial", lambda *_, **__: pytest.fail("loaded in part"))
         assert run(command, "--whole", "--seed", 1).code == 0
         with pytest.raises(pytest.fail.Exception):
             run(command, "--seed", 1)

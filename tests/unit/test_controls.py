@@ -1,5 +1,6 @@
 """Names that an edit is likely to harm: how they are chosen, measured, asked about, reported and limited."""
 
+import copy
 import json
 import math
 from dataclasses import replace
@@ -30,13 +31,23 @@ CONFIG = EditConfig(layers=(1, 2), templates=("Who is {}?", "It is about {}."))
 FREE = Guards(divergence=math.inf, distance=math.inf, relative_norm=math.inf, kept_answers=0.0)
 
 
-@pytest.fixture
-def certain(make_model):
-    """A tiny model that is sure of its next tokens, as one with knowledge is."""
+@pytest.fixture(scope="module")
+def first(make_model):
+    """A tiny model that is sure of its next tokens, as one with knowledge is; tests get copies."""
     model = make_model("Llama", initializer_range=0.1)
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(20)
     return model
+
+
+@pytest.fixture(scope="module")
+def collected(first, tokenizer, texts):
+    return rocr.collect_statistics(first, tokenizer, texts, [1, 2])
+
+
+@pytest.fixture
+def certain(first):
+    return copy.deepcopy(first)
 
 
 @pytest.fixture
@@ -45,11 +56,9 @@ def architecture(certain):
 
 
 @pytest.fixture
-def unlearn(certain, tokenizer, texts):
-    statistics = rocr.collect_statistics(certain, tokenizer, texts, [1, 2])
-
+def unlearn(certain, tokenizer, collected):
     def run(concepts=KING, guards=FREE, **more):
-        return rocr.unlearn(certain, tokenizer, concepts, statistics, CONFIG, guards=guards, **more)
+        return rocr.unlearn(certain, tokenizer, concepts, collected, CONFIG, guards=guards, **more)
 
     return run
 

@@ -117,6 +117,15 @@ ENCODERS = {
         "model.encoder.layers.{}.mlp.down_proj",
     ),
 }  # fmt: skip
+ALIKE = {
+    "CLIPTextModelWithProjection",
+    "T5EncoderModel",
+    "MBartForConditionalGeneration",
+    "PegasusForConditionalGeneration",
+    "BertForMaskedLM",
+    "XLMRobertaModel",
+}
+"""Encoders whose layers are those of another class of the table, which is in every run."""
 
 
 def build(kind, vocabulary, **changes):
@@ -130,7 +139,9 @@ def build(kind, vocabulary, **changes):
         return getattr(transformers, kind)(config).eval()
 
 
-@pytest.mark.parametrize("kind", ENCODERS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow if kind in ALIKE else ()) for kind in ENCODERS]
+)
 def test_an_encoder_is_edited_at_its_own_layers_and_restored(kind, closing, prompts, tmp_path):
     encoder = build(kind, len(closing))
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
