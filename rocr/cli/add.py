@@ -18,6 +18,7 @@ from rocr.cli.arguments import (
     load,
     open_quantised,
     source_of,
+    start_running,
 )
 from rocr.cli.base import Edited, open_edited, restored_base
 from rocr.cli.change import say_inexact
@@ -55,6 +56,8 @@ def add(arguments: Arguments, console: Console) -> dict[str, Any]:
 
     The settings are those of the edit, and the statistics must be those that it was made with.
     """
+    if arguments.model is None:  # else source_of does it
+        start_running(arguments)
     edited = open_edited(arguments.edited)
     edit = edited.edit
     concepts = given_concepts(arguments)

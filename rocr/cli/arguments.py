@@ -153,15 +153,20 @@ def chat_of(arguments: Arguments) -> ChatSettings:
 
 
 def source_of(arguments: Arguments) -> ModelSource:
-    """Locate and check the model; nothing is loaded. From here on --threads and --verbose have effect."""
+    """Locate and check the model; nothing is loaded."""
     if getattr(arguments, "whole", False) and arguments.partial:
         raise InputError("--partial and --whole exclude each other: leave out one of them.")
-    if arguments.threads is not None:
-        arguments.context.with_resource(_threads(arguments.threads))
-    arguments.context.with_resource(library_messages(arguments.verbose))
+    start_running(arguments)
     from rocr.model.load import find_model
 
     return find_model(arguments.model, download=arguments.download)
+
+
+def start_running(arguments: Arguments) -> None:
+    """Let --threads and --verbose have effect until the command ends."""
+    if arguments.threads is not None:
+        arguments.context.with_resource(_threads(arguments.threads))
+    arguments.context.with_resource(library_messages(arguments.verbose))
 
 
 def check_quantised(arguments: Arguments, source: ModelSource) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from rocr.cli import options
 from rocr.cli.apply import write_applied
+from rocr.cli.arguments import start_running
 from rocr.cli.base import Edited, claim_out, open_edited, restored_base
 from rocr.cli.console import Console
 from rocr.cli.parsing import Arguments, argument, command
@@ -32,6 +33,7 @@ def remove(arguments: Arguments, console: Console) -> dict[str, Any]:
 
     Of an output folder, the first model is restored, and the edit of the other concepts is applied to it.
     """
+    start_running(arguments)
     check_names("The name", arguments.names)
     _check_distinct(arguments.names)
     edited = open_edited(arguments.edited)
@@ -52,6 +54,7 @@ def merge(arguments: Arguments, console: Console) -> dict[str, Any]:
 
     If folders are given, the first model of the first of them is restored, and the edit is applied to it.
     """
+    start_running(arguments)
     if len(arguments.edited) < 2:
         raise InputError(f"Only {arguments.edited[0]} is given: give at least two folders or edit files to merge.")
     edited = [open_edited(place) for place in arguments.edited]

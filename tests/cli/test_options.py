@@ -80,7 +80,9 @@ SAVE = {
 OUT = {"--out": writes_where_it_is_told, "--overwrite": overwrites}
 PROJECTED = ("--method", "projected", "--threshold", 0.1)
 ADDED = "test_lists.py::test_add_gives_one_edit_of_both"
+RUNNING = {name: MODEL[name] for name in ("--threads", "--quiet", "--verbose")}
 CHANGED = {
+    **RUNNING,
     **OUT,
     **SAVE,
     "edited": "test_lists.py::test_of_edit_files_an_edit_file_is_made",

@@ -103,9 +103,9 @@ def test_nothing_is_measured_for_an_empty_list(model, tokenizer, statistics):
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        ("Ada", "list of names"),
+        ("Ada", "list of retained names"),
         ([""], "list of names"),
-        ([3], "list of names"),
+        ([3], "list of retained names"),
         (["THE  countess"], "both unlearned and retained"),
     ],
 )
