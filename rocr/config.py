@@ -156,8 +156,7 @@ class EditConfig:
             authors do.
         token_schedule: How far each token of a name is moved towards its target, as a share of the distance. Names that
             begin alike share the keys of their first tokens. "predicted" moves each token by √p, where p is the
-            probability that the model itself gives to the rest of the name after it (`rocr.keys.predicted`). p in place
-            of √p spares other names little more and leaves more of a concept (benches/namesakes.py).
+            probability that the model itself gives to the rest of the name after it (`rocr.keys.predicted`).
             "full" moves all tokens the full distance. "ramp" moves token j of m by √(j/m) of it. None is "predicted"
             if the model predicts text and all of it is loaded; otherwise "ramp" for lists of 25 concepts or more and
             "full" for shorter lists.

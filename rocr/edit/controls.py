@@ -18,9 +18,10 @@ from torch import Tensor
 
 from rocr.concepts import Concept, folded
 from rocr.config import Template
+from rocr.keys.continuations import log_probabilities
 from rocr.keys.name_states import cosines, read_name_states
 from rocr.model.architecture import Architecture
-from rocr.model.generate import continue_greedily, log_probabilities
+from rocr.model.generate import continue_greedily
 from rocr.model.tokenizer import calling_tokenizer, token_texts, tokenize_prompt
 from rocr.progress import ProgressCallback, silent
 

@@ -11,9 +11,10 @@ import torch
 
 from rocr.chat_settings import ChatSettings
 from rocr.io.json_values import numbers_of, text_of
+from rocr.keys.continuations import log_probabilities
 from rocr.model.architecture import Architecture
 from rocr.model.chat import render_chats
-from rocr.model.generate import continue_greedily, log_probabilities
+from rocr.model.generate import continue_greedily
 from rocr.model.tokenizer import calling_tokenizer, tokenize_prompt
 
 MAX_ASKED = 5
@@ -137,5 +138,5 @@ def _mean_log_probabilities(
 ) -> list[float]:
     """Return the mean log-probability of the tokens of each answer."""
     found = log_probabilities(architecture.reader, prompts, answers)
-    tokens = [torch.tensor(answer)[:, None] for answer in answers]
+    tokens = [torch.tensor(answer)[:, None].to(row.device) for answer, row in zip(answers, found, strict=True)]
     return [float(row.gather(1, token).double().mean()) for row, token in zip(found, tokens, strict=True)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -12,6 +12,8 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from rocr.keys.prefix_cache import has_attention_only, read_only
 from rocr.model.forward import accepts, forward, input_device, is_of_transformers, logits_of
+from rocr.model.hooks import evaluating
+from rocr.ops.arithmetic import plain_arithmetic
 
 TOKEN_BUDGET = 2048
 MIN_SHARED_TOKENS = 8
@@ -88,6 +90,46 @@ def continuation_logits(model: nn.Module, batch: Sequence[Continuation]) -> Iter
     for i, row in enumerate(batch):
         start = row.prompt_length - 1 - shared - first
         yield logits[i, start : start + len(row.tokens) - row.prompt_length + 1].float()
+
+
+@dataclass(frozen=True)
+class _Answer(Continuation):
+    """A prompt with what follows it, and its index among the prompts."""
+
+    index: int
+
+
+@plain_arithmetic()
+def log_probabilities(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    token_budget: int = TOKEN_BUDGET,
+    receive: Callable[[int, Tensor], None] | None = None,
+) -> list[Tensor]:
+    """Return the log-probabilities of the next token after a prompt, and after each token of an answer but the last.
+
+    Args:
+        model: A causal language model of transformers.
+        prompts: Token ids, at least one for each prompt.
+        answers: The token ids that follow each prompt. An answer without tokens gives the first row alone.
+        token_budget: Maximum number of tokens of a batch, padding included.
+        receive: Is called with the index of each prompt and its result, which is then not kept.
+
+    Returns:
+        For each prompt (max(1, answer tokens), vocabulary), float32; empty with `receive`.
+
+    Raises:
+        InputError: The model fails.
+    """
+    pairs = enumerate(zip(prompts, answers, strict=True))
+    rows = [_Answer((*prompt, *answer[:-1]), len(prompt), index) for index, (prompt, answer) in pairs]
+    found: dict[int, Tensor] = {}
+    with evaluating(model):
+        for batch in continuation_batches(rows, token_budget):
+            for row, logits in zip(batch, continuation_logits(model, batch), strict=True):
+                (receive or found.__setitem__)(row.index, logits.log_softmax(dim=-1))
+    return [found[index] for index in sorted(found)]
 
 
 def _run_prefix(model: nn.Module, tokens: Tensor) -> Cache:

@@ -11,29 +11,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from rocr.errors import GuardError
-from rocr.keys.continuations import Continuation, continuation_batches, continuation_logits
+from rocr.keys.continuations import log_probabilities
 from rocr.keys.plan import Reading
 from rocr.model.architecture import Architecture
-from rocr.model.hooks import evaluating
 from rocr.model.smaller_batches import retry_with_smaller_batch
-from rocr.ops.arithmetic import plain_arithmetic
 from rocr.progress import Progress, ProgressCallback, silent
 
-STAGE = "names"
+STAGE = "predicted names"
 
 
 @dataclass(frozen=True)
-class _Name(Continuation):
-    """A prompt up to the last token of its name, which is predicted but not read.
+class _Name:
+    """The name in a prompt.
 
     Attributes:
         prompt: Index of the prompt.
+        beginning: The tokens of the prompt up to the first one of the name.
         rest: The tokens of the name after the first.
     """
 
     prompt: int
+    beginning: tuple[int, ...]
     rest: tuple[int, ...]
 
 
@@ -96,22 +97,23 @@ def _names_with_a_rest(reading: Reading, places: Sequence[tuple[int, int, int]])
     for index in sorted(early):
         prompt = reading.prompts[index]
         first, last = prompt.name[0], prompt.name[-1]
-        found.append(_Name(prompt.tokens[:last], first + 1, index, prompt.tokens[first + 1 : last + 1]))
+        found.append(_Name(index, prompt.tokens[: first + 1], prompt.tokens[first + 1 : last + 1]))
     return found
 
 
-@plain_arithmetic()
 def _log_probabilities(
     architecture: Architecture, names: Sequence[_Name], token_budget: int, progress: ProgressCallback
 ) -> dict[int, list[float]]:
     """Return for each prompt, by its index, the log probability of each token of its name after the first."""
     found: dict[int, list[float]] = {}
-    with evaluating(architecture.reader):
-        for batch in continuation_batches(names, token_budget):
-            for name, logits in zip(batch, continuation_logits(architecture.reader, batch), strict=True):
-                wanted = torch.tensor(name.rest, device=logits.device)[:, None]
-                found[name.prompt] = logits.log_softmax(dim=-1).gather(1, wanted)[:, 0].tolist()
-            progress(Progress(STAGE, len(found), len(names), "prompts"))
+
+    def receive(index: int, logs: Tensor) -> None:
+        name = names[index]
+        found[name.prompt] = logs.gather(1, torch.tensor(name.rest, device=logs.device)[:, None])[:, 0].tolist()
+        progress(Progress(STAGE, len(found), len(names), "prompts"))
+
+    rests = [name.rest for name in names]
+    log_probabilities(architecture.reader, [name.beginning for name in names], rests, token_budget, receive)
     if any(math.isnan(log) for logs in found.values() for log in logs):
         raise GuardError(
             "The model's logits after the concepts' names are not finite before the edit. Load it in float32, or check "

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import GenerationConfig
 
 from rocr.chat_settings import DEFAULT, ChatSettings
@@ -81,38 +81,6 @@ def continue_greedily(
             if not always:
                 raise
     return [_greedy(model, prompt, ends, max_tokens) for prompt in prompts]
-
-
-@torch.no_grad()
-def log_probabilities(
-    model: nn.Module, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
-) -> list[Tensor]:
-    """Return the log-probabilities of the next token after a prompt, and after each token of an answer but the last.
-
-    Args:
-        model: A causal language model of transformers.
-        prompts: Token ids, at least one for each prompt.
-        answers: The token ids that follow each prompt. An answer without tokens gives the first row alone.
-
-    Returns:
-        For each prompt (max(1, answer tokens), vocabulary), float32 on the CPU.
-
-    Raises:
-        InputError: The model's own code fails.
-    """
-    rows = [[*prompt, *answer[:-1]] for prompt, answer in zip(prompts, answers, strict=True)]
-    longest = max(map(len, rows))
-    # The padding is on the right, where no token of the row sees it.
-    tokens = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows]).to(input_device(model))
-    width = longest - min(map(len, prompts)) + 1
-    with evaluating(model):
-        logits = logits_of(forward(model, tokens, attention_mask=mask, use_cache=False, logits_to_keep=width))
-    first = longest - logits.shape[1]
-    return [
-        logits[i, len(prompt) - 1 - first : len(row) - first].float().log_softmax(dim=-1).cpu()
-        for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True))
-    ]
 
 
 def _generate(

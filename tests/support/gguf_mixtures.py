@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 import transformers
 from torch import nn
 
-from tests.support.models import build_model
+from tests.support.models import add_tokenizer, build_model
 
 ARCHITECTURES = {"Qwen3Moe": "qwen3moe", "Qwen2Moe": "qwen2moe", "MiniMaxM2": "minimax-m2", "Mixtral": "llama"}
 """Families, and the names of their architectures in GGUF files. transformers loads all but Mixtral, whose architecture
@@ -91,7 +90,7 @@ def write_mixture_gguf(
     writer.add_expert_feed_forward_length(getattr(config, "moe_intermediate_size", config.intermediate_size))
     if family == "Qwen2Moe":
         writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
-    _add_tokenizer(gguf, writer, tokenizer)
+    add_tokenizer(gguf, writer, tokenizer)
     kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
     for name, tensor in model.state_dict().items():
@@ -116,18 +115,6 @@ def write_mixture_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
-
-
-def _add_tokenizer(gguf: Any, writer: Any, tokenizer: Any) -> None:
-    vocabulary = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(vocabulary)
-    writer.add_token_types([gguf.TokenType.CONTROL] * 4 + [gguf.TokenType.NORMAL] * (len(vocabulary) - 4))
-    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
-    writer.add_token_merges([" ".join(pair) for pair in merges])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
 
 
 def _add(gguf: Any, writer: Any, name: str, values: Any, stored_as: str) -> None:

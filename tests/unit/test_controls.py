@@ -20,9 +20,10 @@ from rocr.edit.controls import Control, choose_controls, load_names, name_at_sta
 from rocr.edit.guards import check_harm
 from rocr.edit.harm import ANSWER_TOKENS, Harm, read_own_answers
 from rocr.edit.measures import EditReport
+from rocr.keys.continuations import log_probabilities
 from rocr.model.architecture import find_architecture
 from rocr.model.causality import with_kind
-from rocr.model.generate import ask, log_probabilities
+from rocr.model.generate import ask
 from tests.support.models import same_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
