@@ -164,6 +164,10 @@ class EditConfig:
             prompt: C + s mean(k kᵀ) over their keys k takes the place of C. They precede everything that a chat model
             reads, and ordinary text does not contain them. None is 0.03 for lists of 25 concepts or more, and 0 for
             shorter ones.
+        retain_weight: w >= 0, the weight of the keys of retained names (the controls, or the names that the caller
+            gives) against the keys of the concepts: the system also has the rows √w k with a residual of 0, so that the
+            update keeps the outputs there. Tokens that such a name shares with a concept are left out. 0 only measures
+            the names.
         measure: "each" reads keys and residuals again after the edit of every layer, as the authors do. "once" reads
             all of them before the first edit and gives every layer an equal share. Concepts can then be removed and
             added later exactly (`Edit.remove`, `Edit.add`), but residuals are closed less.
@@ -198,6 +202,7 @@ class EditConfig:
     contexts: Contexts = "matched"
     token_schedule: TokenSchedule | None = None
     template_weight: float | None = None
+    retain_weight: float = 1.0
     measure: Measure = "each"
     seed: int = 0
     chat: ChatSettings = DEFAULT
@@ -218,6 +223,7 @@ class EditConfig:
         _check_number("gamma", self.gamma, 0.0)
         if self.template_weight is not None:
             _check_number("template_weight", self.template_weight, 0.0)
+        _check_number("retain_weight", self.retain_weight, 0.0)
         _check_number("threshold", self.threshold, 0.0, exclusive=True)
         _check_number("strength", self.strength, 0.0, exclusive=True)
         for name in ("relative_ridge", "relative_threshold", "closing_keys"):
@@ -253,6 +259,7 @@ class EditConfig:
             contexts="official",
             token_schedule="full",
             template_weight=0.0,
+            retain_weight=0.0,
         )
 
     @property
@@ -275,9 +282,11 @@ class EditConfig:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Return the settings as JSON values, without `chat` and `closing_keys` if they are the default."""
+        """Return the settings as JSON values, without those that older files lack if they have the value from then."""
         values = dataclasses.asdict(self)
         del values["chat"]
+        if not self.retain_weight:
+            del values["retain_weight"]
         if self.closing_keys:
             del values["closing_keys"]
         return values | ({"chat": self.chat.to_json()} if self.chat != DEFAULT else {})
@@ -286,8 +295,8 @@ class EditConfig:
     def from_json(cls, values: Mapping[str, Any]) -> EditConfig:
         """Return the settings of a JSON object, the inverse of `to_json`.
 
-        Old names of settings are accepted with a DeprecationWarning. Files of rocr 0.1 without `token_schedule` and
-        `template_weight` get the values that were fixed then, "full" and 0.
+        Old names of settings are accepted with a DeprecationWarning. Files without `token_schedule`,
+        `template_weight` or `retain_weight` get the values that were fixed when they were written: "full", 0 and 0.
 
         Raises:
             InputError: An unknown setting, or a value out of range.
@@ -298,7 +307,7 @@ class EditConfig:
         unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
         if unknown:
             raise InputError(f"Unknown settings: {_shown(', '.join(unknown))}.")
-        known: dict[str, Any] = {"token_schedule": "full", "template_weight": 0.0, **values}
+        known: dict[str, Any] = {"token_schedule": "full", "template_weight": 0.0, "retain_weight": 0.0, **values}
         if isinstance(known.get("templates"), (list, tuple)):
             known["templates"] = tuple(
                 Template.from_json(template) if isinstance(template, Mapping) else template

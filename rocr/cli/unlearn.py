@@ -66,6 +66,12 @@ setting = partial(option, group="Settings")
     "Weight of the templates' own tokens beside ordinary text (default: 0.03 for long lists, else 0).",
     type=float,
 )
+@setting(
+    "--retain-weight",
+    "Weight of the names that must stay as they are, such as namesakes, against the concepts; 0 only measures them "
+    "(default: 1).",
+    type=float,
+)
 @setting("--key-tokens", "Tokens of a name that become keys (default: all).", type=choice("last", "all"))
 @setting(
     "--keys-per-concept",
@@ -179,7 +185,7 @@ def _config(arguments: Arguments, console: Console) -> EditConfig:
 
     from rocr.config import EditConfig, Template
 
-    numbers = ("ridge", "gamma", "threshold", "strength", "template_weight", "seed")
+    numbers = ("ridge", "gamma", "threshold", "strength", "template_weight", "retain_weight", "seed")
     names = (*numbers, "layers", "method", "key_tokens", "keys_per_concept", "token_schedule")
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     given |= _renamed(arguments, console)

@@ -218,7 +218,7 @@ class LayerSystem:
     residuals: Tensor
 
     def metric(
-        self, moments: Sequence[Tensor], config: EditConfig, templates: States | None
+        self, moments: Sequence[Tensor], config: EditConfig, templates: States | None, retained: Tensor | None = None
     ) -> WhitenedMetric | ProjectedMetric | WeighedKeys:
         """Return the metric of a dense layer, or the keys of a mixture under its metric.
 
@@ -226,6 +226,7 @@ class LayerSystem:
             moments: The second moment of each block.
             config: The settings.
             templates: The keys of the templates' own tokens.
+            retained: The keys of retained names, which follow the others in the product of a mixture.
         """
         if not self.blocks.is_mixture:
             (moment,) = moments
@@ -235,7 +236,8 @@ class LayerSystem:
         if templates is not None and templates.keys is not None:
             places = zip(templates.blocks, self.blocks.columns(templates.blocks), strict=True)
             template_keys = {block: templates.keys[:, place] for block, place in places}
-        return weigh_keys(self.keys, columns, moments, config, template_keys)
+        keys = self.keys if retained is None else torch.cat([self.keys, retained])
+        return weigh_keys(keys, columns, moments, config, template_keys)
 
 
 def keys_and_residuals(task: Task, layer: int, states: States, goals: Goals, layers_left: int) -> LayerSystem:

@@ -112,6 +112,7 @@ EFFECTS = {
         "--threshold": changes("--threshold", 0.5, base=PROJECTED),
         "--strength": changes("--strength", 0.5),
         "--template-weight": changes("--template-weight", 0.5),
+        "--retain-weight": changes("--retain-weight", 0, base=("--control", "Lady Quux")),
         "--held-weight": changes("--held-weight", 0.5),
         "--key-tokens": changes("--key-tokens", "last"),
         "--keys-per-concept": changes("--keys-per-concept", "all"),

@@ -263,3 +263,25 @@ def test_a_control_is_what_it_says(architecture, tokenizer):
     found = choose_controls(architecture, tokenizer, KING, 1, propose=False)
     assert {control.kind for control in found} == {"person"}  # Burger King and The Lion King come after people
     assert any(control == Control(control.name, "Stephen King", "last word", "person") for control in found)
+
+
+def test_the_update_retains_controls_and_no_redirect(unlearn, certain):
+    """Whatever is asked; names that the caller gives are retained beside them, and no name at all is by itself."""
+    edit = unlearn()
+    assert {label.name for label in edit.retained} == set(edit.report.retained.controls) != set()
+    assert {label.concepts for label in edit.retained} == {(0,)} and KING[0].redirect in {
+        impact.name for impact in edit.report.retained.moved
+    }
+    edit.revert(certain)
+    again = unlearn(ask=0)
+    assert all(
+        torch.equal(mine.factors.right, other.factors.right)
+        for mine, other in zip(edit.updates, again.updates, strict=True)
+    )
+    again.revert(certain)
+    given = unlearn(retain=["Grace Hopper"])
+    owners = {label.name: label.concepts for label in given.retained}
+    assert owners.pop("Grace Hopper") == () and owners.keys() == {label.name for label in edit.retained}
+    assert given.report.retained.given and given.report.retained.count == 1 + len(owners)
+    given.revert(certain)
+    assert unlearn(retain=[]).retained == ()
