@@ -222,7 +222,8 @@ def _load_rendered(entry: dict[str, Any]) -> RenderedTemplate:
 
 
 def _load_system(layer: int, entry: dict[str, Any], tensors: dict[str, Tensor], keys: Tensor, retained: int) -> System:
-    return unpack_system(entry, _of_layer(layer, tensors), *keys.shape, retained)
+    n, d_in = keys.shape
+    return unpack_system(entry, _of_layer(layer, tensors), n, d_in, retained)
 
 
 def _of_layer(layer: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -41,11 +41,10 @@ class RetainedRows:
 
     def joined(self, other: RetainedRows) -> RetainedRows:
         """Return these rows followed by others; with a product if both have one."""
-        has_products = self.product is not None and other.product is not None
-        return RetainedRows(
-            torch.cat([self.keys, other.keys.to(self.keys)]),
-            torch.cat([self.product, other.product.to(self.product)]) if has_products else None,
-        )
+        keys = torch.cat([self.keys, other.keys.to(self.keys)])
+        if self.product is None or other.product is None:
+            return RetainedRows(keys)
+        return RetainedRows(keys, torch.cat([self.product, other.product.to(self.product)]))
 
 
 @dataclass(frozen=True)
