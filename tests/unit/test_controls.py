@@ -263,3 +263,13 @@ def test_a_control_is_what_it_says(architecture, tokenizer):
     found = choose_controls(architecture, tokenizer, KING, 1, propose=False)
     assert {control.kind for control in found} == {"person"}  # Burger King and The Lion King come after people
     assert any(control == Control(control.name, "Stephen King", "last word", "person") for control in found)
+
+
+def test_controls_of_a_name_on_no_list_are_of_the_kind_that_its_concept_gives(architecture, tokenizer):
+    person, thing = ([replace(KING[0], name="Stephen Kingly", kind=kind)] for kind in ("person", "thing"))
+    for concepts, expected in ((person, {True}), (thing, {False})):
+        found = choose_controls(architecture, tokenizer, concepts, 1, per_concept=8)
+        assert {control.kind == "person" for control in found if control.reason == "nearest"} == expected
+        assert {control.kind == "person" for control in found if not control.listed} <= expected
+    kinds = {control.reason: control.kind for control in choose_controls(architecture, tokenizer, thing, 1)}
+    assert kinds["first word"] == "person", "a listed name keeps its own kind"
