@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from rocr.chat_settings import DEFAULT, MAX_CONTEXT, ChatSettings
-from rocr.concepts import check_text
+from rocr.concepts import Kind, check_text, for_kind
 from rocr.deprecation import Renamed, renamed_fields, with_new_names
 from rocr.errors import InputError
 
@@ -87,6 +87,10 @@ class Template:
             raise InputError("A template has no text.")
         return cls(**values)
 
+    def for_kind(self, kind: Kind | None) -> Template:
+        """Return the template for names of some kind; see `rocr.concepts.for_kind`."""
+        return dataclasses.replace(self, text=for_kind(self.text, kind))
+
 
 DEFAULT_TEMPLATES = (
     Template("{}", chat=True),
@@ -147,7 +151,8 @@ class EditConfig:
         relative_threshold: Whether `threshold` is relative to the mean eigenvalue of C.
         strength: How far the state at a name is moved, as a share of the distance to its target. 1 is the target;
             larger values go beyond it.
-        templates: Contexts in which a concept is read. A plain string is a template without the chat format.
+        templates: Contexts in which a concept is read. A plain string is a template without the chat format. Those
+            that ask "Who is {}?" ask "What is {}?" about a concept of the kind "thing".
         key_tokens: Which tokens of a name become keys: the "last" one, or "all". "all" forgets far more, since a
             model collects a name from all of its tokens (benches/search_defaults.py).
         keys_per_concept: "mean" averages the keys over the templates; "all" keeps one for each template.

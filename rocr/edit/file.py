@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import zlib
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -71,7 +70,7 @@ def save_edit(edit: EditRecord, path: str | os.PathLike[str], undo: bool, overwr
         layers.append(entry)
     header = {
         "format": FORMAT,
-        "concepts": [asdict(concept) for concept in edit.concepts],
+        "concepts": [concept.to_json() for concept in edit.concepts],
         "config": edit.config.to_json(),
         "fingerprint": edit.fingerprint.to_json(),
         "layers": layers,
@@ -95,7 +94,7 @@ def load_edit(path: str | os.PathLike[str]) -> EditRecord:
     header, tensors = read_tensors(path, FORMAT)
     try:
         concepts = [
-            Concept(entry["name"], entry["redirect"], tuple(list_of(entry["aliases"], "aliases")))
+            Concept(entry["name"], entry["redirect"], tuple(list_of(entry["aliases"], "aliases")), entry.get("kind"))
             for entry in list_of(header["concepts"], "concepts")
         ]
         check_concepts(concepts)

@@ -58,7 +58,7 @@ def build_report(
     for i, concept in enumerate(edit.concepts):
         closed = sum(layer.closed[i] for layer in layers) / len(layers) if layers else None
         distance = edit.report.distance[i] if edit.report.distance else None
-        concepts.append({**asdict(concept), "closed": closed, "distance": distance})
+        concepts.append({**concept.to_json(), "closed": closed, "distance": distance})
     return {
         "format": FORMAT,
         "model": model,

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rocr.concepts import Concept
+from rocr.concepts import Concept, Kind
 from rocr.config import EditConfig
 from rocr.errors import InputError
 from rocr.keys.prompts import Prompt, RenderedTemplate, build_prompts, render_template
@@ -157,12 +157,14 @@ def plan_keys(
     redirects = [concepts[concept].redirect for concept, _ in named]
     bare = build_prompts(tokenizer, BARE_TEXT, names, kind) if official else []
     rendered = [render_template(tokenizer, template, config.chat) for template in config.templates]
-    targets_of = [build_prompts(tokenizer, template, redirects, kind) for template in rendered]
+    written_for = _templates_of_names(tokenizer, rendered, [concepts[concept].kind for concept, _ in named], config)
+    targets_of = [_prompts(tokenizer, templates, redirects, kind) for templates in written_for]
     first_target = [next((p[i] for p in targets_of if p[i].name), None) for i in range(len(names))]
-    prompts_of = [build_prompts(tokenizer, template, names, kind) for template in rendered]
+    prompts_of = [_prompts(tokenizer, templates, names, kind) for templates in written_for]
     for t, prompts in enumerate(prompts_of):
-        for position in range(1, prompts[0].shared):
-            template_tokens.setdefault(prompts[0].tokens[: position + 1], (prompts[0], position))
+        for first in dict(zip(reversed(written_for[t]), reversed(prompts), strict=True)).values():
+            for position in range(1, first.shared):
+                template_tokens.setdefault(first.tokens[: position + 1], (first, position))
         for i, prompt in enumerate(prompts):
             target = first_target[i] if official else targets_of[t][i]
             if target is None or not target.name:
@@ -192,9 +194,13 @@ def plan_keys(
 
 
 def plan_names(
-    tokenizer: Any, names: Sequence[str], config: EditConfig, kind: ModelKind = LANGUAGE_MODEL
+    tokenizer: Any,
+    names: Sequence[str],
+    config: EditConfig,
+    kind: ModelKind = LANGUAGE_MODEL,
+    kinds: Sequence[Kind | None] | None = None,
 ) -> tuple[Reading, list[int]]:
-    """Choose the tokens where the keys of names that are not redirected are read, as for a concept.
+    """Choose the tokens where the keys of names that are not redirected are read, as for concepts of some kinds.
 
     Returns:
         The reading, and for each of its groups the index of the name.
@@ -202,8 +208,50 @@ def plan_names(
     Raises:
         InputError: A name has no token that can be a key in any template.
     """
-    plan = plan_keys(tokenizer, [Concept(name, name) for name in names], config, kind)
+    plan = plan_keys(
+        tokenizer,
+        [Concept(name, name, (), own) for name, own in zip(names, kinds or [None] * len(names), strict=True)],
+        config,
+        kind,
+    )
     return plan.keys, plan.concept_of
+
+
+def _templates_of_names(
+    tokenizer: Any, rendered: Sequence[RenderedTemplate], kinds: Sequence[Kind | None], config: EditConfig
+) -> list[list[RenderedTemplate]]:
+    """Return for each template of the settings the one that each name is written in, given the kinds of the names.
+
+    Args:
+        tokenizer: The tokenizer of the model.
+        rendered: The templates of the settings, for names of an unknown kind.
+        kinds: The kind of each name.
+        config: The settings.
+
+    Raises:
+        InputError: The tokenizer's chat template fails.
+    """
+    found = []
+    for template, plain in zip(config.templates, rendered, strict=True):
+        own = {kind: template.for_kind(kind) for kind in dict.fromkeys(kinds)}
+        of_kind = {
+            kind: plain if other == template else render_template(tokenizer, other, config.chat)
+            for kind, other in own.items()
+        }
+        found.append([of_kind[kind] for kind in kinds])
+    return found
+
+
+def _prompts(
+    tokenizer: Any, templates: Sequence[RenderedTemplate], names: Sequence[str], kind: ModelKind
+) -> list[Prompt]:
+    """Tokenise each name in its own template; raises as `build_prompts`."""
+    found: dict[int, Prompt] = {}
+    for template in dict.fromkeys(templates):
+        places = [i for i, other in enumerate(templates) if other == template]
+        prompts = build_prompts(tokenizer, template, [names[i] for i in places], kind)
+        found.update(zip(places, prompts, strict=True))
+    return [found[i] for i in range(len(names))]
 
 
 def _key_positions(prompt: Prompt, config: EditConfig, kind: ModelKind) -> Iterator[tuple[int, int]]:

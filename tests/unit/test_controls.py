@@ -295,3 +295,13 @@ def test_the_number_of_keys_that_an_edit_retains_is_expected_before(unlearn, tok
     assert found < more < 2 * found
     assert expected_keys(tokenizer, KING, CONFIG, []) == 0
     assert expected_keys(tokenizer, KING, replace(CONFIG, retain_weight=0.0), None) == 0
+
+
+def test_controls_of_a_name_on_no_list_are_of_the_kind_that_its_concept_gives(architecture, tokenizer):
+    person, thing = ([replace(KING[0], name="Stephen Kingly", kind=kind)] for kind in ("person", "thing"))
+    for concepts, expected in ((person, {True}), (thing, {False})):
+        found = choose_controls(architecture, tokenizer, concepts, 1, per_concept=8)
+        assert {control.kind == "person" for control in found if control.reason == "nearest"} == expected
+        assert {control.kind == "person" for control in found if not control.listed} <= expected
+    kinds = {control.reason: control.kind for control in choose_controls(architecture, tokenizer, thing, 1)}
+    assert kinds["first word"] == "person", "a listed name keeps its own kind"
