@@ -25,6 +25,7 @@ KeyTokens = Literal["last", "all"]
 KeysPerConcept = Literal["mean", "all"]
 Contexts = Literal["matched", "official"]
 TokenSchedule = Literal["full", "ramp", "predicted"]
+Variants = Literal["none", "spelling"]
 Measure = Literal["each", "once"]
 RENAMED = {
     "reach": Renamed("token_schedule", {"whole": "full", "gradual": "ramp"}),
@@ -173,6 +174,11 @@ class EditConfig:
             gives) against the keys of the concepts: the system also has the rows √w k with a residual of 0, so that the
             update keeps the outputs there. Tokens that such a name shares with a concept are left out. 0 only measures
             the names.
+        variants: Further names of a concept that become keys without being listed. "spelling" adds misspellings in
+            one letter, which `seed` draws, initials, and the name without hyphens and diacritics
+            (`rocr.keys.variants`). Tokens that they share with the names of the concept are read once.
+        variant_weight: w > 0, the weight of a key of a variant against that of a name: its row in the system and its
+            residual are multiplied by √w.
         measure: "each" reads keys and residuals again after the edit of every layer, as the authors do. "once" reads
             all of them before the first edit and gives every layer an equal share. Concepts can then be removed and
             added later exactly (`Edit.remove`, `Edit.add`), but residuals are closed less.
@@ -208,6 +214,8 @@ class EditConfig:
     token_schedule: TokenSchedule | None = None
     template_weight: float | None = None
     retain_weight: float = 1.0
+    variants: Variants = "none"
+    variant_weight: float = 0.3
     measure: Measure = "each"
     seed: int = 0
     chat: ChatSettings = DEFAULT
@@ -223,6 +231,8 @@ class EditConfig:
         _check_choice("contexts", self.contexts, get_args(Contexts))
         if self.token_schedule is not None:
             _check_choice("token_schedule", self.token_schedule, get_args(TokenSchedule))
+        _check_choice("variants", self.variants, get_args(Variants))
+        _check_number("variant_weight", self.variant_weight, 0.0, exclusive=True)
         _check_choice("measure", self.measure, get_args(Measure))
         _check_number("ridge", self.ridge, 0.0, exclusive=True)
         _check_number("gamma", self.gamma, 0.0)
@@ -292,6 +302,8 @@ class EditConfig:
         del values["chat"]
         if not self.retain_weight:
             del values["retain_weight"]
+        if self.variants == "none":
+            del values["variants"], values["variant_weight"]
         if self.closing_keys:
             del values["closing_keys"]
         return values | ({"chat": self.chat.to_json()} if self.chat != DEFAULT else {})
@@ -312,7 +324,8 @@ class EditConfig:
         unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
         if unknown:
             raise InputError(f"Unknown settings: {_shown(', '.join(unknown))}.")
-        known: dict[str, Any] = {"token_schedule": "full", "template_weight": 0.0, "retain_weight": 0.0, **values}
+        older = {"token_schedule": "full", "template_weight": 0.0, "retain_weight": 0.0, "variants": "none"}
+        known: dict[str, Any] = {**older, **values}
         if isinstance(known.get("templates"), (list, tuple)):
             known["templates"] = tuple(
                 Template.from_json(template) if isinstance(template, Mapping) else template

@@ -113,6 +113,8 @@ EFFECTS = {
         "--strength": changes("--strength", 0.5),
         "--template-weight": changes("--template-weight", 0.5),
         "--retain-weight": changes("--retain-weight", 0, base=("--control", "Lady Quux")),
+        "--variants": changes("--variants", "spelling"),
+        "--variant-weight": changes("--variant-weight", 3, base=("--variants", "spelling")),
         "--held-weight": changes("--held-weight", 0.5),
         "--key-tokens": changes("--key-tokens", "last"),
         "--keys-per-concept": changes("--keys-per-concept", "all"),

@@ -28,6 +28,8 @@ CASES = {  # setting: what the base has besides, and another value
     "token_schedule": ({"token_schedule": "full"}, "predicted"),
     "template_weight": ({"template_weight": 0.0}, 1.0),
     "retain_weight": ({}, 0.0),
+    "variants": ({}, "spelling"),
+    "variant_weight": ({"variants": "spelling"}, 3.0),
     "measure": ({}, "once"),
     "seed": ({}, 7),
     "chat": ({"templates": (rocr.Template("Who is {}?", chat=True),)}, rocr.ChatSettings(system="Answer in verse.")),
