@@ -21,6 +21,8 @@ MAX_NAMES = 200_000  # in one list, with aliases; checking them takes some secon
 MAX_CONCEPTS = 10_000
 """Default limit of the concepts of one edit: the longest list that was measured (docs/large-lists.md)."""
 Kind = Literal["person", "thing"]
+AUTO = "auto"
+"""The redirect of a concept for which one is chosen; see `rocr.edit.automatic_redirects`."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class Concept:
 
     Attributes:
         name: The name of the concept.
-        redirect: The harmless concept that the model perceives in its place.
+        redirect: The harmless concept that the model perceives in its place. "auto" leaves the choice to
+            `rocr.unlearn`, see `rocr.edit.automatic_redirects`.
         aliases: Other names of the concept, which are redirected too.
         kind: "person" or "thing": the questions "Who is {}?" ask "What is {}?" of a thing, see `for_kind`. None, for
             an unknown kind, has the questions of a person.
@@ -234,7 +237,7 @@ def _concept(number: int, fields: Mapping[str, object], problems: _Problems, def
     elif default_redirect is not None:
         redirect = default_redirect
     else:
-        problems.add(number, "has no redirect; add one, or give a default redirect (--redirect)")
+        problems.add(number, "has no redirect; add one, or give a default (--redirect NAME, or --redirect auto)")
     aliases = fields.get("aliases", ())
     if not isinstance(aliases, list | tuple):
         problems.add(number, f"field 'aliases' must be a list of texts, not {_kind(aliases)}")

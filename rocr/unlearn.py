@@ -22,6 +22,7 @@ from rocr.concepts import Concept, check_concepts, check_length
 from rocr.config import EditConfig
 from rocr.deprecation import renamed_arguments
 from rocr.edit.apply import apply_updates, replace_updates, revert_updates
+from rocr.edit.automatic_redirects import with_redirects
 from rocr.edit.collisions import find_collisions
 from rocr.edit.compose import check_base_edit, check_rendered, inexact_layers
 from rocr.edit.drift import check_drift, read_final_states
@@ -125,7 +126,7 @@ def unlearn(
     plain = plain_arithmetic()
     try:
         with plain:
-            task = _plan(model, tokenizer, concepts, config, guards, base_edit)
+            task = _plan(model, tokenizer, concepts, config, guards, base_edit, progress)
             statistics = statistics or _collect(model, tokenizer, task.config, progress)
             origin = _check_statistics(task, tokenizer, statistics)
             report = _begin_report(task, statistics)
@@ -270,10 +271,12 @@ def _plan(
     config: EditConfig | None,
     guards: Guards,
     base_edit: Edit | None,
+    progress: ProgressCallback,
 ) -> Task:
     """Complete the settings and choose the tokens that become keys, with all checks before a prompt is read.
 
-    The model is run on a few tokens, which show the blocks of mixtures and whether it reads from left to right.
+    The model is run on a few tokens, which show the blocks of mixtures and whether it reads from left to right, and on
+    questions about concepts whose redirect is "auto".
     """
     concepts = list(concepts)
     everything = [*base_edit.concepts, *concepts] if base_edit else concepts
@@ -287,6 +290,7 @@ def _plan(
     by_count = base_edit.report.by_count if base_edit else config.unset_by_count()
     config = config.for_concepts(len(concepts))
     config = replace(config, chat=with_date(config.chat, tokenizer))
+    concepts = with_redirects(architecture, tokenizer, concepts, config.chat, progress)
     plan = plan_keys(tokenizer, concepts, config, architecture.kind)
     if base_edit is not None:
         check_rendered(base_edit.rendered, plan.rendered, "the tokenizer now")

@@ -47,7 +47,7 @@ setting = partial(option, group="Settings")
 @options.model
 @argument("concepts", "A list of concepts: .txt, .csv or .jsonl.", type=FILE, required=False)
 @option("--concept", "A concept, in place of a list. May be repeated.", multiple=True, metavar="NAME")
-@option("--redirect", "Redirect of concepts that have none of their own.", metavar="NAME")
+@option("--redirect", "Redirect of concepts that have none of their own; auto chooses one for each.", metavar="NAME")
 @flag("--allow-long-list", f"Allow more than {MAX_CONCEPTS:,} concepts. Try --dry-run first.")
 @options.out("Folder to write", DIR, required=False)
 @options.save
@@ -145,6 +145,7 @@ def unlearn(arguments: Arguments, console: Console) -> dict[str, Any]:
     if statistics is None:
         statistics = collect(arguments, loaded, config.layer_numbers, console)
     edit = _edit(loaded, concepts, statistics, config, arguments, console)
+    concepts = edit.concepts  # with their redirects chosen
     after = ask_model(loaded, asked, arguments, console, "answers after")
     answers = answers_of(arguments, concepts, asked, before, after)
     report = write_output(arguments, loaded, edit, arguments.save, console, answers, quantised=arguments.quantised)
@@ -164,7 +165,7 @@ def given_concepts(arguments: Arguments) -> list[Concept]:
     if arguments.concepts is not None:
         return load_concepts(arguments.concepts, default_redirect=arguments.redirect)
     if not arguments.redirect:
-        raise InputError("--concept needs a redirect: give --redirect NAME.")
+        raise InputError("--concept needs a redirect: give --redirect NAME, or --redirect auto.")
     concepts = [Concept(name, arguments.redirect) for name in arguments.concept]
     check_concepts(concepts)
     return concepts
