@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rocr.cli import options
 from rocr.cli.arguments import chat_of, claim_output, files_read, load_language_model, source_of
+from rocr.cli.conditions import Condition, check_conditions
 from rocr.cli.console import Console
 from rocr.cli.parsing import Arguments, command, flag, option
 from rocr.cli.values import COUNT, DIR, FILE
@@ -47,6 +48,13 @@ PERPLEXITY_TOKENS = 8192
 @option("--suite-folder", "Folder with further tasks, as YAML files of the harness.", type=DIR)
 @option("--suite-limit", "Ask the first N questions of each task.", type=COUNT)
 @option("--attacks", "Attacks: relearn, 4-bit, 8-bit, prefixes, examples, or all.", several=True, metavar="NAME")
+@option(
+    "--fail-if",
+    "Exit with code 4 if a condition holds, such as forget.fb.gone<0.8 or retain.mcp.lost>0.05: a set, a form, one of "
+    "before, after, gone, lost (shares above chance), and a number. May be repeated.",
+    multiple=True,
+    metavar="CONDITION",
+)
 @options.chat
 def evaluate(arguments: Arguments, console: Console) -> dict[str, Any]:
     """Ask questions in several forms, before and after an edit.
@@ -61,6 +69,7 @@ def evaluate(arguments: Arguments, console: Console) -> dict[str, Any]:
     arguments.chat = chat_of(arguments)
     check_names("--targets", arguments.targets)
     forms = form_names(arguments.forms)
+    conditions = [Condition.parse(text, forms, arguments.edit is not None) for text in arguments.fail_if]
     _check_packages(arguments, attacks)
     if arguments.text:
         check_texts(arguments.text)
@@ -87,6 +96,7 @@ def evaluate(arguments: Arguments, console: Console) -> dict[str, Any]:
         journal.unlink(missing_ok=True)
     _show(after, before, found, console)
     console.say(f"The report is in {arguments.out}" + (f" and {arguments.html}." if arguments.html else "."))
+    check_conditions(conditions, after, before)
     return document
 
 

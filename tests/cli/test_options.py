@@ -122,6 +122,7 @@ EFFECTS = {
         "--reach": changes("--reach", "gradual"),
         "--force": "test_guards_passed.py::test_a_limit_passed_by_a_command",
         "--statistics": takes_statistics,
+        "--keep-statistics": "test_keep_statistics.py::test_the_next_run_takes_them_and_gives_the_same_weights",
         "--text": replaces("--text", "@text"),
         "--tokens": replaces("--tokens", 300),
         "--seed": writes_its_own_text,
@@ -161,6 +162,7 @@ EFFECTS = {
         "--suite-folder": asks_suites(4),
         "--suite-limit": asks_suites(5),
         "--attacks": attacks,
+        "--fail-if": "test_conditions.py::test_the_command_fails_with_the_conditions_that_hold",
         "--html": overwrites_page,
     },
     "redirects": {
