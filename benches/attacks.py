@@ -1,0 +1,174 @@
+"""Attack edits with rocr's default and the authors' settings, and print a Markdown table of what comes back.
+
+    python benches/attacks.py
+    python benches/attacks.py MODEL --statistics FILE --forms qa,fb,mcp --attacks bottom-rank context prefill samples
+
+People are those of whom the model knows most: the first ones with at least two facts that it answers with a mean score
+of QA and fill in the blank of at least `--known`. They are unlearned together, with five redirects in turn. The other
+people's known facts are what some attacks learn from. The file is written when a setting's attacks are done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from machine import commit, cpu_name
+
+import rocr
+from rocr.demo import demo_model
+from rocr.evaluation import Evaluation, Probe, evaluate, load_probes
+from rocr.evaluation.attacks.attack import AttackLimits
+from rocr.evaluation.attacks.study import STUDY, Studied, study
+from rocr.evaluation.scores import mean
+from rocr.model.architecture import find_architecture
+from rocr.model.layers import chosen_layers
+from rocr.model.load import find_model, load_model
+
+RESULTS = Path(__file__).parent / "results" / "attacks.json"
+REDIRECTS = ("Bruce Lee", "Frédéric Chopin", "Akira Kurosawa", "Confucius", "Maria Callas")
+SETTINGS = {"rocr": rocr.EditConfig(), "the authors' settings": rocr.EditConfig.official()}
+LEAST_FACTS, MOST_FACTS, OTHERS = 2, 3, 24
+LIMITS = AttackLimits(questions=4, mask_steps=10, tuning_steps=(4, 8), soft_steps=10, suffix_steps=4)
+"""Smaller than the defaults of `AttackLimits`, so that a run takes minutes on one core."""
+
+
+def known_facts(model: Any, tokenizer: Any, threshold: float, people: int) -> tuple[list[Probe], list[Probe]]:
+    """Return the known facts about the people to unlearn, and those about others."""
+    probes = load_probes(Path(rocr.__file__).parent / "data" / "probes.jsonl")
+    scores: dict[int, list[float]] = {}
+    for item in evaluate(model, tokenizer, probes, ("qa", "fb")).items:
+        scores.setdefault(item.probe, []).append(item.score)
+    facts: dict[str, list[Probe]] = {}
+    for index in sorted(scores, key=lambda index: -mean(scores[index])):
+        probe = probes[index]
+        if mean(scores[index]) >= threshold and probe.subject not in REDIRECTS:
+            facts.setdefault(probe.subject, []).append(probe)
+    order = [probe.subject for probe in probes if len(facts.get(probe.subject, ())) >= LEAST_FACTS]
+    chosen = list(dict.fromkeys(order))[:people]
+    forget = [replace(probe, split="forget") for name in chosen for probe in facts[name][:MOST_FACTS]]
+    others = [replace(p, split="retain") for name, own in facts.items() if name not in chosen for p in own]
+    return forget, others[:OTHERS]
+
+
+def statistics_of(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> rocr.Statistics:
+    """Return the statistics of the file, or those of text that the model writes itself."""
+    if arguments.statistics is not None:
+        return rocr.Statistics.load(arguments.statistics)
+    architecture = find_architecture(model)
+    layers = sorted({layer for config in SETTINGS.values() for layer in chosen_layers(config, architecture)})
+    return rocr.collect_statistics(model, tokenizer, None, layers, rocr.CollectOptions(tokens=arguments.tokens))
+
+
+def retained_scores(evaluation: Evaluation) -> dict[str, float]:
+    """Return the mean score of each form about others."""
+    found = {form: evaluation.form_score(form, "retain") for form in evaluation.forms}
+    return {form: score.score for form, score in found.items() if score is not None}
+
+
+def rows(studied: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Return a row for each outcome and form."""
+    found = []
+    for attack in studied:
+        for outcome in attack["outcomes"]:
+            for form, score in outcome["attacked"].items():
+                name = ", ".join(filter(None, (outcome["attack"], outcome["setting"])))
+                cells = [outcome["before"][form], outcome["after"][form], score]
+                cells += [(outcome[control] or {}).get(form) for control in ("unedited", "never")]
+                share = outcome["returned"][form]
+                numbers = ["" if cell is None else f"{cell:.3f}" for cell in cells]
+                found.append([name, form, *numbers, "" if share is None else f"{share:.0%}"])
+    return found
+
+
+def table(document: dict[str, Any]) -> str:
+    """Return a Markdown table of every setting."""
+    columns = ("attack", "form", "before", "after", "attacked", "unedited, attacked", "never known, attacked", "back")
+    lines = []
+    for setting, found in document["settings"].items():
+        lines += [f"\n**{setting}**, {found['seconds']:.0f} s\n", f"| {' | '.join(columns)} |"]
+        lines.append("|---|---|" + "---:|" * (len(columns) - 2))
+        lines += [f"| {' | '.join(row)} |" for row in rows(found["attacks"])]
+        refused = [f"{attack['name']}: {attack['refused']}" for attack in found["attacks"] if attack["refused"]]
+        lines += ["", *refused] if refused else []
+    return "\n".join(lines)
+
+
+def parsed() -> argparse.Namespace:
+    """Return the arguments."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model", nargs="?", help="a folder or a .gguf file (default: the demo's model)")
+    parser.add_argument("--statistics", type=Path, help="statistics file (default: collected on the model's own text)")
+    parser.add_argument("--tokens", type=int, default=20_000, help="tokens of that text (default: %(default)s)")
+    parser.add_argument("--people", type=int, default=6, help="people to unlearn (default: %(default)s)")
+    parser.add_argument("--known", type=float, default=0.15, help="least score of a known fact (default: %(default)s)")
+    parser.add_argument("--forms", default="qa,fb", help="forms of the questions (default: %(default)s)")
+    parser.add_argument("--attacks", nargs="+", choices=list(STUDY), default=list(STUDY), metavar="NAME")
+    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), metavar="NAME")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="JSON file to write (default: %(default)s)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run the attacks and print the table."""
+    arguments = parsed()
+    loaded = load_model(find_model(str(arguments.model or demo_model())), getattr(torch, arguments.dtype))
+    model, tokenizer = loaded.model, loaded.tokenizer
+    forget, others = known_facts(model, tokenizer, arguments.known, arguments.people)
+    names = list(dict.fromkeys(probe.subject for probe in forget))
+    concepts = [rocr.Concept(name, REDIRECTS[i % len(REDIRECTS)]) for i, name in enumerate(names)]
+    statistics = statistics_of(arguments, model, tokenizer)
+    forms = arguments.forms.split(",")
+    document = {
+        "machine": {
+            "cpu": cpu_name(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "commit": commit(),
+        "model": "SmolLM2-135M-Instruct" if arguments.model is None else Path(arguments.model).name,
+        "dtype": arguments.dtype,
+        "people": names,
+        "facts": len(forget),
+        "others": len(others),
+        "forms": forms,
+        "settings": {},
+    }
+    for setting in arguments.settings:
+        start, done = time.perf_counter(), []
+        guards = rocr.Guards(force=True)  # the authors' settings exceed some limits
+        edit = rocr.unlearn(model, tokenizer, concepts, statistics, SETTINGS[setting], guards=guards, ask=0)
+        kept = evaluate(model, tokenizer, others, forms)
+
+        def receive(found: Studied, done: list[Any] = done) -> None:
+            done.append(found.to_json())
+            print(f"{found.name}: {found.seconds:.0f} s {found.refused or ''}", flush=True)
+
+        study(
+            *(model, tokenizer, [*forget, *others], edit, arguments.attacks, forms),
+            limits=LIMITS,
+            receive=receive,
+        )
+        edit.revert(model)
+        retained = {
+            "before": retained_scores(evaluate(model, tokenizer, others, forms)),
+            "after": retained_scores(kept),
+        }
+        seconds = time.perf_counter() - start
+        layers = list(edit.layers)
+        document["settings"][setting] = {"seconds": seconds, "layers": layers, "retained": retained, "attacks": done}
+        arguments.out.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(table(document))
+
+
+if __name__ == "__main__":
+    main()
