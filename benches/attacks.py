@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from rocr.demo import demo_model
 from rocr.evaluation import Evaluation, Probe, evaluate, load_probes
 from rocr.evaluation.attacks.attack import AttackLimits
 from rocr.evaluation.attacks.study import STUDY, Studied, study
+from rocr.evaluation.report import STUDY_COLUMNS, study_rows
 from rocr.evaluation.scores import mean
 from rocr.model.architecture import find_architecture
 from rocr.model.layers import chosen_layers
@@ -36,23 +36,32 @@ RESULTS = Path(__file__).parent / "results" / "attacks.json"
 REDIRECTS = ("Bruce Lee", "Frédéric Chopin", "Akira Kurosawa", "Confucius", "Maria Callas")
 SETTINGS = {"rocr": rocr.EditConfig(), "the authors' settings": rocr.EditConfig.official()}
 LEAST_FACTS, MOST_FACTS, OTHERS = 2, 3, 24
-LIMITS = AttackLimits(questions=4, mask_steps=10, tuning_steps=(4, 8), soft_steps=10, suffix_steps=4)
+LIMITS = AttackLimits(
+    components=(1, 5, 11, 30),
+    questions=4,
+    mask_steps=10,
+    tuning_steps=(4, 8),
+    soft_steps=10,
+    suffix_steps=4,
+)
 """Smaller than the defaults of `AttackLimits`, so that a run takes minutes on one core."""
 
 
-def known_facts(model: Any, tokenizer: Any, threshold: float, people: int) -> tuple[list[Probe], list[Probe]]:
+def known_facts(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> tuple[list[Probe], list[Probe]]:
     """Return the known facts about the people to unlearn, and those about others."""
     probes = load_probes(Path(rocr.__file__).parent / "data" / "probes.jsonl")
+    candidates = list(dict.fromkeys(probe.subject for probe in probes))[: arguments.candidates]
+    probes = [probe for probe in probes if probe.subject in candidates]
     scores: dict[int, list[float]] = {}
     for item in evaluate(model, tokenizer, probes, ("qa", "fb")).items:
         scores.setdefault(item.probe, []).append(item.score)
     facts: dict[str, list[Probe]] = {}
     for index in sorted(scores, key=lambda index: -mean(scores[index])):
         probe = probes[index]
-        if mean(scores[index]) >= threshold and probe.subject not in REDIRECTS:
+        if mean(scores[index]) >= arguments.known and probe.subject not in REDIRECTS:
             facts.setdefault(probe.subject, []).append(probe)
     order = [probe.subject for probe in probes if len(facts.get(probe.subject, ())) >= LEAST_FACTS]
-    chosen = list(dict.fromkeys(order))[:people]
+    chosen = list(dict.fromkeys(order))[: arguments.people]
     forget = [replace(probe, split="forget") for name in chosen for probe in facts[name][:MOST_FACTS]]
     others = [replace(p, split="retain") for name, own in facts.items() if name not in chosen for p in own]
     return forget, others[:OTHERS]
@@ -73,29 +82,13 @@ def retained_scores(evaluation: Evaluation) -> dict[str, float]:
     return {form: score.score for form, score in found.items() if score is not None}
 
 
-def rows(studied: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Return a row for each outcome and form."""
-    found = []
-    for attack in studied:
-        for outcome in attack["outcomes"]:
-            for form, score in outcome["attacked"].items():
-                name = ", ".join(filter(None, (outcome["attack"], outcome["setting"])))
-                cells = [outcome["before"][form], outcome["after"][form], score]
-                cells += [(outcome[control] or {}).get(form) for control in ("unedited", "never")]
-                share = outcome["returned"][form]
-                numbers = ["" if cell is None else f"{cell:.3f}" for cell in cells]
-                found.append([name, form, *numbers, "" if share is None else f"{share:.0%}"])
-    return found
-
-
 def table(document: dict[str, Any]) -> str:
     """Return a Markdown table of every setting."""
-    columns = ("attack", "form", "before", "after", "attacked", "unedited, attacked", "never known, attacked", "back")
     lines = []
     for setting, found in document["settings"].items():
-        lines += [f"\n**{setting}**, {found['seconds']:.0f} s\n", f"| {' | '.join(columns)} |"]
-        lines.append("|---|---|" + "---:|" * (len(columns) - 2))
-        lines += [f"| {' | '.join(row)} |" for row in rows(found["attacks"])]
+        lines += [f"\n**{setting}**, {found['seconds']:.0f} s\n", f"| {' | '.join(STUDY_COLUMNS)} |"]
+        lines.append("|---|---|" + "---:|" * (len(STUDY_COLUMNS) - 2))
+        lines += [f"| {' | '.join(row)} |" for row in study_rows(found["attacks"])]
         refused = [f"{attack['name']}: {attack['refused']}" for attack in found["attacks"] if attack["refused"]]
         lines += ["", *refused] if refused else []
     return "\n".join(lines)
@@ -108,6 +101,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--statistics", type=Path, help="statistics file (default: collected on the model's own text)")
     parser.add_argument("--tokens", type=int, default=20_000, help="tokens of that text (default: %(default)s)")
     parser.add_argument("--people", type=int, default=6, help="people to unlearn (default: %(default)s)")
+    parser.add_argument("--candidates", type=int, help="people of the probes who are asked about at all (default: all)")
     parser.add_argument("--known", type=float, default=0.15, help="least score of a known fact (default: %(default)s)")
     parser.add_argument("--forms", default="qa,fb", help="forms of the questions (default: %(default)s)")
     parser.add_argument("--attacks", nargs="+", choices=list(STUDY), default=list(STUDY), metavar="NAME")
@@ -122,7 +116,7 @@ def main() -> None:
     arguments = parsed()
     loaded = load_model(find_model(str(arguments.model or demo_model())), getattr(torch, arguments.dtype))
     model, tokenizer = loaded.model, loaded.tokenizer
-    forget, others = known_facts(model, tokenizer, arguments.known, arguments.people)
+    forget, others = known_facts(model, tokenizer, arguments)
     names = list(dict.fromkeys(probe.subject for probe in forget))
     concepts = [rocr.Concept(name, REDIRECTS[i % len(REDIRECTS)]) for i, name in enumerate(names)]
     statistics = statistics_of(arguments, model, tokenizer)

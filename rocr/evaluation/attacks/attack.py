@@ -120,12 +120,12 @@ class Outcome:
     def returned(self) -> dict[str, float | None]:
         """For each form the share of what was gone that comes back, less what the attack finds where nothing is known.
 
-        It is ((attacked - after) - (never - never_plain)) / (before - after); None if less than LEAST_GONE is gone.
+        It is (attacked - after - max(0, never - never_plain)) / (before - after); None if less than LEAST_GONE is gone.
         """
         found: dict[str, float | None] = {}
         for form, score in self.attacked.items():
             gone = self.before[form] - self.after[form]
-            luck = (self.never or {}).get(form, 0.0) - (self.never_plain or {}).get(form, 0.0)
+            luck = max(0.0, (self.never or {}).get(form, 0.0) - (self.never_plain or {}).get(form, 0.0))
             found[form] = (score - self.after[form] - luck) / gone if gone >= LEAST_GONE else None
         return found
 

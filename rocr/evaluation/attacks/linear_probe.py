@@ -24,6 +24,8 @@ from rocr.progress import Progress
 
 RIDGE = 0.1
 """Weight of the ridge against the mean squared length of the centred states."""
+LEAST_QUESTIONS = 8
+CHANCE = 0.25
 
 
 @plain_arithmetic()
@@ -67,7 +69,7 @@ def statement_states(target: Target, probes: Sequence[Probe]) -> Tensor:
     return torch.stack(rows)
 
 
-def chosen_answers(trained: Tensor, asked: Tensor, options: int) -> list[list[bool]]:
+def right_choices(trained: Tensor, asked: Tensor, options: int) -> list[list[bool]]:
     """Train a probe at each layer, and return for each layer and question whether the right answer is highest.
 
     Args:
@@ -85,10 +87,20 @@ def chosen_answers(trained: Tensor, asked: Tensor, options: int) -> list[list[bo
     return found
 
 
+def best_layer(trained: Tensor, options: int) -> int:
+    """Return the layer whose probe is right most often on the half of the questions that it is not trained on."""
+    questions = trained.view(-1, options, *trained.shape[1:])
+    halves = [questions[half::2].flatten(0, 1) for half in (0, 1)]
+    pairs = [right_choices(halves[half], halves[1 - half], options) for half in (0, 1)]
+    right = [sum(first) + sum(second) for first, second in zip(*pairs, strict=True)]
+    return max(range(len(right)), key=right.__getitem__)
+
+
 def linear_probe(target: Target) -> Iterator[Outcome]:
     """Train the probes on others and ask about the forgotten concepts, in the edited and the unedited model.
 
-    The scores are shares of right choices at the best layer, of four answers; "after" is chance.
+    The scores are shares of right choices among four answers, at the layer that is best on the others; "after" is
+    chance.
 
     Raises:
         InputError: There are too few questions with three wrong answers.
@@ -96,25 +108,29 @@ def linear_probe(target: Target) -> Iterator[Outcome]:
     asked, others = (
         [p for p in ps if len(p.distractors) == 3 and p.form == "qa"] for ps in (target.named, target.retain)
     )
-    if not asked or len(others) < 8:
+    if not asked or len(others) < LEAST_QUESTIONS:
         raise InputError(
-            "The linear probe needs plain questions with three wrong answers: at least one about a concept and eight "
-            f"about others, not {len(asked)} and {len(others)}."
+            "The linear probe needs plain questions with three wrong answers: at least one about a concept and "
+            f"{LEAST_QUESTIONS} about others, not {len(asked)} and {len(others)}."
         )
-    asked, others = target.few(asked), others[: 4 * target.limits.questions]
 
     def accuracies(trained: Tensor, probes: Sequence[Probe]) -> list[float]:
-        right = chosen_answers(trained, statement_states(target, probes), 4)
+        right = right_choices(trained, statement_states(target, probes), 4)
         return [mean_by_subject(zip(probes, map(float, layer), strict=True)) for layer in right]
 
     states = statement_states(target, others)
-    edited, luck = accuracies(states, asked), accuracies(states, invented(asked))
+    edited, never, layer = accuracies(states, asked), accuracies(states, invented(asked)), best_layer(states, 4)
     with target.without_edit():
-        unedited = accuracies(statement_states(target, others), asked)
+        states = statement_states(target, others)
+        unedited, first = accuracies(states, asked), best_layer(states, 4)
+    before = {"mcp": unedited[first]}
     yield Outcome(
-        *("linear-probe", "best layer", {"mcp": max(unedited)}, {"mcp": 0.25}, {"mcp": max(edited)}),
-        *({"mcp": max(unedited)}, {"mcp": max(luck)}, {"mcp": 0.25}, "right choices", len(asked)),
-        details={"edited by layer": edited, "unedited by layer": unedited, "never by layer": luck},
+        *("linear-probe", "", before, {"mcp": CHANCE}, {"mcp": edited[layer]}, before),
+        *({"mcp": never[layer]}, {"mcp": CHANCE}, "right choices", len(asked)),
+        details={
+            "layers": {"edited": layer, "unedited": first},
+            **{"edited by layer": edited, "unedited by layer": unedited, "never by layer": never},
+        },
     )
 
 
