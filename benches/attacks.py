@@ -37,12 +37,14 @@ REDIRECTS = ("Bruce Lee", "Frédéric Chopin", "Akira Kurosawa", "Confucius", "M
 SETTINGS = {"rocr": rocr.EditConfig(), "the authors' settings": rocr.EditConfig.official()}
 LEAST_FACTS, MOST_FACTS, OTHERS = 2, 3, 24
 LIMITS = AttackLimits(
-    components=(1, 5, 11, 30),
-    questions=4,
+    components=(1, 11, 30),
+    questions=3,
+    sample_tokens=12,
     mask_steps=10,
     tuning_steps=(4, 8),
-    soft_steps=10,
-    suffix_steps=4,
+    soft_steps=8,
+    suffix_steps=3,
+    suffix_candidates=24,
 )
 """Smaller than the defaults of `AttackLimits`, so that a run takes minutes on one core."""
 
@@ -83,14 +85,22 @@ def retained_scores(evaluation: Evaluation) -> dict[str, float]:
 
 
 def table(document: dict[str, Any]) -> str:
-    """Return a Markdown table of every setting."""
-    lines = []
-    for setting, found in document["settings"].items():
-        lines += [f"\n**{setting}**, {found['seconds']:.0f} s\n", f"| {' | '.join(STUDY_COLUMNS)} |"]
-        lines.append("|---|---|" + "---:|" * (len(STUDY_COLUMNS) - 2))
-        lines += [f"| {' | '.join(row)} |" for row in study_rows(found["attacks"])]
-        refused = [f"{attack['name']}: {attack['refused']}" for attack in found["attacks"] if attack["refused"]]
-        lines += ["", *refused] if refused else []
+    """Return a Markdown table: the scores of QA with the first settings, and the shares that come back with all."""
+    settings = document["settings"]
+    found = {name: {tuple(row[:2]): row for row in study_rows(run["attacks"])} for name, run in settings.items()}
+    first = next(iter(found))
+    columns = ["attack", "form", *STUDY_COLUMNS[2:-1], *(f"{STUDY_COLUMNS[-1]}, {name}" for name in found)]
+    lines = [f"| {' | '.join(columns)} |", "|---|---|" + "---:|" * (len(columns) - 2)]
+    for key, row in found[first].items():
+        backs = [found[name][key][-1] if key in found[name] else "" for name in found]
+        lines.append(f"| {' | '.join([*row[:-1], *backs])} |")
+    for name, run in settings.items():
+        change = ", ".join(
+            f"{form} {score:.3f} to {run['retained']['after'][form]:.3f}"
+            for form, score in run["retained"]["before"].items()
+        )
+        lines.append(f"\n{name}: {run['seconds']:.0f} s, layers {run['layers']}; others {change}")
+        lines += [f"{each['name']}: {each['refused']}" for each in run["attacks"] if each["refused"]]
     return "\n".join(lines)
 
 
@@ -100,12 +110,13 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("model", nargs="?", help="a folder or a .gguf file (default: the demo's model)")
     parser.add_argument("--statistics", type=Path, help="statistics file (default: collected on the model's own text)")
     parser.add_argument("--tokens", type=int, default=20_000, help="tokens of that text (default: %(default)s)")
-    parser.add_argument("--people", type=int, default=6, help="people to unlearn (default: %(default)s)")
+    parser.add_argument("--people", type=int, default=4, help="people to unlearn (default: %(default)s)")
     parser.add_argument("--candidates", type=int, help="people of the probes who are asked about at all (default: all)")
     parser.add_argument("--known", type=float, default=0.15, help="least score of a known fact (default: %(default)s)")
     parser.add_argument("--forms", default="qa,fb", help="forms of the questions (default: %(default)s)")
     parser.add_argument("--attacks", nargs="+", choices=list(STUDY), default=list(STUDY), metavar="NAME")
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), metavar="NAME")
+    parser.add_argument("--show", action="store_true", help="print the table of the file --out, without a run")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--out", type=Path, default=RESULTS, help="JSON file to write (default: %(default)s)")
     return parser.parse_args()
@@ -114,6 +125,9 @@ def parsed() -> argparse.Namespace:
 def main() -> None:
     """Run the attacks and print the table."""
     arguments = parsed()
+    if arguments.show:
+        print(table(json.loads(arguments.out.read_text(encoding="utf-8"))))
+        return
     loaded = load_model(find_model(str(arguments.model or demo_model())), getattr(torch, arguments.dtype))
     model, tokenizer = loaded.model, loaded.tokenizer
     forget, others = known_facts(model, tokenizer, arguments)

@@ -1,5 +1,6 @@
 """The attacks as a whole: their outcomes and controls, and that a model is the same after each, also after a stop."""
 
+import copy
 import json
 import math
 from collections.abc import Iterator
@@ -15,10 +16,11 @@ from rocr.evaluation import EvaluateOptions, Probe, Wording, evaluate
 from rocr.evaluation.attacks.attack import AttackLimits, invented
 from rocr.evaluation.attacks.components import without_components
 from rocr.evaluation.attacks.prompts import context_prefixes
+from rocr.evaluation.attacks.samples import sample
 from rocr.evaluation.attacks.study import STUDY, Studied, study
 from rocr.evaluation.attacks.suite import ATTACKS
 from rocr.evaluation.forms import PromptStyle
-from rocr.evaluation.report import study_rows
+from rocr.evaluation.report import STUDY_COLUMNS, study_rows
 from rocr.model.architecture import find_architecture
 from rocr.model.blocks import find_blocks
 from tests.support.models import same_weights
@@ -36,6 +38,7 @@ PROBES = [
         for i in range(8)
     ),
 ]
+FORMS = ("qa",)
 FORGET = [probe for probe in PROBES if probe.split == "forget"]
 SMALL = AttackLimits(
     components=(1, 3),
@@ -52,7 +55,6 @@ SMALL = AttackLimits(
     suffix_steps=1,
     suffix_candidates=3,
 )
-ADDED = [name for name in STUDY if name not in ATTACKS]
 
 
 @dataclass
@@ -64,33 +66,38 @@ class Edited:
     edit: rocr.Edit
 
     def study(self, *names: str, limits: AttackLimits = SMALL, **more: Any) -> list[Studied]:
-        return study(self.model, self.tokenizer, PROBES, self.edit, names, ("qa", "mcp"), limits=limits, **more)
+        return study(self.model, self.tokenizer, PROBES, self.edit, names, FORMS, limits=limits, **more)
 
     def scores(self, probes: Any = FORGET, **style: Any) -> dict[str, float]:
         options = EvaluateOptions(style=PromptStyle(subtoken_example=False, **style))
         probes = [replace(probe, split="forget") for probe in probes]
-        found = evaluate(self.model, self.tokenizer, probes, ("qa", "mcp"), options=options)
+        found = evaluate(self.model, self.tokenizer, probes, FORMS, options=options)
         return {form: found.form_score(form, "forget").score for form in found.forms}
 
 
-@pytest.fixture
-def edited(model: nn.Module, tokenizer: Any, statistics: rocr.Statistics, concepts: Any) -> Edited:
+@pytest.fixture(scope="module")
+def _edited(_llama: nn.Module, tokenizer: Any, statistics: rocr.Statistics, concepts: Any) -> Edited:
+    model = copy.deepcopy(_llama)
     edit = rocr.unlearn(model, tokenizer, concepts, statistics, guards=rocr.Guards(force=True), retain=[])
     return Edited(model, tokenizer, edit)
+
+
+@pytest.fixture
+def edited(_edited: Edited) -> Edited:
+    return replace(_edited, model=copy.deepcopy(_edited.model))
 
 
 def state(model: nn.Module, weights_of: Any) -> tuple[dict[str, Tensor], list[Any]]:
     return weights_of(model), [(p.requires_grad, p.grad is None) for p in model.parameters()]
 
 
-@pytest.mark.parametrize("name", STUDY)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in ATTACKS[1:] else n for n in STUDY])
 def test_an_attack_has_outcomes_and_leaves_the_model_alone(name: str, edited: Edited, weights_of: Any) -> None:
     if name == "relearn":
         pytest.importorskip("peft")
     weights, flags = state(edited.model, weights_of)
     seen: list[Studied] = []
-    steps: list[rocr.Progress] = []
-    (found,) = edited.study(name, receive=seen.append, progress=steps.append)
+    (found,) = edited.study(name, receive=seen.append)
     assert seen == [found] and found.refused is None and found.outcomes and found.seconds > 0
     assert all(STUDY[name].__dict__[told] for told in ("summary", "cost", "control"))
     for outcome in found.outcomes:
@@ -98,24 +105,40 @@ def test_an_attack_has_outcomes_and_leaves_the_model_alone(name: str, edited: Ed
         assert outcome.questions > 0
         assert all(math.isfinite(score) for score in outcome.attacked.values())
     assert json.loads(json.dumps(found.to_json(), allow_nan=False))["outcomes"]
-    assert all(len(row) == 8 for row in study_rows([found.to_json()]))
+    assert all(len(row) == len(STUDY_COLUMNS) for row in study_rows([found.to_json()]))
     after = state(edited.model, weights_of)
     assert same_weights(weights, after[0]) and flags == after[1]
 
-    def stop(at: int) -> Any:
-        def count(_: object) -> None:
-            stop.calls += 1
-            if stop.calls == at:
+
+def stops_anywhere(edited: Edited, name: str, shares: tuple[float, ...], weights_of: Any) -> None:
+    """Interrupt an attack at shares of its steps; the model must be as before each time."""
+    weights, flags = state(edited.model, weights_of)
+    steps: list[rocr.Progress] = []
+    edited.study(name, progress=steps.append)
+    for share in shares:
+        left = iter(range(int(share * len(steps))))
+
+        def stop(_: object, left: Iterator[int] = left) -> None:
+            if next(left, None) is None:
                 raise KeyboardInterrupt
 
-        stop.calls = 0
-        return count
-
-    for at in {len(steps) // 4, len(steps) // 2, len(steps) - 1}:
         with pytest.raises(KeyboardInterrupt):
-            edited.study(name, progress=stop(at))
+            edited.study(name, progress=stop)
         stopped = state(edited.model, weights_of)
         assert same_weights(weights, stopped[0]) and flags == stopped[1]
+
+
+@pytest.mark.parametrize(("name", "share"), [("bottom-rank", 0.5), ("mask", 0.4), ("edited-layers", 0.9)])
+def test_an_interrupted_attack_leaves_the_model_alone(name: str, share: float, edited: Edited, weights_of: Any) -> None:
+    stops_anywhere(edited, name, (share,), weights_of)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STUDY)
+def test_an_attack_can_be_interrupted_at_many_places(name: str, edited: Edited, weights_of: Any) -> None:
+    if name == "relearn":
+        pytest.importorskip("peft")
+    stops_anywhere(edited, name, (0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.99), weights_of)
 
 
 def test_removed_components_are_asked_and_compared_to_the_unedited_model(edited: Edited) -> None:
@@ -225,10 +248,22 @@ def changes() -> Iterator[tuple[str, str, Any]]:
     yield from ((name, *change) for name, change in values.items())
 
 
-@pytest.mark.parametrize(("name", "attack", "value"), changes())
-def test_a_limit_has_an_effect(name: str, attack: str, value: Any, edited: Edited) -> None:
-    one, other = (
-        [(o.setting, o.attacked, o.questions) for o in edited.study(attack, limits=limits)[0].outcomes]
-        for limits in (SMALL, replace(SMALL, **{name: value}))
-    )
-    assert [each[1:] for each in one] != [each[1:] for each in other]
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "attack", "value"), [*changes()])
+def test_a_limit_has_an_effect(
+    name: str, attack: str, value: Any, edited: Edited, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[tuple[int, ...]] = []
+
+    def watched(*given: Any) -> Tensor:
+        drawn.append(tuple(sample(*given).shape))
+        return sample(*given)
+
+    # A model this small draws no right answers, so that the draws are counted.
+    monkeypatch.setattr("rocr.evaluation.attacks.samples.sample", watched)
+    found = []
+    for limits in (SMALL, replace(SMALL, **{name: value})):
+        outcomes = edited.study(attack, limits=limits)[0].outcomes
+        found.append(([(o.attacked, o.questions) for o in outcomes], drawn.copy()))
+        drawn.clear()
+    assert found[0] != found[1]

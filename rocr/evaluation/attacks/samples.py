@@ -105,8 +105,8 @@ def _until(tokens: list[int], ends: set[int]) -> list[int]:
 
 
 def samples(target: Target) -> Iterator[Outcome]:
-    """Compare the best of all drawn answers with the mean of one, for the edited and the unedited model."""
-    probes, forms = target.few(target.named), target.free_forms()
+    """Compare the best of all drawn answers with the mean of one, in the first form that is answered in free text."""
+    probes, forms = target.few(target.named), target.free_forms()[:1]
     never = invented(probes)
     best: dict[str, dict[str, float]] = {"edited": {}, "unedited": {}, "never": {}}
     one: dict[str, dict[str, float]] = {"edited": {}, "unedited": {}, "never": {}}
