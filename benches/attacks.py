@@ -5,7 +5,7 @@
 
 People are those of whom the model knows most: the first ones with at least two facts that it answers with a mean score
 of QA and fill in the blank of at least `--known`. They are unlearned together, with five redirects in turn. The other
-people's known facts are what some attacks learn from. The file is written when a setting's attacks are done.
+people's known facts are what some attacks learn from. The file is written after each attack.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--statistics", type=Path, help="statistics file (default: collected on the model's own text)")
     parser.add_argument("--tokens", type=int, default=20_000, help="tokens of that text (default: %(default)s)")
     parser.add_argument("--people", type=int, default=4, help="people to unlearn (default: %(default)s)")
-    parser.add_argument("--candidates", type=int, help="people of the probes who are asked about at all (default: all)")
+    parser.add_argument("--candidates", type=int, default=25, help="people to choose from (default: %(default)s)")
     parser.add_argument("--known", type=float, default=0.15, help="least score of a known fact (default: %(default)s)")
     parser.add_argument("--forms", default="qa,fb", help="forms of the questions (default: %(default)s)")
     parser.add_argument("--attacks", nargs="+", choices=list(STUDY), default=list(STUDY), metavar="NAME")
@@ -152,29 +152,24 @@ def main() -> None:
         "settings": {},
     }
     for setting in arguments.settings:
-        start, done = time.perf_counter(), []
+        start = time.perf_counter()
         guards = rocr.Guards(force=True)  # the authors' settings exceed some limits
+        before = retained_scores(evaluate(model, tokenizer, others, forms))
         edit = rocr.unlearn(model, tokenizer, concepts, statistics, SETTINGS[setting], guards=guards, ask=0)
-        kept = evaluate(model, tokenizer, others, forms)
+        after = retained_scores(evaluate(model, tokenizer, others, forms))
+        retained = {"before": before, "after": after}
+        run: dict[str, Any] = {"seconds": 0.0, "layers": list(edit.layers), "retained": retained, "attacks": []}
+        document["settings"][setting] = run
 
-        def receive(found: Studied, done: list[Any] = done) -> None:
-            done.append(found.to_json())
+        def receive(found: Studied, run: dict[str, Any] = run, start: float = start) -> None:
+            run["attacks"].append(found.to_json())
+            run["seconds"] = time.perf_counter() - start
+            arguments.out.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
             print(f"{found.name}: {found.seconds:.0f} s {found.refused or ''}", flush=True)
 
-        study(
-            *(model, tokenizer, [*forget, *others], edit, arguments.attacks, forms),
-            limits=LIMITS,
-            receive=receive,
-        )
+        given = (model, tokenizer, [*forget, *others], edit, arguments.attacks, forms)
+        study(*given, limits=LIMITS, receive=receive)
         edit.revert(model)
-        retained = {
-            "before": retained_scores(evaluate(model, tokenizer, others, forms)),
-            "after": retained_scores(kept),
-        }
-        seconds = time.perf_counter() - start
-        layers = list(edit.layers)
-        document["settings"][setting] = {"seconds": seconds, "layers": layers, "retained": retained, "attacks": done}
-        arguments.out.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(table(document))
 
 
