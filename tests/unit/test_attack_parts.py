@@ -231,6 +231,18 @@ def test_fine_tuning_is_adamw_and_is_undone(model: nn.Module, weights_of: Any) -
         next(training)
 
 
+def test_small_steps_of_16_bit_weights_add_up(model: nn.Module) -> None:
+    parameter = find_architecture(model.bfloat16()).down_projection(1).module.weight
+    start = parameter.detach().clone()
+    step = start.float().abs().clamp(min=2e-2) * 2**-10  # a quarter of the distance of two bfloat16 numbers
+    with closing(tuned(model, [parameter], [Example((5, 6, 7), (9,))], (1, 8), float(step.min()))) as training:
+        next(training)
+        once = (parameter != start).float().mean()
+        next(training)
+        assert (parameter != start).float().mean() > once + 0.05
+    assert torch.equal(parameter, start)
+
+
 def test_the_depth_score_by_hand() -> None:
     assert depth_score([0.04, 0.1, 0.3], [5.0, 0.05, 0.45]) == pytest.approx((0.1 * 0.5 + 0.3) / 0.4)
     assert depth_score([0.2, 0.2], [-1.0, 0.1]) == pytest.approx(0.25)

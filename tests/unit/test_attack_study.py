@@ -18,8 +18,9 @@ from rocr.evaluation.attacks.components import without_components
 from rocr.evaluation.attacks.prompts import context_prefixes
 from rocr.evaluation.attacks.samples import sample
 from rocr.evaluation.attacks.study import STUDY, Studied, study
+from rocr.evaluation.attacks.suffix import _end_of_message
 from rocr.evaluation.attacks.suite import ATTACKS
-from rocr.evaluation.forms import PromptStyle
+from rocr.evaluation.forms import Item, PromptStyle
 from rocr.evaluation.report import STUDY_COLUMNS, study_rows
 from rocr.model.architecture import find_architecture
 from rocr.model.blocks import find_blocks
@@ -207,6 +208,21 @@ def test_the_depth_of_an_edit_that_changes_nothing_is_none(edited: Edited) -> No
     assert found.details["edited by layer"][: min(edited.edit.layers)] == [0.0] * min(edited.edit.layers)
     edited.edit.revert(edited.model)
     assert all(torch.equal(a, b) for a, b in zip(original, edited.model.parameters(), strict=True))
+
+
+def test_gradients_are_computed_wherever_the_call_is_made(edited: Edited) -> None:
+    def scores() -> list[Any]:
+        return [o.attacked for each in edited.study("mask", "soft-tokens") for o in each.outcomes]
+
+    with torch.inference_mode():
+        inside = scores()
+    assert inside == scores()
+
+
+def test_a_suffix_stands_at_the_end_of_the_message() -> None:
+    item = Item(0, "qa", "What is rain?\n", (" water",))
+    assert _end_of_message("<|user|>What is rain?<|end|>Answer:", item) == len("<|user|>What is rain?")
+    assert _end_of_message("<|user|>WHAT IS RAIN?<|end|>Answer:", item) == len("<|user|>WHAT IS RAIN?<|end|>")
 
 
 def test_what_cannot_be_attacked_is_said(edited: Edited, model: nn.Module) -> None:

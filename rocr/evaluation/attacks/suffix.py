@@ -11,7 +11,7 @@ from rocr.errors import InputError
 from rocr.evaluation.attacks.attack import Attack, Outcome, Scores, Target, invented, mean_by_subject
 from rocr.evaluation.attacks.restoring import trainable
 from rocr.evaluation.attacks.soft_tokens import embedded
-from rocr.evaluation.forms import build_items, item_texts
+from rocr.evaluation.forms import Item, build_items, item_texts
 from rocr.evaluation.lora_training import answer_nll
 from rocr.evaluation.probes.probe import Probe
 from rocr.evaluation.scoring import tokenize_questions
@@ -113,8 +113,7 @@ def suffix(target: Target) -> Iterator[Outcome]:
         texts = item_texts(target.tokenizer, items, limits.evaluate.chat)
         plain, found = [], []
         for index, (item, text) in enumerate(zip(items, texts, strict=True)):
-            # The suffix stands at the end of the user's message, so that the message is tokenised in two parts.
-            cut = text.rindex(item.message.rstrip()) + len(item.message.rstrip())
+            cut = _end_of_message(text, item)
             (start,) = tokenize_questions(target.tokenizer, [text[:cut]], [(item.answers[0],)])
             (end,) = tokenize_questions(target.tokenizer, [text[:cut]], [(text[cut:],)])
             answer, probe = start.answers[0], asked[item.probe]
@@ -133,6 +132,13 @@ def suffix(target: Target) -> Iterator[Outcome]:
         before, control = elicit(probes)
     name = f"{limits.suffix_tokens} tokens, {limits.suffix_steps} steps"
     yield Outcome("suffix", name, before, after, attacked, control, luck, never_plain, questions=len(probes))
+
+
+def _end_of_message(text: str, item: Item) -> int:
+    """Return where the user's message ends in a rendered prompt; where the reply begins if a template rewrites it."""
+    message = item.message.rstrip()
+    found = text.rfind(message)
+    return found + len(message) if found >= 0 else len(text) - len(item.suffix)
 
 
 SUFFIX = Attack(

@@ -10,7 +10,7 @@ from torch import nn
 
 from rocr.errors import InputError, RocrError
 from rocr.evaluation.attacks.attack import Attack, Outcome, Target, halves, invented, scores_of
-from rocr.evaluation.attacks.restoring import restored, trainable
+from rocr.evaluation.attacks.restoring import put, restored, trainable
 from rocr.evaluation.lora_training import Example, answer_nll
 from rocr.evaluation.probes.probe import Probe
 from rocr.io.boundary import calling
@@ -36,7 +36,7 @@ def tuned(
 
     Args:
         model: Causal language model of transformers.
-        parameters: The parameters to train, with AdamW without weight decay.
+        parameters: The parameters to train, with AdamW without weight decay, in float32.
         examples: Prompts with the answers to learn.
         steps: Numbers of optimiser steps, each on BATCH examples, after which the model is yielded.
         rate: Learning rate, the same in every step.
@@ -55,7 +55,9 @@ def tuned(
     draw = torch.Generator().manual_seed(seed)
     order: list[int] = []
     with restored([parameter.data for parameter in parameters]):
-        optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+        # Steps are smaller than the resolution of 16-bit weights, so that they are summed in float32.
+        sums = [nn.Parameter(parameter.detach().float().clone()) for parameter in parameters]
+        optimizer = torch.optim.AdamW(sums, lr=rate, weight_decay=0.0)
         for step in range(1, max(steps, default=0) + 1):
             while len(order) < BATCH:
                 order += torch.randperm(len(examples), generator=draw).tolist()
@@ -68,8 +70,11 @@ def tuned(
                         raise RocrError(f"The training loss is not a finite number; lower the rate, which is {rate:g}.")
                     with calling("The model's backward pass"):
                         loss.backward()  # type: ignore[no-untyped-call]
-                nn.utils.clip_grad_norm_(parameters, 1.0)
+                for total, parameter in zip(sums, parameters, strict=True):
+                    total.grad = None if parameter.grad is None else parameter.grad.float()
+                nn.utils.clip_grad_norm_(sums, 1.0)
                 optimizer.step()
+            put([parameter.data for parameter in parameters], [total.data for total in sums])
             progress(Progress("fine-tuning", step, max(steps), "steps"))
             if step in steps:
                 yield step
