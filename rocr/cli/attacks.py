@@ -29,6 +29,13 @@ class FoundByAttacks:
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
     study: list[dict[str, Any]] = field(default_factory=list)
 
+    @property
+    def plotted(self) -> dict[str, Evaluation]:
+        """The evaluations that a plot has room for: those of the attacks that need no edit file."""
+        from rocr.evaluation.attacks.suite import ATTACKS
+
+        return {name: found for name, found in self.evaluations.items() if name.split(" ")[0] in ATTACKS}
+
 
 def attack_names(names: Sequence[str], has_edit: bool) -> tuple[str, ...]:
     """Return the attacks to run, with "all" expanded.

@@ -84,7 +84,7 @@ def evaluate(arguments: Arguments, console: Console) -> dict[str, Any]:
     write_json(document, arguments.out, arguments.overwrite)
     if arguments.html:
         title = f"Evaluation of {Path(arguments.model).name}"
-        write_html(title, after, arguments.html, before, arguments.overwrite, found.evaluations, found.study)
+        write_html(title, after, arguments.html, before, arguments.overwrite, found.plotted, found.study)
     for journal in _journals(arguments):
         journal.unlink(missing_ok=True)
     _show(after, before, found, console)

@@ -199,7 +199,7 @@ def write_html(
     parts.append(_table(*score_table(evaluation, before)))
     if evaluation.measures:
         parts.append(_table(*measure_table(evaluation, before)))
-    if attacks:
+    if attacks and not study:
         parts.append("<h2>The forget set under attack</h2>")
         parts.append(_table(attack_columns(evaluation), attack_rows(evaluation, before, attacks)))
     if study:
