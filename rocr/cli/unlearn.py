@@ -47,7 +47,7 @@ setting = partial(option, group="Settings")
 @options.model
 @argument("concepts", "A list of concepts: .txt, .csv or .jsonl.", type=FILE, required=False)
 @option("--concept", "A concept, in place of a list. May be repeated.", multiple=True, metavar="NAME")
-@option("--redirect", "Redirect of concepts that have none of their own.", metavar="NAME")
+@option("--redirect", "Redirect of concepts that have none of their own; auto chooses one for each.", metavar="NAME")
 @flag("--allow-long-list", f"Allow more than {MAX_CONCEPTS:,} concepts. Try --dry-run first.")
 @options.out("Folder to write", DIR, required=False)
 @options.save
@@ -66,6 +66,12 @@ setting = partial(option, group="Settings")
     "Weight of the templates' own tokens beside ordinary text (default: 0.03 for long lists, else 0).",
     type=float,
 )
+@setting(
+    "--retain-weight",
+    "Weight of the names that must stay as they are, such as namesakes, against the concepts; 0 only measures them "
+    "(default: 1).",
+    type=float,
+)
 @setting("--key-tokens", "Tokens of a name that become keys (default: all).", type=choice("last", "all"))
 @setting(
     "--keys-per-concept",
@@ -78,6 +84,12 @@ setting = partial(option, group="Settings")
     "the first ones only part of it (default: predicted).",
     type=choice("predicted", "full", "ramp"),
 )
+@setting(
+    "--variants",
+    "Further names of a concept that become keys: its misspellings, initials and other spellings (default: none).",
+    type=choice("none", "spelling"),
+)
+@setting("--variant-weight", "Weight of a variant against a name of the concept (default: 0.3).", type=float)
 @setting("--held-weight", "Old name of --template-weight.", type=float)
 @setting("--reach", "Old name of --token-schedule: whole is full, gradual is ramp.", type=choice("gradual", "whole"))
 @flag("--force", "Continue past the safety limits of an edit; the report says so.", group="Settings")
@@ -133,6 +145,7 @@ def unlearn(arguments: Arguments, console: Console) -> dict[str, Any]:
     if statistics is None:
         statistics = collect(arguments, loaded, config.layer_numbers, console)
     edit = _edit(loaded, concepts, statistics, config, arguments, console)
+    concepts = edit.concepts  # with their redirects chosen
     after = ask_model(loaded, asked, arguments, console, "answers after")
     answers = answers_of(arguments, concepts, asked, before, after)
     report = write_output(arguments, loaded, edit, arguments.save, console, answers, quantised=arguments.quantised)
@@ -152,7 +165,7 @@ def given_concepts(arguments: Arguments) -> list[Concept]:
     if arguments.concepts is not None:
         return load_concepts(arguments.concepts, default_redirect=arguments.redirect)
     if not arguments.redirect:
-        raise InputError("--concept needs a redirect: give --redirect NAME.")
+        raise InputError("--concept needs a redirect: give --redirect NAME, or --redirect auto.")
     concepts = [Concept(name, arguments.redirect) for name in arguments.concept]
     check_concepts(concepts)
     return concepts
@@ -179,8 +192,8 @@ def _config(arguments: Arguments, console: Console) -> EditConfig:
 
     from rocr.config import EditConfig, Template
 
-    numbers = ("ridge", "gamma", "threshold", "strength", "template_weight", "seed")
-    names = (*numbers, "layers", "method", "key_tokens", "keys_per_concept", "token_schedule")
+    numbers = ("ridge", "gamma", "threshold", "strength", "template_weight", "retain_weight", "variant_weight", "seed")
+    names = (*numbers, "layers", "method", "key_tokens", "keys_per_concept", "token_schedule", "variants")
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     given |= _renamed(arguments, console)
     if arguments.template:
