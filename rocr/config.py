@@ -25,6 +25,7 @@ KeyTokens = Literal["last", "all"]
 KeysPerConcept = Literal["mean", "all"]
 Contexts = Literal["matched", "official"]
 TokenSchedule = Literal["full", "ramp", "predicted"]
+Variants = Literal["none", "spelling"]
 Measure = Literal["each", "once"]
 RENAMED = {
     "reach": Renamed("token_schedule", {"whole": "full", "gradual": "ramp"}),
@@ -169,6 +170,15 @@ class EditConfig:
             prompt: C + s mean(k kᵀ) over their keys k takes the place of C. They precede everything that a chat model
             reads, and ordinary text does not contain them. None is 0.03 for lists of 25 concepts or more, and 0 for
             shorter ones.
+        retain_weight: w >= 0, the weight of the keys of retained names (the controls, or the names that the caller
+            gives) against the keys of the concepts: the system also has the rows √w k with a residual of 0, so that the
+            update keeps the outputs there. Tokens that such a name shares with a concept are left out. 0 only measures
+            the names.
+        variants: Further names of a concept that become keys without being listed. "spelling" adds misspellings in
+            one letter, which `seed` draws, initials, and the name without hyphens and diacritics
+            (`rocr.keys.variants`). Tokens that they share with the names of the concept are read once.
+        variant_weight: w > 0, the weight of a key of a variant against that of a name: its row in the system and its
+            residual are multiplied by √w.
         measure: "each" reads keys and residuals again after the edit of every layer, as the authors do. "once" reads
             all of them before the first edit and gives every layer an equal share. Concepts can then be removed and
             added later exactly (`Edit.remove`, `Edit.add`), but residuals are closed less.
@@ -203,6 +213,9 @@ class EditConfig:
     contexts: Contexts = "matched"
     token_schedule: TokenSchedule | None = None
     template_weight: float | None = None
+    retain_weight: float = 1.0
+    variants: Variants = "none"
+    variant_weight: float = 0.3
     measure: Measure = "each"
     seed: int = 0
     chat: ChatSettings = DEFAULT
@@ -218,11 +231,14 @@ class EditConfig:
         _check_choice("contexts", self.contexts, get_args(Contexts))
         if self.token_schedule is not None:
             _check_choice("token_schedule", self.token_schedule, get_args(TokenSchedule))
+        _check_choice("variants", self.variants, get_args(Variants))
+        _check_number("variant_weight", self.variant_weight, 0.0, exclusive=True)
         _check_choice("measure", self.measure, get_args(Measure))
         _check_number("ridge", self.ridge, 0.0, exclusive=True)
         _check_number("gamma", self.gamma, 0.0)
         if self.template_weight is not None:
             _check_number("template_weight", self.template_weight, 0.0)
+        _check_number("retain_weight", self.retain_weight, 0.0)
         _check_number("threshold", self.threshold, 0.0, exclusive=True)
         _check_number("strength", self.strength, 0.0, exclusive=True)
         for name in ("relative_ridge", "relative_threshold", "closing_keys"):
@@ -258,6 +274,7 @@ class EditConfig:
             contexts="official",
             token_schedule="full",
             template_weight=0.0,
+            retain_weight=0.0,
         )
 
     @property
@@ -280,9 +297,13 @@ class EditConfig:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Return the settings as JSON values, without `chat` and `closing_keys` if they are the default."""
+        """Return the settings as JSON values, without those that older files lack if they have the value from then."""
         values = dataclasses.asdict(self)
         del values["chat"]
+        if not self.retain_weight:
+            del values["retain_weight"]
+        if self.variants == "none":
+            del values["variants"], values["variant_weight"]
         if self.closing_keys:
             del values["closing_keys"]
         return values | ({"chat": self.chat.to_json()} if self.chat != DEFAULT else {})
@@ -291,8 +312,8 @@ class EditConfig:
     def from_json(cls, values: Mapping[str, Any]) -> EditConfig:
         """Return the settings of a JSON object, the inverse of `to_json`.
 
-        Old names of settings are accepted with a DeprecationWarning. Files of rocr 0.1 without `token_schedule` and
-        `template_weight` get the values that were fixed then, "full" and 0.
+        Old names of settings are accepted with a DeprecationWarning. Files without `token_schedule`,
+        `template_weight` or `retain_weight` get the values that were fixed when they were written: "full", 0 and 0.
 
         Raises:
             InputError: An unknown setting, or a value out of range.
@@ -303,7 +324,8 @@ class EditConfig:
         unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
         if unknown:
             raise InputError(f"Unknown settings: {_shown(', '.join(unknown))}.")
-        known: dict[str, Any] = {"token_schedule": "full", "template_weight": 0.0, **values}
+        older = {"token_schedule": "full", "template_weight": 0.0, "retain_weight": 0.0, "variants": "none"}
+        known: dict[str, Any] = {**older, **values}
         if isinstance(known.get("templates"), (list, tuple)):
             known["templates"] = tuple(
                 Template.from_json(template) if isinstance(template, Mapping) else template

@@ -41,6 +41,7 @@ from rocr.edit.guards import (
 from rocr.edit.harm import HARMED, MAX_ASKED, OwnAnswers, read_own_answers
 from rocr.edit.measures import EditReport, measure_layer
 from rocr.edit.retain_impact import RetainedNames, read_retained_names
+from rocr.edit.retained_keys import RetainedKeys, rows_apart
 from rocr.edit.task import Goals, Reader, Task, keys_and_residuals, with_token_schedule
 from rocr.edit.update import Applied, LayerUpdate
 from rocr.edit.weight import edited_weights
@@ -97,9 +98,10 @@ def unlearn(
         guards: Safety limits of the edit. None is `Guards()`.
         base_edit: An edit whose concepts stay redirected, from the keys and residuals that it stores. The model must
             have its weights from before that edit; `Edit.add` restores them first.
-        retain: Names that should stay as they are, for which the effect of the edit is measured. None measures the
-            redirects and, in a language model, names that the edit is likely to harm (`rocr.edit.controls`); an empty
-            list measures nothing.
+        retain: Names that should stay as they are: the update keeps the outputs at their keys, by
+            `EditConfig.retain_weight`, and its effect on them is measured. In a language model, names that the edit is
+            likely to harm (`rocr.edit.controls`) are retained too. None measures the redirects beside these; an empty
+            list retains and measures nothing.
         ask: Of these names, the redirects excepted, the largest number that the model is asked about before and after
             the edit: those that it moves most (`rocr.edit.harm`). 0 asks nothing.
 
@@ -142,6 +144,7 @@ def unlearn(
                 retained = read_retained_names(
                     architecture, tokenizer, all_concepts, retain, task.config, progress, propose=ask > 0
                 )
+                retained_keys = RetainedKeys.of(task, retained)
             own_answers: OwnAnswers | None = None
             with timed("check"):
                 predictions = predict(architecture, tokenizer)
@@ -153,11 +156,15 @@ def unlearn(
                     system = keys_and_residuals(task, layer, states, goals, layers_left=len(layers) - i)
                     blocks, keys, residuals = system.blocks, system.keys, system.residuals
                     report.routing += task.routing(layer, states, system.touched, statistics)
+                    kept = retained_keys.rows(task, layer, system)
+                    if i == 0:
+                        used = None if kept is None else rows_apart(kept, keys)
                 with timed("metric"):
-                    metric = system.metric(statistics.second_moments(layer), task.config, template_keys.get(layer))
+                    moments = statistics.second_moments(layer)
+                    metric = system.metric(moments, task.config, template_keys.get(layer), kept)
                 with timed("solve"), naming_closest_concepts(keys, concept_of, all_concepts):
                     ridge = task.config.ridge * (metric.ordinary if task.config.relative_ridge else 1.0)
-                    solution = solve_layer(keys, residuals, metric, ridge)
+                    solution = solve_layer(keys, residuals, metric, ridge, kept, used)
                     update = LayerUpdate.solved(blocks, system.touched, keys, residuals, solution)
                 with timed("compare"):
                     _compare(task, blocks, update, solution, retained, report)
@@ -192,7 +199,8 @@ def unlearn(
                 report.retained = retained.report([concept.name for concept in all_concepts])
             settings = computed_with(model) | ({} if architecture.kind.writes_text else {TEXT_ENCODER: True})
             edit = Edit(all_concepts, task.config, origin, updates, concept_of, report, settings, task.plan.rendered)
-            return replace(edit, model_type=architecture.model_type) if report.routing else edit
+            model_type = architecture.model_type if report.routing else None
+            return replace(edit, model_type=model_type, retained=tuple(retained_keys.labels))
     except BaseException:
         # Not in a context manager, since an interruption at its own exit would skip it.
         plain.restore()

@@ -66,6 +66,12 @@ setting = partial(option, group="Settings")
     "Weight of the templates' own tokens beside ordinary text (default: 0.03 for long lists, else 0).",
     type=float,
 )
+@setting(
+    "--retain-weight",
+    "Weight of the names that must stay as they are, such as namesakes, against the concepts; 0 only measures them "
+    "(default: 1).",
+    type=float,
+)
 @setting("--key-tokens", "Tokens of a name that become keys (default: all).", type=choice("last", "all"))
 @setting(
     "--keys-per-concept",
@@ -78,6 +84,12 @@ setting = partial(option, group="Settings")
     "the first ones only part of it (default: predicted).",
     type=choice("predicted", "full", "ramp"),
 )
+@setting(
+    "--variants",
+    "Further names of a concept that become keys: its misspellings, initials and other spellings (default: none).",
+    type=choice("none", "spelling"),
+)
+@setting("--variant-weight", "Weight of a variant against a name of the concept (default: 0.3).", type=float)
 @setting("--held-weight", "Old name of --template-weight.", type=float)
 @setting("--reach", "Old name of --token-schedule: whole is full, gradual is ramp.", type=choice("gradual", "whole"))
 @flag("--force", "Continue past the safety limits of an edit; the report says so.", group="Settings")
@@ -179,8 +191,8 @@ def _config(arguments: Arguments, console: Console) -> EditConfig:
 
     from rocr.config import EditConfig, Template
 
-    numbers = ("ridge", "gamma", "threshold", "strength", "template_weight", "seed")
-    names = (*numbers, "layers", "method", "key_tokens", "keys_per_concept", "token_schedule")
+    numbers = ("ridge", "gamma", "threshold", "strength", "template_weight", "retain_weight", "variant_weight", "seed")
+    names = (*numbers, "layers", "method", "key_tokens", "keys_per_concept", "token_schedule", "variants")
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     given |= _renamed(arguments, console)
     if arguments.template:

@@ -22,13 +22,14 @@ from rocr.edit.apply import apply_edit, apply_updates, holds_updates, mismatch, 
 from rocr.edit.collisions import find_collisions
 from rocr.edit.measures import EditReport, LayerMeasures, measure_layer
 from rocr.edit.record import AnEdit, EditRecord
+from rocr.edit.retained_keys import JoinedKeys, of_remaining, rows_apart
 from rocr.edit.update import LayerUpdate, with_same_parts
 from rocr.edit.weight import edited_weights
 from rocr.errors import InputError
 from rocr.keys.prompts import RenderedTemplate
 from rocr.model.architecture import Architecture, find_architecture
 from rocr.model.fingerprint import Fingerprint
-from rocr.solve.solve import System, solve_again
+from rocr.solve.solve import RetainedRows, System, solve_again
 from rocr.statistics.provenance import different
 from rocr.statistics.statistics import Statistics
 
@@ -52,8 +53,9 @@ def remove_concepts(edit: AnEdit, names: Sequence[str], model: nn.Module | None)
     concepts = [edit.concepts[i] for i in remaining]
     concept_of = [new_index[edit.concept_of[row]] for row in rows]
     distance = [edit.report.distance[i] for i in remaining] if edit.report.distance else []
-    parts = [_rows(update, rows) for update in edit.updates]
-    solved = _solved(edit, concepts, concept_of, parts, distance)
+    retained = of_remaining(edit.retained, new_index)
+    parts = [_rows(update, rows, list(retained)) for update in edit.updates]
+    solved = _solved(replace(edit, retained=tuple(retained.values())), concepts, concept_of, parts, distance)
     blocks = {update.layer: update.blocks for update in solved.updates}
     solved.report.routing = [
         layer.of_concepts(concepts, remaining, blocks[layer.layer]) for layer in edit.report.routing
@@ -67,12 +69,13 @@ def merge_edits(edit: AnEdit, other: EditRecord, model: nn.Module | None) -> AnE
     check_concepts([*edit.concepts, *other.concepts])
     _check_mergeable(edit, other)
     pairs = [with_same_parts(*pair) for pair in zip(edit.updates, other.updates, strict=True)]
-    parts = [_joined(mine, theirs) for mine, theirs in pairs]
+    retained = JoinedKeys.of(edit, other)
+    parts = [_joined(mine, theirs, retained) for mine, theirs in pairs]
     concept_of = [*edit.concept_of, *(len(edit.concepts) + concept for concept in other.concept_of)]
     distance = edit.report.distance + other.report.distance
     # A default that depends on the number of concepts in one of the edits also depends on the number in the merged one.
     by_count = [name for name in BY_COUNT if name in (*edit.report.by_count, *other.report.by_count)]
-    base = replace(edit, report=replace(edit.report, by_count=by_count))
+    base = replace(edit, report=replace(edit.report, by_count=by_count), retained=retained.labels)
     merged = _solved(base, [*edit.concepts, *other.concepts], concept_of, parts, distance)
     blocks = {update.layer: update.blocks for update in merged.updates}
     merged.report.routing = [
@@ -164,15 +167,21 @@ def _find(edit: AnEdit, names: Sequence[str]) -> set[int]:
     return {owners[folded(name)] for name in names}
 
 
-def _rows(update: LayerUpdate, rows: Sequence[int]) -> LayerUpdate:
+def _rows(update: LayerUpdate, rows: Sequence[int], retained: list[int]) -> LayerUpdate:
     """Return a layer's update with the given rows of its keys, residuals and system; it keeps the old factors."""
     system = _system(update)
     if system.product is not None:
         system = replace(system, product=system.product[rows])
+    system = replace(system, retained=_retained_rows(system, retained))
     return replace(update, keys=update.keys[rows], residuals=update.residuals[rows], system=system, applied=None)
 
 
-def _joined(mine: LayerUpdate, theirs: LayerUpdate) -> LayerUpdate:
+def _retained_rows(system: System, rows: list[int]) -> RetainedRows | None:
+    """Return some of the rows of retained names of a system; None for none."""
+    return system.retained.of(torch.tensor(rows)) if system.retained is not None and rows else None
+
+
+def _joined(mine: LayerUpdate, theirs: LayerUpdate, retained: JoinedKeys) -> LayerUpdate:
     """Return a layer's update with the keys, residuals and system of two edits; it keeps the first one's factors."""
     first, second = _system(mine), _system(theirs)
     metric = first.metric or second.metric
@@ -180,11 +189,14 @@ def _joined(mine: LayerUpdate, theirs: LayerUpdate) -> LayerUpdate:
     if metric is None:
         assert first.product is not None and second.product is not None, "a system has a product or a metric"
         product = torch.cat([first.product, second.product.to(first.product)])
+    pieces = [_retained_rows(first, retained.rows), _retained_rows(second, retained.other_rows)]
+    present = [piece for piece in pieces if piece is not None]
+    rows = present[0].joined(present[1]) if len(present) == 2 else next(iter(present), None)
     return replace(
         mine,
         keys=torch.cat([mine.keys, theirs.keys.to(mine.keys)]),
         residuals=torch.cat([mine.residuals, theirs.residuals.to(mine.residuals)]),
-        system=System(first.ridge, product, metric),
+        system=System(first.ridge, product, metric, rows),
         applied=None,
     )
 
@@ -194,9 +206,10 @@ def _solved(
 ) -> AnEdit:
     """Solve the systems of an edit with the given concepts and return it, not applied yet."""
     updates, measures = [], []
+    used = _used(parts[0])
     for old, part, measured in zip(edit.updates, parts, edit.report.layers, strict=True):
         assert part.system is not None
-        solution = solve_again(part.keys, part.residuals, part.system)
+        solution = solve_again(part.keys, part.residuals, part.system, used)
         update = replace(part, factors=solution.factors, system=solution.system)
         weight_norm = old.factors.norm() / measured.relative_norm if measured.relative_norm else 0.0
         updates.append(update)
@@ -210,6 +223,12 @@ def _solved(
         by_count=edit.report.by_count,
     )
     return dataclasses.replace(edit, concepts=concepts, concept_of=concept_of, updates=updates, report=report)
+
+
+def _used(first: LayerUpdate) -> Tensor | None:
+    """Return the mask of the rows of retained names that take part in the solve, from the first layer's update."""
+    assert first.system is not None
+    return None if first.system.retained is None else rows_apart(first.system.retained.keys, first.keys)
 
 
 def _replace_edit(old: AnEdit, new: AnEdit, model: nn.Module | None) -> AnEdit:

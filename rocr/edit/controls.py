@@ -122,7 +122,7 @@ def choose_controls(
             known = [name for concept in concepts for name in concept.names]
             proposed = dict(zip(placed, beginnings.names(architecture, tokenizer, known), strict=True))
     kinds = load_names()
-    listed = list(_without_concepts(kinds, concepts))
+    listed = list(without_concepts(kinds, concepts))
     first, last = _by_word(listed, 0), _by_word(listed, -1)
     sharing = {
         name
@@ -130,7 +130,7 @@ def choose_controls(
         for name in (*first.get(words[0], []), *last.get(words[-1], []))
     }
     proposals = (name for names in proposed.values() for name in names)
-    pool = [*_some_of_each_kind(listed, kinds, sharing), *_without_concepts(dict.fromkeys(proposals), concepts)]
+    pool = [*_some_of_each_kind(listed, kinds, sharing), *without_concepts(dict.fromkeys(proposals), concepts)]
     pool = list(dict.fromkeys(pool))
     names = [*pool, *(concepts[i].name for i in placed)]
     states = read_name_states(architecture, tokenizer, names, layer, [_CONTEXT], progress=progress)
@@ -258,7 +258,7 @@ def _words(name: str) -> list[str]:
     return [word for word in words if folded(word) not in _EMPTY_WORDS] or words
 
 
-def _without_concepts(names: Iterable[str], concepts: Sequence[Concept]) -> Iterator[str]:
+def without_concepts(names: Iterable[str], concepts: Sequence[Concept]) -> Iterator[str]:
     """Yield the names that are no name and no redirect of a concept, and that do not contain one's first and last word.
 
     A name with both words, such as one with a middle name, is taken for the concept itself.

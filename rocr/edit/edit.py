@@ -39,6 +39,7 @@ class Edit(EditRecord):
         rendered: The templates of the settings as the model reads them. Empty if they are not known.
         model_type: The type of the whole model, by whose rules peft renames the adapters of experts. None for an edit
             of dense layers.
+        retained: For each row of a retained name in the systems of the updates, to whom it belongs.
     """
 
     @plain_arithmetic()

@@ -15,10 +15,11 @@ from rocr.concepts import Concept, check_concepts
 from rocr.config import EditConfig
 from rocr.edit.measures import EditReport
 from rocr.edit.record import EditRecord
+from rocr.edit.retained_keys import labels_from_json, labels_to_json
 from rocr.edit.stored import stored_from_json, stored_to_json
 from rocr.edit.system_file import pack_system, unpack_system
 from rocr.edit.update import Applied, LayerUpdate, Part
-from rocr.edit.wide_file import pack_wide, routed_rows, unpack_wide
+from rocr.edit.wide_file import pack_wide, pack_wide_system, routed_rows, unpack_wide
 from rocr.errors import InputError
 from rocr.io.dtypes import SUPPORTED_DTYPES, torch_dtype
 from rocr.io.json_values import flag_of, list_of, text_of, whole_number_of
@@ -41,11 +42,10 @@ def save_edit(edit: EditRecord, path: str | os.PathLike[str], undo: bool, overwr
     for update in edit.updates:
         for name, values in _matrices(update).items():
             plain = values.detach().to("cpu", torch.float32).contiguous()
-            tensors[f"layer.{update.layer}.{name}"] = (
-                pack_wide(plain, update) if update.parts and name == "keys" else plain
-            )
+            tensors[f"layer.{update.layer}.{name}"] = plain
         if update.parts:
-            tensors[f"layer.{update.layer}.routed"] = routed_rows(update)
+            routed = tensors[f"layer.{update.layer}.routed"] = routed_rows(update.keys, update)
+            tensors[f"layer.{update.layer}.keys"] = pack_wide(tensors[f"layer.{update.layer}.keys"], routed, update)
         entry: dict[str, Any] = {
             "layer": update.layer,
             "parameter": update.parameter,
@@ -65,7 +65,7 @@ def save_edit(edit: EditRecord, path: str | os.PathLike[str], undo: bool, overwr
         if update.system is not None:
             entry["system"], kept = pack_system(update.system)
             if update.parts:
-                kept = {name: pack_wide(values.cpu(), update) for name, values in kept.items()}
+                kept = pack_wide_system(kept, update)
             tensors |= {f"layer.{update.layer}.{name}": values for name, values in kept.items()}
         layers.append(entry)
     header = {
@@ -78,6 +78,8 @@ def save_edit(edit: EditRecord, path: str | os.PathLike[str], undo: bool, overwr
         # Without the seconds, which differ between two runs that make the same edit.
         "report": {name: value for name, value in edit.report.to_json().items() if name != "seconds"},
     }
+    if edit.retained:
+        header["retained"] = labels_to_json(edit.retained)
     if edit.computed_with:
         header["computed_with"] = dict(edit.computed_with)
     if edit.model_type is not None:
@@ -96,7 +98,8 @@ def load_edit(path: str | os.PathLike[str]) -> EditRecord:
             for entry in list_of(header["concepts"], "concepts")
         ]
         check_concepts(concepts)
-        updates = [_load_update(entry, tensors) for entry in list_of(header["layers"], "layers")]
+        retained = labels_from_json(header.get("retained", []), len(concepts))
+        updates = [_load_update(entry, tensors, len(retained)) for entry in list_of(header["layers"], "layers")]
         edit = EditRecord(
             concepts,
             EditConfig.from_json(header["config"]),
@@ -107,6 +110,7 @@ def load_edit(path: str | os.PathLike[str]) -> EditRecord:
             config_of(header.get("computed_with", {}), "computed_with"),
             tuple(_load_rendered(entry) for entry in list_of(header.get("rendered", []), "rendered")),
             None if "model_type" not in header else text_of(header["model_type"], "model_type"),
+            retained,
         )
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, zlib.error) as error:
         raise InputError(f"{path} is not a complete edit file: {repr(error)[:200]}.") from None
@@ -147,12 +151,12 @@ def unpack_undo(packed: Tensor, shape: list[int], width: int) -> Tensor:
     return torch.from_numpy(values).view(dtype).reshape(shape)
 
 
-def _load_update(entry: dict[str, Any], tensors: dict[str, Tensor]) -> LayerUpdate:
-    """Return the update of a layer from its entry in the header and the tensors of the file."""
+def _load_update(entry: dict[str, Any], tensors: dict[str, Tensor], retained: int) -> LayerUpdate:
+    """Return the update of a layer from its entry in the header, the tensors of the file and its retained rows."""
     layer = whole_number_of(entry["layer"], "layer")
     parts = tuple(Part.from_json(part) for part in list_of(entry.get("parts", []), "parts"))
     if parts:
-        tensors = unpack_wide(layer, parts, tensors)
+        tensors = unpack_wide(layer, parts, tensors, retained)
     factors = _load_factors(layer, tensors)
     keys, residuals = (tensors[f"layer.{layer}.{name}"] for name in _ROWS)
     applied = None
@@ -176,7 +180,7 @@ def _load_update(entry: dict[str, Any], tensors: dict[str, Tensor]) -> LayerUpda
         residuals,
         flag_of(entry["transposed"], "transposed"),
         applied,
-        None if "system" not in entry else _load_system(layer, entry["system"], tensors, keys),
+        None if "system" not in entry else _load_system(layer, entry["system"], tensors, keys, retained),
         **{name: text_of(entry[name], name) for name in ("base", "own") if name in entry},
         parts=parts,
     )
@@ -216,8 +220,9 @@ def _load_rendered(entry: dict[str, Any]) -> RenderedTemplate:
     return RenderedTemplate(text_of(entry["before"], "before"), text_of(entry["after"], "after"))
 
 
-def _load_system(layer: int, entry: dict[str, Any], tensors: dict[str, Tensor], keys: Tensor) -> System:
-    return unpack_system(entry, _of_layer(layer, tensors), *keys.shape)
+def _load_system(layer: int, entry: dict[str, Any], tensors: dict[str, Tensor], keys: Tensor, retained: int) -> System:
+    n, d_in = keys.shape
+    return unpack_system(entry, _of_layer(layer, tensors), n, d_in, retained)
 
 
 def _of_layer(layer: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

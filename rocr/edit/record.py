@@ -17,6 +17,19 @@ AnEdit = TypeVar("AnEdit", bound="EditRecord")
 """The caller's class of edit: `EditRecord` or a subclass."""
 
 
+@dataclass(frozen=True)
+class RetainedKey:
+    """To whom a row of a system belongs that keeps the output at a key of a retained name.
+
+    Attributes:
+        name: The name.
+        concepts: Indices of the concepts that it was chosen for. Empty if the caller gave the name.
+    """
+
+    name: str
+    concepts: tuple[int, ...] = ()
+
+
 @dataclass(repr=False)
 class EditRecord:
     """The data of an edit, which is what an edit file holds.
@@ -32,6 +45,7 @@ class EditRecord:
         rendered: The templates of the settings as the model reads them. Empty if they are not known.
         model_type: The type of the whole model, by whose rules peft renames the adapters of experts. None for an edit
             of dense layers.
+        retained: For each row of a retained name in the systems of the updates, to whom it belongs.
     """
 
     concepts: list[Concept]
@@ -43,6 +57,7 @@ class EditRecord:
     computed_with: Mapping[str, Any] = field(default_factory=dict)
     rendered: tuple[RenderedTemplate, ...] = ()
     model_type: str | None = None
+    retained: tuple[RetainedKey, ...] = ()
 
     def __repr__(self) -> str:
         """Return one line, such as "Edit(3 concepts, layers=(4, 5), method='whitened', model='…')"."""

@@ -75,14 +75,14 @@ class RetainReport:
     """The impact of an edit on all retained names.
 
     Attributes:
-        given: Whether the caller gave the names. If not, they are the redirects of the concepts and the controls.
+        given: Whether the caller gave names, which precede the controls then. If not, the redirects of the concepts do.
         count: Number of names measured, each at all keys of its name in the unedited model.
         mean: Mean of `share` over the names, for the whole update.
         moved: The names with the largest shares for the whole update, at most 20, largest first.
         worst: The pairs of a name and a concept with the largest shares for the concept's part of the update, at most
             20, largest first. The parts of all concepts sum to the update.
         controls: The names that were chosen because an edit of the concepts is likely to harm them, see
-            `rocr.edit.controls`. Empty if the caller gave the names.
+            `rocr.edit.controls`.
     """
 
     given: bool
@@ -166,7 +166,7 @@ class RetainedNames:
         self._by_pair = dict(largest[:MAX_REPORTED])
 
     def most_moved(self, concepts: Sequence[str], count: int) -> list[tuple[str, str | None]]:
-        """Return the given names or the controls with the largest shares so far, each with the concept that moves it.
+        """Return names with the largest shares so far, each with the concept that moves it: given ones, then controls.
 
         Of the controls, these are at first the most moved one of each concept, then the second, and so on. Names that
         begin with the same tokens often have the same share, and those of the package's list come first then.
@@ -179,14 +179,13 @@ class RetainedNames:
         for (name, concept), _ in sorted(self._by_pair.items(), key=lambda item: item[1][0]):
             concept_of[self.names[name]] = concepts[concept]
         shares = {name: self._by_name[i][0] for i, name in enumerate(self.names)}
-        if self.given:
-            order = sorted(self.names, key=lambda name: -shares[name])
-        else:
+        order = sorted(self.names[: -len(self.controls) or None], key=lambda name: -shares[name]) if self.given else []
+        if len(order) < count:
             ranked = sorted(self.controls, key=lambda control: (-round(shares[control.name], 3), not control.listed))
             of_concept: dict[str, list[str]] = {}
             for control in ranked:
                 of_concept.setdefault(control.concept, []).append(control.name)
-            order = [name for names in zip_longest(*of_concept.values()) for name in names if name is not None]
+            order += [name for names in zip_longest(*of_concept.values()) for name in names if name is not None]
         return [(name, concept_of.get(name)) for name in order[:count]]
 
     def report(self, concepts: Sequence[str]) -> RetainReport:
@@ -222,10 +221,11 @@ def read_retained_names(
         architecture: The model.
         tokenizer: Its tokenizer.
         concepts: The concepts that are unlearned.
-        names: The retained names. None stands for the redirects, at most 200 of them, and the controls.
+        names: The retained names. None stands for the redirects, at most 200 of them, and the controls. Names that are
+            given are followed by the controls if the settings have a weight for them; no name, by none.
         config: The settings, with layers.
         progress: Called after every batch.
-        propose: Whether the model proposes some of the controls.
+        propose: Whether the model proposes some of the controls, also if they are only measured.
 
     Returns:
         The names with their keys. None if there is no name to measure.
@@ -238,13 +238,20 @@ def read_retained_names(
     controls: list[Control] = []
     if names is not None:
         chosen = _checked_names(names, concepts)
-    else:
+        if not chosen:
+            return None
+    if names is None or config.retain_weight > 0:
         layer = min(config.layer_numbers)
+        propose = propose or config.retain_weight > 0
         controls = choose_controls(architecture, tokenizer, concepts, layer, propose=propose, progress=progress)
+        given = set(map(folded, chosen))
+        controls = [control for control in controls if folded(control.name) not in given]
         chosen += [control.name for control in controls]
-    if not chosen:
-        return None
-    reading, name_of = plan_names(tokenizer, chosen, config, architecture.kind)
+    # A control is read in the templates of its concept, where the two share their beginning.
+    kind_of = {concept.name: concept.kind for concept in concepts}
+    owners = {control.name: control.concept for control in controls}
+    kinds = [kind_of[owners[name]] if name in owners else None for name in chosen]
+    reading, name_of = plan_names(tokenizer, chosen, config, architecture.kind, kinds)
     reading.check_positions([chosen[name] for name in name_of], positions_of(architecture.model))
     layers = config.layer_numbers
     states = read_layers(architecture, reading, max(layers), layers, progress=progress, stage="retained names")

@@ -66,6 +66,10 @@ class Task:
         offset = len(self.base_edit.concepts)
         return [*self.base_edit.concept_of, *(offset + concept for concept in self.plan.concept_of)]
 
+    def weights(self, like: Tensor) -> Tensor:
+        """Return (n,) the weights of the new keys, in the dtype and on the device of a tensor."""
+        return torch.tensor(self.plan.weights).to(like)
+
     def routing(self, layer: int, states: States, touched: Sequence[int], statistics: Statistics) -> list[LayerRouting]:
         """Return how the concepts are routed in a layer, those of the base edit first; empty for a dense layer."""
         if states.routing is None:
@@ -188,7 +192,7 @@ class Goals:
         """
         first = (self.states - self.start).norm(dim=1)
         shares = (self.states - hidden).norm(dim=1) / first.clamp(min=1e-12)
-        return mean_by_concept(shares, task.plan.concept_of, first)
+        return mean_by_concept(shares, task.plan.concept_of, first * task.weights(first).sqrt())
 
     def moved(self, hidden: Tensor, task: Task) -> list[float]:
         """Return how far states (n, d_out) moved towards the goals by new concept, as a share of the whole way.
@@ -198,7 +202,7 @@ class Goals:
         way = self.states - self.start
         squares = way.square().sum(dim=1)
         shares = ((hidden - self.start) * way).sum(dim=1) / squares.clamp(min=1e-24)
-        return mean_by_concept(shares, task.plan.concept_of, squares)
+        return mean_by_concept(shares, task.plan.concept_of, squares * task.weights(squares))
 
 
 @dataclass(frozen=True)
@@ -218,7 +222,7 @@ class LayerSystem:
     residuals: Tensor
 
     def metric(
-        self, moments: Sequence[Tensor], config: EditConfig, templates: States | None
+        self, moments: Sequence[Tensor], config: EditConfig, templates: States | None, retained: Tensor | None = None
     ) -> WhitenedMetric | ProjectedMetric | WeighedKeys:
         """Return the metric of a dense layer, or the keys of a mixture under its metric.
 
@@ -226,6 +230,7 @@ class LayerSystem:
             moments: The second moment of each block.
             config: The settings.
             templates: The keys of the templates' own tokens.
+            retained: The keys of retained names, which follow the others in the product of a mixture.
         """
         if not self.blocks.is_mixture:
             (moment,) = moments
@@ -235,7 +240,8 @@ class LayerSystem:
         if templates is not None and templates.keys is not None:
             places = zip(templates.blocks, self.blocks.columns(templates.blocks), strict=True)
             template_keys = {block: templates.keys[:, place] for block, place in places}
-        return weigh_keys(self.keys, columns, moments, config, template_keys)
+        keys = self.keys if retained is None else torch.cat([self.keys, retained])
+        return weigh_keys(keys, columns, moments, config, template_keys)
 
 
 def keys_and_residuals(task: Task, layer: int, states: States, goals: Goals, layers_left: int) -> LayerSystem:
@@ -252,6 +258,9 @@ def keys_and_residuals(task: Task, layer: int, states: States, goals: Goals, lay
         residuals = divide_by_gains(residuals, states.gains.to(blocks.device), len(blocks.blocks[0].weight))
     task.check_finite("keys", layer, keys)
     task.check_finite("residuals", layer, residuals)
+    if any(weight != 1 for weight in task.plan.weights):
+        roots = task.weights(residuals).sqrt()[:, None]
+        keys, residuals = keys * roots, residuals * roots
     touched = states.blocks
     if not touched:
         raise InputError(

@@ -13,7 +13,7 @@ from rocr.io.json_values import flag_of, text_of, whole_number_of
 from rocr.model.block import Block
 from rocr.model.blocks import LayerBlocks, arranged, column_slices
 from rocr.solve.factors import Factors
-from rocr.solve.solve import Solution, System
+from rocr.solve.solve import RetainedRows, Solution, System
 
 
 @dataclass(frozen=True)
@@ -202,6 +202,10 @@ def _with_parts(update: LayerUpdate, parts: tuple[Part, ...]) -> LayerUpdate:
     system = update.system
     if system is not None and system.product is not None:
         system = replace(system, product=arranged(system.product, held, wanted))
+    if system is not None and system.retained is not None:
+        retained = system.retained
+        products = None if retained.product is None else arranged(retained.product, held, wanted)
+        system = replace(system, retained=RetainedRows(arranged(retained.keys, held, wanted), products))
     factors = Factors(update.factors.left, arranged(update.factors.right, held, wanted))
     return replace(
         update, parts=parts, keys=arranged(update.keys, held, wanted), factors=factors, system=system, applied=None

@@ -24,6 +24,30 @@ CONDITION_STEPS = 50
 
 
 @dataclass(frozen=True)
+class RetainedRows:
+    """The rows of a system whose residual is 0: the keys of names whose outputs an update keeps.
+
+    Attributes:
+        keys: H (h, d_in) float32, each key times the root of its weight.
+        product: H M (h, d_in) float32. None if the system has the metric.
+    """
+
+    keys: Tensor
+    product: Tensor | None = None
+
+    def of(self, rows: Tensor) -> RetainedRows:
+        """Return some of the rows, given by a mask (h,) or indices."""
+        return RetainedRows(self.keys[rows], None if self.product is None else self.product[rows])
+
+    def joined(self, other: RetainedRows) -> RetainedRows:
+        """Return these rows followed by others; with a product if both have one."""
+        keys = torch.cat([self.keys, other.keys.to(self.keys)])
+        if self.product is None or other.product is None:
+            return RetainedRows(keys)
+        return RetainedRows(keys, torch.cat([self.product, other.product.to(self.product)]))
+
+
+@dataclass(frozen=True)
 class System:
     """The part of a system that is needed to solve an update again for other keys, without the statistics.
 
@@ -31,11 +55,13 @@ class System:
         ridge: λ > 0, in units of a squared key.
         product: K M (n, d_in) float32, one row for each key, if n <= d_in.
         metric: M, if n > d_in; it is then smaller than K M.
+        retained: The rows of retained names. None if there are none.
     """
 
     ridge: float
     product: Tensor | None = None
     metric: FactoredMetric | None = None
+    retained: RetainedRows | None = None
 
 
 @dataclass(frozen=True)
@@ -82,14 +108,25 @@ class Solution:
         return lambda rows: metric.root(keys[rows]).double() @ response
 
 
-def solve_layer(keys: Tensor, residuals: Tensor, metric: FactoredMetric | WeighedKeys, ridge: float) -> Solution:
+def solve_layer(
+    keys: Tensor,
+    residuals: Tensor,
+    metric: FactoredMetric | WeighedKeys,
+    ridge: float,
+    retained: Tensor | None = None,
+    used: Tensor | None = None,
+) -> Solution:
     """Solve the update Δ = Rᵀ (K M Kᵀ + λI)⁻¹ K M of one layer.
+
+    With retained keys H, K is [K; H] and R is [R; 0] there: Δ minimises |K Δᵀ − R|² + |H Δᵀ|² + λ tr(Δ M⁻¹ Δᵀ).
 
     Args:
         keys: K (n, d_in) float32.
         residuals: R (n, d_out) float32.
-        metric: M, or the product K M for a mixture of experts.
+        metric: M; or the product of the keys, followed by the retained ones, with M, for a mixture of experts.
         ridge: λ > 0, in units of a squared key.
+        retained: H (h, d_in) float32, the keys of retained names times the root of their weight. None for none.
+        used: (h,) mask of the rows of H that take part in the solve. None for all.
 
     Raises:
         GuardError: The system is not finite, or is singular to working precision.
@@ -98,32 +135,53 @@ def solve_layer(keys: Tensor, residuals: Tensor, metric: FactoredMetric | Weighe
         Ye, Zhang and Wu, arXiv 2506.07795. The authors solve a (d_in, d_in) system (Acruxos/ORT); this is the same
         update by the push-through identity.
     """
+    n = len(keys)
     if isinstance(metric, WeighedKeys):
-        return solve_again(keys, residuals, System(ridge, product=metric.product))
-    if len(keys) > keys.shape[1]:
-        return solve_again(keys, residuals, System(ridge, metric=metric))
-    return solve_again(keys, residuals, System(ridge, product=metric.apply(keys).float()))
+        rows = None if retained is None else RetainedRows(retained, metric.product[n:])
+        system = System(ridge, product=metric.product[:n], retained=rows)
+    elif n > keys.shape[1]:
+        system = System(ridge, metric=metric, retained=None if retained is None else RetainedRows(retained))
+    else:
+        rows = None if retained is None else RetainedRows(retained, metric.apply(retained).float())
+        system = System(ridge, product=metric.apply(keys).float(), retained=rows)
+    return solve_again(keys, residuals, system, used)
 
 
-def solve_again(keys: Tensor, residuals: Tensor, system: System) -> Solution:
+def solve_again(keys: Tensor, residuals: Tensor, system: System, used: Tensor | None = None) -> Solution:
     """Solve an update from a stored system.
 
     Args:
         keys: K (n, d_in) float32, the keys of the rows of `system.product`.
         residuals: R (n, d_out) float32.
-        system: K M or M, and λ.
+        system: K M or M, λ and the rows of retained names.
+        used: (h,) mask of the rows of retained names that take part in the solve. None for all.
 
     Raises:
         GuardError: The system is not finite, or is singular to working precision.
     """
+    retained = system.retained if used is None or system.retained is None else system.retained.of(used)
     if system.metric is not None:
-        return _solve_wide(keys, residuals, system.metric, system)
+        return _solve_wide(keys, residuals, system.metric, system, retained)
     assert system.product is not None, "a system contains a product or a metric"
-    left, right, solved = solve_weighted(keys, residuals, system.product, system.ridge)
-    return Solution(Factors(left, right), _condition(solved, system.ridge), system)
+    if retained is None or not len(retained.keys):
+        left, right, solved = solve_weighted(keys, residuals, system.product, system.ridge)
+        return Solution(Factors(left, right), _condition(solved, system.ridge), system)
+    assert retained.product is not None, "a system with a product has the products of all of its rows"
+    n = len(keys)
+    left, right, solved = solve_weighted(
+        torch.cat([keys, retained.keys.to(keys)]),
+        torch.cat([residuals, residuals.new_zeros(len(retained.keys), residuals.shape[1])]),
+        torch.cat([system.product, retained.product.to(system.product)]),
+        system.ridge,
+    )
+    # The columns of left for residuals of 0 are 0.
+    factors = Factors(left[:, :n].contiguous(), right[:n].contiguous())
+    return Solution(factors, _condition(solved, system.ridge), system)
 
 
-def _solve_wide(keys: Tensor, residuals: Tensor, metric: FactoredMetric, system: System) -> Solution:
+def _solve_wide(
+    keys: Tensor, residuals: Tensor, metric: FactoredMetric, system: System, retained: RetainedRows | None
+) -> Solution:
     """Solve the same update as a (d_in, d_in) system: Δ = Rᵀ G (GᵀG + λI)⁻¹ Bᵀ with G = K B, M = B Bᵀ.
 
     It needs the memory of one (d_in, d_in) and one (d_out, d_in) float64 matrix and of a chunk of rows, for any number
@@ -137,6 +195,9 @@ def _solve_wide(keys: Tensor, residuals: Tensor, metric: FactoredMetric, system:
         reduced = metric.root(keys[rows]).double()
         moment.addmm_(reduced.T, reduced)
         cross.addmm_(residuals[rows].double().T, reduced)
+    if retained is not None:
+        reduced = metric.root(retained.keys.to(keys)).double()
+        moment.addmm_(reduced.T, reduced)
     solved = factor_gram(moment, system.ridge, len(keys))
     update = metric.root_transposed(solve_by_factor(solved.factor, cross.T).T.float()).float().contiguous()
     return Solution(Factors.of_matrix(update), _condition(solved, system.ridge), system, solved.factor)

@@ -27,10 +27,14 @@ CASES = {  # setting: what the base has besides, and another value
     "contexts": ({}, "official"),
     "token_schedule": ({"token_schedule": "full"}, "predicted"),
     "template_weight": ({"template_weight": 0.0}, 1.0),
+    "retain_weight": ({}, 0.0),
+    "variants": ({}, "spelling"),
+    "variant_weight": ({"variants": "spelling"}, 3.0),
     "measure": ({}, "once"),
     "seed": ({}, 7),
     "chat": ({"templates": (rocr.Template("Who is {}?", chat=True),)}, rocr.ChatSettings(system="Answer in verse.")),
 }
+RETAIN = ["Grace Hopper"]
 ENCODERS = {"closing_keys": "test_encoders.py"}
 """Settings of text encoders, and where their effect is tested."""
 
@@ -41,7 +45,7 @@ def edit_of(model, tokenizer, statistics, concepts):
 
     def run(config, given=statistics):
         edited = copy.deepcopy(model)
-        edit = rocr.unlearn(edited, tokenizer, concepts, given, config, guards=rocr.Guards(force=True))
+        edit = rocr.unlearn(edited, tokenizer, concepts, given, config, guards=rocr.Guards(force=True), retain=RETAIN)
         pairs = zip(edited.model.layers, model.model.layers, strict=True)
         return torch.stack(
             [(new.mlp.down_proj.weight - old.mlp.down_proj.weight).detach().double() for new, old in pairs]
