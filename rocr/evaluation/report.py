@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rocr.evaluation.scores import Evaluation, compare_evaluations, relative_fall
+from rocr.evaluation.scores import CHOICE_FORMS, Evaluation, compare_evaluations, relative_fall
 from rocr.io.json_values import json_text
 from rocr.io.output import new_file
 from rocr.io.visible import visible
@@ -68,7 +68,7 @@ def table_rows(evaluation: Evaluation, before: Evaluation | None = None) -> list
             rows.append(
                 (
                     split,
-                    form + (" (derived)" if score.derived and form != "mcp" else ""),
+                    form + (" (derived)" if score.derived and form not in CHOICE_FORMS else ""),
                     f"{change.before:.3f}" if change else "",
                     f"{score.score:.3f}",
                     f"{100 * change.fall:.1f}%" if change else "",
