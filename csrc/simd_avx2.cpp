@@ -15,7 +15,11 @@ static bool is_supported() { return __builtin_cpu_supports("avx2") && __builtin_
 
 extern const Simd avx2;
 const Simd avx2 = {"avx2", is_supported, tile_rows, tile_columns, 192, multiply_first<tile_vectors>,
-                   pack,   add};
+                   pack,
+                   add,
+                   multiply_support_first<tile_vectors>,
+                   find_support,
+                   multiply_pairs};
 
 }  // namespace rocr
 #endif

@@ -18,7 +18,11 @@ static bool is_supported() {
 
 extern const Simd avx512;
 const Simd avx512 = {"avx512", is_supported, tile_rows, tile_columns, 512, multiply_first<tile_vectors>,
-                     pack,     add};
+                     pack,
+                     add,
+                     multiply_support_first<tile_vectors>,
+                     find_support,
+                     multiply_pairs};
 
 }  // namespace rocr
 #endif
