@@ -93,7 +93,8 @@ def update_support(
 
 def solve_on_support(weight: Tensor, keys: Tensor, residuals: Tensor, basis: Tensor, ridge: float) -> Tensor:
     """Return the coefficients (d_out, m) of each row, in one call."""
-    return solve_on_support_op(weight, keys, residuals, basis, ridge)
+    coefficients: Tensor = solve_on_support_op(weight, keys, residuals, basis, ridge)
+    return coefficients
 
 
 @torch.library.custom_op("rocr::cpp_second_moment", mutates_args=("total",))

@@ -144,7 +144,7 @@ def products_on_support(weight: Tensor, keys: Tensor, basis: Tensor) -> Tensor:
     for start in range(0, len(keys), step):
         some = keys[start : start + step]
         pairs = (some[:, None] * basis).flatten(0, 1)  # the products of one element of a key and one of the basis
-        found[:, start : start + step] = (support @ pairs.T).unflatten(1, (len(some), len(basis)))
+        found[:, start : start + step] = (support @ pairs.T).view(-1, len(some), len(basis))
     return found
 
 
