@@ -76,7 +76,7 @@ def low_rank_update(
     seed: int,
 ) -> None:
     """Add scale * left @ right to every weight, in one call."""
-    low_rank_update_op(list(weights), list(lefts), list(rights), scale, rounding == "stochastic", False, seed)
+    low_rank_update_op(list(weights), list(lefts), list(rights), scale, rounding == "stochastic", seed)
 
 
 def update_support(
@@ -88,7 +88,7 @@ def update_support(
     seed: int,
 ) -> None:
     """Add scale * left @ right to the elements of every weight that are not zero, in one call."""
-    low_rank_update_op(list(weights), list(lefts), list(rights), scale, rounding == "stochastic", True, seed)
+    low_rank_update_op(list(weights), list(lefts), list(rights), scale, rounding == "stochastic", seed, True)
 
 
 def solve_on_support(weight: Tensor, keys: Tensor, residuals: Tensor, basis: Tensor, ridge: float) -> Tensor:
@@ -147,8 +147,8 @@ def low_rank_update_op(
     rights: list[Tensor],
     scale: float,
     stochastic: bool,
-    keep_zeros: bool,
     seed: int,
+    keep_zeros: bool = False,
 ) -> None:
     """Add scale * left @ right to every weight, or where it is not zero; factors are float32 and contiguous."""
     import rocr._C as kernels
@@ -214,8 +214,8 @@ def _(
     rights: list[Tensor],
     scale: float,
     stochastic: bool,
-    keep_zeros: bool,
     seed: int,
+    keep_zeros: bool = False,
 ) -> None:
     return None
 

@@ -256,10 +256,11 @@ def solve_on_support(
         `low_rank_update(weight, z, basis, keep_zeros=True)` adds.
 
     Raises:
-        InputError: A shape, dtype, device, the ridge or the backend is not valid.
+        InputError: A shape, dtype, device, the ridge or the backend is not valid, or a CUDA graph is being captured.
         GuardError: Elements are not finite, or a system is singular to working precision.
     """
     checks.check_solve_on_support(weight, keys, residuals, basis, ridge)
+    _refuse_capture("solve_on_support", keys)
     chosen = _choose(backend, weight.device)
     if not isinstance(chosen, SupportBackend):
         raise _lacks(backend, "solve on a support", SupportBackend, weight.device)
@@ -299,17 +300,22 @@ def solve_update(
         push-through identity.
     """
     checks.check_solve(keys, residuals, ridge)
-    if keys.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise InputError(
-            "solve_update cannot be captured in a CUDA graph, since it waits for the device to check values: call it "
-            "outside of the capture."
-        )
+    _refuse_capture("solve_update", keys)
     require_finite("keys", keys)
     require_finite("residuals", residuals)
     weighted_keys = apply_metric(metric, keys)
     require_finite("keys @ metric", weighted_keys)
     left, right, _ = solve_weighted(keys, residuals, weighted_keys, ridge)
     return left, right
+
+
+def _refuse_capture(operation: str, keys: Tensor) -> None:
+    """Raise InputError while a CUDA graph is being captured."""
+    if keys.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise InputError(
+            f"{operation} cannot be captured in a CUDA graph, since it waits for the device to check values: call it "
+            "outside of the capture."
+        )
 
 
 def _lacks(backend: str | None, operation: str, interface: type, device: torch.device) -> InputError:
