@@ -177,7 +177,6 @@ bool solve_on_support(const SupportSolve& solve, int threads, const Simd& simd) 
   const std::int64_t worker_floats =
       divide_up(call.support_floats() + call.panel_floats() + call.sum_floats(), line_floats) * line_floats;
   const Buffer memory(threads * worker_floats);
-  std::fill(memory.data(), memory.data() + threads * worker_floats, 0.0f);
   std::atomic<bool> solved{true};
   run_phases(threads, 1, items, [&](int worker, std::int64_t, std::int64_t item) {
     float* support = memory.data() + worker * worker_floats;
