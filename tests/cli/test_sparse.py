@@ -9,6 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import rocr
+from rocr.model.load import find_model, load_model
+from rocr.model.quantised.opening import open_down_projections
 from tests.support.quantised import write_fp8
 from tests.support.vision import stored_tensors
 
@@ -179,14 +181,20 @@ def test_a_mixture_of_experts(mixture, make_model, prune, files, concept, comman
     assert all(torch.equal(back[name], before[name]) for name in before)
 
 
-def test_zeros_of_a_quantisation_are_not_kept(files, command, tmp_path):
-    quantised = write_fp8(tmp_path / "fp8")
-    for path in quantised.glob("*.safetensors"):
+@pytest.fixture
+def quantised(tmp_path):
+    """An FP8 model with down-projections of which half are zeros."""
+    folder = write_fp8(tmp_path / "fp8")
+    for path in folder.glob("*.safetensors"):
         tensors = load_file(path)
         for name in tensors:
             if is_edited(name) and tensors[name].element_size() == 1:
                 tensors[name].view(torch.uint8)[:, ::2] = 0
         save_file(tensors, path, metadata={"format": "pt"})
+    return folder
+
+
+def test_zeros_of_a_quantisation_are_not_kept(quantised, files, command, tmp_path):
     given = ("--concept", "Ada Byron", "--redirect", "Blaise Pascal", "--text", files.text, *LAYERS, "--force")
     done = command("unlearn", quantised, *given, "--keep-zeros", "--out", tmp_path / "out")
     assert done.code == 2 and "a zero is a value of the quantisation there" in " ".join(done.errors.split())
@@ -196,3 +204,27 @@ def test_zeros_of_a_quantisation_are_not_kept(files, command, tmp_path):
     edit = rocr.Edit.load(tmp_path / "out" / "edit.safetensors")
     assert edit.updates[0].factors.support is None
     assert edit.config.keep_zeros is False
+
+
+def test_an_edit_that_keeps_zeros_of_a_quantised_model_is_written_plain(quantised, files, command, tmp_path):
+    loaded = load_model(find_model(str(quantised)))
+    open_down_projections(loaded, 2)
+    with torch.no_grad():
+        # Of an own model, in which the zeros are wanted.
+        weights = [loaded.architecture.down_projection(layer).module.weight for layer in (1, 2)]
+        texts = files.text.read_text().split(". ")
+        statistics = rocr.collect_statistics(loaded.model, loaded.tokenizer, texts, layers=[1, 2])
+        zeros = [weight == 0 for weight in weights]
+    config = rocr.EditConfig(layers=(1, 2), token_schedule="full", keep_zeros=True)
+    guards = rocr.Guards(force=True)
+    concepts = [rocr.Concept("Ada Byron", "Blaise Pascal")]
+    edit = rocr.unlearn(loaded.model, loaded.tokenizer, concepts, statistics, config, guards=guards, retain=[])
+    edit.save(tmp_path / "edit.safetensors")
+    given = ("apply", quantised, tmp_path / "edit.safetensors", "--out", tmp_path / "out")
+    done = command(*given, "--quantised", "keep")
+    assert done.code == 2 and "a weight that is quantised again is corrected" in " ".join(done.errors.split())
+    assert not (tmp_path / "out").exists()
+    run(command, *given, "--quantised", "plain")
+    written = stored_tensors(tmp_path / "out")
+    for layer, zero in zip((1, 2), zeros, strict=True):
+        assert torch.equal(written[f"model.layers.{layer}.mlp.down_proj.weight"] == 0, zero)
