@@ -13,6 +13,7 @@ from rocr.edit.weight import Weight
 from rocr.errors import InputError
 from rocr.model.blocks import LayerBlocks, column_slices
 from rocr.model.tensor_parallel import own, own_part, whole
+from rocr.solve.support import density
 
 SPARSE = 0.2
 """Share of exact zeros above which a weight is sparse, so that an edit keeps its zeros unless it is told not to.
@@ -21,8 +22,7 @@ Weights that are trained and not pruned have next to none; patterns such as 2:4 
 
 def share_of_zeros(blocks: LayerBlocks, chosen: Sequence[int]) -> float:
     """Return the share of exact zeros in the weights of some blocks of a layer."""
-    weights = [whole(blocks.blocks[block].weight) for block in chosen]
-    return 1 - sum(int(weight.count_nonzero()) for weight in weights) / sum(weight.numel() for weight in weights)
+    return 1 - density(_support_of(blocks, chosen))
 
 
 def find_support(config: EditConfig, blocks: LayerBlocks, chosen: Sequence[int]) -> Tensor | None:
@@ -38,10 +38,15 @@ def find_support(config: EditConfig, blocks: LayerBlocks, chosen: Sequence[int])
     """
     if config.keep_zeros is False:
         return None
-    share = share_of_zeros(blocks, chosen)
-    if share <= (0.0 if config.keep_zeros else SPARSE):
-        return None
-    return torch.cat([whole(blocks.blocks[block].weight) != 0 for block in chosen], dim=1)
+    support = _support_of(blocks, chosen)
+    return support if 1 - density(support) > (0.0 if config.keep_zeros else SPARSE) else None
+
+
+def _support_of(blocks: LayerBlocks, chosen: Sequence[int]) -> Tensor:
+    """Return where the weights of blocks, side by side, are not zero."""
+    # A conversion to bool takes half the time of a comparison with 0.
+    found = [whole(blocks.blocks[block].weight).detach().bool() for block in chosen]
+    return found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
 
 def check_zeros(weight: Weight, support: Tensor) -> None:
