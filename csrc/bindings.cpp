@@ -39,8 +39,8 @@ rocr::LowRankUpdate make_update(std::uintptr_t weight, rocr::DType dtype, std::i
           pointer<const float*>(right)};
 }
 
-void low_rank_update(const std::vector<rocr::LowRankUpdate>& updates, float scale, bool stochastic, bool keep_zeros,
-                     std::uint64_t seed, int threads, const std::string& simd) {
+void low_rank_update(const std::vector<rocr::LowRankUpdate>& updates, float scale, bool stochastic,
+                     std::uint64_t seed, int threads, const std::string& simd, bool keep_zeros) {
   rocr::low_rank_update(updates, scale, stochastic, keep_zeros, seed, threads, rocr::find_simd(simd));
 }
 
@@ -81,7 +81,7 @@ PYBIND11_MODULE(_C, module) {
              py::arg("offsets"), py::arg("size"), py::arg("dtype"), py::arg("threads"), py::arg("simd") = "",
              py::call_guard<py::gil_scoped_release>());
   module.def("low_rank_update", &low_rank_update, py::arg("updates"), py::arg("scale"), py::arg("stochastic"),
-             py::arg("keep_zeros"), py::arg("seed"), py::arg("threads"), py::arg("simd") = "",
+             py::arg("seed"), py::arg("threads"), py::arg("simd") = "", py::arg("keep_zeros") = false,
              py::call_guard<py::gil_scoped_release>());
   module.def("solve_on_support", &solve_on_support, py::arg("weight"), py::arg("bytes"), py::arg("rows"),
              py::arg("columns"), py::arg("stride"), py::arg("keys"), py::arg("key_count"), py::arg("basis"),

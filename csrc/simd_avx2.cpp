@@ -7,6 +7,7 @@
 #define ROCR_TILE_VECTORS 3
 #define ROCR_WIDEN(halves) \
   (Bits) _mm256_cvtepu16_epi32((__m128i)(halves))  // without it GCC emits three instructions
+#define ROCR_WIDEN_BYTES(bytes) (Bits) _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long)(bytes)))  // likewise
 #include "simd_kernels.h"
 
 namespace rocr {

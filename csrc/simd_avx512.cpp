@@ -7,6 +7,7 @@
 #define ROCR_TILE_VECTORS 3
 #define ROCR_WIDEN(halves) \
   (Bits) _mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)(halves))  // without it GCC emits three instructions
+#define ROCR_WIDEN_BYTES(bytes) (Bits) _mm512_maskz_cvtepu8_epi32(0xffff, (__m128i)(bytes))  // likewise
 #include "simd_kernels.h"
 
 namespace rocr {

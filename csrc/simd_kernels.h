@@ -11,6 +11,9 @@
 #if !defined(ROCR_WIDEN)
 #define ROCR_WIDEN(halves) __builtin_convertvector(halves, Bits)
 #endif
+#if !defined(ROCR_WIDEN_BYTES)
+#define ROCR_WIDEN_BYTES(bytes) __builtin_convertvector(bytes, Bits)
+#endif
 #define ROCR_INLINE ROCR_TARGET __attribute__((always_inline)) inline
 
 namespace rocr {
@@ -92,7 +95,7 @@ void multiply_support_first(std::int64_t count, std::int64_t depth, const float*
 
 template <std::int64_t bytes>
 ROCR_INLINE Bits magnitude(const char* source) {
-  if (bytes == 1) return __builtin_convertvector(*reinterpret_cast<const Bytes*>(source), Bits);
+  if (bytes == 1) return ROCR_WIDEN_BYTES(*reinterpret_cast<const Bytes*>(source));
   if (bytes == 2) return ROCR_WIDEN(*reinterpret_cast<const Halves*>(source)) & 0x7fff;
   return *reinterpret_cast<const Bits*>(source) & magnitude_bits;
 }
