@@ -25,6 +25,7 @@ from rocr.cli.outputs import check_parts, check_writable, show_adapter, write_ou
 from rocr.cli.parsing import Arguments, argument, choice, command, flag, option
 from rocr.cli.tables import show_report
 from rocr.cli.values import DIR, FILE
+from rocr.cli.zeros import with_zeros
 from rocr.concepts import (
     MAX_CONCEPTS,
     Concept,
@@ -94,6 +95,12 @@ setting = partial(option, group="Settings")
 @setting("--variant-weight", "Weight of a variant against a name of the concept (default: 0.3).", type=float)
 @setting("--held-weight", "Old name of --template-weight.", type=float)
 @setting("--reach", "Old name of --token-schedule: whole is full, gradual is ramp.", type=choice("gradual", "whole"))
+@flag(
+    "--keep-zeros",
+    "Keep elements of the edited weights that are exactly zero (default: where more than 20% of a weight are).",
+    group="Settings",
+)
+@flag("--fill-zeros", "Edit a sparse model as a dense one, also where its weights are zero.", group="Settings")
 @flag("--force", "Continue past the safety limits of an edit; the report says so.", group="Settings")
 @setting(
     "--template",
@@ -147,7 +154,7 @@ def unlearn(arguments: Arguments, console: Console) -> dict[str, Any]:
         loaded = load(arguments, source, last_layer)
         open_quantised(loaded, config, 0 if statistics is None else statistics.fingerprint.layer)
     asked = answerable(loaded, asked, console)
-    config = _with_layers(config, loaded)
+    config = with_zeros(_with_layers(config, loaded), loaded, arguments, console)
     check_writable(arguments, loaded, config.layer_numbers)
     before = ask_model(loaded, asked, arguments, console, "answers before")
     if statistics is None:
@@ -227,6 +234,10 @@ def _config(arguments: Arguments, console: Console) -> EditConfig:
     given |= _renamed(arguments, console)
     if arguments.template:
         given["templates"] = tuple(Template(text, chat=True) for text in arguments.template)
+    if arguments.keep_zeros and arguments.fill_zeros:
+        raise InputError("--keep-zeros and --fill-zeros contradict each other: give one of them.")
+    if arguments.keep_zeros or arguments.fill_zeros:
+        given["keep_zeros"] = arguments.keep_zeros
     config = EditConfig.official() if arguments.official else EditConfig()
     return dataclasses.replace(config, chat=arguments.chat, **given)
 

@@ -116,6 +116,8 @@ EFFECTS = {
         "--variants": changes("--variants", "spelling"),
         "--variant-weight": changes("--variant-weight", 3, base=("--variants", "spelling")),
         "--held-weight": changes("--held-weight", 0.5),
+        "--keep-zeros": "test_sparse.py::test_the_options",
+        "--fill-zeros": "test_sparse.py::test_the_options",
         "--key-tokens": changes("--key-tokens", "last"),
         "--keys-per-concept": changes("--keys-per-concept", "all"),
         "--token-schedule": changes("--token-schedule", "ramp"),
