@@ -161,7 +161,11 @@ def test_a_step_follows_the_mean_gradient_of_its_examples():
         yield weight.square().sum()
 
     schedule = Schedule(0.1, batch=2, epochs=1, optimizer="sgd", clip=None, seed=3)
-    assert [schedule.count(3), replace(schedule, least_steps=5).count(3), replace(schedule, steps=1).count(3)] == [2, 6, 1]
+    assert [schedule.count(3), replace(schedule, least_steps=5).count(3), replace(schedule, steps=1).count(3)] == [
+        2,
+        6,
+        1,
+    ]
     optimise([weight], 3, terms, replace(schedule, steps=1), rocr.progress.silent)
     mean = (rows[seen[0]] + rows[seen[1]]) / 2
     torch.testing.assert_close(weight.data, torch.tensor([1.0, 2.0]) - 0.1 * (mean + torch.tensor([2.0, 4.0])))

@@ -117,7 +117,10 @@ def test_fade_of_the_unedited_model_about_the_target_itself_is_zero(model, token
 
 
 def items(*values):
-    return [ItemScore(probe, subject, form, "forget", score, 0, 0, chance=chance) for probe, subject, form, score, chance in values]
+    return [
+        ItemScore(probe, subject, form, "forget", score, 0, 0, chance=chance)
+        for probe, subject, form, score, chance in values
+    ]
 
 
 def test_the_worst_case_of_each_fact():

@@ -1,14 +1,14 @@
 """How much of what was forgotten stays forgotten when the unlearned model is trained on ordinary questions.
 
 A LoRA adapter is trained for a number of steps, usually 32, on questions about other subjects with their answers:
-cross-entropy, AdamW with a rate of 2e-4 and batches of 4, as in `rocr.evaluation.attacks`. Facts about the target are
-not among them.
+cross-entropy, AdamW with a rate of 2e-4, one question a step. Facts about the target are not among them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 from torch import Tensor, nn
 
@@ -20,7 +20,7 @@ from rocr.evaluation.scores import Evaluation, mean
 from rocr.progress import ProgressCallback, silent
 
 STEPS = 32
-SCHEDULE = Schedule(2e-4, batch=4, epochs=1, warmup=0)
+SCHEDULE = Schedule(2e-4, batch=1, epochs=1, warmup=0)
 LEAST_FORGOTTEN = 0.05
 """Share of what was known that must be forgotten: of less, the share that is kept is noise."""
 
@@ -42,7 +42,7 @@ def tuned(
         InputError: The model has no query and value projections, or was loaded in inference mode.
         RocrError: A loss is not a finite number.
     """
-    schedule = Schedule(SCHEDULE.learning_rate, SCHEDULE.batch, epochs=1, warmup=0, seed=seed, steps=steps)
+    schedule = replace(SCHEDULE, seed=seed, steps=steps)
     with low_rank_adapter(model, seed) as parameters:
         with trainable(model):
 
