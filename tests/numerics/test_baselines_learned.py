@@ -40,7 +40,8 @@ RATES = {
 
 @pytest.fixture(scope="module")
 def learned(tokenizer):
-    """The model, and the mean score of each subject."""
+    """A model that answers all questions."""
+    torch.set_num_threads(1)
     model = build_model("Llama", len(tokenizer), hidden_size=64, intermediate_size=128, initializer_range=0.08)
     examples = question_examples(tokenizer, PROBES)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -91,7 +92,6 @@ def test_a_method_forgets_what_was_learned(method, comparison, learned, tokenize
     reports = []
     (result,) = compare_methods(comparison, [TARGET], [method], reports.append)
     forget, retain = scores(result.evaluation)
-    print(method, forget, retain)
     assert forget < 0.3, "of at least 0.8"
     assert retain > 2 * forget
     assert any(report.stage == "training" for report in reports)

@@ -15,7 +15,7 @@ from rocr.evaluation.baselines.tables import results_json, robustness_table
 from rocr.evaluation.fade import Fade, FadeMeasure, FadeOptions, end_tokens, fade_of, likelihood
 from rocr.evaluation.forms import PromptStyle
 from rocr.evaluation.lora_training import Example
-from rocr.evaluation.sampling import Sample, sample_continuations
+from rocr.evaluation.sampling import sample_continuations
 from rocr.evaluation.scores import ItemScore
 
 PROBES = [
