@@ -172,7 +172,7 @@ def _train(model: Any, examples: Sequence[Example], training: Training, progress
     steps_of_epoch = math.ceil(len(examples) / training.batch)
     epochs = max(training.epochs, math.ceil(training.least_steps / steps_of_epoch))
     steps = steps_of_epoch * epochs if training.steps is None else training.steps
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _cosine(min(training.warmup, steps // 2), steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine(min(training.warmup, steps // 2), steps))
     done = 0
     while done < steps:
         order = torch.randperm(len(examples)).tolist()
@@ -195,7 +195,7 @@ def _train(model: Any, examples: Sequence[Example], training: Training, progress
             progress(Progress("training", done, steps, "steps"))
 
 
-def _cosine(warmup: int, steps: int) -> Callable[[int], float]:
+def cosine(warmup: int, steps: int) -> Callable[[int], float]:
     """Return the factor of the learning rate by step: a linear warm-up, then half a cosine to 0."""
 
     def factor(step: int) -> float:

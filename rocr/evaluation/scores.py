@@ -152,6 +152,23 @@ class Evaluation:
         found = [score for _, score in self.worst(split).values()]
         return mean(found) if found else None
 
+    def worst_case(self, split: str = "forget") -> float | None:
+        """Return how much is left of each fact in the form or wording that reveals most of it; None without items.
+
+        For each probe the highest (score - chance)/(1 - chance) of its forms, at least 0, where the orders of a
+        multiple-choice question count as one form; the mean over the probes of each target, then over targets.
+        """
+        left: dict[tuple[str, int], dict[str, list[float]]] = {}
+        for item in self.items:
+            if item.split == split:
+                chance = item.chance or 0.0
+                share = (item.score - chance) / (1 - chance)
+                left.setdefault((item.subject, item.probe), {}).setdefault(item.form, []).append(share)
+        targets: dict[str, list[float]] = {}
+        for (subject, _), forms in left.items():
+            targets.setdefault(subject, []).append(max(0.0, *(mean(shares) for shares in forms.values())))
+        return mean(map(mean, targets.values())) if targets else None
+
     def known_probes(self, threshold: float) -> set[int]:
         """Return the indices of the probes that the model knows: those with a score of at least `threshold`.
 
@@ -200,6 +217,7 @@ class Evaluation:
             },
             "worst": {s: {"form": form, "score": score} for s, (form, score) in self.worst().items()},
             "worst_score": self.worst_score(),
+            "worst_case": self.worst_case(),
             "measures": self.measures,
             "probes": self.probes,
             "known": self.known,
