@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rocr.cli import options
@@ -13,6 +14,7 @@ from rocr.cli.arguments import (
     check_text,
     claim_output,
     collect,
+    files_read,
     last_layer_to_load,
     load,
     open_quantised,
@@ -109,6 +111,11 @@ setting = partial(option, group="Settings")
 @options.chat
 @options.statistics
 @options.text
+@option(
+    "--keep-statistics",
+    "File to write the statistics to that the run collects, for --statistics of the next run.",
+    type=FILE,
+)
 @questions
 def unlearn(arguments: Arguments, console: Console) -> dict[str, Any]:
     """Redirect concepts and save the edited model.
@@ -123,6 +130,7 @@ def unlearn(arguments: Arguments, console: Console) -> dict[str, Any]:
     _check_output(arguments, source)
     check_parts(arguments, source)
     check_text(arguments)
+    _check_kept_statistics(arguments, source)
 
     check_names("--control", arguments.control)
     asked = [] if arguments.no_answers else filled_questions(arguments, concepts)
@@ -151,6 +159,10 @@ def unlearn(arguments: Arguments, console: Console) -> dict[str, Any]:
     before = ask_model(loaded, asked, arguments, console, "answers before")
     if statistics is None:
         statistics = collect(arguments, loaded, config.layer_numbers, console)
+        if arguments.keep_statistics is not None:
+            # Before the edit, which a limit may refuse.
+            statistics.save(arguments.keep_statistics, overwrite=arguments.overwrite)
+            console.say(f"The statistics are in {arguments.keep_statistics}, for --statistics of the next run.")
     edit = _edit(loaded, concepts, statistics, config, arguments, console)
     concepts = edit.concepts  # with their redirects chosen
     after = ask_model(loaded, asked, arguments, console, "answers after")
@@ -192,6 +204,23 @@ def _check_output(arguments: Arguments, source: ModelSource) -> None:
         check_output(arguments.out, inputs=source.inputs, overwrite=arguments.overwrite)
     else:
         claim_output(arguments, source.inputs)
+
+
+def _check_kept_statistics(arguments: Arguments, source: ModelSource) -> None:
+    """Check that the file of --keep-statistics can be written.
+
+    Raises:
+        InputError: Nothing is collected, the file exists, or it is an input or lies in the output.
+    """
+    path = arguments.keep_statistics
+    if path is None:
+        return
+    if arguments.statistics is not None:
+        raise InputError("--keep-statistics needs statistics that are collected: leave out --statistics.")
+    place = Path(path).resolve()
+    if arguments.out is not None and Path(arguments.out).resolve() in (place, *place.parents):
+        raise InputError(f"--keep-statistics {path} lies in the output {arguments.out}: write it beside the folder.")
+    check_output(path, inputs=(*source.inputs, *files_read(arguments)), overwrite=arguments.overwrite)
 
 
 def _config(arguments: Arguments, console: Console) -> EditConfig:
