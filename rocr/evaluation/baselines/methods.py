@@ -125,7 +125,7 @@ def compare_methods(
     """
     robustness = robustness or Robustness()
     check_methods(methods, comparison.sequential)
-    check_inputs(comparison, methods, robustness)
+    check_inputs(comparison, targets, methods, robustness)
     groups = [tuple(targets[: i + 1]) for i in range(len(targets))] if comparison.sequential else []
     asked = [_Asked(comparison, group, robustness, progress) for group in groups]
     if comparison.sequential:
@@ -153,7 +153,9 @@ def check_methods(methods: Sequence[str], sequential: bool = False) -> None:
         )
 
 
-def check_inputs(comparison: MethodComparison, methods: Sequence[str], robustness: Robustness) -> None:
+def check_inputs(
+    comparison: MethodComparison, targets: Sequence[str], methods: Sequence[str], robustness: Robustness
+) -> None:
     """Raise InputError unless methods can change the model and have what they train on, before any of them runs."""
     for name in methods:
         METHOD[name].check(comparison.model)
@@ -162,7 +164,10 @@ def check_inputs(comparison: MethodComparison, methods: Sequence[str], robustnes
         adapted_modules(comparison.model)
         others.append("fine-tuning")
     if others and not comparison.retain:
-        check_others([probe for probe in comparison.probes if probe.split == "retain"], ", ".join(others))
+        for forgotten in [targets] if comparison.sequential else [[target] for target in targets]:
+            names = {folded(target) for target in forgotten}
+            asked = [probe for probe in comparison.probes if folded(probe.subject) not in names]
+            check_others(asked, ", ".join(others))
 
 
 def sequential_methods() -> tuple[str, ...]:
