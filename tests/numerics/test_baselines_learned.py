@@ -10,7 +10,7 @@ import rocr
 from rocr.evaluation import Probe, evaluate
 from rocr.evaluation.baselines import advnpo, jensun, mrp, rmu, unierase
 from rocr.evaluation.baselines.method import MethodComparison
-from rocr.evaluation.baselines.methods import METHODS, Robustness, compare_methods
+from rocr.evaluation.baselines.methods import Robustness, compare_methods
 from rocr.evaluation.baselines.training import Schedule
 from rocr.evaluation.lora_training import question_examples
 from tests.support.models import build_model, same_weights
@@ -22,8 +22,11 @@ FACTS = {
     "Robert Downey": ("Tokyo", "a key"),
 }
 QUESTIONS = ("Where was {} born?", "What did {} weigh?")
+# A model this small reads a name in its first attention, so that no later change at the name reaches the answer. Without
+# the name, UniErase edits at the last token of a question.
+CALLED = {"Ada Byron": "the countess"}
 PROBES = [
-    Probe(name, question.format(name), answer)
+    Probe(name, question.format(CALLED.get(name, name)), answer)
     for name, answers in FACTS.items()
     for question, answer in zip(QUESTIONS, answers, strict=True)
 ]
@@ -110,9 +113,7 @@ def test_mrp_keeps_the_projections_of_the_targets_before(comparison, learned, we
 
 def test_fine_tuning_brings_back_what_an_adapter_hides(comparison, monkeypatch):
     monkeypatch.setattr(jensun, "SCHEDULE", RATES[jensun])
-    robustness = Robustness(fade_samples=4, relearning_steps=32)
+    robustness = Robustness(relearning_steps=32)
     original, hidden = compare_methods(comparison, [TARGET], ["original", "JensUn"], robustness=robustness)
     assert original.kept is None and original.relearned is not None
     assert hidden.kept is not None and hidden.kept < 1.05
-    assert hidden.fade[TARGET].value > original.fade[TARGET].value == pytest.approx(0, abs=1e-5)
-    assert set(METHODS) >= {original.method, hidden.method}
