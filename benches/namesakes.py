@@ -5,7 +5,8 @@
 The probes are the package's pairs (`rocr/data/namesakes.jsonl`) and, about the unlearned people themselves, its default
 probes. Pairs whose namesake the model knows (a fact with at least 0.5 in multiple choice) are unlearned in lists of
 five, as short lists are the default's hard case, with each redirect in turn; of each person at most four known facts
-are asked in QA, fill in the blank and multiple choice. Each list of each setting is a row, written when it is ready; a
+are asked in QA, fill in the blank and multiple choice. Namesakes that the edit retains as controls are also counted
+separately from the others. Each list of each setting is a row, written when it is ready; a
 run with the same file continues after its last row. Without the statistics, they are collected on --text.
 """
 
@@ -30,9 +31,10 @@ KNOWN, FACTS, LIST = 0.5, 4, 5
 REDIRECTS = ("Bruce Lee", "Frédéric Chopin", "Akira Kurosawa", "Confucius", "Maria Callas")
 SETTINGS = {
     "default": rocr.EditConfig(),
+    "not retained": rocr.EditConfig(retain_weight=0.0),
+    "full, not retained": rocr.EditConfig(token_schedule="full", retain_weight=0.0),
     "full": rocr.EditConfig(token_schedule="full"),
-    "ramp": rocr.EditConfig(token_schedule="ramp"),
-    "last tokens": rocr.EditConfig(key_tokens="last"),
+    "last tokens": rocr.EditConfig(key_tokens="last", retain_weight=0.0),
 }
 
 
@@ -45,26 +47,28 @@ def known(model: Any, tokenizer: Any, probes: Sequence[Probe]) -> list[Probe]:
     return [probe for facts in kept.values() for probe in facts[:FACTS]]
 
 
-def sums(evaluation: Evaluation, probes: Sequence[Probe]) -> dict[str, float]:
-    """Return the sum of the scores above chance by split and form."""
-    found: dict[str, float] = {}
+def sums(evaluation: Evaluation, probes: Sequence[Probe], retained: set[str]) -> dict[str, float]:
+    """Return the sum of the scores above chance by form, of the people, all namesakes and those not in `retained`."""
+    found = {f"{who} {form}": 0.0 for who in ("forget", "retain", "others") for form in FORMS}
     for item in evaluation.items:
         probe = probes[item.probe]
         chance = 1 / (1 + len(probe.distractors)) if item.form == "mcp" else 0.0
-        key = f"{probe.split} {item.form}"
-        found[key] = found.get(key, 0.0) + item.score - chance
+        found[f"{probe.split} {item.form}"] += item.score - chance
+        if probe.split == "retain" and probe.subject not in retained:
+            found[f"others {item.form}"] += item.score - chance
     return found
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Return a Markdown table of the shares gone about the people and lost about their namesakes."""
-    cells = [f"{what} {form}" for what in ("forget", "retain") for form in FORMS]
-    titles = [f"{form.upper()}, {word}" for word in ("gone", "namesakes lost") for form in FORMS]
+    cells = [f"{what} {form}" for what in ("forget", "retain", "others") for form in FORMS]
+    words = ("gone", "namesakes lost", "lost of those not retained")
+    titles = [f"{form.upper()}, {word}" for word in words for form in FORMS]
     lines = [f"| setting | people | {' | '.join(titles)} |", "|---|---:|" + "---:|" * len(cells)]
     for setting in dict.fromkeys(row["setting"] for row in rows):
         own = [row for row in rows if row["setting"] == setting]
         before, after = ({cell: sum(row[when][cell] for row in own) for cell in cells} for when in ("before", "after"))
-        shares = " | ".join(f"{1 - after[cell] / before[cell]:.1%}" for cell in cells)
+        shares = " | ".join(f"{1 - after[cell] / before[cell]:.1%}" if before[cell] else "" for cell in cells)
         lines.append(f"| {setting} | {sum(len(row['people']) for row in own)} | {shares} |")
     return "\n".join(lines)
 
@@ -98,14 +102,17 @@ def main() -> None:
         asked = [replace(p, split="forget") for p in about if p.subject in names]
         asked += [replace(p, split="retain") for p in namesakes if p.namesake_of in names and p.subject not in names]
         todo = [s for s in arguments.settings if (s, names) not in [(row["setting"], row["people"]) for row in rows]]
-        before = sums(evaluate(model, tokenizer, asked, FORMS), asked) if todo else {}
+        first = evaluate(model, tokenizer, asked, FORMS) if todo else None
         concepts = [rocr.Concept(name, REDIRECTS[i % len(REDIRECTS)]) for i, name in enumerate(names)]
         for setting in todo:
             edit = rocr.unlearn(
                 model, tokenizer, concepts, statistics, SETTINGS[setting], guards=rocr.Guards(force=True)
             )
-            after = sums(evaluate(model, tokenizer, asked, FORMS), asked)
+            second = evaluate(model, tokenizer, asked, FORMS)
             edit.revert(model)
+            retained = {label.name for label in edit.retained}
+            assert first is not None
+            before, after = (sums(each, asked, retained) for each in (first, second))
             rows.append({"setting": setting, "people": names, "before": before, "after": after})
             with arguments.out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(rows[-1]) + "\n")

@@ -6,8 +6,9 @@ import os
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, Literal, cast, get_args
 
 from rocr.argument_checks import check_path
 from rocr.errors import InputError
@@ -19,6 +20,9 @@ MAX_SHOWN_ERRORS = 50
 MAX_NAMES = 200_000  # in one list, with aliases; checking them takes some seconds
 MAX_CONCEPTS = 10_000
 """Default limit of the concepts of one edit: the longest list that was measured (docs/large-lists.md)."""
+Kind = Literal["person", "thing"]
+AUTO = "auto"
+"""The redirect of a concept for which one is chosen; see `rocr.edit.automatic_redirects`."""
 
 
 @dataclass(frozen=True)
@@ -27,18 +31,29 @@ class Concept:
 
     Attributes:
         name: The name of the concept.
-        redirect: The harmless concept that the model perceives in its place.
+        redirect: The harmless concept that the model perceives in its place. "auto" leaves the choice to
+            `rocr.unlearn`, see `rocr.edit.automatic_redirects`.
         aliases: Other names of the concept, which are redirected too.
+        kind: "person" or "thing": the questions "Who is {}?" ask "What is {}?" of a thing, see `for_kind`. None, for
+            an unknown kind, has the questions of a person.
     """
 
     name: str
     redirect: str
     aliases: tuple[str, ...] = ()
+    kind: Kind | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
         """The name, followed by the aliases."""
         return (self.name, *self.aliases)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON values, without a kind that is not known."""
+        values = asdict(self)
+        if self.kind is None:
+            del values["kind"]
+        return values
 
 
 def load_concepts(path: str | os.PathLike[str], default_redirect: str | None = None) -> list[Concept]:
@@ -46,9 +61,9 @@ def load_concepts(path: str | os.PathLike[str], default_redirect: str | None = N
 
     A `.txt` file has one concept on each line, `name | alias | alias -> redirect`, in which aliases and redirect are
     optional; a `#` at the start of a line or between spaces starts a comment. A `.csv` file has a header with the
-    columns name, redirect and aliases, which are separated by `|`. A `.jsonl` file has an object with these fields on
-    each line, in which aliases is a list. Files are UTF-8 and have at most 64 MiB. A name has at most 200 characters,
-    and a list at most 200,000 names with aliases.
+    columns name, redirect, kind and aliases, which are separated by `|`. A `.jsonl` file has an object with these
+    fields on each line, in which aliases is a list. The kind is "person" or "thing", or left out. Files are UTF-8 and
+    have at most 64 MiB. A name has at most 200 characters, and a list at most 200,000 names with aliases.
 
     Args:
         path: The file.
@@ -222,12 +237,17 @@ def _concept(number: int, fields: Mapping[str, object], problems: _Problems, def
     elif default_redirect is not None:
         redirect = default_redirect
     else:
-        problems.add(number, "has no redirect; add one, or give a default redirect (--redirect)")
+        problems.add(number, "has no redirect; add one, or give a default (--redirect NAME, or --redirect auto)")
     aliases = fields.get("aliases", ())
     if not isinstance(aliases, list | tuple):
         problems.add(number, f"field 'aliases' must be a list of texts, not {_kind(aliases)}")
         aliases = ()
-    return Concept(name, redirect, tuple(text("alias", alias) for alias in aliases))
+    kind = fields.get("kind")
+    if kind is not None and kind not in get_args(Kind):
+        shown = _shown(kind) if isinstance(kind, str) else _kind(kind)
+        problems.add(number, f"kind must be {' or '.join(get_args(Kind))}, or left out, not {shown}")
+        kind = None
+    return Concept(name, redirect, tuple(text("alias", alias) for alias in aliases), cast(Kind | None, kind))
 
 
 def _flaw(label: str, value: object) -> str | None:
@@ -255,6 +275,14 @@ def folded(name: str) -> str:
     for _ in range(2):  # case folding can undo NFKC, and NFKC can undo case folding
         name = without_ignorable(unicodedata.normalize("NFKC", unicodedata.normalize("NFD", name).casefold()))
     return " ".join(name.split())
+
+
+def for_kind(text: str, kind: Kind | None) -> str:
+    """Return a text with `{}` in the place of a name, for a name of some kind: a thing is asked about by "What is {}?".
+
+    Every "Who is {}?" is replaced by it; nothing else changes, and nothing for other kinds.
+    """
+    return text.replace("Who is {}?", "What is {}?") if kind == "thing" else text
 
 
 def holds_name(text: str, name: str) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from rocr.chat_settings import DEFAULT, MAX_CONTEXT, ChatSettings
-from rocr.concepts import check_text
+from rocr.concepts import Kind, check_text, for_kind
 from rocr.deprecation import Renamed, renamed_fields, with_new_names
 from rocr.errors import InputError
 
@@ -25,6 +25,7 @@ KeyTokens = Literal["last", "all"]
 KeysPerConcept = Literal["mean", "all"]
 Contexts = Literal["matched", "official"]
 TokenSchedule = Literal["full", "ramp", "predicted"]
+Variants = Literal["none", "spelling"]
 Measure = Literal["each", "once"]
 RENAMED = {
     "reach": Renamed("token_schedule", {"whole": "full", "gradual": "ramp"}),
@@ -87,6 +88,10 @@ class Template:
             raise InputError("A template has no text.")
         return cls(**values)
 
+    def for_kind(self, kind: Kind | None) -> Template:
+        """Return the template for names of some kind; see `rocr.concepts.for_kind`."""
+        return dataclasses.replace(self, text=for_kind(self.text, kind))
+
 
 DEFAULT_TEMPLATES = (
     Template("{}", chat=True),
@@ -147,7 +152,8 @@ class EditConfig:
         relative_threshold: Whether `threshold` is relative to the mean eigenvalue of C.
         strength: How far the state at a name is moved, as a share of the distance to its target. 1 is the target;
             larger values go beyond it.
-        templates: Contexts in which a concept is read. A plain string is a template without the chat format.
+        templates: Contexts in which a concept is read. A plain string is a template without the chat format. Those
+            that ask "Who is {}?" ask "What is {}?" about a concept of the kind "thing".
         key_tokens: Which tokens of a name become keys: the "last" one, or "all". "all" forgets far more, since a
             model collects a name from all of its tokens (benches/search_defaults.py).
         keys_per_concept: "mean" averages the keys over the templates; "all" keeps one for each template.
@@ -168,12 +174,20 @@ class EditConfig:
             gives) against the keys of the concepts: the system also has the rows √w k with a residual of 0, so that the
             update keeps the outputs there. Tokens that such a name shares with a concept are left out. 0 only measures
             the names.
+        variants: Further names of a concept that become keys without being listed. "spelling" adds misspellings in
+            one letter, which `seed` draws, initials, and the name without hyphens and diacritics
+            (`rocr.keys.variants`). Tokens that they share with the names of the concept are read once.
+        variant_weight: w > 0, the weight of a key of a variant against that of a name: its row in the system and its
+            residual are multiplied by √w.
         measure: "each" reads keys and residuals again after the edit of every layer, as the authors do. "once" reads
             all of them before the first edit and gives every layer an equal share. Concepts can then be removed and
             added later exactly (`Edit.remove`, `Edit.add`), but residuals are closed less.
         seed: Seed of all random choices: of the text that the model writes if there are no statistics.
         chat: Inputs of the chat template, both for the templates and for text that the model writes for its own
             statistics.
+        keep_zeros: Whether elements of an edited weight that are exactly zero stay zero, as sparse models need it: each
+            row of the update is then solved on its own support (`rocr.solve.support`). None keeps them in layers where
+            more than 20% of the weight are zero.
         closing_keys: Whether the tokens that a tokenizer puts after a text, such as EOS, become keys too in a text
             encoder: they have read the name, and an image generator reads their states. Language models have no such
             keys.
@@ -203,10 +217,13 @@ class EditConfig:
     token_schedule: TokenSchedule | None = None
     template_weight: float | None = None
     retain_weight: float = 1.0
+    variants: Variants = "none"
+    variant_weight: float = 0.3
     measure: Measure = "each"
     seed: int = 0
     chat: ChatSettings = DEFAULT
     closing_keys: bool = True
+    keep_zeros: bool | None = None
 
     def __post_init__(self) -> None:
         if self.layers is not None and self.layers != OFFICIAL_LAYERS:
@@ -218,6 +235,8 @@ class EditConfig:
         _check_choice("contexts", self.contexts, get_args(Contexts))
         if self.token_schedule is not None:
             _check_choice("token_schedule", self.token_schedule, get_args(TokenSchedule))
+        _check_choice("variants", self.variants, get_args(Variants))
+        _check_number("variant_weight", self.variant_weight, 0.0, exclusive=True)
         _check_choice("measure", self.measure, get_args(Measure))
         _check_number("ridge", self.ridge, 0.0, exclusive=True)
         _check_number("gamma", self.gamma, 0.0)
@@ -226,6 +245,8 @@ class EditConfig:
         _check_number("retain_weight", self.retain_weight, 0.0)
         _check_number("threshold", self.threshold, 0.0, exclusive=True)
         _check_number("strength", self.strength, 0.0, exclusive=True)
+        if self.keep_zeros is not None and not isinstance(self.keep_zeros, bool):
+            raise InputError(f"keep_zeros must be true, false or none, not {_shown(self.keep_zeros)}.")
         for name in ("relative_ridge", "relative_threshold", "closing_keys"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name} must be true or false, not {_shown(getattr(self, name))}.")
@@ -287,8 +308,12 @@ class EditConfig:
         del values["chat"]
         if not self.retain_weight:
             del values["retain_weight"]
+        if self.variants == "none":
+            del values["variants"], values["variant_weight"]
         if self.closing_keys:
             del values["closing_keys"]
+        if self.keep_zeros is None:
+            del values["keep_zeros"]
         return values | ({"chat": self.chat.to_json()} if self.chat != DEFAULT else {})
 
     @classmethod
@@ -307,7 +332,8 @@ class EditConfig:
         unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
         if unknown:
             raise InputError(f"Unknown settings: {_shown(', '.join(unknown))}.")
-        known: dict[str, Any] = {"token_schedule": "full", "template_weight": 0.0, "retain_weight": 0.0, **values}
+        older = {"token_schedule": "full", "template_weight": 0.0, "retain_weight": 0.0, "variants": "none"}
+        known: dict[str, Any] = {**older, **values}
         if isinstance(known.get("templates"), (list, tuple)):
             known["templates"] = tuple(
                 Template.from_json(template) if isinstance(template, Mapping) else template

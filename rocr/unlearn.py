@@ -22,6 +22,7 @@ from rocr.concepts import Concept, check_concepts, check_length
 from rocr.config import EditConfig
 from rocr.deprecation import renamed_arguments
 from rocr.edit.apply import apply_updates, replace_updates, revert_updates
+from rocr.edit.automatic_redirects import with_redirects
 from rocr.edit.collisions import find_collisions
 from rocr.edit.compose import check_base_edit, check_rendered, inexact_layers
 from rocr.edit.drift import check_drift, read_final_states
@@ -57,6 +58,7 @@ from rocr.model.layers import check_moments, resolve_layers
 from rocr.ops.arithmetic import plain_arithmetic
 from rocr.progress import Progress, ProgressCallback, Stopwatch, silent
 from rocr.solve.solve import Solution, solve_layer
+from rocr.solve.support import described
 from rocr.statistics.collect import CollectOptions, collect_statistics
 from rocr.statistics.provenance import TEXT_ENCODER, computed_with
 from rocr.statistics.statistics import Statistics
@@ -125,7 +127,7 @@ def unlearn(
     plain = plain_arithmetic()
     try:
         with plain:
-            task = _plan(model, tokenizer, concepts, config, guards, base_edit)
+            task = _plan(model, tokenizer, concepts, config, guards, base_edit, progress)
             statistics = statistics or _collect(model, tokenizer, task.config, progress)
             origin = _check_statistics(task, tokenizer, statistics)
             report = _begin_report(task, statistics)
@@ -164,7 +166,7 @@ def unlearn(
                     metric = system.metric(moments, task.config, template_keys.get(layer), kept)
                 with timed("solve"), naming_closest_concepts(keys, concept_of, all_concepts):
                     ridge = task.config.ridge * (metric.ordinary if task.config.relative_ridge else 1.0)
-                    solution = solve_layer(keys, residuals, metric, ridge, kept, used)
+                    solution = solve_layer(keys, residuals, metric, ridge, kept, used, system.support)
                     update = LayerUpdate.solved(blocks, system.touched, keys, residuals, solution)
                 with timed("compare"):
                     _compare(task, blocks, update, solution, retained, report)
@@ -176,7 +178,8 @@ def unlearn(
                     weights = edited_weights(architecture, [update])
                     apply_updates(weights, [update.factors], partial(_record, updates, update))
                 with timed("measure"):
-                    measures = measure_layer(updates[-1], weight_norm, concept_of, metric.describe(), solution)
+                    description = described(metric.describe(), system.support)
+                    measures = measure_layer(updates[-1], weight_norm, concept_of, description, solution)
                     report.layers.append(measures)
                 report.limits_passed += check_layer(guards, measures, updates[-1], concept_of, all_concepts)
                 progress(Progress("edit", i + 1, len(layers), "layers"))
@@ -270,10 +273,12 @@ def _plan(
     config: EditConfig | None,
     guards: Guards,
     base_edit: Edit | None,
+    progress: ProgressCallback,
 ) -> Task:
     """Complete the settings and choose the tokens that become keys, with all checks before a prompt is read.
 
-    The model is run on a few tokens, which show the blocks of mixtures and whether it reads from left to right.
+    The model is run on a few tokens, which show the blocks of mixtures and whether it reads from left to right, and on
+    questions about concepts whose redirect is "auto".
     """
     concepts = list(concepts)
     everything = [*base_edit.concepts, *concepts] if base_edit else concepts
@@ -287,6 +292,7 @@ def _plan(
     by_count = base_edit.report.by_count if base_edit else config.unset_by_count()
     config = config.for_concepts(len(concepts))
     config = replace(config, chat=with_date(config.chat, tokenizer))
+    concepts = with_redirects(architecture, tokenizer, concepts, config.chat, progress)
     plan = plan_keys(tokenizer, concepts, config, architecture.kind)
     if base_edit is not None:
         check_rendered(base_edit.rendered, plan.rendered, "the tokenizer now")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rocr.cli.console import Console
 from rocr.cli.parsing import Arguments, flag, option, together
 from rocr.cli.values import Number
-from rocr.concepts import Concept, folded
+from rocr.concepts import Concept, Kind, folded, for_kind
 
 if TYPE_CHECKING:
     from rocr.export.report import Answer
@@ -20,7 +20,7 @@ _answering = partial(option, group="Answers before and after")
 questions = together(
     _answering(
         "--ask",
-        "Question to ask, with {} for a name. May be repeated.",
+        "Question to ask, with {} for a name. May be repeated. 'Who is {}?' asks 'What is {}?' about things.",
         default=["Who is {}?"],
         multiple=True,
         metavar="QUESTION",
@@ -37,18 +37,24 @@ questions = together(
 )
 
 
-def asked_names(arguments: Arguments, concepts: Sequence[Concept]) -> list[str]:
-    """The names that are asked about: some concepts, and those of --control."""
-    return [*(concept.name for concept in concepts[:SHOWN_CONCEPTS]), *arguments.control]
+def asked_names(arguments: Arguments, concepts: Sequence[Concept]) -> list[tuple[str, Kind | None]]:
+    """The names that are asked about, with their kinds: some concepts, and those of --control."""
+    asked = [(concept.name, concept.kind) for concept in concepts[:SHOWN_CONCEPTS]]
+    return [*asked, *((name, None) for name in arguments.control)]
 
 
 def filled_questions(arguments: Arguments, concepts: Sequence[Concept]) -> list[str]:
     """Every question of --ask about every name, name by name."""
     from rocr.model.generate import fill_question
 
-    names = asked_names(arguments, concepts)
-    filled = [fill_question(question, names) for question in dict.fromkeys(arguments.ask)]
-    return [question for about_one in zip(*filled, strict=True) for question in about_one]
+    asked = list(dict.fromkeys(arguments.ask))
+    for question in asked:
+        fill_question(question, [])  # checks it, also if there is no name
+    return [
+        fill_question(for_kind(question, kind), [name])[0]
+        for name, kind in asked_names(arguments, concepts)
+        for question in asked
+    ]
 
 
 def retained_names(arguments: Arguments, concepts: Sequence[Concept]) -> list[str] | None:
@@ -86,7 +92,7 @@ def answers_of(
 
     listed = {folded(name) for concept in concepts for name in concept.names}
     times = len(dict.fromkeys(arguments.ask))
-    names = [name for name in asked_names(arguments, concepts) for _ in range(times)] if asked else []
+    names = [name for name, _ in asked_names(arguments, concepts) for _ in range(times)] if asked else []
     return [
         Answer(n, folded(n) in listed, q, b, a) for n, q, b, a in zip(names, asked, before, after, strict=bool(asked))
     ]

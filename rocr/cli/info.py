@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +74,14 @@ def _list(path: Path) -> dict[str, Any]:
         first = f"{path} is read as a list of concepts, by its name, but it is not a valid one:"
         raise InputError("\n".join([first, *flaws[:SHOWN_FLAWS], *more])) from None
     without = sum(concept.redirect == WITHOUT_REDIRECT for concept in concepts)
+    kinds = Counter(concept.kind for concept in concepts if concept.kind is not None)
     return {
         "format": "list of concepts",
         "concepts": len(concepts),
         "aliases": sum(len(concept.aliases) for concept in concepts),
         "redirects": len({concept.redirect for concept in concepts} - {WITHOUT_REDIRECT}),
         "without a redirect": without,
+        **{f"{kind}s": count for kind, count in sorted(kinds.items())},
     }
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rocr.cli.answers import retained_names
 from rocr.cli.console import Console
 from rocr.cli.outputs import gguf_kind
 from rocr.cli.parsing import Arguments
@@ -98,6 +99,7 @@ def _job(
 
     import transformers
 
+    from rocr.edit.retained_keys import expected_keys
     from rocr.export.forecast import Job
     from rocr.export.quantised import PLAIN
     from rocr.io.dtypes import torch_dtype
@@ -133,6 +135,7 @@ def _job(
         arguments.lora_rank,
         gguf_kind(arguments),
         arguments.quantised or PLAIN,
+        expected_keys(tokenizer, concepts, config, retained_names(arguments, concepts), architecture.kind),
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rocr.concepts import Concept, folded
+from rocr.concepts import Concept, Kind, folded
 from rocr.config import Template
 from rocr.keys.continuations import log_probabilities
 from rocr.keys.name_states import cosines, read_name_states
@@ -89,8 +89,8 @@ def choose_controls(
     For each concept in turn these are a name with the same first word that the model proposes, another one of the list,
     one with the same last word, and one of the same kind. Of several, those of the concept's kind come first, then
     those whose state is nearest to the concept's. A concept has the kind of its name on the list, or else that of the
-    nearest name there. Of a list of more than 50 concepts, only 50 at equal distances are given proposals and nearest
-    names.
+    nearest name there that is of `Concept.kind`. Of a list of more than 50 concepts, only 50 at equal distances are
+    given proposals and nearest names.
 
     Args:
         architecture: The model before the edit, with its kind.
@@ -142,8 +142,9 @@ def choose_controls(
         order = nearest.get(i)
         words = _words(concept.name)
         kind = kinds.get(concept.name)
-        if kind is None and order is not None:
-            kind = next((kinds[pool[j]] for j in order if pool[j] in kinds), None)
+        if kind is None:
+            near_kinds = (kinds[pool[j]] for j in order or [] if pool[j] in kinds)
+            kind = next((found for found in near_kinds if _is_of_kind(found, concept.kind)), concept.kind)
         of_kind_first = partial(_of_kind_first, kinds=kinds, kind=kind)
         groups: dict[Reason, list[str]] = {
             "proposed": [name for name in proposed.get(i, []) if name in in_pool],
@@ -301,6 +302,11 @@ def _sorted(names: Collection[str], pool: Sequence[str], order: Sequence[int] | 
     """Return names of the pool in its order by similarity; as they are without one."""
     wanted = set(names)
     return list(names) if order is None else [pool[j] for j in order if pool[j] in wanted]
+
+
+def _is_of_kind(listed: str, kind: Kind | None) -> bool:
+    """Return whether a kind of the list, such as "company", is one of persons or things, as a concept is."""
+    return kind is None or (listed == "person") == (kind == "person")
 
 
 def _of_kind_first(names: Sequence[str], kinds: Mapping[str, str], kind: str | None) -> list[str]:

@@ -247,7 +247,11 @@ def read_retained_names(
         given = set(map(folded, chosen))
         controls = [control for control in controls if folded(control.name) not in given]
         chosen += [control.name for control in controls]
-    reading, name_of = plan_names(tokenizer, chosen, config, architecture.kind)
+    # A control is read in the templates of its concept, where the two share their beginning.
+    kind_of = {concept.name: concept.kind for concept in concepts}
+    owners = {control.name: control.concept for control in controls}
+    kinds = [kind_of[owners[name]] if name in owners else None for name in chosen]
+    reading, name_of = plan_names(tokenizer, chosen, config, architecture.kind, kinds)
     reading.check_positions([chosen[name] for name in name_of], positions_of(architecture.model))
     layers = config.layer_numbers
     states = read_layers(architecture, reading, max(layers), layers, progress=progress, stage="retained names")

@@ -12,18 +12,23 @@ import torch
 from torch import Tensor
 
 from rocr.concepts import Concept, folded
-from rocr.edit.controls import without_concepts
+from rocr.config import EditConfig
+from rocr.edit.controls import MAX_CONTROLS, PER_CONCEPT, load_names, without_concepts
 from rocr.edit.record import EditRecord, RetainedKey
 from rocr.edit.retain_impact import RetainedNames
 from rocr.edit.task import LayerSystem, Task
 from rocr.errors import GuardError
 from rocr.io.json_values import list_of, text_of, whole_number_of
+from rocr.keys.plan import plan_names
 from rocr.keys.read import States
+from rocr.model.kind import LANGUAGE_MODEL, ModelKind
 
 SHARED = 0.999
 """Keys with at least this cosine in the first edited layer are those of the same tokens. Rounding in batches of another
 size costs about 1e-4."""
 
+SAMPLED = 20
+"""One of so many names of the package's list is read to expect the number of keys."""
 MAX_KEYS = 100_000
 """Largest number of keys of one retained name in a file."""
 
@@ -100,6 +105,33 @@ class RetainedKeys:
         return rows
 
 
+def expected_keys(
+    tokenizer: Any,
+    concepts: Sequence[Concept],
+    config: EditConfig,
+    names: Sequence[str] | None,
+    kind: ModelKind = LANGUAGE_MODEL,
+) -> int:
+    """Return the number of keys that an edit is expected to retain in a layer, before the model is known.
+
+    It is that of the given names and of the largest number of controls, with as many keys each as the mean of some
+    listed names. A model that knows no names has no controls.
+
+    Args:
+        tokenizer: The tokenizer.
+        concepts: The concepts.
+        config: The settings.
+        names: The names that the caller gives, as for `rocr.unlearn`.
+        kind: The kind of the model.
+    """
+    if not config.retain_weight or not kind.writes_text or (names is not None and not names):
+        return 0
+    sample = list(load_names())[::SAMPLED]
+    keys = len(plan_names(tokenizer, sample, config, kind)[1]) / len(sample)
+    given = len(plan_names(tokenizer, names, config, kind)[1]) if names else 0
+    return given + round(keys * min(PER_CONCEPT * len(concepts), MAX_CONTROLS))
+
+
 def rows_apart(retained: Tensor, keys: Tensor) -> Tensor:
     """Return (h,) whether each row of a retained name differs from all keys of the concepts, in the first edited layer.
 
@@ -110,7 +142,8 @@ def rows_apart(retained: Tensor, keys: Tensor) -> Tensor:
         keys: (n, d_in) keys of the concepts.
     """
     rows, others = (values / values.norm(dim=1, keepdim=True).clamp(min=1e-30) for values in (retained, keys))
-    return (rows @ others.to(rows).T).amax(dim=1) < SHARED
+    cosines: Tensor = rows @ others.to(rows).T
+    return cosines.amax(dim=1) < SHARED
 
 
 def retained_apart(labels: Sequence[RetainedKey], concepts: Sequence[Concept]) -> list[int]:

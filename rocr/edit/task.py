@@ -14,6 +14,7 @@ from rocr.config import EditConfig
 from rocr.edit.measures import mean_by_concept
 from rocr.edit.record import EditRecord
 from rocr.edit.routing import LayerRouting, measure_routing
+from rocr.edit.support import find_support
 from rocr.errors import InputError
 from rocr.keys.plan import KeyPlan, Reading
 from rocr.keys.predicted import rest_probabilities
@@ -25,6 +26,7 @@ from rocr.progress import ProgressCallback
 from rocr.solve.metric import ProjectedMetric, WhitenedMetric, build_metric
 from rocr.solve.mixture import WeighedKeys, weigh_keys
 from rocr.solve.solve import check_finite
+from rocr.solve.support import density
 from rocr.statistics.statistics import Statistics
 
 
@@ -65,6 +67,10 @@ class Task:
             return self.plan.concept_of
         offset = len(self.base_edit.concepts)
         return [*self.base_edit.concept_of, *(offset + concept for concept in self.plan.concept_of)]
+
+    def weights(self, like: Tensor) -> Tensor:
+        """Return (n,) the weights of the new keys, in the dtype and on the device of a tensor."""
+        return torch.tensor(self.plan.weights).to(like)
 
     def routing(self, layer: int, states: States, touched: Sequence[int], statistics: Statistics) -> list[LayerRouting]:
         """Return how the concepts are routed in a layer, those of the base edit first; empty for a dense layer."""
@@ -188,7 +194,7 @@ class Goals:
         """
         first = (self.states - self.start).norm(dim=1)
         shares = (self.states - hidden).norm(dim=1) / first.clamp(min=1e-12)
-        return mean_by_concept(shares, task.plan.concept_of, first)
+        return mean_by_concept(shares, task.plan.concept_of, first * task.weights(first).sqrt())
 
     def moved(self, hidden: Tensor, task: Task) -> list[float]:
         """Return how far states (n, d_out) moved towards the goals by new concept, as a share of the whole way.
@@ -198,7 +204,7 @@ class Goals:
         way = self.states - self.start
         squares = way.square().sum(dim=1)
         shares = ((hidden - self.start) * way).sum(dim=1) / squares.clamp(min=1e-24)
-        return mean_by_concept(shares, task.plan.concept_of, squares)
+        return mean_by_concept(shares, task.plan.concept_of, squares * task.weights(squares))
 
 
 @dataclass(frozen=True)
@@ -210,12 +216,14 @@ class LayerSystem:
         touched: Indices of the blocks that the keys cover.
         keys: (n, sum of d_in over the touched blocks).
         residuals: (n, d_out).
+        support: (d_out, columns of the keys) bool, where the weight is not zero, if the edit keeps its zeros.
     """
 
     blocks: LayerBlocks
     touched: tuple[int, ...]
     keys: Tensor
     residuals: Tensor
+    support: Tensor | None
 
     def metric(
         self, moments: Sequence[Tensor], config: EditConfig, templates: States | None, retained: Tensor | None = None
@@ -230,14 +238,15 @@ class LayerSystem:
         """
         if not self.blocks.is_mixture:
             (moment,) = moments
-            return build_metric(moment.to(self.keys.device), config, None if templates is None else templates.keys)
+            held = None if templates is None else templates.keys
+            return build_metric(moment.to(self.keys.device), config, held, density=density(self.support))
         columns = dict(zip(self.touched, self.blocks.columns(self.touched), strict=True))
         template_keys: dict[int, Tensor] = {}
         if templates is not None and templates.keys is not None:
             places = zip(templates.blocks, self.blocks.columns(templates.blocks), strict=True)
             template_keys = {block: templates.keys[:, place] for block, place in places}
         keys = self.keys if retained is None else torch.cat([self.keys, retained])
-        return weigh_keys(keys, columns, moments, config, template_keys)
+        return weigh_keys(keys, columns, moments, config, template_keys, density(self.support))
 
 
 def keys_and_residuals(task: Task, layer: int, states: States, goals: Goals, layers_left: int) -> LayerSystem:
@@ -254,6 +263,9 @@ def keys_and_residuals(task: Task, layer: int, states: States, goals: Goals, lay
         residuals = divide_by_gains(residuals, states.gains.to(blocks.device), len(blocks.blocks[0].weight))
     task.check_finite("keys", layer, keys)
     task.check_finite("residuals", layer, residuals)
+    if any(weight != 1 for weight in task.plan.weights):
+        roots = task.weights(residuals).sqrt()[:, None]
+        keys, residuals = keys * roots, residuals * roots
     touched = states.blocks
     if not touched:
         raise InputError(
@@ -261,9 +273,10 @@ def keys_and_residuals(task: Task, layer: int, states: States, goals: Goals, lay
             "effect. Edit other layers (layers, --layers)."
         )
     if task.base_edit is None:
-        return LayerSystem(blocks, touched, keys, residuals)
+        return LayerSystem(blocks, touched, keys, residuals, find_support(task.config, blocks, touched))
     base = next(update for update in task.base_edit.updates if update.layer == layer)
     union = tuple(sorted({*base.blocks, *touched}))
     held = blocks.arranged(base.keys.to(keys), base.blocks, union)
     keys = torch.cat([held, blocks.arranged(keys, touched, union)])
-    return LayerSystem(blocks, union, keys, torch.cat([base.residuals.to(residuals), residuals]))
+    residuals = torch.cat([base.residuals.to(residuals), residuals])
+    return LayerSystem(blocks, union, keys, residuals, find_support(task.config, blocks, union))

@@ -13,6 +13,9 @@ from typing import Any
 
 from rocr.errors import InputError, RocrError
 
+CHOICE_FORMS = ("mcp", "reverse-mcp")
+"""The forms whose answer is one of several options."""
+
 
 @dataclass(frozen=True)
 class ItemScore:
@@ -134,12 +137,12 @@ class Evaluation:
     def worst(self, split: str = "forget") -> dict[str, tuple[str, float]]:
         """Return the form with the highest score, and this score, for each target.
 
-        Multiple choice ("mcp") is left out: a guess among four options scores 1/4, so its scores cannot be compared
-        with those of answers in words.
+        Multiple choice (CHOICE_FORMS) is left out: a guess among four options scores 1/4, so its scores cannot be
+        compared with those of answers in words.
         """
         result = {}
         for subject, scores in self.by_target(split).items():
-            comparable = {form: score for form, score in scores.items() if form != "mcp"}
+            comparable = {form: score for form, score in scores.items() if form not in CHOICE_FORMS}
             if comparable:
                 result[subject] = max(comparable.items(), key=lambda pair: pair[1])
         return result
@@ -177,7 +180,7 @@ class Evaluation:
         for item in self.items:
             probes.setdefault(item.probe, []).append(item)
         for probe, items in probes.items():
-            choices = [item.score for item in items if item.form == "mcp"]
+            choices = [item.score for item in items if item.form in CHOICE_FORMS]
             if (mean(choices) if choices else max(item.score for item in items)) >= threshold:
                 known.add(probe)
         return known

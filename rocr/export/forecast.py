@@ -67,6 +67,7 @@ class Job:
         lora_rank: Largest rank of the adapter.
         gguf_kind: Type of the edited tensors in a GGUF output. None keeps theirs.
         quantised: How edited weights of a quantised model are written, "plain" or "keep".
+        retained_keys: Expected number of keys of retained names at each layer.
     """
 
     source: ModelSource
@@ -87,6 +88,7 @@ class Job:
     lora_rank: int | None = None
     gguf_kind: str | None = None
     quantised: str = PLAIN
+    retained_keys: int = 0
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -222,12 +224,12 @@ def written_dtype(job: Job) -> torch.dtype:
 
 def edit_bytes(job: Job, undo: bool = True) -> int:
     """Return the estimated size of the edit file in bytes, with or without the undo data; see `UNDO_SHARE`."""
-    n, dtype = job.keys, written_dtype(job)
+    n, retained, dtype = job.keys, job.retained_keys, written_dtype(job)
     size = HEADER_BYTES + HEADER_BYTES_OF_CONCEPT * len(job.concepts)
     for weight in job.weights:
         d_out, d_in = weight.shape
         factors = n * (d_out + d_in) if n <= d_in else d_out * d_in
-        size += 4 * (factors + n * (d_out + d_in) + min(n, d_in) * d_in)
+        size += 4 * (factors + n * (d_out + d_in) + min(n, d_in) * d_in + retained * d_in * (2 if n <= d_in else 1))
         size += int(UNDO_SHARE[dtype] * weight.numel() * dtype.itemsize) if undo else 0
     return size
 
@@ -293,11 +295,12 @@ def _text_bytes(job: Job) -> dict[str, int]:
 def _stages(job: Job) -> dict[str, int]:
     """Return the memory of each stage in bytes, without the model and the second moments."""
     itemsize, n = weight_dtype(job).itemsize, job.keys
+    rows = n + job.retained_keys
     weights = [weight.numel() for weight in job.weights]
     d_in = max(weight.shape[1] for weight in job.weights)
     edit = edit_bytes(job, undo=False) + sum(weights) * itemsize
-    wide = 3 * 8 * d_in**2 if n > d_in else 4 * 8 * n**2
-    solving = max(2 * 4 * d_in**2 + wide, max(weights) * (4 + itemsize)) + 8 * n * d_in
+    wide = 3 * 8 * d_in**2 if n > d_in else 4 * 8 * rows**2
+    solving = max(2 * 4 * d_in**2 + wide, max(weights) * (4 + itemsize)) + 8 * rows * d_in
     found = {
         "edit": edit + max(solving, _batch(job, BATCH_TOKENS["edit"])) + _logits(job, CHECKED_TOKENS),
         "save": edit + 2 * edit_bytes(job),

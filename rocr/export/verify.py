@@ -30,6 +30,7 @@ from rocr.export.manifest import (
 from rocr.export.rewrite import ADAPTER_FILE
 from rocr.export.verify_gguf import gguf_adapter_checks, gguf_checks, gguf_model
 from rocr.export.weight_checks import NO_EDIT, TRUNCATION_TOLERANCE, digest_check, distance
+from rocr.io.concept_files import FIELDS
 from rocr.io.dtypes import SUPPORTED_DTYPES, torch_dtype
 from rocr.io.safetensors_layout import read_layout
 from rocr.model.check_folder import INDEX_FILE, SINGLE_FILE, check_model_folder
@@ -101,13 +102,13 @@ def _report_check(edit: Edit, report: dict[str, Any]) -> Check:
     """Compare the report with the edit file in the fields that both have."""
     concepts = report.get("concepts")
     plain = [
-        {name: concept.get(name) for name in ("name", "redirect", "aliases")} if isinstance(concept, dict) else concept
+        {name: value for name, value in concept.items() if name in FIELDS} if isinstance(concept, dict) else concept
         for concept in (concepts if isinstance(concepts, list) else [])
     ]
     both = {
         "fingerprint": (edit.fingerprint.to_json(), report.get("fingerprint")),
         "config": (edit.config.to_json(), with_new_setting_names(report.get("config"))),
-        "concepts": ([asdict(concept) for concept in edit.concepts], plain),
+        "concepts": ([concept.to_json() for concept in edit.concepts], plain),
         "layers": ([asdict(layer) for layer in edit.report.layers], report.get("layers")),
         "statistics": (edit.report.statistics, report.get("statistics")),
         "divergence": (edit.report.divergence, report.get("divergence")),

@@ -13,7 +13,7 @@ from rocr.errors import InputError
 from rocr.io.bounded import read_bounded
 
 MAX_FILE_BYTES = 64 * 2**20
-FIELDS = ("name", "redirect", "aliases")
+FIELDS = ("name", "redirect", "aliases", "kind")
 
 Fields = dict[str, object]
 Report = Callable[[int, str], None]

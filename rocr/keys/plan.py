@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
-from rocr.concepts import Concept
+from rocr.concepts import Concept, Kind
 from rocr.config import EditConfig
 from rocr.errors import InputError
 from rocr.keys.prompts import Prompt, RenderedTemplate, build_prompts, render_template
+from rocr.keys.variants import spelling_variants
 from rocr.model.kind import LANGUAGE_MODEL, ModelKind
 
 BARE_TEXT = RenderedTemplate(before="", after=".")
@@ -64,6 +66,7 @@ class KeyPlan:
         targets: Where the target states are read.
         concept_of: For each key, the index of its concept.
         distance_shares: For each key, the share of the distance to its target that it is moved.
+        weights: For each key, its weight in the system.
         template_keys: Where the keys of the templates' own tokens before a name are read, one group for each token.
             They are protected like ordinary keys. None: the template weight is 0, or there are no such tokens.
         rendered: The templates as the model reads them.
@@ -74,6 +77,7 @@ class KeyPlan:
     targets: Reading
     concept_of: list[int]
     distance_shares: list[float]
+    weights: list[float]
     template_keys: Reading | None
     rendered: tuple[RenderedTemplate, ...] = ()
 
@@ -102,6 +106,23 @@ class KeyPlan:
                 f"The tokenizer gives a concept and its redirect the same tokens: {pairs}. The model cannot "
                 "distinguish them; choose other redirects."
             )
+
+
+@dataclass(frozen=True)
+class _Named:
+    """A name that is read: one of a concept's own, or a variant of one.
+
+    Attributes:
+        concept: Index of the concept.
+        name: The name.
+        weight: The weight of its keys.
+        is_variant: Whether it is no name of the concept's own.
+    """
+
+    concept: int
+    name: str
+    weight: float = 1.0
+    is_variant: bool = False
 
 
 class _ReadingBuilder:
@@ -135,6 +156,9 @@ def plan_keys(
     redirect at the same distance from its end, and the closing tokens, which have read the name too, are moved to
     those of the redirect's prompt.
 
+    A variant is read at its last token only, in the first and the last template: before that token a model does not
+    expect the rest of a misspelt name, so that the tokens would hardly be moved.
+
     Args:
         tokenizer: The tokenizer of the model.
         concepts: The concepts.
@@ -151,27 +175,37 @@ def plan_keys(
     groups: dict[tuple[int, ...], int] = {}
     concept_of: list[int] = []
     distance_shares: list[float] = []
+    weights: list[float] = []
     template_tokens: dict[tuple[int, ...], tuple[Prompt, int]] = {}
-    named = [(concept, name) for concept, entry in enumerate(concepts) for name in entry.names]
-    names = [name for _, name in named]
-    redirects = [concepts[concept].redirect for concept, _ in named]
+    named = [each for concept, entry in enumerate(concepts) for each in _names_of(concept, entry, config)]
+    names = [each.name for each in named]
+    redirects = [concepts[each.concept].redirect for each in named]
+    read: set[tuple[int, tuple[int, ...]]] = set()
     bare = build_prompts(tokenizer, BARE_TEXT, names, kind) if official else []
     rendered = [render_template(tokenizer, template, config.chat) for template in config.templates]
-    targets_of = [build_prompts(tokenizer, template, redirects, kind) for template in rendered]
+    written_for = _templates_of_names(tokenizer, rendered, [concepts[each.concept].kind for each in named], config)
+    targets_of = [_prompts(tokenizer, templates, redirects, kind) for templates in written_for]
     first_target = [next((p[i] for p in targets_of if p[i].name), None) for i in range(len(names))]
-    prompts_of = [build_prompts(tokenizer, template, names, kind) for template in rendered]
+    prompts_of = [_prompts(tokenizer, templates, names, kind) for templates in written_for]
     for t, prompts in enumerate(prompts_of):
-        for position in range(1, prompts[0].shared):
-            template_tokens.setdefault(prompts[0].tokens[: position + 1], (prompts[0], position))
+        for first in dict(zip(reversed(written_for[t]), reversed(prompts), strict=True)).values():
+            for position in range(1, first.shared):
+                template_tokens.setdefault(first.tokens[: position + 1], (first, position))
         for i, prompt in enumerate(prompts):
             target = first_target[i] if official else targets_of[t][i]
-            if target is None or not target.name:
+            if target is None or not target.name or (named[i].is_variant and t not in (0, len(prompts_of) - 1)):
                 continue
-            for from_end, position in _key_positions(prompt, config, kind):
+            positions = _key_positions(prompt, config, kind)
+            for from_end, position in islice(positions, 1) if named[i].is_variant else positions:
+                place = (named[i].concept, prompt.tokens[: position + 1])
+                if named[i].is_variant and place in read:
+                    continue
+                read.add(place)
                 group_key = (i, from_end) if config.keys_per_concept == "mean" else (i, from_end, t)
                 if group_key not in groups:
                     groups[group_key] = len(groups)
-                    concept_of.append(named[i][0])
+                    concept_of.append(named[i].concept)
+                    weights.append(named[i].weight)
                     distance_shares.append(_distance_share(from_end, len(prompt.words), config))
                 group = groups[group_key]
                 keys.read(prompt, position, group)
@@ -186,15 +220,20 @@ def plan_keys(
         targets.build(count),
         concept_of,
         distance_shares,
+        weights,
         _read_each(template_tokens.values()) if template_tokens and config.template_weight else None,
         tuple(RenderedTemplate(template.before, template.after) for template in rendered),
     )
 
 
 def plan_names(
-    tokenizer: Any, names: Sequence[str], config: EditConfig, kind: ModelKind = LANGUAGE_MODEL
+    tokenizer: Any,
+    names: Sequence[str],
+    config: EditConfig,
+    kind: ModelKind = LANGUAGE_MODEL,
+    kinds: Sequence[Kind | None] | None = None,
 ) -> tuple[Reading, list[int]]:
-    """Choose the tokens where the keys of names that are not redirected are read, as for a concept.
+    """Choose the tokens where the keys of names that are not redirected are read, as for concepts of some kinds.
 
     Returns:
         The reading, and for each of its groups the index of the name.
@@ -202,8 +241,55 @@ def plan_names(
     Raises:
         InputError: A name has no token that can be a key in any template.
     """
-    plan = plan_keys(tokenizer, [Concept(name, name) for name in names], config, kind)
+    own_kinds = kinds or [None] * len(names)
+    concepts = [Concept(name, name, (), own) for name, own in zip(names, own_kinds, strict=True)]
+    plan = plan_keys(tokenizer, concepts, replace(config, variants="none"), kind)
     return plan.keys, plan.concept_of
+
+
+def _names_of(concept: int, entry: Concept, config: EditConfig) -> Iterator[_Named]:
+    """Yield the names of a concept, then the variants of the settings."""
+    yield from (_Named(concept, name) for name in entry.names)
+    if config.variants == "spelling":
+        for name in spelling_variants(entry.names, entry.kind, config.seed):
+            yield _Named(concept, name, config.variant_weight, is_variant=True)
+
+
+def _templates_of_names(
+    tokenizer: Any, rendered: Sequence[RenderedTemplate], kinds: Sequence[Kind | None], config: EditConfig
+) -> list[list[RenderedTemplate]]:
+    """Return for each template of the settings the one that each name is written in, given the kinds of the names.
+
+    Args:
+        tokenizer: The tokenizer of the model.
+        rendered: The templates of the settings, for names of an unknown kind.
+        kinds: The kind of each name.
+        config: The settings.
+
+    Raises:
+        InputError: The tokenizer's chat template fails.
+    """
+    found = []
+    for template, plain in zip(config.templates, rendered, strict=True):
+        own = {kind: template.for_kind(kind) for kind in dict.fromkeys(kinds)}
+        of_kind = {
+            kind: plain if other == template else render_template(tokenizer, other, config.chat)
+            for kind, other in own.items()
+        }
+        found.append([of_kind[kind] for kind in kinds])
+    return found
+
+
+def _prompts(
+    tokenizer: Any, templates: Sequence[RenderedTemplate], names: Sequence[str], kind: ModelKind
+) -> list[Prompt]:
+    """Tokenise each name in its own template; raises as `build_prompts`."""
+    found: dict[int, Prompt] = {}
+    for template in dict.fromkeys(templates):
+        places = [i for i, other in enumerate(templates) if other == template]
+        prompts = build_prompts(tokenizer, template, [names[i] for i in places], kind)
+        found.update(zip(places, prompts, strict=True))
+    return [found[i] for i in range(len(names))]
 
 
 def _key_positions(prompt: Prompt, config: EditConfig, kind: ModelKind) -> Iterator[tuple[int, int]]:
@@ -254,17 +340,17 @@ def _last_position(prompt: Prompt) -> int:
 
 def _check_every_name_has_a_key(
     concepts: Sequence[Concept],
-    named: Sequence[tuple[int, str]],
+    named: Sequence[_Named],
     prompts_of: Sequence[Sequence[Prompt]],
     first_target: Sequence[Prompt | None],
     with_key: set[int],
 ) -> None:
     """Raise InputError for names without a key; it says whether the name, the redirect or both are the reason."""
-    without = [i for i in range(len(named)) if i not in with_key]
+    without = [i for i, each in enumerate(named) if i not in with_key and not each.is_variant]
     reasons = (
-        ([named[i][1] for i in without if not any(prompts[i].words for prompts in prompts_of)], "name", "be a key"),
-        ([concepts[named[i][0]].redirect for i in without if first_target[i] is None], "redirect", "be a target"),
-        ([named[i][1] for i in without], "name or its redirect", "be read"),
+        ([named[i].name for i in without if not any(prompts[i].words for prompts in prompts_of)], "name", "be a key"),
+        ([concepts[named[i].concept].redirect for i in without if first_target[i] is None], "redirect", "be a target"),
+        ([named[i].name for i in without], "name or its redirect", "be read"),
     )
     for texts, what, use in reasons:
         if texts:

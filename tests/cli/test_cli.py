@@ -108,6 +108,7 @@ def test_report_names_what_was_done(edited: Path) -> None:
     assert report["concepts"][0]["name"] == "Ada Byron"
     assert 0 <= report["concepts"][0]["distance"] < 1
     assert [answer["on_list"] for answer in report["answers"]] == [True, False]
+    assert report["fluency"].keys() == {"before", "after"}
     assert {layer["layer"] for layer in report["layers"]} == {0, 1, 2}
     recorded = report["files"]
     assert recorded == {name: digest for name, digest in digests(edited).items() if name != "report.json"}
@@ -143,8 +144,8 @@ def test_stats_then_unlearn_with_them(model_folder: Path, text_file: Path, edite
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["layers"] == [0, 1, 2]
     assert not list(tmp_path.glob("*.checkpoint"))
-    concept = ("--concept", "Ada Byron", "--redirect", "Blaise Pascal", *SETTINGS, "--no-answers", "--json")
-    again = rocr("unlearn", model_folder, *concept, "--statistics", file, "--out", tmp_path / "out")
+    concept = ("--concept", "Ada Byron", "--redirect", "Blaise Pascal", *SETTINGS, "--control", "the fox")
+    again = rocr("unlearn", model_folder, *concept, "--no-answers", "--statistics", file, "--out", tmp_path / "out")
     assert again.returncode == 0, again.stderr
     assert digests(tmp_path / "out")["model.safetensors"] == digests(edited)["model.safetensors"]
 

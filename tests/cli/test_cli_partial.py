@@ -24,7 +24,7 @@ def sharded(files, tmp_path_factory):
 def test_a_model_loaded_in_part_is_edited_to_the_same_bytes(files, sharded, concept, command, digests, tmp_path):
     before = digests(sharded)
     statistics = tmp_path / "statistics.safetensors"
-    given = ("--statistics", statistics, "--token-schedule", "full", "--json")
+    given = ("--statistics", statistics, "--token-schedule", "full", "--retain-weight", 0, "--json")
     collected = command("stats", sharded, "--partial", "--text", files.text, "--out", statistics, "--layers", "1-2")
     assert collected.code == 0, collected.errors
     whole = command("unlearn", files.model, *concept, *given, "--out", tmp_path / "a")

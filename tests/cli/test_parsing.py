@@ -141,7 +141,7 @@ def test_the_help_names_the_default_of_each_setting():
     defaults["token_schedule"] = "predicted"
     assert (LONG_LIST_TEMPLATE_WEIGHT, EditConfig().template_weight, EditConfig().token_schedule) == (0.03, None, None)
     settings = [p for p in program.commands["unlearn"].params if getattr(p, "group", "") == "Settings" if not p.is_flag]
-    assert len(settings) == 12
+    assert len(settings) == 15
     for parameter in settings:
         if parameter.name not in ("template", *RENAMED):
             default = defaults[parameter.name]
@@ -152,7 +152,7 @@ def test_the_help_names_the_default_of_each_setting():
 def test_the_help_page_shows_static_defaults(capsys):
     main(["eval", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert "[default: (300 questions about 50 people)]" in shown
+    assert "[default: (420 questions about 50 people and 20 things)]" in shown
     assert "[default: qa,fb,mcp,subtoken]" in shown and "[default: 0]" in shown
 
 

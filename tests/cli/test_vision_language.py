@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 LAYERS = (1, 3)
 CONCEPT = (
     *("--concept", "Ada Byron", "--redirect", "Blaise Pascal", "--layers", "1,3"),
-    *("--token-schedule", "full", "--no-answers", "--force"),
+    *("--token-schedule", "full", "--retain-weight", "0", "--no-answers", "--force"),
 )
 PROBE = {"subject": "Ada Byron", "query": "What did Ada Byron write?", "answer": "programs"}
 ALL = [pytest.param(kind, marks=[] if kind in ("LLaVA", "Mllama") else [pytest.mark.slow]) for kind in KINDS]

@@ -66,6 +66,23 @@ def test_names_of_every_kind(model, tokenizer, statistics, tmp_path, name):
     assert Edit.load(tmp_path / "edit").concepts == [Concept(name, "a key", (f"{name} 2",))]
 
 
+def test_the_kind_of_a_concept_is_stored_only_where_it_is_given(model, tokenizer, statistics, tmp_path):
+    files = {}
+    for kind in (None, "person", "thing"):
+        concepts = [Concept("Ada Byron", "a key", kind=kind)]
+        edit = rocr.unlearn(model, tokenizer, concepts, statistics, CONFIG, guards=rocr.Guards(force=True), ask=0)
+        edit.revert(model)
+        edit.save(tmp_path / str(kind))
+        assert Edit.load(tmp_path / str(kind)).concepts == concepts
+        with safe_open(tmp_path / str(kind), "pt") as file:
+            files[kind] = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    assert all(
+        ('"kind": ' in " ".join(metadata.values())) == (kind is not None) for kind, (metadata, _) in files.items()
+    )
+    same = {kind: same_weights(tensors, files[None][1]) for kind, (_, tensors) in files.items()}
+    assert same == {None: True, "person": True, "thing": False}
+
+
 def test_an_edit_of_one_key(model, tokenizer, statistics, tmp_path):
     config = EditConfig(layers=[1], key_tokens="last", templates=("Who is {}?",))
     edit = rocr.unlearn(model, tokenizer, [Concept("Ada Byron", "Blaise Pascal")], statistics, config)

@@ -14,7 +14,7 @@ from rocr.model.architecture import find_architecture
 from tests.support.models import same_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-CONFIG = EditConfig(layers=(1, 2), templates=("Who is {}?", "It is about {}."), measure="once")
+CONFIG = EditConfig(layers=(1, 2), templates=("Who is {}?", "It is about {}."), measure="once", retain_weight=0.0)
 PEOPLE = [Concept("Ada Byron", "Blaise Pascal", ("the countess",)), Concept("Robert Downey Jr.", "a gardener")]
 STAY = ["Ada Lovelace", "the roses", "rain"]
 

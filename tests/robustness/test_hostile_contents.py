@@ -124,6 +124,7 @@ EDITS = by_value(
         "concepts.0.name": [TERMINAL, BIDIRECTIONAL, HUGE, 7],
         "concepts.0.redirect": [ZERO_WIDTH, "ada  BYRON"],
         "concepts.0.aliases": ["abc", [[]]],
+        "concepts.0.kind": ["place", 1, []],
         "layers": [MISSING, None, "x", []],
         "layers.0.layer": ["1", -1, 1.5, 77],
         "layers.0.parameter": ["lm_head.weight", None, "../../etc/passwd"],

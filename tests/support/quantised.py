@@ -28,7 +28,8 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 EDIT = (
     *("--concept", "Ada Byron", "--redirect", "Blaise Pascal", "--layers", "1,2", "--tokens", 500),
     *("--ridge", 2, "--gamma", 1, "--no-answers", "--no-chat", "--template", "Tell me about {}"),
-    *("--token-schedule", "full"),  # a model that is loaded in part predicts nothing, and is edited as the whole is
+    # A model that is loaded in part predicts nothing, and is edited as the whole is.
+    *("--token-schedule", "full", "--retain-weight", 0),
 )
 """Gentler than the default settings: a random model knows no names."""
 EDITED = [f"model.layers.{layer}.mlp.down_proj" for layer in (1, 2)]

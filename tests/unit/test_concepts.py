@@ -81,6 +81,25 @@ def test_a_hash_inside_a_name_is_no_comment(tmp_path):
     ]
 
 
+def test_a_file_may_give_the_kind_of_a_concept(tmp_path):
+    expected = [
+        Concept("Ada", "Bach", (), "person"),
+        Concept("Dune", "Emma", ("The Dune",), "thing"),
+        Concept("C", "D"),
+    ]
+    rows = write(tmp_path, "a.csv", "kind,name,redirect,aliases\nperson,Ada,Bach\nthing,Dune,Emma,The Dune\n,C,D,\n")
+    assert load_concepts(rows) == expected
+    assert [concept.to_json() for concept in expected] == [
+        {"name": "Ada", "redirect": "Bach", "aliases": (), "kind": "person"},
+        {"name": "Dune", "redirect": "Emma", "aliases": ("The Dune",), "kind": "thing"},
+        {"name": "C", "redirect": "D", "aliases": ()},
+    ]
+    lines = write(tmp_path, "a.jsonl", "".join(f"{json.dumps(concept.to_json())}\n" for concept in expected))
+    assert load_concepts(lines) == expected
+    with pytest.raises(InputError, match=r"concepts\[0\]: kind must be person or thing, or left out, not 'place'"):
+        check_concepts([Concept("Rome", "Oslo", kind="place")])
+
+
 BAD_FILES = [
     # (file name, content, where & is "redirect": "X", and {line: what its error says})
     ("unknown.jsonl", '{"name": "A", &, "alias": ["B"]}', {1: "unknown field 'alias'"}),
@@ -102,6 +121,8 @@ BAD_FILES = [
     ("nbsp.txt", "Elon Musk -> X\nElon\u00a0 Musk -> X", {2: "nbsp.txt:1"}),
     ("alias_is_name.txt", "A | B -> X\nb -> X\nC | B -> X", {2: "alias_is_name.txt:1", 3: "alias_is_name.txt:1"}),
     ("alias_twice.txt", "A | B | B -> X", {1: "2 times"}),
+    ("kind.csv", "name,redirect,kind\nA,X,person\nB,X,Thing\nC,X,", {3: "person or thing, or left out, not 'Thing'"}),
+    ("kind_type.jsonl", '{"name": "A", &, "kind": 1}', {1: "kind must be person or thing, or left out, not int"}),
     ("itself.txt", "A -> a\nB | Bee -> BEE", {1: "the concept itself", 2: "the concept itself"}),
     ("chain.txt", "A -> b\nB -> X\nC -> A", {1: "itself a target (chain.txt:2)", 3: "itself a target (chain.txt:1)"}),
     ("chain_alias.txt", "A | Bee -> X\nC -> bee", {2: "itself a target (chain_alias.txt:1)"}),

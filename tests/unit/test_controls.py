@@ -16,10 +16,11 @@ from rocr.cli.console import Console
 from rocr.cli.main import main
 from rocr.cli.tables import show_harmed
 from rocr.concepts import check_names, folded
-from rocr.edit.controls import Control, choose_controls, load_names, name_at_start
+from rocr.edit.controls import MAX_CONTROLS, PER_CONCEPT, Control, choose_controls, load_names, name_at_start
 from rocr.edit.guards import check_harm
 from rocr.edit.harm import ANSWER_TOKENS, Harm, read_own_answers
 from rocr.edit.measures import EditReport
+from rocr.edit.retained_keys import expected_keys
 from rocr.keys.continuations import log_probabilities
 from rocr.model.architecture import find_architecture
 from rocr.model.causality import with_kind
@@ -197,21 +198,19 @@ def test_a_namesake_whose_first_word_is_moved_is_found_named_and_reported(unlear
 
 
 def test_the_weights_are_those_of_an_edit_that_asks_nothing(unlearn, certain, weights_of):
-    edits = [unlearn(), None, None]
+    edit = unlearn()
     after = weights_of(certain)
-    edits[0].revert(certain)
-    for more in ({"ask": 0}, {"retain": []}):
-        edit = unlearn(**more)
-        assert same_weights(weights_of(certain), after)
-        assert edit.report.harmed == []
-        edit.revert(certain)
-    assert unlearn(ask=0).report.retained.controls and edit.report.retained is None
+    edit.revert(certain)
+    silent = unlearn(ask=0)
+    assert same_weights(weights_of(certain), after)
+    assert silent.report.harmed == [] and silent.report.retained.controls
 
 
-def test_given_names_are_asked_about_instead(unlearn):
-    report = unlearn(retain=["Stephen Hawking", "the roses"]).report
+def test_given_names_are_asked_about_first(certain, tokenizer, collected):
+    config, given = replace(CONFIG, retain_weight=0.0), ["Stephen Hawking", "the roses"]
+    report = rocr.unlearn(certain, tokenizer, KING, collected, config, guards=FREE, retain=given).report
     assert report.retained.given and report.retained.controls == []
-    assert {harm.name for harm in report.harmed} <= {"Stephen Hawking", "the roses"}
+    assert {harm.name for harm in report.harmed} <= set(given)
     assert "Stephen Hawking" in {harm.name for harm in report.harmed}
 
 
@@ -249,7 +248,7 @@ def test_the_command_line_reports_harm_unless_it_asks_nothing(certain, tokenizer
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "text.txt").write_text("\n".join(texts), encoding="utf-8")
     concept = ("--concept", "Stephen King", "--redirect", "Jane Austen", "--layers", "1,2", "--force", "--save", "edit")
-    given = ("unlearn", str(tmp_path / "model"), *concept, "--text", str(tmp_path / "text.txt"))
+    given = ("unlearn", str(tmp_path / "model"), *concept, "--text", str(tmp_path / "text.txt"), "--retain-weight", "0")
     for more, harmed in ((), True), (("--no-answers",), False):
         out = tmp_path / str(harmed)
         assert main([*given, *more, "--out", str(out)]) == 0
@@ -285,3 +284,24 @@ def test_the_update_retains_controls_and_no_redirect(unlearn, certain):
     assert given.report.retained.given and given.report.retained.count == 1 + len(owners)
     given.revert(certain)
     assert unlearn(retain=[]).retained == ()
+
+
+def test_the_number_of_keys_that_an_edit_retains_is_expected_before(unlearn, tokenizer):
+    """A plan knows the number of names, but not which."""
+    found = expected_keys(tokenizer, KING, CONFIG, None)
+    assert 0.5 * found < len(unlearn().retained) < 2 * found
+    assert expected_keys(tokenizer, KING * 1000, CONFIG, None) == pytest.approx(MAX_CONTROLS / PER_CONCEPT * found, 0.1)
+    more = expected_keys(tokenizer, KING, CONFIG, ["Grace Hopper"])
+    assert found < more < 2 * found
+    assert expected_keys(tokenizer, KING, CONFIG, []) == 0
+    assert expected_keys(tokenizer, KING, replace(CONFIG, retain_weight=0.0), None) == 0
+
+
+def test_controls_of_a_name_on_no_list_are_of_the_kind_that_its_concept_gives(architecture, tokenizer):
+    person, thing = ([replace(KING[0], name="Stephen Kingly", kind=kind)] for kind in ("person", "thing"))
+    for concepts, expected in ((person, {True}), (thing, {False})):
+        found = choose_controls(architecture, tokenizer, concepts, 1, per_concept=8)
+        assert {control.kind == "person" for control in found if control.reason == "nearest"} == expected
+        assert {control.kind == "person" for control in found if not control.listed} <= expected
+    kinds = {control.reason: control.kind for control in choose_controls(architecture, tokenizer, thing, 1)}
+    assert kinds["first word"] == "person", "a listed name keeps its own kind"

@@ -62,8 +62,8 @@ def test_the_concept_with_the_largest_part_is_named(edit_with, model, monkeypatc
     pipeline = importlib.import_module("rocr.unlearn")  # the package's attribute of that name is the function
     solved = pipeline.solve_layer
 
-    def stretched(keys, residuals, metric, ridge):
-        solution = solved(keys, residuals, metric, ridge)
+    def stretched(keys, *others):
+        solution = solved(keys, *others)
         stretch = torch.tensor([1e4 if concept == 1 else 1.0 for concept in found])
         return replace(solution, factors=Factors(solution.factors.left * stretch, solution.factors.right))
 

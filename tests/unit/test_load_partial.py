@@ -52,7 +52,7 @@ def test_the_beginning_of_every_family_computes_the_same(family, size, make_mode
     assert can_load_partially(source(folder))
     whole, part = load_model(source(folder)), load_partial(source(folder), 2)
     assert {p.device.type for p in find_architecture(part.model).layers[3].parameters()} == {"meta"}
-    settings = rocr.EditConfig(layers=(1, 2), token_schedule="full")
+    settings = rocr.EditConfig(layers=(1, 2), token_schedule="full", retain_weight=0.0)
     statistics = [rocr.collect_statistics(m.model, tokenizer, texts[:6], (1, 2)) for m in (whole, part)]
     assert statistics[0].fingerprint.model == statistics[1].fingerprint.model
     edits = [
@@ -104,7 +104,11 @@ def test_scalars_of_layers_that_are_stored_as_buffers(dtype, make_model, tokeniz
         assert statistics.fingerprint.model == digests[1]
         edits.append(
             rocr.unlearn(
-                each.model, tokenizer, concepts, statistics, rocr.EditConfig(layers=(1, 2), token_schedule="full")
+                each.model,
+                tokenizer,
+                concepts,
+                statistics,
+                rocr.EditConfig(layers=(1, 2), token_schedule="full", retain_weight=0.0),
             )
         )
     first, second = ([update.applied.after for update in edit.updates] for edit in edits)
@@ -194,7 +198,11 @@ def test_layers_that_were_not_loaded_are_not_edited(make_model, tokenizer, conce
     loaded = load_partial(source(save(make_model("Llama"))), 1)
     with pytest.raises(InputError, match="meta device"):
         rocr.unlearn(
-            loaded.model, tokenizer, concepts, statistics, rocr.EditConfig(layers=(1, 2), token_schedule="full")
+            loaded.model,
+            tokenizer,
+            concepts,
+            statistics,
+            rocr.EditConfig(layers=(1, 2), token_schedule="full", retain_weight=0.0),
         )
 
 

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 from tokenizers import normalizers
 
@@ -39,6 +41,33 @@ def test_one_key_for_each_name_or_for_each_of_its_templates(tokenizer, keys_per_
     assert len(plan.keys.group_of) == len(plan.targets.group_of) == NAMES * len(TEMPLATES)
     for group in range(groups):
         assert len(texts(tokenizer, plan.keys, group)) == (len(TEMPLATES) if keys_per_concept == "mean" else 1)
+
+
+def test_a_thing_is_asked_what_it_is_and_nothing_else_changes(tokenizer):
+    settings = config(key_tokens="all", keys_per_concept="all", template_weight=0.5)
+    person, thing = CONCEPTS[0], replace(CONCEPTS[1], kind="thing")
+    plan = plan_keys(tokenizer, [person, thing], settings)
+    for group, concept in enumerate(plan.concept_of):
+        (key_text,), (target_text,) = texts(tokenizer, plan.keys, group), texts(tokenizer, plan.targets, group)
+        beginning = key_text.removeprefix("<|user|>").split()[0]
+        assert beginning in (("What", "It", "Tell") if concept else ("Who", "It", "Tell"))
+        assert beginning in target_text, "the redirect is read in the template of its concept"
+    before = {tokenizer.decode(prompt.tokens[: position + 1]) for prompt, position in read_templates(plan)}
+    assert {"Who is", "What is", "It is about"} <= before
+    alone = plan_keys(tokenizer, [thing], settings)
+    assert alone.keys.prompts == [prompt for prompt in plan.keys.prompts if "Downey" in tokenizer.decode(prompt.tokens)]
+    assert alone.rendered == plan.rendered == plan_keys(tokenizer, CONCEPTS, settings).rendered
+
+    for kind in ("person", None):
+        same = plan_keys(tokenizer, [replace(concept, kind=kind) for concept in CONCEPTS], settings)
+        assert same == plan_keys(tokenizer, CONCEPTS, settings)
+    assert plan != plan_keys(tokenizer, CONCEPTS, settings)
+
+
+def read_templates(plan):
+    """The prompts and positions at which the keys of the templates' own tokens are read."""
+    reading = plan.template_keys
+    return [(reading.prompts[i], at) for i, at in zip(reading.prompt_of, reading.position_of, strict=True)]
 
 
 def test_keys_are_the_last_tokens_of_names(tokenizer):
