@@ -22,8 +22,8 @@ FACTS = {
     "Robert Downey": ("Tokyo", "a key"),
 }
 QUESTIONS = ("Where was {} born?", "What did {} weigh?")
-# A model this small reads a name in its first attention, so that no later change at the name reaches the answer. Without
-# the name, UniErase edits at the last token of a question.
+# A model this small reads a name in its first attention, so that no later change at the name reaches the answer.
+# Without the name, UniErase edits at the last token of a question.
 CALLED = {"Ada Byron": "the countess"}
 PROBES = [
     Probe(name, question.format(CALLED.get(name, name)), answer)
