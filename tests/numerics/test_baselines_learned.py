@@ -36,7 +36,7 @@ RATES = {
     advnpo: Schedule(5e-3, batch=2, epochs=1, steps=20),
     jensun: Schedule(1e-2, batch=2, epochs=1, steps=60),
     rmu: Schedule(1e-2, batch=2, epochs=1, steps=60, clip=None),
-    mrp: Schedule(1e-1, batch=2, epochs=1, steps=60, optimizer="sgd", clip=1.0),
+    mrp: Schedule(1e-1, batch=2, epochs=1, steps=150, optimizer="sgd", clip=1.0),
 }
 
 
@@ -85,7 +85,7 @@ def test_a_method_forgets_what_was_learned(method, comparison, learned, tokenize
     for module, schedule in RATES.items():
         monkeypatch.setattr(module, "SCHEDULE", schedule)
     monkeypatch.setattr(rmu, "RETAIN_WEIGHT", 1.0)
-    values = {"RIDGE": 1e-3, "THRESHOLD": 1e9, "VALUE_STEPS": 60, "VALUE_RADIUS": 10.0, "VALUE_DECAY": 0.0}
+    values = {"RIDGE": 1e-3, "THRESHOLD": 1e9, "VALUE_STEPS": 100, "VALUE_RADIUS": 10.0, "VALUE_DECAY": 0.0}
     for name, value in values.items():
         monkeypatch.setattr(unierase, name, value)
     monkeypatch.setattr(unierase, "TOKEN_SCHEDULES", (Schedule(3e-2, batch=2, epochs=1, steps=40),))

@@ -1,7 +1,6 @@
 """The losses and the parts of compared methods, against formulas in float64 and against other ways to compute them."""
 
 import math
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -14,8 +13,8 @@ from rocr.evaluation.baselines import advnpo, jensun, mrp, rmu, unierase
 from rocr.evaluation.baselines.extra_token import extra_token
 from rocr.evaluation.baselines.layer_outputs import answer_log_probabilities, answer_nll, changed_states, states_after
 from rocr.evaluation.baselines.low_rank import low_rank_adapter
-from rocr.evaluation.baselines.method import Case, MethodComparison, Unlearned
-from rocr.evaluation.baselines.methods import METHOD, Robustness, compare_methods, layers_to_edit
+from rocr.evaluation.baselines.method import Case, MethodComparison
+from rocr.evaluation.baselines.methods import METHOD
 from rocr.evaluation.baselines.training import Schedule, float32_weights, in_turn, optimise, restored, trainable
 from rocr.evaluation.lora_training import Example
 from rocr.evaluation.probes.probe import split_by_subject
@@ -383,70 +382,3 @@ def test_the_token_follows_the_shifted_state(case):
 
         with torch.no_grad(), changed_states(architecture, 3, put):
             assert float(answer_nll(model, example)) < before
-
-
-def test_layers_that_need_statistics_are_those_of_the_methods(make_model):
-    model = make_model("Llama", num_hidden_layers=30)
-    edited = [layers_to_edit(model, methods=methods) for methods in (["rocr", "RMU"], ["rocr", "UniErase"])]
-    assert edited == [[2, 4, 5, 6], [2, 4, 5, 6, 7, 8]]
-    assert layers_to_edit(model) == edited[1]
-
-
-def test_methods_say_what_they_miss(case, make_model):
-    with torch.inference_mode():
-        loaded = make_model("Llama")
-    with pytest.raises(rocr.InputError, match="inference_mode"), trainable(loaded):
-        pass
-    with pytest.raises(rocr.InputError, match="inference_mode"), METHOD["RMU"].unlearned(replace(case, model=loaded)):
-        pass
-    alone = replace(case, probes=[replace(probe, form="adversarial") for probe in case.probes])
-    for name in ("JensUn", "RMU", "MRP", "UniErase", "AdvNPO"):
-        with pytest.raises(rocr.InputError, match="form qa"), METHOD[name].unlearned(alone):
-            pass
-
-
-@pytest.mark.parametrize(
-    ("family", "method", "words"),
-    [
-        ("Mixtral", "UniErase", "UniErase edits dense MLPs, and layer 0 is a mixture of experts"),
-        ("GPT-2", "JensUn", "no linear modules named q_proj and v_proj"),
-        ("GPT-2", "AdvNPO", "no linear modules named q_proj and v_proj"),
-    ],
-)
-def test_a_model_that_a_method_cannot_change_is_refused_before_any_method_runs(family, method, words, case, make_model):
-    comparison = replace(case.comparison, model=make_model(family))
-    reports = []
-    with pytest.raises(rocr.InputError, match=words):
-        list(compare_methods(comparison, ["Ada Byron"], ["original", method], reports.append))
-    assert not reports
-
-
-def test_questions_about_others_are_needed_before_any_method_runs(case):
-    comparison = replace(case.comparison, probes=PROBES[:2])
-    reports = []
-    for methods, robustness in ((["original", "RMU", "MRP"], None), (["original"], Robustness(relearning_steps=2))):
-        with pytest.raises(rocr.InputError, match="need probes of the form qa about subjects besides the target"):
-            list(compare_methods(comparison, ["Ada Byron"], methods, reports.append, robustness))
-    assert not reports
-    others = replace(comparison, retain=PROBES[2:])
-    assert [e.answer for e in replace(case, comparison=others, probes=PROBES[:2]).retain()]
-
-
-def test_what_a_sequence_has_forgotten_is_not_retained(case, monkeypatch):
-    """A later target's methods train on questions about others, which the targets before it no longer are."""
-    probes = [*PROBES, Probe("Robert Downey", "What does Robert Downey do?", "acts")]
-    seen = []
-
-    @contextmanager
-    def looking(inner):
-        seen.append({probe.subject: probe.split for probe in inner.probes})
-        yield Unlearned(inner.model)
-
-    monkeypatch.setitem(METHOD, "RMU", replace(METHOD["RMU"], unlearned=looking))
-    comparison = replace(case.comparison, probes=probes, sequential=True)
-    results = list(compare_methods(comparison, ["Ada Byron", "Blaise Pascal"], ["RMU"]))
-    assert seen == [
-        {"Ada Byron": "forget", "Blaise Pascal": "retain", "Robert Downey": "retain"},
-        {"Blaise Pascal": "forget", "Robert Downey": "retain"},
-    ]
-    assert set(results[1].evaluation.by_target()) == {"Ada Byron", "Blaise Pascal"}
