@@ -11,7 +11,8 @@ from torch import nn
 
 import rocr
 from rocr.evaluation import EvaluateOptions, Evaluation, Probe, compare_evaluations, evaluate
-from rocr.evaluation.baselines.methods import MethodResult, forget_table, retain_table
+from rocr.evaluation.baselines.methods import MethodResult
+from rocr.evaluation.baselines.tables import forget_table, retain_table
 from rocr.evaluation.forms import build_items
 from rocr.evaluation.report import measure_rows, report_json, score_table, table_rows, write_html, write_json
 from rocr.evaluation.scores import ItemScore, mean, relative_fall
