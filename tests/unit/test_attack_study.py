@@ -92,7 +92,7 @@ def state(model: nn.Module, weights_of: Any) -> tuple[dict[str, Tensor], list[An
     return weights_of(model), [(p.requires_grad, p.grad is None) for p in model.parameters()]
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in ATTACKS[1:] else n for n in STUDY])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.thorough) if n in ATTACKS[1:] else n for n in STUDY])
 def test_an_attack_has_outcomes_and_leaves_the_model_alone(name: str, edited: Edited, weights_of: Any) -> None:
     if name == "relearn":
         pytest.importorskip("peft")
@@ -134,7 +134,7 @@ def test_an_interrupted_attack_leaves_the_model_alone(name: str, share: float, e
     stops_anywhere(edited, name, (share,), weights_of)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", STUDY)
 def test_an_attack_can_be_interrupted_at_many_places(name: str, edited: Edited, weights_of: Any) -> None:
     if name == "relearn":
@@ -264,7 +264,7 @@ def changes() -> Iterator[tuple[str, str, Any]]:
     yield from ((name, *change) for name, change in values.items())
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize(("name", "attack", "value"), [*changes()])
 def test_a_limit_has_an_effect(
     name: str, attack: str, value: Any, edited: Edited, monkeypatch: pytest.MonkeyPatch
