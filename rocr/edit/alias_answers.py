@@ -53,33 +53,49 @@ than it. Names and the second half of descriptions have at most 8 words."""
 SEVERAL, RELATED = 3, 5
 """Largest number of nicknames or descriptions, and of related things, that are cut out of one answer."""
 
+_PLAIN_QUOTES = str.maketrans(dict.fromkeys("\u2018\u2019\u201b", "'") | dict.fromkeys("\u201c\u201d\u201e\u201f", '"'))
 _QUOTES = re.compile(
-    r'"([^"]+)"|“([^”]+)”|«([^»]+)»|„([^“”]+)[“”]|「([^」]+)」|『([^』]+)』|《([^》]+)》|\*\*([^*]+)\*\*'
-    r"|(?<!\w)['‘]([^'‘’]+)['’](?!\w)"
+    r'"([^"]+)"|«([^»]+)»|「([^」]+)」|『([^』]+)』|《([^》]+)》|\*\*([^*]+)\*\*|(?<!\w)\'([^\']+)\'(?!\w)'
 )
-_SEPARATORS = "·・•‧=＝-‐'’׳״"
+_SEPARATORS = "·・•=-'\u2027\uff1d\u2010\u05f3\u05f4"
+"""Dots in the middle, hyphens, and what is written between or after letters of a name."""
 _JOINERS = "\u200c\u200d"
 _PARTICLES = frozenset(
-    "of the and de da do dos del della di du des la le van von der den zu bin ibn al el y & for in on to a".split()
-)
+    {
+        "of", "the", "and", "de", "da", "do", "dos", "del", "della", "di", "du", "des", "la", "le", "van", "von",
+        "der", "den", "zu", "bin", "ibn", "al", "el", "y", "&", "for", "in", "on", "to", "a",
+    }
+)  # fmt: skip
 _ARTICLES = frozenset(("the", "a", "an"))
 _FUNCTION_WORDS = _ARTICLES | frozenset(
-    "i i'm he she it its his her their they we you your my yes no not sure sorry certainly of course as ai in on at to "
-    "for from by with and or but if so this that these those there here who what which when where why how is are was "
-    "were also another one some several many most other others known commonly often full name names nickname nicknames "
-    "real answer called however unfortunately please note according best well born official officially".split()
-)
-_ABBREVIATIONS = frozenset("jr sr dr mr mrs ms st inc co corp ltd".split())
+    {
+        "i", "i'm", "he", "she", "it", "its", "his", "her", "their", "they", "we", "you", "your", "my", "yes", "no",
+        "not", "sure", "sorry", "certainly", "of", "course", "as", "ai", "in", "on", "at", "to", "for", "from",
+        "by", "with", "and", "or", "but", "if", "so", "this", "that", "these", "those", "there", "here", "who",
+        "what", "which", "when", "where", "why", "how", "is", "are", "was", "were", "also", "another", "one",
+        "some", "several", "many", "most", "other", "others", "known", "commonly", "often", "full", "name", "names",
+        "nickname", "nicknames", "real", "answer", "called", "however", "unfortunately", "please", "note",
+        "according", "best", "well", "born", "official", "officially",
+    }
+)  # fmt: skip
+_ABBREVIATIONS = frozenset(
+    {
+        "jr", "sr", "dr", "mr", "mrs", "ms", "st", "inc", "co", "corp", "ltd",
+    }
+)  # fmt: skip
 _REFUSALS = (
     "i'm sorry", "i am sorry", "sorry", "i cannot", "i can't", "i can not", "as an ai", "as a language model",
     "i do not know", "i don't", "i am not", "i'm not", "unfortunately", "there is no", "no information",
     "i am an ai", "i'm an ai", "i apologize",
 )  # fmt: skip
-_DESCRIPTION = re.compile(r"\b([Tt]he)((?: [^\W\d_][\w'’-]*){1,5}?) of ([^.,;:!?()\[\]\"“”«»\n]+)")
+_DESCRIPTION = re.compile(r"\b([Tt]he)((?: [^\W\d_][\w'-]*){1,5}?) of ([^.,;:!?()\[\]\"«»\n]+)")
 _ENDS = frozenset(
-    "and or who whom whose which that was is are were has had with by known since when where while because but also "
-    "as for from best widely he she it's its one".split()
-)
+    {
+        "and", "or", "who", "whom", "whose", "which", "that", "was", "is", "are", "were", "has", "had", "with",
+        "by", "known", "since", "when", "where", "while", "because", "but", "also", "as", "for", "from", "best",
+        "widely", "he", "she", "it's", "its", "one",
+    }
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -121,12 +137,12 @@ def cut_spelling(answer: str, name: str, language: str) -> Cut:
         name: The name.
         language: One of `SCRIPTS`.
     """
-    script = SCRIPTS[language]
+    answer, script = answer.translate(_PLAIN_QUOTES), SCRIPTS[language]
     if script == (LATIN,):
         return _cut_names(answer, name, 1)
     found = _runs_of_script(answer, script)
     if not found:
-        refused = " (the model refuses)" if is_refusal(answer) else ""
+        refused = " (the model refuses)" if _is_refusal(answer) else ""
         return Cut(reason=f"no letters of {language}{refused}: {_start(answer)}")
     quoted = [part for part in _quoted(answer) if part in _runs_of_script(part, script)]
     best = (*quoted, *found)[0]
@@ -143,7 +159,8 @@ def cut_descriptions(answer: str, name: str) -> Cut:
 
     A phrase ends at punctuation, at a word such as "who" or "and", or after eight words. It must not hold the name.
     """
-    if is_refusal(answer):
+    answer = answer.translate(_PLAIN_QUOTES)
+    if _is_refusal(answer):
         return Cut(reason=f"the model refuses: {_start(answer)}")
     found, reason = [], f'no phrase "the ... of ...": {_start(answer)}'
     for phrase in _DESCRIPTION.finditer(answer):
@@ -151,7 +168,7 @@ def cut_descriptions(answer: str, name: str) -> Cut:
         for word in phrase[3].split()[:MAX_WORDS]:
             if word.lower() in _ENDS:
                 break
-            words.append(word.removesuffix("'s").strip("'’*"))
+            words.append(word.removesuffix("'s").strip("'*"))
         while words and words[-1].lower() in _PARTICLES:
             words.pop()
         text = f"the{phrase[2]} of {' '.join(words)}"
@@ -164,9 +181,9 @@ def cut_descriptions(answer: str, name: str) -> Cut:
     return _checked(list(dict.fromkeys(found))[:SEVERAL], name, reason)
 
 
-def is_refusal(answer: str) -> bool:
+def _is_refusal(answer: str) -> bool:
     """Return whether an answer begins as the refusals of chat models do."""
-    start = answer.replace("’", "'").strip().lower()
+    start = answer.strip().lower()
     return any(start.startswith(words) for words in _REFUSALS)
 
 
@@ -180,13 +197,14 @@ def _cut_names(
     without_name: bool = False,
 ) -> Cut:
     """Cut names out of an answer: those that are quoted, or else the first run of capitalised words, or all runs."""
-    if is_refusal(answer):
+    answer = answer.translate(_PLAIN_QUOTES)
+    if _is_refusal(answer):
         return Cut(reason=f"the model refuses: {_start(answer)}")
     reason = f"no other capitalised words: {_start(answer)}"
 
     def fits(text: str) -> bool:
         nonlocal reason
-        if is_part(text, name):
+        if _is_part(text, name):
             reason = "the name itself or a part of it"
         elif without_name and _holds(text, name):
             reason = f"holds the name itself: {_start(text)}"
@@ -215,7 +233,7 @@ def _checked(texts: Sequence[str], name: str, reason: str) -> Cut:
     return Cut(tuple(kept), "" if kept else reason)
 
 
-def is_part(text: str, name: str) -> bool:
+def _is_part(text: str, name: str) -> bool:
     """Return whether the words of a text follow each other in a name, as those of the name itself do."""
     words, whole = folded(text).split(), folded(name).split()
     return any(whole[i : i + len(words)] == words for i in range(len(whole) - len(words) + 1))
@@ -223,7 +241,7 @@ def is_part(text: str, name: str) -> bool:
 
 def _holds(text: str, name: str) -> bool:
     """Return whether all words of a name follow each other in a text."""
-    return is_part(name, re.sub(r"[^\w\s.'’-]|['’]s\b", " ", text))
+    return _is_part(name, re.sub(r"[^\w\s.'-]|'s\b", " ", text))
 
 
 def _quoted(text: str) -> Iterator[str]:
@@ -254,13 +272,13 @@ def _capitalised_runs(text: str) -> Iterator[str]:
             yield " ".join(words)
 
     for word in text.split():
-        inner = word.lstrip("(\"'“‘«„[*_#")
+        inner = word.lstrip("(\"'«[*_#")
         if inner != word:
             yield from ended()
-        bare = inner.rstrip(")\"'”’»“],;:!?*_…") if not _is_abbreviation(inner) else inner
+        bare = inner.rstrip(")\"'»],;:!?*_…") if not _is_abbreviation(inner) else inner
         if not _is_abbreviation(bare):
-            bare = bare.rstrip(".)\"'”’»“],;:!?*_…")
-        possessive = re.sub(r"['’]s$", "", bare)
+            bare = bare.rstrip(".)\"'»],;:!?*_…")
+        possessive = bare.removesuffix("'s")
         if possessive[:1].isupper():
             run.append(possessive)
         elif not (run and possessive in _PARTICLES):
@@ -278,7 +296,7 @@ def _is_abbreviation(word: str) -> bool:
 
 def _without_first(words: Sequence[str], left_out: frozenset[str]) -> str:
     """Return words as text, without those at the beginning that are to be left out, and articles alone."""
-    plain = [word.lower().replace("’", "'").strip(".,") for word in words]
+    plain = [word.lower().strip(".,") for word in words]
     first = next((i for i, word in enumerate(plain) if word not in left_out), len(plain))
     return " ".join(words[first:]) if not set(plain[first:]) <= _ARTICLES else ""
 
@@ -290,11 +308,7 @@ def _runs_of_script(text: str, script: tuple[str, ...]) -> list[str]:
     """
     runs, run = [], ""
     for i, character in enumerate(text):
-        if unicodedata.name(character, "").startswith(script) and unicodedata.category(character)[0] in "LM":
-            run += character
-        elif run and (unicodedata.category(character)[0] == "M" or character in _JOINERS):
-            run += character
-        elif run and _separates(run, character, text[i + 1 : i + 2], script):
+        if _is_letter_of(character, script) or (run and _continues(run, character, text[i + 1 : i + 2], script)):
             run += character
         elif run:
             runs.append(run)
@@ -304,9 +318,16 @@ def _runs_of_script(text: str, script: tuple[str, ...]) -> list[str]:
     return [run for run in trimmed if run]
 
 
-def _separates(run: str, character: str, after: str, script: tuple[str, ...]) -> bool:
-    """Return whether a character stands between two words of one name."""
-    follows = unicodedata.name(after, "").startswith(script) if after else False
+def _is_letter_of(character: str, script: tuple[str, ...]) -> bool:
+    """Return whether a character is a letter or a mark of a script."""
+    return unicodedata.name(character, "").startswith(script) and unicodedata.category(character)[0] in "LM"
+
+
+def _continues(run: str, character: str, after: str, script: tuple[str, ...]) -> bool:
+    """Return whether a character that is no letter of a script belongs to a name in it, as a mark or a separator."""
+    if unicodedata.category(character)[0] == "M" or character in _JOINERS:
+        return True
+    follows = bool(after) and _is_letter_of(after, script)
     if character == "." and len(re.split(r"[\s.]", run)[-1]) <= 2:
         return follows or after == " "
     return follows and (character == " " or character in _SEPARATORS)
