@@ -52,7 +52,7 @@ def aliases(arguments: Arguments, console: Console) -> dict[str, Any]:
 
     Full names, nicknames, spellings in other scripts and descriptions are proposed. Read the list before using it.
     """
-    from rocr.edit.aliases import LANGUAGES, check_languages, propose_aliases
+    from rocr.edit.aliases import LANGUAGES, check_languages, check_redirect, propose_aliases
 
     arguments.chat = chat_of(arguments)
     languages = arguments.languages or LANGUAGES
@@ -60,6 +60,7 @@ def aliases(arguments: Arguments, console: Console) -> dict[str, Any]:
     if not str(arguments.out).lower().endswith(".jsonl"):
         raise InputError(f"--out {arguments.out} is written as JSON lines: give it a name that ends in .jsonl.")
     concepts = load_concepts(arguments.concepts, arguments.redirect or WITHOUT_REDIRECT)
+    check_redirect(arguments.redirect or AUTO, concepts)
     source = source_of(arguments)
     claim_output(arguments, source.inputs)
     with console.stage("load"):

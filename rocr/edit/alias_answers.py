@@ -55,17 +55,19 @@ SEVERAL, RELATED = 3, 5
 
 _PLAIN_QUOTES = str.maketrans(dict.fromkeys("\u2018\u2019\u201b", "'") | dict.fromkeys("\u201c\u201d\u201e\u201f", '"'))
 _QUOTES = re.compile(
-    r'"([^"]+)"|«([^»]+)»|「([^」]+)」|『([^』]+)』|《([^》]+)》|\*\*([^*]+)\*\*|(?<!\w)\'([^\']+)\'(?!\w)'
+    r'"([^"]+)"|«([^»]+)»|»([^«]+)«|「([^」]+)」|『([^』]+)』|《([^》]+)》|\*\*([^*]+)\*\*|(?<!\w)\'([^\']+)\'(?!\w)'
 )
 _SEPARATORS = "·・•=-'\u2027\uff1d\u2010\u05f3\u05f4"
 """Dots in the middle, hyphens, and what is written between or after letters of a name."""
 _JOINERS = "\u200c\u200d"
 _PARTICLES = frozenset(
     {
-        "of", "the", "and", "de", "da", "do", "dos", "del", "della", "di", "du", "des", "la", "le", "van", "von",
-        "der", "den", "zu", "bin", "ibn", "al", "el", "y", "&", "for", "in", "on", "to", "a",
+        "of", "the", "de", "da", "do", "dos", "del", "della", "di", "du", "des", "la", "le", "van", "von",
+        "der", "den", "zu", "bin", "ibn", "al", "el", "y", "&",
     }
 )  # fmt: skip
+_SMALL_WORDS = _PARTICLES | {"and", "for", "in", "on", "to", "a", "an", "at", "with"}
+"""Words that are not capitalised inside names, and those inside titles, which are quoted."""
 _ARTICLES = frozenset(("the", "a", "an"))
 _FUNCTION_WORDS = _ARTICLES | frozenset(
     {
@@ -130,7 +132,9 @@ def cut_related(answer: str, name: str) -> Cut:
 
 
 def cut_spelling(answer: str, name: str, language: str) -> Cut:
-    """Cut out the first words in the letters of a language; of one in Latin letters, the first capitalised words.
+    """Cut out the first words in the letters of a language, those after a colon if there are some.
+
+    Of a language in Latin letters these are the first capitalised words.
 
     Args:
         answer: The answer of the model.
@@ -140,7 +144,7 @@ def cut_spelling(answer: str, name: str, language: str) -> Cut:
     answer, script = answer.translate(_PLAIN_QUOTES), SCRIPTS[language]
     if script == (LATIN,):
         return _cut_names(answer, name, 1)
-    found = _runs_of_script(answer, script)
+    found = _runs_of_script(answer.rpartition(":")[2], script) or _runs_of_script(answer, script)
     if not found:
         refused = " (the model refuses)" if _is_refusal(answer) else ""
         return Cut(reason=f"no letters of {language}{refused}: {_start(answer)}")
@@ -169,7 +173,7 @@ def cut_descriptions(answer: str, name: str) -> Cut:
             if word.lower() in _ENDS:
                 break
             words.append(word.removesuffix("'s").strip("'*"))
-        while words and words[-1].lower() in _PARTICLES:
+        while words and words[-1].lower() in _SMALL_WORDS:
             words.pop()
         text = f"the{phrase[2]} of {' '.join(words)}"
         if not any(word[:1].isupper() or word[:1].isdigit() for word in words):
@@ -255,7 +259,7 @@ def _is_title(text: str) -> bool:
     """Return whether all words of a text are capitalised, numbers or small ones of names."""
     words = text.split()
     return bool(words) and all(
-        word[:1].isupper() or word[:1].isdigit() or (i and word in _PARTICLES) for i, word in enumerate(words)
+        word[:1].isupper() or word[:1].isdigit() or (i and word in _SMALL_WORDS) for i, word in enumerate(words)
     )
 
 
@@ -279,9 +283,9 @@ def _capitalised_runs(text: str) -> Iterator[str]:
         if not _is_abbreviation(bare):
             bare = bare.rstrip(".)\"'»],;:!?*_…")
         possessive = bare.removesuffix("'s")
-        if possessive[:1].isupper():
+        if possessive[:1].isupper() or (run and possessive in _PARTICLES):
             run.append(possessive)
-        elif not (run and possessive in _PARTICLES):
+        else:
             yield from ended()
         if possessive != inner:
             yield from ended()

@@ -160,7 +160,7 @@ def propose_aliases(
     if not 0 <= least <= 1:
         raise InputError(f"least must be a number from 0 to 1, not {least}.")
     check_concepts(concepts)
-    check_names("redirect", [redirect])
+    check_redirect(redirect, concepts)
     check_writes_text(model, "Proposing aliases")
     layer = max(layers_by_default(find_architecture(model)))
     asking = _Asking(with_kind(find_architecture(model), layer), tokenizer, layer, chat)
@@ -195,6 +195,13 @@ def check_languages(languages: Sequence[str]) -> None:
         )
     if len(set(languages)) < len(languages):
         raise InputError(f"A language is given twice: {', '.join(languages)}.")
+
+
+def check_redirect(redirect: str, concepts: Sequence[Concept]) -> None:
+    """Raise InputError unless a text can be the redirect of things that are related to concepts."""
+    check_names("redirect", [redirect])
+    if folded(redirect) in {folded(name) for concept in concepts for name in concept.names}:
+        raise InputError(f"The redirect {redirect!r} is itself a name on the list: give another one.")
 
 
 @dataclass(frozen=True)
