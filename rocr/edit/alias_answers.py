@@ -114,8 +114,11 @@ class Cut:
 
 
 def cut_full_name(answer: str, name: str) -> Cut:
-    """Cut out the first two or more capitalised words that are not the name itself."""
-    return _cut_names(answer, name, 1, least_words=2)
+    """Cut out the first two or more capitalised words that share one with the name and are not the name itself."""
+    cut = _cut_names(answer, name, RELATED, least_words=2, all_runs=True)
+    words = set(folded(name).split())
+    sharing = [text for text in cut.texts if words & set(folded(text).split())]
+    return Cut(tuple(sharing[:1]), "" if sharing else cut.reason or f"shares no word with the name: {cut.texts[0]!r}")
 
 
 def cut_nicknames(answer: str, name: str) -> Cut:

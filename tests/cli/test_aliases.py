@@ -79,6 +79,11 @@ def test_languages_and_the_limit_are_chosen(aliases):
     assert all_taken["share"] < 0.5 and set(none_taken) < {"ada byron", "Augusta Ada Byron", *SPELLINGS.values()}
 
 
+def test_the_model_is_loaded_in_a_dtype(aliases):
+    shares = [by_name(aliases(*more))["Rose"]["share"] for more in ((), ("--dtype", "bfloat16"))]
+    assert shares[0] != shares[1]
+
+
 def test_related_things_become_concepts_whose_redirect_is_chosen(aliases, tmp_path):
     found = aliases("--related")
     proposals = {each["name"]: each for each in found.proposals if each["kind"] == "related"}
