@@ -91,6 +91,7 @@ _REFUSALS = (
     "i am an ai", "i'm an ai", "i apologize",
 )  # fmt: skip
 _DESCRIPTION = re.compile(r"\b([Tt]he)((?: [^\W\d_][\w'-]*){1,5}?) of ([^.,;:!?()\[\]\"«»\n]+)")
+_EXAMPLES = re.compile(r",?\s+(?:including|such as|like)\s+")
 _ENDS = frozenset(
     {
         "and", "or", "who", "whom", "whose", "which", "that", "was", "is", "are", "were", "has", "had", "with",
@@ -165,27 +166,44 @@ def cut_descriptions(answer: str, name: str) -> Cut:
     """Cut out up to three phrases "the ... of ..." with a capitalised word or a number after "of".
 
     A phrase ends at punctuation, at a word such as "who" or "and", or after eight words. It must not hold the name.
+    Of "the author of many novels, including It" it is "the author of It".
     """
     answer = answer.translate(_PLAIN_QUOTES)
     if _is_refusal(answer):
         return Cut(reason=f"the model refuses: {_start(answer)}")
     found, reason = [], f'no phrase "the ... of ...": {_start(answer)}'
     for phrase in _DESCRIPTION.finditer(answer):
-        words: list[str] = []
-        for word in phrase[3].split()[:MAX_WORDS]:
-            if word.lower() in _ENDS:
-                break
-            words.append(word.removesuffix("'s").strip("'*"))
-        while words and words[-1].lower() in _SMALL_WORDS:
-            words.pop()
+        what, *examples = _EXAMPLES.split(phrase[3] + answer[phrase.end() :], maxsplit=1)
+        words = _object(what if len(what) <= len(phrase[3]) else phrase[3])
+        if examples and len(what) <= len(phrase[3]) and not _names_something(words):
+            quoted = (part for part in _quoted(examples[0]) if _is_title(part))
+            example = next(quoted, None) or next(_capitalised_runs(examples[0]), "")
+            words = example.split()
         text = f"the{phrase[2]} of {' '.join(words)}"
-        if not any(word[:1].isupper() or word[:1].isdigit() for word in words):
+        if not _names_something(words):
             reason = f"names nothing in particular: {_start(text)}"
         elif _holds(text, name):
             reason = f"holds the name itself: {_start(text)}"
         else:
             found.append(text)
     return _checked(list(dict.fromkeys(found))[:SEVERAL], name, reason)
+
+
+def _object(text: str) -> list[str]:
+    """Return the words after "of" in a description, up to its end."""
+    words: list[str] = []
+    for word in text.split()[:MAX_WORDS]:
+        if word.lower() in _ENDS:
+            break
+        words.append(word.removesuffix("'s").strip("'*"))
+    while words and words[-1].lower() in _SMALL_WORDS:
+        words.pop()
+    return words
+
+
+def _names_something(words: Sequence[str]) -> bool:
+    """Return whether one of some words is capitalised or begins with a digit."""
+    return any(word[:1].isupper() or word[:1].isdigit() for word in words)
 
 
 def _is_refusal(answer: str) -> bool:

@@ -11,7 +11,7 @@ from torch import nn
 
 from rocr.argument_checks import check_kind, check_list, check_reader
 from rocr.chat_settings import DEFAULT, ChatSettings
-from rocr.concepts import AUTO, Concept, check_concepts, check_names, folded, for_kind
+from rocr.concepts import AUTO, Concept, check_concepts, check_names, folded
 from rocr.edit.alias_answers import (
     SCRIPTS,
     Cut,
@@ -37,10 +37,11 @@ LEAST = 0.5
 """The default of the smallest share of an alias that is taken."""
 ANSWER_LENGTH, RELATED_LENGTH = 32, 60
 """Largest numbers of tokens of an answer with aliases, and with related things."""
-FULL_NAME, NICKNAME = "What is the full name of {}?", "What is the nickname of {}?"
-SPELLING = "Write the name {} in [language]. Answer with the name only."
-DESCRIPTION = 'Who is {}? Answer with a phrase "the ... of ...", without the name.'
-RELATED = "Name the best known works, companies or inventions of {}."
+FULL_NAME, FULL_NAME_OF_THINGS = "What is the full birth name of {}?", "What is the full name of {}?"
+NICKNAME = "What is the nickname of {}?"
+SPELLING = 'Translate "{}" into [language].'
+DESCRIPTION = "Complete the sentence: {} is the"
+RELATED = "List five works, companies or inventions of {}. Only names, separated by commas."
 
 ProposalKind = Literal["full name", "nickname", "script", "description", "related"]
 
@@ -239,12 +240,12 @@ class _Known:
 
 def _requests(concept: Concept, languages: Sequence[str]) -> Iterator[_Request]:
     """Yield the questions about a concept that ask for aliases."""
-    name = concept.name
 
     def asking(question: str) -> str:
-        return for_kind(question, kind_of(concept)).replace("{}", name)
+        return question.replace("{}", concept.name)
 
-    yield _Request(concept, "full name", asking(FULL_NAME), cut_full_name)
+    full_name = FULL_NAME_OF_THINGS if kind_of(concept) == "thing" else FULL_NAME
+    yield _Request(concept, "full name", asking(full_name), cut_full_name)
     yield _Request(concept, "nickname", asking(NICKNAME), cut_nicknames)
     for language in languages:
         question = asking(SPELLING.replace("[language]", language))
