@@ -30,15 +30,25 @@ def trained(make_model, tokenizer, tmp_path_factory):
     torch.set_num_threads(threads)
 
 
-@pytest.fixture
-def aliases(trained, command, tmp_path):
-    """aliases(options): the command's document, and the concepts that it wrote."""
+@pytest.fixture(scope="module")
+def aliases(trained, command, tmp_path_factory):
+    """aliases(options, text of a list): the command's document, and what it says; the same arguments run once."""
+    base, known = tmp_path_factory.mktemp("aliases"), {}
 
-    def run(*more, concepts=trained.list, out=tmp_path / "out.jsonl"):
-        given = ("aliases", trained.folder, concepts, "--out", out, "--overwrite", "--json")
-        done = command(*given, *(() if "--languages" in more else ("--languages", *LANGUAGES)), *more)
-        assert done.code == 0, done.errors
-        return SimpleNamespace(**json.loads(done.output), errors=done.errors)
+    def run(*more, text=None):
+        if (more, text) not in known:
+            place = base / str(len(known))
+            place.mkdir()
+            concepts = trained.list if text is None else place / "names.txt"
+            if text is not None:
+                concepts.write_text(text, encoding="utf-8")
+            languages = () if "--languages" in more else ("--languages", *LANGUAGES)
+            given = ("aliases", trained.folder, concepts, "--out", place / "out.jsonl", "--json")
+            done = command(*given, *languages, *more)
+            assert done.code == 0, done.errors
+            assert sorted(path.name for path in place.iterdir()) == ["names.txt"] * (text is not None) + ["out.jsonl"]
+            known[more, text] = SimpleNamespace(**json.loads(done.output), errors=done.errors)
+        return known[more, text]
 
     return run
 
@@ -47,14 +57,12 @@ def by_name(found):
     return {proposal["name"] or proposal["language"] or proposal["kind"]: proposal for proposal in found.proposals}
 
 
-def test_what_the_model_says_of_the_concept_is_taken_and_the_rest_left(trained, aliases, tokenizer, tmp_path):
+def test_what_the_model_says_of_the_concept_is_taken_and_the_rest_left(trained, aliases, tokenizer):
     found = aliases()
     proposals = by_name(found)
     taken = ["Augusta Ada Byron", SPELLINGS["Russian"], "the author of Notes"]
     assert [name for name, each in proposals.items() if each["taken"]] == taken
-    assert rocr.load_concepts(tmp_path / "out.jsonl") == [
-        Concept(ADA, "Blaise Pascal", ("ada byron", *taken), "person")
-    ]
+    assert rocr.load_concepts(found.out) == [Concept(ADA, "Blaise Pascal", ("ada byron", *taken), "person")]
     for name in taken:
         assert proposals[name]["share"] > 0.8 and proposals[name]["reason"].endswith("is at least 0.5")
     for name in ("Engine Queen", "Rose", SPELLINGS["Greek"]):
@@ -68,7 +76,7 @@ def test_what_the_model_says_of_the_concept_is_taken_and_the_rest_left(trained, 
     for text in ("Proposals", "share", "not taken", "near", "3 of 7 proposals were taken. Read it before using it"):
         assert text in " ".join(found.errors.split())
     library = rocr.propose_aliases(trained.model, tokenizer, [FIRST], LANGUAGES)
-    assert library.concepts == rocr.load_concepts(tmp_path / "out.jsonl")
+    assert library.concepts == rocr.load_concepts(found.out)
     assert [each.to_json() for each in library.proposals] == found.proposals
 
 
@@ -84,39 +92,37 @@ def test_the_model_is_loaded_in_a_dtype(aliases):
     assert shares[0] != shares[1]
 
 
-def test_related_things_become_concepts_whose_redirect_is_chosen(aliases, tmp_path):
+def test_related_things_become_concepts_whose_redirect_is_chosen(aliases):
     found = aliases("--related")
     proposals = {each["name"]: each for each in found.proposals if each["kind"] == "related"}
     assert proposals["Notes"]["reason"] == "asked 'Who wrote Notes?', the model names Ada Byron"
     assert proposals["Rain"]["reason"] == "asked who wrote, founded or made it, the model does not name Ada Byron"
-    assert rocr.load_concepts(tmp_path / "out.jsonl")[1:] == [Concept("Notes", "auto", (), "thing")]
+    assert rocr.load_concepts(found.out)[1:] == [Concept("Notes", "auto", (), "thing")]
     assert "Notes" not in [concept["name"] for concept in aliases().concepts]
     assert aliases("--related", "--redirect", "a key").concepts[1]["redirect"] == "a key"
 
 
-def test_a_list_without_redirects_stays_without_unless_one_is_given(aliases, tmp_path):
-    (tmp_path / "names.txt").write_text(f"{ADA}\nGrace Hopper -> rain\n", encoding="utf-8")
-    found = aliases(concepts=tmp_path / "names.txt")
+def test_a_list_without_redirects_stays_without_unless_one_is_given(aliases):
+    text = f"{ADA}\nGrace Hopper -> rain\n"
+    found = aliases(text=text)
     assert [concept.get("redirect") for concept in found.concepts] == [None, "rain"]
-    found = aliases("--redirect", "a key", concepts=tmp_path / "names.txt")
+    found = aliases("--redirect", "a key", text=text)
     assert [concept["redirect"] for concept in found.concepts] == ["a key", "rain"]
 
 
-def test_a_name_on_the_list_is_not_proposed_twice(aliases, tmp_path):
-    (tmp_path / "names.txt").write_text(
-        f"{ADA} -> the author of notes\nAUGUSTA ADA BYRON | rain -> a key\n", encoding="utf-8"
-    )
-    found = by_name(SimpleNamespace(proposals=aliases("--related", concepts=tmp_path / "names.txt").proposals[:-1]))
-    assert found["Augusta Ada Byron"]["reason"] == "a name of AUGUSTA ADA BYRON on the list"
-    assert found["the author of Notes"]["reason"] == "a redirect of the list"
-    assert found["Rain"]["reason"] == "a name of AUGUSTA ADA BYRON on the list"
-    assert rocr.load_concepts(tmp_path / "out.jsonl")
+def test_a_name_on_the_list_is_not_proposed_twice(aliases):
+    text = f"{ADA} -> the author of notes\nAUGUSTA ADA BYRON | rain -> a key\n"
+    found = aliases("--related", text=text)
+    reasons = {each["name"]: each["reason"] for each in found.proposals if each["concept"] == ADA}
+    assert reasons["Augusta Ada Byron"] == "a name of AUGUSTA ADA BYRON on the list"
+    assert reasons["the author of Notes"] == "a redirect of the list"
+    assert reasons["Rain"] == "a name of AUGUSTA ADA BYRON on the list"
+    assert rocr.load_concepts(found.out)
 
 
 def test_the_list_is_taken_by_unlearn(aliases, trained, files, command, tmp_path):
-    aliases("--related")
     done = command(
-        *("unlearn", trained.folder, tmp_path / "out.jsonl", "--text", files.text, "--tokens", 200, "--no-answers"),
+        *("unlearn", trained.folder, aliases("--related").out, "--text", files.text, "--tokens", 200, "--no-answers"),
         *("--layers", "1", "--force", "--save", "edit", "--out", tmp_path / "edited", "--json"),
     )
     assert done.code == 0, done.errors
@@ -146,9 +152,10 @@ def test_what_cannot_be_written_or_read_is_refused_before_the_model_is_loaded(tr
     assert out.read_text(encoding="utf-8") == "old"
 
 
-def test_an_existing_list_is_replaced_where_that_is_asked_for(aliases, tmp_path):
+def test_an_existing_list_is_replaced_where_that_is_asked_for(trained, command, tmp_path):
     (tmp_path / "out.jsonl").write_text("old", encoding="utf-8")
-    aliases()
+    given = ("aliases", trained.folder, trained.list, "--languages", "Greek", "--out", tmp_path / "out.jsonl")
+    assert command(*given, "--overwrite").code == 0
     assert rocr.load_concepts(tmp_path / "out.jsonl")[0].name == ADA
 
 
