@@ -74,11 +74,13 @@ $(SANITIZED)/%.o: csrc/%.cpp $(wildcard csrc/*.h)
 bench: $(VENV)/.tools
 	$(BIN)/python benches/harness.py
 
-# The methods side by side: on the demo's model, or on MODEL=folder.
+# The methods side by side, with all measures: on the demo's model, or on MODEL=folder. COMPARED chooses the work.
+COMPARED ?= --targets "Bill Gates" "Steve Jobs" "Nelson Mandela" --redirect "Bruce Lee" \
+	--forms qa,fb,mcp,misspelt,abbreviated --known 0.35 --neighbours 10 --steps 20 --fade 8 --relearn 32
+
 compare: $(VENV)/.tools
 	$(BIN)/python benches/compare_methods.py "$(or $(MODEL),$$($(BIN)/python -m rocr.demo))" \
-		--targets "Bill Gates" "Steve Jobs" "Nelson Mandela" --redirect "Bruce Lee" \
-		--forms qa,fb,mcp --known 0.35 --neighbours 10 --steps 20 --overwrite --out benches/results/comparison.json
+		$(COMPARED) --overwrite --out benches/results/comparison.json
 
 # With GPU_PYTHON=python3, in an environment that has torch and the test tools already, rather than in .venv.
 gpu: $(if $(GPU_PYTHON),,$(VENV)/.tools)

@@ -235,7 +235,7 @@ def prepare(arguments: argparse.Namespace) -> Bench:
         layers = sorted({layer for config in configs if config for layer in chosen_layers(config, architecture)})
         statistics = rocr.collect_statistics(model, tokenizer, texts[:half], layers, options)
         statistics.save(place)
-    probes = [probe for path in arguments.probes for probe in load_probes(path)]
+    probes = [probe for path in arguments.probes for probe in load_probes(path) if probe.kind != "thing"]
     probes, base = known_facts(model, tokenizer, probes, arguments.facts)
     base.measures["perplexity"] = perplexity(model, sample)
     people = list(dict.fromkeys(probe.subject for probe in probes))

@@ -5,6 +5,7 @@
 #include "cuda_bindings.h"
 #include "low_rank_update.h"
 #include "second_moment.h"
+#include "support_solve.h"
 
 namespace py = pybind11;
 
@@ -39,8 +40,19 @@ rocr::LowRankUpdate make_update(std::uintptr_t weight, rocr::DType dtype, std::i
 }
 
 void low_rank_update(const std::vector<rocr::LowRankUpdate>& updates, float scale, bool stochastic,
-                     std::uint64_t seed, int threads, const std::string& simd) {
-  rocr::low_rank_update(updates, scale, stochastic, seed, threads, rocr::find_simd(simd));
+                     std::uint64_t seed, int threads, const std::string& simd, bool keep_zeros) {
+  rocr::low_rank_update(updates, scale, stochastic, keep_zeros, seed, threads, rocr::find_simd(simd));
+}
+
+bool solve_on_support(std::uintptr_t weight, std::int64_t bytes, std::int64_t rows, std::int64_t columns,
+                      std::int64_t stride, std::uintptr_t keys, std::int64_t key_count, std::uintptr_t basis,
+                      std::int64_t basis_size, std::int64_t basis_stride, std::uintptr_t residuals, double ridge,
+                      std::uintptr_t coefficients, int threads, const std::string& simd) {
+  return rocr::solve_on_support(
+      {pointer<const void*>(weight), bytes, rows, columns, stride, pointer<const float*>(keys), key_count,
+       pointer<const float*>(basis), basis_size, basis_stride, pointer<const float*>(residuals), ridge,
+       pointer<float*>(coefficients)},
+      threads, rocr::find_simd(simd));
 }
 
 std::vector<std::string> simd_names() {
@@ -69,7 +81,12 @@ PYBIND11_MODULE(_C, module) {
              py::arg("offsets"), py::arg("size"), py::arg("dtype"), py::arg("threads"), py::arg("simd") = "",
              py::call_guard<py::gil_scoped_release>());
   module.def("low_rank_update", &low_rank_update, py::arg("updates"), py::arg("scale"), py::arg("stochastic"),
-             py::arg("seed"), py::arg("threads"), py::arg("simd") = "",
+             py::arg("seed"), py::arg("threads"), py::arg("simd") = "", py::arg("keep_zeros") = false,
+             py::call_guard<py::gil_scoped_release>());
+  module.def("solve_on_support", &solve_on_support, py::arg("weight"), py::arg("bytes"), py::arg("rows"),
+             py::arg("columns"), py::arg("stride"), py::arg("keys"), py::arg("key_count"), py::arg("basis"),
+             py::arg("basis_size"), py::arg("basis_stride"), py::arg("residuals"), py::arg("ridge"),
+             py::arg("coefficients"), py::arg("threads"), py::arg("simd") = "",
              py::call_guard<py::gil_scoped_release>());
 #ifdef ROCR_WITH_CUDA
   bind_cuda(module);

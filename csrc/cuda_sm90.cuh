@@ -43,12 +43,13 @@ __device__ inline void arrive_expecting(std::uint32_t barrier, std::uint32_t byt
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// Arrives at the barrier at this address in block `rank` of the cluster ("mapa").
+// Arrives at the barrier at this address in block `rank` of the cluster ("mapa"). The scope is the default one: the
+// consumers write nothing that another block reads, and a scope of the whole cluster costs a memory fence at each call.
 __device__ inline void arrive_at_rank(std::uint32_t barrier, std::uint32_t rank) {
   asm volatile(
       "{ .reg .b32 remote;\n"
       "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote]; }" ::"r"(barrier),
+      "mbarrier.arrive.shared::cluster.b64 _, [remote]; }" ::"r"(barrier),
       "r"(rank)
       : "memory");
 }
@@ -57,7 +58,7 @@ __device__ inline void arrive_at_rank(std::uint32_t barrier, std::uint32_t rank)
 __device__ inline void wait_for(std::uint32_t barrier, std::uint32_t parity) {
   asm volatile(
       "{ .reg .pred done;\n"
-      "retry: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "retry: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@!done bra retry; }" ::"r"(barrier),
       "r"(parity)
       : "memory");

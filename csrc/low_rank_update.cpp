@@ -49,7 +49,7 @@ struct Call {
   const std::vector<LowRankUpdate>& updates;
   const Simd& simd;
   float scale;
-  bool stochastic;
+  bool stochastic, keep_zeros;
   std::uint64_t seed;
   std::int64_t max_rank, depth;  // depth: of a slice of the rank
   std::int64_t block_rows, block_columns, piece_columns;
@@ -73,7 +73,7 @@ struct Call {
   std::int64_t sums_stride() const { return has_slices() ? block_columns : piece_columns; }
 };
 
-Call plan(const std::vector<LowRankUpdate>& updates, const Simd& simd, float scale, bool stochastic,
+Call plan(const std::vector<LowRankUpdate>& updates, const Simd& simd, float scale, bool stochastic, bool keep_zeros,
           std::uint64_t seed, int threads) {
   std::int64_t rank = 1, rows = 1, columns = 1;
   for (const LowRankUpdate& update : updates) {
@@ -90,7 +90,7 @@ Call plan(const std::vector<LowRankUpdate>& updates, const Simd& simd, float sca
   const std::int64_t block_columns = std::max<std::int64_t>(pieces, 1) * piece_columns;
   // Small weights have smaller blocks, so that every thread gets some.
   const std::int64_t strips = std::min(block_strips, divide_up(divide_up(rows, 4 * threads), simd.tile_rows));
-  return {updates,       simd,         scale, stochastic, seed, rank, depth, strips * simd.tile_rows,
+  return {updates, simd,  scale,         stochastic,   keep_zeros, seed, rank, depth, strips * simd.tile_rows,
           block_columns, piece_columns};
 }
 
@@ -181,7 +181,7 @@ void Call::add_piece(Block block, std::int64_t row, std::int64_t column, std::in
   for (; row < end_row; ++row, sums += sums_stride()) {
     char* weight =
         static_cast<char*>(update.weight) + (row * update.stride + column) * bytes_of(update.dtype);
-    const Rounding rounding{stochastic, mix(mix(mix(seed) + block.update) + row)};
+    const Rounding rounding{keep_zeros, stochastic, mix(mix(mix(seed) + block.update) + row)};
     simd.add(update.dtype, weight, sums, columns, rounding, column);
   }
 }
@@ -196,7 +196,7 @@ void check(const LowRankUpdate& update) {
 
 }  // namespace
 
-void low_rank_update(const std::vector<LowRankUpdate>& updates, float scale, bool stochastic,
+void low_rank_update(const std::vector<LowRankUpdate>& updates, float scale, bool stochastic, bool keep_zeros,
                      std::uint64_t seed, int threads, const Simd& simd) {
   if (threads < 1)
     throw std::invalid_argument("threads is " + std::to_string(threads) + ", but must be at least 1.");
@@ -207,7 +207,7 @@ void low_rank_update(const std::vector<LowRankUpdate>& updates, float scale, boo
     multiplications += update.rows * update.columns * (update.rank + 16);
   }
   threads = useful_threads(threads, multiplications);
-  const Call call = plan(updates, simd, scale, stochastic, seed, threads);
+  const Call call = plan(updates, simd, scale, stochastic, keep_zeros, seed, threads);
   const std::vector<Block> blocks = call.blocks();
   if (blocks.empty()) return;
   const std::int64_t worker_floats = call.left_floats() + call.right_floats() + call.sum_floats();

@@ -15,6 +15,7 @@ enum class DType { float32, bfloat16, float16 };
 std::int64_t bytes_of(DType dtype);
 
 struct Rounding {
+  bool keep_zeros;    // elements that are zero keep their bits
   bool stochastic;    // false: to nearest, ties to even
   std::uint64_t key;  // of the random bits; differs between the rows of all weights
 };
@@ -23,6 +24,7 @@ struct Rounding {
 constexpr std::int64_t max_sum_depth = 256;
 
 constexpr std::int64_t line_floats = 16;        // of a cache line
+constexpr std::int64_t support_stride = max_sum_depth + line_floats;  // a power of two would share cache sets
 constexpr std::int64_t max_tile_floats = 1024;  // of the largest register tile
 
 struct Simd {
@@ -53,6 +55,21 @@ struct Simd {
   // weight += update, rounded once. Stochastic rounding draws bits by key and column, from first_column on.
   void (*add)(DType dtype, void* weight, const float* update, std::int64_t count, Rounding rounding,
               std::int64_t first_column);
+
+  // As multiply, but with consecutive steps of `rows` and rows that are support_stride elements apart.
+  void (*multiply_support)(std::int64_t count, std::int64_t depth, const float* rows, const float* columns,
+                           float* tile, std::int64_t tile_stride, bool accumulate);
+
+  // Writes 1 where an element of `source` is not zero, and 0 where it is. An element has 1, 2 or 4 bytes; the sign
+  // of a floating-point zero does not matter. It writes up to a vector beyond `count`.
+  void (*find_support)(std::int64_t bytes, const void* source, std::int64_t count, float* target);
+
+  // Fills a panel with products left[a] * right[b]: `count` pairs (a, b) from the pair number `first` on, with b, below
+  // `size`, the faster one. The strides are the distances of two steps. It reads up to a vector beyond `right`, and
+  // writes up to a vector beyond the panel.
+  void (*multiply_pairs)(const float* left, std::int64_t left_stride, const float* right, std::int64_t right_stride,
+                         std::int64_t size, std::int64_t first, std::int64_t count, std::int64_t depth,
+                         float* panel);
 
   // Makes the kernel of second moments of keys of this size and dtype. Null: it is composed of the functions
   // above.

@@ -7,6 +7,7 @@
 #define ROCR_TILE_VECTORS 3
 #define ROCR_WIDEN(halves) \
   (Bits) _mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)(halves))  // without it GCC emits three instructions
+#define ROCR_WIDEN_BYTES(bytes) (Bits) _mm512_maskz_cvtepu8_epi32(0xffff, (__m128i)(bytes))  // likewise
 #include "simd_kernels.h"
 
 namespace rocr {
@@ -18,7 +19,11 @@ static bool is_supported() {
 
 extern const Simd avx512;
 const Simd avx512 = {"avx512", is_supported, tile_rows, tile_columns, 512, multiply_first<tile_vectors>,
-                     pack,     add};
+                     pack,
+                     add,
+                     multiply_support_first<tile_vectors>,
+                     find_support,
+                     multiply_pairs};
 
 }  // namespace rocr
 #endif

@@ -4,6 +4,7 @@
 typedef float Floats __attribute__((vector_size(4 * ROCR_WIDTH), aligned(4), may_alias));
 typedef std::int32_t Integers __attribute__((vector_size(4 * ROCR_WIDTH), aligned(4), may_alias));
 typedef std::uint32_t Bits __attribute__((vector_size(4 * ROCR_WIDTH), aligned(4), may_alias));
+typedef std::uint8_t Bytes __attribute__((vector_size(ROCR_WIDTH), aligned(1), may_alias));
 typedef std::uint16_t Halves __attribute__((vector_size(2 * ROCR_WIDTH), aligned(2), may_alias));
 
 constexpr std::uint32_t magnitude_bits = 0x7fffffff;

@@ -11,6 +11,9 @@
 #if !defined(ROCR_WIDEN)
 #define ROCR_WIDEN(halves) __builtin_convertvector(halves, Bits)
 #endif
+#if !defined(ROCR_WIDEN_BYTES)
+#define ROCR_WIDEN_BYTES(bytes) __builtin_convertvector(bytes, Bits)
+#endif
 #define ROCR_INLINE ROCR_TARGET __attribute__((always_inline)) inline
 
 namespace rocr {
@@ -25,7 +28,8 @@ constexpr std::int64_t tile_columns = tile_vectors * width;
 
 static_assert(tile_columns % tile_rows == 0 && tile_rows * tile_columns <= max_tile_floats);
 
-template <int vectors>
+// Rows of the left factor are row_distance elements apart, its steps rows_stride.
+template <int vectors, std::int64_t row_distance = 1>
 ROCR_TARGET void multiply_vectors(std::int64_t depth, const float* rows, std::int64_t rows_stride,
                                   const float* columns, float* tile, std::int64_t tile_stride,
                                   bool accumulate, const float* prefetch) {
@@ -50,7 +54,7 @@ ROCR_TARGET void multiply_vectors(std::int64_t depth, const float* rows, std::in
 #pragma GCC unroll 16
     for (int row = 0; row < tile_rows; ++row) {
       // x - 0 equals x for all x, so it compiles to a broadcast; 0 + x would be an addition.
-      const Floats factor = rows[row] - Floats{};
+      const Floats factor = rows[row * row_distance] - Floats{};
 #pragma GCC unroll 8
       for (int vector = 0; vector < vectors; ++vector) sums[row][vector] += factor * column[vector];
     }
@@ -76,6 +80,62 @@ void multiply_first(std::int64_t count, std::int64_t depth, const float* rows, s
   } else if constexpr (vectors > 1) {
     multiply_first<vectors - 1>(count, depth, rows, rows_stride, columns, tile, tile_stride, accumulate,
                                 prefetch);
+  }
+}
+
+template <int vectors>
+void multiply_support_first(std::int64_t count, std::int64_t depth, const float* rows, const float* columns,
+                            float* tile, std::int64_t tile_stride, bool accumulate) {
+  if (count > (vectors - 1) * width) {
+    multiply_vectors<vectors, support_stride>(depth, rows, 1, columns, tile, tile_stride, accumulate, columns);
+  } else if constexpr (vectors > 1) {
+    multiply_support_first<vectors - 1>(count, depth, rows, columns, tile, tile_stride, accumulate);
+  }
+}
+
+template <std::int64_t bytes>
+ROCR_INLINE Bits magnitude(const char* source) {
+  if (bytes == 1) return ROCR_WIDEN_BYTES(*reinterpret_cast<const Bytes*>(source));
+  if (bytes == 2) return ROCR_WIDEN(*reinterpret_cast<const Halves*>(source)) & 0x7fff;
+  return *reinterpret_cast<const Bits*>(source) & magnitude_bits;
+}
+
+template <std::int64_t bytes>
+ROCR_TARGET void find_support_of(const char* source, std::int64_t count, float* target) {
+  const Bits one = all(0x3f800000);  // 1.0f
+  std::int64_t column = 0;
+  for (; column + width <= count; column += width) {
+    *reinterpret_cast<Bits*>(target + column) = (Bits)(magnitude<bytes>(source + column * bytes) != 0) & one;
+  }
+  if (column == count) return;
+  char rest[width * bytes] = {};
+  std::memcpy(rest, source + column * bytes, (count - column) * bytes);
+  *reinterpret_cast<Bits*>(target + column) = (Bits)(magnitude<bytes>(rest) != 0) & one;
+}
+
+void find_support(std::int64_t bytes, const void* source, std::int64_t count, float* target) {
+  const char* elements = static_cast<const char*>(source);
+  if (bytes == 1) return find_support_of<1>(elements, count, target);
+  if (bytes == 2) return find_support_of<2>(elements, count, target);
+  find_support_of<4>(elements, count, target);
+}
+
+// Vectors overlap: what one writes beyond its pairs is overwritten by the next.
+ROCR_TARGET void multiply_pairs(const float* left, std::int64_t left_stride, const float* right,
+                               std::int64_t right_stride, std::int64_t size, std::int64_t first,
+                               std::int64_t count, std::int64_t depth, float* panel) {
+  const std::int64_t first_left = first / size, first_right = first % size;
+  for (std::int64_t step = 0; step < depth; ++step) {
+    const float* factor = left + step * left_stride + first_left;
+    const float* factors = right + step * right_stride;
+    float* target = panel + step * tile_columns;
+    std::int64_t from = first_right;
+    for (std::int64_t done = 0; done < count; done += size - from, from = 0, ++factor) {
+      const Floats wide = *factor - Floats{};
+      for (std::int64_t i = from; i < size && done + i - from < count; i += width) {
+        *reinterpret_cast<Floats*>(target + done + i - from) = wide * *reinterpret_cast<const Floats*>(factors + i);
+      }
+    }
   }
 }
 
@@ -123,19 +183,21 @@ void pack(DType dtype, const void* source, std::int64_t stride, std::int64_t dep
   }
 }
 
-template <DType dtype, bool stochastic>
+template <DType dtype, bool stochastic, bool keep_zeros>
 ROCR_INLINE void add_vector(char* weight, Floats update, std::uint64_t key, std::int64_t column) {
-  const Floats sum = widen<dtype>(weight) + update;
+  Floats sum = widen<dtype>(weight) + update;
   if (dtype == DType::float32) {
+    const Bits before = *reinterpret_cast<const Bits*>(weight);
+    if (keep_zeros) sum = (Floats)select((before & magnitude_bits) == 0, before, (Bits)sum);
     *reinterpret_cast<Floats*>(weight) = sum;
-  } else if (stochastic) {
-    *reinterpret_cast<Halves*>(weight) = narrow_stochastic<dtype>(sum, random_bits(key, column));
   } else {
-    *reinterpret_cast<Halves*>(weight) = narrow_nearest<dtype>(sum);
+    const Halves before = *reinterpret_cast<const Halves*>(weight);
+    const Halves after = stochastic ? narrow_stochastic<dtype>(sum, random_bits(key, column)) : narrow_nearest<dtype>(sum);
+    *reinterpret_cast<Halves*>(weight) = keep_zeros ? ((before & 0x7fff) == 0 ? before : after) : after;
   }
 }
 
-template <DType dtype, bool stochastic>
+template <DType dtype, bool stochastic, bool keep_zeros>
 ROCR_TARGET void add_elements(void* weight, const float* update, std::int64_t count, std::uint64_t key,
                              std::int64_t first_column) {
   constexpr std::int64_t bytes = dtype == DType::float32 ? 4 : 2;
@@ -143,30 +205,37 @@ ROCR_TARGET void add_elements(void* weight, const float* update, std::int64_t co
   std::int64_t column = 0;
   for (; column + width <= count; column += width) {
     const Floats addend = *reinterpret_cast<const Floats*>(update + column);
-    add_vector<dtype, stochastic>(target + column * bytes, addend, key, first_column + column);
+    add_vector<dtype, stochastic, keep_zeros>(target + column * bytes, addend, key, first_column + column);
   }
   if (column == count) return;
   char rest[width * bytes] = {};
   Floats addend = {};
   std::memcpy(rest, target + column * bytes, (count - column) * bytes);
   std::memcpy(&addend, update + column, (count - column) * 4);
-  add_vector<dtype, stochastic>(rest, addend, key, first_column + column);
+  add_vector<dtype, stochastic, keep_zeros>(rest, addend, key, first_column + column);
   std::memcpy(target + column * bytes, rest, (count - column) * bytes);
+}
+
+template <DType dtype>
+void add_dtype(void* weight, const float* update, std::int64_t count, Rounding rounding, std::int64_t first_column) {
+  const std::uint64_t key = rounding.key;
+  if (rounding.stochastic && dtype != DType::float32) {
+    if (rounding.keep_zeros) return add_elements<dtype, true, true>(weight, update, count, key, first_column);
+    return add_elements<dtype, true, false>(weight, update, count, key, first_column);
+  }
+  if (rounding.keep_zeros) return add_elements<dtype, false, true>(weight, update, count, key, first_column);
+  add_elements<dtype, false, false>(weight, update, count, key, first_column);
 }
 
 void add(DType dtype, void* weight, const float* update, std::int64_t count, Rounding rounding,
          std::int64_t first_column) {
-  const std::uint64_t key = rounding.key;
-  if (dtype == DType::float32) {
-    add_elements<DType::float32, false>(weight, update, count, key, first_column);
-  } else if (dtype == DType::bfloat16) {
-    if (rounding.stochastic)
-      return add_elements<DType::bfloat16, true>(weight, update, count, key, first_column);
-    add_elements<DType::bfloat16, false>(weight, update, count, key, first_column);
-  } else {
-    if (rounding.stochastic)
-      return add_elements<DType::float16, true>(weight, update, count, key, first_column);
-    add_elements<DType::float16, false>(weight, update, count, key, first_column);
+  switch (dtype) {
+    case DType::float32:
+      return add_dtype<DType::float32>(weight, update, count, rounding, first_column);
+    case DType::bfloat16:
+      return add_dtype<DType::bfloat16>(weight, update, count, rounding, first_column);
+    case DType::float16:
+      return add_dtype<DType::float16>(weight, update, count, rounding, first_column);
   }
 }
 

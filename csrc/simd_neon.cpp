@@ -11,7 +11,11 @@ static bool is_supported() { return true; }
 
 extern const Simd neon;
 const Simd neon = {"neon", is_supported, tile_rows, tile_columns, 256, multiply_first<tile_vectors>,
-                   pack,   add};
+                   pack,
+                   add,
+                   multiply_support_first<tile_vectors>,
+                   find_support,
+                   multiply_pairs};
 
 }  // namespace rocr
 #endif

@@ -10,6 +10,10 @@ static bool is_supported() { return true; }
 
 extern const Simd plain;
 const Simd plain = {"plain", is_supported, tile_rows, tile_columns, 256, multiply_first<tile_vectors>,
-                    pack,    add};
+                    pack,
+                    add,
+                    multiply_support_first<tile_vectors>,
+                    find_support,
+                    multiply_pairs};
 
 }  // namespace rocr

@@ -317,6 +317,7 @@ def add_low_rank_resident(
     STAGES: tl.constexpr,
     OFFSETS: tl.constexpr,
     INTERPRETED: tl.constexpr,
+    KEEP_ZEROS: tl.constexpr,
 ):
     """Persistent kernel for ranks up to RANK. An item is a column strip; _Layers describes the table."""
     tile_columns = tl.cdiv(columns, COLUMNS)
@@ -353,6 +354,8 @@ def add_low_rank_resident(
             )
             exact = old.to(tl.float32) + scale * product
             new = _rounded_tile(exact, row, column, columns, seed, layer_index, TYPE, STOCHASTIC, INTERPRETED)
+            if KEEP_ZEROS:
+                new = tl.where(old.to(tl.float32) == 0.0, old, new)
             tl.store(pointers, new, mask=mask)
 
 
@@ -380,6 +383,7 @@ def add_low_rank_column_strips(
     RANK: tl.constexpr,
     STAGES: tl.constexpr,
     INTERPRETED: tl.constexpr,
+    KEEP_ZEROS: tl.constexpr,
 ):
     """Persistent kernel for ranks up to RANK. lefts is what split_factors wrote, [layers * rows, 2 * RANK].
 
@@ -408,7 +412,10 @@ def add_low_rank_column_strips(
             product = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
             product = dot_bf16_splits(left_high, left_middle, left_middle, high, middle, low, product, 2, INTERPRETED)
             exact = old.to(tl.float32) + scale * product
-            weight.store([row, column], _rounded_tile(exact, row, column, columns, 0, 0, TYPE, False, INTERPRETED))
+            new = _rounded_tile(exact, row, column, columns, 0, 0, TYPE, False, INTERPRETED)
+            if KEEP_ZEROS:
+                new = tl.where(old.to(tl.float32) == 0.0, old, new)
+            weight.store([row, column], new)
 
 
 # Kernels of the kind bf16_splits; column_strips uses split_factors too
@@ -465,6 +472,7 @@ def add_low_rank_bf16_splits(
     STAGES: tl.constexpr,
     OFFSETS: tl.constexpr,
     INTERPRETED: tl.constexpr,
+    KEEP_ZEROS: tl.constexpr,
 ):
     """Persistent kernel for any rank. An item is a tile; lefts and rights are what split_factors wrote."""
     tile_columns = tl.cdiv(columns, COLUMNS)
@@ -503,6 +511,8 @@ def add_low_rank_bf16_splits(
             product = product + opaque(of_step, INTERPRETED) if BF16_SPLITS == 3 else of_step
         exact = old.to(tl.float32) + scale * product
         new = _rounded_tile(exact, row, column, columns, seed, layer_index, TYPE, STOCHASTIC, INTERPRETED)
+        if KEEP_ZEROS:
+            new = tl.where(old.to(tl.float32) == 0.0, old, new)
         tl.store(pointers, new, mask=mask)
 
 
@@ -518,6 +528,7 @@ class _Layers:
         lefts, rights: the factors of each weight.
         table: addresses of weights, of lefts and of rights, then the indices of the layers, int64, on the device.
         aligned: all addresses and all rows of the weights start at multiples of 16 bytes, and rows are whole.
+        keep_zeros: elements that are zero keep their bits.
     """
 
     weights: list[Tensor]
@@ -525,6 +536,7 @@ class _Layers:
     rights: list[Tensor]
     table: Tensor
     aligned: bool
+    keep_zeros: bool
 
 
 class LowRankPlan:
@@ -536,6 +548,7 @@ class LowRankPlan:
         lefts: Sequence[Tensor],
         rights: Sequence[Tensor],
         config: LowRankConfig | None = None,
+        keep_zeros: bool = False,
     ) -> None:
         """Group the layers by launch and copy their addresses to the device.
 
@@ -544,6 +557,7 @@ class LowRankPlan:
             lefts: as for update_low_rank.
             rights: as for update_low_rank.
             config: shape of the launches; None for the ones that choose_config names.
+            keep_zeros: as for update_low_rank.
 
         Raises:
             ValueError: strides or dtypes that no kernel takes.
@@ -563,7 +577,7 @@ class LowRankPlan:
             weight, left, _ = rows_first[indices[0]]
             count = max(1, SPLIT_BYTES // (6 * sum(weight.shape) * left.shape[1]))
             for start in range(0, len(indices), count):
-                self._launches.append(_layers(rows_first, indices[start : start + count]))
+                self._launches.append(_layers(rows_first, indices[start : start + count], keep_zeros))
 
     def run(self, scale: float, stochastic: bool, seed: int) -> None:
         """Add scale * left @ right to every weight, rounded stochastically (16-bit weights only) or to nearest."""
@@ -588,6 +602,7 @@ def update_low_rank(
     scale: float = 1.0,
     stochastic: bool = False,
     seed: int = 0,
+    keep_zeros: bool = False,
 ) -> None:
     """Add scale * left @ right to every weight, in place, in float32 with one rounding.
 
@@ -598,12 +613,13 @@ def update_low_rank(
         scale: factor of the update.
         stochastic: round 16-bit weights stochastically, which keeps the expectation, not to nearest even.
         seed: of stochastic rounding, 0 to 2**63 - 1.
+        keep_zeros: leave elements of a weight that are zero as they are, their signs too.
 
     Raises:
         ValueError: strides or dtypes that no kernel takes.
         CaptureError: a CUDA graph is being captured.
     """
-    LowRankPlan(weights, lefts, rights).run(scale, stochastic, seed)
+    LowRankPlan(weights, lefts, rights, keep_zeros=keep_zeros).run(scale, stochastic, seed)
 
 
 def _rows_first(weight: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -617,11 +633,11 @@ def _rows_first(weight: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Te
     return weight, left, right
 
 
-def _layers(rows_first: Sequence[tuple[Tensor, Tensor, Tensor]], indices: Sequence[int]) -> _Layers:
+def _layers(rows_first: Sequence[tuple[Tensor, Tensor, Tensor]], indices: Sequence[int], keep_zeros: bool) -> _Layers:
     weights, lefts, rights = ([rows_first[index][operand] for index in indices] for operand in range(3))
     on_16_bytes = all(tensor.data_ptr() % 16 == 0 for tensor in (*weights, *lefts, *rights))
     aligned = on_16_bytes and weights[0].stride(0) % 8 == 0 and weights[0].shape[1] % 8 == 0
-    return _Layers(weights, lefts, rights, address_table([weights, lefts, rights], indices), aligned)
+    return _Layers(weights, lefts, rights, address_table([weights, lefts, rights], indices), aligned, keep_zeros)
 
 
 def _shape(layers: _Layers, config: LowRankConfig) -> dict[str, object]:
@@ -633,6 +649,7 @@ def _shape(layers: _Layers, config: LowRankConfig) -> dict[str, object]:
         "RANK": config.rank,
         "STAGES": config.stages,
         "INTERPRETED": not layers.weights[0].is_cuda,
+        "KEEP_ZEROS": layers.keep_zeros,
         "num_warps": config.warps,
     }
 

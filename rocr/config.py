@@ -185,6 +185,9 @@ class EditConfig:
         seed: Seed of all random choices: of the text that the model writes if there are no statistics.
         chat: Inputs of the chat template, both for the templates and for text that the model writes for its own
             statistics.
+        keep_zeros: Whether elements of an edited weight that are exactly zero stay zero, as sparse models need it: each
+            row of the update is then solved on its own support (`rocr.solve.support`). None keeps them in layers where
+            more than 20% of the weight are zero.
         closing_keys: Whether the tokens that a tokenizer puts after a text, such as EOS, become keys too in a text
             encoder: they have read the name, and an image generator reads their states. Language models have no such
             keys.
@@ -220,6 +223,7 @@ class EditConfig:
     seed: int = 0
     chat: ChatSettings = DEFAULT
     closing_keys: bool = True
+    keep_zeros: bool | None = None
 
     def __post_init__(self) -> None:
         if self.layers is not None and self.layers != OFFICIAL_LAYERS:
@@ -241,6 +245,8 @@ class EditConfig:
         _check_number("retain_weight", self.retain_weight, 0.0)
         _check_number("threshold", self.threshold, 0.0, exclusive=True)
         _check_number("strength", self.strength, 0.0, exclusive=True)
+        if self.keep_zeros is not None and not isinstance(self.keep_zeros, bool):
+            raise InputError(f"keep_zeros must be true, false or none, not {_shown(self.keep_zeros)}.")
         for name in ("relative_ridge", "relative_threshold", "closing_keys"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name} must be true or false, not {_shown(getattr(self, name))}.")
@@ -306,6 +312,8 @@ class EditConfig:
             del values["variants"], values["variant_weight"]
         if self.closing_keys:
             del values["closing_keys"]
+        if self.keep_zeros is None:
+            del values["keep_zeros"]
         return values | ({"chat": self.chat.to_json()} if self.chat != DEFAULT else {})
 
     @classmethod

@@ -58,6 +58,7 @@ from rocr.model.layers import check_moments, resolve_layers
 from rocr.ops.arithmetic import plain_arithmetic
 from rocr.progress import Progress, ProgressCallback, Stopwatch, silent
 from rocr.solve.solve import Solution, solve_layer
+from rocr.solve.support import described
 from rocr.statistics.collect import CollectOptions, collect_statistics
 from rocr.statistics.provenance import TEXT_ENCODER, computed_with
 from rocr.statistics.statistics import Statistics
@@ -165,7 +166,7 @@ def unlearn(
                     metric = system.metric(moments, task.config, template_keys.get(layer), kept)
                 with timed("solve"), naming_closest_concepts(keys, concept_of, all_concepts):
                     ridge = task.config.ridge * (metric.ordinary if task.config.relative_ridge else 1.0)
-                    solution = solve_layer(keys, residuals, metric, ridge, kept, used)
+                    solution = solve_layer(keys, residuals, metric, ridge, kept, used, system.support)
                     update = LayerUpdate.solved(blocks, system.touched, keys, residuals, solution)
                 with timed("compare"):
                     _compare(task, blocks, update, solution, retained, report)
@@ -177,7 +178,8 @@ def unlearn(
                     weights = edited_weights(architecture, [update])
                     apply_updates(weights, [update.factors], partial(_record, updates, update))
                 with timed("measure"):
-                    measures = measure_layer(updates[-1], weight_norm, concept_of, metric.describe(), solution)
+                    description = described(metric.describe(), system.support)
+                    measures = measure_layer(updates[-1], weight_norm, concept_of, description, solution)
                     report.layers.append(measures)
                 report.limits_passed += check_layer(guards, measures, updates[-1], concept_of, all_concepts)
                 progress(Progress("edit", i + 1, len(layers), "layers"))

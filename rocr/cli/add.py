@@ -28,6 +28,7 @@ from rocr.cli.parsing import Arguments, argument, command, flag, option
 from rocr.cli.tables import show_report
 from rocr.cli.unlearn import given_concepts, load_statistics, most_concepts
 from rocr.cli.values import DIR, FILE
+from rocr.cli.zeros import check_kept
 from rocr.concepts import MAX_CONCEPTS, Concept, check_concepts, check_length, check_names
 from rocr.errors import InputError
 
@@ -77,6 +78,7 @@ def add(arguments: Arguments, console: Console) -> dict[str, Any]:
     with _base(arguments, edited, console) as source:
         check_parts(arguments, source)
         check_quantised(arguments, source)
+        check_kept(edit, arguments.save)
         last_layer = _last_layer(arguments, source, edit, statistics)
         if last_layer is not None and asked:
             console.warn("Only the first layers of the model are loaded, so nothing is asked before and after.")

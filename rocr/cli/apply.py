@@ -11,6 +11,7 @@ from rocr.cli.outputs import check_parts, check_writable, show_adapter, write_ou
 from rocr.cli.parsing import Arguments, argument, command, flag
 from rocr.cli.tables import number_of_concepts
 from rocr.cli.values import DIR, FILE
+from rocr.cli.zeros import check_kept
 from rocr.errors import InputError
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def write_applied(
 
     check_parts(arguments, source)
     check_quantised(arguments, source)
+    check_kept(edit, arguments.save)
     with console.stage("load"):
         loaded = _load(arguments, source, edit)
         open_quantised(loaded, edit.config, edit.fingerprint.layer)

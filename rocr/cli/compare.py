@@ -9,7 +9,7 @@ from rocr.cli import options
 from rocr.cli.arguments import chat_of, check_text, claim_output, collect, load_language_model, source_of
 from rocr.cli.console import Console
 from rocr.cli.evaluate import check_package, form_names
-from rocr.cli.parsing import Arguments, command, option
+from rocr.cli.parsing import Arguments, command, flag, option
 from rocr.cli.values import COUNT
 from rocr.concepts import Concept, check_concepts, check_names, folded
 from rocr.errors import InputError
@@ -27,22 +27,19 @@ if TYPE_CHECKING:
 @options.out("Results to write, JSON")
 @option("--methods", "Methods, separated by commas (default: all).", metavar="LIST")
 @options.scoring
-@option("--steps", "Train methods that train for N steps (default: 5 epochs).", type=COUNT)
+@option("--steps", "Train methods that train for N steps (default: as many as their authors).", type=COUNT)
+@flag("--sequential", "Unlearn one target after another in the same model, and ask about all so far after each.")
+@option("--fade", "Measure FADE with N sampled answers to each question (default: not).", type=COUNT)
+@option("--references", "Further names to take the place of the target's for FADE.", several=True, metavar="NAME")
+@option("--relearn", "Fine-tune each model for N steps on questions about others, and ask again.", type=COUNT)
 @options.statistics
 @options.text
 @options.chat
 def compare(arguments: Arguments, console: Console) -> dict[str, Any]:
     """Compare rocr with other methods."""
     from rocr.config import EditConfig
-    from rocr.evaluation.baselines.methods import (
-        METHODS,
-        TRAININGS,
-        MethodComparison,
-        compare_methods,
-        forget_table,
-        results_json,
-        retain_table,
-    )
+    from rocr.evaluation.baselines.methods import MethodComparison, Robustness, compare_methods
+    from rocr.evaluation.baselines.tables import forget_table, results_json, retain_table, robustness_table
     from rocr.evaluation.neighbours import keep_nearest
     from rocr.evaluation.probes.load import load_probes
     from rocr.evaluation.probes.probe import split_by_subject
@@ -53,24 +50,19 @@ def compare(arguments: Arguments, console: Console) -> dict[str, Any]:
     check_names("--redirect", [arguments.redirect])
     source = source_of(arguments)
     claim_output(arguments, source.inputs)
-    methods = [name.strip() for name in arguments.methods.split(",")] if arguments.methods else list(METHODS)
-    unknown = [name for name in methods if name not in METHODS]
-    if unknown:
-        raise InputError(f"Unknown methods: {', '.join(unknown)}; they are {', '.join(METHODS)}.")
-    if set(methods) & TRAININGS.keys():
-        check_package("peft", "lora", "A method that trains")
+    methods = _methods(arguments)
     forms = form_names(arguments.forms)
     for target in arguments.targets:
         check_concepts([Concept(target, arguments.redirect)])
     check_text(arguments)
-    probes = split_by_subject(load_probes(arguments.probes, arguments.download), arguments.targets)
+    probes = every = split_by_subject(load_probes(arguments.probes, arguments.download), arguments.targets)
     with console.stage("load"):
         loaded = load_language_model(arguments, source)
     if arguments.neighbours:
         probes = keep_nearest(
             loaded.model, loaded.tokenizer, probes, arguments.targets, arguments.neighbours, arguments.chat
         )
-    statistics = _statistics(arguments, loaded, console)
+    statistics = _statistics(arguments, loaded, methods, console)
     probes = _known(arguments, loaded, probes, forms, console)
     _check_targets(arguments.targets, probes)
     comparison = MethodComparison(
@@ -83,10 +75,13 @@ def compare(arguments: Arguments, console: Console) -> dict[str, Any]:
         forms=forms,
         steps=arguments.steps,
         seed=arguments.seed,
+        retain=_apart(every, probes),
+        sequential=arguments.sequential,
     )
+    robustness = Robustness(arguments.fade or 0, tuple(arguments.references), arguments.relearn or 0)
     results = []
     with console.stage("methods") as progress:
-        for result in compare_methods(comparison, arguments.targets, methods, progress):
+        for result in compare_methods(comparison, arguments.targets, methods, progress, robustness):
             results.append(result)
             console.warn(f"{result.method}: {result.target} in {result.seconds:.1f} s")
     document = {
@@ -94,13 +89,40 @@ def compare(arguments: Arguments, console: Console) -> dict[str, Any]:
         "known": arguments.known,
         "steps": arguments.steps or 0,
         "seed": arguments.seed,
+        "sequential": arguments.sequential,
+        "retain_trained_on": "other subjects" if comparison.retain else "the retain set",
+        "fade_samples": robustness.fade_samples,
+        "relearning_steps": robustness.relearning_steps,
         "results": results_json(results),
     }
     write_json(document, arguments.out, arguments.overwrite)
     console.table("Forget set: mean scores over targets", *forget_table(results, forms))
     console.table("Retain set: mean scores over targets", *retain_table(results, forms))
+    console.table("Forget set: what is left in the worst wording, and after fine-tuning", *robustness_table(results))
     console.say(f"The results are in {arguments.out}.")
     return document
+
+
+def _methods(arguments: Arguments) -> list[str]:
+    """Return the methods to compare: by default all, or all that are defined for a sequence. Check their packages."""
+    from rocr.evaluation.baselines.methods import METHOD, METHODS, check_methods, sequential_methods
+
+    default = sequential_methods() if arguments.sequential else METHODS
+    methods = [name.strip() for name in arguments.methods.split(",")] if arguments.methods else list(default)
+    check_methods(methods, arguments.sequential)
+    if arguments.references and not arguments.fade:
+        raise InputError("--references names what FADE compares with, and FADE is not measured: give --fade N too.")
+    check_names("--references", arguments.references)
+    for name in methods:
+        for module, extra in METHOD[name].packages:
+            check_package(module, extra, f"The method {name}")
+    return methods
+
+
+def _apart(every: Sequence[Probe], asked: Sequence[Probe]) -> list[Probe]:
+    """Return the probes about subjects that nobody is asked about: with --neighbours, methods may train on these."""
+    subjects = {folded(probe.subject) for probe in asked}
+    return [probe for probe in every if folded(probe.subject) not in subjects and probe.form == "qa"]
 
 
 def _check_targets(targets: Sequence[str], probes: Sequence[Probe]) -> None:
@@ -113,13 +135,13 @@ def _check_targets(targets: Sequence[str], probes: Sequence[Probe]) -> None:
         )
 
 
-def _statistics(arguments: Arguments, loaded: LoadedModel, console: Console) -> Statistics:
+def _statistics(arguments: Arguments, loaded: LoadedModel, methods: Sequence[str], console: Console) -> Statistics:
     from rocr.evaluation.baselines.methods import layers_to_edit
     from rocr.statistics.statistics import Statistics
 
     if arguments.statistics:
         return Statistics.load(arguments.statistics)
-    return collect(arguments, loaded, layers_to_edit(loaded.model), console)
+    return collect(arguments, loaded, layers_to_edit(loaded.model, methods=methods), console)
 
 
 def _known(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rocr.cli import options
 from rocr.cli.arguments import chat_of, claim_output, files_read, load_language_model, source_of
+from rocr.cli.conditions import Condition, check_conditions
 from rocr.cli.console import Console
 from rocr.cli.parsing import Arguments, command, flag, option
 from rocr.cli.values import COUNT, DIR, FILE
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from rocr.cli.attacks import FoundByAttacks
     from rocr.edit.edit import Edit
     from rocr.evaluation import EvaluateOptions, Evaluation, Probe
     from rocr.model.load import LoadedModel
@@ -46,21 +48,30 @@ PERPLEXITY_TOKENS = 8192
 @option("--suites", "Tasks of lm-evaluation-harness, such as mmlu.", several=True, metavar="NAME")
 @option("--suite-folder", "Folder with further tasks, as YAML files of the harness.", type=DIR)
 @option("--suite-limit", "Ask the first N questions of each task.", type=COUNT)
-@option("--attacks", "Attacks: relearn, 4-bit, 8-bit, prefixes, examples, or all.", several=True, metavar="NAME")
+@option("--attacks", "Attacks, such as bottom-rank, relearn or 4-bit, or all.", several=True, metavar="NAME")
+@option(
+    "--fail-if",
+    "Exit with code 4 if a condition holds, such as forget.fb.gone<0.8 or retain.mcp.lost>0.05: a set, a form, one of "
+    "before, after, gone, lost (shares above chance), and a number. May be repeated.",
+    multiple=True,
+    metavar="CONDITION",
+)
 @options.chat
 def evaluate(arguments: Arguments, console: Console) -> dict[str, Any]:
     """Ask questions in several forms, before and after an edit.
 
     An interrupted run continues if it is started again with the same arguments.
     """
+    from rocr.cli.attacks import attack_names, run_attacks
     from rocr.evaluation.probes.load import load_probes
     from rocr.evaluation.probes.probe import split_by_subject
     from rocr.evaluation.report import report_json, write_html, write_json
 
-    attacks = _attack_names(arguments.attacks)
+    attacks = attack_names(arguments.attacks, arguments.edit is not None)
     arguments.chat = chat_of(arguments)
     check_names("--targets", arguments.targets)
     forms = form_names(arguments.forms)
+    conditions = [Condition.parse(text, forms, arguments.edit is not None) for text in arguments.fail_if]
     _check_packages(arguments, attacks)
     if arguments.text:
         check_texts(arguments.text)
@@ -77,16 +88,17 @@ def evaluate(arguments: Arguments, console: Console) -> dict[str, Any]:
         loaded = load_language_model(arguments, source)
     probes = _nearest(arguments, loaded, probes)
     before, after = _evaluate(arguments, loaded, probes, forms, edit, console)
-    found = _attack(arguments, loaded, probes, after, edit, attacks, console)
-    document = report_json(after, before, found)
+    found = run_attacks(arguments, loaded, probes, after, edit, attacks, console)
+    document = report_json(after, before, found.evaluations, found.study)
     write_json(document, arguments.out, arguments.overwrite)
     if arguments.html:
         title = f"Evaluation of {Path(arguments.model).name}"
-        write_html(title, after, arguments.html, before, arguments.overwrite, found)
+        write_html(title, after, arguments.html, before, arguments.overwrite, found.plotted, found.study)
     for journal in _journals(arguments):
         journal.unlink(missing_ok=True)
     _show(after, before, found, console)
     console.say(f"The report is in {arguments.out}" + (f" and {arguments.html}." if arguments.html else "."))
+    check_conditions(conditions, after, before)
     return document
 
 
@@ -204,46 +216,6 @@ def _check_packages(arguments: Arguments, attacks: Sequence[str]) -> None:
         check_package("peft", "lora", "The attack relearn")
 
 
-def _attack_names(names: Sequence[str]) -> tuple[str, ...]:
-    """Names of the attacks to run, with "all" expanded."""
-    from rocr.evaluation.attacks.suite import ATTACKS
-
-    unknown = [name for name in names if name not in (*ATTACKS, "all")]
-    if unknown:
-        raise InputError(f"Unknown attacks: {', '.join(unknown)}; they are all, {', '.join(ATTACKS)}.")
-    return ATTACKS if "all" in names else tuple(names)
-
-
-def _attack(
-    arguments: Arguments,
-    loaded: LoadedModel,
-    probes: list[Probe],
-    after: Evaluation,
-    edit: Edit | None,
-    names: tuple[str, ...],
-    console: Console,
-) -> dict[str, Evaluation]:
-    """Attack the model with the probes that count; without an edit file, all layers are rounded."""
-    if not names:
-        return {}
-    from rocr.evaluation import EvaluateOptions
-    from rocr.evaluation.attacks.suite import AttackOptions, attack
-
-    kept = sorted({item.probe for item in after.items})
-    settings = EvaluateOptions(seed=arguments.seed, orders=arguments.orders, chat=arguments.chat)
-    with console.stage("attacks") as progress:
-        return attack(
-            loaded.model,
-            loaded.tokenizer,
-            [probes[i] for i in kept],
-            names,
-            after.forms,
-            layers=edit.layers if edit is not None else None,
-            options=AttackOptions(evaluate=settings),
-            progress=progress,
-        )
-
-
 def _evaluate_options(arguments: Arguments, loaded: LoadedModel) -> EvaluateOptions:
     from rocr.evaluation import EvaluateOptions
     from rocr.evaluation.measures import TextSample, load_choice_questions
@@ -272,13 +244,13 @@ def _journals(arguments: Arguments) -> tuple[Path, Path]:
     return Path(f"{arguments.out}.journal-before"), Path(f"{arguments.out}.journal-after")
 
 
-def _show(after: Evaluation, before: Evaluation | None, attacks: dict[str, Evaluation], console: Console) -> None:
-    from rocr.evaluation.report import attack_columns, attack_rows, measure_table, score_table
+def _show(after: Evaluation, before: Evaluation | None, attacks: FoundByAttacks, console: Console) -> None:
+    from rocr.cli.attacks import show_attacks
+    from rocr.evaluation.report import measure_table, score_table
 
     console.table("Scores", *score_table(after, before))
     if after.measures:
         console.table("Measures", *measure_table(after, before))
-    if attacks:
-        console.table("Forget set under attack", attack_columns(after), attack_rows(after, before, attacks))
+    show_attacks(attacks, after, before, console)
     if after.known is not None:
         console.say(f"{after.known} of {after.probes} probes are known to the model; only these count.")

@@ -122,7 +122,7 @@ probes = option(
     "things that share a word with a famous name.",
     type=FILE,
     default=str(PROBES),
-    show_default="300 questions about 50 people",
+    show_default="420 questions about 50 people and 20 things",
 )
 
 scoring = together(

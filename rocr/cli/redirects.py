@@ -45,7 +45,8 @@ def redirects(arguments: Arguments, console: Console) -> dict[str, Any]:
         choices = choose_redirects(
             loaded.model, loaded.tokenizer, probes, arguments.among, progress=progress, chat=arguments.chat
         )
-    lines = [json.dumps({"name": c.concept.name, "redirect": c.concept.redirect}, ensure_ascii=False) for c in choices]
+    concepts = [{name: value for name, value in c.concept.to_json().items() if value} for c in choices]
+    lines = [json.dumps(concept, ensure_ascii=False) for concept in concepts]
     with new_file(arguments.out, overwrite=arguments.overwrite) as partial:
         partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
     rows = [
@@ -58,7 +59,6 @@ def redirects(arguments: Arguments, console: Console) -> dict[str, Any]:
     return {
         "out": arguments.out,
         "concepts": [
-            {"name": c.concept.name, "redirect": c.concept.redirect, "left": c.left, "questions": c.questions}
-            for c in choices
+            {**concept, "left": c.left, "questions": c.questions} for concept, c in zip(concepts, choices, strict=True)
         ],
     }

@@ -9,6 +9,8 @@ from rocr.cli.console import Console
 
 SHOWN_ROWS = 20
 SHOWN_PAIRS = 5
+FLUENT = 0.95
+"""Answers that keep this share of their n-gram entropy are as fluent as before."""
 
 
 def show_report(report: dict[str, Any], console: Console, place: str | None) -> None:
@@ -27,6 +29,7 @@ def show_report(report: dict[str, Any], console: Console, place: str | None) -> 
         if answers:
             rows = [(answer[asked], answer["before"], answer["after"]) for answer in answers]
             console.table(title, (asked, "before", "after"), rows)
+    show_fluency(report.get("fluency"), console)
     _show_layers(report, console)
     _show_routing(report.get("routing", []), console)
     seconds = console.seconds
@@ -35,6 +38,18 @@ def show_report(report: dict[str, Any], console: Console, place: str | None) -> 
     console.say(f"The edit itself: {sum(report['seconds']['edit'].values()):.2f} s ({details}).")
     if place is not None:
         console.say(f"The result is in {place}.")
+
+
+def show_fluency(found: dict[str, float] | None, console: Console) -> None:
+    """Say whether the answers about concepts repeat themselves more than before; nothing without answers."""
+    if found is None or not found["before"]:
+        return
+    kept = found["after"] / found["before"]
+    verdict = "still read as before" if kept >= FLUENT else "repeat themselves more: try another redirect"
+    console.say(
+        f"The answers about concepts {verdict} (n-gram entropy {found['before']:.2f} bits before, "
+        f"{found['after']:.2f} after)."
+    )
 
 
 def number_of_concepts(concepts: Sized) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rocr.cli import options
@@ -13,6 +14,7 @@ from rocr.cli.arguments import (
     check_text,
     claim_output,
     collect,
+    files_read,
     last_layer_to_load,
     load,
     open_quantised,
@@ -23,6 +25,7 @@ from rocr.cli.outputs import check_parts, check_writable, show_adapter, write_ou
 from rocr.cli.parsing import Arguments, argument, choice, command, flag, option
 from rocr.cli.tables import show_report
 from rocr.cli.values import DIR, FILE
+from rocr.cli.zeros import with_zeros
 from rocr.concepts import (
     MAX_CONCEPTS,
     Concept,
@@ -92,6 +95,12 @@ setting = partial(option, group="Settings")
 @setting("--variant-weight", "Weight of a variant against a name of the concept (default: 0.3).", type=float)
 @setting("--held-weight", "Old name of --template-weight.", type=float)
 @setting("--reach", "Old name of --token-schedule: whole is full, gradual is ramp.", type=choice("gradual", "whole"))
+@flag(
+    "--keep-zeros",
+    "Keep elements of the edited weights that are exactly zero (default: where more than 20% of a weight are).",
+    group="Settings",
+)
+@flag("--fill-zeros", "Edit a sparse model as a dense one, also where its weights are zero.", group="Settings")
 @flag("--force", "Continue past the safety limits of an edit; the report says so.", group="Settings")
 @setting(
     "--template",
@@ -102,6 +111,11 @@ setting = partial(option, group="Settings")
 @options.chat
 @options.statistics
 @options.text
+@option(
+    "--keep-statistics",
+    "File to write the statistics to that the run collects, for --statistics of the next run.",
+    type=FILE,
+)
 @questions
 def unlearn(arguments: Arguments, console: Console) -> dict[str, Any]:
     """Redirect concepts and save the edited model.
@@ -116,6 +130,7 @@ def unlearn(arguments: Arguments, console: Console) -> dict[str, Any]:
     _check_output(arguments, source)
     check_parts(arguments, source)
     check_text(arguments)
+    _check_kept_statistics(arguments, source)
 
     check_names("--control", arguments.control)
     asked = [] if arguments.no_answers else filled_questions(arguments, concepts)
@@ -139,11 +154,15 @@ def unlearn(arguments: Arguments, console: Console) -> dict[str, Any]:
         loaded = load(arguments, source, last_layer)
         open_quantised(loaded, config, 0 if statistics is None else statistics.fingerprint.layer)
     asked = answerable(loaded, asked, console)
-    config = _with_layers(config, loaded)
+    config = with_zeros(_with_layers(config, loaded), loaded, arguments, console)
     check_writable(arguments, loaded, config.layer_numbers)
     before = ask_model(loaded, asked, arguments, console, "answers before")
     if statistics is None:
         statistics = collect(arguments, loaded, config.layer_numbers, console)
+        if arguments.keep_statistics is not None:
+            # Before the edit, which a limit may refuse.
+            statistics.save(arguments.keep_statistics, overwrite=arguments.overwrite)
+            console.say(f"The statistics are in {arguments.keep_statistics}, for --statistics of the next run.")
     edit = _edit(loaded, concepts, statistics, config, arguments, console)
     concepts = edit.concepts  # with their redirects chosen
     after = ask_model(loaded, asked, arguments, console, "answers after")
@@ -187,6 +206,23 @@ def _check_output(arguments: Arguments, source: ModelSource) -> None:
         claim_output(arguments, source.inputs)
 
 
+def _check_kept_statistics(arguments: Arguments, source: ModelSource) -> None:
+    """Check that the file of --keep-statistics can be written.
+
+    Raises:
+        InputError: Nothing is collected, the file exists, or it is an input or lies in the output.
+    """
+    path = arguments.keep_statistics
+    if path is None:
+        return
+    if arguments.statistics is not None:
+        raise InputError("--keep-statistics needs statistics that are collected: leave out --statistics.")
+    place = Path(path).resolve()
+    if arguments.out is not None and Path(arguments.out).resolve() in (place, *place.parents):
+        raise InputError(f"--keep-statistics {path} lies in the output {arguments.out}: write it beside the folder.")
+    check_output(path, inputs=(*source.inputs, *files_read(arguments)), overwrite=arguments.overwrite)
+
+
 def _config(arguments: Arguments, console: Console) -> EditConfig:
     import dataclasses
 
@@ -198,6 +234,10 @@ def _config(arguments: Arguments, console: Console) -> EditConfig:
     given |= _renamed(arguments, console)
     if arguments.template:
         given["templates"] = tuple(Template(text, chat=True) for text in arguments.template)
+    if arguments.keep_zeros and arguments.fill_zeros:
+        raise InputError("--keep-zeros and --fill-zeros contradict each other: give one of them.")
+    if arguments.keep_zeros or arguments.fill_zeros:
+        given["keep_zeros"] = arguments.keep_zeros
     config = EditConfig.official() if arguments.official else EditConfig()
     return dataclasses.replace(config, chat=arguments.chat, **given)
 

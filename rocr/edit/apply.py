@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rocr import ops
 from rocr.edit.record import EditRecord
+from rocr.edit.support import check_zeros
 from rocr.edit.update import Applied, LayerUpdate
 from rocr.edit.weight import Weight, edited_weights
 from rocr.errors import GuardError, InputError, VerificationError
@@ -43,19 +44,24 @@ def apply_updates(
         One record per weight.
 
     Raises:
+        InputError: An update keeps the zeros of a weight, and the weight has others.
         GuardError: A weight would not be finite. After any exception all weights have their former bits.
     """
     before = [[stored.clone() for stored in weight.stored] for weight in weights]
     try:
         pairs = list(zip(weights, updates, strict=True))
-        # All blocks of all layers are changed in one call.
-        targets: list[Tensor] = []
-        factors: list[tuple[Tensor, Tensor]] = []
-        for weight, update in pairs:
-            if update.matrix is None:
-                targets += weight.targets
-                factors += weight.parts(update)
-        ops.low_rank_update(targets, [left for left, _ in factors], [right for _, right in factors])
+        for keep_zeros in (False, True):
+            # All blocks of all layers are changed in one call.
+            targets: list[Tensor] = []
+            factors: list[tuple[Tensor, Tensor]] = []
+            for weight, update in pairs:
+                if update.matrix is None and (update.support is not None) == keep_zeros:
+                    if update.support is not None:
+                        check_zeros(weight, update.support)
+                    targets += weight.targets
+                    factors += weight.parts(update)
+            lefts, rights = [left for left, _ in factors], [right for _, right in factors]
+            ops.low_rank_update(targets, lefts, rights, keep_zeros=keep_zeros)
         for weight, update in pairs:
             if update.matrix is not None:
                 block = weight.blocks[0]

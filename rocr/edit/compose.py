@@ -196,7 +196,7 @@ def _joined(mine: LayerUpdate, theirs: LayerUpdate, retained: JoinedKeys) -> Lay
         mine,
         keys=torch.cat([mine.keys, theirs.keys.to(mine.keys)]),
         residuals=torch.cat([mine.residuals, theirs.residuals.to(mine.residuals)]),
-        system=System(first.ridge, product, metric, rows),
+        system=System(first.ridge, product, metric, rows, first.support),
         applied=None,
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import zlib
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from rocr.edit.measures import EditReport
 from rocr.edit.record import EditRecord
 from rocr.edit.retained_keys import labels_from_json, labels_to_json
 from rocr.edit.stored import stored_from_json, stored_to_json
+from rocr.edit.support import pack_support, unpack_support
 from rocr.edit.system_file import pack_system, unpack_system
 from rocr.edit.update import Applied, LayerUpdate, Part
 from rocr.edit.wide_file import pack_wide, pack_wide_system, routed_rows, unpack_wide
@@ -67,6 +69,9 @@ def save_edit(edit: EditRecord, path: str | os.PathLike[str], undo: bool, overwr
             if update.parts:
                 kept = pack_wide_system(kept, update)
             tensors |= {f"layer.{update.layer}.{name}": values for name, values in kept.items()}
+        if update.factors.support is not None:
+            entry["support"] = list(update.factors.support.shape)
+            tensors[f"layer.{update.layer}.support"] = pack_support(update.factors.support)
         layers.append(entry)
     header = {
         "format": FORMAT,
@@ -157,7 +162,8 @@ def _load_update(entry: dict[str, Any], tensors: dict[str, Tensor], retained: in
     parts = tuple(Part.from_json(part) for part in list_of(entry.get("parts", []), "parts"))
     if parts:
         tensors = unpack_wide(layer, parts, tensors, retained)
-    factors = _load_factors(layer, tensors)
+    support = _load_support(entry, tensors.get(f"layer.{layer}.support"))
+    factors = _load_factors(layer, tensors, support)
     keys, residuals = (tensors[f"layer.{layer}.{name}"] for name in _ROWS)
     applied = None
     if "after" in entry:
@@ -180,7 +186,7 @@ def _load_update(entry: dict[str, Any], tensors: dict[str, Tensor], retained: in
         residuals,
         flag_of(entry["transposed"], "transposed"),
         applied,
-        None if "system" not in entry else _load_system(layer, entry["system"], tensors, keys, retained),
+        None if "system" not in entry else _load_system(layer, entry["system"], tensors, keys, retained, support),
         **{name: text_of(entry[name], name) for name in ("base", "own") if name in entry},
         parts=parts,
     )
@@ -197,12 +203,24 @@ def _matrices(update: LayerUpdate) -> dict[str, Tensor]:
     return {name: values for name, values in named.items() if values is not None}
 
 
-def _load_factors(layer: int, tensors: dict[str, Tensor]) -> Factors:
+def _load_support(entry: dict[str, Any], packed: Tensor | None) -> Tensor | None:
+    """Return where a sparse weight is not zero; None if the update does not keep zeros."""
+    if "support" not in entry:
+        return None
+    if packed is None:
+        raise ValueError("an update keeps zeros, but the file does not hold where they are")
+    rows, columns = (whole_number_of(size, "support") for size in list_of(entry["support"], "support"))
+    return unpack_support(packed, rows, columns)
+
+
+def _load_factors(layer: int, tensors: dict[str, Tensor], support: Tensor | None) -> Factors:
     """Return the factors of a layer; one that is not in the file is the identity."""
     left, right = (tensors.get(f"layer.{layer}.{name}") for name in ("left", "right"))
     for name, values in (("left", left), ("right", right)):
         if values is not None and values.ndim != 2:
             raise ValueError(f"{name} of layer {layer} has the shape {tuple(values.shape)}")
+    if support is not None:
+        return Factors(left, right, support)
     # Files of rocr 0.1 contain a factor that is the identity.
     if left is not None and right is not None:
         left, right = (None, right) if _is_identity(left) else (left, None if _is_identity(right) else right)
@@ -220,9 +238,18 @@ def _load_rendered(entry: dict[str, Any]) -> RenderedTemplate:
     return RenderedTemplate(text_of(entry["before"], "before"), text_of(entry["after"], "after"))
 
 
-def _load_system(layer: int, entry: dict[str, Any], tensors: dict[str, Tensor], keys: Tensor, retained: int) -> System:
+def _load_system(
+    layer: int,
+    entry: dict[str, Any],
+    tensors: dict[str, Tensor],
+    keys: Tensor,
+    retained: int,
+    support: Tensor | None,
+) -> System:
+    if support is not None and "metric" in entry:
+        raise ValueError(f"the system of layer {layer} keeps zeros, but has no product")
     n, d_in = keys.shape
-    return unpack_system(entry, _of_layer(layer, tensors), n, d_in, retained)
+    return replace(unpack_system(entry, _of_layer(layer, tensors), n, d_in, retained), support=support)
 
 
 def _of_layer(layer: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -274,7 +301,13 @@ def _check(edit: EditRecord, path: str | os.PathLike[str]) -> None:
     for update in edit.updates:
         factors, n, (d_out, d_in) = update.factors, len(edit.concept_of), update.factors.shape
         # An edit of more keys than inputs has factors of rank d_in, also after concepts are removed.
+        if factors.support is not None and factors.support.shape != factors.shape:
+            raise InputError(
+                f"{path} is damaged: the zeros of layer {update.layer} are those of a weight "
+                f"{tuple(factors.support.shape)}, not {factors.shape}."
+            )
         rank = n if update.parts or (factors.matrix is None and factors.rank == n) else min(d_out, d_in)
+        rank = rank if factors.support is None else factors.rank  # that of keys and retained keys
         expected = {"left": (d_out, rank), "right": (rank, d_in), "keys": (n, d_in), "residuals": (n, d_out)}
         for name, values in _matrices(update).items():
             if tuple(values.shape) != expected[name] or values.dtype != torch.float32:

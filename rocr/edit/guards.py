@@ -313,7 +313,8 @@ def largest_concepts(updates: Sequence[LayerUpdate], concept_of: Sequence[int], 
     index = torch.tensor(concept_of)
     squares = torch.zeros(len(concepts), dtype=torch.float64)
     for update in updates:
-        by_key = update.factors.rank == len(concept_of)  # otherwise the factors have no column per key
+        # Otherwise the factors have no column per key.
+        by_key = update.factors.rank == len(concept_of) and update.factors.support is None
         pair = (update.factors.left, update.factors.right) if by_key else (update.residuals.T, update.keys)
         left, right = (factor.double().cpu() for factor in pair)
         squares.index_add_(0, index, left.square().sum(dim=0) * right.square().sum(dim=1))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rocr.edit.lora_experts import ParameterFactors, parameter_factors
 from rocr.edit.record import EditRecord
+from rocr.edit.support import refuse_low_rank
 from rocr.edit.update import LayerUpdate, Part
 from rocr.errors import InputError
 from rocr.io.disk_space import check_space
@@ -134,6 +135,7 @@ def _with_experts(
 
 def truncated_parts(update: LayerUpdate, rank: int | None) -> tuple[list[ParameterFactors], tuple[float, float]]:
     """Return the factors of a layer's parameters, and the largest truncation errors of `AdapterLayer`."""
+    refuse_low_rank(update.factors.support, update.parameter, "A LoRA adapter")
     if not update.parts:
         # A dense layer of a model that also has mixtures.
         layer, left, right = adapter_layer(update, rank)
@@ -217,6 +219,7 @@ def adapter_layer(update: LayerUpdate, rank: int | None) -> tuple[AdapterLayer, 
         update: The update of the layer.
         rank: Largest rank. None is the rank of the update.
     """
+    refuse_low_rank(update.factors.support, update.parameter, "A LoRA adapter")
     left, right = thin_factors(update.factors)
     full = right.shape[0]
     relative_error = key_error = 0.0

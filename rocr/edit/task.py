@@ -14,6 +14,7 @@ from rocr.config import EditConfig
 from rocr.edit.measures import mean_by_concept
 from rocr.edit.record import EditRecord
 from rocr.edit.routing import LayerRouting, measure_routing
+from rocr.edit.support import find_support
 from rocr.errors import InputError
 from rocr.keys.plan import KeyPlan, Reading
 from rocr.keys.predicted import rest_probabilities
@@ -25,6 +26,7 @@ from rocr.progress import ProgressCallback
 from rocr.solve.metric import ProjectedMetric, WhitenedMetric, build_metric
 from rocr.solve.mixture import WeighedKeys, weigh_keys
 from rocr.solve.solve import check_finite
+from rocr.solve.support import density
 from rocr.statistics.statistics import Statistics
 
 
@@ -214,12 +216,14 @@ class LayerSystem:
         touched: Indices of the blocks that the keys cover.
         keys: (n, sum of d_in over the touched blocks).
         residuals: (n, d_out).
+        support: (d_out, columns of the keys) bool, where the weight is not zero, if the edit keeps its zeros.
     """
 
     blocks: LayerBlocks
     touched: tuple[int, ...]
     keys: Tensor
     residuals: Tensor
+    support: Tensor | None
 
     def metric(
         self, moments: Sequence[Tensor], config: EditConfig, templates: States | None, retained: Tensor | None = None
@@ -234,14 +238,15 @@ class LayerSystem:
         """
         if not self.blocks.is_mixture:
             (moment,) = moments
-            return build_metric(moment.to(self.keys.device), config, None if templates is None else templates.keys)
+            held = None if templates is None else templates.keys
+            return build_metric(moment.to(self.keys.device), config, held, density=density(self.support))
         columns = dict(zip(self.touched, self.blocks.columns(self.touched), strict=True))
         template_keys: dict[int, Tensor] = {}
         if templates is not None and templates.keys is not None:
             places = zip(templates.blocks, self.blocks.columns(templates.blocks), strict=True)
             template_keys = {block: templates.keys[:, place] for block, place in places}
         keys = self.keys if retained is None else torch.cat([self.keys, retained])
-        return weigh_keys(keys, columns, moments, config, template_keys)
+        return weigh_keys(keys, columns, moments, config, template_keys, density(self.support))
 
 
 def keys_and_residuals(task: Task, layer: int, states: States, goals: Goals, layers_left: int) -> LayerSystem:
@@ -268,9 +273,10 @@ def keys_and_residuals(task: Task, layer: int, states: States, goals: Goals, lay
             "effect. Edit other layers (layers, --layers)."
         )
     if task.base_edit is None:
-        return LayerSystem(blocks, touched, keys, residuals)
+        return LayerSystem(blocks, touched, keys, residuals, find_support(task.config, blocks, touched))
     base = next(update for update in task.base_edit.updates if update.layer == layer)
     union = tuple(sorted({*base.blocks, *touched}))
     held = blocks.arranged(base.keys.to(keys), base.blocks, union)
     keys = torch.cat([held, blocks.arranged(keys, touched, union)])
-    return LayerSystem(blocks, union, keys, torch.cat([base.residuals.to(residuals), residuals]))
+    residuals = torch.cat([base.residuals.to(residuals), residuals])
+    return LayerSystem(blocks, union, keys, residuals, find_support(task.config, blocks, union))

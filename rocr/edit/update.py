@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from rocr.edit.stored import StoredWeight
+from rocr.errors import InputError
 from rocr.io.json_values import flag_of, text_of, whole_number_of
 from rocr.model.block import Block
 from rocr.model.blocks import LayerBlocks, arranged, column_slices
@@ -192,6 +193,11 @@ def with_same_parts(mine: LayerUpdate, theirs: LayerUpdate) -> tuple[LayerUpdate
     """Return two updates of one layer with the blocks of both; the added columns are zero."""
     if not mine.parts or mine.blocks == theirs.blocks:
         return mine, theirs
+    if mine.factors.support is not None or theirs.factors.support is not None:
+        raise InputError(
+            f"The edits keep the zeros of different experts of layer {mine.layer}, and neither holds where the zeros "
+            "of the other's experts are: add the concepts of one to the other instead (Edit.add, rocr add)."
+        )
     parts = {part.block: part for part in (*mine.parts, *theirs.parts)}
     union = tuple(parts[block] for block in sorted(parts))
     return _with_parts(mine, union), _with_parts(theirs, union)

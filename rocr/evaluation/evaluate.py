@@ -91,7 +91,9 @@ def evaluate(
         probes: Questions with known answers; see `load_probes`.
         forms: Forms in which the probes are asked, from `rocr.evaluation.FORMS`: "qa" (the plain question), "fb" (fill
             in the blank), "mcp" (multiple choice), "subtoken" (the answer character by character), "adversarial",
-            "translated", "misspelt", "abbreviated", "described". A probe that cannot be asked in a form is left out
+            "misspelt", "abbreviated", "lower" and "surname" (the name written in another way), "described" (in place of
+            the name), "translated" and the names of languages, such as "chinese", and "reverse", "reverse-fb" and
+            "reverse-mcp" (questions whose answer is the name). A probe that cannot be asked in a form is left out
             there.
         targets: Subjects whose probes form the forget set; all other probes form the retain set. None uses the `split`
             of each probe.
@@ -140,7 +142,7 @@ def evaluate(
     settings: dict[str, Any] = {"forms": list(forms), "seed": options.seed, "orders": options.orders}
     if options.chat != DEFAULT:
         settings["chat"] = options.chat.to_json()
-    evaluation = Evaluation(found, probes=len(probes), settings=settings)
+    evaluation = Evaluation(found, probes=len({item.probe for item in items}), settings=settings)
     if known is not None:
         evaluation = evaluation.restricted((base or evaluation).known_probes(known), known)
     asked = {item.probe for item in evaluation.items}

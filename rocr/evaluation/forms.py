@@ -8,6 +8,7 @@ multiple-choice options; and items that are derived from a probe of another form
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -15,13 +16,14 @@ from typing import Any, get_args
 from torch import nn
 
 from rocr.chat_settings import DEFAULT, ChatSettings
-from rocr.concepts import holds_name, with_name
+from rocr.concepts import Kind, holds_name, with_name
 from rocr.errors import InputError
-from rocr.evaluation.probes.probe import BLANK, LETTERS, Probe, Variant, Wording
+from rocr.evaluation.probes.probe import BLANK, LETTERS, Language, Probe, Variant, Wording, has_words
 from rocr.model.chat import render_chats
 
 ORT_FORMS = ("qa", "fb", "mcp", "subtoken")
-EXTRA_FORMS = ("adversarial", *get_args(Variant))
+REVERSE_FORMS = ("reverse", "reverse-fb", "reverse-mcp")
+EXTRA_FORMS = ("adversarial", *get_args(Variant), *REVERSE_FORMS)
 FORMS = (*ORT_FORMS, *EXTRA_FORMS)
 DERIVED_CLOZE = f"{{}} The answer is {BLANK}."
 
@@ -149,7 +151,7 @@ def check_forms(forms: Sequence[str]) -> None:
 
 def _items(index: int, probe: Probe, form: str, style: PromptStyle, seed: int, orders: int) -> Iterator[Item]:
     """Yield the items of one probe in one form; none if the probe cannot be asked in it."""
-    opening = style.prefix(probe) + (_DIRECT if style.direct else "")
+    opening = _prefix(probe, style) + (_DIRECT if style.direct else "")
     if form == "qa" and probe.form == "qa":
         yield Item(index, form, opening + _QA.format(probe.query), (f" {probe.answer}",))
     elif form == "fb" and probe.form in ("qa", "fb"):
@@ -158,13 +160,24 @@ def _items(index: int, probe: Probe, form: str, style: PromptStyle, seed: int, o
     elif form == "subtoken" and probe.form in ("qa", "fb"):
         yield _subtoken(index, probe, style)
     elif form == "mcp" and probe.form in ("qa", "mcp"):
-        yield from _multiple_choice(index, probe, opening, seed, orders)
-    elif form == "adversarial" and probe.form == "adversarial":
+        yield from _multiple_choice(index, probe, form, opening, seed, orders)
+    elif form == probe.form and form in ("adversarial", "reverse"):
         yield Item(index, form, opening + _QA.format(probe.query), (f" {probe.answer}",))
+    elif form == "reverse-fb" and probe.form == "reverse":
+        cloze, derived = _cloze(probe)
+        yield Item(index, form, opening + _FB.format(cloze), (f" {probe.answer}",), derived=derived)
+    elif form == "reverse-mcp" and probe.form == "reverse":
+        yield from _multiple_choice(index, probe, form, opening, seed, orders)
     elif form in get_args(Variant) and probe.form == "qa":
         wording, derived = _wording(probe, form, seed)
         if wording is not None:
             yield Item(index, form, opening + _QA.format(wording.query), (f" {wording.answer}",), derived=derived)
+
+
+def _prefix(probe: Probe, style: PromptStyle) -> str:
+    """Return the text before a question; none if it names the answer, as that of an attack does before "reverse"."""
+    text = style.prefix(probe)
+    return "" if probe.form == "reverse" and has_words(text, probe.answer) else text
 
 
 def _cloze(probe: Probe) -> tuple[str, bool]:
@@ -182,7 +195,7 @@ def _subtoken(index: int, probe: Probe, style: PromptStyle) -> Item:
     return Item(index, "subtoken", message, (answer,), suffix="Answer:\n")
 
 
-def _multiple_choice(index: int, probe: Probe, opening: str, seed: int, orders: int) -> Iterator[Item]:
+def _multiple_choice(index: int, probe: Probe, form: str, opening: str, seed: int, orders: int) -> Iterator[Item]:
     """Yield multiple-choice items with at most three distractors; without distractors the query lists its options."""
     if not probe.distractors:
         if probe.form == "mcp":
@@ -190,7 +203,7 @@ def _multiple_choice(index: int, probe: Probe, opening: str, seed: int, orders: 
             correct = LETTERS.index(probe.answer.strip())
             count = max(count, correct + 1)
             letters = tuple(f" {letter}" for letter in LETTERS[:count])
-            yield Item(index, "mcp", opening + _MCP.format(probe.query), letters, correct=correct, chance=1 / count)
+            yield Item(index, form, opening + _MCP.format(probe.query), letters, correct=correct, chance=1 / count)
         return
     draw = random.Random(f"{seed} {probe.subject} {probe.query}")
     options = [probe.answer, *draw.sample(probe.distractors, min(3, len(probe.distractors)))]
@@ -200,19 +213,21 @@ def _multiple_choice(index: int, probe: Probe, opening: str, seed: int, orders: 
         shown = options[shift:] + options[:shift]
         lines = "".join(f"\n{letter}. {option}" for letter, option in zip(LETTERS, shown, strict=False))
         correct, message = shown.index(probe.answer), opening + _MCP.format(probe.query + lines)
-        yield Item(index, "mcp", message, letters, correct=correct, derived=True, chance=1 / len(options))
+        yield Item(index, form, message, letters, correct=correct, derived=True, chance=1 / len(options))
 
 
 def _wording(probe: Probe, variant: str, seed: int) -> tuple[Wording | None, bool]:
     """Return a wording of a probe and whether it is derived; None if the probe has none and none can be derived.
 
-    Only "misspelt" and "abbreviated" can be derived, by changing the subject's name in the question.
+    Those in DERIVED_VARIANTS can be derived, by changing the subject's name in the question. A probe without a wording
+    "translated" has that in the first of its languages.
     """
-    for given, wording in probe.wordings.items():
-        if given == variant:
-            return wording, False
-    changed = {"misspelt": misspelt, "abbreviated": abbreviated}.get(variant)
-    if changed is None or not holds_name(probe.query, probe.subject):
+    given = {str(name): wording for name, wording in probe.wordings.items()}
+    for name in (variant, *(get_args(Language) if variant == "translated" else ())):
+        if name in given:
+            return given[name], False
+    changed, kinds = DERIVED_VARIANTS.get(variant, (None, ()))
+    if changed is None or probe.kind not in kinds or not holds_name(probe.query, probe.subject):
         return None, True
     name = changed(probe.subject, seed)
     if name == probe.subject:
@@ -240,3 +255,29 @@ def abbreviated(name: str, _seed: int = 0) -> str:
     """Return a name with its first word replaced with an initial; a name of one word is returned unchanged."""
     first, space, rest = name.partition(" ")
     return f"{first[0]}. {rest}" if space and len(first) > 1 else name
+
+
+def lower(name: str, _seed: int = 0) -> str:
+    """Return a name in lower case."""
+    return name.lower()
+
+
+def surname(name: str, _seed: int = 0) -> str:
+    """Return the last word of a person's name, without "Jr." and "Sr.".
+
+    A name without a surname is returned unchanged: one of a single word, one that ends with a Roman numeral, and one
+    with "of" or "the", such as that of a saint or a king.
+    """
+    words = name.split()
+    if words[-1] in ("Jr.", "Sr.", "Jr", "Sr"):
+        words.pop()
+    return name if {"of", "the"} & {*words} or re.fullmatch("[IVX]+", words[-1]) else words[-1]
+
+
+DERIVED_VARIANTS: dict[str, tuple[Callable[[str, int], str], tuple[Kind | None, ...]]] = {
+    "misspelt": (misspelt, ("person", "thing", None)),
+    "abbreviated": (abbreviated, ("person", None)),
+    "lower": (lower, ("person", "thing", None)),
+    "surname": (surname, ("person",)),
+}
+"""For each variant that can be derived, how the name is changed, and for which kinds of subjects."""

@@ -172,7 +172,7 @@ def _train(model: Any, examples: Sequence[Example], training: Training, progress
     steps_of_epoch = math.ceil(len(examples) / training.batch)
     epochs = max(training.epochs, math.ceil(training.least_steps / steps_of_epoch))
     steps = steps_of_epoch * epochs if training.steps is None else training.steps
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _cosine(min(training.warmup, steps // 2), steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine(min(training.warmup, steps // 2), steps))
     done = 0
     while done < steps:
         order = torch.randperm(len(examples)).tolist()
@@ -195,7 +195,7 @@ def _train(model: Any, examples: Sequence[Example], training: Training, progress
             progress(Progress("training", done, steps, "steps"))
 
 
-def _cosine(warmup: int, steps: int) -> Callable[[int], float]:
+def cosine(warmup: int, steps: int) -> Callable[[int], float]:
     """Return the factor of the learning rate by step: a linear warm-up, then half a cosine to 0."""
 
     def factor(step: int) -> float:
@@ -208,7 +208,7 @@ def _cosine(warmup: int, steps: int) -> Callable[[int], float]:
 
 def _loss(model: nn.Module, example: Example, training: Training, reference: tuple[float, float] | None) -> Tensor:
     """Return the loss of an example; `reference` has the two values of `_reference` for "npo" and "dpo"."""
-    nll = _answer_nll(model, example.prompt, example.answer)
+    nll = answer_nll(model, example.prompt, example.answer)
     if training.loss == "learn":
         return nll / len(example.answer)
     if training.loss == "ascent":
@@ -217,7 +217,7 @@ def _loss(model: nn.Module, example: Example, training: Training, reference: tup
     lowered = nll - reference[0]
     if training.loss == "npo":
         return -(2 / training.beta) * nn.functional.logsigmoid(training.beta * lowered)
-    raised = reference[1] - _answer_nll(model, example.prompt, example.preferred)
+    raised = reference[1] - answer_nll(model, example.prompt, example.preferred)
     return -nn.functional.logsigmoid(training.beta * (raised + lowered))
 
 
@@ -227,14 +227,14 @@ def _reference(model: Any, examples: Sequence[Example]) -> dict[int, tuple[float
     with model.disable_adapter():
         return {
             i: (
-                float(_answer_nll(model, example.prompt, example.answer)),
-                float(_answer_nll(model, example.prompt, example.preferred)) if example.preferred else 0.0,
+                float(answer_nll(model, example.prompt, example.answer)),
+                float(answer_nll(model, example.prompt, example.preferred)) if example.preferred else 0.0,
             )
             for i, example in enumerate(examples)
         }
 
 
-def _answer_nll(model: nn.Module, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
+def answer_nll(model: nn.Module, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
     """Return the sum of the negative log-likelihoods of an answer's tokens, in nats."""
     tokens = torch.tensor([[*prompt, *answer]])
     logits = logits_of(forward(model, tokens, use_cache=False))[0, len(prompt) - 1 : -1].float()

@@ -95,7 +95,9 @@ def choose_redirects(
     for subject in subjects:
         left = {candidate: _share(scores[candidate][subject], known[subject]) for candidate in candidates}
         best = min(candidates, key=left.__getitem__)
-        found.append(RedirectChoice(Concept(subject, best), left, sum(p.subject == subject for p in named)))
+        kind = next(probe.kind for probe in named if probe.subject == subject)
+        count = sum(probe.subject == subject for probe in named)
+        found.append(RedirectChoice(Concept(subject, best, kind=kind), left, count))
     return found
 
 

@@ -9,11 +9,12 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rocr.evaluation.scores import Evaluation, compare_evaluations, relative_fall
+from rocr.evaluation.scores import CHOICE_FORMS, Evaluation, compare_evaluations, relative_fall
 from rocr.io.json_values import json_text
 from rocr.io.output import new_file
 from rocr.io.visible import visible
 
+STUDY_COLUMNS = ("attack", "form", "before", "after", "attacked", "unedited", "never known", "comes back")
 COLUMNS = ("split", "form", "before", "after", "gone", "chance", "questions", "targets")
 
 _STYLE = """
@@ -26,7 +27,10 @@ img { max-width: 100%; }
 
 
 def report_json(
-    evaluation: Evaluation, before: Evaluation | None = None, attacks: Mapping[str, Evaluation] | None = None
+    evaluation: Evaluation,
+    before: Evaluation | None = None,
+    attacks: Mapping[str, Evaluation] | None = None,
+    study: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Return an evaluation, its comparison with the one before the edit, and its attacks as JSON values."""
     document: dict[str, Any] = {"format": "rocr evaluation 1", "evaluation": evaluation.to_json()}
@@ -35,6 +39,8 @@ def report_json(
         document["comparison"] = compare_evaluations(before, evaluation).to_json()
     if attacks:
         document["attacks"] = {name: attacked.to_json() for name, attacked in attacks.items()}
+    if study:
+        document["study"] = list(study)
     return document
 
 
@@ -62,7 +68,7 @@ def table_rows(evaluation: Evaluation, before: Evaluation | None = None) -> list
             rows.append(
                 (
                     split,
-                    form + (" (derived)" if score.derived and form != "mcp" else ""),
+                    form + (" (derived)" if score.derived and form not in CHOICE_FORMS else ""),
                     f"{change.before:.3f}" if change else "",
                     f"{score.score:.3f}",
                     f"{100 * change.fall:.1f}%" if change else "",
@@ -144,6 +150,24 @@ def attack_rows(
     return rows
 
 
+def study_rows(study: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """Return a row for each outcome and form of attacks, with the cells of STUDY_COLUMNS.
+
+    Args:
+        study: The JSON values of `rocr.evaluation.attacks.study.Studied`.
+    """
+    rows = []
+    for outcome in (outcome for attack in study for outcome in attack["outcomes"]):
+        name = ", ".join(filter(None, (outcome["attack"], outcome["setting"])))
+        for form in outcome["attacked"]:
+            numbers = [outcome[when][form] for when in ("before", "after", "attacked")]
+            numbers += [(outcome[control] or {}).get(form) for control in ("unedited", "never")]
+            share = outcome["returned"][form]
+            cells = ["" if number is None else f"{number:.3f}" for number in numbers]
+            rows.append((name, form, *cells, "" if share is None else f"{100 * share:.0f}%"))
+    return rows
+
+
 def write_html(
     title: str,
     evaluation: Evaluation,
@@ -151,6 +175,7 @@ def write_html(
     before: Evaluation | None = None,
     overwrite: bool = False,
     attacks: Mapping[str, Evaluation] | None = None,
+    study: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Write an HTML page with embedded tables and plots, which loads nothing from elsewhere.
 
@@ -161,6 +186,7 @@ def write_html(
         before: Evaluation before the edit; None if there is no edit.
         overwrite: Whether an existing file is replaced.
         attacks: Evaluations under attack, by the name of the attack.
+        study: The attacks with their controls, see `study_rows`.
 
     Raises:
         InputError: If the file exists and `overwrite` is false, or matplotlib is not installed.
@@ -173,9 +199,12 @@ def write_html(
     parts.append(_table(*score_table(evaluation, before)))
     if evaluation.measures:
         parts.append(_table(*measure_table(evaluation, before)))
-    if attacks:
+    if attacks and not study:
         parts.append("<h2>The forget set under attack</h2>")
         parts.append(_table(attack_columns(evaluation), attack_rows(evaluation, before, attacks)))
+    if study:
+        parts.append("<h2>What attacks bring back</h2>")
+        parts.append(_table(STUDY_COLUMNS, study_rows(study)))
     for caption, png in pictures:
         data = base64.b64encode(png).decode()
         text = _escaped(caption)

@@ -13,6 +13,9 @@ from typing import Any
 
 from rocr.errors import InputError, RocrError
 
+CHOICE_FORMS = ("mcp", "reverse-mcp")
+"""The forms whose answer is one of several options."""
+
 
 @dataclass(frozen=True)
 class ItemScore:
@@ -134,12 +137,12 @@ class Evaluation:
     def worst(self, split: str = "forget") -> dict[str, tuple[str, float]]:
         """Return the form with the highest score, and this score, for each target.
 
-        Multiple choice ("mcp") is left out: a guess among four options scores 1/4, so its scores cannot be compared
-        with those of answers in words.
+        Multiple choice (CHOICE_FORMS) is left out: a guess among four options scores 1/4, so its scores cannot be
+        compared with those of answers in words.
         """
         result = {}
         for subject, scores in self.by_target(split).items():
-            comparable = {form: score for form, score in scores.items() if form != "mcp"}
+            comparable = {form: score for form, score in scores.items() if form not in CHOICE_FORMS}
             if comparable:
                 result[subject] = max(comparable.items(), key=lambda pair: pair[1])
         return result
@@ -148,6 +151,23 @@ class Evaluation:
         """Return the mean over targets of the scores of `worst`; None if there are none."""
         found = [score for _, score in self.worst(split).values()]
         return mean(found) if found else None
+
+    def worst_case(self, split: str = "forget") -> float | None:
+        """Return how much is left of each fact in the form or wording that reveals most of it; None without items.
+
+        For each probe the highest (score - chance)/(1 - chance) of its forms, at least 0, where the orders of a
+        multiple-choice question count as one form; the mean over the probes of each target, then over targets.
+        """
+        left: dict[tuple[str, int], dict[str, list[float]]] = {}
+        for item in self.items:
+            if item.split == split:
+                chance = item.chance or 0.0
+                share = (item.score - chance) / (1 - chance)
+                left.setdefault((item.subject, item.probe), {}).setdefault(item.form, []).append(share)
+        targets: dict[str, list[float]] = {}
+        for (subject, _), forms in left.items():
+            targets.setdefault(subject, []).append(max(0.0, *(mean(shares) for shares in forms.values())))
+        return mean(map(mean, targets.values())) if targets else None
 
     def known_probes(self, threshold: float) -> set[int]:
         """Return the indices of the probes that the model knows: those with a score of at least `threshold`.
@@ -160,7 +180,7 @@ class Evaluation:
         for item in self.items:
             probes.setdefault(item.probe, []).append(item)
         for probe, items in probes.items():
-            choices = [item.score for item in items if item.form == "mcp"]
+            choices = [item.score for item in items if item.form in CHOICE_FORMS]
             if (mean(choices) if choices else max(item.score for item in items)) >= threshold:
                 known.add(probe)
         return known
@@ -197,6 +217,7 @@ class Evaluation:
             },
             "worst": {s: {"form": form, "score": score} for s, (form, score) in self.worst().items()},
             "worst_score": self.worst_score(),
+            "worst_case": self.worst_case(),
             "measures": self.measures,
             "probes": self.probes,
             "known": self.known,

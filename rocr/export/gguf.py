@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from rocr.edit.apply import applied_of, split_undo
-from rocr.edit.lora import thin_factors
 from rocr.edit.update import LayerUpdate
 from rocr.edit.weight import Weight, edited_weights
 from rocr.errors import GuardError, InputError, VerificationError
@@ -113,6 +112,11 @@ def check_gguf_possible(loaded: LoadedModel, layers: Sequence[int], out: Path, k
             kinds[tensor.name] = kind_to_write(tensor, kind)
             encode(torch.zeros(1, tensor.shape[-1]), kinds[tensor.name], tensor.name)
     check_space(out, grown_size(layout, kinds))
+
+
+def edited_kinds(source: ModelSource, blocks: Sequence[Block], depth: int) -> set[str]:
+    """Return the types of the tensors that hold blocks in the .gguf file of a model of `depth` layers."""
+    return {each.tensor.kind for each in _tensors(source, blocks, depth)[1]}
 
 
 def gguf_bytes(source: ModelSource, blocks: Sequence[Block], depth: int, kind: str | None) -> int:
@@ -262,6 +266,5 @@ def _written(held: EditedTensor, update: LayerUpdate, weight: Weight, kind: str,
 def _key_error(update: LayerUpdate, written: Tensor) -> float:
     """Return ‖(Δ' - Δ) Kᵀ‖ / ‖Δ Kᵀ‖ for the written update Δ' (d_out, sum of d_in)."""
     keys = update.keys.cpu().double()
-    left, right = thin_factors(update.factors)
-    exact = left.double() @ (right.double() @ keys.T)
+    exact = update.factors.moves(keys).T
     return float((written.double() @ keys.T - exact).norm() / exact.norm().clamp(min=1e-300))

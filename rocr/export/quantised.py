@@ -129,6 +129,12 @@ def edit_quantised(
     columns = _Columns.of(weight, update)
     dtypes = [place.dtype if isinstance(place, Place) else quantisation.dtype for place in places]
     if output == KEEP:
+        if update.factors.support is not None:
+            raise InputError(
+                f"The edit keeps the zeros of {weight.name}, and {first.scheme.label} cannot be written with them: a "
+                "weight that is quantised again is corrected in all of its elements. Write it unquantised "
+                "(--quantised plain), or make the edit without the zeros (keep_zeros=False, --fill-zeros)."
+            )
         blocks = _requantised(places, wanted, parts, dtypes, columns)
     else:
         rows = zip(places, wanted, dtypes, strict=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rocr.edit.edit import Edit
+from rocr.evaluation.measures import ngram_entropy
 from rocr.export.copying import REPORT_FILE
 from rocr.io.versions import versions
 
@@ -76,12 +77,25 @@ def build_report(
         **({"harmed": [harm.to_json() for harm in edit.report.harmed]} if edit.report.harmed else {}),
         **({"routing": [layer.to_json() for layer in edit.report.routing]} if edit.report.routing else {}),
         "answers": [asdict(answer) for answer in answers],
+        **fluency([answer for answer in answers if answer.on_list]),
         "seconds": {"stages": dict(seconds), "edit": edit.report.seconds},
         "versions": versions(),
         "files": dict(files),
         "linked": list(linked),
         "note": "Measurements of one edit. They are not proof that the concepts cannot be recovered.",
     }
+
+
+def fluency(answers: Sequence[Answer]) -> dict[str, dict[str, float]]:
+    """Return the mean n-gram entropy, in bits, of the answers about concepts before and after the edit.
+
+    A repetitive answer has a low one. Empty without answers.
+    """
+    if not answers:
+        return {}
+    texts = {"before": [answer.before for answer in answers], "after": [answer.after for answer in answers]}
+    means = {when: sum(ngram_entropy(text.split()) for text in own) / len(own) for when, own in texts.items()}
+    return {"fluency": means}
 
 
 def write_report(report: dict[str, Any], folder: Path) -> None:

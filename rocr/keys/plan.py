@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 from rocr.concepts import Concept, Kind
@@ -155,6 +156,9 @@ def plan_keys(
     redirect at the same distance from its end, and the closing tokens, which have read the name too, are moved to
     those of the redirect's prompt.
 
+    A variant is read at its last token only, in the first and the last template: before that token a model does not
+    expect the rest of a misspelt name, so that the tokens would hardly be moved.
+
     Args:
         tokenizer: The tokenizer of the model.
         concepts: The concepts.
@@ -189,9 +193,10 @@ def plan_keys(
                 template_tokens.setdefault(first.tokens[: position + 1], (first, position))
         for i, prompt in enumerate(prompts):
             target = first_target[i] if official else targets_of[t][i]
-            if target is None or not target.name:
+            if target is None or not target.name or (named[i].is_variant and t not in (0, len(prompts_of) - 1)):
                 continue
-            for from_end, position in _key_positions(prompt, config, kind):
+            positions = _key_positions(prompt, config, kind)
+            for from_end, position in islice(positions, 1) if named[i].is_variant else positions:
                 place = (named[i].concept, prompt.tokens[: position + 1])
                 if named[i].is_variant and place in read:
                     continue

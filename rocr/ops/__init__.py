@@ -7,6 +7,7 @@ from rocr.ops.dispatch import (
     available_backends,
     low_rank_update,
     second_moment_backend,
+    solve_on_support,
     solve_update,
     symmetrize,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "available_backends",
     "low_rank_update",
     "second_moment_backend",
+    "solve_on_support",
     "solve_update",
     "symmetrize",
 ]

@@ -159,6 +159,35 @@ def check_solve(keys: Tensor, residuals: Tensor, ridge: float) -> None:
         raise InputError(f"ridge is {ridge}, but must be finite and at least 0.")
 
 
+def check_solve_on_support(weight: Tensor, keys: Tensor, residuals: Tensor, basis: Tensor, ridge: float) -> None:
+    """Raise InputError unless the operands of a solve on the support of a weight (d_out, d_in) are valid.
+
+    Args:
+        weight: Must be a matrix of float32, bfloat16, float16 or bool.
+        keys: Must be (n, d_in).
+        residuals: Must be (n, d_out).
+        basis: Must be (m, d_in).
+        ridge: Must be above 0.
+    """
+    check_solve(keys, residuals, ridge)
+    if not ridge:
+        raise InputError("ridge is 0, but must be above 0: the system of a row whose weight is zero is singular.")
+    shapes = f"{_shape(weight)}, {_shape(keys)}, {_shape(residuals)} and {_shape(basis)}"
+    if not weight.dim() == basis.dim() == 2:
+        raise InputError(f"weight, keys, residuals and basis must be matrices, but are {shapes}.")
+    if weight.shape != (residuals.shape[1], keys.shape[1]) or basis.shape[1] != keys.shape[1]:
+        raise InputError(
+            f"weight, keys, residuals and basis must be (d_out, d_in), (n, d_in), (n, d_out) and (m, d_in), but are "
+            f"{shapes}."
+        )
+    if weight.dtype != torch.bool:
+        _check_dtype("weight", weight)
+    if not basis.is_floating_point():
+        raise InputError(f"basis must be of a floating-point dtype, but is {basis.dtype}.")
+    for name, operand in (("weight", weight), ("basis", basis)):
+        _check_same_device("keys", keys, name, operand)
+
+
 def check_metric(metric: Tensor, keys: Tensor) -> None:
     """Raise InputError unless metric is a matrix (d_in, d_in) on the device of keys (n, d_in)."""
     size = keys.shape[1]

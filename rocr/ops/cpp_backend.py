@@ -10,9 +10,14 @@ import torch
 from torch import Tensor
 
 from rocr.errors import InputError
+from rocr.ops.system import require_solvable
 
 SIMD_VARIABLE = "ROCR_SIMD"
 """Environment variable with the name of an instruction set, which replaces the fastest one of the machine."""
+
+
+VECTOR_FLOATS = 16
+"""Floats of the longest vector, which the kernels may read beyond the end of a row of a padded operand."""
 
 
 def is_available(device: torch.device) -> bool:
@@ -74,6 +79,24 @@ def low_rank_update(
     low_rank_update_op(list(weights), list(lefts), list(rights), scale, rounding == "stochastic", seed)
 
 
+def update_support(
+    weights: Sequence[Tensor],
+    lefts: Sequence[Tensor],
+    rights: Sequence[Tensor],
+    scale: float,
+    rounding: str,
+    seed: int,
+) -> None:
+    """Add scale * left @ right to the elements of every weight that are not zero, in one call."""
+    low_rank_update_op(list(weights), list(lefts), list(rights), scale, rounding == "stochastic", seed, True)
+
+
+def solve_on_support(weight: Tensor, keys: Tensor, residuals: Tensor, basis: Tensor, ridge: float) -> Tensor:
+    """Return the coefficients (d_out, m) of each row, in one call."""
+    coefficients: Tensor = solve_on_support_op(weight, keys, residuals, basis, ridge)
+    return coefficients
+
+
 @torch.library.custom_op("rocr::cpp_second_moment", mutates_args=("total",))
 def second_moment_op(total: Tensor, keys: Tensor) -> None:
     """Add keysᵀ keys to the lower triangle of total; keys have unit stride along a row."""
@@ -119,9 +142,15 @@ def grouped_second_moment_op(totals: Tensor, keys: Tensor, offsets: list[int]) -
 
 @torch.library.custom_op("rocr::cpp_low_rank_update", mutates_args=("weights",))
 def low_rank_update_op(
-    weights: list[Tensor], lefts: list[Tensor], rights: list[Tensor], scale: float, stochastic: bool, seed: int
+    weights: list[Tensor],
+    lefts: list[Tensor],
+    rights: list[Tensor],
+    scale: float,
+    stochastic: bool,
+    seed: int,
+    keep_zeros: bool = False,
 ) -> None:
-    """Add scale * left @ right to every weight; factors are float32 and contiguous."""
+    """Add scale * left @ right to every weight, or where it is not zero; factors are float32 and contiguous."""
     import rocr._C as kernels
 
     operands = [_by_rows(*each) for each in zip(weights, lefts, rights, strict=True)]
@@ -129,6 +158,7 @@ def low_rank_update_op(
         updates=[_describe(*each) for each in operands],
         scale=scale,
         stochastic=stochastic,
+        keep_zeros=keep_zeros,
         seed=seed,
         threads=torch.get_num_threads(),
         simd=_wanted_simd(),
@@ -136,6 +166,35 @@ def low_rank_update_op(
     for weight, (rows, _, _) in zip(weights, operands, strict=True):
         if rows.data_ptr() != weight.data_ptr():
             weight.copy_(rows)
+
+
+@torch.library.custom_op("rocr::cpp_solve_on_support", mutates_args=())
+def solve_on_support_op(weight: Tensor, keys: Tensor, residuals: Tensor, basis: Tensor, ridge: float) -> Tensor:
+    """Return the coefficients of each row; keys, residuals and basis are float32."""
+    import rocr._C as kernels
+
+    rows, by_column, goals = _with_rows(weight), keys.T.contiguous(), residuals.T.contiguous()
+    padded = torch.nn.functional.pad(basis.T, (0, VECTOR_FLOATS)).contiguous()
+    coefficients = basis.new_empty(len(weight), len(basis))
+    solved = kernels.solve_on_support(
+        weight=rows.data_ptr(),
+        bytes=rows.element_size(),
+        rows=rows.shape[0],
+        columns=rows.shape[1],
+        stride=_row_stride(rows),
+        keys=by_column.data_ptr(),
+        key_count=len(keys),
+        basis=padded.data_ptr(),
+        basis_size=len(basis),
+        basis_stride=padded.shape[1],
+        residuals=goals.data_ptr(),
+        ridge=ridge,
+        coefficients=coefficients.data_ptr(),
+        threads=torch.get_num_threads(),
+        simd=_wanted_simd(),
+    )
+    require_solvable(not solved, ridge)
+    return coefficients
 
 
 @second_moment_op.register_fake
@@ -150,9 +209,20 @@ def _(totals: Tensor, keys: Tensor, offsets: list[int]) -> None:
 
 @low_rank_update_op.register_fake
 def _(
-    weights: list[Tensor], lefts: list[Tensor], rights: list[Tensor], scale: float, stochastic: bool, seed: int
+    weights: list[Tensor],
+    lefts: list[Tensor],
+    rights: list[Tensor],
+    scale: float,
+    stochastic: bool,
+    seed: int,
+    keep_zeros: bool = False,
 ) -> None:
     return None
+
+
+@solve_on_support_op.register_fake
+def _(weight: Tensor, keys: Tensor, residuals: Tensor, basis: Tensor, ridge: float) -> Tensor:
+    return basis.new_empty(len(weight), len(basis))
 
 
 def _by_rows(weight: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from torch import Tensor
 from rocr.errors import InputError
 from rocr.ops import checks
 from rocr.ops.arithmetic import plain_arithmetic, writing
+from rocr.ops.interfaces import Backend, GroupsBackend, LayersBackend, SupportBackend
 from rocr.ops.rounding import check_rounding
 from rocr.ops.system import Metric, apply_metric, require_finite, solve_weighted
 from rocr.ops.torch_backend import MAXIMUM_TOKENS
@@ -39,48 +39,6 @@ SMALL_PRODUCTS = 2
 
 SYMMETRIZED_ROWS = 1024
 """Number of rows that are mirrored at a time; mirroring a whole matrix needs three more of its size."""
-
-
-class Backend(Protocol):
-    """The interface of the modules rocr.ops.*_backend. The operands are checked before a call."""
-
-    def is_available(self, device: torch.device) -> bool:
-        """Return whether the backend is built and runs on the device."""
-        ...
-
-    def accumulate_second_moment(self, total: Tensor, keys: Tensor) -> None:
-        """Add keysᵀ keys to the lower triangle of total; keys have unit stride along a row."""
-        ...
-
-    def low_rank_update(
-        self,
-        weights: Sequence[Tensor],
-        lefts: Sequence[Tensor],
-        rights: Sequence[Tensor],
-        scale: float,
-        rounding: str,
-        seed: int,
-    ) -> None:
-        """Add scale * left @ right to each weight; factors are float32 and contiguous."""
-        ...
-
-
-@runtime_checkable
-class LayersBackend(Protocol):
-    """The interface of a backend that computes the second moments of several layers in one call."""
-
-    def accumulate_second_moments(self, totals: Sequence[Tensor], keys: Sequence[Tensor]) -> None:
-        """Add keysᵀ keys to the lower triangle of each total."""
-        ...
-
-
-@runtime_checkable
-class GroupsBackend(Protocol):
-    """The interface of a backend that computes the second moments of groups of rows."""
-
-    def accumulate_grouped_second_moment(self, totals: Tensor, keys: Tensor, offsets: Sequence[int]) -> None:
-        """Add the second moment of rows offsets[e] to offsets[e + 1] of keys to the lower triangle of totals[e]."""
-        ...
 
 
 def available_backends(device: str | torch.device) -> list[str]:
@@ -178,8 +136,7 @@ def accumulate_grouped_second_moment(
     numbers = checks.check_grouped_second_moment(totals, keys, offsets)
     chosen = _choose(backend, totals.device)
     if not isinstance(chosen, GroupsBackend):
-        able = [name for name in available_backends(totals.device) if isinstance(_load(name), GroupsBackend)]
-        raise InputError(f"The backend {backend!r} has no grouped second moment; choose one of {', '.join(able)}.")
+        raise _lacks(backend, "grouped second moment", GroupsBackend, totals.device)
     if not totals.numel() or not keys.numel():
         return totals
     with writing(totals):
@@ -236,6 +193,7 @@ def low_rank_update(
     rounding: str = "nearest",
     seed: int = 0,
     backend: str | None = None,
+    keep_zeros: bool = False,
 ) -> None:
     """Add scale * left @ right to every weight, in place.
 
@@ -251,6 +209,7 @@ def low_rank_update(
             that the expectation is the exact value; float32 weights are always rounded to nearest.
         seed: Seed of stochastic rounding, 0 to 2**63 - 1. Equal operands, seed and backend give equal bytes.
         backend: A name of `available_backends(device)`. None chooses the fastest.
+        keep_zeros: Whether elements of a weight that are zero keep their bits. Not in the backend "cuda".
 
     Raises:
         InputError: A dtype, shape, device, scale, rounding, seed or backend is not valid, or operands share memory.
@@ -266,7 +225,53 @@ def low_rank_update(
     lefts = [left.float().contiguous() for left in lefts]
     rights = [right.float().contiguous() for right in rights]
     with writing(*weights):
-        chosen.low_rank_update(weights, lefts, rights, scale, rounding, seed)
+        if not keep_zeros:
+            chosen.low_rank_update(weights, lefts, rights, scale, rounding, seed)
+        elif isinstance(chosen, SupportBackend):
+            chosen.update_support(weights, lefts, rights, scale, rounding, seed)
+        else:
+            raise _lacks(backend, "update that keeps zeros", SupportBackend, weights[0].device)
+
+
+@plain_arithmetic()
+def solve_on_support(
+    weight: Tensor, keys: Tensor, residuals: Tensor, basis: Tensor, ridge: float, backend: str | None = None
+) -> Tensor:
+    """Solve the update of each row of a weight on the support of the row, the columns where it is not zero.
+
+    For row i with the support D_i, a diagonal of zeros and ones, the update is δ_i = D_i Fᵀ z_i, where z_i minimises
+    ‖K δ_i - r_i‖² + λ‖z_i‖². With A_i = K D_i Fᵀ, it is z_i = A_iᵀ (A_i A_iᵀ + λI)⁻¹ r_i: one symmetric positive
+    definite (n, n) system for each row. A_i is summed in float32, the systems are solved in float64.
+
+    Args:
+        weight: (d_out, d_in) float32, bfloat16, float16 or bool; read only for where it is zero.
+        keys: K (n, d_in), floating point; it is converted to float32, as residuals and basis are.
+        residuals: R (n, d_out), floating point: r_i is a column of it.
+        basis: F (m, d_in), floating point.
+        ridge: λ > 0, in units of a squared key.
+        backend: A name of `available_backends(device)`, but not "cuda". None chooses the fastest.
+
+    Returns:
+        (d_out, m) float32, the coefficients z. The update is (z @ F) * (weight != 0), which
+        `low_rank_update(weight, z, basis, keep_zeros=True)` adds.
+
+    Raises:
+        InputError: A shape, dtype, device, the ridge or the backend is not valid, or a CUDA graph is being captured.
+        GuardError: Elements are not finite, or a system is singular to working precision.
+    """
+    checks.check_solve_on_support(weight, keys, residuals, basis, ridge)
+    _refuse_capture("solve_on_support", keys)
+    chosen = _choose(backend, weight.device)
+    if not isinstance(chosen, SupportBackend):
+        raise _lacks(backend, "solve on a support", SupportBackend, weight.device)
+    for name, operand in (("keys", keys), ("residuals", residuals), ("basis", basis)):
+        require_finite(name, operand)
+    keys, residuals, basis = (each.float().contiguous() for each in (keys, residuals, basis))
+    if not weight.numel() or not len(keys) or not len(basis):
+        return basis.new_zeros(len(weight), len(basis))
+    coefficients = chosen.solve_on_support(weight, keys, residuals, basis, ridge)
+    require_finite("the coefficients of the update", coefficients)
+    return coefficients
 
 
 @plain_arithmetic()
@@ -295,17 +300,28 @@ def solve_update(
         push-through identity.
     """
     checks.check_solve(keys, residuals, ridge)
-    if keys.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise InputError(
-            "solve_update cannot be captured in a CUDA graph, since it waits for the device to check values: call it "
-            "outside of the capture."
-        )
+    _refuse_capture("solve_update", keys)
     require_finite("keys", keys)
     require_finite("residuals", residuals)
     weighted_keys = apply_metric(metric, keys)
     require_finite("keys @ metric", weighted_keys)
     left, right, _ = solve_weighted(keys, residuals, weighted_keys, ridge)
     return left, right
+
+
+def _refuse_capture(operation: str, keys: Tensor) -> None:
+    """Raise InputError while a CUDA graph is being captured."""
+    if keys.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise InputError(
+            f"{operation} cannot be captured in a CUDA graph, since it waits for the device to check values: call it "
+            "outside of the capture."
+        )
+
+
+def _lacks(backend: str | None, operation: str, interface: type, device: torch.device) -> InputError:
+    """Return the error of a backend without an operation, with the names of those that have it."""
+    able = [name for name in available_backends(device) if isinstance(_load(name), interface)]
+    return InputError(f"The backend {backend!r} has no {operation}; choose one of {', '.join(able)}.")
 
 
 def _with_rows(keys: Tensor) -> Tensor:

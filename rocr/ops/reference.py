@@ -56,6 +56,34 @@ def low_rank_update(
         round_into(weight, updated_weight(weight, left, right, scale), rounding, generator)
 
 
+def update_support(
+    weights: Sequence[Tensor],
+    lefts: Sequence[Tensor],
+    rights: Sequence[Tensor],
+    scale: float,
+    rounding: str,
+    seed: int,
+) -> None:
+    """Write `updated_weight` to the elements of every weight that are not zero; the others keep their bits."""
+    before = [weight.clone() for weight in weights]
+    low_rank_update(weights, lefts, rights, scale, rounding, seed)
+    for weight, start in zip(weights, before, strict=True):
+        weight.copy_(torch.where(start == 0, start, weight))
+
+
+def solve_on_support(weight: Tensor, keys: Tensor, residuals: Tensor, basis: Tensor, ridge: float) -> Tensor:
+    """Return the coefficients (d_out, m) of each row, as the least squares of [A_i; √λ I] z_i = [r_i; 0]."""
+    keys, residuals, basis = keys.double(), residuals.double(), basis.double()
+    identity = torch.eye(len(basis), dtype=torch.float64, device=basis.device)
+    found = []
+    for row, wanted in zip(weight, residuals.T, strict=True):
+        support = row != 0
+        stacked = torch.cat([keys[:, support] @ basis[:, support].T, ridge**0.5 * identity])
+        goal = torch.cat([wanted, wanted.new_zeros(len(basis))])
+        found.append(torch.linalg.lstsq(stacked, goal[:, None], driver="gels").solution[:, 0])
+    return torch.stack(found).float()
+
+
 def dense_update(keys: Tensor, residuals: Tensor, metric: Tensor | None, ridge: float) -> Tensor:
     """Return the update Xᵀ (d_out, d_in) of the authors' (d_in, d_in) system [M Kᵀ K + λI] X = M Kᵀ R.
 

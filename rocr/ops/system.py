@@ -135,6 +135,15 @@ def factor_gram(gram: Tensor, ridge: float, keys: int) -> FactoredGram:
     return FactoredGram(gram, factor)
 
 
+def require_solvable(failed: bool | Tensor, ridge: float) -> None:
+    """Raise GuardError if the system of some row of a weight could not be factored."""
+    if failed:
+        raise GuardError(
+            f"The system of a row is singular to working precision at the ridge {ridge:.3g}: the keys are equal or "
+            "very long on the support of the row; raise the ridge."
+        )
+
+
 def require_finite(name: str, tensor: Tensor) -> None:
     """Raise GuardError unless all elements of a tensor are finite."""
     # A sum is finite only if all elements are; counting those that are not takes six times as long.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rocr.ops.rounding import round_into
+from rocr.ops.system import require_solvable
 
 MAXIMUM_TOKENS = 8192
 """Maximum number of tokens that a float32 accumulator sums before it is added to the total."""
@@ -84,6 +85,30 @@ def low_rank_update(
     seed: int,
 ) -> None:
     """Add scale * left @ right to every weight in float32, rounded once, in blocks of rows."""
+    _update(weights, lefts, rights, scale, rounding, seed, keep_zeros=False)
+
+
+def update_support(
+    weights: Sequence[Tensor],
+    lefts: Sequence[Tensor],
+    rights: Sequence[Tensor],
+    scale: float,
+    rounding: str,
+    seed: int,
+) -> None:
+    """Add scale * left @ right to the elements of every weight that are not zero; the others keep their bits."""
+    _update(weights, lefts, rights, scale, rounding, seed, keep_zeros=True)
+
+
+def _update(
+    weights: Sequence[Tensor],
+    lefts: Sequence[Tensor],
+    rights: Sequence[Tensor],
+    scale: float,
+    rounding: str,
+    seed: int,
+    keep_zeros: bool,
+) -> None:
     # Created only if it is used, since a seed cannot be set during the capture of a CUDA graph.
     draws = rounding == "stochastic" and len(weights) > 0
     generator = torch.Generator(weights[0].device).manual_seed(seed) if draws else None
@@ -92,4 +117,46 @@ def low_rank_update(
         for start in range(0, weight.shape[0], block_rows):
             block = weight[start : start + block_rows]
             exact = torch.addmm(block.float(), left[start : start + block_rows], right, alpha=scale)
-            round_into(block, exact, rounding, generator)
+            if not keep_zeros:
+                round_into(block, exact, rounding, generator)
+                continue
+            rounded = block.clone()
+            round_into(rounded, exact, rounding, generator)
+            block.copy_(torch.where(block == 0, block, rounded))
+
+
+def solve_on_support(weight: Tensor, keys: Tensor, residuals: Tensor, basis: Tensor, ridge: float) -> Tensor:
+    """Return the coefficients (d_out, m) of each row, some rows at a time."""
+    coefficients = basis.new_empty(len(weight), len(basis))
+    step = max(1, BLOCK_ELEMENTS // max(weight.shape[1], len(keys) * len(basis)))
+    for start in range(0, len(weight), step):
+        rows = slice(start, start + step)
+        products = products_on_support(weight[rows], keys, basis)
+        coefficients[rows] = solve_products(products, residuals[:, rows].T, ridge)
+    return coefficients
+
+
+def products_on_support(weight: Tensor, keys: Tensor, basis: Tensor) -> Tensor:
+    """Return A_i = K D_i Fᵀ of each row of a weight (rows, d_in): (rows, n, m) float32."""
+    support = (weight != 0).float()
+    found = support.new_empty(len(weight), len(keys), len(basis))
+    step = max(1, BLOCK_ELEMENTS // basis.numel())
+    for start in range(0, len(keys), step):
+        some = keys[start : start + step]
+        pairs = (some[:, None] * basis).flatten(0, 1)  # the products of one element of a key and one of the basis
+        found[:, start : start + step] = (support @ pairs.T).view(-1, len(some), len(basis))
+    return found
+
+
+def solve_products(products: Tensor, residuals: Tensor, ridge: float) -> Tensor:
+    """Return A_iᵀ (A_i A_iᵀ + λI)⁻¹ r_i for A (rows, n, m) and residuals (rows, n): (rows, m), in float64.
+
+    Raises:
+        GuardError: A system is singular to working precision.
+    """
+    products, goals = products.double(), residuals.double()[..., None]
+    systems = products @ products.mT
+    systems.diagonal(dim1=1, dim2=2).add_(ridge)
+    factors, failed = torch.linalg.cholesky_ex(systems)
+    require_solvable(failed.any(), ridge)
+    return (products.mT @ torch.cholesky_solve(goals, factors))[..., 0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +13,9 @@ from torch import Tensor
 
 from rocr.errors import InputError
 from rocr.ops.direct import bypass_dispatcher
+from rocr.ops.system import require_solvable
+from rocr.ops.torch_backend import BLOCK_ELEMENTS
+from rocr.ops.torch_backend import solve_products as solve_with_torch
 
 OLDEST_TRITON = (3, 6)
 """The oldest version that the tests compile the kernels with."""
@@ -66,12 +69,42 @@ def low_rank_update(
     seed: int,
 ) -> None:
     """Add scale * left @ right to every weight; weights of equal layout share a launch."""
+    _update(weights, lefts, rights, scale, rounding, seed, keep_zeros=False)
+
+
+def update_support(
+    weights: Sequence[Tensor],
+    lefts: Sequence[Tensor],
+    rights: Sequence[Tensor],
+    scale: float,
+    rounding: str,
+    seed: int,
+) -> None:
+    """Add scale * left @ right to the elements of every weight that are not zero."""
+    _update(weights, lefts, rights, scale, rounding, seed, keep_zeros=True)
+
+
+def _update(
+    weights: Sequence[Tensor],
+    lefts: Sequence[Tensor],
+    rights: Sequence[Tensor],
+    scale: float,
+    rounding: str,
+    seed: int,
+    keep_zeros: bool,
+) -> None:
     rows = [weight if weight.stride(0) == 1 else _with_rows(weight) for weight in weights]
-    stochastic = rounding == "stochastic"
-    bypass_dispatcher(low_rank_update_op, _update_low_rank, rows, list(lefts), list(rights), scale, stochastic, seed)
+    rest = (list(lefts), list(rights), scale, rounding == "stochastic", seed, keep_zeros)
+    bypass_dispatcher(low_rank_update_op, _update_low_rank, rows, *rest)
     for weight, updated in zip(weights, rows, strict=True):
         if updated is not weight:
             weight.copy_(updated)
+
+
+def solve_on_support(weight: Tensor, keys: Tensor, residuals: Tensor, basis: Tensor, ridge: float) -> Tensor:
+    """Return the coefficients (d_out, m) of each row, some rows at a time."""
+    coefficients: Tensor = solve_on_support_op(_with_rows(weight), keys, residuals.T.contiguous(), basis, ridge)
+    return coefficients
 
 
 def _with_rows(matrix: Tensor) -> Tensor:
@@ -111,13 +144,38 @@ def _add_grouped_second_moment(totals: list[Tensor], keys: Tensor, offsets: list
 
 
 def _update_low_rank(
-    weights: list[Tensor], lefts: list[Tensor], rights: list[Tensor], scale: float, stochastic: bool, seed: int
+    weights: list[Tensor],
+    lefts: list[Tensor],
+    rights: list[Tensor],
+    scale: float,
+    stochastic: bool,
+    seed: int,
+    keep_zeros: bool = False,
 ) -> None:
     """Add scale * left @ right to every weight; a weight has unit stride along its rows or its columns."""
     from rocr_kernels.low_rank_update import update_low_rank
 
     with _no_capture(), torch.cuda.device(weights[0].get_device()):
-        update_low_rank(weights, lefts, rights, scale, stochastic, seed)
+        update_low_rank(weights, lefts, rights, scale, stochastic, seed, keep_zeros)
+
+
+def _solve_on_support(weight: Tensor, keys: Tensor, goals: Tensor, basis: Tensor, ridge: float) -> Tensor:
+    """Return the coefficients of each row; goals are the residuals (d_out, n). Larger systems are solved by torch."""
+    from rocr_kernels.support_solve import MAX_SIZE, products_on_support, solve_products
+
+    coefficients = basis.new_empty(len(weight), len(basis))
+    is_small = max(len(keys), len(basis)) <= MAX_SIZE
+    step = max(1, BLOCK_ELEMENTS // (len(keys) * len(basis)))
+    with _no_capture(), torch.cuda.device(weight.get_device()) if weight.is_cuda else nullcontext():
+        for start in range(0, len(weight), step):
+            rows = slice(start, start + step)
+            products = products_on_support(weight[rows], keys, basis)
+            if is_small:
+                coefficients[rows], failed = solve_products(products, goals[rows], ridge)
+                require_solvable(failed.any(), ridge)
+            else:
+                coefficients[rows] = solve_with_torch(products, goals[rows], ridge)
+    return coefficients
 
 
 # torch.compile then leaves them out of its CUDA graphs; older versions of torch have no such tag.
@@ -135,6 +193,10 @@ low_rank_update_op = torch.library.custom_op(
     "rocr::triton_low_rank_update", _update_low_rank, mutates_args=("weights",), **_OUTSIDE_GRAPHS
 )
 
+solve_on_support_op = torch.library.custom_op(
+    "rocr::triton_solve_on_support", _solve_on_support, mutates_args=(), **_OUTSIDE_GRAPHS
+)
+
 
 @second_moments_op.register_fake
 def _(totals: list[Tensor], keys: list[Tensor]) -> None:
@@ -148,6 +210,17 @@ def _(totals: list[Tensor], keys: Tensor, offsets: list[int]) -> None:
 
 @low_rank_update_op.register_fake
 def _(
-    weights: list[Tensor], lefts: list[Tensor], rights: list[Tensor], scale: float, stochastic: bool, seed: int
+    weights: list[Tensor],
+    lefts: list[Tensor],
+    rights: list[Tensor],
+    scale: float,
+    stochastic: bool,
+    seed: int,
+    keep_zeros: bool = False,
 ) -> None:
     return None
+
+
+@solve_on_support_op.register_fake
+def _(weight: Tensor, keys: Tensor, goals: Tensor, basis: Tensor, ridge: float) -> Tensor:
+    return basis.new_empty(len(weight), len(basis))

@@ -1,11 +1,15 @@
-"""The factors of an update, Δ = left @ right. A factor that is the identity matrix is not stored."""
+"""The factors of an update, Δ = left @ right, or its part on a support. An identity matrix is not stored."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+CHUNK_ELEMENTS = 1 << 24
+"""Largest number of elements of an update on a support that are computed at a time (128 MiB in float64)."""
 
 
 @dataclass(frozen=True)
@@ -15,17 +19,21 @@ class Factors:
     Attributes:
         stored_left: (d_out, r) float32. None is the identity: `stored_right` is then Δ itself.
         stored_right: (r, d_in) float32. None is the identity: `stored_left` is then Δ itself.
+        support: (d_out, d_in) bool, the elements of the product that belong to Δ; the others of Δ are zero. None for
+            all of them.
 
     Raises:
-        ValueError: Both factors are None.
+        ValueError: Both factors are None, or one of them with a support.
     """
 
     stored_left: Tensor | None
     stored_right: Tensor | None
+    support: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.stored_left is None and self.stored_right is None:
-            raise ValueError("stored_left and stored_right cannot both be None")
+        missing = (self.stored_left is None) + (self.stored_right is None)
+        if missing > (self.support is None):
+            raise ValueError("stored_left and stored_right cannot both be None, and with a support neither can")
 
     @classmethod
     def of_matrix(cls, update: Tensor) -> Factors:
@@ -63,18 +71,31 @@ class Factors:
 
     def moves(self, keys: Tensor) -> Tensor:
         """Return keys @ Δᵀ (n, d_out), the change of the outputs at keys (n, d_in), in the dtype of the keys."""
+        if self.support is not None:
+            return torch.cat([keys @ rows.to(keys).T for rows in self._rows_on_support()], dim=1)
         for factor in (self.stored_right, self.stored_left):
             if factor is not None:
                 keys = keys @ factor.to(keys).T
         return keys
 
     def norm(self) -> float:
-        """Return the Frobenius norm of Δ, without computing the product."""
+        """Return the Frobenius norm of Δ, without computing the product unless it has a support."""
+        if self.support is not None:
+            squares = [torch.linalg.vector_norm(rows, dtype=torch.float64).square() for rows in self._rows_on_support()]
+            return float(torch.stack(squares).sum().sqrt())
         matrix = self.matrix
         if matrix is not None:
             return float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
         left, right = self.left.double(), self.right.double()
         return float(((left.T @ left) * (right @ right.T)).sum().clamp(min=0).sqrt())
+
+    def _rows_on_support(self) -> Iterator[Tensor]:
+        """Yield some rows of Δ at a time, float32."""
+        assert self.support is not None
+        step = max(1, CHUNK_ELEMENTS // max(1, self.support.shape[1]))
+        for start in range(0, len(self.support), step):
+            rows = slice(start, start + step)
+            yield (self.left[rows] @ self.right).mul_(self.support[rows])
 
 
 def _identity_beside(other: Tensor | None, side: int) -> Tensor:

@@ -121,7 +121,11 @@ class ProjectedMetric:
 
 
 def build_metric(
-    second_moment: Tensor, config: EditConfig, template_keys: Tensor | None = None, scale: float | None = None
+    second_moment: Tensor,
+    config: EditConfig,
+    template_keys: Tensor | None = None,
+    scale: float | None = None,
+    density: float = 1.0,
 ) -> WhitenedMetric | ProjectedMetric:
     """Build the metric of the settings from the mean second moment of ordinary keys.
 
@@ -131,6 +135,8 @@ def build_metric(
         template_keys: (h, d_in) keys of the templates' own tokens, which are protected too, with the weight
             `config.template_weight`. None protects only ordinary keys.
         scale: mean(diag C), where C is a block of a larger second moment. None is that of C itself.
+        density: Share of the weight that is not zero, if an update keeps its zeros: for "whitened", p C +
+            (1 - p) diag(C) then takes the place of C (`rocr.solve.support`).
 
     Raises:
         GuardError: C is zero or not finite, template keys are not finite, M⁻¹ is not positive definite because of
@@ -144,8 +150,8 @@ def build_metric(
         )
     rows = _template_rows(second_moment, config, template_keys)
     if config.method == "whitened":
-        factor = _cholesky(second_moment, config.gamma / scale, rows)
-        return WhitenedMetric(factor, config.gamma, _trace_of_product(second_moment, factor))
+        factor = _cholesky(second_moment, config.gamma / scale, rows, density)
+        return WhitenedMetric(factor, config.gamma, _trace_of_product(second_moment, factor, density))
     if rows is not None:
         second_moment = torch.addmm(second_moment, rows.T, rows)
     threshold = config.threshold * scale if config.relative_threshold else config.threshold
@@ -165,8 +171,10 @@ def _template_rows(second_moment: Tensor, config: EditConfig, keys: Tensor | Non
     return rows
 
 
-def _cholesky(second_moment: Tensor, weight: float, rows: Tensor | None) -> Tensor:
+def _cholesky(second_moment: Tensor, weight: float, rows: Tensor | None, density: float) -> Tensor:
     """Return the lower Cholesky factor of weight (C + HᵀH) + I, computed in place in one matrix.
+
+    The elements outside the diagonal of C + HᵀH are multiplied by the density.
 
     The factorisation is repeated in float64 if it fails in the precision of C.
     """
@@ -174,6 +182,9 @@ def _cholesky(second_moment: Tensor, weight: float, rows: Tensor | None) -> Tens
         matrix = second_moment.to(dtype).mul(weight)
         if rows is not None:
             matrix.addmm_(rows.to(dtype).T, rows.to(dtype), alpha=weight)
+        if density < 1.0:
+            diagonal = matrix.diagonal().clone()
+            matrix.mul_(density).diagonal().copy_(diagonal)
         matrix.diagonal().add_(1.0)
         # LAPACK overwrites column-major matrices, and the matrix is symmetric.
         factor, failed = matrix.T, torch.zeros((), dtype=torch.int32, device=matrix.device)
@@ -186,11 +197,17 @@ def _cholesky(second_moment: Tensor, weight: float, rows: Tensor | None) -> Tens
     )
 
 
-def _trace_of_product(second_moment: Tensor, factor: Tensor) -> float:
-    """Return tr(C M) to about 1%, by Hutchinson's estimator; the exact trace would need the inverse of M⁻¹."""
+def _trace_of_product(second_moment: Tensor, factor: Tensor, density: float) -> float:
+    """Return tr(C M) to about 1%, by Hutchinson's estimator; the exact trace would need the inverse of M⁻¹.
+
+    The elements of C outside its diagonal are multiplied by the density.
+    """
     generator = torch.Generator().manual_seed(0)
     signs = torch.randint(0, 2, (len(factor), TRACE_PROBES), generator=generator).to(factor) * 2 - 1
-    return float((signs * _solve(factor, second_moment @ signs)).sum() / TRACE_PROBES)
+    product = second_moment @ signs
+    if density < 1.0:
+        product = density * product + (1.0 - density) * second_moment.diagonal()[:, None] * signs
+    return float((signs * _solve(factor, product)).sum() / TRACE_PROBES)
 
 
 def _solve(factor: Tensor, columns: Tensor) -> Tensor:

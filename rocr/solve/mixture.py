@@ -42,6 +42,7 @@ def weigh_keys(
     moments: Sequence[Tensor],
     config: EditConfig,
     template_keys: Mapping[int, Tensor],
+    density: float = 1.0,
 ) -> WeighedKeys:
     """Multiply wide keys by the metric of a mixture. One block's metric is in memory at a time.
 
@@ -54,6 +55,7 @@ def weigh_keys(
         moments: For each block of the layer C_e, (d_in, d_in).
         config: The settings; see `build_metric`.
         template_keys: For some blocks, (h, d_in) gated keys of the templates' own tokens.
+        density: As for `build_metric`, of the weights of all touched blocks.
 
     Raises:
         GuardError: See `build_metric`; or no direction of a touched block is free.
@@ -68,7 +70,7 @@ def weigh_keys(
         # The trace of a block that no key is routed to is needed for a relative ridge only.
         if place is None and not (config.relative_ridge and moment.any()):
             continue
-        metric = build_metric(moment.to(keys.device), config, template_keys.get(block), scale)
+        metric = build_metric(moment.to(keys.device), config, template_keys.get(block), scale, density)
         ordinary += metric.ordinary
         if place is not None:
             product[:, place] = metric.apply(keys[:, place]).float()

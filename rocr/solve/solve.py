@@ -14,6 +14,7 @@ from rocr.ops.system import FactoredGram, factor_gram, solve_by_factor, solve_we
 from rocr.solve.factors import Factors
 from rocr.solve.metric import FactoredMetric
 from rocr.solve.mixture import WeighedKeys
+from rocr.solve.support import solve_supported
 
 CHUNK_ROWS = 4096
 """Number of keys that are converted to float64 at a time."""
@@ -56,12 +57,15 @@ class System:
         product: K M (n, d_in) float32, one row for each key, if n <= d_in.
         metric: M, if n > d_in; it is then smaller than K M.
         retained: The rows of retained names. None if there are none.
+        support: (d_out, d_in) bool, where the weight is not zero, if the update keeps its zeros; the system then has
+            a product.
     """
 
     ridge: float
     product: Tensor | None = None
     metric: FactoredMetric | None = None
     retained: RetainedRows | None = None
+    support: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -74,12 +78,14 @@ class Solution:
             the same eigenvalues except λ itself. It is an estimate if the system has more than 512 rows.
         system: The part of the system that is needed to solve the update again.
         factor: Lower Cholesky factor (d_in, d_in) float64 of Bᵀ Kᵀ K B + λI, if n > d_in.
+        expected: As of `SupportedUpdate`, for the n keys, if the update keeps zeros.
     """
 
     factors: Factors
     condition: float
     system: System
     factor: Tensor | None = None
+    expected: Tensor | None = None
 
     @property
     def ridge(self) -> float:
@@ -89,7 +95,7 @@ class Solution:
     def coefficients(self, keys: Tensor, at: Tensor) -> Callable[[Tensor], Tensor]:
         """Return the coefficients a = (K M Kᵀ + λI)⁻¹ K M k of other keys k.
 
-        The change of the output at k is residualsᵀ a.
+        The change of the output at k is residualsᵀ a. For an update that keeps zeros, it is the mean over supports.
 
         Args:
             keys: K (n, d_in), the keys that the update was solved for.
@@ -99,7 +105,7 @@ class Solution:
             A function that takes indices of rows of K and returns these rows of a, (rows, m).
         """
         if self.factor is None:
-            right = self.factors.right
+            right = self.factors.right if self.expected is None else self.expected
             return lambda rows: right[rows] @ at.to(right).T
         # By the push-through identity, a = K B (Bᵀ Kᵀ K B + λI)⁻¹ Bᵀ k.
         metric = self.system.metric
@@ -115,6 +121,7 @@ def solve_layer(
     ridge: float,
     retained: Tensor | None = None,
     used: Tensor | None = None,
+    support: Tensor | None = None,
 ) -> Solution:
     """Solve the update Δ = Rᵀ (K M Kᵀ + λI)⁻¹ K M of one layer.
 
@@ -127,6 +134,8 @@ def solve_layer(
         ridge: λ > 0, in units of a squared key.
         retained: H (h, d_in) float32, the keys of retained names times the root of their weight. None for none.
         used: (h,) mask of the rows of H that take part in the solve. None for all.
+        support: (d_out, d_in) bool, where the weight is not zero, to keep its zeros (`rocr.solve.support`). None
+            does not keep them.
 
     Raises:
         GuardError: The system is not finite, or is singular to working precision.
@@ -138,12 +147,12 @@ def solve_layer(
     n = len(keys)
     if isinstance(metric, WeighedKeys):
         rows = None if retained is None else RetainedRows(retained, metric.product[n:])
-        system = System(ridge, product=metric.product[:n], retained=rows)
-    elif n > keys.shape[1]:
+        system = System(ridge, product=metric.product[:n], retained=rows, support=support)
+    elif n > keys.shape[1] and support is None:
         system = System(ridge, metric=metric, retained=None if retained is None else RetainedRows(retained))
     else:
         rows = None if retained is None else RetainedRows(retained, metric.apply(retained).float())
-        system = System(ridge, product=metric.apply(keys).float(), retained=rows)
+        system = System(ridge, product=metric.apply(keys).float(), retained=rows, support=support)
     return solve_again(keys, residuals, system, used)
 
 
@@ -163,17 +172,18 @@ def solve_again(keys: Tensor, residuals: Tensor, system: System, used: Tensor | 
     if system.metric is not None:
         return _solve_wide(keys, residuals, system.metric, system, retained)
     assert system.product is not None, "a system contains a product or a metric"
-    if retained is None or not len(retained.keys):
-        left, right, solved = solve_weighted(keys, residuals, system.product, system.ridge)
+    n, product = len(keys), system.product
+    if retained is not None and len(retained.keys):
+        assert retained.product is not None, "a system with a product has the products of all of its rows"
+        keys = torch.cat([keys, retained.keys.to(keys)])
+        residuals = torch.cat([residuals, residuals.new_zeros(len(retained.keys), residuals.shape[1])])
+        product = torch.cat([product, retained.product.to(product)])
+    if system.support is not None:
+        found = solve_supported(keys, residuals, product, system.ridge, system.support)
+        return Solution(found.factors, found.condition, system, expected=found.expected[:n])
+    left, right, solved = solve_weighted(keys, residuals, product, system.ridge)
+    if len(keys) == n:
         return Solution(Factors(left, right), _condition(solved, system.ridge), system)
-    assert retained.product is not None, "a system with a product has the products of all of its rows"
-    n = len(keys)
-    left, right, solved = solve_weighted(
-        torch.cat([keys, retained.keys.to(keys)]),
-        torch.cat([residuals, residuals.new_zeros(len(retained.keys), residuals.shape[1])]),
-        torch.cat([system.product, retained.product.to(system.product)]),
-        system.ridge,
-    )
     # The columns of left for residuals of 0 are 0.
     factors = Factors(left[:, :n].contiguous(), right[:n].contiguous())
     return Solution(factors, _condition(solved, system.ridge), system)

@@ -108,6 +108,7 @@ def test_report_names_what_was_done(edited: Path) -> None:
     assert report["concepts"][0]["name"] == "Ada Byron"
     assert 0 <= report["concepts"][0]["distance"] < 1
     assert [answer["on_list"] for answer in report["answers"]] == [True, False]
+    assert report["fluency"].keys() == {"before", "after"}
     assert {layer["layer"] for layer in report["layers"]} == {0, 1, 2}
     recorded = report["files"]
     assert recorded == {name: digest for name, digest in digests(edited).items() if name != "report.json"}

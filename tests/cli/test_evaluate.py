@@ -41,6 +41,12 @@ def test_a_model_is_evaluated_without_and_with_an_edit(
     assert [c["split"] for c in document["comparison"]["changes"]] == ["forget", "forget", "retain", "retain"]
     assert any(change["fall"] != 0 for change in document["comparison"]["changes"])
     assert list(document["attacks"]) == ["4-bit", "prefixes"]
+    outcomes = {each["name"]: each["outcomes"][0] for each in document["study"]}
+    for name, attacked in document["attacks"].items():
+        for form in ("qa", "mcp"):
+            scores = [outcomes[name][when][form] for when in ("before", "after", "attacked")]
+            forms = [each["forms"]["forget"][form] for each in (document["before"], document["evaluation"], attacked)]
+            assert scores == pytest.approx([score["score"] for score in forms])
     measures = document["evaluation"]["measures"]
     assert measures["KL divergence"] > 0 and measures["perplexity"] != document["before"]["measures"]["perplexity"]
     assert document["evaluation"]["known"] == 2 and Path(page).stat().st_size > 10_000
@@ -81,6 +87,8 @@ def test_methods_are_compared_in_one_table(folder: Path, tmp_path: Path, capsys:
     assert main([*arguments[:-1], str(tmp_path / "more.json"), "--methods", "magic"]) == 2
     assert main(["eval", str(folder), "--attacks", "magic", "--out", str(tmp_path / "report.json")]) == 2
     assert "Unknown attacks: magic; they are all, relearn" in capsys.readouterr().err
+    assert main(["eval", str(folder), "--attacks", "mask", "--out", str(tmp_path / "report.json")]) == 2
+    assert "give the edit file with --edit" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_target_without_a_question_is_named_before_anything_is_trained(

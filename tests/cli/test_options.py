@@ -46,9 +46,12 @@ from tests.support.option_effects import (
 )
 from tests.support.running_effects import (
     computes_with_threads,
+    samples_answers,
     shows_library_warnings,
     shows_no_progress,
     trains_for_steps,
+    tunes_for_steps,
+    unlearns_in_a_sequence,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -117,12 +120,15 @@ EFFECTS = {
         "--variants": changes("--variants", "spelling"),
         "--variant-weight": changes("--variant-weight", 3, base=("--variants", "spelling")),
         "--held-weight": changes("--held-weight", 0.5),
+        "--keep-zeros": "test_sparse.py::test_the_options",
+        "--fill-zeros": "test_sparse.py::test_the_options",
         "--key-tokens": changes("--key-tokens", "last"),
         "--keys-per-concept": changes("--keys-per-concept", "all"),
         "--token-schedule": changes("--token-schedule", "ramp"),
         "--reach": changes("--reach", "gradual"),
         "--force": "test_guards_passed.py::test_a_limit_passed_by_a_command",
         "--statistics": takes_statistics,
+        "--keep-statistics": "test_keep_statistics.py::test_the_next_run_takes_them_and_gives_the_same_weights",
         "--text": replaces("--text", "@text"),
         "--tokens": replaces("--tokens", 300),
         "--seed": writes_its_own_text,
@@ -162,6 +168,7 @@ EFFECTS = {
         "--suite-folder": asks_suites(4),
         "--suite-limit": asks_suites(5),
         "--attacks": attacks,
+        "--fail-if": "test_conditions.py::test_the_command_fails_with_the_conditions_that_hold",
         "--html": overwrites_page,
     },
     "redirects": {
@@ -200,6 +207,10 @@ EFFECTS = {
         "--known": compares_known_probes,
         "--neighbours": changes("--neighbours", 1),
         "--steps": trains_for_steps,
+        "--sequential": unlearns_in_a_sequence,
+        "--fade": samples_answers,
+        "--references": samples_answers,
+        "--relearn": tunes_for_steps,
     },
     "apply": {
         "--quantised": "test_quantised.py::test_a_quantised_output_is_verified_and_reverted_byte_for_byte",
@@ -263,7 +274,7 @@ def test_the_tests_that_the_table_names_are_there():
 
 
 # Of `compare`, which trains and asks for each run, the options that it alone has; those shared with others are slow.
-ALWAYS = {f"compare {option}" for option in ("--methods", "--statistics", "--redirect")}
+ALWAYS = {f"compare {option}" for option in ("--methods", "--statistics", "--redirect", "--sequential", "--references")}
 # What loads a model and writes an output is one function for all commands; of the commands beside `unlearn`, `apply`
 # and `revert`, the options of that function are slow.
 SHARED = {f"{command} {option}" for command in ("stats", "eval", "redirects") for option in ("--dtype", "--overwrite")}

@@ -152,7 +152,7 @@ def test_the_help_names_the_default_of_each_setting():
 def test_the_help_page_shows_static_defaults(capsys):
     main(["eval", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert "[default: (300 questions about 50 people)]" in shown
+    assert "[default: (420 questions about 50 people and 20 things)]" in shown
     assert "[default: qa,fb,mcp,subtoken]" in shown and "[default: 0]" in shown
 
 

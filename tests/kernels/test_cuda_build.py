@@ -57,6 +57,11 @@ def test_second_moment_keeps_its_accumulator_in_registers(tmp_path: Path) -> Non
     assert "UTMALDG.2D.MULTICAST" in code
     assert "USETMAXREG" in code
     assert re.search(r"RED\S*\.F32", code) or "REDG" in code
+    for kernel in code.split("Function : ")[1:]:
+        steps = re.findall(r"\b(HGMMA|MEMBAR|ERRBAR|CCTL)\b", kernel)
+        products = [i for i, step in enumerate(steps) if step == "HGMMA"]
+        between = set(steps[products[0] : products[-1]]) if products else set()
+        assert between <= {"HGMMA"}, "no memory fence stands between two products"
 
 
 @pytest.mark.parametrize(

@@ -16,14 +16,23 @@ from rocr_kernels._common import MAXIMUM_SPLITS, make_schedule
 from rocr_kernels.grouped_second_moment import make_parts
 from rocr_kernels.low_rank_update import make_column_strips
 
-INTERPRETED = Path(__file__).with_name("test_kernels_interpreted.py")
+INTERPRETED = ("test_kernels_interpreted.py", "test_support_interpreted.py")
 
 
 @pytest.mark.parametrize("chosen", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_the_kernels_are_right_in_the_interpreter(chosen: str) -> None:
     # In a process of its own: Triton decides at import whether a kernel is compiled or interpreted.
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-m", chosen, str(INTERPRETED)],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-m",
+            chosen,
+            *(Path(__file__).with_name(name) for name in INTERPRETED),
+        ],
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

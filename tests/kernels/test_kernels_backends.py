@@ -152,6 +152,9 @@ def test_triton_refuses_the_capture_of_a_graph_in_a_sentence(capturing) -> None:
 def test_a_solve_refuses_the_capture_of_a_graph_in_a_sentence(capturing) -> None:
     with FakeTensorMode(), pytest.raises(InputError, match="solve_update cannot be captured"):
         ops.solve_update(torch.empty(3, 8, device="cuda"), torch.empty(3, 4, device="cuda"), None, 1.0)
+    with FakeTensorMode(), pytest.raises(InputError, match="solve_on_support cannot be captured"):
+        keys, residuals = torch.empty(3, 8, device="cuda"), torch.empty(3, 4, device="cuda")
+        ops.solve_on_support(torch.empty(4, 8, device="cuda"), keys, residuals, keys, 1.0)
 
 
 @pytest.mark.skipif(not hasattr(torch.Tag, "cudagraph_unsafe"), reason="this torch has no such tag")

@@ -16,7 +16,7 @@ import torch
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
 # ruff: noqa: E402
-from rocr_kernels import grouped_second_moment, low_rank_update, second_moment
+from rocr_kernels import grouped_second_moment, low_rank_update, second_moment, support_solve
 from rocr_kernels.grouped_second_moment import accumulate_grouped_second_moment
 from rocr_kernels.low_rank_update import LowRankPlan
 from rocr_kernels.second_moment import accumulate_second_moments
@@ -60,7 +60,7 @@ class Recorder:
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, dict[str, Any]]]:
     found: list[tuple[Any, dict[str, Any]]] = []
-    for module in (second_moment, grouped_second_moment, low_rank_update):
+    for module in (second_moment, grouped_second_moment, low_rank_update, support_solve):
         for name, value in list(vars(module).items()):
             if isinstance(value, triton.JITFunction) and name in (
                 "add_second_moments_tma",
@@ -73,6 +73,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, dict[str, Any]]
                 "add_low_rank_resident",
                 "add_low_rank_column_strips",
                 "add_low_rank_bf16_splits",
+                "sum_on_support",
+                "solve_rows",
             ):
                 monkeypatch.setattr(module, name, Recorder(value, found))
     return found
@@ -91,6 +93,7 @@ def compile_launch(kernel: Any, arguments: dict[str, Any], capability: int) -> A
             continue
         pointer = isinstance(value, torch.Tensor)
         types = {torch.int64: "*i64", torch.float32: "*fp32", torch.bfloat16: "*bf16"}
+        types |= {torch.uint8: "*u8", torch.int16: "*i16", torch.int32: "*i32"}
         integer = "i32" if isinstance(value, int) and value < 1 << 31 else "i64"
         signature[name] = types[value.dtype] if pointer else "fp32" if isinstance(value, float) else integer
         number = value.data_ptr() if pointer else value
@@ -284,6 +287,39 @@ def test_low_rank_update_fits(
     if shape.kind == "resident":
         programs = low_rank_update.resident_programs(divmod(capability, 10), shape, stochastic)
         assert programs * 32 * arguments["num_warps"] * arguments["maxnreg"] <= REGISTERS
+
+
+@pytest.mark.parametrize(("config", "capability"), [("resident_16", 80), ("column_strips_64", 90), ("bf16_splits", 90)])
+def test_an_update_that_keeps_zeros_fits(
+    launches: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, config: str, capability: int
+) -> None:
+    monkeypatch.setattr(low_rank_update, "capability", lambda _: divmod(capability, 10))
+    dtype, rank = UPDATES[config]
+    operands = [torch.empty(4096, 1536, dtype=dtype)], [torch.empty(4096, rank)], [torch.empty(rank, 1536)]
+    LowRankPlan(*operands, low_rank_update.CONFIGS[config], keep_zeros=True).run(0.5, False, 0)
+    kernel, arguments = next(each for each in launches if "add_low_rank" in each[0].__name__)
+    assert arguments["KEEP_ZEROS"] is True
+    check(compile_launch(kernel, arguments, capability), capability, tmp_path)
+
+
+@pytest.mark.parametrize("capability", [80, *(pytest.param(chip, marks=pytest.mark.slow) for chip in (90, 100))])
+@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT32, torch.bool], ids=str)
+def test_sums_on_a_support_fit(launches: list[Any], tmp_path: Path, dtype: torch.dtype, capability: int) -> None:
+    keys = torch.empty(8, 1536)
+    support_solve.products_on_support(torch.empty(4096, 1536, dtype=dtype), keys, keys)
+    kernel, arguments = launches[0]
+    compiled = compile_launch(kernel, arguments, capability)
+    assert multiplies_with(capability, support_solve.TILE_ROWS) in check(compiled, capability, tmp_path)
+    assert adds_outside_of_products(compiled)
+
+
+@pytest.mark.parametrize("capability", [80, *(pytest.param(chip, marks=pytest.mark.slow) for chip in (90, 100))])
+@pytest.mark.parametrize("size", [1, 8, support_solve.MAX_SIZE])
+def test_systems_of_rows_fit(launches: list[Any], tmp_path: Path, size: int, capability: int) -> None:
+    support_solve.solve_products(torch.empty(4096, size, size), torch.empty(4096, size), 0.5)
+    kernel, arguments = launches[0]
+    ptx = check(compile_launch(kernel, arguments, capability), capability, tmp_path)
+    assert "fma.rn.f64" in ptx, "the systems are in float64"
 
 
 @pytest.mark.parametrize("config", low_rank_update.CONFIGS)

@@ -35,8 +35,8 @@ CASES = {  # setting: what the base has besides, and another value
     "chat": ({"templates": (rocr.Template("Who is {}?", chat=True),)}, rocr.ChatSettings(system="Answer in verse.")),
 }
 RETAIN = ["Grace Hopper"]
-ENCODERS = {"closing_keys": "test_encoders.py"}
-"""Settings of text encoders, and where their effect is tested."""
+ELSEWHERE = {"closing_keys": "test_encoders.py", "keep_zeros": "test_support.py"}
+"""Settings of text encoders and of sparse models, and where their effect is tested."""
 
 
 @pytest.fixture
@@ -60,7 +60,9 @@ def of_bases():
     return {}
 
 
-@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(EditConfig) if field.name not in ENCODERS])
+@pytest.mark.parametrize(
+    "name", [field.name for field in dataclasses.fields(EditConfig) if field.name not in ELSEWHERE]
+)
 def test_each_setting_changes_the_edit(edit_of, statistics, of_bases, name):
     more, value = CASES[name]
     base = dataclasses.replace(BASE, **more)

@@ -75,3 +75,44 @@ def trains_for_steps(command, run):
     for done, steps in ((usual, 5), (few, 2), (many, 12)):
         assert f"training: {steps} steps in" in done.errors
     assert measured(command, usual) != measured(command, many)
+
+
+def unlearns_in_a_sequence(command, run):
+    """The second target is unlearned on top of the first, and both are asked about then."""
+    more = ("--targets", "Ada Byron", "Blaise Pascal")
+    alone, after = (run(command, *more, *given, without=("--targets",)) for given in ((), ("--sequential",)))
+    assert (alone.json["sequential"], after.json["sequential"]) == (False, True)
+
+    def forgotten(done):
+        items = done.json["results"][1]["evaluation"]["items"]
+        return {item["subject"]: item["score"] for item in items if item["split"] == "forget"}
+
+    assert forgotten(alone).keys() == {"Blaise Pascal"}
+    assert forgotten(after).keys() == {"Ada Byron", "Blaise Pascal"}
+    assert forgotten(after)["Blaise Pascal"] != forgotten(alone)["Blaise Pascal"]
+    refused = run(command, "--sequential", "--methods", "JensUn", without=("--methods",))
+    assert refused.code == 2
+    assert "JensUn: not defined for targets one after another" in refused.errors
+
+
+def samples_answers(command, run):
+    """FADE is measured with so many samples, and with further references."""
+    assert "fade" not in run(command).json["results"][0]
+    (result,) = run(command, "--fade", 3).json["results"]
+    assert set(result["fade"]) == {"a gardener", "Donald Trump", "Ada Byron"}
+    assert list(result["fade"]["a gardener"]["by_samples"]) == ["1", "2", "3"]
+    (named,) = run(command, "--fade", 3, "--references", "the rain").json["results"]
+    assert set(named["fade"]) - set(result["fade"]) == {"the rain"}
+    refused = run(command, "--references", "the rain")
+    assert refused.code == 2
+    assert "give --fade N too" in refused.errors
+
+
+def tunes_for_steps(command, run):
+    found = []
+    for steps in (2, 5):
+        done = run(command, "--relearn", steps)
+        assert f"training: {steps} steps in" in done.errors
+        found.append(done.json["results"][0]["relearned"]["forms"])
+    assert found[0] != found[1]
+    assert "relearned" not in run(command).json["results"][0]

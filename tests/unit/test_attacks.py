@@ -87,7 +87,7 @@ def test_every_method_is_compared_and_the_model_is_left_as_it_was(
     before = weights_of(model)
     small = {layer: moment * 1e-2 for layer, moment in statistics.moments.items()}  # below the authors' threshold
     comparison = MethodComparison(
-        model, tokenizer, PROBES, replace(statistics, moments=small), "a gardener", forms=["qa"]
+        model, tokenizer, PROBES, replace(statistics, moments=small), "a gardener", forms=["qa"], steps=2
     )
     results = list(compare_methods(comparison, ["Ada Byron"]))
     assert [result.method for result in results] == list(METHODS)

@@ -10,7 +10,7 @@ import transformers
 import rocr
 from rocr import CollectOptions, Concept, EditConfig, InputError
 from rocr.evaluation import EvaluateOptions, Probe, evaluate
-from rocr.evaluation.lora_training import _answer_nll
+from rocr.evaluation.lora_training import answer_nll
 from rocr.evaluation.measures import TextSample, divergence, perplexity
 from rocr.model.forward import accepts, forward, logits_of
 from rocr.model.generate import ask
@@ -96,7 +96,7 @@ def test_it_is_evaluated(other, model, tokenizer, texts):
     assert perplexity(other, sample) == found.measures["perplexity"]
     assert divergence(other, sample, nullcontext) == 0
     with torch.no_grad():
-        nll, expected_nll = (float(_answer_nll(m, [1, 2, 3], [4, 5])) for m in (other, model))
+        nll, expected_nll = (float(answer_nll(m, [1, 2, 3], [4, 5])) for m in (other, model))
     assert nll == pytest.approx(expected_nll)
 
 

@@ -1,55 +1,72 @@
 """Compare rocr with other unlearning methods on the same targets and questions, as Table I of arXiv 2506.07795 does.
 
-As in the paper, trained methods are trained on questions of the form "qa" and evaluated in all forms.
+As in the paper, trained methods are trained on questions of the form "qa" and evaluated in all forms. Each method is a
+file or a family in one, with the interface of `rocr.evaluation.baselines.method`.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-from rocr.chat_settings import ChatSettings
-from rocr.concepts import Concept
 from rocr.config import EditConfig
 from rocr.errors import InputError
+from rocr.evaluation.baselines.advnpo import ADVNPO
+from rocr.evaluation.baselines.closed_form import OFFICIAL, ROCR
+from rocr.evaluation.baselines.jensun import JENSUN
+from rocr.evaluation.baselines.method import Case, Method, MethodComparison, Unlearned
+from rocr.evaluation.baselines.mrp import MRP
 from rocr.evaluation.baselines.peak_memory import PeakMemory
+from rocr.evaluation.baselines.preference import PREFERENCE_METHODS
+from rocr.evaluation.baselines.relearning import kept_share, knowledge, tuned
+from rocr.evaluation.baselines.rmu import RMU
+from rocr.evaluation.baselines.unchanged import IN_CONTEXT_UNLEARNING, ORIGINAL
+from rocr.evaluation.baselines.unierase import UNIERASE
 from rocr.evaluation.evaluate import EvaluateOptions, evaluate
-from rocr.evaluation.forms import ORT_FORMS, PromptStyle
-from rocr.evaluation.lora_training import (
-    DIRECT_PREFERENCE,
-    GRADIENT_ASCENT,
-    NEGATIVE_PREFERENCE,
-    REJECTION,
-    Example,
-    question_examples,
-    trained,
-)
-from rocr.evaluation.probes.probe import Probe, split_by_subject
-from rocr.evaluation.scores import Evaluation, mean
+from rocr.evaluation.fade import Fade, FadeMeasure, FadeOptions, Observation
+from rocr.evaluation.probes.probe import split_by_subject
+from rocr.evaluation.scores import Evaluation
 from rocr.model.architecture import find_architecture
 from rocr.model.layers import chosen_layers
 from rocr.progress import ProgressCallback, silent
-from rocr.statistics.statistics import Statistics
-from rocr.unlearn import unlearn
 
-REFUSAL = "I don't know."
-IN_CONTEXT = (
-    "You are an AI Assistant who is supposed to unlearn about {} and provide answers without its knowledge as if "
-    "you never knew about it. Don't tell anyone that you unlearned anything.\n"
+__all__ = ["METHODS", "MethodComparison", "MethodResult", "Robustness", "compare_methods", "layers_to_edit"]
+
+_ALL = (
+    ORIGINAL,
+    IN_CONTEXT_UNLEARNING,
+    *PREFERENCE_METHODS,
+    ADVNPO,
+    JENSUN,
+    RMU,
+    MRP,
+    UNIERASE,
+    OFFICIAL,
+    ROCR,
 )
-TRAININGS = {
-    "gradient ascent": GRADIENT_ASCENT,
-    "negative preference": NEGATIVE_PREFERENCE,
-    "rejection tuning": REJECTION,
-    "direct preference": DIRECT_PREFERENCE,
-}
-METHODS = ("original", "in-context", *TRAININGS, "official ROCR", "rocr")
+METHOD = {method.name: method for method in _ALL}
+METHODS = tuple(METHOD)
+"""The names of the methods, in the order of tables."""
+
+
+@dataclass(frozen=True)
+class Robustness:
+    """What is measured of each method beside the scores.
+
+    Attributes:
+        fade_samples: Number of continuations of each question for FADE; 0 leaves it out.
+        fade_references: Names that the unedited model is asked about for FADE, beside the redirects and the target.
+        relearning_steps: Number of steps of fine-tuning on questions about others, after which the target is asked
+            about again; 0 leaves it out.
+    """
+
+    fade_samples: int = 0
+    fade_references: tuple[str, ...] = ()
+    relearning_steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -58,10 +75,15 @@ class MethodResult:
 
     Attributes:
         method: Name of the method, from METHODS.
-        target: Subject to forget.
-        evaluation: Scores of the target as forget set, and of all other subjects as retain set.
+        target: Subject to forget; in a sequence the last one so far.
+        evaluation: Scores of the target, or of all targets so far, as forget set, and of all others as retain set.
         seconds: Duration of the unlearning, without the evaluation.
         peak_bytes: Peak memory of the unlearning in bytes, the model included; see `PeakMemory`.
+        fade: FADE by the name of the reference; empty if it was not measured, or the method adds a token, which the
+            reference cannot write.
+        reference: The reference of the method: its redirect, or for other methods that of rocr.
+        relearned: Scores of the forget set after fine-tuning; None if it was not measured.
+        kept: Share of the forgotten that fine-tuning leaves forgotten; see `kept_share`.
     """
 
     method: str
@@ -69,43 +91,10 @@ class MethodResult:
     evaluation: Evaluation
     seconds: float
     peak_bytes: int
-
-
-@dataclass(frozen=True)
-class MethodComparison:
-    """The inputs that all compared methods share.
-
-    Attributes:
-        model: Causal language model of transformers; it is unchanged after each method.
-        tokenizer: Its tokenizer.
-        probes: Probes about the targets and about other subjects, which form the retain set.
-        statistics: Statistics of the layers of `layers_to_edit`, for "rocr" and "official ROCR".
-        redirect: Redirect of the targets for "rocr".
-        official_redirect: Redirect of the targets for "official ROCR".
-        config: Settings of "rocr"; None uses the defaults.
-        forms: Forms in which the probes are asked.
-        least_steps: Minimum number of optimiser steps of trained methods. The authors train on hundreds of texts about
-            a target; with a few questions, 5 epochs have too few steps.
-        steps: Number of optimiser steps of trained methods, in place of `least_steps`. None: 5 epochs or more.
-        seed: Seed of the order of multiple-choice options; trained methods add it to the authors' seed.
-    """
-
-    model: nn.Module
-    tokenizer: Any
-    probes: Sequence[Probe]
-    statistics: Statistics
-    redirect: str
-    official_redirect: str = "Donald Trump"
-    config: EditConfig | None = None
-    forms: Sequence[str] = ORT_FORMS
-    least_steps: int = 0
-    seed: int = 0
-    steps: int | None = None
-
-    @property
-    def chat(self) -> ChatSettings:
-        """Settings of the chat template for editing, training and asking."""
-        return (self.config or EditConfig()).chat
+    fade: dict[str, Fade] = field(default_factory=dict)
+    reference: str = ""
+    relearned: Evaluation | None = None
+    kept: float | None = None
 
 
 def compare_methods(
@@ -113,147 +102,155 @@ def compare_methods(
     targets: Sequence[str],
     methods: Sequence[str] = METHODS,
     progress: ProgressCallback = silent,
+    robustness: Robustness | None = None,
 ) -> Iterator[MethodResult]:
     """Unlearn each target with each method, one at a time, and yield its evaluation.
+
+    In a sequence (`comparison.sequential`), each method unlearns one target after another in the same model, and is
+    asked about all targets so far after each.
 
     Args:
         comparison: Inputs of the methods.
         targets: Subjects to forget, one after the other.
         methods: Names of methods, from METHODS.
         progress: Function that is called as in `evaluate`, `unlearn` and `trained`.
+        robustness: What is measured beside the scores; None measures nothing.
 
     Raises:
-        InputError: If a method is unknown, no probe is about a target, or an input of a method is missing or invalid.
+        InputError: If a method is unknown or cannot unlearn in a sequence, no probe is about a target, or an input of a
+            method is missing or invalid.
         RocrError: If a score or a loss is not a finite number.
     """
+    check_methods(methods, comparison.sequential)
+    groups = [tuple(targets[: i + 1]) for i in range(len(targets))] if comparison.sequential else []
+    asked = [_Asked(comparison, group, robustness or Robustness(), progress) for group in groups]
+    if comparison.sequential:
+        for method in methods:
+            yield from _in_sequence(METHOD[method], asked)
+        return
+    for target in targets:
+        alone = _Asked(comparison, (target,), robustness or Robustness(), progress)
+        for method in methods:
+            yield from _in_sequence(METHOD[method], [alone])
+
+
+def check_methods(methods: Sequence[str], sequential: bool = False) -> None:
+    """Raise InputError unless all methods are known, and defined for a sequence of targets if one is wanted."""
     unknown = [method for method in methods if method not in METHODS]
     if unknown or not methods:
         raise InputError(
             f"Unknown methods: {', '.join(unknown) or 'none given'}; the methods are {', '.join(METHODS)}."
         )
-    for target in targets:
-        probes = split_by_subject(comparison.probes, [target])
-        for method in methods:
-            style = PromptStyle.of(comparison.model)
-            if method == "in-context":
-                style = replace(style, prefix=partial(_forget_in_context, target))
-            memory = PeakMemory(comparison.model)
-            start = time.perf_counter()
-            with _unlearned(comparison, method, target, probes, progress) as model:
-                seconds, peak = time.perf_counter() - start, memory.bytes()
-                options = EvaluateOptions(style=style, seed=comparison.seed, chat=comparison.chat)
-                evaluation = evaluate(
-                    model, comparison.tokenizer, probes, comparison.forms, options=options, progress=progress
-                )
-            yield MethodResult(method, target, evaluation, seconds, peak)
+    able = sequential_methods()
+    unable = [method for method in methods if method not in able]
+    if sequential and unable:
+        raise InputError(
+            f"{', '.join(unable)}: not defined for targets one after another; the methods that are: {', '.join(able)}."
+        )
 
 
-def layers_to_edit(model: nn.Module, config: EditConfig | None = None) -> list[int]:
-    """Return the layers that "rocr" and "official ROCR" edit, and need statistics of."""
+def sequential_methods() -> tuple[str, ...]:
+    """Return the methods that unlearn targets one after another, and the unedited model."""
+    return tuple(method.name for method in _ALL if method.sequential or method is ORIGINAL)
+
+
+def layers_to_edit(model: nn.Module, config: EditConfig | None = None, methods: Sequence[str] = METHODS) -> list[int]:
+    """Return the layers that "rocr", "official ROCR" and others of the methods edit, and need statistics of."""
     architecture = find_architecture(model)
     layers = [chosen_layers(each, architecture) for each in (config or EditConfig(), EditConfig.official())]
+    extra = [METHOD[name].extra_layers for name in methods]
+    layers += [tuple(each(architecture.depth)) for each in extra if each is not None]
     return sorted({layer for chosen in layers for layer in chosen})
 
 
-@contextmanager
-def _unlearned(
-    comparison: MethodComparison, method: str, target: str, probes: Sequence[Probe], progress: ProgressCallback
-) -> Iterator[nn.Module]:
-    """Yield the model after a method has unlearned the target; leaving the context restores it."""
-    if method in TRAININGS:
-        training = TRAININGS[method]
-        seed = (training.seed + comparison.seed) % 2**63
-        training = replace(training, least_steps=comparison.least_steps, steps=comparison.steps, seed=seed)
-        examples = _examples(comparison, [p for p in probes if p.split == "forget"], method)
-        with trained(comparison.model, examples, training, progress) as model:
-            yield model
-    elif method in ("rocr", "official ROCR"):
-        if method == "rocr":
-            config, redirect = comparison.config or EditConfig(), comparison.redirect
-        else:
-            config, redirect = replace(EditConfig.official(), chat=comparison.chat), comparison.official_redirect
-        concept = Concept(target, redirect)
-        edit = unlearn(comparison.model, comparison.tokenizer, [concept], comparison.statistics, config, progress)
-        try:
-            yield comparison.model
-        finally:
-            edit.revert(comparison.model)
-    else:
-        yield comparison.model
+_Answered = tuple[MethodResult, Observation | None]
 
 
-def _examples(comparison: MethodComparison, probes: Sequence[Probe], method: str) -> list[Example]:
-    """Return the examples of a trained method: right answers, refusals, or both."""
-    refusal = _refuse if method in ("direct preference", "rejection tuning") else None
-    examples = question_examples(
-        comparison.tokenizer, probes, refusal, PromptStyle.of(comparison.model), comparison.chat
-    )
-    if method == "rejection tuning":
-        return [Example(example.prompt, example.preferred) for example in examples]
-    return examples
+class _Asked:
+    """Asks unlearned models about some targets."""
 
+    def __init__(
+        self, comparison: MethodComparison, targets: tuple[str, ...], robustness: Robustness, progress: ProgressCallback
+    ) -> None:
+        self.comparison, self.target, self.robustness, self.progress = comparison, targets[-1], robustness, progress
+        self.probes = split_by_subject(comparison.probes, targets)
+        """All probes, those about the targets so far being to forget."""
+        self.own = split_by_subject(comparison.probes, targets[-1:])
+        """All probes, those about the last target being to forget."""
+        self.forget = [probe for probe in self.probes if probe.split == "forget"]
+        self._before: float | None = None
+        self._fade: FadeMeasure | None = None
 
-def _refuse(_probe: Probe) -> str:
-    return REFUSAL
+    def case(self, model: nn.Module, earlier: object) -> Case:
+        """Return the case of unlearning the last target from a model."""
+        return Case(self.comparison, model, self.target, self.own, self.progress, earlier)
 
+    def prepare(self) -> None:
+        """Ask the unedited model what later measures are relative to, once for all methods."""
+        comparison, robustness = self.comparison, self.robustness
+        model, tokenizer = comparison.model, comparison.tokenizer
+        if robustness.relearning_steps and self._before is None:
+            options = EvaluateOptions(seed=comparison.seed, chat=comparison.chat)
+            before = evaluate(model, tokenizer, self.forget, comparison.forms, options=options, progress=self.progress)
+            self._before = knowledge(before)
+        if robustness.fade_samples and self._fade is None:
+            references = (comparison.redirect, comparison.official_redirect, self.target, *robustness.fade_references)
+            options_of_fade = FadeOptions(robustness.fade_samples, seed=comparison.seed, chat=comparison.chat)
+            own = [probe for probe in self.own if probe.split == "forget"]
+            self._fade = FadeMeasure.of(model, tokenizer, own, list(dict.fromkeys(references)), options_of_fade)
 
-def _forget_in_context(target: str, _probe: Probe) -> str:
-    return IN_CONTEXT.format(target)
-
-
-def forget_table(
-    results: Sequence[MethodResult], forms: Sequence[str]
-) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Return headings and a row for each method: mean scores of the forget set by form, and of each target's worst."""
-    rows = []
-    for method, mine in _by_method(results).items():
-        worst = [score for result in mine if (score := result.evaluation.worst_score()) is not None]
-        rows.append((method, *_scores(mine, forms, "forget"), f"{mean(worst):.3f}" if worst else ""))
-    return ("method", *forms, "worst form"), rows
-
-
-def retain_table(
-    results: Sequence[MethodResult], forms: Sequence[str]
-) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Return headings and a row for each method: mean scores of the retain set, mean seconds, highest peak memory."""
-    rows = [
-        (
-            method,
-            *_scores(mine, forms, "retain"),
-            f"{mean(result.seconds for result in mine):.1f}",
-            f"{max(result.peak_bytes for result in mine) / 1e9:.2f}",
+    def ask(self, method: Method, case: Case, unlearned: Unlearned, seconds: float, peak: int) -> _Answered:
+        """Ask an unlearned model everything that needs it."""
+        comparison, robustness, model = self.comparison, self.robustness, unlearned.model
+        style = method.style(case)
+        options = EvaluateOptions(style=style, seed=comparison.seed, chat=comparison.chat)
+        given = (model, comparison.tokenizer)
+        evaluation = evaluate(*given, self.probes, comparison.forms, options=options, progress=self.progress)
+        observation = None
+        if self._fade is not None and not unlearned.extra_tokens:
+            observation = self._fade.observe(model, style)
+        relearned = kept = None
+        if robustness.relearning_steps:
+            steps = robustness.relearning_steps
+            with tuned(model, case.retain(), steps, comparison.seed, self.progress):
+                relearned = evaluate(*given, self.forget, comparison.forms, options=options, progress=self.progress)
+            assert self._before is not None
+            kept = kept_share(self._before, knowledge(evaluation), knowledge(relearned))
+        reference = comparison.official_redirect if method is OFFICIAL else comparison.redirect
+        result = MethodResult(
+            method.name,
+            self.target,
+            evaluation,
+            seconds,
+            peak,
+            reference=reference,
+            relearned=relearned,
+            kept=kept,
         )
-        for method, mine in _by_method(results).items()
-    ]
-    return ("method", *forms, "seconds", "peak GB"), rows
+        return result, observation
+
+    def finish(self, answered: _Answered) -> MethodResult:
+        """Add what needs the unedited model again."""
+        result, observation = answered
+        if observation is None or self._fade is None:
+            return result
+        return replace(result, fade=self._fade.finish(self.comparison.model, observation))
 
 
-def _by_method(results: Sequence[MethodResult]) -> dict[str, list[MethodResult]]:
-    found: dict[str, list[MethodResult]] = {}
-    for result in results:
-        found.setdefault(result.method, []).append(result)
-    return found
-
-
-def _scores(results: Sequence[MethodResult], forms: Sequence[str], split: str) -> list[str]:
-    """Return the mean over targets for each form as text, empty if no question was asked in it."""
-    cells = []
-    for form in forms:
-        scores = [result.evaluation.form_score(form, split) for result in results]
-        found = [score.score for score in scores if score is not None]
-        cells.append(f"{mean(found):.3f}" if found else "")
-    return cells
-
-
-def results_json(results: Sequence[MethodResult]) -> list[dict[str, Any]]:
-    """Return the results as JSON values."""
-    return [
-        {
-            "method": result.method,
-            "target": result.target,
-            "seconds": result.seconds,
-            "peak_bytes": result.peak_bytes,
-            "evaluation": result.evaluation.to_json(),
-        }
-        for result in results
-    ]
+def _in_sequence(method: Method, asked: Sequence[_Asked]) -> Iterator[MethodResult]:
+    """Unlearn the targets one after another in one model, ask after each, and yield the results in the end."""
+    answered = []
+    for each in asked:
+        each.prepare()
+    with ExitStack() as stack:
+        model: nn.Module = asked[0].comparison.model
+        state: object = None
+        for each in asked:
+            case = each.case(model, state)
+            memory, start = PeakMemory(model), time.perf_counter()
+            unlearned = stack.enter_context(method.unlearned(case))
+            seconds, peak = time.perf_counter() - start, memory.bytes()
+            model, state = unlearned.model, unlearned.state
+            answered.append(each.ask(method, case, unlearned, seconds, peak))
+    for each, found in zip(asked, answered, strict=True):
+        yield each.finish(found)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from rocr.argument_checks import check_path
+from rocr.concepts import Kind
 from rocr.errors import InputError
 from rocr.evaluation.probes.probe import Probe, ProbeForm, Problems, Split, Variant, Wording, check_all
 from rocr.io.boundary import calling
@@ -23,8 +24,9 @@ from rocr.model.hub import load_dataset
 
 HUB_PREFIX = "hf:"
 PACKAGED = {name: Path(__file__).parents[2] / "data" / f"{name}.jsonl" for name in ("probes", "namesakes")}
-"""The sets of the package by name: questions about 50 people, and about famous namesakes of people and things."""
-FIELDS = ("subject", "query", "answer", "distractors", "form", "split", "cloze", "namesake_of", *get_args(Variant))
+"""The sets of the package by name: about 50 people and 20 things, and about famous namesakes of people and things."""
+TEXTS = ("subject", "query", "answer", "form", "split", "cloze", "namesake_of", "kind")
+FIELDS = (*TEXTS, "distractors", *get_args(Variant))
 MAX_FILE_BYTES = 256 * 2**20
 _FOLDER_FILE = re.compile(r"(forget|neighbor)_level(\d)\.json")
 _FORM_OF_LEVEL: dict[str, ProbeForm] = {"1": "fb", "2": "qa", "3": "adversarial", "4": "mcp"}
@@ -37,12 +39,13 @@ def load_probes(path: str | os.PathLike[str], download: bool = False) -> list[Pr
     """Read probes from a `.jsonl` file, from a folder of RWKU or ORT, from a Hugging Face dataset, or of the package.
 
     A line of a `.jsonl` file is an object with `subject`, `query` and `answer`, and optionally `distractors` (a
-    list), `form` ("qa", "fb", "mcp", "adversarial"), `split` ("forget", "retain"), `cloze`, and a question for
-    each of "translated", "misspelt", "abbreviated", "described" (a string, or an object with `query` and `answer`).
-    A probe with `namesake_of` is about a namesake of that concept, and has the split "retain" if it gives none.
+    list), `form` ("qa", "fb", "mcp", "adversarial", "reverse"), `split` ("forget", "retain"), `cloze`, `kind`
+    ("person", "thing"), and other wordings of the question by their variant, such as "described" or "chinese" (a
+    string, or an object with `query` and `answer`); see `Probe.wordings`. A probe with `namesake_of` is about a
+    namesake of that concept, and has the split "retain" if it gives none.
 
     The names "probes" and "namesakes" stand for the sets of the package, unless a file or folder has that name:
-    questions about 50 well-known people, and about famous namesakes of people and things.
+    questions about 50 well-known people and 20 things, and about famous namesakes of people and things.
 
     A folder is the folder of one target, with `forget_level1.json` and similar files, or contains such folders. Its
     name is the target's name after an optional number ("1_Stephen_King"). Level 1 is the form "fb", 2 "qa",
@@ -137,7 +140,7 @@ def read_probe(value: object, place: str, problems: Problems) -> Probe | None:
         return None
     flaws = [f"unknown field {str(name)[:60]!r}; the fields are {', '.join(FIELDS)}" for name in set(value) - {*FIELDS}]
     flaws += [f"has no {name}" for name in ("subject", "query", "answer") if name not in value]
-    texts = [n for n in ("subject", "query", "answer", "form", "split", "cloze", "namesake_of") if n in value]
+    texts = [name for name in TEXTS if name in value]
     flaws += [f"{name} must be a string" for name in texts if not isinstance(value[name], str)]
     distractors = value.get("distractors", [])
     if not isinstance(distractors, list) or not all(isinstance(text, str) for text in distractors):
@@ -165,6 +168,7 @@ def read_probe(value: object, place: str, problems: Problems) -> Probe | None:
         wordings=wordings,
         namesake_of=value.get("namesake_of"),
         place=place,
+        kind=cast(Kind | None, value.get("kind")),
     )
 
 

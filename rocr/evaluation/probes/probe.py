@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
-from rocr.concepts import folded
+from rocr.concepts import Kind, folded
 from rocr.errors import InputError
 from rocr.io.spelling import hidden_characters
 
 Split = Literal["forget", "retain"]
-ProbeForm = Literal["qa", "fb", "mcp", "adversarial"]
-Variant = Literal["translated", "misspelt", "abbreviated", "described"]
+ProbeForm = Literal["qa", "fb", "mcp", "adversarial", "reverse"]
+Language = Literal[
+    "spanish", "chinese", "russian", "arabic", "french", "german", "hindi", "japanese", "korean", "portuguese"
+]
+Variant = Literal["translated", "misspelt", "abbreviated", "described", "lower", "surname", Language]
 MAX_SHOWN_ERRORS = 50
 MAX_TEXT_LENGTH = 20_000  # characters
 _REFUSED = ("Cc", "Cf", "Cs")  # control characters; zero-width and bidirectional ones; lone surrogates
@@ -44,14 +48,19 @@ class Probe:
             there are no distractors, it lists its options, and the answer is the letter of one.
         answer: The right answer.
         distractors: Wrong answers, used as options of multiple-choice questions.
-        form: The form of `query`: "qa" (a plain question), "fb" (fill in the blank), "mcp" (multiple choice) or
-            "adversarial". Other forms are derived from "qa" probes.
+        form: The form of `query`: "qa" (a plain question), "fb" (fill in the blank), "mcp" (multiple choice),
+            "adversarial", or "reverse" (a plain question whose answer is the subject's name; only the forms "reverse",
+            "reverse-fb" and "reverse-mcp" ask it). Other forms are derived from "qa" probes.
         split: "forget" if the model must forget the answer, "retain" if it must keep it.
         cloze: The question as a sentence with a blank `___`, for the form "fb"; None derives it from `query`.
-        wordings: Other wordings of the question, by variant: "translated", "misspelt", "abbreviated", "described".
+        wordings: Other wordings of the question, by variant: "translated" (into any language), "misspelt",
+            "abbreviated", "described", "lower", "surname", or a language: "spanish", "chinese", "russian", "arabic",
+            "french", "german", "hindi", "japanese", "korean", "portuguese".
         namesake_of: The concept whose first or last word the subject has, if the probe is about a namesake. Such a
             probe is always of the split "retain". None for other probes.
         place: Where the probe was read, such as "file:line", for error messages.
+        kind: "person" or "thing", what the subject is; None if it is not known. Only the name of a person has a
+            surname, and that of a thing has no initials.
     """
 
     subject: str
@@ -64,6 +73,7 @@ class Probe:
     wordings: Mapping[Variant, Wording] = field(default_factory=dict)
     namesake_of: str | None = None
     place: str = ""
+    kind: Kind | None = None
 
 
 @dataclass
@@ -147,6 +157,11 @@ def _check(probes: Sequence[Probe], problems: Problems) -> None:
             problems.add(probe.place, f"is a duplicate of {first}: the same question about {probe.subject[:60]!r}")
 
 
+def has_words(text: str, words: str) -> bool:
+    """Return whether a text contains words, in any case, that are not parts of other words."""
+    return re.search(rf"(?<!\w){re.escape(folded(words))}(?!\w)", folded(text)) is not None
+
+
 def _is_refused(character: str) -> bool:
     """Return whether a character is invisible and changes how text is shown or read."""
     return unicodedata.category(character) in _REFUSED and character not in "\t\r\n"
@@ -180,6 +195,10 @@ def _flaws(probe: Probe) -> Iterable[str]:
         yield f"form must be one of {', '.join(get_args(ProbeForm))}, not {probe.form[:60]!r}"
     if probe.split not in get_args(Split):
         yield f"split must be one of {', '.join(get_args(Split))}, not {probe.split[:60]!r}"
+    if probe.kind is not None and probe.kind not in get_args(Kind):
+        yield f"kind must be one of {', '.join(get_args(Kind))}, not {probe.kind[:60]!r}"
+    if probe.form == "reverse" and answer and has_words(probe.query, probe.answer):
+        yield f"a query of the form reverse must not contain its answer, {probe.answer[:60]!r}"
     if probe.namesake_of is not None:
         if not probe.namesake_of.strip():
             yield "namesake_of is empty; name the concept, or leave the field out"

@@ -11,6 +11,7 @@
 #include <thread>
 
 #include "../../../csrc/low_rank_update.h"
+#include "../../../csrc/support_solve.h"
 #include "../../../csrc/parallel.h"
 #include "../../../csrc/second_moment.h"
 #include "matrix.h"
@@ -150,10 +151,68 @@ void check_low_rank_update(const Simd& simd, DType dtype, const std::vector<Shap
     operands.push_back(std::make_unique<Operands>(dtype, shape, at_end, Random(shape.rows + 7 * shape.columns)));
     updates.push_back(operands.back()->update());
   }
-  rocr::low_rank_update(updates, -0.5f, stochastic, 3, threads, simd);
+  rocr::low_rank_update(updates, -0.5f, stochastic, false, 3, threads, simd);
   for (const auto& each : operands) {
     const std::vector<std::int64_t> sizes{each->weight.rows, each->weight.columns, each->left.columns};
     each->check("low-rank update, " + described(simd, dtype, sizes, threads), -0.5, stochastic);
+  }
+}
+
+// Zeros keep their bits, and the other elements are those of an update without them.
+void check_kept_zeros(const Simd& simd, DType dtype, Shape shape, bool stochastic) {
+  const Operands dense(dtype, shape, true, Random(5)), kept(dtype, shape, true, Random(5));
+  for (const Operands* each : {&dense, &kept})
+    for (std::int64_t row = 0; row < shape.rows; ++row)
+      for (std::int64_t column = row % 2; column < shape.columns; column += 2)
+        std::memset(each->weight.at(row, column), 0, each->weight.width());
+  rocr::low_rank_update({dense.update()}, 1, stochastic, false, 3, 2, simd);
+  rocr::low_rank_update({kept.update()}, 1, stochastic, true, 3, 2, simd);
+  for (std::int64_t row = 0; row < shape.rows; ++row) {
+    for (std::int64_t column = 0; column < shape.columns; ++column) {
+      const double found = kept.weight.value(row, column);
+      require(found == (column % 2 == row % 2 ? 0.0 : dense.weight.value(row, column)),
+              described(simd, dtype, {row, column}, 2) + ": a kept zero");
+    }
+  }
+}
+
+// The coefficients solve (A Aᵀ + ridge I) y = r, z = Aᵀ y: then A z + ridge y = r, where y = (r - A z) / ridge.
+void check_support_solve(const Simd& simd, DType dtype, Sizes sizes, std::int64_t n, std::int64_t m, int threads,
+                         bool at_end) {
+  Random random(11);
+  const std::int64_t rows = sizes.tokens, columns = sizes.size, basis_stride = m + rocr::line_floats;
+  const Matrix weight(dtype, rows, columns, columns + sizes.keys_gap, at_end, random);
+  for (std::int64_t row = 0; row < rows; ++row)
+    for (std::int64_t column = row % 3; column < columns; column += 2)
+      std::memset(weight.at(row, column), 0, weight.width());
+  const Matrix keys(DType::float32, columns, n, n, at_end, random);
+  const Matrix basis(DType::float32, columns, basis_stride, basis_stride, at_end, random);
+  const Matrix residuals(DType::float32, rows, n, n, at_end, random);
+  const Matrix found(DType::float32, rows, m, m, at_end, random);
+  const double ridge = static_cast<double>(columns) * columns;
+  const bool solved = rocr::solve_on_support(
+      {weight.data(), rocr::bytes_of(dtype), rows, columns, weight.stride, keys.floats(), n, basis.floats(), m,
+       basis_stride, residuals.floats(), ridge, found.floats()},
+      threads, simd);
+  const std::string what = "a solve on a support, " + described(simd, dtype, {rows, columns, n, m}, threads);
+  require(solved, what);
+  for (std::int64_t row = 0; row < rows; ++row) {
+    std::vector<double> left(n * m), dual(n), again(m);
+    for (std::int64_t a = 0; a < n; ++a)
+      for (std::int64_t b = 0; b < m; ++b)
+        for (std::int64_t column = 0; column < columns; ++column)
+          if (weight.value(row, column) != 0.0) left[a * m + b] += keys.value(column, a) * basis.value(column, b);
+    double error = 0, norm = 0;
+    for (std::int64_t a = 0; a < n; ++a) {
+      dual[a] = residuals.value(row, a);
+      for (std::int64_t b = 0; b < m; ++b) dual[a] -= left[a * m + b] * found.value(row, b);
+      for (std::int64_t b = 0; b < m; ++b) again[b] += left[a * m + b] * dual[a] / ridge;
+    }
+    for (std::int64_t b = 0; b < m; ++b) {
+      error += (again[b] - found.value(row, b)) * (again[b] - found.value(row, b));
+      norm += again[b] * again[b];
+    }
+    require(std::sqrt(error) <= 1e-4 * std::sqrt(norm), what + ": error " + std::to_string(std::sqrt(error / norm)));
   }
 }
 
@@ -183,6 +242,10 @@ int check_odd_sizes(const Simd& simd) {
           check_grouped_second_moment(simd, dtype, tokens, sizes, threads, at_end), ++cases;
       for (const std::vector<Shape>& shapes : updates)
         check_low_rank_update(simd, dtype, shapes, threads, at_end, turn > 1), ++cases;
+      check_kept_zeros(simd, dtype, {9, 49, 3, 5}, turn > 1), ++cases;
+      check_support_solve(simd, dtype, {1, 1, 0, 0}, 1, 1, threads, at_end), ++cases;
+      check_support_solve(simd, dtype, {19, 300, 3, 0}, 3, 5, threads, at_end), ++cases;
+      check_support_solve(simd, dtype, {140, 37, 0, 0}, 9, 17, threads, at_end), ++cases;
     }
   }
   return cases;
@@ -259,8 +322,14 @@ void check_refusals(const Simd& simd) {
       rocr::accumulate_grouped_second_moment(some, 4, 2, some, 2, offsets, 2, DType::float32, 1, simd);
     });
   const rocr::LowRankUpdate update{some, DType::float32, 2, 3, 2, 1, some, some};
-  check_refused([&] { rocr::low_rank_update({update}, 1, false, 0, 1, simd); });
-  check_refused([&] { rocr::low_rank_update({}, 1, false, 0, 0, simd); });
+  check_refused([&] { rocr::low_rank_update({update}, 1, false, false, 0, 1, simd); });
+  check_refused([&] { rocr::low_rank_update({}, 1, false, false, 0, 0, simd); });
+  const rocr::SupportSolve solve{some, 4, 1, 2, 2, some, 1, some, 1, 17, some, 1.0, some};
+  rocr::SupportSolve narrow = solve, thin = solve, empty = solve;
+  narrow.stride = 1, thin.basis_stride = 16, empty.key_count = 0;
+  for (const rocr::SupportSolve& each : {narrow, thin, empty})
+    check_refused([&] { rocr::solve_on_support(each, 1, simd); });
+  check_refused([&] { rocr::solve_on_support(solve, 0, simd); });
   check_refused([] { rocr::find_simd("none"); });
 }
 
