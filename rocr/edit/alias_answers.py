@@ -50,6 +50,8 @@ MAX_CHARACTERS_PER_LETTER, MAX_SYLLABLES_PER_LETTER = 2.0, 0.7
 LEAST_LIMIT, MORE_WORDS, MAX_WORDS = 8, 2, 8
 """A spelling may have 8 characters, or as many as the constants above for each letter of the name, and two words more
 than it. Names and the second half of descriptions have at most 8 words."""
+LONGEST_OF_ONE_LETTER = 5
+"""Largest number of letters of a name that is written as one letter of another script."""
 SEVERAL, RELATED = 3, 5
 """Largest number of nicknames or descriptions, and of related things, that are cut out of one answer."""
 
@@ -159,6 +161,8 @@ def cut_spelling(answer: str, name: str, language: str) -> Cut:
     count = sum(unicodedata.category(character)[0] == "L" for character in best)
     if count > max(LEAST_LIMIT, share * letters) or len(best.split()) > len(name.split()) + MORE_WORDS:
         return Cut(reason=f"a sentence, not a name: {_start(best)}")
+    if count < 2 and letters > LONGEST_OF_ONE_LETTER:
+        return Cut(reason=f"one letter for a whole name: {_start(answer)}")
     return _checked([best], name, "")
 
 

@@ -144,6 +144,7 @@ def test_descriptions(answer, expected):
         ("Chinese", "斯蒂芬·金\n\n斯蒂芬金", ("斯蒂芬·金",)),
         ("Chinese", "斯蒂芬·金在中文里是这样写的", "a sentence, not a name: '斯蒂芬·金在"),
         ("Chinese", "스티븐 킹", "no letters of Chinese: '스티븐 킹'"),
+        ("Russian", 'It is "\u041cicrosoft".', "one letter for a whole name"),
         ("Chinese", "", "no letters of Chinese: an empty answer"),
         ("Japanese", "スティーヴン・キング。", ("スティーヴン・キング",)),
         ("Japanese", "「スティーヴン・キング」", ("スティーヴン・キング",)),
@@ -167,6 +168,10 @@ def test_descriptions(answer, expected):
 )
 def test_spellings(language, answer, expected):
     assert_cut(cut_spelling(answer, NAME, language), expected)
+
+
+def test_a_short_name_may_be_one_letter():
+    assert_cut(cut_spelling("金", "King", "Chinese"), ("金",))
 
 
 def test_a_name_in_its_own_script_is_the_name_itself():
