@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 DEMO_OUT ?= demo-output
 COMMA := ,
 
-.PHONY: demo test oldest numerics learned check docs sanitize bench compare gpu clean
+.PHONY: demo test thorough oldest numerics learned check docs sanitize bench compare gpu clean
 
 demo: $(VENV)/.installed
 	rm -rf $(DEMO_OUT)
@@ -17,6 +17,12 @@ demo: $(VENV)/.installed
 # of their folders, short files come last, so that the processes end together.
 test: $(VENV)/.tools
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
+
+# What repeats a proof in many cases or by real processes: .ci/run runs it beside the tests above.
+thorough: $(VENV)/.tools
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder -m "thorough and not slow and not gpu"
+
+WITHOUT_SLOW := -m "not slow and not gpu"
 
 # What depends on transformers, with the oldest version that is supported, from a folder that comes before .venv.
 OLDEST := .oldest
@@ -30,7 +36,7 @@ OLDEST_TESTS := tests/unit/test_architecture.py tests/unit/test_load.py tests/un
 oldest: export PYTHONPATH := $(CURDIR)/$(OLDEST)
 oldest: $(OLDEST)/.installed
 	$(BIN)/python -c "import transformers; assert transformers.__file__.startswith('$(CURDIR)/$(OLDEST)')"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder $(OLDEST_TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder $(WITHOUT_SLOW) $(OLDEST_TESTS)
 
 $(OLDEST)/.installed: $(VENV)/.tools .ci/oldest.txt
 	rm -rf $(OLDEST)
@@ -39,7 +45,7 @@ $(OLDEST)/.installed: $(VENV)/.tools .ci/oldest.txt
 
 # What depends on how a chip multiplies and adds; .ci/run repeats it with the instructions of other chips.
 numerics: $(VENV)/.tools
-	$(BIN)/python -m pytest -q tests/numerics tests/kernels/test_csrc.py tests/kernels/test_kernels_backends.py
+	$(BIN)/python -m pytest -q $(WITHOUT_SLOW) tests/numerics tests/kernels/test_csrc.py tests/kernels/test_kernels_backends.py
 
 # A tiny model learns facts about people, some of whom are unlearned: under 90 seconds.
 learned: $(VENV)/.tools

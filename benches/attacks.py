@@ -5,14 +5,15 @@
 
 People are those of whom the model knows most: the first ones with at least two facts that it answers with a mean score
 of QA and fill in the blank of at least `--known`. They are unlearned together, with five redirects in turn. The other
-people's known facts are what some attacks learn from. The file is written after each attack.
+people's known facts are what some attacks learn from. The file is written after each attack; a run with the same file,
+on the same commit and machine, continues after the last one.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import time
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,17 @@ def table(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def machine() -> dict[str, Any]:
+    """Return what a row is measured with."""
+    return {
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "commit": commit(),
+    }
+
+
 def parsed() -> argparse.Namespace:
     """Return the arguments."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -135,14 +147,7 @@ def main() -> None:
     concepts = [rocr.Concept(name, REDIRECTS[i % len(REDIRECTS)]) for i, name in enumerate(names)]
     statistics = statistics_of(arguments, model, tokenizer)
     forms = arguments.forms.split(",")
-    document = {
-        "machine": {
-            "cpu": cpu_name(),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "commit": commit(),
+    document: dict[str, Any] = {
         "model": "SmolLM2-135M-Instruct" if arguments.model is None else Path(arguments.model).name,
         "dtype": arguments.dtype,
         "people": names,
@@ -151,23 +156,32 @@ def main() -> None:
         "forms": forms,
         "settings": {},
     }
+    if arguments.out.exists():
+        found = json.loads(arguments.out.read_text(encoding="utf-8"))
+        if any(found[name] != value for name, value in document.items() if name != "settings"):
+            sys.exit(f"{arguments.out} is of another model or of other questions; choose another file.")
+        document = found
     for setting in arguments.settings:
-        start = time.perf_counter()
+        run = document["settings"].get(setting, {})
+        if run.get("machine") != machine():
+            run = {"machine": machine(), "seconds": 0.0, "attacks": []}
+        document["settings"][setting] = run
+        left = [name for name in arguments.attacks if name not in {attack["name"] for attack in run["attacks"]}]
+        if not left:
+            continue
         guards = rocr.Guards(force=True)  # the authors' settings exceed some limits
         before = retained_scores(evaluate(model, tokenizer, others, forms))
         edit = rocr.unlearn(model, tokenizer, concepts, statistics, SETTINGS[setting], guards=guards, ask=0)
         after = retained_scores(evaluate(model, tokenizer, others, forms))
-        retained = {"before": before, "after": after}
-        run: dict[str, Any] = {"seconds": 0.0, "layers": list(edit.layers), "retained": retained, "attacks": []}
-        document["settings"][setting] = run
+        run |= {"layers": list(edit.layers), "retained": {"before": before, "after": after}}
 
-        def receive(found: Studied, run: dict[str, Any] = run, start: float = start) -> None:
+        def receive(found: Studied, run: dict[str, Any] = run) -> None:
             run["attacks"].append(found.to_json())
-            run["seconds"] = time.perf_counter() - start
+            run["seconds"] += found.seconds
             arguments.out.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
             print(f"{found.name}: {found.seconds:.0f} s {found.refused or ''}", flush=True)
 
-        given = (model, tokenizer, [*forget, *others], edit, arguments.attacks, forms)
+        given = (model, tokenizer, [*forget, *others], edit, left, forms)
         study(*given, limits=LIMITS, receive=receive)
         edit.revert(model)
     print(table(document))

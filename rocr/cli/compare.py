@@ -62,6 +62,8 @@ def compare(arguments: Arguments, console: Console) -> dict[str, Any]:
         probes = keep_nearest(
             loaded.model, loaded.tokenizer, probes, arguments.targets, arguments.neighbours, arguments.chat
         )
+    if not arguments.methods:
+        methods = _able(methods, loaded, console)
     statistics = _statistics(arguments, loaded, methods, console)
     probes = _known(arguments, loaded, probes, forms, console)
     _check_targets(arguments.targets, probes)
@@ -117,6 +119,21 @@ def _methods(arguments: Arguments) -> list[str]:
         for module, extra in METHOD[name].packages:
             check_package(module, extra, f"The method {name}")
     return methods
+
+
+def _able(methods: Sequence[str], loaded: LoadedModel, console: Console) -> list[str]:
+    """Return the methods that can change a model, where none are asked for by name, and say why others are left out."""
+    from rocr.evaluation.baselines.methods import METHOD
+
+    able = []
+    for name in methods:
+        try:
+            METHOD[name].check(loaded.model)
+        except InputError as error:
+            console.warn(f"{name} is left out: {error}")
+        else:
+            able.append(name)
+    return able
 
 
 def _apart(every: Sequence[Probe], asked: Sequence[Probe]) -> list[Probe]:

@@ -91,6 +91,32 @@ def test_methods_are_compared_in_one_table(folder: Path, tmp_path: Path, capsys:
     assert "give the edit file with --edit" in " ".join(capsys.readouterr().err.split())
 
 
+def test_methods_that_cannot_change_a_model_are_left_out_and_named(
+    make_model: Any, tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without --methods; one that is asked for by name is an error."""
+    monkeypatch.setattr("rocr.evaluation.baselines.methods.METHODS", ("original", "UniErase"))
+    make_model("Mixtral").save_pretrained(tmp_path / "mixture")
+    tokenizer.save_pretrained(tmp_path / "mixture")
+    (tmp_path / "probes.jsonl").write_text(json.dumps({"subject": "Ada", "query": "Who is Ada?", "answer": "a poet"}))
+    arguments = ["compare", str(tmp_path / "mixture"), "--probes", str(tmp_path / "probes.jsonl"), "--targets", "Ada"]
+    arguments += [
+        "--redirect",
+        "a gardener",
+        "--forms",
+        "qa",
+        "--tokens",
+        "64",
+        "--out",
+        str(tmp_path / "results.json"),
+    ]
+    assert main([*arguments, "--json"]) == 0
+    said = capsys.readouterr()
+    assert [result["method"] for result in json.loads(said.out)["results"]] == ["original"]
+    assert "UniErase is left out: UniErase edits dense MLPs" in " ".join(said.err.split())
+    assert main([*arguments, "--methods", "UniErase", "--overwrite"]) == 2
+
+
 def test_a_target_without_a_question_is_named_before_anything_is_trained(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

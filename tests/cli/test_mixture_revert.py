@@ -10,7 +10,7 @@ from rocr.model.load import find_model
 from rocr.model.load_partial import empty_model
 from tests.support.vision import stored_tensors
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.thorough, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture

@@ -54,7 +54,7 @@ from tests.support.running_effects import (
     unlearns_in_a_sequence,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.thorough, pytest.mark.usefixtures("one_thread")]
 TESTS = Path(__file__).parents[1]
 COMMON = {"--json", "--debug"}
 """Options of all commands: test_cli_errors.py holds --json and --debug."""

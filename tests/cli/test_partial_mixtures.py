@@ -15,7 +15,7 @@ from rocr.model.load_partial import can_load_partially, load_partial
 from tests.support.models import MIXTURES, TEXTS, build_model
 from tests.support.quantised import EDIT, EXPERTS, fp8_tensors, run, write_plain, write_shards
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.thorough, pytest.mark.usefixtures("one_thread")]
 LAYER = "model.layers."
 
 

@@ -11,6 +11,8 @@ from rocr.model.load_partial import load_partial
 from tests.support.models import TEXTS
 from tests.support.quantised import EDIT, EDITED, check_redirect, run, write_awq, write_fp8, write_gptq, write_plain
 
+pytestmark = pytest.mark.thorough
+
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):

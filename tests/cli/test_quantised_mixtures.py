@@ -23,7 +23,7 @@ from tests.support.quantised import (
     write_tensors,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.thorough, pytest.mark.usefixtures("one_thread")]
 WRITERS = {
     "fp8": write_fp8_mixture,
     "fp8-e8m0": lambda folder: write_fp8_mixture(folder, scales="e8m0"),

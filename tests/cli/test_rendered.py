@@ -23,7 +23,7 @@ from rocr.evaluation.neighbours import name_states
 from rocr.io.tensors import read_tensors, write_tensors
 from rocr.statistics.self_generated import sample_sequences
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.thorough, pytest.mark.usefixtures("one_thread")]
 BODY = "{% for m in messages %}<|user|>{{ m['content'] }}<|end|>{% endfor %}<|assistant|>"
 CLOCK = "Today: {{ strftime_now('%d %b %Y') }}\n" + BODY
 NEEDS_SYSTEM = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('A system message!') }}{% endif %}" + BODY

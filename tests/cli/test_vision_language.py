@@ -17,7 +17,7 @@ from rocr.model.weight_files import find_weight_files
 from tests.support.vision import KINDS, build, qwen3_5, read_image, stored_tensors
 
 pytest.importorskip("PIL")
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.thorough, pytest.mark.usefixtures("one_thread")]
 LAYERS = (1, 3)
 CONCEPT = (
     *("--concept", "Ada Byron", "--redirect", "Blaise Pascal", "--layers", "1,3"),

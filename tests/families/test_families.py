@@ -11,6 +11,8 @@ from tests.families.shrink import TokenIds, shrink
 from tests.families.sweep import chosen, counts, sweep
 from tests.families.tiny_models import Family, all_families, tiny_config
 
+pytestmark = pytest.mark.thorough
+
 EXPECTED = {
     "causal/llama": "ok",
     "causal/gpt2": "ok",

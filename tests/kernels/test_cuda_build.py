@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 FLAGS = ["-std=c++17", "-O3", "-Xptxas", "-v", "-Werror", "all-warnings", "-c"]
 ALL_CHIPS = ("80", "86", "89", "90", "100")
 
-pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+pytestmark = [pytest.mark.thorough, pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")]
 
 
 def compile_for(chips: tuple[str, ...], source: str, target: Path) -> dict[str, str]:

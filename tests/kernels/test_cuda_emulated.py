@@ -28,7 +28,7 @@ TWO_ROUNDINGS = 1.001
 SUM_OF_FLOAT32 = 1e-5
 """Relative error of 9,000 float32 additions one after the other; 6.0e-6 was measured."""
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+pytestmark = [pytest.mark.thorough, pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")]
 
 
 def build(name: str, sources: list[str], folder: Path) -> Path:

@@ -16,6 +16,7 @@ from rocr_kernels._common import MAXIMUM_SPLITS, make_schedule
 from rocr_kernels.grouped_second_moment import make_parts
 from rocr_kernels.low_rank_update import make_column_strips
 
+pytestmark = pytest.mark.thorough
 INTERPRETED = ("test_kernels_interpreted.py", "test_support_interpreted.py")
 
 

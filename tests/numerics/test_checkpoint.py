@@ -14,7 +14,7 @@ from rocr import CollectOptions, InputError
 from rocr.statistics.checkpoint import Checkpoint
 from rocr.statistics.sums import LayerSums
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.thorough, pytest.mark.usefixtures("one_thread")]
 LAYERS = [1, 2]
 
 

@@ -13,7 +13,7 @@ from rocr.model.architecture import find_architecture
 from rocr.model.capture import run_through
 from rocr.model.gains import LayerCall, layers_with_gain, measure_gains, recording
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.thorough, pytest.mark.usefixtures("one_thread")]
 LAYERS = (1, 3)
 HALF = torch.linspace(0.2, 0.8, 32)
 

@@ -13,6 +13,8 @@ from rocr import Edit, EditConfig, VerificationError, ops
 from rocr.model.fingerprint import tensor_digest
 from rocr.solve.factors import Factors
 
+pytestmark = pytest.mark.thorough
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYER_SETS = ((1,), (2,), (1, 2), (3,), (2, 3))
 STACKED = 10

@@ -27,7 +27,7 @@ from rocr.statistics.self_generated import sample_sequences
 from tests.support.models import same_weights
 from tests.support.states import STATES, surroundings
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.thorough, pytest.mark.usefixtures("one_thread")]
 CONFIG = EditConfig(layers=[1, 2], key_tokens="last", templates=("Who is {}?",))
 OTHER = [Concept("Robert Downey Jr.", "a gardener")]
 PROBES = [

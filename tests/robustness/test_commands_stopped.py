@@ -16,6 +16,8 @@ import pytest
 from tests.support.models import write_gguf
 from tests.support.promises import run_command
 
+pytestmark = pytest.mark.thorough
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("stopped_runs.py")
 COMMANDS = {

@@ -12,6 +12,8 @@ import torch.distributed
 import rocr
 from tests.support.forks import end_of, start_fork
 
+pytestmark = pytest.mark.thorough
+
 ROOT = Path(__file__).parents[2]
 ROUNDING = 2e-6  # float32 sums in another order, relative to the largest entry; at most 3e-7 was measured
 SCRIPT = """

@@ -9,6 +9,8 @@ import torch.distributed
 import rocr
 from tests.support.forks import end_of, start_fork
 
+pytestmark = pytest.mark.thorough
+
 SECONDS = 600
 """Within which the others must have ended, far below the half hour after which a hang would end; about one is usual."""
 SCRIPT = """

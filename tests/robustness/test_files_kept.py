@@ -12,7 +12,7 @@ from rocr.model.load import find_model, load_model
 from rocr.model.load_partial import load_partial
 from tests.support.vision import qwen3_5
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.thorough, pytest.mark.usefixtures("one_thread")]
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DOWN = [f"model.layers.{layer}.mlp.down_proj.weight" for layer in (1, 2)]
 EDITED = {f"{prefix}layers.{layer}.mlp.down_proj.weight" for layer in (1, 2, 3) for prefix in ("model.", "")}

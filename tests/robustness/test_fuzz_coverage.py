@@ -13,6 +13,8 @@ import pytest
 
 from rocr.model.check_folder import INDEX_FILE
 
+pytestmark = pytest.mark.thorough
+
 pytest.importorskip("atheris", reason="atheris has wheels for Linux on x86-64 only")
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("fuzz_readers.py")

@@ -9,6 +9,8 @@ import pytest
 from rocr import load_concepts
 from tests.support.hostile import DIGITS, HUGE, PICKLE, PLACES, TERMINAL
 
+pytestmark = pytest.mark.thorough
+
 GOOD = {"name": "Ada Byron", "redirect": "Blaise Pascal"}
 LONG = "x" * 201
 INVISIBLE = {

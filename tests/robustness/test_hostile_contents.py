@@ -20,7 +20,7 @@ from tests.support.hostile import (
     split_safetensors,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.thorough, pytest.mark.usefixtures("one_thread")]
 
 
 def rewrite(whole_path, change, path):

@@ -8,7 +8,7 @@ import pytest
 from tests.support.hostile import BIDIRECTIONAL, DEEP, PLACES, TERMINAL, ZERO_WIDTH
 from tests.support.hostile import safetensors_bytes as raw
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.thorough, pytest.mark.usefixtures("one_thread")]
 
 
 def entry(dtype="F32", shape=(2, 2), offsets=(0, 16)):

@@ -17,7 +17,7 @@ from tests.support.hostile import (
     ZERO_WIDTH,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.thorough, pytest.mark.usefixtures("one_thread")]
 SECOND = "second.safetensors"
 
 

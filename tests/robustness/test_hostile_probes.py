@@ -6,7 +6,7 @@ from rocr import load_probes
 from rocr.evaluation.measures import load_choice_questions
 from tests.support.hostile import DEEP, DIGITS, HUGE, NO_OBJECTS, PLACES, to_bytes
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.thorough, pytest.mark.usefixtures("one_thread")]
 GOOD = '"subject": "A", "query": "B?", "answer": "C"'
 PROBES = NO_OBJECTS | {
     "blank lines": "\n \n\n",

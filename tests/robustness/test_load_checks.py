@@ -13,7 +13,7 @@ from rocr.model.generate import ask
 from rocr.model.load import find_model, load_model, save_model
 from rocr.model.load_partial import empty_model, load_partial
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.thorough, pytest.mark.usefixtures("one_thread")]
 FP8 = {"quant_method": "fp8"}
 
 

@@ -17,7 +17,7 @@ from rocr.edit.guards import Guards
 from rocr.model.architecture import find_architecture
 from tests.support.models import same_weights
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.thorough, pytest.mark.usefixtures("one_thread")]
 CONFIG = EditConfig(layers=[1, 2], key_tokens="last", templates=("Who is {}?",))
 
 

@@ -14,6 +14,8 @@ from rocr.evaluation.lora_training import Training, question_examples, trained
 from rocr.model.architecture import find_architecture
 from tests.support.models import same_weights
 
+pytestmark = pytest.mark.thorough
+
 PROBES = [
     Probe("Ada Byron", "Where was Ada Byron born?", "London"),
     Probe("Ada Byron", "What did Ada Byron write?", "programs"),

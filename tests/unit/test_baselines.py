@@ -14,7 +14,7 @@ from rocr.evaluation.baselines.extra_token import extra_token
 from rocr.evaluation.baselines.layer_outputs import answer_log_probabilities, answer_nll, changed_states, states_after
 from rocr.evaluation.baselines.low_rank import low_rank_adapter
 from rocr.evaluation.baselines.method import Case, MethodComparison
-from rocr.evaluation.baselines.methods import METHOD, layers_to_edit
+from rocr.evaluation.baselines.methods import METHOD
 from rocr.evaluation.baselines.training import Schedule, float32_weights, in_turn, optimise, restored, trainable
 from rocr.evaluation.lora_training import Example
 from rocr.evaluation.probes.probe import split_by_subject
@@ -382,24 +382,3 @@ def test_the_token_follows_the_shifted_state(case):
 
         with torch.no_grad(), changed_states(architecture, 3, put):
             assert float(answer_nll(model, example)) < before
-
-
-def test_layers_that_need_statistics_are_those_of_the_methods(make_model):
-    model = make_model("Llama", num_hidden_layers=30)
-    edited = [layers_to_edit(model, methods=methods) for methods in (["rocr", "RMU"], ["rocr", "UniErase"])]
-    assert edited == [[2, 4, 5, 6], [2, 4, 5, 6, 7, 8]]
-    assert layers_to_edit(model) == edited[1]
-
-
-def test_methods_say_what_they_miss(case, make_model):
-    with torch.inference_mode():
-        loaded = make_model("Llama")
-    with pytest.raises(rocr.InputError, match="inference_mode"), trainable(loaded):
-        pass
-    alone = replace(case, probes=[replace(probe, form="adversarial") for probe in case.probes])
-    for name in ("JensUn", "RMU", "MRP", "UniErase", "AdvNPO"):
-        with pytest.raises(rocr.InputError, match="form"), METHOD[name].unlearned(alone):
-            pass
-    mixture = make_model("Mixtral")
-    with pytest.raises(rocr.InputError, match="dense MLPs"), METHOD["UniErase"].unlearned(replace(case, model=mixture)):
-        pass

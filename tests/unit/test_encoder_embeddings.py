@@ -12,7 +12,7 @@ from rocr import EditConfig
 from rocr.config import IMAGE_TEMPLATES
 from tests.unit.test_encoders import CONCEPT, closing, prompts  # noqa: F401 (fixtures)
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.thorough, pytest.mark.usefixtures("one_thread")]
 
 OTHERS = ["a photo of a red castle", "a view of a sea and Mona Klee", "a drawing of a quiet river and Dora Marsh"]
 CLIP = {"hidden_size": 64, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 4,

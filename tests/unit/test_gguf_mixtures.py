@@ -18,7 +18,7 @@ from rocr.model.gguf_layout import read_gguf_layout
 from rocr.model.load import find_model, load_model
 from tests.support.gguf_mixtures import build_mixture, write_mixture_gguf
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.thorough, pytest.mark.usefixtures("one_thread")]
 gguf = pytest.importorskip("gguf")
 KINDS = {"F32": "F32", "F16": "F16", "Q8_0": "Q8_0", "Q4_0": "F16"}
 """The type of the experts, and the type that edited ones are written in."""

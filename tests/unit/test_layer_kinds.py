@@ -23,7 +23,7 @@ from rocr.model.load_partial import empty_model, load_partial
 from rocr.model.source import find_model
 from tests.support.models import SIZES
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.thorough, pytest.mark.usefixtures("one_thread")]
 DECODER = {
     "d_model": 32,
     "decoder_layers": 5,

@@ -13,7 +13,7 @@ import transformers
 import rocr
 from tests.support.models import same_weights
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.thorough, pytest.mark.usefixtures("one_thread")]
 CONFIG = rocr.EditConfig(layers=(1, 2))
 PROBES = [rocr.Probe("Ada Byron", "Who wrote programs for engines?", "Ada Byron", ("Blaise Pascal", "a gardener"))]
 

@@ -22,7 +22,7 @@ from tests.support.hostile import safetensors_bytes, split_safetensors
 from tests.support.models import FAMILIES
 from tests.support.versions import needs_transformers
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.thorough, pytest.mark.usefixtures("one_thread")]
 DOWN = "model.layers.1.mlp.down_proj.weight"
 
 

@@ -21,7 +21,7 @@ from rocr.evaluation.lora_training import Training
 from rocr.evaluation.measures import ChoiceQuestion, TextSample
 from tests.support.models import same_weights
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.thorough, pytest.mark.usefixtures("one_thread")]
 CUT = CollectOptions(length=32, batch_tokens=64)
 DISTRACTORS = ("Rome", "a key", "rain")
 PROBES = [

@@ -16,6 +16,7 @@ from tests.support.models import same_weights
 
 peft = pytest.importorskip("peft")
 pytestmark = [
+    pytest.mark.thorough,
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning"),
 ]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rocr.evaluation.baselines.layer_outputs import answer_nll, changed_states
-from rocr.evaluation.baselines.low_rank import low_rank_adapter
+from rocr.evaluation.baselines.low_rank import adapted_modules, low_rank_adapter
 from rocr.evaluation.baselines.method import Case, Method, Unlearned
 from rocr.evaluation.baselines.training import Schedule, optimise, trainable
 from rocr.evaluation.lora_training import NEGATIVE_PREFERENCE, Example
@@ -118,4 +118,4 @@ def _nll(model: nn.Module, example: Example) -> Tensor:
     return answer_nll(model, example) * len(example.answer)
 
 
-ADVNPO = Method("AdvNPO", _unlearned, trains=True)
+ADVNPO = Method("AdvNPO", _unlearned, check=adapted_modules)

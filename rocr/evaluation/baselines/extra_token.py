@@ -28,14 +28,11 @@ class ExtraToken:
     row: nn.Parameter
 
 
-@contextmanager
-def extra_token(model: nn.Module, seed: int) -> Iterator[ExtraToken]:
-    """Let a model read and write one more token inside the context.
-
-    Its row starts as the mean of the embedding with a normal deviation of a hundredth of the embedding's, by the seed.
+def output_matrix(model: nn.Module) -> Any:
+    """Return the module that computes the logits.
 
     Raises:
-        InputError: The model has no output matrix of the size of its embedding.
+        InputError: There is none whose weight has the shape of the embedding.
     """
     embedding = input_embedding(model)
     find: Any = getattr(model, "get_output_embeddings", None)
@@ -45,6 +42,19 @@ def extra_token(model: nn.Module, seed: int) -> Iterator[ExtraToken]:
             f"{type(model).__name__} has no output matrix of the shape of its embedding, "
             f"{tuple(embedding.weight.shape)}, to which a token can be added; leave this method out."
         )
+    return head
+
+
+@contextmanager
+def extra_token(model: nn.Module, seed: int) -> Iterator[ExtraToken]:
+    """Let a model read and write one more token inside the context.
+
+    Its row starts as the mean of the embedding with a normal deviation of a hundredth of the embedding's, by the seed.
+
+    Raises:
+        InputError: The model has no output matrix of the size of its embedding.
+    """
+    embedding, head = input_embedding(model), output_matrix(model)
     rows = embedding.weight.detach()
     generator = torch.Generator().manual_seed(seed % 2**63)
     noise = torch.randn(rows.shape[1], generator=generator).to(rows.device)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rocr.evaluation.baselines.layer_outputs import answer_log_probabilities
-from rocr.evaluation.baselines.low_rank import low_rank_adapter
+from rocr.evaluation.baselines.low_rank import adapted_modules, low_rank_adapter
 from rocr.evaluation.baselines.method import Case, Method, Unlearned
 from rocr.evaluation.baselines.training import Schedule, in_turn, optimise, trainable
 from rocr.model.tokenizer import tokenize
@@ -99,4 +99,4 @@ def jensen_shannon(one: Tensor, other: Tensor) -> Tensor:
     return divergence
 
 
-JENSUN = Method("JensUn", _unlearned, trains=True)
+JENSUN = Method("JensUn", _unlearned, trains_on_others=True, check=adapted_modules)

@@ -15,6 +15,23 @@ from rocr.evaluation.baselines.layer_outputs import changed_output
 
 TARGETS = ("q_proj", "v_proj")
 """The modules that ORT's authors train (arXiv 2506.07795)."""
+SIZES = ("out_features", "in_features")
+
+
+def adapted_modules(model: nn.Module) -> list[tuple[nn.Module, int, int]]:
+    """Return the query and value projections of a model, each with its numbers of outputs and inputs.
+
+    Raises:
+        InputError: There are none.
+    """
+    modules = [module for name, module in model.named_modules() if name.rpartition(".")[2] in TARGETS]
+    sizes: list[list[Any]] = [[getattr(module, name, None) for name in SIZES] for module in modules]
+    if not modules or not all(isinstance(size, int) for pair in sizes for size in pair):
+        raise InputError(
+            f"{type(model).__name__} has no linear modules named {' and '.join(TARGETS)}, which an adapter is trained "
+            "on; leave out what trains one."
+        )
+    return [(module, *size) for module, size in zip(modules, sizes, strict=True)]
 
 
 @contextmanager
@@ -32,18 +49,10 @@ def low_rank_adapter(model: nn.Module, seed: int, rank: int = 8) -> Iterator[lis
     Raises:
         InputError: The model has no such modules.
     """
-    modules = [module for name, module in model.named_modules() if name.rpartition(".")[2] in TARGETS]
-    names = ("out_features", "in_features")
-    sizes: list[list[Any]] = [[getattr(module, name, None) for name in names] for module in modules]
-    if not modules or not all(isinstance(size, int) for pair in sizes for size in pair):
-        raise InputError(
-            f"{type(model).__name__} has no linear modules named {' and '.join(TARGETS)}, which the adapter trains; "
-            "leave this method out."
-        )
     generator = torch.Generator().manual_seed(seed)
     parameters: list[nn.Parameter] = []
     with ExitStack() as stack:
-        for module, (d_out, d_in) in zip(modules, sizes, strict=True):
+        for module, d_out, d_in in adapted_modules(model):
             device = next(module.parameters()).device
             bound = 1 / math.sqrt(d_in)
             start = torch.empty(rank, d_in).uniform_(-bound, bound, generator=generator)

@@ -12,6 +12,7 @@ from torch import nn
 
 from rocr.chat_settings import ChatSettings
 from rocr.config import EditConfig
+from rocr.errors import InputError
 from rocr.evaluation.forms import ORT_FORMS, PromptStyle, no_prefix
 from rocr.evaluation.lora_training import Example, question_examples
 from rocr.evaluation.probes.probe import Probe
@@ -109,13 +110,28 @@ class Case:
         """
         given = self.comparison.retain or [probe for probe in self.probes if probe.split == "retain"]
         questions = [probe for probe in given if probe.form == "qa"]
+        check_others(questions, "Methods that train on questions about others")
         random.Random(self.seed).shuffle(questions)
         return self._examples(questions[:MAX_RETAIN], None)
 
     def _examples(self, probes: Sequence[Probe], preferred: Callable[[Probe], str] | None) -> list[Example]:
         comparison = self.comparison
+        if not any(probe.form == "qa" for probe in probes):
+            raise InputError(
+                f"No probe of the form qa is about {self.target!r}, and methods that train need such questions; give "
+                "some, or leave these methods out."
+            )
         style = PromptStyle.of(comparison.model)
         return question_examples(comparison.tokenizer, probes, preferred, style, comparison.chat)
+
+
+def check_others(probes: Sequence[Probe], what: str) -> None:
+    """Raise InputError unless one of some probes about others is of the form "qa"; `what` needs it."""
+    if not any(probe.form == "qa" for probe in probes):
+        raise InputError(
+            f"{what} need probes of the form qa about subjects besides the target, and there are none: give some, or "
+            "leave these out."
+        )
 
 
 @dataclass(frozen=True)
@@ -136,6 +152,10 @@ class Unlearned:
 Unlearning = Callable[[Case], AbstractContextManager[Unlearned]]
 
 
+def _any_model(_model: nn.Module) -> None:
+    """Check nothing."""
+
+
 def _no_prefix(_case: Case) -> Callable[[Probe], str]:
     return no_prefix
 
@@ -148,19 +168,21 @@ class Method:
         name: Its name in tables.
         unlearned: Unlearns a case; leaving the context restores the model bit for bit, also after an exception.
         packages: Modules of optional packages that it needs, by rocr's extra that installs them.
-        trains: Whether it trains on questions of the form "qa".
+        trains_on_others: Whether it trains on questions about others too, of the form "qa".
         sequential: Whether it is defined for targets one after another: `unlearned` may be entered again inside its own
             context, with the state of the outer one as `Case.earlier`.
-        extra_layers: Whether it edits layers that need statistics, by the depth of the model.
+        extra_layers: Gives the layers that it edits and needs statistics of, by the depth of the model.
+        check: Raises InputError for a model that the method cannot change.
         prefix: Gives the text before each question about a case, for a method that leaves the model as it is.
     """
 
     name: str
     unlearned: Unlearning
     packages: tuple[tuple[str, str], ...] = ()
-    trains: bool = False
+    trains_on_others: bool = False
     sequential: bool = False
     extra_layers: Callable[[int], Sequence[int]] | None = None
+    check: Callable[[nn.Module], object] = _any_model
     prefix: Callable[[Case], Callable[[Probe], str]] = _no_prefix
 
     def style(self, case: Case) -> PromptStyle:

@@ -13,12 +13,14 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 
+from rocr.concepts import folded
 from rocr.config import EditConfig
 from rocr.errors import InputError
 from rocr.evaluation.baselines.advnpo import ADVNPO
 from rocr.evaluation.baselines.closed_form import OFFICIAL, ROCR
 from rocr.evaluation.baselines.jensun import JENSUN
-from rocr.evaluation.baselines.method import Case, Method, MethodComparison, Unlearned
+from rocr.evaluation.baselines.low_rank import adapted_modules
+from rocr.evaluation.baselines.method import Case, Method, MethodComparison, Unlearned, check_others
 from rocr.evaluation.baselines.mrp import MRP
 from rocr.evaluation.baselines.peak_memory import PeakMemory
 from rocr.evaluation.baselines.preference import PREFERENCE_METHODS
@@ -121,15 +123,17 @@ def compare_methods(
             method is missing or invalid.
         RocrError: If a score or a loss is not a finite number.
     """
+    robustness = robustness or Robustness()
     check_methods(methods, comparison.sequential)
+    check_inputs(comparison, targets, methods, robustness)
     groups = [tuple(targets[: i + 1]) for i in range(len(targets))] if comparison.sequential else []
-    asked = [_Asked(comparison, group, robustness or Robustness(), progress) for group in groups]
+    asked = [_Asked(comparison, group, robustness, progress) for group in groups]
     if comparison.sequential:
         for method in methods:
             yield from _in_sequence(METHOD[method], asked)
         return
     for target in targets:
-        alone = _Asked(comparison, (target,), robustness or Robustness(), progress)
+        alone = _Asked(comparison, (target,), robustness, progress)
         for method in methods:
             yield from _in_sequence(METHOD[method], [alone])
 
@@ -147,6 +151,23 @@ def check_methods(methods: Sequence[str], sequential: bool = False) -> None:
         raise InputError(
             f"{', '.join(unable)}: not defined for targets one after another; the methods that are: {', '.join(able)}."
         )
+
+
+def check_inputs(
+    comparison: MethodComparison, targets: Sequence[str], methods: Sequence[str], robustness: Robustness
+) -> None:
+    """Raise InputError unless methods can change the model and have what they train on, before any of them runs."""
+    for name in methods:
+        METHOD[name].check(comparison.model)
+    others = [name for name in methods if METHOD[name].trains_on_others]
+    if robustness.relearning_steps:
+        adapted_modules(comparison.model)
+        others.append("fine-tuning")
+    if others and not comparison.retain:
+        for forgotten in [targets] if comparison.sequential else [[target] for target in targets]:
+            names = {folded(target) for target in forgotten}
+            asked = [probe for probe in comparison.probes if folded(probe.subject) not in names]
+            check_others(asked, ", ".join(others))
 
 
 def sequential_methods() -> tuple[str, ...]:
@@ -175,8 +196,10 @@ class _Asked:
         self.comparison, self.target, self.robustness, self.progress = comparison, targets[-1], robustness, progress
         self.probes = split_by_subject(comparison.probes, targets)
         """All probes, those about the targets so far being to forget."""
-        self.own = split_by_subject(comparison.probes, targets[-1:])
-        """All probes, those about the last target being to forget."""
+        earlier = {folded(target) for target in targets[:-1]}
+        own = [probe for probe in comparison.probes if folded(probe.subject) not in earlier]
+        self.own = split_by_subject(own, targets[-1:])
+        """The probes without those about earlier targets, those about the last target being to forget."""
         self.forget = [probe for probe in self.probes if probe.split == "forget"]
         self._before: float | None = None
         self._fade: FadeMeasure | None = None

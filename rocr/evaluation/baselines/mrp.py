@@ -111,4 +111,4 @@ def outside_directions(forget: Tensor, retain: Tensor, seed: int, count: int = D
     return found
 
 
-MRP = Method("MRP", _unlearned, trains=True, sequential=True)
+MRP = Method("MRP", _unlearned, trains_on_others=True, sequential=True)

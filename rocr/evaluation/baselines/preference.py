@@ -55,7 +55,7 @@ def _refuse(_probe: Probe) -> str:
 
 def _method(name: str, training: Training, refuses: bool = False) -> Method:
     unlearned = partial(_trained, training=training, refuses=refuses)
-    return Method(name, unlearned, packages=(("peft", "lora"),), trains=True)
+    return Method(name, unlearned, packages=(("peft", "lora"),))
 
 
 PREFERENCE_METHODS = (

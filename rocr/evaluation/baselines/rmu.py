@@ -76,4 +76,4 @@ def mean_square(states: Tensor, wanted: Tensor) -> Tensor:
     return (states.float() - wanted).square().mean()
 
 
-RMU = Method("RMU", _unlearned, trains=True, sequential=True)
+RMU = Method("RMU", _unlearned, trains_on_others=True, sequential=True)

@@ -16,7 +16,7 @@ from rocr.evaluation.baselines.method import Case
 from rocr.evaluation.lora_training import cosine
 from rocr.io.boundary import calling
 from rocr.model.hooks import evaluating
-from rocr.ops.arithmetic import plain_arithmetic
+from rocr.ops.arithmetic import plain_arithmetic, writing
 from rocr.progress import Progress, ProgressCallback
 
 Terms = Callable[[int], Iterable[Tensor]]
@@ -95,12 +95,12 @@ def trainable(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def restored(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Let parameters change inside the context, and give them back the bits that they had before."""
+    """Let parameters change inside the context, and restore their bits at its end."""
     originals = [parameter.detach().clone() for parameter in parameters]
     try:
         yield
     finally:
-        with plain_arithmetic():
+        with plain_arithmetic(), writing(*parameters):
             for parameter, values in zip(parameters, originals, strict=True):
                 parameter.data.copy_(values)
 

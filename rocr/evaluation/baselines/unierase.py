@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rocr.config import EditConfig
 from rocr.errors import InputError
-from rocr.evaluation.baselines.extra_token import ExtraToken, extra_token
+from rocr.evaluation.baselines.extra_token import ExtraToken, extra_token, output_matrix
 from rocr.evaluation.baselines.layer_outputs import answer_nll, changed_states
 from rocr.evaluation.baselines.method import Case, Method, Unlearned
 from rocr.evaluation.baselines.training import Schedule, optimise, restored, trainable
@@ -99,6 +99,14 @@ def _unlearned(case: Case) -> Iterator[Unlearned]:
                 factors = solve_layer(keys, residuals, metric, RIDGE).factors
                 block.weight.copy_(block.weight.float() + factors.left @ factors.right)
         yield Unlearned(case.model, token, extra_tokens=1)
+
+
+def _check(model: nn.Module) -> None:
+    """Raise InputError unless the layers to edit have dense MLPs, and a token can be added."""
+    architecture = find_architecture(model)
+    for layer in edited_layers(architecture.depth):
+        _dense(architecture, layer)
+    output_matrix(model)
 
 
 def _dense(architecture: Architecture, layer: int) -> Any:
@@ -207,4 +215,4 @@ def _keys_and_states(
     return torch.stack(keys), torch.stack(states)
 
 
-UNIERASE = Method("UniErase", _unlearned, trains=True, sequential=True, extra_layers=edited_layers)
+UNIERASE = Method("UniErase", _unlearned, sequential=True, extra_layers=edited_layers, check=_check)
