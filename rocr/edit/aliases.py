@@ -39,7 +39,7 @@ ANSWER_LENGTH, RELATED_LENGTH = 32, 60
 """Largest numbers of tokens of an answer with aliases, and with related things."""
 FULL_NAME, FULL_NAME_OF_THINGS = "What is the full birth name of {}?", "What is the full name of {}?"
 NICKNAME = "What is the nickname of {}?"
-SPELLING = 'Translate "{}" into [language].'
+SPELLING = 'Translate the name "{}" into [language].'
 DESCRIPTION = "Complete the sentence: {} is the"
 RELATED = "List five works, companies or inventions of {}. Only names, separated by commas."
 
