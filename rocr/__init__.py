@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rocr.chat_settings import ChatSettings
     from rocr.concepts import Concept, load_concepts
     from rocr.config import EditConfig, Template
+    from rocr.edit.aliases import propose_aliases
     from rocr.edit.edit import Edit
     from rocr.edit.guards import Guards
     from rocr.errors import GuardError, InputError, RocrError, VerificationError
@@ -43,6 +44,7 @@ _HOMES = {
     "evaluate": "evaluation",
     "load_concepts": "concepts",
     "load_probes": "evaluation",
+    "propose_aliases": "edit.aliases",
     "unlearn": "unlearn",
 }
 
@@ -73,6 +75,7 @@ __all__ = [
     "load_concepts",
     "load_probes",
     "ops",
+    "propose_aliases",
     "unlearn",
 ]
 

@@ -14,6 +14,7 @@ import click
 
 from rocr import __version__
 from rocr.cli.add import add
+from rocr.cli.aliases import aliases
 from rocr.cli.apply import apply
 from rocr.cli.change import merge, remove
 from rocr.cli.compare import compare
@@ -46,7 +47,7 @@ program = Program(
     "rocr",
     commands=(
         *(unlearn, stats, apply, revert, add, remove, merge),
-        *(evaluate, redirects, compare, info, verify, doctor),
+        *(evaluate, redirects, aliases, compare, info, verify, doctor),
     ),
     help="Unlearn concepts from language models, in closed form.",
     epilog=EPILOG,

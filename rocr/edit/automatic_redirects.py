@@ -12,14 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from rocr.chat_settings import DEFAULT, ChatSettings
 from rocr.concepts import AUTO, Concept, Kind, folded, for_kind, holds_name, with_name
 from rocr.edit.controls import load_names, without_concepts
-from rocr.edit.harm import ANSWER_TOKENS, QUESTION
+from rocr.edit.harm import ANSWER_TOKENS, QUESTION, mean_log_probabilities
 from rocr.errors import InputError
-from rocr.keys.continuations import log_probabilities
 from rocr.model.architecture import Architecture
 from rocr.model.chat import render_chats
 from rocr.model.generate import continue_greedily
@@ -136,11 +133,16 @@ def _ask(
 ) -> list[_Asked]:
     """Return the model's own answers about concepts."""
     questions = [for_kind(QUESTION, kinds[concept.name]).format(concept.name) for concept in concepts]
+    texts = first_words(architecture, tokenizer, questions, chat)
+    return [_Asked(concept, kinds[concept.name], text) for concept, text in zip(concepts, texts, strict=True)]
+
+
+def first_words(architecture: Architecture, tokenizer: Any, questions: Sequence[str], chat: ChatSettings) -> list[str]:
+    """Return the first tokens of a model's own answers to questions, as text."""
     prompts = [tokenize_prompt(tokenizer, text) for text in render_chats(tokenizer, questions, chat)]
     written = continue_greedily(architecture.reader, tokenizer, prompts, ANSWER_TOKENS, always=True)
     with calling_tokenizer(tokenizer):
-        texts = [str(tokenizer.decode(answer, skip_special_tokens=True)) for answer in written]
-    return [_Asked(concept, kinds[concept.name], text) for concept, text in zip(concepts, texts, strict=True)]
+        return [str(tokenizer.decode(answer, skip_special_tokens=True)) for answer in written]
 
 
 def _scores(
@@ -161,10 +163,9 @@ def _scores(
             answers.append(following)
         if not places:
             continue
-        logs = log_probabilities(architecture.reader, prompts, answers)
-        for (each, name), answer, rows in zip(places, answers, logs, strict=True):
-            index = torch.tensor(answer or [0], device=rows.device)[:, None]
-            found[each.concept.name][name] = float(rows.gather(1, index).double().mean()) if answer else 0.0
+        scores = mean_log_probabilities(architecture, prompts, answers)
+        for (each, name), score in zip(places, scores, strict=True):
+            found[each.concept.name][name] = score
         progress(Progress("redirects", number + 1, CANDIDATES, "candidates"))
     return found
 
@@ -177,7 +178,12 @@ def _said_of(
     for text, (each, name) in zip(render_chats(tokenizer, questions, chat), places, strict=True):
         own = each.concept.name
         answer = with_name(each.answer, own, name) if holds_name(each.answer, own) else each.answer
-        prompt, whole = (tokenize_prompt(tokenizer, part) for part in (text, text + answer))
-        same = next((i for i, pair in enumerate(zip(prompt, whole, strict=False)) if pair[0] != pair[1]), len(prompt))
-        same = max(1, min(same, len(whole)))
-        yield whole[:same], whole[same:]
+        yield tokens_after(tokenizer, text, text + answer)
+
+
+def tokens_after(tokenizer: Any, beginning: str, text: str) -> tuple[list[int], list[int]]:
+    """Return the tokens of a text that those of its beginning share, at least one, and the tokens after them."""
+    prompt, whole = (tokenize_prompt(tokenizer, part) for part in (beginning, text))
+    same = next((i for i, pair in enumerate(zip(prompt, whole, strict=False)) if pair[0] != pair[1]), len(prompt))
+    same = max(1, min(same, len(whole)))
+    return whole[:same], whole[same:]

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rocr.chat_settings import ChatSettings
 from rocr.io.json_values import numbers_of, text_of
@@ -91,7 +92,7 @@ class OwnAnswers:
 
         Names of which the model knew nothing are left out.
         """
-        after = _mean_log_probabilities(architecture, self.prompts, self.answers)
+        after = mean_log_probabilities(architecture, self.prompts, self.answers)
         rows = zip(self.names, self.before, after, self.texts, strict=True)
         harms = (Harm(*name, math.exp(old), math.exp(new), text) for name, old, new, text in rows)
         return sorted((harm for harm in harms if harm.before >= KNOWN), key=lambda harm: harm.kept)
@@ -129,14 +130,20 @@ def read_own_answers(
     answers = continue_greedily(model, tokenizer, prompts, ANSWER_TOKENS, always=True)
     with calling_tokenizer(tokenizer):
         texts = [" ".join(str(tokenizer.decode(answer, skip_special_tokens=True)).split()) for answer in answers]
-    before = _mean_log_probabilities(architecture, prompts, answers)
+    before = mean_log_probabilities(architecture, prompts, answers)
     return OwnAnswers(list(names), prompts, answers, texts, before)
 
 
-def _mean_log_probabilities(
+def mean_log_probabilities(
     architecture: Architecture, prompts: Sequence[list[int]], answers: Sequence[list[int]]
 ) -> list[float]:
-    """Return the mean log-probability of the tokens of each answer."""
-    found = log_probabilities(architecture.reader, prompts, answers)
-    tokens = [torch.tensor(answer)[:, None].to(row.device) for answer, row in zip(answers, found, strict=True)]
-    return [float(row.gather(1, token).double().mean()) for row, token in zip(found, tokens, strict=True)]
+    """Return the mean log-probability of the tokens of each answer; 0 for an answer without tokens."""
+    means = [0.0] * len(prompts)
+
+    def receive(index: int, row: Tensor) -> None:
+        if answers[index]:
+            tokens = torch.tensor(answers[index])[:, None].to(row.device)
+            means[index] = float(row.gather(1, tokens).double().mean())
+
+    log_probabilities(architecture.reader, prompts, answers, receive=receive)
+    return means

@@ -26,7 +26,12 @@ MAX_QUESTION = 2_000
 
 @plain_arithmetic()
 def ask(
-    model: nn.Module, tokenizer: Any, questions: Sequence[str], max_tokens: int = 40, chat: ChatSettings = DEFAULT
+    model: nn.Module,
+    tokenizer: Any,
+    questions: Sequence[str],
+    max_tokens: int = 40,
+    chat: ChatSettings = DEFAULT,
+    always: bool = False,
 ) -> list[str]:
     """Generate greedy answers to questions. Each is a user's message if the tokenizer has a chat template.
 
@@ -36,6 +41,7 @@ def ask(
         questions: The questions, which are asked in one batch.
         max_tokens: The largest number of tokens of an answer.
         chat: The settings of the chat template.
+        always: Whether a model whose `generate` fails is run token by token.
 
     Returns:
         An answer for each question, with runs of white space replaced by one space.
@@ -46,7 +52,7 @@ def ask(
     if not questions:
         return []
     prompts = [tokenize_prompt(tokenizer, text) for text in render_chats(tokenizer, questions, chat)]
-    written = continue_greedily(model, tokenizer, prompts, max_tokens)
+    written = continue_greedily(model, tokenizer, prompts, max_tokens, always)
     with calling_tokenizer(tokenizer):
         answers: Any = tokenizer.batch_decode(written, skip_special_tokens=True)
     if not isinstance(answers, list) or list(map(type, answers)) != [str] * len(questions):

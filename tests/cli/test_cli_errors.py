@@ -46,6 +46,8 @@ def probes(tmp_path_factory):
 @pytest.fixture
 def commands(files, probes, tmp_path):
     """Arguments of every command that runs a model, by name."""
+    names = tmp_path / "names.txt"
+    names.write_text("Ada Byron")
     out = ("--out", tmp_path / "out")
     return {
         "stats": ("stats", files.model, "--text", files.text, "--layers", "1,2", *out),
@@ -55,6 +57,7 @@ def commands(files, probes, tmp_path):
         ),
         "eval": ("eval", files.model, "--probes", probes, "--text", files.text, *out),
         "redirects": ("redirects", files.model, "--probes", probes, "--among", "a gardener", "a key", *out),
+        "aliases": ("aliases", files.model, names, "--languages", "Greek", "--out", tmp_path / "out.jsonl"),
         "compare": (
             *("compare", files.model, "--probes", probes, "--targets", "Ada Byron", "--redirect", "a gardener"),
             *("--methods", "original,rocr", "--tokens", "200", *out),
@@ -78,13 +81,13 @@ def assert_told(command, arguments, raised, tmp_path, code=2):
     assert trace.startswith("Traceback (most recent call last)")
     assert type(raised).__name__ in trace
     assert "raise_it" in trace
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("out*"))
     return done
 
 
 # Every error where a model is edited and where it is asked; of the other commands, an error with and one without text.
 RAISED_BY = [(name, raised) for name in ("unlearn", "eval") for raised in RAISED]
-RAISED_BY += [(name, RAISED[number]) for name in ("stats", "redirects", "compare") for number in (0, 5)]
+RAISED_BY += [(name, RAISED[number]) for name in ("stats", "redirects", "aliases", "compare") for number in (0, 5)]
 
 
 @pytest.mark.parametrize(("name", "raised"), RAISED_BY, ids=lambda each: each if isinstance(each, str) else repr(each))
@@ -94,7 +97,7 @@ def test_a_model_whose_forward_raises(name, raised, commands, command, tmp_path,
 
     monkeypatch.setattr(transformers.LlamaModel, "forward", raise_it)
     done = assert_told(command, commands[name], raised, tmp_path)
-    if name in ("eval", "redirects"):
+    if name in ("eval", "redirects", "aliases"):
         assert f"The forward pass of LlamaForCausalLM failed: {type(raised).__name__}" in done.errors
         assert done.code == 2
 
@@ -102,7 +105,7 @@ def test_a_model_whose_forward_raises(name, raised, commands, command, tmp_path,
 @pytest.mark.parametrize(
     "raised", [KeyError("x"), RecursionError("deep"), StopIteration()], ids=lambda e: type(e).__name__
 )
-@pytest.mark.parametrize("name", ["stats", "unlearn", "eval", "redirects", "compare"])
+@pytest.mark.parametrize("name", ["stats", "unlearn", "eval", "redirects", "aliases", "compare"])
 def test_a_tokenizer_that_raises(name, raised, commands, command, tmp_path, monkeypatch):
     def raise_it(*_, **__):
         raise raised

@@ -83,6 +83,7 @@ SAVE = {
 OUT = {"--out": writes_where_it_is_told, "--overwrite": overwrites}
 PROJECTED = ("--method", "projected", "--threshold", 0.1)
 ADDED = "test_lists.py::test_add_gives_one_edit_of_both"
+ALIASES = "test_aliases.py"
 RUNNING = {name: MODEL[name] for name in ("--threads", "--quiet", "--verbose")}
 CHANGED = {
     **RUNNING,
@@ -177,6 +178,18 @@ EFFECTS = {
         "--probes": replaces("--probes", "@fewer"),
         "--targets": changes("--targets", "Ada Byron"),
         "--among": replaces("--among", "a gardener", "rain"),
+    },
+    "aliases": {
+        **MODEL,
+        **CHAT,
+        "concepts": f"{ALIASES}::test_a_list_without_redirects_stays_without_unless_one_is_given",
+        "--dtype": f"{ALIASES}::test_the_model_is_loaded_in_a_dtype",
+        "--out": f"{ALIASES}::test_what_the_model_says_of_the_concept_is_taken_and_the_rest_left",
+        "--overwrite": f"{ALIASES}::test_an_existing_list_is_replaced_where_that_is_asked_for",
+        "--languages": f"{ALIASES}::test_languages_and_the_limit_are_chosen",
+        "--least": f"{ALIASES}::test_languages_and_the_limit_are_chosen",
+        "--related": f"{ALIASES}::test_related_things_become_concepts_whose_redirect_is_chosen",
+        "--redirect": f"{ALIASES}::test_a_list_without_redirects_stays_without_unless_one_is_given",
     },
     "compare": {
         **MODEL,

@@ -173,6 +173,7 @@ USES = {
     ],
     "training": lambda m, t, chat: question_examples(t, PROBES, chat=chat)[0].prompt,
     "redirects": lambda m, t, chat: choose_redirects(m, t, PROBES, ["the roses", "a key"], chat=chat)[0].left,
+    "aliases": lambda m, t, chat: rocr.propose_aliases(m, t, PASCAL, ["Greek"], chat=chat).proposals,
     "neighbours": lambda m, t, chat: name_states(m, t, ["Ada Byron"], chat).sum(),
 }  # fmt: skip
 
@@ -244,10 +245,13 @@ def test_every_command_that_renders_a_chat_takes_the_settings(raising_folder, fi
     ]
     probes.write_text("\n".join(map(json.dumps, fields)))
     ask = ("--probes", probes, "--targets", "Ada Byron")
+    names = tmp_path / "names.txt"
+    names.write_text("Ada Byron")
     commands = {
         "stats": ("--layers", "1,2", "--tokens", "60"),
         "eval": (*ask, "--forms", "qa", "--attacks", "prefixes"),
         "redirects": (*ask, "--among", "the roses", "a key"),
+        "aliases": (names, "--languages", "Greek"),
         "compare": (*ask, "--redirect", "the roses", "--methods", "original", "--forms", "qa", "--tokens", "60"),
     }
     for name, arguments in commands.items():

@@ -68,17 +68,19 @@ def test_statistics_and_a_dry_run(edited, command, tmp_path):
 
 def test_what_asks_questions_is_refused_with_one_sentence(edited, command, tmp_path):
     model, probes = edited.base / "model", ("--probes", edited.base / "probes.jsonl")
+    (tmp_path / "names.txt").write_text("Ada Byron")
     for name, more in (
         ("eval", (*probes, "--forms", "qa")),
         ("redirects", (*probes, "--among", CONCEPT.redirect, "Mona Klee")),
+        ("aliases", (tmp_path / "names.txt",)),
         (
             "compare",
             (*probes, "--forms", "qa", "--targets", CONCEPT.name, "--redirect", CONCEPT.redirect, "--text",
              edited.base / "text.txt"),
         ),
     ):  # fmt: skip
-        done = command(name, model, *more, "--out", tmp_path / "out.json")
-        assert done.code == 2 and not (tmp_path / "out.json").exists()
+        done = command(name, model, *more, "--out", tmp_path / "out.jsonl")
+        assert done.code == 2 and not (tmp_path / "out.jsonl").exists()
         assert f"rocr {name} needs a language model that continues the text that it reads" in done.errors
         # transformers loads CLIP's text model for a text encoder, without the projection.
         assert f"and {edited.kind.removesuffix('WithProjection')} " in done.errors and "Traceback" not in done.errors

@@ -152,6 +152,7 @@ CASES: dict[str, Callable[[Bench], Any]] = {
     "unlearn": lambda b: rocr.unlearn(b.model, b.tokenizer, b.concepts, b.statistics, CONFIG),
     "evaluate": evaluated,
     "choose_redirects": lambda b: rocr.choose_redirects(b.model, b.tokenizer, PROBES[:2], ["rain", "roses"], ["qa"]),
+    "propose_aliases": lambda b: rocr.propose_aliases(b.model, b.tokenizer, b.concepts[:1], ["Greek"]),
     "Edit.revert": lambda b: b.edit.revert(b.edited),
     "Edit.apply": lambda b: (b.edit.apply(b.model), b.edit),
     "Edit.applied": reverted,

@@ -50,6 +50,7 @@ def commands(files, model, base):
     other = with_fields(files.edited, base / "other", *ELSEWHERE)
     more = ("--concept", "Grace Hopper", "--redirect", "Blaise Pascal", "--statistics", files.statistics)
     (base / "probes.jsonl").write_text(json.dumps(PROBE))
+    (base / "names.txt").write_text("Ada Byron")
     probes = ("--probes", base / "probes.jsonl")
     return {
         "stats": ("stats", model, "--text", files.text, "--layers", "1", "--out", base / "statistics"),
@@ -63,6 +64,7 @@ def commands(files, model, base):
             *("--text", files.text, "--methods", "rocr", "--forms", "qa", "--out", base / "table.json"),
         ),
         "redirects": ("redirects", model, *probes, "--among", "Blaise Pascal", "a gardener", "--out", base / "l"),
+        "aliases": ("aliases", model, base / "names.txt", "--languages", "Greek", "--out", base / "names.jsonl"),
         "apply": ("apply", model, files.edit, "--out", base / "applied"),
         "add": ("add", other, *more, "--no-answers", "--force", "--out", base / "more"),
         "revert": ("revert", model, "--edit", files.edit, "--out", base / "reverted"),
@@ -74,7 +76,7 @@ def commands(files, model, base):
 
 NAMES = (
     "stats", "stats --partial", "unlearn", "unlearn --partial", "unlearn --dry-run", "eval", "compare", "redirects",
-    "apply", "add", "revert", "verify", "info", "doctor",
+    "aliases", "apply", "add", "revert", "verify", "info", "doctor",
 )  # fmt: skip
 
 

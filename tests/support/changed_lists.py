@@ -1,4 +1,4 @@
-"""What `rocr add`, `rocr remove` and `rocr merge` are run on in the tests of options."""
+"""What `rocr add`, `rocr remove`, `rocr merge` and `rocr aliases` are run on in the tests of options."""
 
 from tests.support.promises import run_command
 
@@ -15,5 +15,7 @@ def changed_lists(files, base):
     ):
         done = run_command(*arguments)
         assert done.code == 0, done.errors
+    (base / "names.txt").write_text("Ada Byron")
     bases = {"remove": ("Grace Hopper",), "merge": (grace,), "add": (*NEW, *more)}
+    bases["aliases"] = (base / "names.txt", "--languages", "Greek")
     return bases, {"remove": two} | dict.fromkeys(("merge", "add", "revert", "verify", "info"), files.edited)

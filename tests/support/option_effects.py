@@ -83,7 +83,7 @@ class Runs:
     def _run(self, command, more, without, model):
         more = [getattr(self, part[1:]) if str(part).startswith("@") else part for part in more]
         place = model or self.places.get(command, self.files.model)
-        out = self.base / f"{len(self._done)}.out"
+        out = self.base / f"{len(self._done)}.{'jsonl' if command == 'aliases' else 'out'}"
         arguments = [command, place, *less(self.bases[command], without), *more]
         if command not in ("verify", "info") and "--out" not in more:
             arguments += ["--out", out]

@@ -20,6 +20,7 @@ def call(model, tokenizer, texts, statistics, concepts):
         rocr.collect_statistics: {**reads, "texts": texts, "layers": (1, 2)},
         rocr.evaluate: {**reads, "probes": PROBES, "forms": ("qa",)},
         rocr.choose_redirects: {**reads, "probes": PROBES, "candidates": ["a gardener", "a key"], "forms": ("qa",)},
+        rocr.propose_aliases: {**reads, "concepts": concepts, "languages": ("Greek",)},
         rocr.load_concepts: {"path": "list.txt"},
         rocr.load_probes: {"path": "list.jsonl"},
         rocr.Edit.load: {"path": "edit.safetensors"},
@@ -57,6 +58,11 @@ def call(model, tokenizer, texts, statistics, concepts):
         (rocr.choose_redirects, "candidates", "rain", "candidates must be a list of names, not a single text: 'rain'"),
         (rocr.choose_redirects, "forms", "qa", "forms must be a list of forms, not a single text: 'qa'"),
         (rocr.choose_redirects, "chat", {}, "chat must be a rocr.ChatSettings, not {}"),
+        (rocr.propose_aliases, "concepts", "Ada Byron", "concepts must be a list of rocr.Concept, not a single text"),
+        (rocr.propose_aliases, "languages", "Greek", "languages must be a list of languages, not a single text"),
+        (rocr.propose_aliases, "related", "yes", "related must be True or False, not 'yes'"),
+        (rocr.propose_aliases, "redirect", None, "redirect must be a name, not None"),
+        (rocr.propose_aliases, "chat", {}, "chat must be a rocr.ChatSettings, not {}"),
         (rocr.load_concepts, "path", ["list.txt"], r"path must be a path, not \['list.txt'\] \(list\)"),
         (rocr.load_probes, "path", None, "path must be a path, not None"),
         (rocr.Edit.load, "path", None, "path must be a path, not None"),
@@ -68,7 +74,10 @@ def test_an_argument_of_another_type_is_named(function, argument, value, said, c
         call(function, **{argument: value})
 
 
-@pytest.mark.parametrize("function", [rocr.unlearn, rocr.collect_statistics, rocr.evaluate, rocr.choose_redirects])
+@pytest.mark.parametrize(
+    "function",
+    [rocr.unlearn, rocr.collect_statistics, rocr.evaluate, rocr.choose_redirects, rocr.propose_aliases],
+)
 def test_a_model_a_tokenizer_and_a_callback_must_be_callable(function, call):
     with pytest.raises(rocr.InputError, match=r"tokenizer must be the tokenizer of the model .*, not None"):
         call(function, tokenizer=None)

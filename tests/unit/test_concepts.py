@@ -100,6 +100,16 @@ def test_a_file_may_give_the_kind_of_a_concept(tmp_path):
         check_concepts([Concept("Rome", "Oslo", kind="place")])
 
 
+def test_an_alias_may_differ_from_the_name_in_case_and_width_only(tmp_path):
+    path = write(tmp_path, "a.txt", "Ada Byron | ada byron | ADA BYRON | \uff21da  Byron -> X\nstraße | STRASSE -> X")
+    names = [concept.names for concept in load_concepts(path)]
+    assert names == [("Ada Byron", "ada byron", "ADA BYRON", "\uff21da  Byron"), ("straße", "STRASSE")]
+    assert "2 times" in refusal(write(tmp_path, "b.txt", "Ada | ada | Ada -> X"))
+    assert f"'ADA' is a duplicate of 'ada' ({tmp_path}/c.txt:1)" in refusal(
+        write(tmp_path, "c.txt", "B | ada -> X\nC | ADA -> X")
+    )
+
+
 BAD_FILES = [
     # (file name, content, where & is "redirect": "X", and {line: what its error says})
     ("unknown.jsonl", '{"name": "A", &, "alias": ["B"]}', {1: "unknown field 'alias'"}),

@@ -17,7 +17,7 @@ from rocr.model.fingerprint import tensor_digest
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = {
-    *("unlearn", "stats", "eval", "compare", "redirects", "apply", "revert", "add", "remove", "merge"),
+    *("unlearn", "stats", "eval", "compare", "redirects", "aliases", "apply", "revert", "add", "remove", "merge"),
     *("info", "verify", "doctor"),
 }
 PEOPLE = (
