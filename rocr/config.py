@@ -25,7 +25,7 @@ KeyTokens = Literal["last", "all"]
 KeysPerConcept = Literal["mean", "all"]
 Contexts = Literal["matched", "official"]
 TokenSchedule = Literal["full", "ramp", "predicted"]
-Variants = Literal["none", "spelling"]
+Variants = Literal["none", "spelling", "all"]
 Measure = Literal["each", "once"]
 RENAMED = {
     "reach": Renamed("token_schedule", {"whole": "full", "gradual": "ramp"}),
@@ -176,7 +176,8 @@ class EditConfig:
             the names.
         variants: Further names of a concept that become keys without being listed. "spelling" adds misspellings in
             one letter, which `seed` draws, initials, and the name without hyphens and diacritics
-            (`rocr.keys.variants`). Tokens that they share with the names of the concept are read once.
+            (`rocr.keys.variants`). Tokens that they share with the names of the concept are read once. "all" also has
+            the model propose aliases, which become names of the concept (`rocr.propose_aliases`).
         variant_weight: w > 0, the weight of a key of a variant against that of a name: its row in the system and its
             residual are multiplied by √w.
         measure: "each" reads keys and residuals again after the edit of every layer, as the authors do. "once" reads

@@ -21,6 +21,7 @@ from rocr.argument_checks import check_kind, check_list, check_reader
 from rocr.concepts import Concept, check_concepts, check_length
 from rocr.config import EditConfig
 from rocr.deprecation import renamed_arguments
+from rocr.edit.aliases import propose_aliases
 from rocr.edit.apply import apply_updates, replace_updates, revert_updates
 from rocr.edit.automatic_redirects import with_redirects
 from rocr.edit.collisions import find_collisions
@@ -293,6 +294,8 @@ def _plan(
     config = config.for_concepts(len(concepts))
     config = replace(config, chat=with_date(config.chat, tokenizer))
     concepts = with_redirects(architecture, tokenizer, concepts, config.chat, progress)
+    if config.variants == "all":
+        concepts = propose_aliases(model, tokenizer, concepts, progress=progress, chat=config.chat).concepts
     plan = plan_keys(tokenizer, concepts, config, architecture.kind)
     if base_edit is not None:
         check_rendered(base_edit.rendered, plan.rendered, "the tokenizer now")

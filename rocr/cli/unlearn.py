@@ -89,8 +89,9 @@ setting = partial(option, group="Settings")
 )
 @setting(
     "--variants",
-    "Further names of a concept that become keys: its misspellings, initials and other spellings (default: none).",
-    type=choice("none", "spelling"),
+    "Further names of a concept that become keys: misspellings, initials and other spellings, and with all also the "
+    "aliases that the model proposes (default: none).",
+    type=choice("none", "spelling", "all"),
 )
 @setting("--variant-weight", "Weight of a variant against a name of the concept (default: 0.3).", type=float)
 @setting("--held-weight", "Old name of --template-weight.", type=float)

@@ -250,7 +250,7 @@ def plan_names(
 def _names_of(concept: int, entry: Concept, config: EditConfig) -> Iterator[_Named]:
     """Yield the names of a concept, then the variants of the settings."""
     yield from (_Named(concept, name) for name in entry.names)
-    if config.variants == "spelling":
+    if config.variants != "none":
         for name in spelling_variants(entry.names, entry.kind, config.seed):
             yield _Named(concept, name, config.variant_weight, is_variant=True)
 

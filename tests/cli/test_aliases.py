@@ -1,5 +1,6 @@
 """`rocr aliases` on a tiny model that is trained to answer: what it takes, what it leaves, and what it writes."""
 
+import copy
 import json
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import rocr
 from rocr import Concept
 from tests.support.answering import ADA, SPELLINGS, train_answers
 
+pytestmark = pytest.mark.thorough
 LANGUAGES = ("Russian", "Chinese", "Greek")
 FIRST = Concept(ADA, "Blaise Pascal", ("ada byron",), "person")
 
@@ -170,3 +172,20 @@ def test_an_interruption_leaves_nothing(trained, command, tmp_path, monkeypatch)
     assert done.code == 130 and "Interrupted" in done.errors
     assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
     assert (tmp_path / "out.jsonl").read_text(encoding="utf-8") == "old"
+
+
+def test_unlearn_takes_the_aliases_itself(trained, tokenizer, texts):
+    """With variants="all", an edit has the concepts that `propose_aliases` gives, and spellings of the names."""
+    model = copy.deepcopy(trained.model)
+    expected = rocr.propose_aliases(model, tokenizer, [FIRST]).concepts
+    assert len(expected[0].aliases) > len(FIRST.aliases)
+    statistics = rocr.collect_statistics(model, tokenizer, texts, [1])
+    keys = {}
+    for variants, concepts in (("all", [FIRST]), ("spelling", expected), ("none", expected)):
+        config = rocr.EditConfig(layers=(1,), templates=("Who is {}?",), variants=variants)
+        guards = rocr.Guards(force=True)
+        edit = rocr.unlearn(model, tokenizer, concepts, statistics, config, guards=guards, retain=[])
+        edit.revert(model)
+        assert edit.concepts == expected
+        keys[variants] = edit.updates[0].keys
+    assert torch.equal(keys["all"], keys["spelling"]) and len(keys["spelling"]) > len(keys["none"])

@@ -92,7 +92,9 @@ def state(model: nn.Module, weights_of: Any) -> tuple[dict[str, Tensor], list[An
     return weights_of(model), [(p.requires_grad, p.grad is None) for p in model.parameters()]
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.thorough) if n in ATTACKS[1:] else n for n in STUDY])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.thorough) if n in ATTACKS[1:] else n for n in STUDY]
+)
 def test_an_attack_has_outcomes_and_leaves_the_model_alone(name: str, edited: Edited, weights_of: Any) -> None:
     if name == "relearn":
         pytest.importorskip("peft")
