@@ -14,6 +14,8 @@ from rocr.export.forecast import UNDO_SHARE
 from rocr.model.architecture import find_architecture
 from rocr.model.hub import parameters_on_meta
 
+pytestmark = pytest.mark.thorough
+
 ROOT = Path(__file__).parents[2]
 WRITTEN, READ, HELD = 0.03, 1.25, 2.0
 """How far a dry run may be from the run: a share of the bytes written, and factors of bytes read and memory held."""

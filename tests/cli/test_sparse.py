@@ -14,7 +14,7 @@ from rocr.model.quantised.opening import open_down_projections
 from tests.support.quantised import write_fp8
 from tests.support.vision import stored_tensors
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.thorough, pytest.mark.usefixtures("one_thread")]
 LAYERS = ("--layers", "1,2", "--token-schedule", "full")
 
 

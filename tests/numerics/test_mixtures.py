@@ -19,6 +19,8 @@ from rocr.statistics.corpus import pack_tokens
 from tests.support.listed_experts import ListedExperts
 from tests.support.versions import MAJOR, needs_transformers
 
+pytestmark = pytest.mark.thorough
+
 LAYER = 2
 FORCE = Guards(force=True)
 CONFIG = EditConfig(layers=[LAYER], templates=("{}", "Who is {}?", "Tell me about {}."))

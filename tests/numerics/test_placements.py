@@ -8,7 +8,7 @@ import rocr
 from rocr import InputError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SETTINGS = rocr.EditConfig(layers=(1, 2), token_schedule="full")
+SETTINGS = rocr.EditConfig(layers=(1, 2), token_schedule="full", retain_weight=0.0)
 FORCE = rocr.Guards(force=True)
 
 

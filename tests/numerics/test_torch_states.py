@@ -70,6 +70,7 @@ KEYS, RESIDUALS, WIDE_KEYS, WEIGHT, LEFT, RIGHT = map(matrix, (6, 6, 70, 40, 40,
 TINY = 1e-39  # below it float32 has denormal numbers alone
 TINY_WEIGHT, TINY_LEFT = WEIGHT * TINY, LEFT * TINY
 HALF_WEIGHT = WEIGHT.to(torch.bfloat16)
+SPARSE, SPARSE_RESIDUALS = WEIGHT.relu(), matrix(5, 40)
 METRIC = matrix(64, 64) @ matrix(64, 64).T
 TOTAL = torch.zeros(50, 50)
 OFFSETS = torch.tensor([0, 30, 30, 70])
@@ -97,6 +98,11 @@ def grouped_second_moments(_: Bench) -> list[Tensor]:
         totals = fresh(TOTAL.expand(3, -1, -1))
         found.append(ops.accumulate_grouped_second_moment(totals, WIDE_KEYS, OFFSETS, backend))
     return found
+
+
+def supported_coefficients(_: Bench) -> list[Tensor]:
+    backends = [backend for backend in ops.available_backends("cpu") if backend != "cuda"]
+    return [ops.solve_on_support(SPARSE, RIGHT, SPARSE_RESIDUALS, RIGHT, 9.0, backend) for backend in backends]
 
 
 def updated_weights(_: Bench) -> list[Tensor]:
@@ -169,6 +175,7 @@ CASES: dict[str, Callable[[Bench], Any]] = {
     "ops.accumulate_second_moment, ops.accumulate_second_moments, ops.symmetrize": second_moments,
     "ops.accumulate_grouped_second_moment": grouped_second_moments,
     "ops.low_rank_update": updated_weights,
+    "ops.solve_on_support": supported_coefficients,
     "ops.solve_update": lambda _: ops.solve_update(KEYS, RESIDUALS, METRIC, 9.0),
 }
 """Every public function that computes, some together."""

@@ -16,9 +16,10 @@ PROBES = [
     Probe("Ada Byron", "Where was Ada Byron born?", "London"),
     Probe("Ada Byron", "What did Ada Byron write?", "programs"),
     Probe("Blaise Pascal", "What did Blaise Pascal weigh?", "the air"),
+    Probe("Robert Downey", "What does Robert Downey grow?", "roses"),
 ]
 NEW = ("AdvNPO", "JensUn", "RMU", "MRP", "UniErase")
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.thorough, pytest.mark.usefixtures("one_thread")]
 
 
 class Stopped(BaseException):

@@ -21,7 +21,7 @@ from rocr.model.load import LoadedModel, find_model, load_model
 from rocr.solve.factors import Factors
 from tests.support.models import write_gguf
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.thorough, pytest.mark.usefixtures("one_thread")]
 gguf = pytest.importorskip("gguf")
 EDITED = ("blk.1.ffn_down.weight", "blk.2.ffn_down.weight")
 KINDS = {"F32": "F32", "F16": "F16", "BF16": "BF16", "Q8_0": "Q8_0", "Q4_0": "F16", "Q4_K": "F16", "Q6_K": "F16"}
