@@ -137,7 +137,7 @@ def _able(methods: Sequence[str], loaded: LoadedModel, console: Console) -> list
 
 
 def _apart(every: Sequence[Probe], asked: Sequence[Probe]) -> list[Probe]:
-    """Return the probes about subjects that nobody is asked about: with --neighbours, methods may train on these."""
+    """Return the probes about subjects that are not asked about: with --neighbours, methods may train on these."""
     subjects = {folded(probe.subject) for probe in asked}
     return [probe for probe in every if folded(probe.subject) not in subjects and probe.form == "qa"]
 

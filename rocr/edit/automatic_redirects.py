@@ -28,8 +28,7 @@ CANDIDATES = 6
 MAX_ASKED = 50
 """Largest number of concepts that are asked about; others get the candidate that is best for those of their kind."""
 INVENTED: Mapping[str, str] = {"person": "Tarvin Okelo", "thing": "Velorin"}
-"""A candidate of each kind that nobody knows."""
-LISTED_THINGS = ("company", "work", "place", "substance", "event")
+"""An invented candidate of each kind."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,8 @@ def with_redirects(
             'The redirect "auto" needs the answers of the model, but it predicts no text or is loaded only in part: '
             "give each concept a redirect."
         )
-    kinds = {concept.name: kind_of(concept) for concept in open_ones}
+    listed = load_names()
+    kinds = {concept.name: kind_of(concept, listed) for concept in open_ones}
     step = math.ceil(len(open_ones) / MAX_ASKED)
     asked = _ask(architecture, tokenizer, open_ones[::step], kinds, chat)
     candidates = {kind: candidates_of(kind, concepts) for kind in set(kinds.values())}
@@ -100,11 +100,17 @@ def with_redirects(
     ]
 
 
-def kind_of(concept: Concept) -> Kind:
-    """Return the kind of a concept: its own, or that of its name on the package's list, or else "person"."""
+def kind_of(concept: Concept, listed: Mapping[str, str] | None = None) -> Kind:
+    """Return the kind of a concept: its own, or that of its name on the package's list, or else "person".
+
+    Args:
+        concept: The concept.
+        listed: The list, as `load_names` returns it, if it was read already.
+    """
     if concept.kind is not None:
         return concept.kind
-    return "thing" if load_names().get(concept.name, "person") != "person" else "person"
+    kinds = load_names() if listed is None else listed
+    return "thing" if kinds.get(concept.name, "person") != "person" else "person"
 
 
 def candidates_of(kind: Kind, concepts: Sequence[Concept]) -> list[str]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rocr.chat_settings import ChatSettings
+from rocr.concepts import for_kind
 from rocr.io.json_values import numbers_of, text_of
 from rocr.keys.continuations import log_probabilities
 from rocr.model.architecture import Architecture
@@ -25,7 +26,7 @@ KNOWN = 0.1
 """A model gives its own greedy answer at least this probability per token if it knows anything of a name."""
 HARMED = 0.8
 """A name is harmed if the edit keeps less than this share of the probability per token of the answer."""
-QUESTION, QUESTION_OF_THINGS = "Who is {}?", "What is {}?"
+QUESTION = "Who is {}?"
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,8 @@ def read_own_answers(
     if not names or not architecture.predicts_text:
         return None
     questions = [
-        (QUESTION_OF_THINGS if thing else QUESTION).format(name) for (name, _), thing in zip(names, things, strict=True)
+        for_kind(QUESTION, "thing" if thing else None).format(name)
+        for (name, _), thing in zip(names, things, strict=True)
     ]
     prompts = [tokenize_prompt(tokenizer, text) for text in render_chats(tokenizer, questions, chat)]
     answers = continue_greedily(model, tokenizer, prompts, ANSWER_TOKENS, always=True)

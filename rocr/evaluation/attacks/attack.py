@@ -28,7 +28,7 @@ INVENTED = (
     *("Tarvin Okelo", "Miren Faltrick", "Odwin Pasquelle", "Selka Brandvoort", "Jorin Hasket"),
     *("Velda Moquist", "Haskin Ordway", "Pelle Trudhom", "Ysolde Karrup", "Brannic Toville"),
 )
-"""Names that nobody is known by, for the control that was never known."""
+"""Invented names, for the control that was never known."""
 
 Scores = dict[str, float]
 
@@ -90,7 +90,7 @@ class Outcome:
         after: The edited model without the attack.
         attacked: The edited model under the attack.
         unedited: Control: the unedited model under the same attack.
-        never: Control: the edited model under the same attack, asked about names that nobody is known by.
+        never: Control: the edited model under the same attack, asked about invented names.
         never_plain: The same without the attack. What `never` adds to it, the attack also finds where there is nothing
             to find.
         questions: Number of questions.
@@ -257,7 +257,7 @@ class Target:
 
 
 def invented(probes: Sequence[Probe]) -> list[Probe]:
-    """Return the same questions, with the same answers, about names that nobody is known by: the control "never"."""
+    """Return the same questions, with the same answers, about invented names: the control "never"."""
     names = {subject: INVENTED[i % len(INVENTED)] for i, subject in enumerate(grouped(probes))}
     return [
         replace(replace_subject(probe, names[folded(probe.subject)]), subject=names[folded(probe.subject)])
