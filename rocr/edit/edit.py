@@ -88,10 +88,11 @@ class Edit(EditRecord):
         the removed concepts. That is the edit that `unlearn` makes of the remaining concepts alone if their keys and
         residuals were measured before any weight changed: in the first edited layer, and with
         `EditConfig(measure="once")` in all layers, with the names that remain retained: rows of retained names go with
-        the concepts that they were chosen for, and are not chosen again. With "each", keys and residuals of later layers were measured in a
-        model in which the removed concepts were already redirected; to measure them again, revert the edit and call
-        `unlearn`. Settings that were chosen by the number of concepts keep their values; if other values are the
-        default for the new number, no layer is equal. `report.inexact` lists the layers that are not equal.
+        the concepts that they were chosen for, and are not chosen again. With "each", keys and residuals of later
+        layers were measured in a model in which the removed concepts were already redirected; to measure them again,
+        revert the edit and call `unlearn`. Settings that were chosen by the number of concepts keep their values; if
+        other values are the default for the new number, no layer is equal. `report.inexact` lists the layers that are
+        not equal.
 
         Args:
             names: Names or aliases of the concepts to remove.

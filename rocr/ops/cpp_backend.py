@@ -74,21 +74,10 @@ def low_rank_update(
     scale: float,
     rounding: str,
     seed: int,
+    keep_zeros: bool = False,
 ) -> None:
-    """Add scale * left @ right to every weight, in one call."""
-    low_rank_update_op(list(weights), list(lefts), list(rights), scale, rounding == "stochastic", seed)
-
-
-def update_support(
-    weights: Sequence[Tensor],
-    lefts: Sequence[Tensor],
-    rights: Sequence[Tensor],
-    scale: float,
-    rounding: str,
-    seed: int,
-) -> None:
-    """Add scale * left @ right to the elements of every weight that are not zero, in one call."""
-    low_rank_update_op(list(weights), list(lefts), list(rights), scale, rounding == "stochastic", seed, True)
+    """Add scale * left @ right to every weight, or where it is not zero, in one call."""
+    low_rank_update_op(list(weights), list(lefts), list(rights), scale, rounding == "stochastic", seed, keep_zeros)
 
 
 def solve_on_support(weight: Tensor, keys: Tensor, residuals: Tensor, basis: Tensor, ridge: float) -> Tensor:

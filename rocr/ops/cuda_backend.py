@@ -62,8 +62,10 @@ def low_rank_update(
     scale: float,
     rounding: str,
     seed: int,
+    keep_zeros: bool = False,
 ) -> None:
     """Add scale * left @ right to every weight; weights of equal layout share a launch."""
+    assert not keep_zeros, "a backend without a solve on a support has no update that keeps zeros"
     has_unit_stride = [1 in weight.stride() for weight in weights]
     rows = [weight if fits else weight.contiguous() for weight, fits in zip(weights, has_unit_stride, strict=True)]
     stochastic = rounding == "stochastic"

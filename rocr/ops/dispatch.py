@@ -224,13 +224,10 @@ def low_rank_update(
     chosen = _choose(backend, weights[0].device)
     lefts = [left.float().contiguous() for left in lefts]
     rights = [right.float().contiguous() for right in rights]
+    if keep_zeros and not isinstance(chosen, SupportBackend):
+        raise _lacks(backend, "update that keeps zeros", SupportBackend, weights[0].device)
     with writing(*weights):
-        if not keep_zeros:
-            chosen.low_rank_update(weights, lefts, rights, scale, rounding, seed)
-        elif isinstance(chosen, SupportBackend):
-            chosen.update_support(weights, lefts, rights, scale, rounding, seed)
-        else:
-            raise _lacks(backend, "update that keeps zeros", SupportBackend, weights[0].device)
+        chosen.low_rank_update(weights, lefts, rights, scale, rounding, seed, keep_zeros)
 
 
 @plain_arithmetic()

@@ -28,8 +28,12 @@ class Backend(Protocol):
         scale: float,
         rounding: str,
         seed: int,
+        keep_zeros: bool = False,
     ) -> None:
-        """Add scale * left @ right to each weight; factors are float32 and contiguous."""
+        """Add scale * left @ right to each weight; factors are float32 and contiguous.
+
+        With `keep_zeros`, which only a `SupportBackend` gets, elements of a weight that are zero keep their bits.
+        """
         ...
 
 
@@ -53,20 +57,8 @@ class GroupsBackend(Protocol):
 
 @runtime_checkable
 class SupportBackend(Protocol):
-    """The interface of a backend that changes a weight on its support: where it is not zero."""
+    """The interface of a backend that solves and updates a weight on its support: where it is not zero."""
 
     def solve_on_support(self, weight: Tensor, keys: Tensor, residuals: Tensor, basis: Tensor, ridge: float) -> Tensor:
         """Return the coefficients (d_out, m) float32; keys, residuals and basis are float32 and contiguous."""
-        ...
-
-    def update_support(
-        self,
-        weights: Sequence[Tensor],
-        lefts: Sequence[Tensor],
-        rights: Sequence[Tensor],
-        scale: float,
-        rounding: str,
-        seed: int,
-    ) -> None:
-        """Add scale * left @ right to the elements of each weight that are not zero."""
         ...

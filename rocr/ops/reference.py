@@ -49,26 +49,15 @@ def low_rank_update(
     scale: float,
     rounding: str,
     seed: int,
+    keep_zeros: bool = False,
 ) -> None:
-    """Write `updated_weight` to every weight, with one rounding to its dtype."""
+    """Write `updated_weight` to every weight, or to its elements that are not zero, with one rounding to its dtype."""
     generator = torch.Generator(weights[0].device).manual_seed(seed) if weights else None
     for weight, left, right in zip(weights, lefts, rights, strict=True):
+        before = weight.clone()
         round_into(weight, updated_weight(weight, left, right, scale), rounding, generator)
-
-
-def update_support(
-    weights: Sequence[Tensor],
-    lefts: Sequence[Tensor],
-    rights: Sequence[Tensor],
-    scale: float,
-    rounding: str,
-    seed: int,
-) -> None:
-    """Write `updated_weight` to the elements of every weight that are not zero; the others keep their bits."""
-    before = [weight.clone() for weight in weights]
-    low_rank_update(weights, lefts, rights, scale, rounding, seed)
-    for weight, start in zip(weights, before, strict=True):
-        weight.copy_(torch.where(start == 0, start, weight))
+        if keep_zeros:
+            weight.copy_(torch.where(before == 0, before, weight))
 
 
 def solve_on_support(weight: Tensor, keys: Tensor, residuals: Tensor, basis: Tensor, ridge: float) -> Tensor:

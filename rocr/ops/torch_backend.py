@@ -83,32 +83,12 @@ def low_rank_update(
     scale: float,
     rounding: str,
     seed: int,
+    keep_zeros: bool = False,
 ) -> None:
-    """Add scale * left @ right to every weight in float32, rounded once, in blocks of rows."""
-    _update(weights, lefts, rights, scale, rounding, seed, keep_zeros=False)
+    """Add scale * left @ right to every weight in float32, rounded once, in blocks of rows.
 
-
-def update_support(
-    weights: Sequence[Tensor],
-    lefts: Sequence[Tensor],
-    rights: Sequence[Tensor],
-    scale: float,
-    rounding: str,
-    seed: int,
-) -> None:
-    """Add scale * left @ right to the elements of every weight that are not zero; the others keep their bits."""
-    _update(weights, lefts, rights, scale, rounding, seed, keep_zeros=True)
-
-
-def _update(
-    weights: Sequence[Tensor],
-    lefts: Sequence[Tensor],
-    rights: Sequence[Tensor],
-    scale: float,
-    rounding: str,
-    seed: int,
-    keep_zeros: bool,
-) -> None:
+    With `keep_zeros`, elements of a weight that are zero keep their bits.
+    """
     # Created only if it is used, since a seed cannot be set during the capture of a CUDA graph.
     draws = rounding == "stochastic" and len(weights) > 0
     generator = torch.Generator(weights[0].device).manual_seed(seed) if draws else None

@@ -67,32 +67,9 @@ def low_rank_update(
     scale: float,
     rounding: str,
     seed: int,
+    keep_zeros: bool = False,
 ) -> None:
-    """Add scale * left @ right to every weight; weights of equal layout share a launch."""
-    _update(weights, lefts, rights, scale, rounding, seed, keep_zeros=False)
-
-
-def update_support(
-    weights: Sequence[Tensor],
-    lefts: Sequence[Tensor],
-    rights: Sequence[Tensor],
-    scale: float,
-    rounding: str,
-    seed: int,
-) -> None:
-    """Add scale * left @ right to the elements of every weight that are not zero."""
-    _update(weights, lefts, rights, scale, rounding, seed, keep_zeros=True)
-
-
-def _update(
-    weights: Sequence[Tensor],
-    lefts: Sequence[Tensor],
-    rights: Sequence[Tensor],
-    scale: float,
-    rounding: str,
-    seed: int,
-    keep_zeros: bool,
-) -> None:
+    """Add scale * left @ right to every weight, or where it is not zero; weights of equal layout share a launch."""
     rows = [weight if weight.stride(0) == 1 else _with_rows(weight) for weight in weights]
     rest = (list(lefts), list(rights), scale, rounding == "stochastic", seed, keep_zeros)
     bypass_dispatcher(low_rank_update_op, _update_low_rank, rows, *rest)

@@ -104,7 +104,7 @@ def test_zeros_keep_their_bits_in_the_backend(dtype, rounding):
     weight = torch.randn(40, 24).to(dtype) * (torch.rand(40, 24) < 0.5)
     left, right = torch.randn(24, 3), torch.randn(3, 40)
     kept, dense = weight.clone(), weight.clone()
-    triton_backend.update_support([kept.T], [left], [right], 1.0, rounding, 3)
+    triton_backend.low_rank_update([kept.T], [left], [right], 1.0, rounding, 3, keep_zeros=True)
     triton_backend.low_rank_update([dense.T], [left], [right], 1.0, rounding, 3)
     zeros, bits = weight == 0, INTEGERS[dtype]
     assert torch.equal(kept.view(bits)[zeros], weight.view(bits)[zeros])
