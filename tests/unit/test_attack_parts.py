@@ -18,7 +18,7 @@ from rocr.evaluation.attacks.depth import depth_score, last_states, patched_fall
 from rocr.evaluation.attacks.linear_probe import best_layer, fitted, right_choices
 from rocr.evaluation.attacks.mask import START, masked, trained_masks
 from rocr.evaluation.attacks.prompts import context_prefixes
-from rocr.evaluation.attacks.samples import recall, sample
+from rocr.evaluation.attacks.samples import recall
 from rocr.evaluation.attacks.soft_tokens import embedded, trained_vectors
 from rocr.evaluation.attacks.suffix import _gradient, found_suffix
 from rocr.evaluation.attacks.tuning import tuned
@@ -123,23 +123,6 @@ def test_what_comes_back_is_a_share_of_what_was_gone() -> None:
 )
 def test_recall_is_the_longest_common_subsequence_of_words(answer: str, text: str, share: float) -> None:
     assert recall(answer, text) == share
-
-
-def test_samples_follow_the_distribution_of_the_model(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    prompt = prompts(1)[0]
-    drawn = sample(model, prompt, 4000, 1, seed=1)[:, 0]
-    odds = log_probabilities(model, prompt)[-1].exp()
-    counts = torch.bincount(drawn, minlength=len(odds)).double()
-    spread = (counts - 4000 * odds) / (4000 * odds * (1 - odds)).sqrt()
-    assert spread[odds > 0.01].abs().max() < 4.5
-    assert greedy(model, prompt, 4) == tuple(sample(model, prompt, 2, 4, temperature=1e-4)[1].tolist())
-    cached = sample(model, prompt, 5, 4, seed=2)
-    assert torch.equal(cached, sample(model, prompt, 5, 4, seed=2))
-    assert not torch.equal(cached, sample(model, prompt, 5, 4, seed=3))
-    monkeypatch.setattr("rocr.evaluation.attacks.samples.has_attention_only", lambda _: False)
-    assert torch.equal(cached, sample(model, prompt, 5, 4, seed=2)), "with and without a cache"
-    with pytest.raises(rocr.InputError, match="not 0, 4 and 1"):
-        sample(model, prompt, 0, 4)
 
 
 def planted(model: nn.Module) -> tuple[nn.Parameter, Tensor]:

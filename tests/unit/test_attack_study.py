@@ -16,12 +16,12 @@ from rocr.evaluation import EvaluateOptions, Probe, Wording, evaluate
 from rocr.evaluation.attacks.attack import AttackLimits, invented
 from rocr.evaluation.attacks.components import without_components
 from rocr.evaluation.attacks.prompts import context_prefixes
-from rocr.evaluation.attacks.samples import sample
 from rocr.evaluation.attacks.study import STUDY, Studied, study
 from rocr.evaluation.attacks.suffix import _end_of_message
 from rocr.evaluation.attacks.suite import ATTACKS
 from rocr.evaluation.forms import Item, PromptStyle
 from rocr.evaluation.report import STUDY_COLUMNS, study_rows
+from rocr.evaluation.sampling import Sample, sample_continuations
 from rocr.model.architecture import find_architecture
 from rocr.model.blocks import find_blocks
 from tests.support.models import same_weights
@@ -273,12 +273,13 @@ def test_a_limit_has_an_effect(
 ) -> None:
     drawn: list[tuple[int, ...]] = []
 
-    def watched(*given: Any) -> Tensor:
-        drawn.append(tuple(sample(*given).shape))
-        return sample(*given)
+    def watched(*given: Any) -> list[Sample]:
+        found = sample_continuations(*given[:4], set(), given[5])
+        drawn.append((len(found), len(found[0].tokens)))
+        return sample_continuations(*given)
 
     # A model this small draws no right answers, so that the draws are counted.
-    monkeypatch.setattr("rocr.evaluation.attacks.samples.sample", watched)
+    monkeypatch.setattr("rocr.evaluation.attacks.samples.sample_continuations", watched)
     found = []
     for limits in (SMALL, replace(SMALL, **{name: value})):
         outcomes = edited.study(attack, limits=limits)[0].outcomes

@@ -47,6 +47,13 @@ def test_samples_are_drawn_with_the_probabilities_that_they_report(family, make_
     assert scores == pytest.approx([sample.log_probability for sample in samples], abs=1e-4)
 
 
+def test_samples_are_the_same_without_a_cache(model, monkeypatch):
+    cached = sample_continuations(model, [5, 6, 7], 5, 4, set(), seed=2)
+    monkeypatch.setattr("rocr.evaluation.sampling.has_attention_only", lambda _: False)
+    again = sample_continuations(model, [5, 6, 7], 5, 4, set(), seed=2)
+    assert [each.tokens for each in cached] == [each.tokens for each in again]
+
+
 def test_samples_end_at_an_end_token(model):
     free = sample_continuations(model, [5, 6, 7], 4, 6, set(), seed=0)
     end = free[0].tokens[2]
