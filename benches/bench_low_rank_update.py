@@ -29,12 +29,15 @@ def bench_bfloat16_weight(compare: Compare, rank: int) -> None:
     weight, other = (torch.randn(ROWS, COLUMNS).bfloat16() for _ in range(2))
     left, right = torch.randn(ROWS, rank), torch.randn(rank, COLUMNS) * 1e-3
     assert_right(weight, left, right)
+    baselines = {
+        "W.copy_(W.float().addmm_(left, right))": lambda: weight.copy_(weight.float().addmm_(left, right)),
+        "W.copy_(V)": lambda: weight.copy_(other),
+    }
+    if rank == 1:
+        baselines["W.addcmul_(left, right)"] = lambda: weight.addcmul_(left, right)
     compare(
         lambda: ops.low_rank_update(weight, left, right),
-        {
-            "W.copy_(W.float().addmm_(left, right))": lambda: weight.copy_(weight.float().addmm_(left, right)),
-            "W.copy_(V)": lambda: weight.copy_(other),
-        },
+        baselines,
         operation=f"low_rank_update, n = {rank}",
         size=f"{ROWS} × {COLUMNS}",
         rounds=ROUNDS,

@@ -14,6 +14,7 @@
 #include "second_moment.h"
 
 #include <algorithm>
+#include <cstring>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -51,6 +52,7 @@ class PanelKernel : public MomentKernel {
   std::int64_t packed_floats(std::int64_t tokens) const override {
     return panels() * simd_.tile_columns * std::min(tokens, simd_.panel_depth);
   }
+  std::int64_t worker_floats() const override { return block_rows * simd_.tile_columns * simd_.panel_depth; }
   void pack(const Moment& moment, std::int64_t slice, std::int64_t item, float* packed) const override;
   void multiply(const Moment& moment, std::int64_t slice, std::int64_t item, const float* packed,
                 float* mine) const override;
@@ -64,6 +66,7 @@ class PanelKernel : public MomentKernel {
   }
   std::int64_t panels() const { return divide_up(size_, simd_.tile_columns); }
   std::vector<Block> blocks() const;
+  void split_rows(const float* panels, std::int64_t count, std::int64_t depth, float* strips) const;
   void add_tile(const Moment& moment, Block tile, std::int64_t depth, const float* rows, const float* columns,
                 const float* prefetch) const;
   void multiply_panels(std::int64_t count, std::int64_t depth, const float* rows, const float* columns,
@@ -96,21 +99,31 @@ void PanelKernel::pack(const Moment& moment, std::int64_t slice, std::int64_t it
 }
 
 void PanelKernel::multiply(const Moment& moment, std::int64_t slice, std::int64_t item, const float* packed,
-                           float*) const {
+                           float* mine) const {
   const Block block = blocks_[item];
   const std::int64_t steps = depth(moment, slice), panel_floats = simd_.tile_columns * steps;
   const std::int64_t end_row = std::min(block.row + block_rows * simd_.tile_columns, size_);
   const std::int64_t end_column = std::min(block.column + block_columns * simd_.tile_columns, end_row);
+  split_rows(packed + block.row * steps, end_row - block.row, steps, mine);
   for (std::int64_t column = block.column; column < end_column; column += simd_.tile_columns) {
     const float* columns = packed + column * steps;
     // The first tiles prefetch the next panel of columns, a cache line per step.
     const float* prefetch = columns + panel_floats;
     for (std::int64_t row = std::max(block.row, column); row < end_row; row += simd_.tile_rows) {
-      const std::int64_t row_in_panel = row % simd_.tile_columns;
-      const float* rows = packed + (row - row_in_panel) * steps + row_in_panel;
-      add_tile(moment, {row, column}, steps, rows, columns, prefetch);
+      add_tile(moment, {row, column}, steps, mine + (row - block.row) * steps, columns, prefetch);
       prefetch = std::min(prefetch + steps * line_floats, columns + 2 * panel_floats);
     }
+  }
+}
+
+// Copies the first `count` columns of panels into strips of tile_rows columns: a step of a strip is contiguous, so that
+// a product reads whole cache lines and one stream of them.
+void PanelKernel::split_rows(const float* panels, std::int64_t count, std::int64_t depth, float* strips) const {
+  for (std::int64_t row = 0; row < count; row += simd_.tile_rows) {
+    const std::int64_t row_in_panel = row % simd_.tile_columns;
+    const float* source = panels + (row - row_in_panel) * depth + row_in_panel;
+    for (std::int64_t step = 0; step < depth; ++step, strips += simd_.tile_rows, source += simd_.tile_columns)
+      for (std::int64_t i = 0; i < simd_.tile_rows; i += 4) std::memcpy(strips + i, source + i, 4 * sizeof(float));
   }
 }
 
@@ -138,7 +151,7 @@ void PanelKernel::multiply_panels(std::int64_t count, std::int64_t depth, const 
   const std::int64_t chunks = divide_up(depth, max_sum_depth);
   for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
     const std::int64_t first = depth * chunk / chunks, steps = depth * (chunk + 1) / chunks - first;
-    simd_.multiply(count, steps, rows + first * simd_.tile_columns, simd_.tile_columns,
+    simd_.multiply(count, steps, rows + first * simd_.tile_rows, simd_.tile_rows,
                    columns + first * simd_.tile_columns, target, stride, accumulate || chunk > 0,
                    prefetch + first * line_floats);
   }
@@ -163,18 +176,19 @@ void accumulate_together(const std::vector<Moment>& moments, const MomentKernel&
   }
   if (slices.empty()) return;
   const std::int64_t half = whole_lines(most_floats), own = whole_lines(kernel.worker_floats());
-  const Buffer packed(2 * half), sums(threads * own);
   const std::int64_t count = static_cast<std::int64_t>(slices.size()), products = kernel.products();
+  const std::int64_t halves = threads > 1 && count > 1 ? 2 : 1;  // one thread packs a slice after the last product
+  const Buffer packed(halves * half), sums(threads * own);
   run_phases(threads, count + 1, products + kernel.packings(),
              [&](int worker, std::int64_t phase, std::int64_t item) {
                if (item < products) {
                  if (phase == 0) return;
                  const Slice& slice = slices[phase - 1];
-                 kernel.multiply(*slice.moment, slice.index, item, packed.data() + (phase + 1) % 2 * half,
+                 kernel.multiply(*slice.moment, slice.index, item, packed.data() + (phase - 1) % halves * half,
                                  sums.data() + worker * own);
                } else if (phase < count) {
                  const Slice& slice = slices[phase];
-                 kernel.pack(*slice.moment, slice.index, item - products, packed.data() + phase % 2 * half);
+                 kernel.pack(*slice.moment, slice.index, item - products, packed.data() + phase % halves * half);
                }
              });
 }
