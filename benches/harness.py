@@ -66,7 +66,7 @@ def measure_here(names: list[str], instruction_set: str) -> dict[str, Any]:
         "name": instruction_set,
         "peak_gflops": peak,
         "openblas_kernel": openblas_kernel(),
-        "environment": {key: os.environ[key] for key in SETTINGS.get(instruction_set, {})},
+        "environment": {key: os.environ[key] for key in SETTINGS.get(instruction_set, {}) if key in os.environ},
     }
     return {"instruction_sets": [about], "benches": rows}
 
