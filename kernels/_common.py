@@ -162,8 +162,7 @@ def address_table(tensors: Sequence[Sequence[Tensor]], indices: Sequence[int] = 
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise CaptureError(
             "The Triton kernels cannot be captured in a CUDA graph: a launch copies a table of addresses from host "
-            "memory that is reused before the graph runs. Call them outside the capture, or use the backend 'torch' "
-            "or 'cuda'."
+            "memory that is reused before the graph runs. Call them outside the capture, or use the backend 'torch'."
         )
     entries = [tensor.data_ptr() for group in tensors for tensor in group] + list(indices)
     table = torch.tensor(entries, dtype=torch.int64, pin_memory=device.type == "cuda")

@@ -17,6 +17,7 @@ from rocr.ops import cuda_backend as backend_cuda
 from rocr.ops import reference
 from rocr.ops import torch_backend as backend_torch
 from rocr.ops import triton_backend as backend_triton
+from rocr.ops.interfaces import UpdateBackend
 
 GPU_BACKENDS = (backend_triton, backend_cuda)
 
@@ -48,8 +49,9 @@ def test_fake_tensors_pass_through(backend) -> None:
         totals = [torch.empty(64, 64, device="cuda") for _ in range(2)]
         keys = [torch.empty(9, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
         assert backend.second_moments_op(totals, keys) is None
-        lefts, rights = [torch.empty(64, 2, device="cuda")] * 2, [torch.empty(2, 64, device="cuda")] * 2
-        backend.low_rank_update(totals, lefts, rights, 1.0, "nearest", 0)
+        if isinstance(backend, UpdateBackend):
+            lefts, rights = [torch.empty(64, 2, device="cuda")] * 2, [torch.empty(2, 64, device="cuda")] * 2
+            backend.low_rank_update(totals, lefts, rights, 1.0, "nearest", 0)
 
 
 @pytest.mark.parametrize(
@@ -89,16 +91,15 @@ def test_fake_tensors_are_told_apart() -> None:
             operands.check_low_rank_update([weight, weight], [left, left], [right, right])
 
 
-@pytest.mark.parametrize("backend", GPU_BACKENDS, ids=lambda backend: backend.__name__)
-def test_plain_tensors_go_past_the_dispatcher_and_autograd_knows(backend, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_tensors_go_past_the_dispatcher_and_autograd_knows(monkeypatch: pytest.MonkeyPatch) -> None:
     def add_one(weights, *rest) -> None:
         weights[0].numpy()[:] += 1  # as a kernel does: unknown to torch
 
-    monkeypatch.setattr(backend, "_update_low_rank", add_one)
-    monkeypatch.setattr(backend, "low_rank_update_op", None)
+    monkeypatch.setattr(backend_triton, "_update_low_rank", add_one)
+    monkeypatch.setattr(backend_triton, "low_rank_update_op", None)
     weight, left, right = torch.zeros(8, 8), torch.zeros(8, 1), torch.zeros(1, 8)
     before = weight._version
-    backend.low_rank_update([weight], [left], [right], 1.0, "nearest", 0)
+    backend_triton.low_rank_update([weight], [left], [right], 1.0, "nearest", 0)
     assert weight.eq(1).all()
     assert weight._version > before
 
@@ -141,9 +142,7 @@ def test_triton_refuses_the_capture_of_a_graph_in_a_sentence(capturing) -> None:
     with FakeTensorMode():
         total, keys = torch.empty(64, 64, device="cuda"), torch.empty(9, 64, device="cuda", dtype=torch.bfloat16)
         left, right = torch.empty(64, 2, device="cuda"), torch.empty(2, 64, device="cuda")
-        with pytest.raises(
-            InputError, match=r"cannot be captured in a CUDA graph.*or use the backend 'torch' or 'cuda'"
-        ):
+        with pytest.raises(InputError, match=r"cannot be captured in a CUDA graph.*or use the backend 'torch'\."):
             backend_triton._add_second_moments([total], [keys])
         with pytest.raises(InputError, match="cannot be captured in a CUDA graph"):
             backend_triton._update_low_rank([total], [left], [right], 1.0, False, 0)
@@ -161,5 +160,5 @@ def test_a_solve_refuses_the_capture_of_a_graph_in_a_sentence(capturing) -> None
 def test_the_operators_that_no_graph_may_hold_say_so_to_torch() -> None:
     for operator in (backend_triton.second_moments_op, backend_triton.low_rank_update_op):
         assert torch.Tag.cudagraph_unsafe in operator._opoverload.tags
-    for operator in (backend_cuda.second_moments_op, backend_cuda.low_rank_update_op):  # operands by value, no table
-        assert torch.Tag.cudagraph_unsafe not in operator._opoverload.tags
+    # Its operands go by value, not in a table.
+    assert torch.Tag.cudagraph_unsafe not in backend_cuda.second_moments_op._opoverload.tags
