@@ -4,8 +4,8 @@ Formula, for keys K [tokens, width] whose rows offset[e] to offset[e + 1] belong
 
     C[e, i, j] += sum over t from offset[e] to offset[e + 1] of K[t, i] * K[t, j]        for j <= i
 
-Tiles are those of second_moment.py, and every group has the same tiles. A part is a range of rows of one group; an item
-is one tile of one part:
+Tiles are those of second_moment_tiles.py, and every group has the same tiles. A part is a range of rows of one group;
+an item is one tile of one part:
 
     groups     |   0    |        1        |2|   3   |      rows of keys, from left to right
     parts      |   0    |   1    |   2    |3|   4   |      a group of many rows has several parts
@@ -16,7 +16,7 @@ another group write to slices of scratch memory, which a second kernel adds to t
 the same memory: the same operands give the same bytes. Operands move through pointers, whose masks end with the rows of
 a group; TMA would read rows of the next group too.
 
-Float32 keys are first split into three bfloat16 terms, as in second_moment.py. The sum runs over six products of
+Float32 keys are first split into three bfloat16 terms (second_moment_terms.py). The sum runs over six products of
 terms.
 """
 
@@ -37,23 +37,11 @@ from rocr_kernels._common import (
     multiprocessors,
     offset_type,
 )
-from rocr_kernels.second_moment import (
-    CHUNK_TOKENS,
-    CONFIGS,
-    LEFT_TERMS,
-    RIGHT_TERMS,
-    SLICE_ROWS,
-    SPLIT_BYTES,
-    Fits,
-    SecondMomentConfig,
-    _add_piece_pointers,
-    _load_keys,
-    add_product,
-    choose_config,
-    halves,
-    split_into_terms,
-    tile_position,
-)
+from rocr_kernels.second_moment import CHUNK_TOKENS, SLICE_ROWS, SPLIT_BYTES
+from rocr_kernels.second_moment_configs import CONFIGS, Fits, SecondMomentConfig, choose_config
+from rocr_kernels.second_moment_pointers import add_piece_pointers, load_keys
+from rocr_kernels.second_moment_terms import LEFT_TERMS, RIGHT_TERMS, add_product, split_into_terms
+from rocr_kernels.second_moment_tiles import halves, tile_position
 from torch import Tensor
 
 POINTERS_ONLY = (8, 0)
@@ -168,8 +156,8 @@ def _add_products(
             right_term = ((RIGHT_TERMS >> (2 * product)) & 3) * term_tokens
             left_token, right_token = token + left_term, token + right_term
             left_end, right_end = end + left_term, end + right_term
-        left_keys = _load_keys(keys, left_token, steps[None, :], left_columns, key_stride, left_end, width, OFFSETS)
-        right_keys = _load_keys(keys, right_token, steps[:, None], right_columns, key_stride, right_end, width, OFFSETS)
+        left_keys = load_keys(keys, left_token, steps[None, :], left_columns, key_stride, left_end, width, OFFSETS)
+        right_keys = load_keys(keys, right_token, steps[:, None], right_columns, key_stride, right_end, width, OFFSETS)
         accumulator = add_product(left_keys, right_keys, accumulator, PRODUCTS > 1, INTERPRETED)
     return accumulator
 
@@ -238,8 +226,8 @@ def add_grouped_second_moments(
             )
             left_half, right_half = halves(accumulator)
             HALF: tl.constexpr = COLUMNS // 2
-            _add_piece_pointers(target, left_half, row, column, target_stride, width, OFFSETS)
-            _add_piece_pointers(target + HALF, right_half, row, column + HALF, target_stride, width, OFFSETS)
+            add_piece_pointers(target, left_half, row, column, target_stride, width, OFFSETS)
+            add_piece_pointers(target + HALF, right_half, row, column + HALF, target_stride, width, OFFSETS)
 
 
 @triton.jit

@@ -16,8 +16,9 @@ import torch
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
 # ruff: noqa: E402
-from rocr_kernels import grouped_second_moment, low_rank_update, second_moment, support_solve
+from rocr_kernels import grouped_second_moment, low_rank_update, second_moment, second_moment_terms, support_solve
 from rocr_kernels.grouped_second_moment import accumulate_grouped_second_moment
+from rocr_kernels.low_rank_configs import resident_programs
 from rocr_kernels.low_rank_update import LowRankPlan
 from rocr_kernels.second_moment import accumulate_second_moments
 from triton.backends.compiler import GPUTarget
@@ -60,7 +61,7 @@ class Recorder:
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, dict[str, Any]]]:
     found: list[tuple[Any, dict[str, Any]]] = []
-    for module in (second_moment, grouped_second_moment, low_rank_update, support_solve):
+    for module in (second_moment, second_moment_terms, grouped_second_moment, low_rank_update, support_solve):
         for name, value in list(vars(module).items()):
             if isinstance(value, triton.JITFunction) and name in (
                 "add_second_moments_tma",
@@ -285,7 +286,7 @@ def test_low_rank_update_fits(
     if config == "bf16_splits_float32":
         assert adds_outside_of_products(compiled)
     if shape.kind == "resident":
-        programs = low_rank_update.resident_programs(divmod(capability, 10), shape, stochastic)
+        programs = resident_programs(divmod(capability, 10), shape, stochastic)
         assert programs * 32 * arguments["num_warps"] * arguments["maxnreg"] <= REGISTERS
 
 

@@ -19,7 +19,8 @@ from rocr_kernels import _common, grouped_second_moment, low_rank_update, second
 from rocr_kernels._common import INTERPRETER_PROGRAMS, make_schedule
 from rocr_kernels.grouped_second_moment import accumulate_grouped_second_moment, make_parts
 from rocr_kernels.low_rank_update import LowRankPlan, update_low_rank
-from rocr_kernels.second_moment import accumulate_second_moments, tile_position
+from rocr_kernels.second_moment import accumulate_second_moments
+from rocr_kernels.second_moment_tiles import tile_position
 from torch import Tensor
 
 from rocr.ops import reference
