@@ -32,10 +32,13 @@ import triton.language as tl
 from rocr_kernels._common import (
     MAXIMUM_SPLITS,
     MINIMUM_SPLIT_TOKENS,
+    POINTERS_ONLY,
     address_table,
-    max_registers,
+    backend_of,
     multiprocessors,
     offset_type,
+    register_limit,
+    steps_ahead,
 )
 from rocr_kernels.second_moment import CHUNK_TOKENS, SLICE_ROWS, SPLIT_BYTES
 from rocr_kernels.second_moment_configs import CONFIGS, Fits, SecondMomentConfig, choose_config
@@ -43,9 +46,6 @@ from rocr_kernels.second_moment_pointers import add_piece_pointers, load_keys
 from rocr_kernels.second_moment_terms import LEFT_TERMS, RIGHT_TERMS, add_product, split_into_terms
 from rocr_kernels.second_moment_tiles import halves, tile_position
 from torch import Tensor
-
-POINTERS_ONLY = (8, 0)
-"""Compute capability for which choose_config names configurations that move operands through pointers."""
 
 PART_FIELDS = tl.constexpr(4)
 """Numbers of a part in the table: group, first row, end of its rows, and its slice (negative: it adds to the total)."""
@@ -138,7 +138,7 @@ def _add_products(
     PRODUCTS: tl.constexpr,
     STEP: tl.constexpr,
     OFFSETS: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    BACKEND: tl.constexpr,
 ):
     """Return accumulator + left keysᵀ @ right keys over the rows from start to end, for each product of terms."""
     steps = tl.arange(0, STEP)
@@ -158,7 +158,7 @@ def _add_products(
             left_end, right_end = end + left_term, end + right_term
         left_keys = load_keys(keys, left_token, steps[None, :], left_columns, key_stride, left_end, width, OFFSETS)
         right_keys = load_keys(keys, right_token, steps[:, None], right_columns, key_stride, right_end, width, OFFSETS)
-        accumulator = add_product(left_keys, right_keys, accumulator, PRODUCTS > 1, INTERPRETED)
+        accumulator = add_product(left_keys, right_keys, accumulator, PRODUCTS > 1, BACKEND)
     return accumulator
 
 
@@ -184,7 +184,7 @@ def add_grouped_second_moments(
     STEP: tl.constexpr,
     GROUP: tl.constexpr,
     OFFSETS: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    BACKEND: tl.constexpr,
 ):
     """Persistent kernel: each program takes items in turn. The arguments are those that _launch passes."""
     stride = key_stride
@@ -222,7 +222,7 @@ def add_grouped_second_moments(
                 PRODUCTS,
                 STEP,
                 OFFSETS,
-                INTERPRETED,
+                BACKEND,
             )
             left_half, right_half = halves(accumulator)
             HALF: tl.constexpr = COLUMNS // 2
@@ -299,6 +299,7 @@ def _launch(
     keys are (tokens, width) where products is 1, and what split_into_terms returns where it is 6.
     """
     device, width = totals.device, totals.shape[1]
+    backend = backend_of(device)
     aligned = keys.data_ptr() % 16 == 0 and keys.stride(0) % 8 == 0 and keys.shape[1] % 8 == 0
     config = config or CONFIGS[choose_config(POINTERS_ONLY, products, width, Fits(tma=False, aligned=aligned))]
     blocks = -(-width // config.columns)
@@ -332,10 +333,10 @@ def _launch(
         STEP=config.step,
         GROUP=config.group,
         OFFSETS=offset_type(config.step * keys.stride(0), config.rows * totals.stride(1)),
-        INTERPRETED=device.type != "cuda",
+        BACKEND=backend,
         num_warps=config.warps,
-        num_stages=config.stages,
-        maxnreg=max_registers(config.programs, config.warps),
+        num_stages=steps_ahead(backend, config.stages),
+        **register_limit(backend, config.programs, config.warps),
     )
     if parts.split:
         add_group_slices[(tiles, config.rows // SLICE_ROWS, len(parts.split))](

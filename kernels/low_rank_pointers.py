@@ -42,7 +42,7 @@ def add_low_rank_resident(
     RANK: tl.constexpr,
     STAGES: tl.constexpr,
     OFFSETS: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    BACKEND: tl.constexpr,
     KEEP_ZEROS: tl.constexpr,
 ):
     """Persistent kernel for ranks up to RANK. An item is a column strip; _Layers describes the table."""
@@ -68,18 +68,18 @@ def add_low_rank_resident(
         own_right = factor_tile(
             right, column, width, right_column_stride, rank, right_rank_stride, COLUMNS, RANK, OFFSETS
         )  # [COLUMNS, RANK]
-        high, middle, low = split_bf16(own_right, BF16_SPLITS, INTERPRETED)
+        high, middle, low = split_bf16(own_right, BF16_SPLITS, BACKEND)
         for row in tl.range(first_row, last_row, ROWS, num_stages=STAGES):
             pointers, mask = weight_tile(weight, row, column, last_row, width, stride, ROWS, COLUMNS, OFFSETS)
             old = tl.load(pointers, mask=mask, other=0.0)
             own_left = factor_tile(left, row, last_row, left_row_stride, rank, left_rank_stride, ROWS, RANK, OFFSETS)
-            left_high, left_middle, left_low = split_bf16(own_left, BF16_SPLITS, INTERPRETED)
+            left_high, left_middle, left_low = split_bf16(own_left, BF16_SPLITS, BACKEND)
             product = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
             product = dot_bf16_splits(
-                left_high, left_middle, left_low, high.T, middle.T, low.T, product, BF16_SPLITS, INTERPRETED
+                left_high, left_middle, left_low, high.T, middle.T, low.T, product, BF16_SPLITS, BACKEND
             )
             exact = old.to(tl.float32) + scale * product
-            new = rounded_tile(exact, row, column, columns, seed, layer_index, TYPE, STOCHASTIC, INTERPRETED)
+            new = rounded_tile(exact, row, column, columns, seed, layer_index, TYPE, STOCHASTIC, BACKEND)
             if KEEP_ZEROS:
                 new = tl.where(old.to(tl.float32) == 0.0, old, new)
             tl.store(pointers, new, mask=mask)
@@ -97,7 +97,7 @@ def split_factors(
     BF16_SPLITS: tl.constexpr,
     SIZE: tl.constexpr,
     RANK: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    BACKEND: tl.constexpr,
 ):
     """Write the terms of each layer's factor as [size, BF16_SPLITS * term_rank], a row for each row or column."""
     layer = tl.program_id(2).to(tl.int64)
@@ -108,7 +108,7 @@ def split_factors(
     value = tl.load(factor + (index * stride + ranks * rank_stride), mask=(index < size) & (ranks < rank), other=0.0)
     target = terms + (layer * size + index) * (BF16_SPLITS * term_rank) + ranks
     for term in tl.static_range(BF16_SPLITS):
-        rounded = to_bfloat16(value, INTERPRETED)
+        rounded = to_bfloat16(value, BACKEND)
         value -= rounded.to(tl.float32)
         tl.store(target + term * term_rank, rounded, mask=(index < size) & (ranks < term_rank))
 
@@ -135,7 +135,7 @@ def add_low_rank_bf16_splits(
     RANK: tl.constexpr,
     STAGES: tl.constexpr,
     OFFSETS: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    BACKEND: tl.constexpr,
     KEEP_ZEROS: tl.constexpr,
 ):
     """Persistent kernel for any rank. An item is a tile; lefts and rights are what split_factors wrote."""
@@ -169,12 +169,12 @@ def add_low_rank_bf16_splits(
             )  # [COLUMNS, RANK]
             start = tl.zeros((ROWS, COLUMNS), dtype=tl.float32) if BF16_SPLITS == 3 else product
             of_step = dot_bf16_splits(
-                left_high, left_middle, left_low, high.T, middle.T, low.T, start, BF16_SPLITS, INTERPRETED
+                left_high, left_middle, left_low, high.T, middle.T, low.T, start, BF16_SPLITS, BACKEND
             )
             # For float32 weights, tensor cores would lose too much of a sum over a long rank.
-            product = product + opaque(of_step, INTERPRETED) if BF16_SPLITS == 3 else of_step
+            product = product + opaque(of_step, BACKEND) if BF16_SPLITS == 3 else of_step
         exact = old.to(tl.float32) + scale * product
-        new = rounded_tile(exact, row, column, columns, seed, layer_index, TYPE, STOCHASTIC, INTERPRETED)
+        new = rounded_tile(exact, row, column, columns, seed, layer_index, TYPE, STOCHASTIC, BACKEND)
         if KEEP_ZEROS:
             new = tl.where(old.to(tl.float32) == 0.0, old, new)
         tl.store(pointers, new, mask=mask)

@@ -17,16 +17,16 @@ def dot_bf16_splits(
     right_low,
     accumulator,
     BF16_SPLITS: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    BACKEND: tl.constexpr,
 ):
     """Return accumulator + left @ right of two split operands: three or six products, the smallest first."""
     if BF16_SPLITS == 3:
-        accumulator = dot(left_high, right_low, accumulator, INTERPRETED)
-        accumulator = dot(left_low, right_high, accumulator, INTERPRETED)
-        accumulator = dot(left_middle, right_middle, accumulator, INTERPRETED)
-    accumulator = dot(left_high, right_middle, accumulator, INTERPRETED)
-    accumulator = dot(left_middle, right_high, accumulator, INTERPRETED)
-    return dot(left_high, right_high, accumulator, INTERPRETED)
+        accumulator = dot(left_high, right_low, accumulator, BACKEND)
+        accumulator = dot(left_low, right_high, accumulator, BACKEND)
+        accumulator = dot(left_middle, right_middle, accumulator, BACKEND)
+    accumulator = dot(left_high, right_middle, accumulator, BACKEND)
+    accumulator = dot(left_middle, right_high, accumulator, BACKEND)
+    return dot(left_high, right_high, accumulator, BACKEND)
 
 
 @triton.jit
@@ -101,7 +101,7 @@ def rounded_tile(
     layer_index,
     TYPE: tl.constexpr,
     STOCHASTIC: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    BACKEND: tl.constexpr,
 ):
     """Round a float32 tile to the weight's type, once."""
     ROWS: tl.constexpr = exact.shape[0]
@@ -111,6 +111,6 @@ def rounded_tile(
         first = (row + tl.arange(0, ROWS)[:, None]) * tl.cdiv(columns, 8) + eighths
         exact = round_stochastic(exact, random_bits(seed, first, layer_index, ROWS, COLUMNS), TYPE)
     if tl.bfloat16 == TYPE:
-        return to_bfloat16(exact, INTERPRETED)
+        return to_bfloat16(exact, BACKEND)
     else:
         return exact.to(TYPE)

@@ -28,7 +28,7 @@ def add_low_rank_column_strips(
     COLUMNS: tl.constexpr,
     RANK: tl.constexpr,
     STAGES: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    BACKEND: tl.constexpr,
     KEEP_ZEROS: tl.constexpr,
 ):
     """Persistent kernel for ranks up to RANK. lefts is what split_factors wrote, [layers * rows, 2 * RANK].
@@ -49,16 +49,16 @@ def add_low_rank_column_strips(
         )
         stride = tl.cast(weight_stride, tl.int64)
         weight = tl.make_tensor_descriptor(address, [rows, columns], [stride, 1], [ROWS, COLUMNS])
-        high, middle, low = split_bf16(right.load([0, column]), 2, INTERPRETED)
+        high, middle, low = split_bf16(right.load([0, column]), 2, BACKEND)
         for row in tl.range(first_row, last_row, ROWS, num_stages=STAGES):
             # Rows of left beyond the last row of a layer belong to the next layer; their results are not stored.
             left_high = left.load([layer * rows + row, 0])
             left_middle = left.load([layer * rows + row, RANK])
             old = weight.load([row, column])
             product = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-            product = dot_bf16_splits(left_high, left_middle, left_middle, high, middle, low, product, 2, INTERPRETED)
+            product = dot_bf16_splits(left_high, left_middle, left_middle, high, middle, low, product, 2, BACKEND)
             exact = old.to(tl.float32) + scale * product
-            new = rounded_tile(exact, row, column, columns, 0, 0, TYPE, False, INTERPRETED)
+            new = rounded_tile(exact, row, column, columns, 0, 0, TYPE, False, BACKEND)
             if KEEP_ZEROS:
                 new = tl.where(old.to(tl.float32) == 0.0, old, new)
             weight.store([row, column], new)

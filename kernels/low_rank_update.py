@@ -42,11 +42,13 @@ import torch
 import triton.language as tl
 from rocr_kernels._common import (
     address_table,
+    backend_of,
     capability,
-    max_registers,
     multiprocessors,
     offset_type,
+    register_limit,
     run_with_scratch,
+    steps_ahead,
 )
 from rocr_kernels.low_rank_configs import (
     CONFIGS,
@@ -189,13 +191,14 @@ def _layers(rows_first: Sequence[tuple[Tensor, Tensor, Tensor]], indices: Sequen
 
 def _shape(layers: _Layers, config: LowRankConfig) -> dict[str, object]:
     """Compile-time arguments of all kernels."""
+    backend = backend_of(layers.weights[0].device)
     return {
         "TYPE": TYPES[layers.weights[0].dtype],
         "ROWS": config.rows,
         "COLUMNS": config.columns,
         "RANK": config.rank,
-        "STAGES": config.stages,
-        "INTERPRETED": not layers.weights[0].is_cuda,
+        "STAGES": steps_ahead(backend, config.stages),
+        "BACKEND": backend,
         "KEEP_ZEROS": layers.keep_zeros,
         "num_warps": config.warps,
     }
@@ -235,7 +238,7 @@ def _launch_resident(layers: _Layers, config: LowRankConfig, scale: float, stoch
         strips.split_tiles * config.rows,
         strips.items,
         OFFSETS=offset_type(config.rows * weight.stride(0), _extent(left), _extent(right)),
-        maxnreg=max_registers(programs_each, config.warps),
+        **register_limit(backend_of(weight.device), programs_each, config.warps),
         **_options(layers, config, stochastic),
     )
 
@@ -308,7 +311,7 @@ def _split_factors(table: Tensor, factor: Tensor, count: int, config: LowRankCon
         BF16_SPLITS=config.bf16_splits,
         SIZE=64,
         RANK=64,
-        INTERPRETED=not factor.is_cuda,
+        BACKEND=backend_of(factor.device),
         num_warps=4,
     )
     return terms

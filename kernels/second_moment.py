@@ -41,12 +41,14 @@ import triton.language as tl
 from rocr_kernels._common import (
     Schedule,
     address_table,
+    backend_of,
     capability,
     make_schedule,
-    max_registers,
     multiprocessors,
     offset_type,
+    register_limit,
     run_with_scratch,
+    steps_ahead,
 )
 from rocr_kernels.second_moment_configs import CONFIGS, Fits, SecondMomentConfig, choose_config
 from rocr_kernels.second_moment_pointers import add_second_moments_pointers
@@ -111,6 +113,7 @@ def _launch(totals: Sequence[Tensor], keys: Sequence[Tensor], products: int, con
     """
     table = address_table([keys, totals])
     device, width = totals[0].device, totals[0].shape[0]
+    backend = backend_of(device)
     fits = _fits(totals, keys)
     config = config or CONFIGS[choose_config(capability(device), products, width, fits)]
     term_tokens = keys[0].shape[0] // 3 if products == 6 else keys[0].shape[0]
@@ -142,10 +145,10 @@ def _launch(totals: Sequence[Tensor], keys: Sequence[Tensor], products: int, con
             STEP=config.step,
             GROUP=config.group,
             OFFSETS=offset_type(config.step * keys[0].stride(0), config.rows * totals[0].stride(0)),
-            INTERPRETED=device.type != "cuda",
+            BACKEND=backend,
             num_warps=config.warps,
-            num_stages=config.stages,
-            maxnreg=max_registers(config.programs, config.warps),
+            num_stages=steps_ahead(backend, config.stages),
+            **register_limit(backend, config.programs, config.warps),
             **({"ONE_LAYER": len(keys) == 1} if config.tma else {"ALIGNED": fits.aligned}),
         ),
     )

@@ -34,7 +34,7 @@ def _add_products_pointers(
     PRODUCTS: tl.constexpr,
     STEP: tl.constexpr,
     OFFSETS: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    BACKEND: tl.constexpr,
 ):
     """Return accumulator + left keysᵀ @ right keys over the tokens from start to end."""
     steps = tl.arange(0, STEP)
@@ -48,7 +48,7 @@ def _add_products_pointers(
         right_keys = load_keys(
             keys, token + right_offset, steps[:, None], right_columns, key_stride, limit, width, OFFSETS
         )  # [STEP, COLUMNS]
-        accumulator = add_product(left_keys, right_keys, accumulator, PRODUCTS > 1, INTERPRETED)
+        accumulator = add_product(left_keys, right_keys, accumulator, PRODUCTS > 1, BACKEND)
     return accumulator
 
 
@@ -90,7 +90,7 @@ def add_second_moments_pointers(
     STEP: tl.constexpr,
     GROUP: tl.constexpr,
     OFFSETS: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    BACKEND: tl.constexpr,
 ):
     """Persistent kernel: each program takes items in turn. The arguments are those that _launch passes."""
     for item in tl.range(tl.program_id(0), items, tl.num_programs(0)):
@@ -131,7 +131,7 @@ def add_second_moments_pointers(
                 PRODUCTS,
                 STEP,
                 OFFSETS,
-                INTERPRETED,
+                BACKEND,
             )
             left_half, right_half = halves(accumulator)
             HALF: tl.constexpr = COLUMNS // 2

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from rocr_kernels._common import address_table, dot, opaque, to_bfloat16
+from rocr_kernels._common import address_table, backend_of, dot, opaque, to_bfloat16
 from torch import Tensor
 
 TERM_STEP = 64
@@ -40,13 +40,13 @@ def term_offsets(token, term_tokens, PRODUCTS: tl.constexpr):
 
 
 @triton.jit
-def add_product(left, right, accumulator, ROUNDED: tl.constexpr, INTERPRETED: tl.constexpr):
+def add_product(left, right, accumulator, ROUNDED: tl.constexpr, BACKEND: tl.constexpr):
     """Return accumulator + left @ right; ROUNDED: with a sum rounded to nearest, which float32 keys need."""
     if ROUNDED:
-        product = dot(left, right, tl.zeros(accumulator.shape, dtype=tl.float32), INTERPRETED)
-        return accumulator + opaque(product, INTERPRETED)
+        product = dot(left, right, tl.zeros(accumulator.shape, dtype=tl.float32), BACKEND)
+        return accumulator + opaque(product, BACKEND)
     else:
-        return dot(left, right, accumulator, INTERPRETED)
+        return dot(left, right, accumulator, BACKEND)
 
 
 @triton.jit
@@ -60,7 +60,7 @@ def split_keys(
     term_stride,
     TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    BACKEND: tl.constexpr,
 ):
     """Write float32 keys as three bfloat16 terms: for each layer all high, then all middle, then all low terms."""
     layer = tl.program_id(1).to(tl.int64)
@@ -70,7 +70,7 @@ def split_keys(
     keys = tl.load(table + layer).to(tl.pointer_type(tl.float32))
     value = tl.load(keys + token * key_stride + column, mask=(column < width) & (token < tokens), other=0.0)
     for term in tl.static_range(3):
-        rounded = to_bfloat16(value, INTERPRETED)
+        rounded = to_bfloat16(value, BACKEND)
         value -= rounded.to(tl.float32)
         target = terms + ((3 * layer + term) * term_tokens + token) * term_stride + column
         tl.store(target, rounded, mask=(column < term_stride) & (token < term_tokens))
@@ -93,7 +93,7 @@ def split_into_terms(keys: Sequence[Tensor]) -> list[Tensor]:
         term_width,
         TOKENS=64,
         COLUMNS=128,
-        INTERPRETED=not terms.is_cuda,
+        BACKEND=backend_of(terms.device),
         num_warps=8,
     )
     return list(terms)

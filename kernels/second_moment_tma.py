@@ -20,19 +20,19 @@ def _add_products_tma(
     term_tokens,
     PRODUCTS: tl.constexpr,
     STEP: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    BACKEND: tl.constexpr,
 ):
     """Return accumulator + left keysᵀ @ right keys over the tokens from start to end."""
     for token in tl.range(start, end, STEP):
         left_offset, right_offset = term_offsets(token, term_tokens, PRODUCTS)
         left_keys = left.load([token + left_offset, row])  # [STEP, ROWS]
         right_keys = right.load([token + right_offset, column])  # [STEP, COLUMNS]
-        accumulator = add_product(left_keys.T, right_keys, accumulator, PRODUCTS > 1, INTERPRETED)
+        accumulator = add_product(left_keys.T, right_keys, accumulator, PRODUCTS > 1, BACKEND)
     return accumulator
 
 
 @triton.jit
-def _add_piece_tma(total, slices, is_slice, piece, row, column, slice_row, slice_column, INTERPRETED: tl.constexpr):
+def _add_piece_tma(total, slices, is_slice, piece, row, column, slice_row, slice_column, BACKEND: tl.constexpr):
     """Add a piece of a tile to the total at (row, column), or to the slice of the tile.
 
     Elements above the diagonal keep their bits. Adding 0 would change -0.0, NaN and denormals, which the copy engine
@@ -41,9 +41,9 @@ def _add_piece_tma(total, slices, is_slice, piece, row, column, slice_row, slice
     ROWS: tl.constexpr = piece.shape[0]
     COLUMNS: tl.constexpr = piece.shape[1]
     if is_slice:
-        _add_block_tma(slices, piece, slice_row, slice_column, INTERPRETED)
+        _add_block_tma(slices, piece, slice_row, slice_column, BACKEND)
     elif row >= column + COLUMNS - 1:
-        _add_block_tma(total, piece, row, column, INTERPRETED)
+        _add_block_tma(total, piece, row, column, BACKEND)
     elif row + ROWS > column:
         rows = row + tl.arange(0, ROWS)[:, None]
         columns = column + tl.arange(0, COLUMNS)[None, :]
@@ -52,8 +52,8 @@ def _add_piece_tma(total, slices, is_slice, piece, row, column, slice_row, slice
 
 
 @triton.jit
-def _add_block_tma(target, piece, row, column, INTERPRETED: tl.constexpr):
-    if INTERPRETED:
+def _add_block_tma(target, piece, row, column, BACKEND: tl.constexpr):
+    if BACKEND == "interpreter":
         target.store([row, column], target.load([row, column]) + piece)
     else:
         target.atomic_add([row, column], piece)
@@ -83,9 +83,9 @@ def _describe_layer(
 
 
 @triton.jit
-def _wait_for_earlier_adds(INTERPRETED: tl.constexpr):
+def _wait_for_earlier_adds(BACKEND: tl.constexpr):
     """Wait until the earlier adds of this program have reached memory, so that sums have one order."""
-    if not INTERPRETED:
+    if BACKEND != "interpreter":
         tl.inline_asm_elementwise(
             "cp.async.bulk.wait_group 0; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
         )
@@ -115,7 +115,7 @@ def add_second_moments_tma(
     COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
     GROUP: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    BACKEND: tl.constexpr,
 ):
     """Persistent kernel: each program takes items in turn. The arguments are those that _launch passes."""
     PIECE: tl.constexpr = COLUMNS // 4
@@ -150,16 +150,16 @@ def add_second_moments_tma(
             chunk_end = tl.minimum(chunk + CHUNK_TOKENS, end)
             accumulator = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
             accumulator = _add_products_tma(
-                accumulator, left, right, row, column, chunk, chunk_end, term_tokens, PRODUCTS, STEP, INTERPRETED
+                accumulator, left, right, row, column, chunk, chunk_end, term_tokens, PRODUCTS, STEP, BACKEND
             )
             # Added in quarters: a whole float32 tile does not fit in shared memory beside the operands.
-            _wait_for_earlier_adds(INTERPRETED)
+            _wait_for_earlier_adds(BACKEND)
             left_half, right_half = halves(accumulator)
             piece0, piece1 = halves(left_half)
             piece2, piece3 = halves(right_half)
             to = slice_index * ROWS
             in_slice = slice_index >= 0
-            _add_piece_tma(total, slices, in_slice, piece0, row, column, to, 0, INTERPRETED)
-            _add_piece_tma(total, slices, in_slice, piece1, row, column + PIECE, to, PIECE, INTERPRETED)
-            _add_piece_tma(total, slices, in_slice, piece2, row, column + 2 * PIECE, to, 2 * PIECE, INTERPRETED)
-            _add_piece_tma(total, slices, in_slice, piece3, row, column + 3 * PIECE, to, 3 * PIECE, INTERPRETED)
+            _add_piece_tma(total, slices, in_slice, piece0, row, column, to, 0, BACKEND)
+            _add_piece_tma(total, slices, in_slice, piece1, row, column + PIECE, to, PIECE, BACKEND)
+            _add_piece_tma(total, slices, in_slice, piece2, row, column + 2 * PIECE, to, 2 * PIECE, BACKEND)
+            _add_piece_tma(total, slices, in_slice, piece3, row, column + 3 * PIECE, to, 3 * PIECE, BACKEND)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +14,13 @@ import torch
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
 # ruff: noqa: E402
-from rocr_kernels import grouped_second_moment, low_rank_update, second_moment, second_moment_terms, support_solve
+from rocr_kernels import low_rank_update, second_moment, support_solve
 from rocr_kernels.grouped_second_moment import accumulate_grouped_second_moment
 from rocr_kernels.low_rank_configs import resident_programs
 from rocr_kernels.low_rank_update import LowRankPlan
 from rocr_kernels.second_moment import accumulate_second_moments
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+
+from tests.support.kernel_launches import Launch, compile_launch, record_launches
 
 SHARED_BYTES = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448}
 """Shared memory of a program, by compute capability (CUDA C++ Programming Guide, technical specifications)."""
@@ -39,69 +37,13 @@ CHIPS = (80, 90, 100)
 ALWAYS = (90, "pointers 80", "tma_small 100", "resident_16 80", "resident_16 100", "bf16_splits 80")
 """What is compiled in every run; the rest is slow: all configurations for one chip, and some for the others."""
 
-OPTIONS = ("num_warps", "num_stages", "maxnreg")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
 
 
-@dataclass
-class Recorder:
-    """Stands where a kernel is launched, and keeps the arguments."""
-
-    kernel: Any
-    launches: list[tuple[Any, dict[str, Any]]]
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return self.record
-
-    def record(self, *values: Any, **named: Any) -> None:
-        self.launches.append((self.kernel, dict(zip(self.kernel.arg_names, values, strict=False)) | named))
-
-
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, dict[str, Any]]]:
-    found: list[tuple[Any, dict[str, Any]]] = []
-    for module in (second_moment, second_moment_terms, grouped_second_moment, low_rank_update, support_solve):
-        for name, value in list(vars(module).items()):
-            if isinstance(value, triton.JITFunction) and name in (
-                "add_second_moments_tma",
-                "add_second_moments_pointers",
-                "add_slices",
-                "add_grouped_second_moments",
-                "add_group_slices",
-                "split_keys",
-                "split_factors",
-                "add_low_rank_resident",
-                "add_low_rank_column_strips",
-                "add_low_rank_bf16_splits",
-                "sum_on_support",
-                "solve_rows",
-            ):
-                monkeypatch.setattr(module, name, Recorder(value, found))
-    return found
-
-
-def compile_launch(kernel: Any, arguments: dict[str, Any], capability: int) -> Any:
-    """Compile as triton.jit does on a launch: an int of 1 is a constant, multiples of 16 are known to be such."""
-    signature, constants, attributes = {}, {}, {}
-    options = {name: arguments[name] for name in OPTIONS if name in arguments}
-    annotated = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
-    for index, name in enumerate(kernel.arg_names):
-        value = arguments[name]
-        value = False if name == "INTERPRETED" else value
-        if name in annotated or (isinstance(value, int) and value == 1):
-            signature[name], constants[(index,)] = "constexpr", value
-            continue
-        pointer = isinstance(value, torch.Tensor)
-        types = {torch.int64: "*i64", torch.float32: "*fp32", torch.bfloat16: "*bf16"}
-        types |= {torch.uint8: "*u8", torch.int16: "*i16", torch.int32: "*i32"}
-        integer = "i32" if isinstance(value, int) and value < 1 << 31 else "i64"
-        signature[name] = types[value.dtype] if pointer else "fp32" if isinstance(value, float) else integer
-        number = value.data_ptr() if pointer else value
-        if isinstance(number, int) and number % 16 == 0:
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+    return record_launches(monkeypatch, "cuda")
 
 
 def check(compiled: Any, capability: int, tmp_path: Path) -> str:
