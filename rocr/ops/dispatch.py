@@ -27,6 +27,9 @@ cuda follows torch, so it is never chosen: it has the second moment of 16-bit ke
 H200.
 """
 
+AMD_BACKENDS = ("cpp", "torch", "triton", "reference")
+"""The order of preference where torch runs on ROCm: Triton's kernels are compiled for AMD GPUs, but were never run."""
+
 SMALL_PRODUCT = 1.6e11
 """Number of operations of keysᵀ keys on a GPU below which the full product of cuBLAS is faster than Triton.
 
@@ -51,7 +54,7 @@ def available_backends(device: str | torch.device) -> list[str]:
         Names among "triton", "cpp", "torch", "cuda" and "reference".
     """
     device = torch.device(device)
-    return [name for name in BACKENDS if (backend := _load(name)) and backend.is_available(device)]
+    return [name for name in _preference() if (backend := _load(name)) and backend.is_available(device)]
 
 
 @plain_arithmetic()
@@ -327,6 +330,11 @@ def _with_rows(keys: Tensor) -> Tensor:
     return keys if has_rows else keys.contiguous()
 
 
+def _preference() -> tuple[str, ...]:
+    """Return the names of the backends, the fastest first."""
+    return AMD_BACKENDS if torch.version.hip else BACKENDS
+
+
 def _load(name: str) -> Backend | None:
     """Import the module of a backend, or return None if it is not installed."""
     module = "rocr.ops.reference" if name == "reference" else f"rocr.ops.{name}_backend"
@@ -341,7 +349,7 @@ def _choose(name: str | None, device: torch.device) -> Backend:
     """Return the named backend, or the fastest one for the device if the name is None."""
     if name is not None and name not in BACKENDS:
         raise InputError(f"There is no backend {name!r}; choose one of {', '.join(BACKENDS)}.")
-    for candidate in BACKENDS if name is None else (name,):
+    for candidate in _preference() if name is None else (name,):
         backend = _load(candidate)
         if backend and backend.is_available(device):
             return backend
