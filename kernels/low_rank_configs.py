@@ -59,7 +59,7 @@ def choose_config(compute_capability: tuple[int, int], dtype: torch.dtype, rank:
     """
     suffix = "_float32" if dtype == torch.float32 else ""
     if rank > 32 or (suffix and has_small_shared_memory(compute_capability)):
-        if rank <= 128 and tma and not suffix and compute_capability[0] == 9:
+        if rank <= 128 and tma and not suffix and compute_capability[0] in (9, 10):
             return f"column_strips_{64 if rank <= 64 else 128}"
         return "bf16_splits" + suffix
     return f"resident_{16 if rank <= 16 else 32}{suffix}"

@@ -23,8 +23,8 @@ Tiles. A tile is ROWS x COLUMNS elements of a weight. Three kinds of launch diff
                            ...
 
     resident: rank up to 32; right stays in registers, everything moves through pointers, any layout.
-    column_strips: rank up to 128, compute capability 9, 16-bit weights; left is split by split_factors before, right
-    stays in shared memory, and left and weight move through tensor memory access (TMA).
+    column_strips: rank up to 128, compute capability 9 or 10, 16-bit weights; left is split by split_factors before,
+    right stays in shared memory, and left and weight move through tensor memory access (TMA).
 
     bf16_splits: any rank; an item is one tile. split_factors splits both factors first, and the program sums over the
     rank, RANK columns of left and rows of right at a time.

@@ -148,8 +148,12 @@ def _launch(totals: Sequence[Tensor], keys: Sequence[Tensor], products: int, con
             BACKEND=backend,
             num_warps=config.warps,
             num_stages=steps_ahead(backend, config.stages),
-            **register_limit(backend, config.programs, config.warps),
-            **({"ONE_LAYER": len(keys) == 1} if config.tma else {"ALIGNED": fits.aligned}),
+            **({} if config.specialized else register_limit(backend, config.programs, config.warps)),
+            **(
+                {"ONE_LAYER": len(keys) == 1, "SPECIALIZED": config.specialized}
+                if config.tma
+                else {"ALIGNED": fits.aligned}
+            ),
         ),
     )
     if schedule.slices:

@@ -20,10 +20,11 @@ def _add_products_tma(
     term_tokens,
     PRODUCTS: tl.constexpr,
     STEP: tl.constexpr,
+    SPECIALIZED: tl.constexpr,
     BACKEND: tl.constexpr,
 ):
     """Return accumulator + left keysᵀ @ right keys over the tokens from start to end."""
-    for token in tl.range(start, end, STEP):
+    for token in tl.range(start, end, STEP, warp_specialize=SPECIALIZED):
         left_offset, right_offset = term_offsets(token, term_tokens, PRODUCTS)
         left_keys = left.load([token + left_offset, row])  # [STEP, ROWS]
         right_keys = right.load([token + right_offset, column])  # [STEP, COLUMNS]
@@ -115,6 +116,7 @@ def add_second_moments_tma(
     COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
     GROUP: tl.constexpr,
+    SPECIALIZED: tl.constexpr,
     BACKEND: tl.constexpr,
 ):
     """Persistent kernel: each program takes items in turn. The arguments are those that _launch passes."""
@@ -150,7 +152,18 @@ def add_second_moments_tma(
             chunk_end = tl.minimum(chunk + CHUNK_TOKENS, end)
             accumulator = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
             accumulator = _add_products_tma(
-                accumulator, left, right, row, column, chunk, chunk_end, term_tokens, PRODUCTS, STEP, BACKEND
+                accumulator,
+                left,
+                right,
+                row,
+                column,
+                chunk,
+                chunk_end,
+                term_tokens,
+                PRODUCTS,
+                STEP,
+                SPECIALIZED,
+                BACKEND,
             )
             # Added in quarters: a whole float32 tile does not fit in shared memory beside the operands.
             _wait_for_earlier_adds(BACKEND)

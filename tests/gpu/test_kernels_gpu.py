@@ -250,19 +250,23 @@ def find_sanitizer() -> str | None:
     return shutil.which("compute-sanitizer", path=os.pathsep.join(map(str, folders)))
 
 
-def test_no_access_is_out_of_bounds() -> None:
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
+def test_a_sanitizer_finds_nothing(tool: str) -> None:
+    """memcheck: accesses out of bounds; racecheck: races in shared memory; synccheck: barriers that threads miss."""
     sanitizer = find_sanitizer()
     if sanitizer is None:
         pytest.skip(
-            "memcheck did not run: compute-sanitizer is neither in CUDA_HOME/bin nor on PATH; "
+            f"{tool} did not run: compute-sanitizer is neither in CUDA_HOME/bin nor on PATH; "
             "it comes with the CUDA toolkit, package cuda-sanitizer"
         )
+    words = [sanitizer, "--tool", tool, "--error-exitcode", "9"]
     # What torch asks CUDA in vain is no fault of a kernel: accesses alone are reported.
-    words = [sanitizer, "--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "9"]
+    words += ["--report-api-errors", "no"] if tool == "memcheck" else []
     words += [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-k", SMALL_SHAPES, __file__]
     # Without torch's cache every tensor is an allocation of its own, and what lies beyond it is out of bounds.
     alone = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run(words, env=alone, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "ERROR SUMMARY: 0 errors" in done.stdout + done.stderr
+    summary = "RACECHECK SUMMARY: 0 hazards" if tool == "racecheck" else "ERROR SUMMARY: 0 errors"
+    assert summary in done.stdout + done.stderr
     assert " passed" in done.stdout

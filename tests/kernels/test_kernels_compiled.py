@@ -34,7 +34,16 @@ PROCESSOR_BYTES = {90: 233_472, 100: 233_472}
 CHIPS = (80, 90, 100)
 """Every configuration is compiled for these, or for those of them that it is for."""
 
-ALWAYS = (90, "pointers 80", "tma_small 100", "resident_16 80", "resident_16 100", "bf16_splits 80")
+ALWAYS = (
+    90,
+    "pointers 80",
+    "tma_small 100",
+    "tma_specialized 100",
+    "column_strips_64 100",
+    "resident_16 80",
+    "resident_16 100",
+    "bf16_splits 80",
+)
 """What is compiled in every run; the rest is slow: all configurations for one chip, and some for the others."""
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -76,6 +85,7 @@ def case(config: str, dtype: torch.dtype, *rest: Any, slow: bool | None = None) 
 MOMENTS = {
     "tma_wide": (BFLOAT16, 4096),
     "tma_small": (BFLOAT16, 576),
+    "tma_specialized": (BFLOAT16, 4096),
     "tma_bf16_splits": (FLOAT32, 576),
     "pointers": (BFLOAT16, 1536),
     "pointers_small": (BFLOAT16, 123),
@@ -88,7 +98,7 @@ MOMENT_CASES = [
         case(name, *keys, chip)
         for name, keys in MOMENTS.items()
         for chip in CHIPS
-        if chip >= 90 or not second_moment.CONFIGS[name].tma
+        if chip >= (100 if second_moment.CONFIGS[name].specialized else 90 if second_moment.CONFIGS[name].tma else 80)
     ),
     case("pointers", BFLOAT16, 1536, 89),
     case("pointers_bf16_splits", FLOAT32, 1536, 89),
@@ -112,7 +122,7 @@ UPDATE_CASES = [
         case(name, *update, False, chip)
         for name, update in UPDATES.items()
         for chip in CHIPS
-        if chip == 90 or low_rank_update.CONFIGS[name].kind != "column_strips"
+        if chip >= 90 or low_rank_update.CONFIGS[name].kind != "column_strips"
     ),
     case("column_strips_64", FLOAT16, 40, False, 90),
     case("column_strips_128", BFLOAT16, 100, False, 90, slow=True),
@@ -128,6 +138,14 @@ UPDATE_CASES = [
 ]
 
 
+@pytest.mark.parametrize("capability", [(9, 0), (10, 0)])
+@pytest.mark.parametrize("rank", [33, 64, 65, 128])
+def test_ranks_up_to_128_stay_in_shared_memory_on_hopper_and_blackwell(rank: int, capability: tuple[int, int]) -> None:
+    name = low_rank_update.choose_config(capability, BFLOAT16, rank, tma=True)
+    assert name == f"column_strips_{64 if rank <= 64 else 128}"
+    assert low_rank_update.choose_config((8, 0), BFLOAT16, rank, tma=True) == "bf16_splits"
+
+
 def test_no_configuration_is_left_out() -> None:
     assert MOMENTS.keys() == second_moment.CONFIGS.keys()
     assert UPDATES.keys() == low_rank_update.CONFIGS.keys()
@@ -138,7 +156,7 @@ def test_second_moment_fits(
     launches: list[Any], tmp_path: Path, config: str, dtype: torch.dtype, width: int, capability: int
 ) -> None:
     # The wide tile is for large widths, of which one layer at a time comes.
-    layers = 1 if config == "tma_wide" else 2
+    layers = 1 if config in ("tma_wide", "tma_specialized") else 2
     totals = [torch.empty(width, width)] * layers
     accumulate_second_moments(totals, [torch.empty(4096, width, dtype=dtype)] * layers, second_moment.CONFIGS[config])
     kernel, arguments = next(each for each in launches if "second_moments" in each[0].__name__)
@@ -147,6 +165,7 @@ def test_second_moment_fits(
     assert multiplies_with(capability, second_moment.CONFIGS[config].rows) in ptx
     if dtype == FLOAT32:
         assert adds_outside_of_products(compiled)
+    assert ("ttg.warp_specialize" in compiled.asm["ttgir"]) == second_moment.CONFIGS[config].specialized
     if second_moment.CONFIGS[config].tma:
         check_copies(ptx, describes_once=layers == 1)
         programs = second_moment.CONFIGS[config].programs
