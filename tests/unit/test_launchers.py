@@ -36,9 +36,9 @@ def script(name: str) -> str:
 
 def arguments(tmp_path: Path, name: str) -> list[str]:
     """What torchrun is called with."""
-    for program, text in STAND_INS.items():
-        (tmp_path / program).write_text(f"#!/bin/bash\n{text}\n")
-        (tmp_path / program).chmod(0o755)
+    for tool, text in STAND_INS.items():
+        (tmp_path / tool).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / tool).chmod(0o755)
     given = {"SLURM_JOB_NODELIST": "node-[7-8]", "SLURM_JOB_NUM_NODES": "64", "SLURM_JOB_ID": "1234"}
     given["PATH"] = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
