@@ -21,10 +21,12 @@ from rocr_kernels.second_moment import accumulate_second_moments
 
 from tests.support.kernel_launches import Launch, compile_launch, record_launches
 
+pytestmark = pytest.mark.thorough
+
 SHARED_BYTES = 65_536
 """Shared memory (LDS) of a program on gfx90a and gfx942 (AMD CDNA 3 instruction set architecture, section 2)."""
 
-CHIPS = ("gfx942", pytest.param("gfx90a", marks=pytest.mark.thorough))
+CHIPS = ("gfx942", "gfx90a")
 BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
 
 
@@ -81,9 +83,9 @@ def test_grouped_second_moments_fit(launches: list[Launch], dtype: torch.dtype, 
         (BFLOAT16, 16, False),
         (BFLOAT16, 32, True),
         (BFLOAT16, 128, False),
-        pytest.param(torch.float16, 16, True, marks=pytest.mark.thorough),
-        pytest.param(BFLOAT16, 128, True, marks=pytest.mark.thorough),
-        pytest.param(FLOAT32, 16, False, marks=pytest.mark.thorough),
+        (torch.float16, 16, True),
+        (BFLOAT16, 128, True),
+        (FLOAT32, 16, False),
         (FLOAT32, 128, False),
     ],
     ids=str,

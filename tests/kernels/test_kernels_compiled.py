@@ -38,13 +38,14 @@ ALWAYS = (
     90,
     "pointers 80",
     "tma_small 100",
-    "tma_specialized 100",
-    "column_strips_64 100",
     "resident_16 80",
     "resident_16 100",
     "bf16_splits 80",
 )
 """What is compiled in every run; the rest is slow: all configurations for one chip, and some for the others."""
+
+THOROUGH = ("tma_specialized 100", "column_strips_64 100", "column_strips_128 100")
+"""What takes longer, and is compiled by `make thorough`."""
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
@@ -76,10 +77,12 @@ def multiplies_with(capability: int, rows: int) -> str:
 
 
 def case(config: str, dtype: torch.dtype, *rest: Any, slow: bool | None = None) -> Any:
+    name = f"{config} {rest[-1]}"
+    marks = [pytest.mark.thorough] if name in THOROUGH else []
     if slow is None:
-        slow = rest[-1] not in ALWAYS and f"{config} {rest[-1]}" not in ALWAYS
+        slow = rest[-1] not in ALWAYS and name not in (*ALWAYS, *THOROUGH)
     words = [config, str(dtype).removeprefix("torch."), *map(str, rest[:-1]), f"sm_{rest[-1]}"]
-    return pytest.param(config, dtype, *rest, id="-".join(words), marks=pytest.mark.slow if slow else ())
+    return pytest.param(config, dtype, *rest, id="-".join(words), marks=pytest.mark.slow if slow else marks)
 
 
 MOMENTS = {

@@ -64,6 +64,7 @@ def test_torchrun_and_rocr_take_the_command_of_a_launcher(tmp_path: Path, name: 
     assert str(context.params["out"]) == "ordinary.safetensors"
 
 
+@pytest.mark.thorough
 def test_the_model_of_what_is_sent_prints_the_table_of_the_page() -> None:
     done = subprocess.run(
         [sys.executable, ROOT / "benches/distributed_model.py"], cwd=ROOT, capture_output=True, text=True, check=True
