@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 DEMO_OUT ?= demo-output
 COMMA := ,
 
-.PHONY: demo test thorough oldest numerics learned check docs sanitize bench compare gpu clean
+.PHONY: demo test thorough oldest numerics learned check docs sanitize bench compare gpu gpu-test gpu-build clean
 
 demo: $(VENV)/.installed
 	rm -rf $(DEMO_OUT)
@@ -88,11 +88,16 @@ compare: $(VENV)/.tools
 	$(BIN)/python benches/compare_methods.py "$(or $(MODEL),$$($(BIN)/python -m rocr.demo))" \
 		$(COMPARED) --overwrite --out benches/results/comparison.json
 
+# gpu measures all rows and takes less than 8 minutes once rocr is built; gpu-test runs the tests, with the sanitizers.
 # With GPU_PYTHON=python3, in an environment that has torch and the test tools already, rather than in .venv.
-gpu: $(if $(GPU_PYTHON),,$(VENV)/.tools)
-	$(if $(GPU_PYTHON),$(GPU_PYTHON) -m pip install -q --no-deps --no-build-isolation -e .)
-	$(or $(GPU_PYTHON),$(BIN)/python) -m pytest -q -m gpu -rs
+gpu: gpu-build
 	$(or $(GPU_PYTHON),$(BIN)/python) benches/gpu.py
+
+gpu-test: gpu-build
+	$(or $(GPU_PYTHON),$(BIN)/python) -m pytest -q -m gpu -rs
+
+gpu-build: $(if $(GPU_PYTHON),,$(VENV)/.tools)
+	$(if $(GPU_PYTHON),$(GPU_PYTHON) -m pip install -q --no-deps --no-build-isolation -e .)
 
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 

@@ -14,14 +14,8 @@ from pybind11.setup_helpers import Pybind11Extension
 from setuptools import find_packages, setup
 from setuptools.command.build_ext import build_ext
 
-# Machine code for each generation, and what the driver translates for later ones; wgmma is for sm_90a alone.
-CUDA_CODE = {
-    "low_rank_update.cu": [
-        *(f"-gencode=arch=compute_{chip},code=sm_{chip}" for chip in (80, 86, 89, 90, 100)),
-        "-gencode=arch=compute_90,code=compute_90",
-    ],
-    "second_moment_sm90.cu": ["-gencode=arch=compute_90a,code=sm_90a"],
-}
+CUDA_SOURCE = "second_moment_sm90.cu"
+CUDA_CODE = "-gencode=arch=compute_90a,code=sm_90a"  # wgmma is for sm_90a alone
 
 
 def find_nvcc() -> str | None:
@@ -33,39 +27,24 @@ def find_nvcc() -> str | None:
     return in_home or shutil.which("nvcc")
 
 
-def known_code(nvcc: str, source: str) -> list[str]:
-    """Return the options for the chips that this nvcc can compile a source for; older ones do not know the newest.
-
-    Raises:
-        RuntimeError: there is no such chip.
-    """
-    known, refusals = [], []
-    for option in CUDA_CODE[source]:
-        # It checks the names and compiles nothing; --list-gpu-code leaves sm_90a out.
-        words = [nvcc, "--dryrun", option, "-x", "cu", "-c", os.devnull, "-o", os.devnull]
-        done = subprocess.run(words, capture_output=True, text=True, check=False)
-        if done.returncode == 0:
-            known.append(option)
-        else:
-            refusals.append(" ".join(done.stderr.split()))
-    if not known:
-        raise RuntimeError(f"{nvcc} cannot compile {source}, which needs CUDA 12 or later: {refusals[0]}")
-    for refusal in refusals:
-        logging.warning("rocr: %s is compiled without a chip that this nvcc does not know (%s).", source, refusal)
-    return known
+def require_known_chip(nvcc: str) -> None:
+    """Raise a RuntimeError if this nvcc is too old to compile for sm_90a."""
+    # It checks the names and compiles nothing; --list-gpu-code leaves sm_90a out.
+    words = [nvcc, "--dryrun", CUDA_CODE, "-x", "cu", "-c", os.devnull, "-o", os.devnull]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        refusal = " ".join(done.stderr.split())
+        raise RuntimeError(f"{nvcc} cannot compile {CUDA_SOURCE}, which needs CUDA 12 or later: {refusal}")
 
 
-def compile_cuda(nvcc: str, folder: Path) -> list[str]:
-    """Compile the CUDA kernels for the chips that nvcc knows, and return the object files."""
+def compile_cuda(nvcc: str, folder: Path) -> str:
+    """Compile the CUDA kernel, and return the object file."""
+    require_known_chip(nvcc)
     folder.mkdir(parents=True, exist_ok=True)
-    flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC", "-Xfatbin", "-compress-all", "--threads=0"]
-    objects = []
-    for source in CUDA_CODE:
-        target = str(folder / f"{source}.o")
-        code = known_code(nvcc, source)
-        subprocess.run([nvcc, *flags, *code, "-c", str(Path("csrc") / source), "-o", target], check=True)
-        objects.append(target)
-    return objects
+    target = str(folder / f"{CUDA_SOURCE}.o")
+    flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC", "-Xfatbin", "-compress-all"]
+    subprocess.run([nvcc, *flags, CUDA_CODE, "-c", str(Path("csrc") / CUDA_SOURCE), "-o", target], check=True)
+    return target
 
 
 def cuda_link_arguments(nvcc: str) -> list[str]:
@@ -115,12 +94,12 @@ class OptionalBuild(build_ext):
         if nvcc is None:
             return
         try:
-            objects = compile_cuda(nvcc, Path(self.build_temp) / "csrc")
+            compiled = compile_cuda(nvcc, Path(self.build_temp) / "csrc")
             libraries = cuda_link_arguments(nvcc)
         except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
             logging.warning("rocr: the CUDA kernels were not built (%s).", error)
             return
-        extension.extra_objects += objects
+        extension.extra_objects.append(compiled)
         extension.extra_link_args += libraries
         extension.define_macros.append(("ROCR_WITH_CUDA", None))
 

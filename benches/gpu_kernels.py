@@ -16,12 +16,18 @@ CHECKED_COLUMNS = 64
 WIDE_TILE = 256
 """Side of the square output blocks of rocr's kernels for widths of at least 1,024; diagonal blocks are full too."""
 
-GPU_BACKENDS = ("triton", "cuda")
+BUSIER_EXPERTS = 0.8
+"""Exponent of the Zipf law by which tokens are spread over experts."""
+
+MOMENT_BACKENDS = ("triton", "cuda")
+UPDATE_BACKENDS = ("triton",)
+TORCH_UPDATES = ("addmm_", "addcmul_")
+"""Torch's expressions of an update; the second is for rank 1 only, and its factors are float32."""
 
 
-def own_backends(device: torch.device) -> list[str]:
-    """Return the names of rocr's kernels that run on the device, or "torch" if there are none, as on the CPU."""
-    return [name for name in ops.available_backends(device) if name in GPU_BACKENDS] or ["torch"]
+def own_backends(device: torch.device, names: Sequence[str] = MOMENT_BACKENDS) -> list[str]:
+    """Return those of rocr's kernels that run on the device, or "torch" if there are none, as on the CPU."""
+    return [name for name in ops.available_backends(device) if name in names] or ["torch"]
 
 
 def add_by_torch(total: Tensor, keys: Tensor) -> None:
@@ -59,6 +65,8 @@ def second_moment(device: torch.device, tokens: int, width: int, rounds: int) ->
         name: lambda _, name=name: ops.accumulate_second_moment(totals[name], keys, backend=name) for name in own
     }
     functions["addmm"] = lambda _: add_by_torch(totals["addmm"], keys)
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 10:
+        functions |= {"triton, specialized": lambda _: _add_specialized(totals["addmm"], keys)}
     functions["float32"] = lambda _: add_in_float32("float32", False)
     functions["tf32"] = lambda _: add_in_float32("tf32", True)
     errors = {}
@@ -75,6 +83,13 @@ def second_moment(device: torch.device, tokens: int, width: int, rounds: int) ->
         Row("second moment", size, times, ours, "addmm", 1.5, 1.8, errors, rate),
         Row("second moment, official", size, times, ours, "float32", 18, 25, errors, rate),
     ]
+
+
+def _add_specialized(total: Tensor, keys: Tensor) -> None:
+    """Add a second moment by the Triton configuration for compute capability 10 that ops does not choose."""
+    from rocr_kernels.second_moment import CONFIGS, accumulate_second_moments
+
+    accumulate_second_moments([total], [keys], CONFIGS["tma_specialized"])
 
 
 def second_moments(device: torch.device, tokens: int, width: int, layers: int, rounds: int) -> list[Row]:
@@ -126,6 +141,53 @@ def small_second_moment(device: torch.device, tokens: int, width: int, rounds: i
     ]
 
 
+def grouped_second_moment(
+    device: torch.device, tokens: int, experts: int, active: int, width: int, rounds: int
+) -> list[Row]:
+    """Time the experts of a layer in one call against a loop of torch products, as a router might spread tokens.
+
+    Args:
+        device: Device to run on.
+        tokens: Number of tokens, each of which is routed to several experts.
+        experts: Number of experts.
+        active: Number of experts of a token.
+        width: Width of the keys.
+        rounds: Number of rounds.
+    """
+    shares = torch.arange(1, experts + 1).double() ** -BUSIER_EXPERTS
+    sizes = (tokens * active * shares / shares.sum()).long()
+    offsets = torch.cat([torch.zeros(1, dtype=torch.long), sizes.cumsum(0)])
+    keys = torch.randn(int(offsets[-1]), width, device=device, dtype=torch.bfloat16)
+    own = [name for name in own_backends(device) if name != "cuda"]
+    totals = {name: torch.zeros(experts, width, width, device=device) for name in [*own, "addmm"]}
+
+    def loop() -> None:
+        for total, own_keys in zip(totals["addmm"], keys.split(sizes.tolist()), strict=True):
+            if len(own_keys):
+                add_by_torch(total, own_keys)
+
+    replay = graph(loop, device)
+    functions: dict[str, Callable[[int], object]] = {
+        name: lambda _, name=name: ops.accumulate_grouped_second_moment(totals[name], keys, offsets, name)
+        for name in own
+    }
+    functions["addmm"] = lambda _: replay()
+    errors = {}
+    for name, function in functions.items():
+        totals[name].zero_()
+        function(0)
+        errors[name] = moment_error(totals[name][0], keys[: offsets[1]])
+    times = interleave(functions, device, rounds)
+    rate = {
+        f"{name} TFLOP/s in the triangles": width * (width + 1) * len(keys) / times[name].median / 1e12
+        for name in times
+    }
+    size = f"{experts} experts, {tokens} tokens to {active} each, keys of {width}, bfloat16"
+    note = "the error is that of the expert with the most tokens; the loop is in a CUDA graph"
+    ours = fastest(times, own)
+    return [Row("second moments of experts", size, times, ours, "addmm", 1.0, 1.5, errors, rate, note)]
+
+
 def _moment_rates(
     times: dict[str, Times], names: Sequence[str], own: Sequence[str], tokens: int, width: int
 ) -> dict[str, float]:
@@ -146,7 +208,9 @@ def low_rank_update(
     bounds: tuple[float, float],
     sets: int = 1,
 ) -> list[Row]:
-    """Time the updates of all layers in one call against a loop of bfloat16 addmm_ in a CUDA graph.
+    """Time the updates of all layers in one call against a loop of torch's expressions in a CUDA graph.
+
+    The baseline is the faster one of `addmm_` with bfloat16 factors and, for rank 1, `addcmul_` with float32 factors.
 
     Args:
         device: Device to run on.
@@ -163,24 +227,30 @@ def low_rank_update(
     lefts = list(torch.randn(layers, rows, rank, device=device))
     rights = list(torch.randn(layers, rank, columns, device=device))
     narrow_lefts, narrow_rights = [each.bfloat16() for each in lefts], [each.bfloat16() for each in rights]
-    own = own_backends(device)
-    checked = {name: _check_update(name, weights[0, 0], lefts[0], rights[0], scale) for name in [*own, "addmm_"]}
+    own = own_backends(device, UPDATE_BACKENDS)
+    baselines = TORCH_UPDATES if rank == 1 else TORCH_UPDATES[:1]
+    checked = {name: _check_update(name, weights[0, 0], lefts[0], rights[0], scale) for name in [*own, *baselines]}
     errors = {name: error for name, (error, _) in checked.items()}
     # Each layer needs its own storage, because ops refuses weights that share one.
     layers_of_sets = [[weight.clone() for weight in each] for each in weights]
 
-    def loop(own_weights: list[Tensor]) -> None:
-        for weight, left, right in zip(own_weights, narrow_lefts, narrow_rights, strict=True):
-            weight.addmm_(left, right, alpha=scale)
+    factors = {"addmm_": (narrow_lefts, narrow_rights), "addcmul_": (lefts, rights)}
 
-    replays = [graph(lambda each=each: loop(each), device) for each in layers_of_sets]
+    def loop(name: str, own_weights: list[Tensor]) -> None:
+        for weight, left, right in zip(own_weights, *factors[name], strict=True):
+            _add_by_torch(name, weight, left, right, scale)
+
+    replays = {
+        name: [graph(lambda name=name, each=each: loop(name, each), device) for each in layers_of_sets]
+        for name in baselines
+    }
     functions: dict[str, Callable[[int], object]] = {
         name: lambda number, name=name: ops.low_rank_update(
             layers_of_sets[number % sets], lefts, rights, scale=scale, backend=name
         )
         for name in own
     }
-    functions["addmm_"] = lambda number: replays[number % sets]()
+    functions |= {name: lambda number, name=name: replays[name][number % sets]() for name in baselines}
     if "triton" in own:
         from rocr_kernels.low_rank_update import LowRankPlan
 
@@ -195,11 +265,19 @@ def low_rank_update(
     rate |= {
         f"{name} share of numbers that are not the exact ones rounded": share for name, (_, share) in checked.items()
     }
-    ours = fastest(times, [name for name in functions if name not in ("addmm_", "copy")])
+    ours = fastest(times, [name for name in functions if name not in (*baselines, "copy")])
+    baseline = fastest(times, baselines)
     rate["share of the copy's bandwidth"] = times["copy"].median / times[ours].median
     size = f"{layers} x ({rows} x {columns}), n = {rank}, bfloat16"
-    note = "the baseline rounds its factors to bfloat16"
-    return [Row("low-rank update", size, times, ours, "addmm_", *bounds, errors, rate, note)]
+    note = "addmm_ rounds its factors to bfloat16"
+    return [Row("low-rank update", size, times, ours, baseline, *bounds, errors, rate, note)]
+
+
+def _add_by_torch(name: str, weight: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+    if name == "addcmul_":
+        weight.addcmul_(left, right, value=scale)
+    else:
+        weight.addmm_(left, right, alpha=scale)
 
 
 def _check_update(name: str, start: Tensor, left: Tensor, right: Tensor, scale: float) -> tuple[float, float]:
@@ -210,7 +288,9 @@ def _check_update(name: str, start: Tensor, left: Tensor, right: Tensor, scale: 
     exact = start.double() + scale * (left.double() @ right.double())
     weight = start.clone()
     if name == "addmm_":
-        weight.addmm_(left.bfloat16(), right.bfloat16(), alpha=scale)
+        _add_by_torch(name, weight, left.bfloat16(), right.bfloat16(), scale)
+    elif name == "addcmul_":
+        _add_by_torch(name, weight, left, right, scale)
     else:
         ops.low_rank_update(weight, left, right, scale=scale, backend=name)
     return relative_error(weight, exact), (weight != exact.to(weight.dtype)).double().mean().item()

@@ -42,6 +42,7 @@ class Row:
         error: Error of each function relative to float64, in the norm of the result.
         rate: Numbers derived from the times: TFLOP/s of useful work, GB/s, or a share.
         note: Remarks on the measurement.
+        clocks: What `clocks` found before and after the measurement; set by the script.
     """
 
     work: str
@@ -54,6 +55,7 @@ class Row:
     error: dict[str, float] = field(default_factory=dict)
     rate: dict[str, float] = field(default_factory=dict)
     note: str = ""
+    clocks: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @property
     def ratio(self) -> float:
@@ -157,6 +159,25 @@ def machine(device: torch.device) -> dict[str, Any]:
     else:
         about["chip"] = platform.processor() or platform.machine()
     return about
+
+
+CLOCKS = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu", "clocks_throttle_reasons.active")
+"""What nvidia-smi is asked for: MHz, MHz, watts, °C, and a bit mask of the reasons for which clocks are lowered."""
+
+
+def clocks(device: torch.device) -> dict[str, str]:
+    """Return the clock rates of a GPU and what may lower them; empty for the CPU."""
+    if device.type != "cuda":
+        return {}
+    words = ["nvidia-smi", f"--query-gpu={','.join(CLOCKS)}", "--format=csv,noheader"]
+    number = device.index if device.index is not None else torch.cuda.current_device()
+    return parse_clocks(_output([*words, f"--id={number}"]))
+
+
+def parse_clocks(line: str) -> dict[str, str]:
+    """Return the values of a line of nvidia-smi by their names in CLOCKS; "unknown" for each if it has others."""
+    values = [value.strip() for value in line.split(",")]
+    return dict(zip(CLOCKS, values if len(values) == len(CLOCKS) else ["unknown"] * len(CLOCKS), strict=True))
 
 
 def _output(words: list[str]) -> str:

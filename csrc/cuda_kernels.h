@@ -39,22 +39,6 @@ constexpr std::size_t cuda_maximum_layers = 16;
 int cuda_accumulate_second_moments(const std::vector<CudaSecondMoment>& layers, const CudaKeys& keys,
                                    const CudaSchedule& schedule, float* slices, std::uintptr_t stream);
 
-// One weight (rows, columns), its rows `stride` elements apart, and its float32 factors: left(i, k) is at
-// i * left_stride + k * left_rank_stride, right(k, j) at j * right_stride + k * right_rank_stride.
-struct CudaLowRankUpdate {
-  void* weight;
-  const float* left;
-  const float* right;
-  std::int64_t rows, columns, stride, rank;
-  std::int64_t left_stride, left_rank_stride, right_stride, right_rank_stride;
-  std::uint32_t layer;  // index of the layer, for the random bits
-};
-
-// Adds scale * left @ right to every weight in float32, rounded once, to nearest even or, for 16-bit weights only,
-// stochastically; sm_80 and later.
-int cuda_low_rank_update(const std::vector<CudaLowRankUpdate>& updates, DType dtype, float scale, bool stochastic,
-                         std::uint64_t seed, std::uintptr_t stream);
-
 // A description of an error code.
 std::string cuda_error(int code);
 

@@ -3,8 +3,8 @@
 bf16 split: a float32 value as a sum of bfloat16 terms, high + middle (+ low). Tensor cores multiply the terms exactly.
 Two terms keep 16 significant bits of the value, three keep all 24. `bf16_splits` is the number of terms.
 
-Tensor shapes are noted as [rows, columns]. Every kernel takes INTERPRETED, which is true in Triton's interpreter:
-there a bfloat16 conversion truncates, tl.dot multiplies the bit patterns of bfloat16, and inline PTX does not run.
+Tensor shapes are noted as [rows, columns]. Every kernel takes BACKEND, the name that backend_of returns. In Triton's
+interpreter a bfloat16 conversion truncates, tl.dot multiplies the bit patterns of bfloat16, and no assembly runs.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ ITEM_TOKENS = 512
 
 
 @triton.jit
-def to_bfloat16(value, INTERPRETED: tl.constexpr):
+def to_bfloat16(value, BACKEND: tl.constexpr):
     """Round float32 to bfloat16, ties to even."""
-    if INTERPRETED:
+    if BACKEND == "interpreter":
         bits = value.to(tl.uint32, bitcast=True)
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
@@ -46,35 +46,37 @@ def to_bfloat16(value, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def dot(left, right, accumulator, INTERPRETED: tl.constexpr):
+def dot(left, right, accumulator, BACKEND: tl.constexpr):
     """Return accumulator + left @ right in float32, for 16-bit operands."""
-    if INTERPRETED:
+    if BACKEND == "interpreter":
         return tl.dot(left.to(tl.float32), right.to(tl.float32), accumulator, input_precision="ieee")
     else:
         return tl.dot(left, right, accumulator)
 
 
 @triton.jit
-def opaque(value, INTERPRETED: tl.constexpr):
+def opaque(value, BACKEND: tl.constexpr):
     """Return value through an instruction that the compiler does not optimize across.
 
     Without it the compiler rewrites accumulator + dot(left, right, 0) as dot(left, right, accumulator), which
     truncates the sum in the tensor cores.
     """
-    if INTERPRETED:
+    if BACKEND == "interpreter":
         return value
+    elif BACKEND == "hip":
+        return tl.inline_asm_elementwise("v_mov_b32 $0, $1", "=v,v", [value], dtype=tl.float32, is_pure=True, pack=1)
     else:
         return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [value], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
-def split_bf16(value, BF16_SPLITS: tl.constexpr, INTERPRETED: tl.constexpr):
+def split_bf16(value, BF16_SPLITS: tl.constexpr, BACKEND: tl.constexpr):
     """Return the high, middle and low bfloat16 terms of float32; with two splits, middle takes the place of low."""
-    high = to_bfloat16(value, INTERPRETED)
+    high = to_bfloat16(value, BACKEND)
     value -= high.to(tl.float32)
-    middle = to_bfloat16(value, INTERPRETED)
+    middle = to_bfloat16(value, BACKEND)
     if BF16_SPLITS == 3:
-        return high, middle, to_bfloat16(value - middle.to(tl.float32), INTERPRETED)
+        return high, middle, to_bfloat16(value - middle.to(tl.float32), BACKEND)
     else:
         return high, middle, middle
 
@@ -117,9 +119,25 @@ def round_stochastic(value, bits, TYPE: tl.constexpr):
 # Launch parameters
 
 
+POINTERS_ONLY = (8, 0)
+"""Compute capability for which configurations are chosen that move everything through pointers."""
+
+HIP_STAGES = 2
+"""Most steps that are loaded ahead on an AMD GPU: a program has 64 KiB of shared memory there."""
+
+
+def backend_of(device: torch.device) -> str:
+    """Return what compiles the kernels for a device: "cuda", "hip" or "interpreter"."""
+    if device.type != "cuda":
+        return "interpreter"
+    return "hip" if torch.version.hip else "cuda"
+
+
 @functools.cache
 def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability of a device; (9, 0) in the interpreter."""
+    """Compute capability of a device; (9, 0) in the interpreter, POINTERS_ONLY for an AMD GPU."""
+    if backend_of(device) == "hip":
+        return POINTERS_ONLY
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
@@ -139,6 +157,16 @@ def has_small_shared_memory(compute_capability: tuple[int, int]) -> bool:
 def max_registers(programs: int, warps: int) -> int:
     """Registers for each thread when `programs` programs of `warps` warps share the 65,536 of a multiprocessor."""
     return min(255, 65536 // (programs * warps * 32) // 8 * 8)
+
+
+def register_limit(backend: str, programs: int, warps: int) -> dict[str, int]:
+    """Option of a launch that limits the registers of a thread; Triton has none for AMD GPUs."""
+    return {} if backend == "hip" else {"maxnreg": max_registers(programs, warps)}
+
+
+def steps_ahead(backend: str, stages: int) -> int:
+    """Number of steps that a launch loads ahead."""
+    return min(stages, HIP_STAGES) if backend == "hip" else stages
 
 
 def offset_type(*distances: int) -> tl.dtype:
@@ -162,8 +190,7 @@ def address_table(tensors: Sequence[Sequence[Tensor]], indices: Sequence[int] = 
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise CaptureError(
             "The Triton kernels cannot be captured in a CUDA graph: a launch copies a table of addresses from host "
-            "memory that is reused before the graph runs. Call them outside the capture, or use the backend 'torch' "
-            "or 'cuda'."
+            "memory that is reused before the graph runs. Call them outside the capture, or use the backend 'torch'."
         )
     entries = [tensor.data_ptr() for group in tensors for tensor in group] + list(indices)
     table = torch.tensor(entries, dtype=torch.int64, pin_memory=device.type == "cuda")

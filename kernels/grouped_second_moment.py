@@ -4,8 +4,8 @@ Formula, for keys K [tokens, width] whose rows offset[e] to offset[e + 1] belong
 
     C[e, i, j] += sum over t from offset[e] to offset[e + 1] of K[t, i] * K[t, j]        for j <= i
 
-Tiles are those of second_moment.py, and every group has the same tiles. A part is a range of rows of one group; an item
-is one tile of one part:
+Tiles are those of second_moment_tiles.py, and every group has the same tiles. A part is a range of rows of one group;
+an item is one tile of one part:
 
     groups     |   0    |        1        |2|   3   |      rows of keys, from left to right
     parts      |   0    |   1    |   2    |3|   4   |      a group of many rows has several parts
@@ -16,7 +16,7 @@ another group write to slices of scratch memory, which a second kernel adds to t
 the same memory: the same operands give the same bytes. Operands move through pointers, whose masks end with the rows of
 a group; TMA would read rows of the next group too.
 
-Float32 keys are first split into three bfloat16 terms, as in second_moment.py. The sum runs over six products of
+Float32 keys are first split into three bfloat16 terms (second_moment_terms.py). The sum runs over six products of
 terms.
 """
 
@@ -32,32 +32,20 @@ import triton.language as tl
 from rocr_kernels._common import (
     MAXIMUM_SPLITS,
     MINIMUM_SPLIT_TOKENS,
+    POINTERS_ONLY,
     address_table,
-    max_registers,
+    backend_of,
     multiprocessors,
     offset_type,
+    register_limit,
+    steps_ahead,
 )
-from rocr_kernels.second_moment import (
-    CHUNK_TOKENS,
-    CONFIGS,
-    LEFT_TERMS,
-    RIGHT_TERMS,
-    SLICE_ROWS,
-    SPLIT_BYTES,
-    Fits,
-    SecondMomentConfig,
-    _add_piece_pointers,
-    _load_keys,
-    add_product,
-    choose_config,
-    halves,
-    split_into_terms,
-    tile_position,
-)
+from rocr_kernels.second_moment import CHUNK_TOKENS, SLICE_ROWS, SPLIT_BYTES
+from rocr_kernels.second_moment_configs import CONFIGS, Fits, SecondMomentConfig, choose_config
+from rocr_kernels.second_moment_pointers import add_piece_pointers, load_keys
+from rocr_kernels.second_moment_terms import LEFT_TERMS, RIGHT_TERMS, add_product, split_into_terms
+from rocr_kernels.second_moment_tiles import halves, tile_position
 from torch import Tensor
-
-POINTERS_ONLY = (8, 0)
-"""Compute capability for which choose_config names configurations that move operands through pointers."""
 
 PART_FIELDS = tl.constexpr(4)
 """Numbers of a part in the table: group, first row, end of its rows, and its slice (negative: it adds to the total)."""
@@ -150,7 +138,7 @@ def _add_products(
     PRODUCTS: tl.constexpr,
     STEP: tl.constexpr,
     OFFSETS: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    BACKEND: tl.constexpr,
 ):
     """Return accumulator + left keysᵀ @ right keys over the rows from start to end, for each product of terms."""
     steps = tl.arange(0, STEP)
@@ -168,9 +156,9 @@ def _add_products(
             right_term = ((RIGHT_TERMS >> (2 * product)) & 3) * term_tokens
             left_token, right_token = token + left_term, token + right_term
             left_end, right_end = end + left_term, end + right_term
-        left_keys = _load_keys(keys, left_token, steps[None, :], left_columns, key_stride, left_end, width, OFFSETS)
-        right_keys = _load_keys(keys, right_token, steps[:, None], right_columns, key_stride, right_end, width, OFFSETS)
-        accumulator = add_product(left_keys, right_keys, accumulator, PRODUCTS > 1, INTERPRETED)
+        left_keys = load_keys(keys, left_token, steps[None, :], left_columns, key_stride, left_end, width, OFFSETS)
+        right_keys = load_keys(keys, right_token, steps[:, None], right_columns, key_stride, right_end, width, OFFSETS)
+        accumulator = add_product(left_keys, right_keys, accumulator, PRODUCTS > 1, BACKEND)
     return accumulator
 
 
@@ -196,7 +184,7 @@ def add_grouped_second_moments(
     STEP: tl.constexpr,
     GROUP: tl.constexpr,
     OFFSETS: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    BACKEND: tl.constexpr,
 ):
     """Persistent kernel: each program takes items in turn. The arguments are those that _launch passes."""
     stride = key_stride
@@ -234,12 +222,12 @@ def add_grouped_second_moments(
                 PRODUCTS,
                 STEP,
                 OFFSETS,
-                INTERPRETED,
+                BACKEND,
             )
             left_half, right_half = halves(accumulator)
             HALF: tl.constexpr = COLUMNS // 2
-            _add_piece_pointers(target, left_half, row, column, target_stride, width, OFFSETS)
-            _add_piece_pointers(target + HALF, right_half, row, column + HALF, target_stride, width, OFFSETS)
+            add_piece_pointers(target, left_half, row, column, target_stride, width, OFFSETS)
+            add_piece_pointers(target + HALF, right_half, row, column + HALF, target_stride, width, OFFSETS)
 
 
 @triton.jit
@@ -311,6 +299,7 @@ def _launch(
     keys are (tokens, width) where products is 1, and what split_into_terms returns where it is 6.
     """
     device, width = totals.device, totals.shape[1]
+    backend = backend_of(device)
     aligned = keys.data_ptr() % 16 == 0 and keys.stride(0) % 8 == 0 and keys.shape[1] % 8 == 0
     config = config or CONFIGS[choose_config(POINTERS_ONLY, products, width, Fits(tma=False, aligned=aligned))]
     blocks = -(-width // config.columns)
@@ -344,10 +333,10 @@ def _launch(
         STEP=config.step,
         GROUP=config.group,
         OFFSETS=offset_type(config.step * keys.stride(0), config.rows * totals.stride(1)),
-        INTERPRETED=device.type != "cuda",
+        BACKEND=backend,
         num_warps=config.warps,
-        num_stages=config.stages,
-        maxnreg=max_registers(config.programs, config.warps),
+        num_stages=steps_ahead(backend, config.stages),
+        **register_limit(backend, config.programs, config.warps),
     )
     if parts.split:
         add_group_slices[(tiles, config.rows // SLICE_ROWS, len(parts.split))](

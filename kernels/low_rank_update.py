@@ -23,500 +23,49 @@ Tiles. A tile is ROWS x COLUMNS elements of a weight. Three kinds of launch diff
                            ...
 
     resident: rank up to 32; right stays in registers, everything moves through pointers, any layout.
-    column_strips: rank up to 128, compute capability 9, 16-bit weights; left is split by split_factors before, right
-    stays in shared memory, and left and weight move through tensor memory access (TMA).
+    column_strips: rank up to 128, compute capability 9 or 10, 16-bit weights; left is split by split_factors before,
+    right stays in shared memory, and left and weight move through tensor memory access (TMA).
 
     bf16_splits: any rank; an item is one tile. split_factors splits both factors first, and the program sums over the
     rank, RANK columns of left and rows of right at a time.
+
+The kernels are in low_rank_pointers.py and low_rank_tma.py, their configurations in low_rank_configs.py; this file
+launches them.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import triton
 import triton.language as tl
 from rocr_kernels._common import (
     address_table,
+    backend_of,
     capability,
-    dot,
-    has_small_shared_memory,
-    max_registers,
     multiprocessors,
     offset_type,
-    opaque,
-    random_bits,
-    round_stochastic,
+    register_limit,
     run_with_scratch,
-    split_bf16,
-    to_bfloat16,
+    steps_ahead,
 )
+from rocr_kernels.low_rank_configs import (
+    CONFIGS,
+    ColumnStrips,
+    LowRankConfig,
+    choose_config,
+    make_column_strips,
+    resident_programs,
+)
+from rocr_kernels.low_rank_pointers import add_low_rank_bf16_splits, add_low_rank_resident, split_factors
+from rocr_kernels.low_rank_tma import add_low_rank_column_strips
 from torch import Tensor
 
 TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 SPLIT_BYTES = 1 << 30
 """Most memory for the bf16 splits of the factors of one launch; more layers take several launches."""
-
-STRIP_TILES = 4
-"""Estimated cost of starting a column strip (its addresses and its part of right), in tiles of a weight."""
-
-
-# Configurations
-
-
-@dataclass(frozen=True)
-class LowRankConfig:
-    """Shape of a launch.
-
-    Attributes:
-        kind: "resident", "column_strips" or "bf16_splits"; the module's docstring describes them.
-        bf16_splits: bfloat16 terms of a factor, 2 or 3.
-        rows, columns: of a tile.
-        rank: largest rank of a launch; for "bf16_splits" the step of the sum over the rank.
-        warps, stages: warps of a program, and steps that are loaded ahead.
-        programs: programs on one multiprocessor; the registers of a thread follow from it.
-    """
-
-    kind: str
-    bf16_splits: int
-    rows: int
-    columns: int
-    rank: int
-    warps: int
-    stages: int
-    programs: int
-
-
-CONFIGS = {
-    "resident_16": LowRankConfig("resident", 2, 32, 128, rank=16, warps=4, stages=3, programs=4),
-    "resident_32": LowRankConfig("resident", 2, 64, 64, rank=32, warps=4, stages=3, programs=3),
-    "resident_16_float32": LowRankConfig("resident", 3, 64, 64, rank=16, warps=4, stages=3, programs=2),
-    "resident_32_float32": LowRankConfig("resident", 3, 64, 64, rank=32, warps=4, stages=3, programs=2),
-    "column_strips_64": LowRankConfig("column_strips", 2, 64, 128, rank=64, warps=4, stages=3, programs=1),
-    "column_strips_128": LowRankConfig("column_strips", 2, 64, 128, rank=128, warps=4, stages=3, programs=1),
-    "bf16_splits": LowRankConfig("bf16_splits", 2, 128, 128, rank=32, warps=8, stages=3, programs=1),
-    "bf16_splits_float32": LowRankConfig("bf16_splits", 3, 128, 64, rank=32, warps=8, stages=3, programs=1),
-}
-"""All configurations. Nothing is tuned at run time, because a trial launch would change the weights."""
-
-
-def choose_config(compute_capability: tuple[int, int], dtype: torch.dtype, rank: int, tma: bool) -> str:
-    """Return the name of the configuration for a launch.
-
-    Args:
-        compute_capability: of the device.
-        dtype: of the weights.
-        rank: of the update.
-        tma: TMA can move the weights, and rounding is to nearest; stochastic rounding needs another layout.
-    """
-    suffix = "_float32" if dtype == torch.float32 else ""
-    if rank > 32 or (suffix and has_small_shared_memory(compute_capability)):
-        if rank <= 128 and tma and not suffix and compute_capability[0] == 9:
-            return f"column_strips_{64 if rank <= 64 else 128}"
-        return "bf16_splits" + suffix
-    return f"resident_{16 if rank <= 16 else 32}{suffix}"
-
-
-def resident_programs(compute_capability: tuple[int, int], config: LowRankConfig, stochastic: bool) -> int:
-    """Programs of a "resident" launch on one multiprocessor; one multiplies while another waits for memory.
-
-    At most two where random bits take registers, or where a program has little shared memory.
-    """
-    return min(2, config.programs) if stochastic or has_small_shared_memory(compute_capability) else config.programs
-
-
-@dataclass(frozen=True)
-class ColumnStrips:
-    """The items of a launch over column strips. An item walks down a column of tiles, or a range of its tiles.
-
-    Attributes:
-        columns: number of columns of tiles of all layers.
-        whole: number of columns, the first ones, that are one item each.
-        splits: number of items that share each remaining column.
-        split_tiles: tiles of an item of a remaining column; the last one may have fewer.
-    """
-
-    columns: int
-    whole: int
-    splits: int
-    split_tiles: int
-
-    @property
-    def items(self) -> int:
-        """Number of items of the launch."""
-        return self.whole + (self.columns - self.whole) * self.splits
-
-
-@functools.cache
-def make_column_strips(columns: int, tiles: int, programs: int) -> ColumnStrips:
-    """Share columns of tiles among programs so that all finish at nearly the same time.
-
-    Long strips start less often. The columns beyond the last full round are split so that their items end together.
-
-    Args:
-        columns: number of columns of tiles of all layers.
-        tiles: tiles of a column.
-        programs: programs that run at a time.
-    """
-    whole = columns // programs * programs
-    rest = columns - whole
-    if not rest:
-        return ColumnStrips(columns, whole, 1, tiles)
-    best = (float("inf"), 1, tiles)
-    for splits in range(1, tiles + 1):
-        split_tiles = -(-tiles // splits)
-        if (splits - 1) * split_tiles < tiles:
-            best = min(best, (-(-rest * splits // programs) * (split_tiles + STRIP_TILES), splits, split_tiles))
-    return ColumnStrips(columns, whole, best[1], best[2])
-
-
-# Functions that the kernels share
-
-
-@triton.jit
-def dot_bf16_splits(
-    left_high,
-    left_middle,
-    left_low,
-    right_high,
-    right_middle,
-    right_low,
-    accumulator,
-    BF16_SPLITS: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):
-    """Return accumulator + left @ right of two split operands: three or six products, the smallest first."""
-    if BF16_SPLITS == 3:
-        accumulator = dot(left_high, right_low, accumulator, INTERPRETED)
-        accumulator = dot(left_low, right_high, accumulator, INTERPRETED)
-        accumulator = dot(left_middle, right_middle, accumulator, INTERPRETED)
-    accumulator = dot(left_high, right_middle, accumulator, INTERPRETED)
-    accumulator = dot(left_middle, right_high, accumulator, INTERPRETED)
-    return dot(left_high, right_high, accumulator, INTERPRETED)
-
-
-@triton.jit
-def _factor_tile(
-    factor, first, last, stride, rank, rank_stride, SIZE: tl.constexpr, RANK: tl.constexpr, OFFSETS: tl.constexpr
-):
-    """Load [SIZE, RANK] of a factor, one row for each row or column of the weight; 0 outside."""
-    index = tl.cast(first + tl.arange(0, SIZE), OFFSETS)[:, None]
-    ranks = tl.cast(tl.arange(0, RANK), OFFSETS)[None, :]
-    return tl.load(factor + (index * stride + ranks * rank_stride), mask=(index < last) & (ranks < rank), other=0.0)
-
-
-@triton.jit
-def _split_factor_tiles(
-    factor,
-    first,
-    last,
-    rank,
-    term_rank,
-    BF16_SPLITS: tl.constexpr,
-    SIZE: tl.constexpr,
-    RANK: tl.constexpr,
-    OFFSETS: tl.constexpr,
-):
-    """Load [SIZE, RANK] of the high, middle and low terms that split_factors wrote; 0 from row `last` on.
-
-    With two splits, middle takes the place of low.
-    """
-    index = tl.arange(0, SIZE)[:, None]
-    inside = index < last - first
-    stride = BF16_SPLITS * term_rank
-    offsets = index * tl.cast(stride, OFFSETS) + tl.arange(0, RANK)[None, :]
-    high = factor + tl.cast(first, tl.int64) * stride + rank + offsets
-    middle = high + term_rank
-    high_tile = tl.load(high, mask=inside, other=0.0)
-    middle_tile = tl.load(middle, mask=inside, other=0.0)
-    if BF16_SPLITS == 3:
-        return high_tile, middle_tile, tl.load(middle + term_rank, mask=inside, other=0.0)
-    else:
-        return high_tile, middle_tile, middle_tile
-
-
-@triton.jit
-def _weight_tile(
-    weight, row, column, rows, columns, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, OFFSETS: tl.constexpr
-):
-    """Pointers to a tile of a weight, and the mask of its elements that exist."""
-    tile_row = tl.arange(0, ROWS)[:, None]
-    tile_column = tl.arange(0, COLUMNS)[None, :]
-    # The first row needs 64 bits. The offsets from it have the type OFFSETS.
-    first = weight + tl.cast(row, tl.int64) * stride + column
-    pointers = first + (tile_row * tl.cast(stride, OFFSETS) + tile_column)
-    return pointers, (tile_row < rows - row) & (tile_column < columns - column)
-
-
-@triton.jit
-def _strip_of_item(item, whole, splits, split_rows, rows):
-    """Column strip of an item, its first row and the end of its rows; ColumnStrips describes the items."""
-    beyond = tl.maximum(item - whole, 0)
-    first_row = beyond % splits * split_rows
-    strip = tl.where(item < whole, item, whole + beyond // splits)
-    return strip, first_row, tl.where(item < whole, rows, tl.minimum(first_row + split_rows, rows))
-
-
-@triton.jit
-def _rounded_tile(
-    exact,
-    row,
-    column,
-    columns,
-    seed,
-    layer_index,
-    TYPE: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):
-    """Round a float32 tile to the weight's type, once."""
-    ROWS: tl.constexpr = exact.shape[0]
-    COLUMNS: tl.constexpr = exact.shape[1]
-    if STOCHASTIC:
-        eighths = column // 8 + tl.arange(0, COLUMNS // 8)[None, :]
-        first = (row + tl.arange(0, ROWS)[:, None]) * tl.cdiv(columns, 8) + eighths
-        exact = round_stochastic(exact, random_bits(seed, first, layer_index, ROWS, COLUMNS), TYPE)
-    if tl.bfloat16 == TYPE:
-        return to_bfloat16(exact, INTERPRETED)
-    else:
-        return exact.to(TYPE)
-
-
-# Kernel of the kind resident
-
-
-@triton.jit
-def add_low_rank_resident(
-    table,
-    layers,
-    rows,
-    columns,
-    rank,
-    weight_stride,
-    left_row_stride,
-    left_rank_stride,
-    right_rank_stride,
-    right_column_stride,
-    scale,
-    seed,
-    whole,
-    splits,
-    split_rows,
-    items,
-    TYPE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-    BF16_SPLITS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    RANK: tl.constexpr,
-    STAGES: tl.constexpr,
-    OFFSETS: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-    KEEP_ZEROS: tl.constexpr,
-):
-    """Persistent kernel for ranks up to RANK. An item is a column strip; _Layers describes the table."""
-    tile_columns = tl.cdiv(columns, COLUMNS)
-    for item in tl.range(tl.program_id(0), items, tl.num_programs(0)):
-        strip, first_row, last_row = _strip_of_item(item, whole, splits, split_rows, rows)
-        layer = strip // tile_columns
-        column = strip % tile_columns * COLUMNS
-        weight = tl.load(table + layer).to(tl.pointer_type(TYPE))
-        left = tl.load(table + layers + layer).to(tl.pointer_type(tl.float32))
-        right = tl.load(table + 2 * layers + layer).to(tl.pointer_type(tl.float32))
-        layer_index = tl.load(table + 3 * layers + layer).to(tl.int32)
-        stride = weight_stride
-        width = columns
-        if ALIGNED:
-            # The compiler does not know that these are multiples of 8; once it does, it moves 16 bytes at a time.
-            weight = tl.multiple_of(weight, 16)
-            left = tl.multiple_of(left, 16)
-            right = tl.multiple_of(right, 16)
-            stride = stride // 8 * 8
-            width = width // 8 * 8
-
-        own_right = _factor_tile(
-            right, column, width, right_column_stride, rank, right_rank_stride, COLUMNS, RANK, OFFSETS
-        )  # [COLUMNS, RANK]
-        high, middle, low = split_bf16(own_right, BF16_SPLITS, INTERPRETED)
-        for row in tl.range(first_row, last_row, ROWS, num_stages=STAGES):
-            pointers, mask = _weight_tile(weight, row, column, last_row, width, stride, ROWS, COLUMNS, OFFSETS)
-            old = tl.load(pointers, mask=mask, other=0.0)
-            own_left = _factor_tile(left, row, last_row, left_row_stride, rank, left_rank_stride, ROWS, RANK, OFFSETS)
-            left_high, left_middle, left_low = split_bf16(own_left, BF16_SPLITS, INTERPRETED)
-            product = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-            product = dot_bf16_splits(
-                left_high, left_middle, left_low, high.T, middle.T, low.T, product, BF16_SPLITS, INTERPRETED
-            )
-            exact = old.to(tl.float32) + scale * product
-            new = _rounded_tile(exact, row, column, columns, seed, layer_index, TYPE, STOCHASTIC, INTERPRETED)
-            if KEEP_ZEROS:
-                new = tl.where(old.to(tl.float32) == 0.0, old, new)
-            tl.store(pointers, new, mask=mask)
-
-
-# Kernel of the kind column_strips
-
-
-@triton.jit
-def add_low_rank_column_strips(
-    table,
-    lefts,
-    layers,
-    rows,
-    columns,
-    rank,
-    weight_stride,
-    right_stride,
-    scale,
-    whole,
-    splits,
-    split_rows,
-    items,
-    TYPE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    RANK: tl.constexpr,
-    STAGES: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-    KEEP_ZEROS: tl.constexpr,
-):
-    """Persistent kernel for ranks up to RANK. lefts is what split_factors wrote, [layers * rows, 2 * RANK].
-
-    The terms of right stay in shared memory: reading them again for every tile would keep the L2 cache busier than
-    the tensor cores. Sums and rounding keep the layout of the products, so threads exchange nothing.
-    """
-    tile_columns = tl.cdiv(columns, COLUMNS)
-    left = tl.make_tensor_descriptor(lefts, [layers * rows, 2 * RANK], [2 * RANK, 1], [ROWS, RANK])
-    for item in tl.range(tl.program_id(0), items, tl.num_programs(0)):
-        strip, first_row, last_row = _strip_of_item(item, whole, splits, split_rows, rows)
-        layer = strip // tile_columns
-        column = strip % tile_columns * COLUMNS
-        address = tl.load(table + layer).to(tl.pointer_type(TYPE))
-        factor = tl.load(table + 2 * layers + layer).to(tl.pointer_type(tl.float32))
-        right = tl.make_tensor_descriptor(
-            factor, [rank, columns], [tl.cast(right_stride, tl.int64), 1], [RANK, COLUMNS]
-        )
-        stride = tl.cast(weight_stride, tl.int64)
-        weight = tl.make_tensor_descriptor(address, [rows, columns], [stride, 1], [ROWS, COLUMNS])
-        high, middle, low = split_bf16(right.load([0, column]), 2, INTERPRETED)
-        for row in tl.range(first_row, last_row, ROWS, num_stages=STAGES):
-            # Rows of left beyond the last row of a layer belong to the next layer; their results are not stored.
-            left_high = left.load([layer * rows + row, 0])
-            left_middle = left.load([layer * rows + row, RANK])
-            old = weight.load([row, column])
-            product = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-            product = dot_bf16_splits(left_high, left_middle, left_middle, high, middle, low, product, 2, INTERPRETED)
-            exact = old.to(tl.float32) + scale * product
-            new = _rounded_tile(exact, row, column, columns, 0, 0, TYPE, False, INTERPRETED)
-            if KEEP_ZEROS:
-                new = tl.where(old.to(tl.float32) == 0.0, old, new)
-            weight.store([row, column], new)
-
-
-# Kernels of the kind bf16_splits; column_strips uses split_factors too
-
-
-@triton.jit
-def split_factors(
-    table,
-    terms,
-    size,
-    rank,
-    term_rank,
-    stride,
-    rank_stride,
-    BF16_SPLITS: tl.constexpr,
-    SIZE: tl.constexpr,
-    RANK: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-):
-    """Write the terms of each layer's factor as [size, BF16_SPLITS * term_rank], a row for each row or column."""
-    layer = tl.program_id(2).to(tl.int64)
-    # 64 bits: a factor may have more than 2**31 elements.
-    index = (tl.program_id(0) * SIZE + tl.arange(0, SIZE)).to(tl.int64)[:, None]
-    ranks = (tl.program_id(1) * RANK + tl.arange(0, RANK)).to(tl.int64)[None, :]
-    factor = tl.load(table + layer).to(tl.pointer_type(tl.float32))
-    value = tl.load(factor + (index * stride + ranks * rank_stride), mask=(index < size) & (ranks < rank), other=0.0)
-    target = terms + (layer * size + index) * (BF16_SPLITS * term_rank) + ranks
-    for term in tl.static_range(BF16_SPLITS):
-        rounded = to_bfloat16(value, INTERPRETED)
-        value -= rounded.to(tl.float32)
-        tl.store(target + term * term_rank, rounded, mask=(index < size) & (ranks < term_rank))
-
-
-@triton.jit
-def add_low_rank_bf16_splits(
-    table,
-    lefts,
-    rights,
-    layers,
-    rows,
-    columns,
-    term_rank,
-    weight_stride,
-    scale,
-    seed,
-    items,
-    TYPE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-    BF16_SPLITS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    RANK: tl.constexpr,
-    STAGES: tl.constexpr,
-    OFFSETS: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-    KEEP_ZEROS: tl.constexpr,
-):
-    """Persistent kernel for any rank. An item is a tile; lefts and rights are what split_factors wrote."""
-    tile_columns = tl.cdiv(columns, COLUMNS)
-    tiles = tl.cdiv(rows, ROWS) * tile_columns
-    stride = BF16_SPLITS * term_rank
-    for item in tl.range(tl.program_id(0), items, tl.num_programs(0)):
-        layer = item // tiles
-        row = item % tiles // tile_columns * ROWS
-        column = item % tile_columns * COLUMNS
-        weight = tl.load(table + layer).to(tl.pointer_type(TYPE))
-        layer_index = tl.load(table + 3 * layers + layer).to(tl.int32)
-        weight_row_stride = weight_stride
-        width = columns
-        if ALIGNED:
-            # The compiler does not know that these are multiples of 8; once it does, it moves 16 bytes at a time.
-            weight = tl.multiple_of(weight, 16)
-            weight_row_stride = weight_row_stride // 8 * 8
-            width = width // 8 * 8
-        left = lefts + layer.to(tl.int64) * rows * stride
-        right = rights + layer.to(tl.int64) * columns * stride
-        pointers, mask = _weight_tile(weight, row, column, rows, width, weight_row_stride, ROWS, COLUMNS, OFFSETS)
-        old = tl.load(pointers, mask=mask, other=0.0)
-        product = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-        for step in tl.range(0, term_rank, RANK, num_stages=STAGES):
-            left_high, left_middle, left_low = _split_factor_tiles(
-                left, row, rows, step, term_rank, BF16_SPLITS, ROWS, RANK, OFFSETS
-            )  # [ROWS, RANK]
-            high, middle, low = _split_factor_tiles(
-                right, column, columns, step, term_rank, BF16_SPLITS, COLUMNS, RANK, OFFSETS
-            )  # [COLUMNS, RANK]
-            start = tl.zeros((ROWS, COLUMNS), dtype=tl.float32) if BF16_SPLITS == 3 else product
-            of_step = dot_bf16_splits(
-                left_high, left_middle, left_low, high.T, middle.T, low.T, start, BF16_SPLITS, INTERPRETED
-            )
-            # For float32 weights, tensor cores would lose too much of a sum over a long rank.
-            product = product + opaque(of_step, INTERPRETED) if BF16_SPLITS == 3 else of_step
-        exact = old.to(tl.float32) + scale * product
-        new = _rounded_tile(exact, row, column, columns, seed, layer_index, TYPE, STOCHASTIC, INTERPRETED)
-        if KEEP_ZEROS:
-            new = tl.where(old.to(tl.float32) == 0.0, old, new)
-        tl.store(pointers, new, mask=mask)
-
-
-# Launch
 
 
 @dataclass(frozen=True)
@@ -642,13 +191,14 @@ def _layers(rows_first: Sequence[tuple[Tensor, Tensor, Tensor]], indices: Sequen
 
 def _shape(layers: _Layers, config: LowRankConfig) -> dict[str, object]:
     """Compile-time arguments of all kernels."""
+    backend = backend_of(layers.weights[0].device)
     return {
         "TYPE": TYPES[layers.weights[0].dtype],
         "ROWS": config.rows,
         "COLUMNS": config.columns,
         "RANK": config.rank,
-        "STAGES": config.stages,
-        "INTERPRETED": not layers.weights[0].is_cuda,
+        "STAGES": steps_ahead(backend, config.stages),
+        "BACKEND": backend,
         "KEEP_ZEROS": layers.keep_zeros,
         "num_warps": config.warps,
     }
@@ -688,7 +238,7 @@ def _launch_resident(layers: _Layers, config: LowRankConfig, scale: float, stoch
         strips.split_tiles * config.rows,
         strips.items,
         OFFSETS=offset_type(config.rows * weight.stride(0), _extent(left), _extent(right)),
-        maxnreg=max_registers(programs_each, config.warps),
+        **register_limit(backend_of(weight.device), programs_each, config.warps),
         **_options(layers, config, stochastic),
     )
 
@@ -761,7 +311,7 @@ def _split_factors(table: Tensor, factor: Tensor, count: int, config: LowRankCon
         BF16_SPLITS=config.bf16_splits,
         SIZE=64,
         RANK=64,
-        INTERPRETED=not factor.is_cuda,
+        BACKEND=backend_of(factor.device),
         num_warps=4,
     )
     return terms

@@ -25,7 +25,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from rocr_kernels._common import dot, opaque, split_bf16, to_bfloat16
+from rocr_kernels._common import backend_of, dot, opaque, split_bf16, to_bfloat16
 from torch import Tensor
 
 MAX_SIZE = 16
@@ -57,7 +57,7 @@ def sum_on_support(
     ROWS: tl.constexpr,
     PAIRS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    BACKEND: tl.constexpr,
 ):
     """Write A of each row, products [rows, pairs]. keys and basis are contiguous."""
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -69,16 +69,16 @@ def sum_on_support(
     for first in tl.range(0, columns, COLUMNS):
         column = (first + tl.arange(0, COLUMNS))[None, :]
         bits = tl.load(weights + column, mask=(row < rows)[:, None] & (column < columns), other=0)
-        support = to_bfloat16(((bits & MAGNITUDE) != 0).to(tl.float32), INTERPRETED)
+        support = to_bfloat16(((bits & MAGNITUDE) != 0).to(tl.float32), BACKEND)
         inside = (pair < pairs)[:, None] & (column < columns)
         left = tl.load(lefts + column, mask=inside, other=0.0)
         right = tl.load(rights + column, mask=inside, other=0.0)
-        high, middle, low = split_bf16(left * right, 3, INTERPRETED)
+        high, middle, low = split_bf16(left * right, 3, BACKEND)
         of_step = tl.zeros((ROWS, PAIRS), dtype=tl.float32)
-        of_step = dot(support, low.T, of_step, INTERPRETED)
-        of_step = dot(support, middle.T, of_step, INTERPRETED)
-        of_step = dot(support, high.T, of_step, INTERPRETED)
-        total = total + opaque(of_step, INTERPRETED)
+        of_step = dot(support, low.T, of_step, BACKEND)
+        of_step = dot(support, middle.T, of_step, BACKEND)
+        of_step = dot(support, high.T, of_step, BACKEND)
+        total = total + opaque(of_step, BACKEND)
     target = products + row.to(tl.int64)[:, None] * pairs + pair[None, :]
     tl.store(target, total, mask=(row < rows)[:, None] & (pair < pairs)[None, :])
 
@@ -158,7 +158,7 @@ def products_on_support(weight: Tensor, keys: Tensor, basis: Tensor) -> Tensor:
         ROWS=TILE_ROWS,
         PAIRS=TILE_PAIRS,
         COLUMNS=TILE_COLUMNS,
-        INTERPRETED=not weight.is_cuda,
+        BACKEND=backend_of(weight.device),
         num_warps=4,
     )
     return products

@@ -15,7 +15,7 @@ from torch import Tensor
 from rocr.errors import InputError
 from rocr.ops import checks
 from rocr.ops.arithmetic import plain_arithmetic, writing
-from rocr.ops.interfaces import Backend, GroupsBackend, LayersBackend, SupportBackend
+from rocr.ops.interfaces import Backend, GroupsBackend, LayersBackend, SupportBackend, UpdateBackend
 from rocr.ops.rounding import check_rounding
 from rocr.ops.system import Metric, apply_metric, require_finite, solve_weighted
 from rocr.ops.torch_backend import MAXIMUM_TOKENS
@@ -23,9 +23,12 @@ from rocr.ops.torch_backend import MAXIMUM_TOKENS
 BACKENDS = ("triton", "cpp", "torch", "cuda", "reference")
 """All backends, in order of preference.
 
-cuda follows torch: on an H200, Triton is faster for all large operations, and the second moment of cuda requires
-compute capability 9.0 and 16-bit keys.
+cuda follows torch, so it is never chosen: it has the second moment of 16-bit keys only, and Triton's was faster on an
+H200.
 """
+
+AMD_BACKENDS = ("cpp", "torch", "triton", "reference")
+"""The order of preference where torch runs on ROCm: Triton's kernels are compiled for AMD GPUs, but were never run."""
 
 SMALL_PRODUCT = 1.6e11
 """Number of operations of keysᵀ keys on a GPU below which the full product of cuBLAS is faster than Triton.
@@ -51,7 +54,7 @@ def available_backends(device: str | torch.device) -> list[str]:
         Names among "triton", "cpp", "torch", "cuda" and "reference".
     """
     device = torch.device(device)
-    return [name for name in BACKENDS if (backend := _load(name)) and backend.is_available(device)]
+    return [name for name in _preference() if (backend := _load(name)) and backend.is_available(device)]
 
 
 @plain_arithmetic()
@@ -208,8 +211,8 @@ def low_rank_update(
         rounding: "nearest" rounds to nearest, ties to even. "stochastic" rounds to one of the two nearest values, so
             that the expectation is the exact value; float32 weights are always rounded to nearest.
         seed: Seed of stochastic rounding, 0 to 2**63 - 1. Equal operands, seed and backend give equal bytes.
-        backend: A name of `available_backends(device)`. None chooses the fastest.
-        keep_zeros: Whether elements of a weight that are zero keep their bits. Not in the backend "cuda".
+        backend: A name of `available_backends(device)`, but not "cuda". None chooses the fastest.
+        keep_zeros: Whether elements of a weight that are zero keep their bits.
 
     Raises:
         InputError: A dtype, shape, device, scale, rounding, seed or backend is not valid, or operands share memory.
@@ -222,10 +225,10 @@ def low_rank_update(
     if not weights:
         return
     chosen = _choose(backend, weights[0].device)
+    if not isinstance(chosen, UpdateBackend):
+        raise _lacks(backend, "low-rank update", UpdateBackend, weights[0].device)
     lefts = [left.float().contiguous() for left in lefts]
     rights = [right.float().contiguous() for right in rights]
-    if keep_zeros and not isinstance(chosen, SupportBackend):
-        raise _lacks(backend, "update that keeps zeros", SupportBackend, weights[0].device)
     with writing(*weights):
         chosen.low_rank_update(weights, lefts, rights, scale, rounding, seed, keep_zeros)
 
@@ -327,6 +330,11 @@ def _with_rows(keys: Tensor) -> Tensor:
     return keys if has_rows else keys.contiguous()
 
 
+def _preference() -> tuple[str, ...]:
+    """Return the names of the backends, the fastest first."""
+    return AMD_BACKENDS if torch.version.hip else BACKENDS
+
+
 def _load(name: str) -> Backend | None:
     """Import the module of a backend, or return None if it is not installed."""
     module = "rocr.ops.reference" if name == "reference" else f"rocr.ops.{name}_backend"
@@ -341,7 +349,7 @@ def _choose(name: str | None, device: torch.device) -> Backend:
     """Return the named backend, or the fastest one for the device if the name is None."""
     if name is not None and name not in BACKENDS:
         raise InputError(f"There is no backend {name!r}; choose one of {', '.join(BACKENDS)}.")
-    for candidate in BACKENDS if name is None else (name,):
+    for candidate in _preference() if name is None else (name,):
         backend = _load(candidate)
         if backend and backend.is_available(device):
             return backend

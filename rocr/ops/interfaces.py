@@ -20,6 +20,11 @@ class Backend(Protocol):
         """Add keysᵀ keys to the lower triangle of total; keys have unit stride along a row."""
         ...
 
+
+@runtime_checkable
+class UpdateBackend(Protocol):
+    """The interface of a backend that updates weights."""
+
     def low_rank_update(
         self,
         weights: Sequence[Tensor],
@@ -32,7 +37,7 @@ class Backend(Protocol):
     ) -> None:
         """Add scale * left @ right to each weight; factors are float32 and contiguous.
 
-        With `keep_zeros`, which only a `SupportBackend` gets, elements of a weight that are zero keep their bits.
+        With `keep_zeros`, elements of a weight that are zero keep their bits.
         """
         ...
 
@@ -57,7 +62,7 @@ class GroupsBackend(Protocol):
 
 @runtime_checkable
 class SupportBackend(Protocol):
-    """The interface of a backend that solves and updates a weight on its support: where it is not zero."""
+    """The interface of a backend that solves the update of a weight on its support: where it is not zero."""
 
     def solve_on_support(self, weight: Tensor, keys: Tensor, residuals: Tensor, basis: Tensor, ridge: float) -> Tensor:
         """Return the coefficients (d_out, m) float32; keys, residuals and basis are float32 and contiguous."""

@@ -1,11 +1,11 @@
-"""The operations in the Triton kernels of kernels/ (rocr_kernels), for NVIDIA GPUs of sm_80 and later."""
+"""The operations in the Triton kernels of kernels/ (rocr_kernels), for NVIDIA GPUs of sm_80 and later, and AMD GPUs."""
 
 from __future__ import annotations
 
 import functools
 import importlib.metadata
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -21,21 +21,33 @@ OLDEST_TRITON = (3, 6)
 """The oldest version that the tests compile the kernels with."""
 
 
+AMD_CHIPS = ("gfx90a", "gfx942")
+"""The AMD GPUs that the tests compile the kernels for (MI200 and MI300)."""
+
+PACKAGES = ("triton", "triton-rocm", "pytorch-triton-rocm")
+"""Names under which Triton is installed; those of ROCm have changed."""
+
+
 def is_available(device: torch.device) -> bool:
-    """Return whether a recent Triton is installed and the device is an NVIDIA GPU of compute capability 8.0 or more."""
-    if device.type != "cuda" or torch.version.hip or not torch.cuda.is_available():
+    """Return whether a recent Triton is installed and the device is a GPU that the kernels are compiled for.
+
+    These are NVIDIA GPUs of compute capability 8.0 or more, and AMD_CHIPS.
+    """
+    if device.type != "cuda" or not torch.cuda.is_available() or not _is_recent():
         return False
-    return _is_recent() and torch.cuda.get_device_capability(device) >= (8, 0)
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0] in AMD_CHIPS
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @functools.cache
 def _is_recent() -> bool:
     """Return whether a recent Triton is installed; cached, since reading metadata takes longer than a small launch."""
-    try:
-        version = importlib.metadata.version("triton").split(".")
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return (int(version[0]), int(version[1])) >= OLDEST_TRITON
+    for package in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            version = importlib.metadata.version(package).split(".")
+            return (int(version[0]), int(version[1])) >= OLDEST_TRITON
+    return False
 
 
 def accumulate_second_moment(total: Tensor, keys: Tensor) -> None:

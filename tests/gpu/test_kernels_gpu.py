@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rocr import ops
 from rocr.errors import InputError
-from rocr.ops import reference
+from rocr.ops import reference, triton_backend
 
 pytestmark = [
     pytest.mark.gpu,
@@ -35,16 +35,13 @@ SMALL_SHAPES = (
 """What compute-sanitizer runs, which takes many times as long."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BACKENDS = ("triton", "cuda")
-MOMENT_BACKENDS = (*BACKENDS, "torch")
+MOMENT_BACKENDS = ("triton", "cuda", "torch")
 SIXTEEN_BIT = DTYPES[1:]
 
 
-def require(backend: str, sixteen_bit_moments: bool = False) -> None:
+def require(backend: str) -> None:
     if backend not in ops.available_backends("cuda"):
         pytest.skip(f"the backend {backend} is not built for this device")
-    if sixteen_bit_moments and backend == "cuda" and torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("the CUDA second moment is for sm_90")
 
 
 def moment_errors(total: Tensor, keys: Tensor, backend: str) -> tuple[float, float]:
@@ -62,7 +59,7 @@ def moment_errors(total: Tensor, keys: Tensor, backend: str) -> tuple[float, flo
 @pytest.mark.parametrize(("tokens", "width"), [(1, 8), (63, 136), (123, 63), (700, 520), (3000, 1544), (9000, 264)])
 @pytest.mark.parametrize("backend", MOMENT_BACKENDS)
 def test_second_moment_of_odd_shapes(backend: str, tokens: int, width: int, dtype: torch.dtype) -> None:
-    require(backend, sixteen_bit_moments=True)
+    require(backend)
     if backend == "cuda" and (dtype == torch.float32 or width % 8):
         pytest.skip("the CUDA kernel takes rows of 16 bytes")
     keys = torch.randn(tokens, width, device="cuda").to(dtype)
@@ -75,7 +72,7 @@ def test_second_moment_of_odd_shapes(backend: str, tokens: int, width: int, dtyp
 def test_second_moment_writes_the_lower_triangle_alone(
     backend: str, tokens: int, left_alone: Callable[[Tensor], Tensor]
 ) -> None:
-    require(backend, sixteen_bit_moments=True)
+    require(backend)
     memory = left_alone(torch.empty(524, 544)).cuda()
     inside = memory[2:522, 8:528]
     lower = torch.ones(520, 520, dtype=torch.bool, device="cuda").tril()
@@ -94,7 +91,7 @@ def test_second_moment_writes_the_lower_triangle_alone(
 @pytest.mark.parametrize("width", [576, 1536, 4096])
 @pytest.mark.parametrize("backend", MOMENT_BACKENDS)
 def test_second_moments_repeat_bit_for_bit(backend: str, width: int, layers: int) -> None:
-    require(backend, sixteen_bit_moments=True)
+    require(backend)
     keys = [torch.randn(20000, width, device="cuda", dtype=torch.bfloat16) for _ in range(layers)]
     first = [torch.zeros(width, width, device="cuda") for _ in keys]
     ops.accumulate_second_moments(first, keys, backend=backend)
@@ -125,10 +122,10 @@ def test_grouped_second_moments(backend: str, sizes: list[int], width: int, dtyp
     assert error <= (TRUNCATED_SUM if dtype != torch.float32 else 2e-6)
 
 
-def update_errors(weight: Tensor, left: Tensor, right: Tensor, backend: str) -> tuple[float, float]:
+def update_errors(weight: Tensor, left: Tensor, right: Tensor) -> tuple[float, float]:
     exact = reference.updated_weight(weight, left, right, 0.7)
     by_torch = torch.addmm(weight.float(), left, right, alpha=0.7).to(weight.dtype)
-    ops.low_rank_update(weight, left, right, scale=0.7, backend=backend)
+    ops.low_rank_update(weight, left, right, scale=0.7, backend="triton")
     return (weight.double() - exact).norm().item(), (by_torch.double() - exact).norm().item()
 
 
@@ -149,29 +146,27 @@ def update_errors(weight: Tensor, left: Tensor, right: Tensor, backend: str) -> 
         (100, 136, 4096),
     ],
 )
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_low_rank_update_of_odd_shapes(
-    backend: str, rows: int, columns: int, rank: int, transposed: bool, dtype: torch.dtype
+    rows: int, columns: int, rank: int, transposed: bool, dtype: torch.dtype
 ) -> None:
-    require(backend)
+    require("triton")
     weight = torch.randn(rows, columns, device="cuda").to(dtype)
     weight = weight.T.contiguous().T if transposed else weight
     left, right = torch.randn(rows, rank, device="cuda"), torch.randn(rank, columns, device="cuda") / rank**0.5
-    ours, of_torch = update_errors(weight, left, right, backend)
+    ours, of_torch = update_errors(weight, left, right)
     assert ours <= ERROR_OVER_TORCH * of_torch + 1e-6 * weight.float().norm().item()
 
 
 @pytest.mark.parametrize("rank", [16, 50, 128])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_layers_of_one_call_are_updated_alone_and_the_same_every_time(backend: str, rank: int) -> None:
-    require(backend)
+def test_layers_of_one_call_are_updated_alone_and_the_same_every_time(rank: int) -> None:
+    require("triton")
     lefts = [torch.randn(130, rank, device="cuda") for _ in range(150)]
     rights = [torch.randn(rank, 264, device="cuda") for _ in lefts]
     memory = torch.randn(150, 132, 280, device="cuda", dtype=torch.bfloat16)
     results = []
     for _ in range(2):
         written = memory.clone()
-        ops.low_rank_update([each[1:131, 8:272] for each in written], lefts, rights, backend=backend)
+        ops.low_rank_update([each[1:131, 8:272] for each in written], lefts, rights, backend="triton")
         results.append(written)
     assert torch.equal(*results)
     expected = memory.float()
@@ -183,15 +178,14 @@ def test_layers_of_one_call_are_updated_alone_and_the_same_every_time(backend: s
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_stochastic_rounding_repeats_and_is_right_on_average(backend: str, dtype: torch.dtype) -> None:
-    require(backend)
+def test_stochastic_rounding_repeats_and_is_right_on_average(dtype: torch.dtype) -> None:
+    require("triton")
     step = torch.finfo(dtype).eps
     left, right = torch.full((256, 1), step, device="cuda"), torch.full((1, 512), 0.3, device="cuda")
     results = []
     for seed in (3, 3, 4):
         weight = torch.ones(256, 512, device="cuda", dtype=dtype)
-        ops.low_rank_update(weight, left, right, rounding="stochastic", seed=seed, backend=backend)
+        ops.low_rank_update(weight, left, right, rounding="stochastic", seed=seed, backend="triton")
         results.append(weight)
     assert torch.equal(results[0], results[1])
     assert not torch.equal(results[0], results[2])
@@ -200,10 +194,9 @@ def test_stochastic_rounding_repeats_and_is_right_on_average(backend: str, dtype
     assert share == pytest.approx(0.3, abs=5 * (0.21 / weight.numel()) ** 0.5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_compiled_function_updates_in_place(backend: str) -> None:
-    require(backend)
-    operator = ops._load(backend).low_rank_update_op
+def test_a_compiled_function_updates_in_place() -> None:
+    require("triton")
+    operator = triton_backend.low_rank_update_op
     left, right = torch.randn(64, 2, device="cuda"), torch.randn(2, 64, device="cuda")
 
     def edit(weight: Tensor) -> Tensor:
@@ -217,14 +210,26 @@ def test_a_compiled_function_updates_in_place(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["cuda", "torch"])
-def test_a_graph_repeats_what_copies_no_table(backend: str) -> None:
+def test_a_graph_repeats_a_second_moment_that_copies_no_table(backend: str) -> None:
     require(backend)
-    start, left, right = (torch.randn(size, device="cuda") for size in ((64, 72), (64, 3), (3, 72)))
-    expected, weight = start.clone(), start.clone()
-    ops.low_rank_update(expected, left, right, backend=backend)
+    keys = torch.randn(300, 72, device="cuda", dtype=torch.bfloat16)
+    expected, total = torch.zeros(72, 72, device="cuda"), torch.zeros(72, 72, device="cuda")
+    ops.accumulate_second_moment(expected, keys, backend=backend)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        ops.low_rank_update(weight, left, right, backend=backend)
+        ops.accumulate_second_moment(total, keys, backend=backend)
+    assert not total.any()
+    graph.replay()
+    assert torch.equal(total, expected)
+
+
+def test_a_graph_repeats_an_update_by_torch() -> None:
+    start, left, right = (torch.randn(size, device="cuda") for size in ((64, 72), (64, 3), (3, 72)))
+    expected, weight = start.clone(), start.clone()
+    ops.low_rank_update(expected, left, right, backend="torch")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ops.low_rank_update(weight, left, right, backend="torch")
     assert torch.equal(weight, start)
     graph.replay()
     assert torch.equal(weight, expected)
@@ -245,19 +250,23 @@ def find_sanitizer() -> str | None:
     return shutil.which("compute-sanitizer", path=os.pathsep.join(map(str, folders)))
 
 
-def test_no_access_is_out_of_bounds() -> None:
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
+def test_a_sanitizer_finds_nothing(tool: str) -> None:
+    """memcheck: accesses out of bounds; racecheck: races in shared memory; synccheck: barriers that threads miss."""
     sanitizer = find_sanitizer()
     if sanitizer is None:
         pytest.skip(
-            "memcheck did not run: compute-sanitizer is neither in CUDA_HOME/bin nor on PATH; "
+            f"{tool} did not run: compute-sanitizer is neither in CUDA_HOME/bin nor on PATH; "
             "it comes with the CUDA toolkit, package cuda-sanitizer"
         )
+    words = [sanitizer, "--tool", tool, "--error-exitcode", "9"]
     # What torch asks CUDA in vain is no fault of a kernel: accesses alone are reported.
-    words = [sanitizer, "--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "9"]
+    words += ["--report-api-errors", "no"] if tool == "memcheck" else []
     words += [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-k", SMALL_SHAPES, __file__]
     # Without torch's cache every tensor is an allocation of its own, and what lies beyond it is out of bounds.
     alone = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run(words, env=alone, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "ERROR SUMMARY: 0 errors" in done.stdout + done.stderr
+    summary = "RACECHECK SUMMARY: 0 hazards" if tool == "racecheck" else "ERROR SUMMARY: 0 errors"
+    assert summary in done.stdout + done.stderr
     assert " passed" in done.stdout

@@ -1,8 +1,9 @@
-"""Which chips the CUDA kernels are compiled for, with compilers that know more and fewer of them."""
+"""The chip that the CUDA kernel is compiled for, with compilers that know it and that do not."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -51,25 +52,15 @@ def build(tmp_path: Path, unknown: str) -> tuple[subprocess.CompletedProcess[str
     return done, [line for line in log.read_text().splitlines() if "--dryrun" not in line]
 
 
-def test_a_compiler_that_knows_every_chip_compiles_for_all(tmp_path: Path) -> None:
-    done, (update, moment) = build(tmp_path, "999")
-    assert [f"code=sm_{chip}" in update for chip in (80, 86, 89, 90, 100)] == [True] * 5
-    assert "code=compute_90" in update and "code=sm_90a" in moment
-    assert "WARNING" not in done.stderr and "without a chip" not in done.stderr
-    assert "low_rank_update.cu.o" in done.stdout and "second_moment_sm90.cu.o" in done.stdout
+def test_a_compiler_that_knows_the_chip_compiles_for_it_alone(tmp_path: Path) -> None:
+    done, (moment,) = build(tmp_path, "100")
+    assert re.findall(r",code=(\w+)", moment) == ["sm_90a"]
+    assert done.stdout.strip().endswith("second_moment_sm90.cu.o")
+    assert "WARNING" not in done.stderr
 
 
-def test_a_chip_that_a_compiler_does_not_know_is_left_out_alone(tmp_path: Path) -> None:
-    done, (update, moment) = build(tmp_path, "100")
-    assert "sm_100" not in update
-    assert [f"code=sm_{chip}" in update for chip in (80, 86, 89, 90)] == [True] * 4
-    assert "code=compute_90" in update and "code=sm_90a" in moment
-    assert "low_rank_update.cu is compiled without a chip that this nvcc does not know" in done.stderr
-    assert "compute_100" in done.stderr
-
-
-def test_a_compiler_that_is_too_old_for_a_kernel_is_named(tmp_path: Path) -> None:
+def test_a_compiler_that_is_too_old_is_named(tmp_path: Path) -> None:
     done, calls = build(tmp_path, "90a")
     assert "nvcc cannot compile second_moment_sm90.cu, which needs CUDA 12 or later" in done.stdout
     assert "compute_90a" in done.stdout
-    assert len(calls) == 1
+    assert calls == []

@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from rocr_kernels._common import MAXIMUM_SPLITS, make_schedule
 from rocr_kernels.grouped_second_moment import make_parts
-from rocr_kernels.low_rank_update import make_column_strips
+from rocr_kernels.low_rank_configs import make_column_strips
 
 pytestmark = pytest.mark.thorough
 INTERPRETED = ("test_kernels_interpreted.py", "test_support_interpreted.py")

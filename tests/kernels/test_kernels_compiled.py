@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +14,13 @@ import torch
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
 # ruff: noqa: E402
-from rocr_kernels import grouped_second_moment, low_rank_update, second_moment, support_solve
+from rocr_kernels import low_rank_update, second_moment, support_solve
 from rocr_kernels.grouped_second_moment import accumulate_grouped_second_moment
+from rocr_kernels.low_rank_configs import resident_programs
 from rocr_kernels.low_rank_update import LowRankPlan
 from rocr_kernels.second_moment import accumulate_second_moments
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+
+from tests.support.kernel_launches import Launch, compile_launch, record_launches
 
 SHARED_BYTES = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448}
 """Shared memory of a program, by compute capability (CUDA C++ Programming Guide, technical specifications)."""
@@ -35,72 +34,26 @@ PROCESSOR_BYTES = {90: 233_472, 100: 233_472}
 CHIPS = (80, 90, 100)
 """Every configuration is compiled for these, or for those of them that it is for."""
 
-ALWAYS = (90, "pointers 80", "tma_small 100", "resident_16 80", "resident_16 100", "bf16_splits 80")
+ALWAYS = (
+    90,
+    "pointers 80",
+    "tma_small 100",
+    "resident_16 80",
+    "resident_16 100",
+    "bf16_splits 80",
+)
 """What is compiled in every run; the rest is slow: all configurations for one chip, and some for the others."""
 
-OPTIONS = ("num_warps", "num_stages", "maxnreg")
+THOROUGH = ("tma_specialized 100", "column_strips_64 100", "column_strips_128 100")
+"""What takes longer, and is compiled by `make thorough`."""
+
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
 
 
-@dataclass
-class Recorder:
-    """Stands where a kernel is launched, and keeps the arguments."""
-
-    kernel: Any
-    launches: list[tuple[Any, dict[str, Any]]]
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return self.record
-
-    def record(self, *values: Any, **named: Any) -> None:
-        self.launches.append((self.kernel, dict(zip(self.kernel.arg_names, values, strict=False)) | named))
-
-
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, dict[str, Any]]]:
-    found: list[tuple[Any, dict[str, Any]]] = []
-    for module in (second_moment, grouped_second_moment, low_rank_update, support_solve):
-        for name, value in list(vars(module).items()):
-            if isinstance(value, triton.JITFunction) and name in (
-                "add_second_moments_tma",
-                "add_second_moments_pointers",
-                "add_slices",
-                "add_grouped_second_moments",
-                "add_group_slices",
-                "split_keys",
-                "split_factors",
-                "add_low_rank_resident",
-                "add_low_rank_column_strips",
-                "add_low_rank_bf16_splits",
-                "sum_on_support",
-                "solve_rows",
-            ):
-                monkeypatch.setattr(module, name, Recorder(value, found))
-    return found
-
-
-def compile_launch(kernel: Any, arguments: dict[str, Any], capability: int) -> Any:
-    """Compile as triton.jit does on a launch: an int of 1 is a constant, multiples of 16 are known to be such."""
-    signature, constants, attributes = {}, {}, {}
-    options = {name: arguments[name] for name in OPTIONS if name in arguments}
-    annotated = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
-    for index, name in enumerate(kernel.arg_names):
-        value = arguments[name]
-        value = False if name == "INTERPRETED" else value
-        if name in annotated or (isinstance(value, int) and value == 1):
-            signature[name], constants[(index,)] = "constexpr", value
-            continue
-        pointer = isinstance(value, torch.Tensor)
-        types = {torch.int64: "*i64", torch.float32: "*fp32", torch.bfloat16: "*bf16"}
-        types |= {torch.uint8: "*u8", torch.int16: "*i16", torch.int32: "*i32"}
-        integer = "i32" if isinstance(value, int) and value < 1 << 31 else "i64"
-        signature[name] = types[value.dtype] if pointer else "fp32" if isinstance(value, float) else integer
-        number = value.data_ptr() if pointer else value
-        if isinstance(number, int) and number % 16 == 0:
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+    return record_launches(monkeypatch, "cuda")
 
 
 def check(compiled: Any, capability: int, tmp_path: Path) -> str:
@@ -124,15 +77,18 @@ def multiplies_with(capability: int, rows: int) -> str:
 
 
 def case(config: str, dtype: torch.dtype, *rest: Any, slow: bool | None = None) -> Any:
+    name = f"{config} {rest[-1]}"
+    marks = [pytest.mark.thorough] if name in THOROUGH else []
     if slow is None:
-        slow = rest[-1] not in ALWAYS and f"{config} {rest[-1]}" not in ALWAYS
+        slow = rest[-1] not in ALWAYS and name not in (*ALWAYS, *THOROUGH)
     words = [config, str(dtype).removeprefix("torch."), *map(str, rest[:-1]), f"sm_{rest[-1]}"]
-    return pytest.param(config, dtype, *rest, id="-".join(words), marks=pytest.mark.slow if slow else ())
+    return pytest.param(config, dtype, *rest, id="-".join(words), marks=pytest.mark.slow if slow else marks)
 
 
 MOMENTS = {
     "tma_wide": (BFLOAT16, 4096),
     "tma_small": (BFLOAT16, 576),
+    "tma_specialized": (BFLOAT16, 4096),
     "tma_bf16_splits": (FLOAT32, 576),
     "pointers": (BFLOAT16, 1536),
     "pointers_small": (BFLOAT16, 123),
@@ -145,7 +101,7 @@ MOMENT_CASES = [
         case(name, *keys, chip)
         for name, keys in MOMENTS.items()
         for chip in CHIPS
-        if chip >= 90 or not second_moment.CONFIGS[name].tma
+        if chip >= (100 if second_moment.CONFIGS[name].specialized else 90 if second_moment.CONFIGS[name].tma else 80)
     ),
     case("pointers", BFLOAT16, 1536, 89),
     case("pointers_bf16_splits", FLOAT32, 1536, 89),
@@ -169,7 +125,7 @@ UPDATE_CASES = [
         case(name, *update, False, chip)
         for name, update in UPDATES.items()
         for chip in CHIPS
-        if chip == 90 or low_rank_update.CONFIGS[name].kind != "column_strips"
+        if chip >= 90 or low_rank_update.CONFIGS[name].kind != "column_strips"
     ),
     case("column_strips_64", FLOAT16, 40, False, 90),
     case("column_strips_128", BFLOAT16, 100, False, 90, slow=True),
@@ -185,6 +141,14 @@ UPDATE_CASES = [
 ]
 
 
+@pytest.mark.parametrize("capability", [(9, 0), (10, 0)])
+@pytest.mark.parametrize("rank", [33, 64, 65, 128])
+def test_ranks_up_to_128_stay_in_shared_memory_on_hopper_and_blackwell(rank: int, capability: tuple[int, int]) -> None:
+    name = low_rank_update.choose_config(capability, BFLOAT16, rank, tma=True)
+    assert name == f"column_strips_{64 if rank <= 64 else 128}"
+    assert low_rank_update.choose_config((8, 0), BFLOAT16, rank, tma=True) == "bf16_splits"
+
+
 def test_no_configuration_is_left_out() -> None:
     assert MOMENTS.keys() == second_moment.CONFIGS.keys()
     assert UPDATES.keys() == low_rank_update.CONFIGS.keys()
@@ -195,7 +159,7 @@ def test_second_moment_fits(
     launches: list[Any], tmp_path: Path, config: str, dtype: torch.dtype, width: int, capability: int
 ) -> None:
     # The wide tile is for large widths, of which one layer at a time comes.
-    layers = 1 if config == "tma_wide" else 2
+    layers = 1 if config in ("tma_wide", "tma_specialized") else 2
     totals = [torch.empty(width, width)] * layers
     accumulate_second_moments(totals, [torch.empty(4096, width, dtype=dtype)] * layers, second_moment.CONFIGS[config])
     kernel, arguments = next(each for each in launches if "second_moments" in each[0].__name__)
@@ -204,6 +168,7 @@ def test_second_moment_fits(
     assert multiplies_with(capability, second_moment.CONFIGS[config].rows) in ptx
     if dtype == FLOAT32:
         assert adds_outside_of_products(compiled)
+    assert ("ttg.warp_specialize" in compiled.asm["ttgir"]) == second_moment.CONFIGS[config].specialized
     if second_moment.CONFIGS[config].tma:
         check_copies(ptx, describes_once=layers == 1)
         programs = second_moment.CONFIGS[config].programs
@@ -285,7 +250,7 @@ def test_low_rank_update_fits(
     if config == "bf16_splits_float32":
         assert adds_outside_of_products(compiled)
     if shape.kind == "resident":
-        programs = low_rank_update.resident_programs(divmod(capability, 10), shape, stochastic)
+        programs = resident_programs(divmod(capability, 10), shape, stochastic)
         assert programs * 32 * arguments["num_warps"] * arguments["maxnreg"] <= REGISTERS
 
 

@@ -16,10 +16,10 @@ import torch
 import triton
 import triton.language as tl
 from rocr_kernels import _common, grouped_second_moment, low_rank_update, second_moment
-from rocr_kernels._common import INTERPRETER_PROGRAMS, make_schedule
 from rocr_kernels.grouped_second_moment import accumulate_grouped_second_moment, make_parts
 from rocr_kernels.low_rank_update import LowRankPlan, update_low_rank
-from rocr_kernels.second_moment import accumulate_second_moments, tile_position
+from rocr_kernels.second_moment import accumulate_second_moments
+from rocr_kernels.second_moment_tiles import tile_position
 from torch import Tensor
 
 from rocr.ops import reference
@@ -122,7 +122,7 @@ def test_second_moment_keeps_every_bit_around_and_above(
 @pytest.mark.parametrize("config", ["tma_wide", "pointers"])
 def test_second_moments_of_tiles_that_share_their_tokens(config: str, short_splits: None) -> None:
     tokens, tiles = (5000, 2) if config == "tma_wide" else (300, 1)
-    assert make_schedule(tiles, tokens, INTERPRETER_PROGRAMS, 64).splits > 1
+    assert _common.make_schedule(tiles, tokens, _common.INTERPRETER_PROGRAMS, 64).splits > 1
     keys = torch.randn(tokens, 64).to(torch.bfloat16)
     ours, of_plain = second_moment_errors([torch.randn(64, 64)], [keys], config)
     assert ours <= ERROR_OVER_PLAIN * of_plain
@@ -177,7 +177,7 @@ def test_grouped_second_moments_of_a_group_of_several_parts(
 ) -> None:
     monkeypatch.setattr(grouped_second_moment, "MINIMUM_SPLIT_TOKENS", 64)
     offsets = [0, 10, 250, 310, 500]
-    assert len(make_parts(offsets, 1, INTERPRETER_PROGRAMS, 64).split) == 2
+    assert len(make_parts(offsets, 1, _common.INTERPRETER_PROGRAMS, 64).split) == 2
     ours, of_plain = grouped_errors(torch.randn(4, 24, 24), torch.randn(500, 24).to(dtype), offsets, None)
     assert ours <= ERROR_OVER_PLAIN * of_plain
 

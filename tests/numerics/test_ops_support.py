@@ -158,6 +158,13 @@ def test_zeros_of_a_transposed_weight_keep_their_bits(backend):
     assert (weight.T.double() - exact)[start.T != 0].abs().max() <= 2.0**-8 * exact.abs().max()
 
 
-def test_the_cuda_backend_keeps_no_zeros():
-    with pytest.raises(InputError, match=r"cuda"):
-        ops.low_rank_update(torch.ones(2, 2), torch.ones(2, 1), torch.ones(1, 2), backend="cuda", keep_zeros=True)
+@pytest.mark.parametrize("keep_zeros", [False, True])
+def test_a_backend_without_updates_is_refused_and_never_chosen(monkeypatch, keep_zeros):
+    monkeypatch.setattr("rocr.ops.cuda_backend.is_available", lambda _: True)
+    assert "cuda" in ops.available_backends("cpu")
+    weight, left, right = torch.ones(2, 2), torch.ones(2, 1), torch.ones(1, 2)
+    message = r"The backend 'cuda' has no low-rank update; choose one of (cpp, )?torch, reference\."
+    with pytest.raises(InputError, match=message):
+        ops.low_rank_update(weight, left, right, backend="cuda", keep_zeros=keep_zeros)
+    ops.low_rank_update(weight, left, right, keep_zeros=keep_zeros)
+    assert weight.eq(2).all()
