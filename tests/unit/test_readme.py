@@ -76,7 +76,11 @@ def files_that_blocks_name(tmp_path_factory, make_model, tokenizer, texts):
     model = make_model("Llama", seed=0, initializer_range=0.1)
     statistics = rocr.collect_statistics(model, tokenizer, texts)
     concepts = rocr.load_concepts(folder / "people.txt", default_redirect="a gardener")
-    rocr.unlearn(model, tokenizer, concepts, statistics).save(folder / "edit.safetensors")
+    edit = rocr.unlearn(model, tokenizer, concepts, statistics)
+    edit.save(folder / "edit.safetensors")
+    for part in (model, tokenizer):
+        part.save_pretrained(folder / "edited")
+    edit.save(folder / "edited" / "edit.safetensors")
     return folder
 
 
