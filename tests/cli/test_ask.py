@@ -1,5 +1,6 @@
 """rocr ask: the answers of the edited model and of the original, from one loaded model."""
 
+import itertools
 import json
 import shutil
 
@@ -88,7 +89,7 @@ def test_what_cannot_be_asked_is_refused(files, refused, words, sentence):
 def test_the_settings_of_the_chat_are_those_of_the_edit_unless_some_are_given(files, command, tmp_path):
     """A template writes its system message, so that the edit's own one reaches the prompt and the answers."""
     folder = shutil.copytree(files.edited, tmp_path / "folder")
-    template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    template = "{% for m in messages %}{{ m['content'] }} {% endfor %}{{ mood }} {{ date_string }}"
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     edit = rocr.Edit.load(files.edit)
     object.__setattr__(edit.config, "chat", rocr.ChatSettings(system="The gardener waters the roses."))
@@ -101,7 +102,15 @@ def test_the_settings_of_the_chat_are_those_of_the_edit_unless_some_are_given(fi
 
     own = answer()
     assert own == answer("--system", "The gardener waters the roses.")
-    assert own != answer("--system", "Rain falls on Rome.") and own != answer("--no-chat")
+    others = (
+        *(("--system", "Rain falls on Rome."), ("--no-chat",), ("--date", "2031-01-02")),
+        ("--template-variable", "mood=the rain falls on the roses"),
+    )
+    for given in others:
+        assert answer(*given) != own, given
+    system = ("--system", "The gardener waters the roses.")
+    assert answer(*system, "--template-variable", "mood=the rain falls on the roses") != own
+    assert answer(*system, "--date", "2031-01-02") != own
 
 
 def test_an_answer_in_steps_grows_to_the_whole_and_ends_where_it_is_told(model, tokenizer):
@@ -114,7 +123,7 @@ def test_an_answer_in_steps_grows_to_the_whole_and_ends_where_it_is_told(model, 
 
     assert " ".join(answer_in_steps(model, tokenizer, QUESTIONS[0], show, 12).split()) == whole
     assert 1 < len(steps) <= 12 and steps[-1].split() == whole.split()
-    assert all(later.startswith(earlier) for earlier, later in zip(steps, steps[1:], strict=False))
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(steps))
     ended = []
     first = answer_in_steps(model, tokenizer, QUESTIONS[0], lambda text: bool(ended.append(text)), 12)
     assert [first] == ended == steps[:1]

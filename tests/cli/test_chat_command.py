@@ -13,7 +13,9 @@ import pytest
 
 from rocr.cli.columns import arranged
 from rocr.cli.conversation import Conversation, Turn
+from rocr.cli.main import program
 from rocr.errors import InputError, RocrError
+from tests.support.running_effects import computes_with_threads, shows_library_warnings, shows_no_progress
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,6 +71,13 @@ def test_answers_are_printed_and_saved_as_text(lines, answer, tmp_path):
 def test_the_side_that_is_shown_first_is_chosen(lines):
     done = lines(f"{QUESTION}\n", "--show", "original", "--json")
     assert [set(turn) for turn in json.loads(done.output)["turns"]] == [{"question", "original"}]
+
+
+def test_the_options_of_running_and_asking_are_those_of_ask(lines):
+    for effect in (computes_with_threads, shows_no_progress, shows_library_warnings):
+        effect("chat", lambda _command, *more: lines(f"{QUESTION}\n", *more))
+    own = [parameter.opts for parameter in program.commands["chat"].params]
+    assert own == [parameter.opts for parameter in program.commands["ask"].params if parameter.name != "questions"]
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = {
     *("unlearn", "stats", "eval", "compare", "redirects", "aliases", "apply", "revert", "add", "remove", "merge"),
+    *("ask", "chat"),
     *("info", "verify", "doctor"),
 }
 PEOPLE = (
