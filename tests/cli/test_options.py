@@ -110,6 +110,7 @@ EFFECTS = {
         **OUT,
         **CHAT,
         "concepts": "test_cli_bulk.py::test_collisions_and_harm_are_shown_in_short_and_written_down",
+        "--config": "test_config_file.py::test_every_option_is_read_from_a_file_and_written_for_the_next_run",
         "--concept": replaces("--concept", "Robert Downey"),
         "--allow-long-list": "test_cli_errors.py::test_the_limit_that_a_command_allows_is_that_of_the_edit",
         "--redirect": replaces("--redirect", "a gardener"),
