@@ -73,7 +73,7 @@ class Runs:
         return path
 
     def __call__(self, command, *more, without=(), model=None):
-        """A command with its usual arguments less those in `without`, and with more; "@name" is the file of that name."""
+        """A command with its arguments less those in `without`, and with more; "@name" is the file of that name."""
         key = (command, tuple(map(str, more)), tuple(without), str(model))
         if key not in self._done:
             self._done[key] = self._run(command, more, without, model)
