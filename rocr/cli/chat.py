@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rocr.cli.console import Console
 from rocr.cli.conversation import HELP, Conversation, Turn
-from rocr.cli.interruption import Interrupted, Stops, stopping
+from rocr.cli.interruption import Paused, Stops, stopping
 from rocr.cli.parsing import Arguments, command
 from rocr.cli.tables import number_of_concepts
 from rocr.cli.talk import Talk, asking, load_talk, sides_of
@@ -84,9 +84,7 @@ def _converse(
         except EOFError:
             console.say("")
             return
-        except Interrupted:
-            if stops.count > 1:
-                raise
+        except Paused:
             console.say("\nCtrl-C again leaves.")
             continue
         except UnicodeDecodeError:

@@ -57,6 +57,10 @@ def signals_raise() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+class Paused(Interrupted):
+    """The first SIGINT while a line is read; see `Stops.raised`."""
+
+
 class Stops:
     """How often SIGINT came since the last line of the user; see `stopping`.
 
@@ -70,7 +74,7 @@ class Stops:
 
     @contextmanager
     def raised(self) -> Iterator[None]:
-        """Raise Interrupted inside the context at the first signal too."""
+        """Raise Paused inside the context at the first signal."""
         self._raises = True
         try:
             yield
@@ -78,10 +82,12 @@ class Stops:
             self._raises = False
 
     def take(self) -> None:
-        """Count a signal; raise Interrupted unless something is to be stopped first."""
+        """Count a signal; raise Interrupted at the second one."""
         self.count += 1
-        if self._raises or self.count > 1:
+        if self.count > 1:
             raise Interrupted
+        if self._raises:
+            raise Paused
 
 
 @contextmanager

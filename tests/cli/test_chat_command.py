@@ -201,8 +201,8 @@ def test_a_narrow_terminal_has_one_answer_below_the_other(terminal):
     drawn = narrow.until(r"> $", start)
     assert not re.search(r"edited +original", drawn)
     assert re.search(r"^edited *\n(.*\n)+original *\n", drawn[drawn.rindex("edited") :], re.MULTILINE)
-    narrow.type("/quit\n")
-    assert narrow.ended() == 0
+    narrow.process.send_signal(signal.SIGTERM)  # is no Ctrl-C, which leaves when it is pressed again
+    assert narrow.ended() == 130
 
 
 @pytest.mark.thorough
@@ -222,10 +222,8 @@ def test_ctrl_c_stops_an_answer_and_a_second_one_leaves(terminal, tmp_path):
     long.type(f"{QUESTION}\n")
     long.until(r"edited\s+\S+", start)
     long.type("\x03")
+    long.until(r"\n> $", start)
     long.type("\x03")
-    long.until(r"Ctrl-C again leaves|Interrupted", start)
-    if long.process.poll() is None:
-        long.type("\x03")
     assert long.ended() == 130
     assert "Interrupted; no partial output was left." in long.plain(start) and "Traceback" not in long.plain(0)
 

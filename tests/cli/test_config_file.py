@@ -212,6 +212,9 @@ def test_the_output_has_the_options_of_its_run_and_is_verified_with_and_without_
         **{"model": str(files.model), "concept": ["Ada Byron"], "redirect": "Blaise Pascal", "layers": [1, 2]},
         **{"force": True, "statistics": str(files.statistics), "no_answers": True},
     }
+    assert "report.json, edit.toml and edit.safetensors name the concepts or" in (files.edited / "README.md").read_text(
+        encoding="utf-8"
+    )
     assert digests(files.edited)["edit.toml"] in (files.edited / "SHA256SUMS").read_text(encoding="utf-8")
 
 
