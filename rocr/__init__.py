@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rocr.edit.guards import Guards
     from rocr.errors import GuardError, InputError, RocrError, VerificationError
     from rocr.evaluation import Evaluation, Probe, choose_redirects, evaluate, load_probes
+    from rocr.export.edited import EditedModel, load
     from rocr.progress import Progress
     from rocr.statistics.collect import CollectOptions, collect_statistics
     from rocr.statistics.statistics import Statistics
@@ -28,6 +29,7 @@ _HOMES = {
     "Concept": "concepts",
     "Edit": "edit.edit",
     "EditConfig": "config",
+    "EditedModel": "export.edited",
     "Evaluation": "evaluation",
     "GuardError": "errors",
     "Guards": "edit.guards",
@@ -42,6 +44,7 @@ _HOMES = {
     "choose_redirects": "evaluation",
     "collect_statistics": "statistics.collect",
     "evaluate": "evaluation",
+    "load": "export.edited",
     "load_concepts": "concepts",
     "load_probes": "evaluation",
     "propose_aliases": "edit.aliases",
@@ -58,6 +61,7 @@ __all__ = [
     "Concept",
     "Edit",
     "EditConfig",
+    "EditedModel",
     "Evaluation",
     "GuardError",
     "Guards",
@@ -72,6 +76,7 @@ __all__ = [
     "choose_redirects",
     "collect_statistics",
     "evaluate",
+    "load",
     "load_concepts",
     "load_probes",
     "ops",

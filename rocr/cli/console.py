@@ -91,6 +91,11 @@ class Console:
     def _line(self, text: str) -> None:
         self._errors.print(visible(text), markup=False, soft_wrap=True)
 
+    def screen(self) -> rich.console.Console | None:
+        """The console of the result if a person is there: stdin and stdout are a terminal, and --json is not given."""
+        talks = not self._json and sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
+        return self._output if talks else None
+
     def say(self, sentence: str) -> None:
         """Print a line of the result."""
         self._output.print(visible(sentence), markup=False, soft_wrap=True)

@@ -57,6 +57,54 @@ def signals_raise() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+class Paused(Interrupted):
+    """The first SIGINT while a line is read; see `Stops.raised`."""
+
+
+class Stops:
+    """How often SIGINT came since the last line of the user; see `stopping`.
+
+    Attributes:
+        count: the number of signals, which the reader of a line sets to 0.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._raises = False
+
+    @contextmanager
+    def raised(self) -> Iterator[None]:
+        """Raise Paused inside the context at the first signal."""
+        self._raises = True
+        try:
+            yield
+        finally:
+            self._raises = False
+
+    def take(self) -> None:
+        """Count a signal; raise Interrupted at the second one."""
+        self.count += 1
+        if self.count > 1:
+            raise Interrupted
+        if self._raises:
+            raise Paused
+
+
+@contextmanager
+def stopping() -> Iterator[Stops]:
+    """A context in which the first SIGINT is counted, and the second one raises Interrupted.
+
+    What runs looks at the count where it can stop, such as between two tokens of an answer: an exception in the middle
+    of a change of weights would leave them changed in part.
+    """
+    stops = Stops()
+    previous = signal.signal(signal.SIGINT, lambda _number, _frame: stops.take())
+    try:
+        yield stops
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
 def _send_again(hook: Callable[[Any], object], unraisable: Any) -> None:
     if issubclass(unraisable.exc_type, Interrupted):
         # Not with threading: the interrupted code may hold its locks.

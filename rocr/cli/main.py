@@ -16,7 +16,9 @@ from rocr import __version__
 from rocr.cli.add import add
 from rocr.cli.aliases import aliases
 from rocr.cli.apply import apply
+from rocr.cli.ask import ask
 from rocr.cli.change import merge, remove
+from rocr.cli.chat import chat
 from rocr.cli.compare import compare
 from rocr.cli.console import Console
 from rocr.cli.doctor import doctor
@@ -46,7 +48,7 @@ Shell completion: eval "$({COMPLETION}=bash_source rocr)" in bash, zsh_source in
 program = Program(
     "rocr",
     commands=(
-        *(unlearn, stats, apply, revert, add, remove, merge),
+        *(unlearn, stats, ask, chat, apply, revert, add, remove, merge),
         *(evaluate, redirects, aliases, compare, info, verify, doctor),
     ),
     help="Unlearn concepts from language models, in closed form.",

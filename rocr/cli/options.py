@@ -21,6 +21,12 @@ running = together(
     flag("--verbose", "Show warnings of libraries.", short="-v", group=RUNNING),
 )
 
+_device = option(
+    "--device",
+    'Such as "cuda:0", or "auto" to spread the layers (default: cpu).',
+    metavar="DEVICE",
+    group=LOADING,
+)
 _placing = together(
     option(
         "--dtype",
@@ -28,18 +34,13 @@ _placing = together(
         type=click.Choice(SUPPORTED_DTYPES),
         group=LOADING,
     ),
-    option(
-        "--device",
-        'Such as "cuda:0", or "auto" to spread the layers (default: cpu).',
-        metavar="DEVICE",
-        group=LOADING,
-    ),
+    _device,
 )
 _code = flag("--trust-remote-code", "Run code that comes with the model.", group=LOADING)
+_download = flag("--download", "Allow network access, for a model on a hub.", group=LOADING)
 loading = together(_placing, _code, running)
-loading_or_download = together(
-    _placing, flag("--download", "Allow network access, for a model on a hub.", group=LOADING), _code, running
-)
+loading_or_download = together(_placing, _download, _code, running)
+loading_as_stored = together(_device, _download, _code, running)
 
 model = together(
     argument("model", "A Hugging Face folder, a .gguf file, or the id of a model on a hub.", type=FILE),

@@ -79,6 +79,7 @@ def write_output(
     answers: Sequence[Answer] = (),
     reverted: bool = False,
     quantised: str | None = None,
+    settings: str | None = None,
     **more: Any,
 ) -> dict[str, Any]:
     """Write the folder --out, completely or not at all.
@@ -92,11 +93,13 @@ def write_output(
         answers: answers before and after the edit.
         reverted: whether the edit was reverted.
         quantised: how edited weights of a quantised model are written; None: plain.
+        settings: the options of the run as a file for --config; None: no such file.
         more: further fields of the report.
 
     Returns:
         The report.
     """
+    from rocr.export.copying import SETTINGS_FILE
     from rocr.export.folder import Saved, save_edited
     from rocr.export.gguf import save_edited_gguf
     from rocr.export.gguf_lora import write_gguf_lora
@@ -130,6 +133,8 @@ def write_output(
         report = build_report(edit, arguments.model, console.seconds, answers, {}, linked) | saved.report | more
         if adapter:
             report["lora"] = [asdict(layer) for layer in adapter]
+        if settings is not None:
+            (partial / SETTINGS_FILE).write_text(settings, encoding="utf-8", newline="\n")
         write_card(report, loaded.source, parts, partial)
         write_records(report, partial, stored)
     _say_what_differs(report, console)

@@ -74,7 +74,7 @@ class Command(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse the words after the name of the command."""
-        return super().parse_args(ctx, spell_out(args, _options_of(ctx), ctx))
+        return super().parse_args(ctx, spelled_words(args, ctx))
 
     def invoke(self, ctx: click.Context) -> Any:
         """Call the command's function and return its JSON document."""
@@ -114,9 +114,9 @@ class Program(click.Group):
         return super().parse_args(ctx, [*first, *args[1:]])
 
 
-def command(name: str) -> Decorator:
+def command(name: str, kind: type[Command] = Command) -> Decorator:
     """Make a command of a function of `Arguments` and a `Console`; its docstring is the help text."""
-    return click.command(name, cls=Command, context_settings=CONTEXT)
+    return click.command(name, cls=kind, context_settings=CONTEXT)
 
 
 def argument(name: str, help: str, **settings: Any) -> Decorator:
@@ -148,6 +148,11 @@ def together(*decorators: Decorator) -> Decorator:
         return function
 
     return decorate
+
+
+def spelled_words(words: Iterable[str], context: click.Context) -> list[str]:
+    """Rewrite the words of a context's command; see `spell_out`."""
+    return spell_out(words, _options_of(context), context)
 
 
 def spell_out(words: Iterable[str], options: Mapping[str, click.Option], context: click.Context) -> list[str]:

@@ -20,6 +20,7 @@ from rocr.cli.arguments import (
     open_quantised,
     source_of,
 )
+from rocr.cli.config_file import ConfiguredCommand, config_of, settings_text
 from rocr.cli.console import Console
 from rocr.cli.outputs import check_parts, check_writable, show_adapter, write_output
 from rocr.cli.parsing import Arguments, argument, choice, command, flag, option
@@ -46,12 +47,17 @@ if TYPE_CHECKING:
 setting = partial(option, group="Settings")
 
 
-@command("unlearn")
+@command("unlearn", ConfiguredCommand)
 @options.model
 @argument("concepts", "A list of concepts: .txt, .csv or .jsonl.", type=FILE, required=False)
 @option("--concept", "A concept, in place of a list. May be repeated.", multiple=True, metavar="NAME")
 @option("--redirect", "Redirect of concepts that have none of their own; auto chooses one for each.", metavar="NAME")
 @flag("--allow-long-list", f"Allow more than {MAX_CONCEPTS:,} concepts. Try --dry-run first.")
+@option(
+    "--config",
+    "Options in a TOML file, such as edit.toml of an output; those of the command line replace them.",
+    type=FILE,
+)
 @options.out("Folder to write", DIR, required=False)
 @options.save
 @options.quantised
@@ -125,6 +131,7 @@ def unlearn(arguments: Arguments, console: Console) -> dict[str, Any]:
     """
     arguments.chat = chat_of(arguments)
     concepts = given_concepts(arguments)
+    settings = _settings(arguments, console)
     check_length(len(concepts), most_concepts(arguments, concepts))
     source = source_of(arguments)
     check_quantised(arguments, source)
@@ -168,7 +175,10 @@ def unlearn(arguments: Arguments, console: Console) -> dict[str, Any]:
     concepts = edit.concepts  # with their redirects chosen
     after = ask_model(loaded, asked, arguments, console, "answers after")
     answers = answers_of(arguments, concepts, asked, before, after)
-    report = write_output(arguments, loaded, edit, arguments.save, console, answers, quantised=arguments.quantised)
+    quantised = arguments.quantised
+    report = write_output(
+        arguments, loaded, edit, arguments.save, console, answers, quantised=quantised, settings=settings
+    )
     show_report(report, console, arguments.out)
     show_adapter(report, console)
     return report
@@ -189,6 +199,29 @@ def given_concepts(arguments: Arguments) -> list[Concept]:
     concepts = [Concept(name, arguments.redirect) for name in arguments.concept]
     check_concepts(concepts)
     return concepts
+
+
+def _settings(arguments: Arguments, console: Console) -> str | None:
+    """The options of this run as a file for --config, which the output gets; None if they cannot be written.
+
+    A list of concepts that is not as in the run that wrote the file of --config is warned about.
+    """
+    from rocr.export.copying import SETTINGS_FILE
+    from rocr.export.manifest import file_digest
+
+    digest = None if arguments.concepts is None else file_digest(Path(arguments.concepts))
+    file = config_of(arguments.context)
+    if file is not None and file.concepts_sha256 not in (None, digest):
+        found = "is not given" if digest is None else f"has the sha256 {digest[:12]}"
+        console.warn(
+            f"The list of concepts {found}; that of the run that wrote {file.path} had {file.concepts_sha256[:12]}: "
+            "the edit will differ from it."
+        )
+    try:
+        return settings_text(arguments.context, digest)
+    except UnicodeEncodeError:
+        console.warn(f"The output gets no {SETTINGS_FILE}: a path or text of the command line is not UTF-8.")
+        return None
 
 
 def most_concepts(arguments: Arguments, concepts: list[Concept]) -> int:

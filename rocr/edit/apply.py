@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -226,6 +227,22 @@ def bits(tensor: Tensor) -> Tensor:
 def revert_edit(edit: EditRecord, model: nn.Module) -> None:
     """Restore the weights of a model; see `rocr.Edit.revert`."""
     undo_updates(edited_weights(find_architecture(model), edit.updates), [update.applied for update in edit.updates])
+
+
+@contextmanager
+def without_edit(edit: EditRecord, model: nn.Module) -> Iterator[None]:
+    """Return a context in which a model does not have its edit; see `rocr.Edit.reverted`."""
+    weights = edited_weights(find_architecture(model), edit.updates)
+    applied = [update.applied for update in edit.updates]
+    undos = [_checked_undo(weight, record) for weight, record in zip(weights, applied, strict=True)]
+    try:
+        for weight, undo in zip(weights, undos, strict=True):
+            _flip(weight, undo)
+        yield
+    finally:
+        for weight, record, undo in zip(weights, applied, undos, strict=True):
+            if not holds_updates([weight], [record]):
+                _flip(weight, undo)
 
 
 def apply_edit(edit: EditRecord, model: nn.Module, allow_fingerprint_mismatch: bool = False) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from rocr.concepts import Concept
-from rocr.edit.apply import apply_edit, mismatch, revert_edit
+from rocr.edit.apply import apply_edit, mismatch, revert_edit, without_edit
 from rocr.edit.compose import merge_edits, remove_concepts
 from rocr.edit.file import load_edit, save_edit
 from rocr.edit.guards import Guards
@@ -79,6 +79,16 @@ class Edit(EditRecord):
             yield model
         finally:
             self.revert(model)
+
+    @contextmanager
+    def reverted(self, model: nn.Module) -> Iterator[nn.Module]:
+        """Return a context in which a model with this edit has the weights before it; raises as `revert`.
+
+        Both changes flip the recorded bits, so that the weights at the end are those at the beginning, bit for bit.
+        Raises VerificationError at the end if the block has changed an edited weight.
+        """
+        with without_edit(self, model):
+            yield model
 
     @plain_arithmetic()
     def remove(self, names: str | Sequence[str], model: nn.Module | None = None) -> Edit:

@@ -18,6 +18,8 @@ from rocr.model.load import ModelSource
 BLOCK = 2**20
 REPORT_FILE, CARD_FILE, EDIT_FILE, SUMS_FILE = "report.json", "README.md", "edit.safetensors", "SHA256SUMS"
 CONFIG_FILE = "config.json"
+SETTINGS_FILE = "edit.toml"
+"""The options of the run that wrote an output, for `rocr unlearn --config`."""
 REPLACED_FILE = "replaced.safetensors"
 """The quantised tensors that an edited weight replaces, from which `rocr revert` restores the files."""
 ORIGINALS_FOLDER, ADAPTER_FOLDER = "originals", "lora"
@@ -25,7 +27,7 @@ MAX_CARRIED_BYTES = 2 * 2**30
 """Largest size of a file without weights that is copied. The largest tokenizers have about 50 MB."""
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".npz")
 _NOT_CARRIED = (*WEIGHTS, *(f"{ending}.index.json" for ending in WEIGHTS))
-_WRITTEN_FILES = (REPORT_FILE, CARD_FILE, SUMS_FILE, INDEX_FILE)
+_WRITTEN_FILES = (REPORT_FILE, CARD_FILE, SUMS_FILE, INDEX_FILE, SETTINGS_FILE)
 _WRITTEN_FOLDERS = (ORIGINALS_FOLDER, ADAPTER_FOLDER)
 _NO_DATA, _UNKNOWN = (errno.ENXIO,), (errno.EINVAL, errno.EOPNOTSUPP)
 

@@ -10,7 +10,15 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from rocr.edit.lora import GGUF_SUFFIX, loading_call
-from rocr.export.copying import CARD_FILE, EDIT_FILE, ORIGINALS_FOLDER, REPLACED_FILE, REPORT_FILE, SUMS_FILE
+from rocr.export.copying import (
+    CARD_FILE,
+    EDIT_FILE,
+    ORIGINALS_FOLDER,
+    REPLACED_FILE,
+    REPORT_FILE,
+    SETTINGS_FILE,
+    SUMS_FILE,
+)
 from rocr.io.visible import visible
 from rocr.model.source import ADAPTER_GGUF, ModelSource
 
@@ -37,10 +45,11 @@ and changes a few layers only, and the base model still has the concepts."""
 
 def write_card(report: Mapping[str, Any], source: ModelSource, parts: Sequence[str], folder: Path) -> None:
     """Write the card of an output; see `build_card`."""
-    (folder / CARD_FILE).write_text(build_card(report, source, parts), encoding="utf-8")
+    has_settings = (folder / SETTINGS_FILE).is_file()
+    (folder / CARD_FILE).write_text(build_card(report, source, parts, has_settings), encoding="utf-8")
 
 
-def build_card(report: Mapping[str, Any], source: ModelSource, parts: Sequence[str]) -> str:
+def build_card(report: Mapping[str, Any], source: ModelSource, parts: Sequence[str], has_settings: bool = False) -> str:
     """Return a model card: the metadata of the hub in YAML, and Markdown. It depends on the arguments only.
 
     Args:
@@ -48,6 +57,7 @@ def build_card(report: Mapping[str, Any], source: ModelSource, parts: Sequence[s
         source: The edited model. The metadata `base_model` is set if it is a hub id, or lies in the cache of the hub.
             The licence is that of the base model's own card, if it names one.
         parts: The parts of the output, of model, gguf, lora, gguf-lora, edit, originals.
+        has_settings: Whether the output has the options of its run.
     """
     sections = [
         f"---\n{_metadata(source, parts).to_yaml()}\n---",
@@ -56,7 +66,7 @@ def build_card(report: Mapping[str, Any], source: ModelSource, parts: Sequence[s
     ]
     if _applied(report):
         sections += [_concepts(report), _measured(report), _adapter(report, parts), _settings(report), NOT_PROOF]
-        sections.append(_before_publishing(parts, has_replaced="quantised" in report))
+        sections.append(_before_publishing(parts, has_settings, has_replaced="quantised" in report))
     else:
         sections.append(_versions(report))
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -205,14 +215,15 @@ def _versions(report: Mapping[str, Any]) -> str:
     return "Made with " + ", ".join(f"{name} {version}" for name, version in report["versions"].items()) + "."
 
 
-def _before_publishing(parts: Sequence[str], has_replaced: bool) -> str:
-    naming = ["This card", REPORT_FILE] + ([EDIT_FILE] if "edit" in parts else [])
+def _before_publishing(parts: Sequence[str], has_settings: bool, has_replaced: bool) -> str:
+    naming = ["This card", REPORT_FILE, *([SETTINGS_FILE] * has_settings), *([EDIT_FILE] * ("edit" in parts))]
     reverting = [f"`{name}`" for part, name in UNDO_FILES if part in parts]
     if has_replaced and "edit" in parts:
         reverting.append(f"`{REPLACED_FILE}`")
     lines = [
         "## Before publishing",
-        f"{_listed(naming)} name the concepts. Do not publish them if the list itself is private.",
+        f"{_listed(naming)} name the concepts{' or the file with their list' if has_settings else ''}. Do not publish "
+        "them if the list itself is private.",
     ]
     if reverting:
         lines.append(f"Do not publish {_listed(reverting)} if others must not revert the edit with `rocr revert`.")

@@ -18,6 +18,7 @@ from rocr.export.copying import (
     MAX_CARRIED_BYTES,
     ORIGINALS_FOLDER,
     REPORT_FILE,
+    SETTINGS_FILE,
     SUMS_FILE,
     bytes_to_copy,
     carried_files,
@@ -35,7 +36,7 @@ from rocr.model.weight_files import find_weight_files
 
 LIST = "originals.json"
 FORMAT = "rocr originals 1"
-WRITTEN_FILES = (CARD_FILE, REPORT_FILE, EDIT_FILE, SUMS_FILE)
+WRITTEN_FILES = (CARD_FILE, REPORT_FILE, EDIT_FILE, SETTINGS_FILE, SUMS_FILE)
 """Files of an output that rocr writes, so that files of the model with these names are stored in `originals/`."""
 
 

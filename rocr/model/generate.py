@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import GenerationConfig
+from torch import Tensor, nn
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from rocr.chat_settings import DEFAULT, ChatSettings
 from rocr.concepts import check_text
@@ -22,6 +22,8 @@ from rocr.ops.arithmetic import plain_arithmetic
 
 MAX_QUESTION = 2_000
 """Limit of the characters of a question."""
+Watch = Callable[[list[int]], bool]
+"""Called with the tokens written so far after each of them; returns whether generation continues."""
 
 
 @plain_arithmetic()
@@ -53,17 +55,60 @@ def ask(
         return []
     prompts = [tokenize_prompt(tokenizer, text) for text in render_chats(tokenizer, questions, chat)]
     written = continue_greedily(model, tokenizer, prompts, max_tokens, always)
+    return [" ".join(answer.split()) for answer in _decoded(tokenizer, written)]
+
+
+@plain_arithmetic()
+def answer_in_steps(
+    model: nn.Module,
+    tokenizer: Any,
+    question: str,
+    show: Callable[[str], bool],
+    max_tokens: int = 40,
+    chat: ChatSettings = DEFAULT,
+) -> str:
+    """Generate the greedy answer to one question, and give its beginning to a function after each token.
+
+    Args:
+        model: A causal language model of transformers.
+        tokenizer: The model's tokenizer.
+        question: The question.
+        show: Called with the text so far after each token; returns whether generation continues.
+        max_tokens: The largest number of tokens of the answer.
+        chat: The settings of the chat template.
+
+    Returns:
+        The answer, or its beginning if `show` ended it. Line breaks are kept.
+
+    Raises:
+        InputError: As `ask`.
+    """
+
+    def watch(tokens: list[int]) -> bool:
+        return show(_decoded(tokenizer, [tokens])[0].strip())
+
+    prompt = tokenize_prompt(tokenizer, render_chats(tokenizer, [question], chat)[0])
+    return _decoded(tokenizer, continue_greedily(model, tokenizer, [prompt], max_tokens, watch=watch))[0].strip()
+
+
+def _decoded(tokenizer: Any, written: Sequence[list[int]]) -> list[str]:
+    """Return the texts of tokens, without special tokens."""
     with calling_tokenizer(tokenizer):
         answers: Any = tokenizer.batch_decode(written, skip_special_tokens=True)
-    if not isinstance(answers, list) or list(map(type, answers)) != [str] * len(questions):
+    if not isinstance(answers, list) or list(map(type, answers)) != [str] * len(written):
         raise InputError(
-            f"The tokenizer ({type(tokenizer).__name__}) does not decode {len(questions)} answers to as many texts."
+            f"The tokenizer ({type(tokenizer).__name__}) does not decode {len(written)} answers to as many texts."
         )
-    return [" ".join(answer.split()) for answer in answers]
+    return answers
 
 
 def continue_greedily(
-    model: nn.Module, tokenizer: Any, prompts: Sequence[list[int]], max_tokens: int, always: bool = False
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    max_tokens: int,
+    always: bool = False,
+    watch: Watch | None = None,
 ) -> list[list[int]]:
     """Return the most likely tokens after each prompt, at most `max_tokens` of them, one after another.
 
@@ -75,22 +120,28 @@ def continue_greedily(
         prompts: Token ids, with opening tokens.
         max_tokens: The largest number of tokens.
         always: Whether a model whose `generate` fails is run token by token.
+        watch: Follows a single prompt, and may end its generation.
 
     Raises:
         InputError: The model's own code fails.
     """
+    assert watch is None or len(prompts) == 1, "one prompt is watched"
     ends = _end_tokens(model) or tokenizer.eos_token_id
     if is_of_transformers(model):
         try:
-            return _generate(model, prompts, ends, max_tokens)
+            return _generate(model, prompts, ends, max_tokens, watch)
         except InputError:
             if not always:
                 raise
-    return [_greedy(model, prompt, ends, max_tokens) for prompt in prompts]
+    return [_greedy(model, prompt, ends, max_tokens, watch) for prompt in prompts]
 
 
 def _generate(
-    model: nn.Module, prompts: Sequence[list[int]], ends: int | list[int] | None, max_tokens: int
+    model: nn.Module,
+    prompts: Sequence[list[int]],
+    ends: int | list[int] | None,
+    max_tokens: int,
+    watch: Watch | None,
 ) -> list[list[int]]:
     """Generate the tokens after each prompt with transformers' `generate`, in one batch."""
     longest = max(map(len, prompts))
@@ -106,15 +157,30 @@ def _generate(
     generating = calling(
         f"generate of {type(model).__name__}", "Do not generate: use --no-answers, without --generate."
     )
+    follow = None if watch is None else StoppingCriteriaList([_Watched(watch, longest)])
     with generating, _default_generation_config(model):
         written = model.generate(  # type: ignore[operator]
-            tokens.to(device), attention_mask=mask.to(device), generation_config=settings
+            tokens.to(device), attention_mask=mask.to(device), generation_config=settings, stopping_criteria=follow
         )
         found: list[list[int]] = written[:, longest:].tolist()
     return found
 
 
-def _greedy(model: nn.Module, prompt: list[int], ends: int | list[int] | None, max_tokens: int) -> list[int]:
+class _Watched(StoppingCriteria):  # type: ignore[misc]
+    """Give the tokens of one row after each step to a function, which may end the generation."""
+
+    def __init__(self, watch: Watch, start: int) -> None:
+        self._watch, self._start = watch, start
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_more: Any) -> Tensor:
+        """Return whether each row is done."""
+        done = not self._watch(input_ids[0, self._start :].tolist())
+        return torch.full((len(input_ids),), done, dtype=torch.bool, device=input_ids.device)
+
+
+def _greedy(
+    model: nn.Module, prompt: list[int], ends: int | list[int] | None, max_tokens: int, watch: Watch | None = None
+) -> list[int]:
     """Generate the tokens after a prompt with a model's own code, which may not work with `generate`."""
     stops = {ends} if isinstance(ends, int) else set(ends or ())
     written: list[int] = []
@@ -126,6 +192,8 @@ def _greedy(model: nn.Module, prompt: list[int], ends: int | list[int] | None, m
             output = forward(model, torch.tensor([fresh]), past_key_values=state, use_cache=True)
             state = cache_of(model, output)
             written.append(int(logits_of(output)[0, -1].argmax()))
+            if watch is not None and not watch(written):
+                break
     return written
 
 

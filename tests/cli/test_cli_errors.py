@@ -62,6 +62,7 @@ def commands(files, probes, tmp_path):
             *("compare", files.model, "--probes", probes, "--targets", "Ada Byron", "--redirect", "a gardener"),
             *("--methods", "original,rocr", "--tokens", "200", *out),
         ),
+        "ask": ("ask", files.edited, "Who is Ada Byron?"),
     }
 
 
@@ -87,7 +88,9 @@ def assert_told(command, arguments, raised, tmp_path, code=2):
 
 # Every error where a model is edited and where it is asked; of the other commands, an error with and one without text.
 RAISED_BY = [(name, raised) for name in ("unlearn", "eval") for raised in RAISED]
-RAISED_BY += [(name, RAISED[number]) for name in ("stats", "redirects", "aliases", "compare") for number in (0, 5)]
+RAISED_BY += [
+    (name, RAISED[number]) for name in ("stats", "redirects", "aliases", "compare", "ask") for number in (0, 5)
+]
 
 
 @pytest.mark.parametrize(("name", "raised"), RAISED_BY, ids=lambda each: each if isinstance(each, str) else repr(each))
@@ -97,7 +100,7 @@ def test_a_model_whose_forward_raises(name, raised, commands, command, tmp_path,
 
     monkeypatch.setattr(transformers.LlamaModel, "forward", raise_it)
     done = assert_told(command, commands[name], raised, tmp_path)
-    if name in ("eval", "redirects", "aliases"):
+    if name in ("eval", "redirects", "aliases", "ask"):
         assert f"The forward pass of LlamaForCausalLM failed: {type(raised).__name__}" in done.errors
         assert done.code == 2
 
@@ -105,7 +108,7 @@ def test_a_model_whose_forward_raises(name, raised, commands, command, tmp_path,
 @pytest.mark.parametrize(
     "raised", [KeyError("x"), RecursionError("deep"), StopIteration()], ids=lambda e: type(e).__name__
 )
-@pytest.mark.parametrize("name", ["stats", "unlearn", "eval", "redirects", "aliases", "compare"])
+@pytest.mark.parametrize("name", ["stats", "unlearn", "eval", "redirects", "aliases", "compare", "ask"])
 def test_a_tokenizer_that_raises(name, raised, commands, command, tmp_path, monkeypatch):
     def raise_it(*_, **__):
         raise raised
@@ -167,6 +170,8 @@ def test_every_number_that_makes_no_sense_is_refused_before_a_model_is_loaded(
         "merge": ("merge", files.edited, files.edited, *out),
         "add": ("add", files.edited, "--concept", "Grace Hopper", "--redirect", "Blaise Pascal", *out),
         "revert": ("revert", files.edited, *out),
+        "ask": ("ask", files.edited, "Who?"),
+        "chat": ("chat", files.edited),
     }
     monkeypatch.setattr("rocr.model.load.load_model", lambda *_: pytest.fail("the model was loaded"))
     assert {("unlearn", "--ridge"), ("stats", "--layers"), ("compare", "--steps")} <= set(numeric_options())

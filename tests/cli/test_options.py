@@ -85,6 +85,15 @@ PROJECTED = ("--method", "projected", "--threshold", 0.1)
 ADDED = "test_lists.py::test_add_gives_one_edit_of_both"
 ALIASES = "test_aliases.py"
 RUNNING = {name: MODEL[name] for name in ("--threads", "--quiet", "--verbose")}
+ASK, TALK = "test_ask.py", "test_chat_command.py"
+ASKED = {
+    "--device": f"{ASK}::test_what_cannot_be_asked_is_refused",
+    "--download": MODEL["--download"],
+    "--trust-remote-code": MODEL["--trust-remote-code"],
+    **dict.fromkeys(CHAT, f"{ASK}::test_the_settings_of_the_chat_are_those_of_the_edit_unless_some_are_given"),
+    "--model": f"{ASK}::test_an_edit_alone_is_asked_with_the_model_that_it_was_made_for",
+    "--answer-tokens": f"{ASK}::test_answers_are_a_table_and_have_so_many_tokens",
+}
 CHANGED = {
     **RUNNING,
     **OUT,
@@ -101,6 +110,7 @@ EFFECTS = {
         **OUT,
         **CHAT,
         "concepts": "test_cli_bulk.py::test_collisions_and_harm_are_shown_in_short_and_written_down",
+        "--config": "test_config_file.py::test_every_option_is_read_from_a_file_and_written_for_the_next_run",
         "--concept": replaces("--concept", "Robert Downey"),
         "--allow-long-list": "test_cli_errors.py::test_the_limit_that_a_command_allows_is_that_of_the_edit",
         "--redirect": replaces("--redirect", "a gardener"),
@@ -211,6 +221,19 @@ EFFECTS = {
         "--fade": samples_answers,
         "--references": samples_answers,
         "--relearn": tunes_for_steps,
+    },
+    "ask": {
+        **ASKED,
+        **RUNNING,
+        "folder": f"{ASK}::test_both_answer_as_they_do_alone",
+        "questions": f"{ASK}::test_both_answer_as_they_do_alone",
+        "--show": f"{ASK}::test_one_side_is_asked_alone",
+    },
+    "chat": {
+        **ASKED,
+        **dict.fromkeys(RUNNING, f"{TALK}::test_the_options_of_running_and_asking_are_those_of_ask"),
+        "folder": f"{TALK}::test_lines_are_questions_and_commands",
+        "--show": f"{TALK}::test_the_side_that_is_shown_first_is_chosen",
     },
     "apply": {
         "--quantised": "test_quantised.py::test_a_quantised_output_is_verified_and_reverted_byte_for_byte",

@@ -6,6 +6,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import rocr
+from rocr.model.fingerprint import tensor_digest
 from rocr.model.load import find_model
 from rocr.model.load_partial import load_partial
 from tests.support.models import TEXTS
@@ -46,6 +47,21 @@ def test_an_edited_fp8_model_loads_and_has_the_redirect(fp8, outputs, output, le
         if not torch.equal(old, new)
     }
     assert changed == {f"{module}.weight" for module in EDITED}
+
+
+@pytest.mark.parametrize("output", ["plain", "keep", "adapter"])
+def test_an_edited_fp8_model_is_given_with_its_edit(fp8, outputs, output):
+    found = rocr.load(outputs / output, model=fp8 if output == "adapter" else None)
+    applied = {update.parameter: update.applied for update in found.edit.updates}
+
+    def now():
+        return {name: tensor_digest(found.model.get_parameter(name)) for name in applied}
+
+    after = {name: record.after for name, record in applied.items()}
+    assert now() == after
+    with found.edit.reverted(found.model):
+        assert now() == {name: record.before for name, record in applied.items()}
+    assert now() == after
 
 
 def test_the_adapter_of_a_quantised_model_has_the_redirect(fp8, outputs):

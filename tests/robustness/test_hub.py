@@ -68,6 +68,7 @@ def commands(files, model, base):
         "apply": ("apply", model, files.edit, "--out", base / "applied"),
         "add": ("add", other, *more, "--no-answers", "--force", "--out", base / "more"),
         "revert": ("revert", model, "--edit", files.edit, "--out", base / "reverted"),
+        "ask": ("ask", files.edited, "Who?", "--model", model, "--answer-tokens", 2),
         "verify": ("verify", model),
         "info": ("info", files.edit),
         "doctor": ("doctor",),
@@ -76,7 +77,7 @@ def commands(files, model, base):
 
 NAMES = (
     "stats", "stats --partial", "unlearn", "unlearn --partial", "unlearn --dry-run", "eval", "compare", "redirects",
-    "aliases", "apply", "add", "revert", "verify", "info", "doctor",
+    "aliases", "apply", "add", "revert", "ask", "verify", "info", "doctor",
 )  # fmt: skip
 
 

@@ -60,10 +60,12 @@ class Runs:
                 *("--methods", "rocr", "--text", files.text, "--tokens", 200),
             ),
             "apply": (files.edit,),
+            "ask": ("Who is Ada Byron?", "--answer-tokens", 4),
             **dict.fromkeys(("revert", "verify", "info"), ()),
         }
         of_lists, self.places = changed_lists(files, base)
         self.bases |= of_lists
+        self.places["ask"] = files.edited
 
     def write(self, name, text):
         path = self.base / name
@@ -71,10 +73,7 @@ class Runs:
         return path
 
     def __call__(self, command, *more, without=(), model=None):
-        """A command with its usual arguments, less the options in `without` and their values, and with some more.
-
-        An argument "@name" is the file of that name here.
-        """
+        """A command with its arguments less those in `without`, and with more; "@name" is the file of that name."""
         key = (command, tuple(map(str, more)), tuple(without), str(model))
         if key not in self._done:
             self._done[key] = self._run(command, more, without, model)
@@ -85,7 +84,7 @@ class Runs:
         place = model or self.places.get(command, self.files.model)
         out = self.base / f"{len(self._done)}.{'jsonl' if command == 'aliases' else 'out'}"
         arguments = [command, place, *less(self.bases[command], without), *more]
-        if command not in ("verify", "info") and "--out" not in more:
+        if command not in ("verify", "info", "ask") and "--out" not in more:
             arguments += ["--out", out]
         output, errors = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = {
     *("unlearn", "stats", "eval", "compare", "redirects", "aliases", "apply", "revert", "add", "remove", "merge"),
+    *("ask", "chat"),
     *("info", "verify", "doctor"),
 }
 PEOPLE = (
@@ -36,6 +37,7 @@ PROBES = (
         "distractors": ["ships"],
     },
 )
+SOURCES = (".py", ".cpp", ".h", ".hpp", ".cu", ".cuh")
 NEEDS = ("from vllm", "import lm_eval")
 """What blocks import that have a test of their own, since the default tests do not install it."""
 
@@ -76,7 +78,11 @@ def files_that_blocks_name(tmp_path_factory, make_model, tokenizer, texts):
     model = make_model("Llama", seed=0, initializer_range=0.1)
     statistics = rocr.collect_statistics(model, tokenizer, texts)
     concepts = rocr.load_concepts(folder / "people.txt", default_redirect="a gardener")
-    rocr.unlearn(model, tokenizer, concepts, statistics).save(folder / "edit.safetensors")
+    edit = rocr.unlearn(model, tokenizer, concepts, statistics)
+    edit.save(folder / "edit.safetensors")
+    for part in (model, tokenizer):
+        part.save_pretrained(folder / "edited")
+    edit.save(folder / "edited" / "edit.safetensors")
     return folder
 
 
@@ -122,7 +128,10 @@ def test_every_block_says_what_it_is():
         assert {language for language, _ in fences(page)} <= {"", "python", "text", "bibtex"}, page
 
 
-def test_every_command_that_is_shown_has_the_options_that_are_shown():
+def test_every_command_that_is_shown_has_the_options_that_are_shown(tmp_path, monkeypatch):
+    (tmp_path / "edited").mkdir()
+    (tmp_path / "edited" / "edit.toml").write_text('model = "MODEL"\nconcepts = "people.txt"\n', encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
     lines = [line for page in PAGES for block in blocks(page, "") for line in block.splitlines()]
     shown = [found[1] for line in lines if (found := re.match(r"(?:.* -m )?rocr (.*)$", line))]
     commands = [shlex.split(line, comments=True) for line in shown]
@@ -200,6 +209,16 @@ def test_the_settings_that_are_explained_are_there():
     named = {name for row in rows for name in re.findall(r"`([a-z_]+)`", row)}
     assert len(named) > 5
     assert named <= {field.name for field in dataclasses.fields(rocr.EditConfig)}
+
+
+def test_every_environment_variable_of_rocr_is_in_the_table():
+    table = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8").partition("\n### Environment variables\n")[2]
+    listed = set(re.findall(r"^\| `(\w+)` \|", table.partition("\n### ")[0], flags=re.MULTILINE))
+    sources = [path for folder in ("rocr", "kernels", "csrc") for path in (ROOT / folder).rglob("*") if path.is_file()]
+    texts = [path.read_text(encoding="utf-8") for path in (*sources, ROOT / "setup.py") if path.suffix in SOURCES]
+    quoted = {name for text in texts for name in re.findall(r"\"(_?ROCR_[A-Z_]+)\"", text)}
+    assert listed == quoted - {"ROCR_WITH_CUDA"}  # a macro that setup.py defines for the compiler
+    assert all("getenv" not in text for text in texts), "read elsewhere than in Python"
 
 
 def test_the_map_names_every_file_of_the_code_and_nothing_else():
