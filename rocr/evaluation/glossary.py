@@ -113,8 +113,6 @@ SCORE_TEXTS: Mapping[str, str] = {
 }
 """The columns of tables and the fields of reports."""
 
-SPLIT_TITLES = {"forget": "Forget set", "retain": "Retain set"}
-
 
 def form_title(form: str) -> str:
     """Return a form's name in words."""
