@@ -1,15 +1,12 @@
 """Intervals, and what an evaluation says in words."""
 
 import math
-from typing import get_args
 
 import pytest
 import torch
 
-from rocr.evaluation import FORMS, Evaluation
+from rocr.evaluation import Evaluation
 from rocr.evaluation.bootstrap import interval
-from rocr.evaluation.glossary import FORM_TEXTS, form_title, measure_text
-from rocr.evaluation.probes.probe import Language
 from rocr.evaluation.scores import ItemScore
 from rocr.evaluation.verdict import judge
 
@@ -112,9 +109,3 @@ def test_one_concept_has_no_interval_and_the_sentence_says_so() -> None:
     old, new = (Evaluation(items("forget", "qa", {"A": [score]}), 1) for score in (0.8, 0.2))
     sentence = judge(new, old).sentence
     assert "1 concept: 75%" in sentence and "no interval" in sentence and "cost is not measured" in sentence
-
-
-def test_every_form_is_explained() -> None:
-    assert set(FORM_TEXTS) == set(FORMS) and len({text.title for text in FORM_TEXTS.values()}) == len(FORM_TEXTS)
-    assert all(form_title(language) == language.title() for language in get_args(Language))
-    assert measure_text("perplexity").better == "lower" and measure_text("mmlu acc").retained
