@@ -23,7 +23,7 @@ SHOWN = (1000, 3000)
 SMALL = (100, 300)
 """The size at which pictures are compared: fonts differ between machines, the places of blocks hardly."""
 TOLERANCE = 10.0
-"""Mean difference of grey values, of 255; a page without its table of scores, or in dark mode, differs twice as much."""
+"""Mean difference of grey values, of 255; a page without its table of scores, or a dark one, differs twice as much."""
 
 pytestmark = [
     pytest.mark.thorough,

@@ -1,6 +1,8 @@
 """The page of an evaluation: what it says, and that it is inert. `tests/robustness/test_browser.py` opens it."""
 
+import json
 import re
+import runpy
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -119,3 +121,18 @@ def test_a_curve_goes_through_its_points() -> None:
     (x0, y0), (x1, y1) = [tuple(map(float, point.split(","))) for point in points[1].split()]
     assert (x0, y0, y1) == pytest.approx((52, 276, 34), abs=0.1) and 400 < x1 < 466
     assert "&lt;low&gt;" in svg and 'xmlns="http://www.w3.org/2000/svg"' in svg
+
+
+def test_the_curves_of_benches_go_through_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    benches = Path(__file__).parents[2] / "benches"
+    monkeypatch.syspath_prepend(str(benches))
+    script = runpy.run_path(str(benches / "plot_curves.py"))
+    document = json.loads((benches / "results" / "growing_lists.json").read_text())
+    capacity = script["capacity_curve"](document).svg()
+    assert capacity.count("<polyline") == len({row["way"] for row in document["rows"]})
+    assert "<title>add: 200, 0.4255</title>" in capacity
+    scores = {f"{split} {form}": [0.5, 0.1, 0.0] for split in ("forget", "retain") for form in ("qa", "fb", "mcp")}
+    rows = [{"candidate": f"ridge={value}", **scores} for value in (10, 0.5, 2)]
+    price = script["price_curve"](rows).svg()
+    assert price.count("<polyline") == 1 and price.count("ridge=…: 0.8, 0.8") == 3
+    assert price.index(">0.5<") < price.index(">2<") < price.index(">10<")
