@@ -262,7 +262,7 @@ def _about(arguments: Arguments, edit: Edit | None) -> About:
         "attacks": list(arguments.attacks),
     }
     return About(
-        model=Path(arguments.model).name,
+        model=Path(arguments.model).name or Path(arguments.model).resolve().name,
         edit=Path(arguments.edit).name if arguments.edit else "",
         date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         versions=versions(),
