@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from rocr.cli.attacks import FoundByAttacks
     from rocr.edit.edit import Edit
     from rocr.evaluation import EvaluateOptions, Evaluation, Probe
+    from rocr.evaluation.report import About
     from rocr.model.load import LoadedModel
 
 PERPLEXITY_TOKENS = 8192
@@ -63,9 +65,10 @@ def evaluate(arguments: Arguments, console: Console) -> dict[str, Any]:
     An interrupted run continues if it is started again with the same arguments.
     """
     from rocr.cli.attacks import attack_names, run_attacks
+    from rocr.evaluation.page import write_html
     from rocr.evaluation.probes.load import load_probes
     from rocr.evaluation.probes.probe import split_by_subject
-    from rocr.evaluation.report import report_json, write_html, write_json
+    from rocr.evaluation.report import report_json, write_json
 
     attacks = attack_names(arguments.attacks, arguments.edit is not None)
     arguments.chat = chat_of(arguments)
@@ -89,11 +92,12 @@ def evaluate(arguments: Arguments, console: Console) -> dict[str, Any]:
     probes = _nearest(arguments, loaded, probes)
     before, after = _evaluate(arguments, loaded, probes, forms, edit, console)
     found = run_attacks(arguments, loaded, probes, after, edit, attacks, console)
-    document = report_json(after, before, found.evaluations, found.study)
+    about = _about(arguments, edit)
+    document = report_json(after, before, found.evaluations, found.study, about)
     write_json(document, arguments.out, arguments.overwrite)
     if arguments.html:
-        title = f"Evaluation of {Path(arguments.model).name}"
-        write_html(title, after, arguments.html, before, arguments.overwrite, found.plotted, found.study)
+        title = f"Evaluation of {about.model}"
+        write_html(title, after, arguments.html, before, arguments.overwrite, found.plotted, found.study, about)
     for journal in _journals(arguments):
         journal.unlink(missing_ok=True)
     _show(after, before, found, console)
@@ -131,9 +135,13 @@ def _evaluate(
     kept = sorted({item.probe for item in first.items})
     edit.apply(loaded.model)
     second = ask("questions after the edit", [probes[i] for i in kept], second_journal)
-    numbered = [replace(item, probe=kept[item.probe]) for item in second.items]
     second = replace(
-        second, items=numbered, probes=first.probes, known=first.known, known_threshold=first.known_threshold
+        second,
+        items=[replace(item, probe=kept[item.probe]) for item in second.items],
+        answers=[replace(answer, probe=kept[answer.probe]) for answer in second.answers],
+        probes=first.probes,
+        known=first.known,
+        known_threshold=first.known_threshold,
     )
     if settings.text is not None:
         second.measures["KL divergence"] = divergence(
@@ -208,8 +216,6 @@ def check_package(module: str, extra: str, what: str) -> None:
 
 
 def _check_packages(arguments: Arguments, attacks: Sequence[str]) -> None:
-    if arguments.html:
-        check_package("matplotlib", "report", "--html")
     if arguments.suites:
         check_package("lm_eval", "harness", "--suites")
     if "relearn" in attacks:
@@ -240,17 +246,51 @@ def _load_edit(path: str | None) -> Edit | None:
     return Edit.load(path) if path is not None else None
 
 
+def _about(arguments: Arguments, edit: Edit | None) -> About:
+    """What the report says about the run; files by their names, without the folders of this machine."""
+    from rocr.evaluation.report import About
+    from rocr.io.versions import versions
+
+    chosen: dict[str, Any] = {
+        "probes": Path(arguments.probes).name,
+        "known": arguments.known,
+        "neighbours": arguments.neighbours,
+        "generate": arguments.generate,
+        "text": [Path(path).name for path in arguments.text],
+        "utility": [Path(path).name for path in arguments.utility],
+        "suites": list(arguments.suites),
+        "attacks": list(arguments.attacks),
+    }
+    return About(
+        model=Path(arguments.model).name or Path(arguments.model).resolve().name,
+        edit=Path(arguments.edit).name if arguments.edit else "",
+        date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        versions=versions(),
+        options={name: value for name, value in chosen.items() if value},
+        redirects={concept.name: concept.redirect for concept in edit.concepts} if edit is not None else {},
+    )
+
+
 def _journals(arguments: Arguments) -> tuple[Path, Path]:
     return Path(f"{arguments.out}.journal-before"), Path(f"{arguments.out}.journal-after")
 
 
 def _show(after: Evaluation, before: Evaluation | None, attacks: FoundByAttacks, console: Console) -> None:
     from rocr.cli.attacks import show_attacks
-    from rocr.evaluation.report import measure_table, score_table
+    from rocr.evaluation.glossary import FORM_TEXTS
+    from rocr.evaluation.report import measure_table, score_notes, score_table
+    from rocr.evaluation.verdict import judge
 
     console.table("Scores", *score_table(after, before))
+    console.say("\n".join(f"{form}: {FORM_TEXTS[form].asks}" for form in after.forms))
     if after.measures:
         console.table("Measures", *measure_table(after, before))
     show_attacks(attacks, after, before, console)
     if after.known is not None:
         console.say(f"{after.known} of {after.probes} probes are known to the model; only these count.")
+    verdict = judge(after, before)
+    for note in score_notes(after, verdict, before):
+        console.say(note)
+    for alarm in verdict.alarms:
+        console.warn(f"Large loss: {alarm.sentence}")
+    console.say(f"{verdict.sentence}\n{verdict.next_step}")

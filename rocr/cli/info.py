@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rocr.cli.console import Console
-from rocr.cli.parsing import Arguments, argument, command
+from rocr.cli.parsing import Arguments, argument, command, option
 from rocr.cli.values import FILE
 from rocr.errors import InputError
 from rocr.io.bounded import read_bounded
@@ -25,15 +25,40 @@ WITHOUT_REDIRECT = "the redirect of --redirect"
     "A statistics file, an edit file, an output folder, its report.json, a .gguf file or a list of concepts.",
     type=FILE,
 )
+@option(
+    "--plot",
+    "Draw an edit file as SVG: concepts with nearly the same keys, and which layer moves what. It must not exist.",
+    type=FILE,
+)
 def info(arguments: Arguments, console: Console) -> dict[str, Any]:
     """Show what a file written by rocr, a GGUF file or a list of concepts contains."""
     path = Path(arguments.file)
     if path.is_dir():
         path = _file_in(path)
+    if arguments.plot:
+        _plot(path, arguments.plot)
     header = _header(path)
     rows = [(name, _short(value)) for name, value in header.items() if name not in ("answers", "report")]
     console.table(str(path), ("what", "value"), rows)
     return header
+
+
+def _plot(path: Path, target: str) -> None:
+    """Draw an edit file.
+
+    Raises:
+        InputError: the file is no edit file, or the target exists or cannot be written.
+    """
+    from rocr.edit.edit import Edit
+    from rocr.edit.pictures import edit_picture
+    from rocr.io.output import check_output, new_file
+
+    if path.suffix != ".safetensors":
+        raise InputError(f"--plot draws an edit file, edit.safetensors, and {path} is none.")
+    check_output(target, inputs=(path,))
+    drawing = edit_picture(Edit.load(path))
+    with new_file(target) as partial:
+        partial.write_text(drawing.svg(standalone=True) + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 def _file_in(folder: Path) -> Path:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rocr.concepts import Concept, folded
 from rocr.edit.update import LayerUpdate
+from rocr.errors import InputError
 from rocr.io.json_values import list_of, numbers_of, text_of, whole_number_of
 
 COLLINEAR = 0.95
@@ -144,6 +145,37 @@ def nearest_keys(keys: Tensor) -> tuple[int, int]:
         if float(value) > best:
             best, pair = float(value), (start + int(place) // len(keys), int(place) % len(keys))
     return pair
+
+
+def nearest_concepts(concept_of: Sequence[int], update: LayerUpdate, most: int) -> tuple[list[int], Tensor]:
+    """Return the concepts with the largest cosine to another one, and their cosines under the metric.
+
+    Args:
+        concept_of: For each key, the index of its concept.
+        update: The update of the first edited layer, with its system.
+        most: Largest number of concepts to return.
+
+    Returns:
+        Indices of the concepts, and their cosines (concepts, concepts): for each pair the largest of their keys.
+
+    Raises:
+        InputError: The update has no system.
+    """
+    if update.system is None:
+        raise InputError("The edit was written without its systems, so that its keys cannot be compared.")
+    rows = _Rows(concept_of, update)
+    count = len(rows.starts) - 1
+    nearest = torch.full((count,), -2.0)
+    for start, end in rows.blocks():
+        cosines = rows.left[start:end] @ rows.right.T
+        cosines[rows.owners[start:end, None] == rows.owners[None]] = -2.0
+        nearest = torch.maximum(nearest, _largest(cosines.amax(dim=1).cpu(), rows.owners[start:end].cpu(), count))
+    chosen = nearest.topk(min(most, count)).indices.sort().values.tolist()
+    own = [torch.arange(rows.starts[i], rows.starts[i + 1]) for i in chosen]
+    kept, place = torch.cat(own), torch.arange(len(chosen)).repeat_interleave(torch.tensor([len(each) for each in own]))
+    cosines = (rows.left[kept] @ rows.right[kept].T).float().cpu()
+    pairs = place[:, None] * len(chosen) + place[None]
+    return chosen, _largest(cosines.flatten(), pairs.flatten(), len(chosen) ** 2).view(len(chosen), len(chosen))
 
 
 class _Rows:

@@ -21,9 +21,16 @@ from rocr.chat_settings import DEFAULT, ChatSettings
 from rocr.concepts import folded
 from rocr.errors import InputError, RocrError
 from rocr.evaluation.forms import ORT_FORMS, Item, PromptStyle, build_items, item_texts
-from rocr.evaluation.measures import ChoiceQuestion, TextSample, choice_accuracy, contained_answers, perplexity
+from rocr.evaluation.measures import (
+    ChoiceQuestion,
+    TextSample,
+    choice_accuracy,
+    free_answers,
+    measures_of_answers,
+    perplexity,
+)
 from rocr.evaluation.probes.probe import Probe, check_probes, split_by_subject
-from rocr.evaluation.scores import Evaluation, ItemScore
+from rocr.evaluation.scores import Evaluation, FreeAnswer, ItemScore
 from rocr.evaluation.scoring import AnswerScore, score_answers, tokenize_questions
 from rocr.io.bounded import read_bounded
 from rocr.io.json_values import parse_json
@@ -145,8 +152,11 @@ def evaluate(
     evaluation = Evaluation(found, probes=len({item.probe for item in items}), settings=settings)
     if known is not None:
         evaluation = evaluation.restricted((base or evaluation).known_probes(known), known)
-    asked = {item.probe for item in evaluation.items}
-    evaluation.measures.update(_measures(model, tokenizer, [probes[i] for i in sorted(asked)], options, progress))
+    if options.generate:
+        asked = sorted({item.probe for item in evaluation.items})
+        found_answers = free_answers(model, tokenizer, {i: probes[i] for i in asked}, progress, options.chat)
+        evaluation.answers = [replace(each, subject=subjects[folded(each.subject)]) for each in found_answers]
+    evaluation.measures.update(_measures(model, tokenizer, evaluation.answers, options))
     evaluation.seconds = time.perf_counter() - start
     return evaluation
 
@@ -203,16 +213,16 @@ def _item_score(item: Item, probe: Probe, answers: list[AnswerScore], subjects: 
         choice=probabilities[item.correct] / total if len(answers) > 1 and total > 0 else None,
         derived=item.derived,
         chance=item.chance,
+        question=item.message,
+        answer=probe.answer if item.form == "subtoken" else item.answers[item.correct].strip(),
     )
 
 
 def _measures(
-    model: nn.Module, tokenizer: Any, probes: Sequence[Probe], options: EvaluateOptions, progress: ProgressCallback
+    model: nn.Module, tokenizer: Any, answers: Sequence[FreeAnswer], options: EvaluateOptions
 ) -> dict[str, Any]:
     """Take the further measures that the options ask for."""
-    measures: dict[str, Any] = {}
-    if options.generate:
-        measures.update(contained_answers(model, tokenizer, probes, progress, options.chat))
+    measures: dict[str, Any] = dict(measures_of_answers(answers))
     if options.text is not None:
         measures["perplexity"] = perplexity(model, options.text)
     if options.utility:

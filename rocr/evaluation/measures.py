@@ -6,7 +6,7 @@ import math
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
@@ -21,7 +21,7 @@ from rocr.errors import InputError, RocrError
 from rocr.evaluation.forms import Item, item_texts
 from rocr.evaluation.probes.load import read_json_lines
 from rocr.evaluation.probes.probe import LETTERS, Probe, Problems
-from rocr.evaluation.scores import mean
+from rocr.evaluation.scores import FreeAnswer, mean
 from rocr.evaluation.scoring import AnswerScore, score_answers, tokenize_questions
 from rocr.model.forward import forward, logits_of
 from rocr.model.generate import ask
@@ -222,43 +222,56 @@ def choice_accuracy(
     return {"accuracy": sum(right.values()) / len(right), "chance": chance, "questions": len(right)}
 
 
-def contained_answers(
+def free_answers(
     model: nn.Module,
     tokenizer: Any,
-    probes: Sequence[Probe],
+    probes: Mapping[int, Probe],
     progress: ProgressCallback = silent,
     chat: ChatSettings = DEFAULT,
-) -> dict[str, float]:
+) -> list[FreeAnswer]:
     """Generate greedy answers to the probes of the form "qa", and search them for the right answer.
 
     Args:
         model: Causal language model of transformers.
         tokenizer: Its tokenizer.
-        probes: The questions.
+        probes: The questions by the index that the answers report.
         progress: Called after every batch.
         chat: Settings of the chat template.
 
     Returns:
+        The answers, in the order of the probes.
+    """
+    asked = sorted((i for i, probe in probes.items() if probe.form == "qa"), key=lambda i: len(probes[i].query))
+    texts: list[str] = []
+    for start in range(0, len(asked), GENERATION_BATCH):
+        questions = [probes[i].query for i in asked[start : start + GENERATION_BATCH]]
+        texts += ask(model, tokenizer, questions, MAX_ANSWER_TOKENS, chat)
+        progress(Progress("answers", len(texts), len(asked), "answers"))
+    return [
+        FreeAnswer(i, probe.subject, probe.split, probe.query, probe.answer, text, contains(text, probe.answer))
+        for i, text in sorted(zip(asked, texts, strict=True))
+        for probe in [probes[i]]
+    ]
+
+
+def measures_of_answers(answers: Sequence[FreeAnswer]) -> dict[str, float]:
+    """Return measures of free answers.
+
+    Returns:
         "contained forget" and "contained retain": share of answers that contain the right one (mean over the questions
         of a target, then over targets). "n-gram entropy": see `ngram_entropy`, in bits (mean over answers). A measure
-        without questions is left out.
+        without answers is left out.
     """
-    asked = sorted((p for p in probes if p.form == "qa"), key=lambda probe: len(probe.query))
-    answers: list[str] = []
-    for start in range(0, len(asked), GENERATION_BATCH):
-        questions = [probe.query for probe in asked[start : start + GENERATION_BATCH]]
-        answers += ask(model, tokenizer, questions, MAX_ANSWER_TOKENS, chat)
-        progress(Progress("answers", len(answers), len(asked), "answers"))
     result: dict[str, float] = {}
     for split in ("forget", "retain"):
         found: dict[str, list[float]] = {}
-        for probe, answer in zip(asked, answers, strict=True):
-            if probe.split == split:
-                found.setdefault(folded(probe.subject), []).append(float(contains(answer, probe.answer)))
+        for answer in answers:
+            if answer.split == split:
+                found.setdefault(folded(answer.subject), []).append(float(answer.contained))
         if found:
             result[f"contained {split}"] = mean(mean(values) for values in found.values())
     if answers:
-        result["n-gram entropy"] = mean(ngram_entropy(answer.split()) for answer in answers)
+        result["n-gram entropy"] = mean(ngram_entropy(answer.text.split()) for answer in answers)
     return result
 
 

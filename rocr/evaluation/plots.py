@@ -1,200 +1,173 @@
-"""Draw plots of an evaluation as PNG images. Needs the package matplotlib."""
+"""Draw an evaluation as SVG: bars of scores, the forget set against the retain set, and curves."""
 
 from __future__ import annotations
 
-import io
+import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
 
-from rocr.errors import InputError
-from rocr.evaluation.scores import Evaluation, mean
-from rocr.io.boundary import calling
+from rocr.evaluation.scores import Evaluation
+from rocr.evaluation.verdict import Judgement, Verdict
+from rocr.io.svg import SERIES, Drawing
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-SHOWN_TARGETS = 40
-_SPLITS = ("forget", "retain")
-_BEFORE, _AFTER, _ALONE = "#7a8ba8", "#d95f02", "#1b6ca8"
-_COLOURS = ("#1b6ca8", "#d95f02", "#3a923a", "#8e4ec6", "#b8860b", "#c0392b", "#17807e", "#555555", "#e377c2")
-_LABEL = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # readable on top of the line of chance
-_WIDTH = 8.0  # inches
+WIDTH, HEIGHT = 480.0, 300.0
+LEFT, RIGHT, TOP, BOTTOM = 52.0, 14.0, 14.0, 44.0
+LEGEND_ROW = 20.0
 _CURVE = re.compile(r"relearn (\d+) epochs")
 
 
-def draw_plots(
-    evaluation: Evaluation, before: Evaluation | None = None, attacks: Mapping[str, Evaluation] | None = None
-) -> list[tuple[str, bytes]]:
-    """Return captions and PNG images: scores by form, by target, of forget against retain set, and under attacks.
+def score_bars(judgement: Judgement) -> str:
+    """Return bars of a score before and after an edit on a scale from 0 to 1, with chance, as SVG."""
+    shown = "before and after" if judgement.before is not None else "score"
+    values = [value for value in (judgement.before, judgement.after) if value is not None]
+    label = f"{judgement.form}, {judgement.split} set, {shown}: {', '.join(f'{value:.2f}' for value in values)}"
+    drawing = Drawing(200, 12.0 * len(values) + 4, label)
+    for i, (value, kind) in enumerate(zip(values, ("before", "after")[-len(values) :], strict=True)):
+        drawing.rect(0, 2 + 12 * i, 200 * value, 10, kind, f"{kind}: {value:.3f}")
+    drawing.line((0, 0), (0, drawing.height), "grid")
+    drawing.line((199.5, 0), (199.5, drawing.height), "grid")
+    if judgement.chance:
+        drawing.line((200 * judgement.chance, 0), (200 * judgement.chance, drawing.height), "chance")
+    if judgement.before is None and judgement.interval is not None:
+        drawing.line((200 * judgement.interval.low, 7), (200 * judgement.interval.high, 7), "whisker")
+    return drawing.svg()
 
-    Raises:
-        InputError: If matplotlib is not installed.
+
+def against_plot(verdict: Verdict) -> str | None:
+    """Return the change of the forget set against that of the retain set, by form; None without both sets."""
+    forms = [j.form for j in verdict.judgements if j.split == "forget" and j.known and verdict.of(j.form, "retain")]
+    pairs = {form: (verdict.of(form, "forget"), verdict.of(form, "retain")) for form in forms}
+    points: dict[str, list[tuple[float, float]]] = {}
+    for form, (forget, retain) in pairs.items():
+        if forget is not None and retain is not None:
+            after = (forget.after, retain.after)
+            old = forget.before is not None and retain.before is not None
+            points[form] = [(forget.before or 0.0, retain.before or 0.0), after] if old else [after]
+    if not points:
+        return None
+    top = 1.08 * max(max(pair) for found in points.values() for pair in found) or 1.0
+    frame = Frame("Forget set against retain set, by form", (0, top), (0, top), list(points))
+    frame.axes("score of the forget set (lower is better)", "score of the retain set (unchanged is better)")
+    for i, (form, found) in enumerate(points.items()):
+        spots = [frame.at(*point) for point in found]
+        if len(spots) > 1:
+            frame.drawing.path(spots, f"l{i % SERIES}")
+            frame.drawing.circle(*spots[0], 5, f"l{i % SERIES} hollow", f"{form} before")
+        frame.drawing.circle(*spots[-1], 6, f"c{i % SERIES}", f"{form}: {found[-1][0]:.2f}, {found[-1][1]:.2f}")
+    return frame.drawing.svg()
+
+
+def relearning_plot(attacks: Mapping[str, Evaluation]) -> str | None:
+    """Return the recovery by relearning, by epochs and form; None if that attack was not made."""
+    found = {int(match[1]): scores for name, scores in attacks.items() if (match := _CURVE.fullmatch(name))}
+    if len(found) < 2:
+        return None
+    series: dict[str, list[tuple[float, float]]] = {}
+    for epochs in sorted(found):
+        for form in found[epochs].forms:
+            score = found[epochs].form_score(form, "forget")
+            if score is not None:
+                series.setdefault(form, []).append((epochs, score.score))
+    return curve_plot(
+        "Recovery by relearning, asked about other facts",
+        series,
+        "epochs of training on other facts of the target",
+        "score of the forget set",
+        (0.0, 1.0),
+    ).svg()
+
+
+def curve_plot(
+    title: str,
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    x_title: str,
+    y_title: str,
+    y_range: tuple[float, float] | None = None,
+    labels: Mapping[str, Sequence[str]] | None = None,
+) -> Drawing:
+    """Return a drawing of lines through points, one line for each series.
+
+    Args:
+        title: What the drawing shows.
+        series: Points (x, y) of each line by its name.
+        x_title: Title of the x axis.
+        y_title: Title of the y axis.
+        y_range: Lowest and highest y; None takes them from the points.
+        labels: For each line, a label for each of its points.
     """
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure  # pyplot keeps global state
-    except ImportError:
-        raise InputError("Plots need the package matplotlib: pip install 'rocr[report]'.") from None
-    # A name can contain dollar signs, which matplotlib would parse as a formula.
-    with calling("Drawing plots with matplotlib"), rc_context({"text.parse_math": False}):
-        return [(caption, _png(figure)) for caption, figure in _figures(Figure, evaluation, before, attacks or {})]
+    xs = [x for points in series.values() for x, _ in points]
+    ys = [y for points in series.values() for _, y in points]
+    frame = Frame(title, _range(xs), y_range or _range(ys), list(series))
+    frame.axes(x_title, y_title)
+    for i, (name, points) in enumerate(series.items()):
+        spots = [frame.at(*point) for point in points]
+        frame.drawing.path(spots, f"l{i % SERIES}")
+        for spot, point in zip(spots, points, strict=True):
+            frame.drawing.circle(*spot, 4, f"c{i % SERIES}", f"{name}: {point[0]:.4g}, {point[1]:.4g}")
+        for spot, label in zip(spots, (labels or {}).get(name, ()), strict=False):
+            frame.drawing.text(spot[0] + 6, spot[1] - 6, label, kind="small")
+    return frame.drawing
 
 
-def _figures(
-    figure_class: Any, evaluation: Evaluation, before: Evaluation | None, attacks: Mapping[str, Evaluation]
-) -> list[tuple[str, Figure]]:
-    splits = [split for split in _SPLITS if any(item.split == split for item in evaluation.items)]
-    plots = [("Scores by form", _forms(figure_class, splits, evaluation, before))]
-    if "forget" in splits:
-        plots.append(_targets(figure_class, evaluation, before))
-    if len(splits) == 2:
-        plots.append(("Forget set against retain set, by form", _against(figure_class, evaluation, before)))
-    plain = {name: scores for name, scores in attacks.items() if not _CURVE.fullmatch(name)}
-    curve = {int(match[1]): scores for name, scores in attacks.items() if (match := _CURVE.fullmatch(name))}
-    if plain:
-        plots.append(("The forget set under attack", _attacks(figure_class, evaluation, before, plain)))
-    if curve:
-        plots.append(("Recovery by relearning, asked about other facts", _curve(figure_class, curve)))
-    return plots
+class Frame:
+    """Axes with a legend above.
+
+    Args:
+        label: What the drawing shows.
+        x_range: Lowest and highest x.
+        y_range: Lowest and highest y.
+        names: Names of the series, in the order of their colours.
+    """
+
+    def __init__(
+        self, label: str, x_range: tuple[float, float], y_range: tuple[float, float], names: Sequence[str]
+    ) -> None:
+        self.x_range, self.y_range = x_range, y_range
+        places, x, row = [], LEFT, 0
+        for name in names:
+            width = 24 + 7.2 * len(name)
+            if x + width > WIDTH and x > LEFT:
+                x, row = LEFT, row + 1
+            places.append((x, LEGEND_ROW * row + 10))
+            x += width
+        self._top = TOP + LEGEND_ROW * (row + 1)
+        self.drawing = Drawing(WIDTH, HEIGHT + LEGEND_ROW * (row + 1), label)
+        self._bottom = self.drawing.height - BOTTOM
+        for i, (name, (x, y)) in enumerate(zip(names, places, strict=True)):
+            self.drawing.circle(x + 5, y, 5, f"c{i % SERIES}")
+            self.drawing.text(x + 14, y + 4, name, kind="small")
+
+    def at(self, x: float, y: float) -> tuple[float, float]:
+        """Return the place of a point in the drawing."""
+        (left, right), (low, high) = self.x_range, self.y_range
+        across = LEFT + (x - left) / (right - left) * (WIDTH - LEFT - RIGHT)
+        return across, self._bottom - (y - low) / (high - low) * (self._bottom - self._top)
+
+    def axes(self, x_title: str, y_title: str) -> None:
+        """Draw both axes with their ticks and titles."""
+        for value in _ticks(*self.x_range):
+            x, _ = self.at(value, self.y_range[0])
+            self.drawing.line((x, self._bottom), (x, self._bottom + 4))
+            self.drawing.text(x, self._bottom + 16, f"{value:g}", "middle", "small")
+        for value in _ticks(*self.y_range):
+            _, y = self.at(self.x_range[0], value)
+            self.drawing.line((LEFT, y), (WIDTH - RIGHT, y), "grid")
+            self.drawing.text(LEFT - 6, y + 4, f"{value:g}", "end", "small")
+        self.drawing.line((LEFT, self._bottom), (WIDTH - RIGHT, self._bottom))
+        self.drawing.line((LEFT, self._top), (LEFT, self._bottom))
+        self.drawing.text((LEFT + WIDTH - RIGHT) / 2, self._bottom + 36, x_title, "middle")
+        self.drawing.text(12, (self._top + self._bottom) / 2, y_title, "middle", "small", turn=-90)
 
 
-def _forms(figure_class: Any, splits: Sequence[str], evaluation: Evaluation, before: Evaluation | None) -> Figure:
-    figure, all_axes = _new(figure_class, 3.6, columns=len(splits))
-    for split, axes in zip(splits, all_axes, strict=True):
-        forms = [form for form in evaluation.forms if evaluation.select(form, split)]
-        for offset, label, colour, scores in _series(evaluation, before):
-            values = [score.score if (score := scores.form_score(form, split)) else 0.0 for form in forms]
-            bars = axes.bar([i + offset for i in range(len(forms))], values, width=0.38, label=label, color=colour)
-            axes.bar_label(bars, [f"{value:.2f}" for value in values], padding=1, fontsize=7, zorder=4, bbox=_LABEL)
-        for i, form in enumerate(forms):
-            score = evaluation.form_score(form, split)
-            if score is not None and score.chance is not None:
-                axes.hlines(score.chance, i - 0.45, i + 0.45, colors="black", linestyles="dashed", label="chance")
-        axes.set_xticks(range(len(forms)), forms, rotation=30 if len(forms) > 5 else 0)
-        axes.set_ylim(0, 1.05)
-        axes.set_title(f"{split} set")
-    all_axes[0].set_ylabel("score")
-    _legend_above(figure, all_axes)
-    return figure
+def _range(values: Sequence[float]) -> tuple[float, float]:
+    low, high = min((*values, 0.0)), max(values, default=1.0)
+    margin = 0.06 * (high - low) or 0.5
+    return low - margin * (low < 0), high + margin
 
 
-def _targets(figure_class: Any, evaluation: Evaluation, before: Evaluation | None) -> tuple[str, Figure]:
-    """Draw a line for each target from its score before to its score after, those with the highest scores on top."""
-    means = {subject: mean(scores.values()) for subject, scores in evaluation.by_target().items()}
-    shown = sorted(means, key=lambda subject: means[subject])[-SHOWN_TARGETS:]
-    figure, (axes,) = _new(figure_class, 1.1 + 0.27 * len(shown))
-    places = range(len(shown))
-    if before is not None:
-        old = {subject: mean(scores.values()) for subject, scores in before.by_target().items()}
-        axes.hlines(
-            places, [means[s] for s in shown], [old[s] for s in shown], colors="#cccccc", linewidths=3, zorder=1
-        )
-    for _, label, colour, scores in _series(evaluation, before):
-        found = {subject: mean(values.values()) for subject, values in scores.by_target().items()}
-        axes.scatter([found[s] for s in shown], places, s=42, color=colour, label=label, zorder=2)
-    axes.set_yticks(places, shown)
-    axes.set_ylim(-0.7, len(shown) - 0.3)
-    axes.set_xlim(-0.02, 1.02)
-    axes.set_xlabel("mean score over forms")
-    axes.grid(axis="x", alpha=0.3)
-    if before is not None:
-        _legend_above(figure, [axes])
-    left_out = len(means) - len(shown)
-    return f"Scores by target (top {len(shown)} of {len(means)})" if left_out else "Scores by target", figure
-
-
-def _against(figure_class: Any, evaluation: Evaluation, before: Evaluation | None) -> Figure:
-    """Draw an arrow for each form from before to after the edit: to the left for forgetting, down for damage."""
-    figure, (axes,) = _new(figure_class, 5.2)
-    drawn = (e.form_score(form, split) for e in (before, evaluation) if e for form in e.forms for split in _SPLITS)
-    highest = max((score.score for score in drawn if score is not None), default=0) or 1.0
-    for colour, form in zip(_COLOURS, evaluation.forms, strict=False):
-        forget, retain = evaluation.form_score(form, "forget"), evaluation.form_score(form, "retain")
-        if forget is None or retain is None:
-            continue
-        axes.scatter(forget.score, retain.score, s=70, color=colour, label=form, zorder=3)
-        old_forget = before.form_score(form, "forget") if before is not None else None
-        old_retain = before.form_score(form, "retain") if before is not None else None
-        if old_forget is not None and old_retain is not None:
-            start = (old_forget.score, old_retain.score)
-            axes.scatter(*start, s=70, facecolors="white", edgecolors=colour, linewidths=1.8, zorder=2)
-            arrow = {"arrowstyle": "->", "color": colour, "linewidth": 1.5, "shrinkA": 5, "shrinkB": 5}
-            axes.annotate("", (forget.score, retain.score), xytext=start, arrowprops=arrow)
-    for limit in (axes.set_xlim, axes.set_ylim):
-        limit(-0.02 * highest, 1.1 * highest)  # from 0 to a little above the highest score
-    axes.set_xlabel("score of the forget set (lower is better)")
-    axes.set_ylabel("score of the retain set (unchanged is better)")
-    axes.grid(alpha=0.3)
-    _legend_above(figure, [axes], "form (hollow: before)" if before is not None else "form")
-    return figure
-
-
-def _attacks(
-    figure_class: Any, evaluation: Evaluation, before: Evaluation | None, attacks: Mapping[str, Evaluation]
-) -> Figure:
-    names = (
-        {"before\nthe edit": before, "after\nthe edit": evaluation} if before is not None else {"no attack": evaluation}
-    )
-    models = {name: scores for name, scores in {**names, **attacks}.items() if scores is not None}
-    forms = evaluation.forms
-    figure, (axes,) = _new(figure_class, 3.8)
-    width = 0.8 / len(forms)
-    for i, (colour, form) in enumerate(zip(_COLOURS, forms, strict=False)):
-        values = [score.score if (score := e.form_score(form, "forget")) else 0.0 for e in models.values()]
-        places = [place + (i - (len(forms) - 1) / 2) * width for place in range(len(models))]
-        bars = axes.bar(places, values, width=width * 0.92, color=colour, label=form)
-        axes.bar_label(bars, [f"{value:.2f}" for value in values], padding=1, fontsize=6)
-    axes.set_xticks(range(len(models)), list(models))
-    axes.set_ylim(0, 1.05)
-    axes.set_ylabel("score of the forget set")
-    _legend_above(figure, [axes])
-    return figure
-
-
-def _curve(figure_class: Any, curve: Mapping[int, Evaluation]) -> Figure:
-    figure, (axes,) = _new(figure_class, 3.8)
-    epochs = sorted(curve)
-    for colour, form in zip(_COLOURS, curve[epochs[0]].forms, strict=False):
-        values = [score.score if (score := curve[n].form_score(form, "forget")) else 0.0 for n in epochs]
-        axes.plot(range(len(epochs)), values, "o-", color=colour, label=form)
-    axes.set_xticks(range(len(epochs)), [str(count) for count in epochs])
-    axes.set_ylim(0, 1.05)
-    axes.set_xlabel("epochs of training on other facts of the target")
-    axes.set_ylabel("score of the forget set")
-    axes.grid(alpha=0.3)
-    _legend_above(figure, [axes])
-    return figure
-
-
-def _series(evaluation: Evaluation, before: Evaluation | None) -> list[tuple[float, str, str, Evaluation]]:
-    """Return offset of the bars, label, colour and scores of each evaluation to draw."""
-    if before is None:
-        return [(0.0, "score", _ALONE, evaluation)]
-    return [(-0.2, "before", _BEFORE, before), (0.2, "after", _AFTER, evaluation)]
-
-
-def _new(figure_class: Any, height: float, columns: int = 1) -> tuple[Figure, Sequence[Any]]:
-    figure = figure_class(figsize=(_WIDTH, height), layout="constrained")
-    axes = figure.subplots(1, columns, squeeze=False)[0]
-    for one in axes:
-        one.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _legend_above(figure: Figure, all_axes: Sequence[Any], title: str | None = None) -> None:
-    """Add one legend above all axes with each label once."""
-    entries: dict[str, Any] = {}
-    for axes in all_axes:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            entries.setdefault(label, handle)
-    columns = min(len(entries), 6)
-    figure.legend(
-        entries.values(), entries.keys(), loc="outside upper center", ncols=columns, frameon=False, title=title
-    )
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=160)
-    return buffer.getvalue()
+def _ticks(low: float, high: float) -> list[float]:
+    """Return about five round numbers of a range."""
+    step = 10.0 ** math.floor(math.log10((high - low) / 4))
+    step *= min(factor for factor in (1, 2, 2.5, 5, 10) if (high - low) / (factor * step) <= 6)
+    first = math.ceil(low / step - 1e-9)
+    return [round(i * step, 10) for i in range(first, math.floor(high / step + 1e-9) + 1)]

@@ -1,29 +1,46 @@
-"""Report an evaluation as tables, as JSON, and as one self-contained HTML page."""
+"""Report an evaluation as tables and as JSON; `rocr.evaluation.page` has the page."""
 
 from __future__ import annotations
 
-import base64
-import html
-import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from rocr.evaluation.glossary import SCORE_TEXTS, flat_measures, form_title
 from rocr.evaluation.scores import CHOICE_FORMS, Evaluation, compare_evaluations, relative_fall
+from rocr.evaluation.verdict import Judgement, Verdict, judge
 from rocr.io.json_values import json_text
 from rocr.io.output import new_file
-from rocr.io.visible import visible
 
 STUDY_COLUMNS = ("attack", "form", "before", "after", "attacked", "unedited", "never known", "comes back")
-COLUMNS = ("split", "form", "before", "after", "gone", "chance", "questions", "targets")
+COLUMNS = ("split", "form", "before", "after", "gone", "95%", "chance", "questions", "targets")
+NOT_KNOWN = "not known"
 
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-table { border-collapse: collapse; margin: 1rem 0; }
-th, td { padding: .25rem .75rem; border-bottom: 1px solid #ddd; text-align: left; }
-th.number, td.number { text-align: right; font-variant-numeric: tabular-nums; }
-img { max-width: 100%; }
-"""
+
+@dataclass(frozen=True)
+class About:
+    """What was evaluated, and how. Names of files are without their folders, which say where somebody works.
+
+    Attributes:
+        model: Name of the model.
+        edit: Name of the edit file; empty without one.
+        date: Day and time of the evaluation, UTC.
+        versions: Versions of the packages that scores depend on.
+        options: Options of the evaluation that its settings do not have.
+        redirects: Redirect of each concept of the edit.
+    """
+
+    model: str = ""
+    edit: str = ""
+    date: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    redirects: Mapping[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        return asdict(self)
 
 
 def report_json(
@@ -31,9 +48,16 @@ def report_json(
     before: Evaluation | None = None,
     attacks: Mapping[str, Evaluation] | None = None,
     study: Sequence[Mapping[str, Any]] = (),
+    about: About | None = None,
 ) -> dict[str, Any]:
     """Return an evaluation, its comparison with the one before the edit, and its attacks as JSON values."""
     document: dict[str, Any] = {"format": "rocr evaluation 1", "evaluation": evaluation.to_json()}
+    document["verdict"] = judge(evaluation, before).to_json()
+    document["about"] = (about or About()).to_json()
+    document["questions"] = [
+        {"probe": item.probe, "form": item.form, "question": item.question, "answer": item.answer}
+        for item in evaluation.items
+    ]
     if before is not None:
         document["before"] = before.to_json()
         document["comparison"] = compare_evaluations(before, evaluation).to_json()
@@ -57,21 +81,21 @@ def write_json(document: dict[str, Any], path: str | os.PathLike[str], overwrite
 
 def table_rows(evaluation: Evaluation, before: Evaluation | None = None) -> list[tuple[str, ...]]:
     """Return a row for each split and form, with the cells of COLUMNS; without `before` some are empty."""
-    comparison = compare_evaluations(before, evaluation) if before is not None else None
+    verdict = judge(evaluation, before)
     rows: list[tuple[str, ...]] = []
     for split in ("forget", "retain"):
         for form in evaluation.forms:
-            score = evaluation.form_score(form, split)
-            if score is None:
+            score, judgement = evaluation.form_score(form, split), verdict.of(form, split)
+            if score is None or judgement is None:
                 continue
-            change = comparison.change(form, split) if comparison is not None else None
             rows.append(
                 (
                     split,
                     form + (" (derived)" if score.derived and form not in CHOICE_FORMS else ""),
-                    f"{change.before:.3f}" if change else "",
+                    f"{judgement.before:.3f}" if judgement.before is not None else "",
                     f"{score.score:.3f}",
-                    f"{100 * change.fall:.1f}%" if change else "",
+                    gone_cell(judgement),
+                    interval_cell(judgement),
                     f"{score.chance:.2f}" if score.chance is not None else "",
                     str(score.items),
                     str(score.targets),
@@ -80,6 +104,40 @@ def table_rows(evaluation: Evaluation, before: Evaluation | None = None) -> list
         if split == "forget":
             rows += _worst_row(evaluation, before)
     return rows
+
+
+def gone_cell(judgement: Judgement) -> str:
+    """Return the share that is gone, or that nothing was known; empty without an edit."""
+    if judgement.gone is None:
+        return ""
+    return f"{100 * judgement.gone:.1f}%" if judgement.known else NOT_KNOWN
+
+
+def interval_cell(judgement: Judgement) -> str:
+    """Return the ends of the interval, such as "71 to 92%"; empty if there is none."""
+    found = judgement.interval
+    if found is None:
+        return ""
+    if judgement.gone is None:
+        return f"{found.low:.2f} to {found.high:.2f}"
+    return f"{100 * found.low:.0f} to {100 * found.high:.0f}%"
+
+
+def score_notes(evaluation: Evaluation, verdict: Verdict, before: Evaluation | None) -> list[str]:
+    """Return sentences about what the table of scores does not show by itself."""
+    notes = []
+    silent = [j for j in verdict.judgements if not j.known]
+    if silent and before is not None:
+        listed = ", ".join(f"{form_title(j.form)} ({j.split} set, {j.before or 0.0:.2f} before)" for j in silent)
+        notes.append(f"{NOT_KNOWN.capitalize()}: {SCORE_TEXTS[NOT_KNOWN]} Here: {listed}.")
+    worst = evaluation.worst_score()
+    if worst is not None:
+        old = before.worst_score() if before is not None else None
+        was = f" ({old:.3f} before)" if old is not None else ""
+        notes.append(
+            f"In the form that remembers most of each subject of the forget set, the score is {worst:.3f}{was}."
+        )
+    return notes
 
 
 def score_table(
@@ -115,15 +173,16 @@ def _worst_row(evaluation: Evaluation, before: Evaluation | None) -> list[tuple[
     shown = f"{old:.3f}" if old is not None else ""
     targets = evaluation.worst()
     count = sum(item.split == "forget" and item.subject in targets for item in evaluation.items)
-    return [("forget", "worst form of each target", shown, f"{score:.3f}", gone, "", str(count), str(len(targets)))]
+    cells = (shown, f"{score:.3f}", gone, "", "", str(count), str(len(targets)))
+    return [("forget", "worst form of each target", *cells)]
 
 
 def measure_rows(evaluation: Evaluation, before: Evaluation | None = None) -> list[tuple[str, str, str]]:
     """Return the name and the values before and after of each further measure."""
-    old = _flat(before.measures) if before is not None else {}
+    old = flat_measures(before.measures) if before is not None else {}
     return [
         (name, f"{old[name]:.4g}" if name in old else "", f"{value:.4g}")
-        for name, value in _flat(evaluation.measures).items()
+        for name, value in flat_measures(evaluation.measures).items()
     ]
 
 
@@ -166,101 +225,3 @@ def study_rows(study: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
             cells = ["" if number is None else f"{number:.3f}" for number in numbers]
             rows.append((name, form, *cells, "" if share is None else f"{100 * share:.0f}%"))
     return rows
-
-
-def write_html(
-    title: str,
-    evaluation: Evaluation,
-    path: str | os.PathLike[str],
-    before: Evaluation | None = None,
-    overwrite: bool = False,
-    attacks: Mapping[str, Evaluation] | None = None,
-    study: Sequence[Mapping[str, Any]] = (),
-) -> None:
-    """Write an HTML page with embedded tables and plots, which loads nothing from elsewhere.
-
-    Args:
-        title: Title of the page.
-        evaluation: Evaluation of the edited model, or of a model without an edit.
-        path: File to write.
-        before: Evaluation before the edit; None if there is no edit.
-        overwrite: Whether an existing file is replaced.
-        attacks: Evaluations under attack, by the name of the attack.
-        study: The attacks with their controls, see `study_rows`.
-
-    Raises:
-        InputError: If the file exists and `overwrite` is false, or matplotlib is not installed.
-        RocrError: If the page cannot be written.
-    """
-    from rocr.evaluation.plots import draw_plots
-
-    pictures = draw_plots(evaluation, before, attacks or {})
-    parts = [f"<h1>{_escaped(title)}</h1>", _filter_sentence(evaluation)]
-    parts.append(_table(*score_table(evaluation, before)))
-    if evaluation.measures:
-        parts.append(_table(*measure_table(evaluation, before)))
-    if attacks and not study:
-        parts.append("<h2>The forget set under attack</h2>")
-        parts.append(_table(attack_columns(evaluation), attack_rows(evaluation, before, attacks)))
-    if study:
-        parts.append("<h2>What attacks bring back</h2>")
-        parts.append(_table(STUDY_COLUMNS, study_rows(study)))
-    for caption, png in pictures:
-        data = base64.b64encode(png).decode()
-        text = _escaped(caption)
-        parts.append(f'<h2>{text}</h2><img alt="{text}" src="data:image/png;base64,{data}">')
-    worst = [(subject, form, f"{score:.3f}") for subject, (form, score) in evaluation.worst().items()]
-    if worst:
-        parts.append("<h2>The form with the highest score, by target</h2>")
-        parts.append(_table(("target", "form", "score"), worst))
-    parts.append(f"<p>Settings: {_escaped(json.dumps(evaluation.settings))}</p>")
-    page = (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{_escaped(title)}</title>'
-        f"<style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
-    )
-    with new_file(path, overwrite=overwrite) as partial:
-        partial.write_text(page, encoding="utf-8", errors="backslashreplace")
-
-
-def _filter_sentence(evaluation: Evaluation) -> str:
-    """Return a paragraph that says which probes count."""
-    if evaluation.known is None:
-        return f"<p>All {evaluation.probes} probes count.</p>"
-    return (
-        f"<p>The model before the edit knows {evaluation.known} of {evaluation.probes} probes "
-        f"(score of at least {evaluation.known_threshold:g}); only these count.</p>"
-    )
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    numeric = [bool(rows) and all(_is_number(row[i]) or not row[i] for row in rows) for i in range(len(columns))]
-    head = "".join(
-        f"<th{' class=number' if number else ''}>{_escaped(column)}</th>"
-        for column, number in zip(columns, numeric, strict=True)
-    )
-    body = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def _escaped(text: str) -> str:
-    """Return text as HTML, with invisible and control characters written as their code points."""
-    return html.escape(visible(text))
-
-
-def _cell(text: str) -> str:
-    return f"<td{' class=number' if _is_number(text) else ''}>{_escaped(text)}</td>"
-
-
-def _is_number(text: str) -> bool:
-    return text.replace(".", "").replace("%", "").replace("-", "").replace("e", "").isdigit()
-
-
-def _flat(measures: dict[str, Any]) -> dict[str, float]:
-    """Return measures with those of nested ones named "outer inner"."""
-    flat: dict[str, float] = {}
-    for name, value in measures.items():
-        if isinstance(value, dict):
-            flat.update({f"{name} {inner}": number for inner, number in value.items()})
-        else:
-            flat[name] = value
-    return flat

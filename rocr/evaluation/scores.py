@@ -32,6 +32,8 @@ class ItemScore:
         choice: Probability of the right option relative to all options; None if there are no options.
         derived: Whether the question was derived from a probe of another form.
         chance: Score of a uniform guess; None if there are no options.
+        question: The message that was asked, without a chat template.
+        answer: The right answer, or the letter of the right option.
     """
 
     probe: int
@@ -44,6 +46,35 @@ class ItemScore:
     choice: float | None = None
     derived: bool = False
     chance: float | None = None
+    question: str = ""
+    answer: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the scores as JSON values; the texts, which are the same before and after an edit, are left out."""
+        return {name: value for name, value in asdict(self).items() if name not in ("question", "answer")}
+
+
+@dataclass(frozen=True)
+class FreeAnswer:
+    """What a model answers to a probe in free text.
+
+    Attributes:
+        probe: Index of the probe.
+        subject: Subject of the probe.
+        split: "forget" or "retain".
+        question: The question.
+        answer: The right answer.
+        text: What the model wrote.
+        contained: Whether the text contains the right answer.
+    """
+
+    probe: int
+    subject: str
+    split: str
+    question: str
+    answer: str
+    text: str
+    contained: bool
 
 
 @dataclass(frozen=True)
@@ -83,6 +114,7 @@ class Evaluation:
         measures: Further measures by name, such as "perplexity".
         settings: Forms, seed and other settings of the evaluation.
         seconds: Duration of the evaluation.
+        answers: The model's answers in free text, if it was let write them.
     """
 
     items: list[ItemScore]
@@ -92,6 +124,7 @@ class Evaluation:
     measures: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+    answers: list[FreeAnswer] = field(default_factory=list)
 
     def __repr__(self) -> str:
         """Return one line, such as "Evaluation(300 probes, 1,180 items, forms=('qa', 'fb'))"."""
@@ -202,9 +235,9 @@ class Evaluation:
                 f"The model knows none of the {self.probes} probes to {split} (scores of at least {threshold:g}); "
                 "lower --known, or give probes about better-known subjects."
             )
-        return Evaluation(
-            items, self.probes, len(probes), threshold, dict(self.measures), dict(self.settings), self.seconds
-        )
+        answers = [answer for answer in self.answers if answer.probe in probes]
+        measures, settings = dict(self.measures), dict(self.settings)
+        return Evaluation(items, self.probes, len(probes), threshold, measures, settings, self.seconds, answers)
 
     def to_json(self) -> dict[str, Any]:
         """Return the scores and their means as JSON values."""
@@ -224,7 +257,8 @@ class Evaluation:
             "known_threshold": self.known_threshold,
             "settings": self.settings,
             "seconds": self.seconds,
-            "items": [asdict(item) for item in self.items],
+            "items": [item.to_json() for item in self.items],
+            "answers": [asdict(answer) for answer in self.answers],
         }
 
 

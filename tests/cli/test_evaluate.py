@@ -1,3 +1,4 @@
+import html
 import json
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,21 @@ def test_a_model_is_evaluated_without_and_with_an_edit(
     text = tmp_path / "text.txt"
     text.write_text("The gardener waters the roses before the sun is high. " * 900)
     arguments += ["--forms", "qa,mcp", "--known", "0", "--out", out, "--html", page, "--text", str(text)]
-    arguments += ["--attacks", "4-bit", "prefixes"]
+    arguments += ["--attacks", "4-bit", "prefixes", "--generate"]
     assert main([*arguments, "--json"]) == 0
-    document = json.loads(capsys.readouterr().out)
+    said = capsys.readouterr()
+    document = json.loads(said.out)
     assert document == json.loads(Path(out).read_text())
+    assert document["verdict"]["sentence"] in " ".join(said.err.split()), "the verdict ends what is printed"
+    assert "qa: a plain question" in said.err and "mcp: the question with up to four options" in said.err
+    about = document["about"]
+    assert (about["model"], about["edit"]) == ("model", "edit.safetensors") and "torch" in about["versions"]
+    assert about["redirects"] == {"Ada Byron": "a gardener"} and about["options"]["text"] == ["text.txt"]
+    for written in (Path(out).read_text(), Path(page).read_text()):
+        assert str(tmp_path) not in written, "no folder of this machine"
+    for when in ("before", "evaluation"):
+        assert [answer["probe"] for answer in document[when]["answers"]] == [0, 1]
+        assert document[when]["answers"][0]["text"][:30] in html.unescape(Path(page).read_text())
     assert [c["split"] for c in document["comparison"]["changes"]] == ["forget", "forget", "retain", "retain"]
     assert any(change["fall"] != 0 for change in document["comparison"]["changes"])
     assert list(document["attacks"]) == ["4-bit", "prefixes"]

@@ -273,7 +273,10 @@ EFFECTS = {
         "--answer-tokens": answers_in_so_many_tokens,
         "--no-answers": asks_nothing,
     },
-    "info": {"file": shows_another_file},
+    "info": {
+        "file": shows_another_file,
+        "--plot": "test_info_plot.py::test_an_edit_is_drawn_without_its_model",
+    },
     "verify": {
         "folder": "test_verify.py::test_a_file_that_is_not_as_it_was_is_named",
         "--edit": verifies_by_another_file,

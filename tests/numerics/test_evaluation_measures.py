@@ -15,10 +15,11 @@ from rocr.evaluation.measures import (
     ChoiceQuestion,
     TextSample,
     choice_accuracy,
-    contained_answers,
     contains,
     divergence,
+    free_answers,
     load_choice_questions,
+    measures_of_answers,
     ngram_entropy,
     perplexity,
 )
@@ -108,7 +109,9 @@ def test_containment_is_measured_on_what_the_model_writes(model: nn.Module, toke
     word = next(word for word in "".join(c if c.isalnum() else " " for c in written).split() if word)
     right = Probe("Ada Byron", PROBE.query, word)
     wrong = Probe("Rain", PROBE.query, "zzzz", split="retain")
-    measures = contained_answers(model, tokenizer, [right, wrong])
+    answers = free_answers(model, tokenizer, {4: wrong, 2: right})
+    assert [(a.probe, a.text, a.contained) for a in answers] == [(2, written, True), (4, written, False)]
+    measures = measures_of_answers(answers)
     assert (measures["contained forget"], measures["contained retain"]) == (1.0, 0.0)
     assert measures["n-gram entropy"] == pytest.approx(ngram_entropy(written.split()))
 

@@ -196,7 +196,7 @@ def overwrites(command, run):
 def overwrites_page(command, run):
     page = run.base / "page.html"
     assert run(command, "--html", page).code == 0
-    assert "<img" in page.read_text()
+    assert "<svg" in page.read_text()
 
 
 def loads_as(command, run):

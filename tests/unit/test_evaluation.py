@@ -14,7 +14,7 @@ from rocr.evaluation import EvaluateOptions, Evaluation, Probe, compare_evaluati
 from rocr.evaluation.baselines.methods import MethodResult
 from rocr.evaluation.baselines.tables import forget_table, retain_table
 from rocr.evaluation.forms import build_items
-from rocr.evaluation.report import measure_rows, report_json, score_table, table_rows, write_html, write_json
+from rocr.evaluation.report import measure_rows, report_json, score_table, table_rows, write_json
 from rocr.evaluation.scores import ItemScore, mean, relative_fall
 from rocr.model.chat import render_chat
 
@@ -155,28 +155,32 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_scores(model: nn.Module, 
     assert journal.read_text() == "notes of mine\n"
 
 
-def test_the_report_is_one_page_with_its_plots_inside(model: nn.Module, tokenizer: Any, tmp_path: Path) -> None:
-    before = evaluate(model, tokenizer, PROBES, ["qa", "mcp"])
+def test_the_report_has_every_score_its_texts_and_a_verdict(model: nn.Module, tokenizer: Any, tmp_path: Path) -> None:
+    before = evaluate(model, tokenizer, PROBES, ["qa", "mcp", "subtoken"], options=EvaluateOptions(generate=True))
+    before.items = [replace(item, score=0.8) for item in before.items]
     after = replace(
         before, items=[replace(item, score=item.score / 2) for item in before.items], measures={"perplexity": 12.0}
     )
-    page = tmp_path / "report.html"
-    write_html("<Ada>\x1b[2J\u202e", after, page, before)
-    text = page.read_text(encoding="utf-8")
-    assert text.count('src="data:image/png;base64,') == 3
-    assert "<Ada>" not in text and "http" not in text and "50.0%" in text
-    assert "\x1b" not in text and "\u202e" not in text and "&lt;Ada&gt;\\u001b[2J" in text
-    with pytest.raises(rocr.InputError, match="exists"):
-        write_html("again", after, page, before)
     write_json(report_json(after, before), tmp_path / "report.json")
     document = json.loads((tmp_path / "report.json").read_text())
     assert document["comparison"]["changes"][0]["fall"] == pytest.approx(0.5)
     assert document["evaluation"]["forms"]["forget"]["qa"]["items"] == 2
+    assert document["verdict"]["sentence"].startswith("1 concept: 50% of what the model knew in QA is gone")
+    assert "question" not in document["evaluation"]["items"][0]
+    first, second, third = document["questions"][:3]
+    assert first["question"].endswith("Question: Where was Ada Byron born?\n") and first["answer"] == "London"
+    assert second["answer"] in "ABCD" and f"{second['answer']}. London" in second["question"]
+    assert third["form"] == "subtoken" and third["answer"] == "London"
+    answers = document["evaluation"]["answers"]
+    assert [(a["probe"], a["question"], a["answer"]) for a in answers] == [
+        (i, probe.query, probe.answer) for i, probe in enumerate(PROBES)
+    ]
+    assert all(a["text"] for a in answers)
     rows = table_rows(after, before)
-    assert [row[0] for row in rows] == ["forget", "forget", "forget", "retain", "retain"]
-    assert [row[1] for row in rows] == ["qa", "mcp", "worst form of each target", "qa", "mcp"]
+    assert [row[0] for row in rows] == ["forget"] * 4 + ["retain"] * 3
+    assert [row[1] for row in rows][:4] == ["qa", "mcp", "subtoken", "worst form of each target"]
     alone, shown = score_table(after)
-    assert alone == ("split", "form", "score", "chance", "questions", "targets") and len(shown) == 5
+    assert alone == ("split", "form", "score", "chance", "questions", "targets") and len(shown) == 7
     assert measure_rows(after, before) == [("perplexity", "", "12")]
 
 
