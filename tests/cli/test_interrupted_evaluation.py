@@ -1,11 +1,12 @@
 """An evaluation that is interrupted: its journal is named, and other questions are refused before the model is loaded."""
 
 import json
+import sys
 
 import pytest
 
 from rocr.cli.interruption import Interrupted
-from rocr.evaluation import evaluate as module
+from rocr.evaluation.scoring import score_answers
 
 ROWS = [
     {"subject": "Ada Byron", "query": "Where was Ada Byron born?", "answer": "London", "distractors": ["Rome", "Oslo"]},
@@ -21,8 +22,6 @@ def probes(tmp_path):
 
 
 def test_the_journal_is_named_and_continued_or_refused_at_once(files, command, probes, tmp_path, monkeypatch):
-    score_answers = module.__globals__["score_answers"]
-
     def stopped(model, questions, receive, *more):
         def first(*found):
             receive(*found)
@@ -33,7 +32,7 @@ def test_the_journal_is_named_and_continued_or_refused_at_once(files, command, p
     given = ("eval", files.model, "--probes", probes, "--out", tmp_path / "out.json")
     journal = tmp_path / "out.json.journal-before"
     with monkeypatch.context() as patched:
-        patched.setitem(module.__globals__, "score_answers", stopped)
+        patched.setattr(sys.modules["rocr.evaluation.evaluate"], "score_answers", stopped)
         done = command(*given)
     assert done.code == 130 and journal.exists() and not (tmp_path / "out.json").exists()
     assert f"{journal}: the same command continues from there." in done.errors.replace("\n", "")
