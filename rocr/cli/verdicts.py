@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from rocr.export.copying import EDIT_FILE
+from rocr.cli.outputs import EDIT_FILE
 
 STRONG, PARTIAL, WEAK = "strong", "partial", "weak"
 STRONG_TO, PARTIAL_TO = 0.5, 0.75
