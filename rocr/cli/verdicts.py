@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Sequence
 from typing import Any
@@ -55,6 +56,16 @@ def next_step(report: dict[str, Any], out: str) -> str:
     return (
         f"Next: rocr eval {shlex.quote(report['model'])} --edit {edit} --out evaluation.json measures what is "
         f"forgotten and what else is lost (--probes FILE with questions of your own); {check} checks the folder."
+    )
+
+
+def path_note(model: str) -> str | None:
+    """A sentence for a model that is given by an absolute path, which an output repeats; None for other names."""
+    if not os.path.isabs(model):
+        return None
+    return (
+        f"The output names its model as it was given, {model}: give a path relative to this folder, or the id on a hub, "
+        "if the output is to be published."
     )
 
 

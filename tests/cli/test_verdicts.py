@@ -2,7 +2,8 @@
 
 import pytest
 
-from rocr.cli.verdicts import next_step, verdict, weak_sentences
+import rocr
+from rocr.cli.verdicts import next_step, path_note, verdict, weak_sentences
 
 
 @pytest.mark.parametrize(
@@ -42,6 +43,7 @@ def test_a_run_ends_with_words_and_the_next_step(files, command, tmp_path):
     assert done.code == 0, done.errors
     assert "Who is Ada Byron?" in " ".join(done.output.split())
     assert "redirection" in done.output and "Distance left: from the state at the name" in done.output
+    assert f"The output names its model as it was given, {files.model}" in done.errors
     last = done.output.splitlines()[-1]
     assert last.startswith("Next: rocr eval") and str(out / "edit.safetensors") in last
     following = last.split("Next: ")[1].split(" measures")[0].replace("evaluation.json", str(tmp_path / "e.json"))
@@ -49,3 +51,14 @@ def test_a_run_ends_with_words_and_the_next_step(files, command, tmp_path):
     (tmp_path / "p.jsonl").write_text('{"subject": "Ada Byron", "query": "Who is Ada Byron?", "answer": "rain"}\n')
     asked = command(*words, "--probes", tmp_path / "p.jsonl", "--forms", "qa")
     assert asked.code == 0, asked.errors
+
+
+def test_a_path_of_this_machine_is_said_to_be_in_the_output(tmp_path):
+    assert path_note("models/tiny") is path_note("owner/name") is None
+    assert str(tmp_path) in path_note(str(tmp_path)) and "published" in path_note(str(tmp_path))
+
+
+def test_edits_and_statistics_are_saved_under_a_path_only(files, loaded_edit):
+    for saved in (loaded_edit, rocr.Statistics.load(files.statistics)):
+        with pytest.raises(rocr.InputError, match="path must be a path, not None"):
+            saved.save(None)
