@@ -30,7 +30,9 @@ def questions(form, pretrained=None, tokenizer=None, targets=(), chat=True, **_)
 
     tokenizer = tokenizer or pretrained
     if tokenizer is None:
-        raise ValueError('Name the model: --model_args pretrained=MODEL, or TaskManager(metadata={"pretrained": MODEL}).')
+        raise ValueError(
+            'Name the model: --model_args pretrained=MODEL, or TaskManager(metadata={"pretrained": MODEL}).'
+        )
     if isinstance(tokenizer, str):
         from transformers import AutoTokenizer
 
@@ -41,7 +43,9 @@ def questions(form, pretrained=None, tokenizer=None, targets=(), chat=True, **_)
     unknown = set(targets) - {row["subject"] for row in found}
     if unknown:
         raise ValueError(f"No question is about {', '.join(sorted(unknown))}: name a subject of questions.jsonl.")
-    return {"test": Dataset.from_list([_rendered(row, str(pretrained).lower(), tokenizer, targets, chat) for row in found])}
+    return {
+        "test": Dataset.from_list([_rendered(row, str(pretrained).lower(), tokenizer, targets, chat) for row in found])
+    }
 
 
 def _rendered(row, name, tokenizer, targets, chat):

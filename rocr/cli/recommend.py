@@ -67,7 +67,9 @@ def _redirect(concepts: Sequence[Concept], is_missing: bool) -> Advice:
     chosen = sum(concept.redirect == AUTO for concept in concepts)
     named = len({concept.redirect for concept in concepts} - {AUTO})
     if not chosen:
-        return Advice("redirect", f"{named:,} of your own, as planned; --redirect auto would choose one for each concept")
+        return Advice(
+            "redirect", f"{named:,} of your own, as planned; --redirect auto would choose one for each concept"
+        )
     text = f"chosen by the model for {chosen:,} of {len(concepts):,} concepts, when the edit is made"
     return Advice("redirect", text, ("--redirect", AUTO) if is_missing else ())
 

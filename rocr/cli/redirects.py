@@ -77,7 +77,7 @@ def redirects(arguments: Arguments, console: Console) -> dict[str, Any]:
 
 
 def near_ties(choices: Sequence[RedirectChoice]) -> list[str]:
-    """Sentences about choices that another candidate nearly won, and about concepts for which every candidate is bad."""
+    """Sentences about choices that another candidate nearly won, and about concepts without a good candidate."""
     ties, bad = [], []
     for choice in choices:
         first, second, *_ = sorted(choice.left.items(), key=lambda pair: pair[1])
@@ -92,7 +92,7 @@ def near_ties(choices: Sequence[RedirectChoice]) -> list[str]:
         )
     if bad:
         sentences.append(
-            f"Every candidate leaves more than {MUCH:.0%} of the right answers: {_listed(bad)}. Try other --among names."
+            f"Every candidate leaves more than {MUCH:.0%} of the right answers: {_listed(bad)}. Try other names."
         )
     return sentences
 

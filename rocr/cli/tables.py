@@ -15,7 +15,7 @@ FLUENT = 0.95
 
 
 def show_report(report: dict[str, Any], console: Console, place: str | None) -> None:
-    """Show a report: concepts, answers, layers, seconds, the folder of the result, and what to try where the edit is weak."""
+    """Show a report: concepts, answers, layers, seconds, what to try where the edit is weak, and the folder."""
     _show_concepts(report, console)
     _show_collisions(report["collisions"], console)
     _show_retained(report["neighbours"], console, len(report.get("harmed", [])) if report["answers"] else None)
@@ -119,7 +119,11 @@ def _show_retained(found: dict[str, Any] | None, console: Console, harmed: int |
     console.say(
         f"At {found['count']:,} {kind} the outputs of the edited layers move by {_percent(found['mean'])} of their "
         f"length on average, most at {worst['neighbour']} ({_percent(worst['share'])})."
-        + (f" Answers often stay as they were: {harmed or 'none'} of those asked about are harmed." if harmed is not None else "")
+        + (
+            f" Answers often stay as they were: {harmed or 'none'} of those asked about are harmed."
+            if harmed is not None
+            else ""
+        )
     )
 
 

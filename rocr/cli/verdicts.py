@@ -48,7 +48,7 @@ def weak_sentences(concepts: Sequence[dict[str, Any]], answers: Sequence[dict[st
 
 
 def next_step(report: dict[str, Any], out: str) -> str:
-    """The command that measures what an edit forgets, and the one that checks its folder, which was written to `out`."""
+    """The command that measures what an edit forgets, and the one that checks its folder `out`."""
     check = f"rocr verify {shlex.quote(out)}"
     if EDIT_FILE not in report["files"] or "drift" in report:  # text encoders, which have a drift, answer no questions
         return f"Next: {check} checks the folder."
@@ -64,8 +64,8 @@ def path_note(model: str) -> str | None:
     if not os.path.isabs(model):
         return None
     return (
-        f"The output names its model as it was given, {model}: give a path relative to this folder, or the id on a hub, "
-        "if the output is to be published."
+        f"The output names its model as it was given, {model}: give a path relative to this folder, or the id on a "
+        "hub, if the output is to be published."
     )
 
 

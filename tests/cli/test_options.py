@@ -257,7 +257,9 @@ EFFECTS = {
     },
     "doctor": {},
     "demo": {
-        **dict.fromkeys(("--out", "--overwrite", *RUNNING), "test_demo.py::test_it_is_an_unlearn_of_the_list_of_the_package"),
+        **dict.fromkeys(
+            ("--out", "--overwrite", *RUNNING), "test_demo.py::test_it_is_an_unlearn_of_the_list_of_the_package"
+        ),
         "--download": "test_demo.py::test_a_download_that_fails_is_said_in_one_sentence",
     },
 }

@@ -103,5 +103,7 @@ def test_the_bits_of_kept_zeros_are_counted(make_model, tokenizer, concept, comm
     layers = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))["layers"]
     assert sum("which it keeps" in layer["metric"] for layer in layers) == sparse
     rows, columns = model.get_parameter("model.layers.1.mlp.down_proj.weight").shape
-    dense = json.loads(command("plan", *given, "--fill-zeros", "--json").output)["written"]["edit"] if not more else None
+    dense = (
+        json.loads(command("plan", *given, "--fill-zeros", "--json").output)["written"]["edit"] if not more else None
+    )
     assert dense is None or plan["written"]["edit"] == dense + rows * columns // 8

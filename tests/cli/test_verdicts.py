@@ -37,7 +37,17 @@ def test_the_next_step_is_a_command_that_the_files_allow():
 
 
 def test_a_run_ends_with_words_and_the_next_step(files, command, tmp_path):
-    given = ("--concept", "Ada Byron", "--redirect", "Blaise Pascal", "--layers", "1,2", "--force", "--answer-tokens", 2)
+    given = (
+        "--concept",
+        "Ada Byron",
+        "--redirect",
+        "Blaise Pascal",
+        "--layers",
+        "1,2",
+        "--force",
+        "--answer-tokens",
+        2,
+    )
     out = tmp_path / "out"
     done = command("unlearn", files.model, *given, "--statistics", files.statistics, "--out", out)
     assert done.code == 0, done.errors

@@ -17,8 +17,8 @@ from rocr.model.fingerprint import tensor_digest
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = {
-    *("plan", "unlearn", "stats", "eval", "compare", "redirects", "aliases", "apply", "revert", "add", "remove", "merge"),
-    *("info", "verify", "doctor", "demo"),
+    *("plan", "unlearn", "stats", "eval", "compare", "redirects", "aliases", "apply", "revert", "add", "remove"),
+    *("merge", "info", "verify", "doctor", "demo"),
 }
 PEOPLE = (
     "Ada Byron | the countess",
