@@ -9,9 +9,7 @@ COMMA := ,
 .PHONY: demo test thorough oldest numerics learned check docs sanitize bench compare gpu gpu-test gpu-build clean
 
 demo: $(VENV)/.installed
-	rm -rf $(DEMO_OUT)
-	$(BIN)/rocr unlearn "$$($(BIN)/python -m rocr.demo)" rocr/data/people.jsonl --out $(DEMO_OUT) \
-		--control "Isaac Newton" "Marie Curie" "Charles Darwin" "Stephen Hawking"
+	$(BIN)/rocr demo --out $(DEMO_OUT) --overwrite
 
 # A process for each core, each with one thread: a second thread would only take the core of the other. In the order
 # of their folders, short files come last, so that the processes end together.

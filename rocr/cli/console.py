@@ -54,6 +54,11 @@ class Console:
 
         return self._errors if self._json else rich.console.Console(highlight=False)
 
+    @property
+    def writes_json(self) -> bool:
+        """Whether a JSON document is written, with --json."""
+        return self._json
+
     def begin(self, debug: bool, quiet: bool = False) -> None:
         """Prepare for a command. rich is imported now: an import may fail once memory or open files run out.
 

@@ -14,6 +14,7 @@ from rocr.cli import options
 from rocr.cli.arguments import chat_of, claim_output, files_read, load_language_model, source_of
 from rocr.cli.conditions import Condition, check_conditions
 from rocr.cli.console import Console
+from rocr.cli.interruption import Interrupted
 from rocr.cli.parsing import Arguments, command, flag, option
 from rocr.cli.values import COUNT, DIR, FILE
 from rocr.concepts import check_names
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from rocr.edit.edit import Edit
     from rocr.evaluation import EvaluateOptions, Evaluation, Probe
     from rocr.evaluation.report import About
-    from rocr.model.load import LoadedModel
+    from rocr.model.load import LoadedModel, ModelSource
 
 PERPLEXITY_TOKENS = 8192
 
@@ -87,10 +88,16 @@ def evaluate(arguments: Arguments, console: Console) -> dict[str, Any]:
     targets = arguments.targets or ([concept.name for concept in edit.concepts] if edit is not None else None)
     if targets:
         probes = split_by_subject(probes, targets)
+    _check_journal(arguments, source, probes, forms)
     with console.stage("load"):
         loaded = load_language_model(arguments, source)
     probes = _nearest(arguments, loaded, probes)
-    before, after = _evaluate(arguments, loaded, probes, forms, edit, console)
+    try:
+        before, after = _evaluate(arguments, loaded, probes, forms, edit, console)
+    except Interrupted:
+        for journal in filter(Path.exists, _journals(arguments)):
+            console.warn(f"The scores so far are in {journal}: the same command continues from there.")
+        raise
     found = run_attacks(arguments, loaded, probes, after, edit, attacks, console)
     about = _about(arguments, edit)
     document = report_json(after, before, found.evaluations, found.study, about)
@@ -273,6 +280,21 @@ def _about(arguments: Arguments, edit: Edit | None) -> About:
 
 def _journals(arguments: Arguments) -> tuple[Path, Path]:
     return Path(f"{arguments.out}.journal-before"), Path(f"{arguments.out}.journal-after")
+
+
+def _check_journal(arguments: Arguments, source: ModelSource, probes: list[Probe], forms: list[str]) -> None:
+    """Check, before the model is loaded, the journal of a run that was interrupted.
+
+    Raises:
+        InputError: it is of other questions.
+    """
+    from rocr.evaluation.evaluate import check_journal
+    from rocr.evaluation.forms import PromptStyle, build_items
+
+    if arguments.neighbours:
+        return  # which questions are asked is known when the model is loaded
+    style = PromptStyle.of_name(source.place)
+    check_journal(_journals(arguments)[0], build_items(probes, forms, style, arguments.seed, arguments.orders))
 
 
 def _show(after: Evaluation, before: Evaluation | None, attacks: FoundByAttacks, console: Console) -> None:

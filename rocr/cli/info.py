@@ -1,4 +1,4 @@
-"""`rocr info`: show the contents of a statistics file, an edit file, a report, a GGUF file or a list of concepts."""
+"""`rocr info`: show what an output folder, a file written by rocr, a GGUF file or a list of concepts contains."""
 
 from __future__ import annotations
 
@@ -9,12 +9,17 @@ from typing import Any
 from rocr.cli.console import Console
 from rocr.cli.parsing import Arguments, argument, command, option
 from rocr.cli.values import FILE
+from rocr.cli.verdicts import verdict
 from rocr.errors import InputError
 from rocr.io.bounded import read_bounded
 from rocr.io.json_values import parse_json
 
 MAX_REPORT_BYTES = 64 * 2**20
-SHOWN_FLAWS = 5
+SHOWN_FLAWS = SHOWN_CONCEPTS = 5
+LARGE_FILE = 2**20
+WEIGHTS = (".safetensors", ".gguf")
+"""The summary of a folder lists files of at least so many bytes, and those that hold weights."""
+REPORT_FILE = "report.json"
 LISTS = (".txt", ".csv", ".jsonl")
 WITHOUT_REDIRECT = "the redirect of --redirect"
 
@@ -31,12 +36,18 @@ WITHOUT_REDIRECT = "the redirect of --redirect"
     type=FILE,
 )
 def info(arguments: Arguments, console: Console) -> dict[str, Any]:
-    """Show what a file written by rocr, a GGUF file or a list of concepts contains."""
+    """Show what an output folder, a file written by rocr, a GGUF file or a list of concepts contains.
+
+    Of an output folder a summary is shown; its files are shown in full, and the edit file is with --json.
+    """
     path = Path(arguments.file)
+    if arguments.plot:
+        _plot(_file_in(path) if path.is_dir() else path, arguments.plot)
+    if (path / REPORT_FILE).is_file() and not console.writes_json:
+        _show_folder(path, console)
+        return {}
     if path.is_dir():
         path = _file_in(path)
-    if arguments.plot:
-        _plot(path, arguments.plot)
     header = _header(path)
     rows = [(name, _short(value)) for name, value in header.items() if name not in ("answers", "report")]
     console.table(str(path), ("what", "value"), rows)
@@ -61,8 +72,44 @@ def _plot(path: Path, target: str) -> None:
         partial.write_text(drawing.svg(standalone=True) + "\n", encoding="utf-8", errors="backslashreplace")
 
 
+def _show_folder(folder: Path, console: Console) -> None:
+    """Show a summary of an output folder from its report, without reading the other files."""
+    report = _report(folder / REPORT_FILE)
+    try:
+        rows = summary_of_report(report)
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError):
+        raise InputError(f"{folder / REPORT_FILE} is damaged: `rocr verify {folder}` says what is.") from None
+    sizes = [(path.name, path.stat().st_size) for path in sorted(folder.iterdir()) if path.is_file()]
+    listed = [f"{name}: {size:,} bytes" for name, size in sizes if size >= LARGE_FILE or name.endswith(WEIGHTS)]
+    rows.append(("files", "\n".join(listed)))
+    console.table(str(folder), ("what", "value"), rows)
+    console.say(f"In full: rocr info {folder / REPORT_FILE}. `rocr verify {folder}` checks the files.")
+
+
+def summary_of_report(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """What a person asks first about an output: the rows of a table."""
+    concepts, config, layers = report["concepts"], report["config"], report["layers"]
+    pairs = [f"{each['name']} -> {each['redirect']}" for each in concepts[:SHOWN_CONCEPTS]]
+    more = [f"and {len(concepts) - SHOWN_CONCEPTS:,} more"] if len(concepts) > SHOWN_CONCEPTS else []
+    words = Counter(filter(None, (verdict(each.get("distance")) for each in concepts)))
+    text, made = report["statistics"], report["versions"]
+    rows = [
+        ("made from", str(report["model"])),
+        ("state", "the edit was reverted" if report.get("applied") is False else "edited"),
+        (f"{len(concepts):,} concept{'' if len(concepts) == 1 else 's'}", "\n".join([*pairs, *more])),
+        ("redirection", ", ".join(f"{count:,} {word}" for word, count in words.items())),
+        ("harmed", ", ".join(str(harm["name"]) for harm in report.get("harmed", []))),
+        ("layers", ", ".join(f"{layer['layer']} ({100 * layer['relative_norm']:.1f}%)" for layer in layers)),
+        ("settings", f"{config['method']}, ridge {config['ridge']:g}, gamma {config['gamma']:g}"),
+        ("ordinary text", f"{text.get('tokens', 0):,} tokens ({text.get('text', 'unknown')})"),
+        ("limits passed", "\n".join(report.get("limits_passed", []))),
+        ("made with", f"rocr {made['rocr']}, torch {made['torch']}, transformers {made['transformers']}"),
+    ]
+    return [(what, value) for what, value in rows if value]
+
+
 def _file_in(folder: Path) -> Path:
-    for name in ("edit.safetensors", "report.json"):
+    for name in ("edit.safetensors", REPORT_FILE):
         if (folder / name).is_file():
             return folder / name
     raise InputError(f"{folder} is no output folder of rocr: it has no edit.safetensors and no report.json.")
@@ -78,9 +125,23 @@ def _header(path: Path) -> dict[str, Any]:
     if path.suffix.lower() in LISTS:
         return _list(path)
 
+    _check_header(path)
     from rocr.io.tensors import read_header
 
     return read_header(path)
+
+
+def _check_header(path: Path) -> None:
+    """Raise InputError if a file does not begin as a safetensors file does, before anything slow is imported."""
+    if not path.is_file():
+        return  # the reader says so
+    with path.open("rb") as file:
+        first = file.read(9)
+    if len(first) < 9 or first[8:] != b"{" or int.from_bytes(first[:8], "little") > path.stat().st_size - 8:
+        raise InputError(
+            f"{path} is not a file that rocr shows: neither a .gguf file nor a safetensors file of rocr, by its "
+            f"beginning. A list of concepts is named {', '.join(LISTS[:-1])} or {LISTS[-1]}; a report ends in .json."
+        )
 
 
 def _list(path: Path) -> dict[str, Any]:

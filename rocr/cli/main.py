@@ -21,11 +21,13 @@ from rocr.cli.change import merge, remove
 from rocr.cli.chat import chat
 from rocr.cli.compare import compare
 from rocr.cli.console import Console
+from rocr.cli.demo import demo
 from rocr.cli.doctor import doctor
 from rocr.cli.evaluate import evaluate
 from rocr.cli.info import info
 from rocr.cli.interruption import Interrupted, SaidElsewhere, signals_raise
 from rocr.cli.parsing import CONTEXT, Program
+from rocr.cli.plan_command import plan
 from rocr.cli.redirects import redirects
 from rocr.cli.revert import revert
 from rocr.cli.stats import stats
@@ -48,8 +50,8 @@ Shell completion: eval "$({COMPLETION}=bash_source rocr)" in bash, zsh_source in
 program = Program(
     "rocr",
     commands=(
-        *(unlearn, stats, ask, chat, apply, revert, add, remove, merge),
-        *(evaluate, redirects, aliases, compare, info, verify, doctor),
+        *(unlearn, plan, stats, ask, chat, apply, revert, add, remove, merge),
+        *(evaluate, redirects, aliases, compare, info, verify, doctor, demo),
     ),
     help="Unlearn concepts from language models, in closed form.",
     epilog=EPILOG,

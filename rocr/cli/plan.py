@@ -1,7 +1,8 @@
-"""`--dry-run`: estimate what a run reads, holds in memory and writes, and its seconds."""
+"""`rocr plan` and `--dry-run`: estimate what a run reads, holds in memory and writes, and its seconds."""
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from rocr.cli.answers import retained_names
 from rocr.cli.console import Console
 from rocr.cli.outputs import gguf_kind
 from rocr.cli.parsing import Arguments
+from rocr.cli.recommend import added_options, recommended
 from rocr.concepts import Concept
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ def show_plan(
     Raises:
         InputError: the model or a name cannot be used, or there is too little free disk space.
     """
-    from rocr.export.duration import DISK_BYTES_PER_SECOND, estimate_seconds, measure_speed
+    from rocr.export.duration import DISK_BYTES_PER_SECOND, estimate_stages, measure_speed
     from rocr.export.forecast import forecast, weight_dtype
     from rocr.io.disk_space import check_space, free_space
     from rocr.model.load_partial import free_memory
@@ -41,7 +43,9 @@ def show_plan(
     job = _job(arguments, concepts, source, config, questions, last_layer)
     sizes = forecast(job)
     speed = measure_speed(job.architecture, weight_dtype(job))
-    seconds = estimate_seconds(job, speed, sizes)
+    stages = estimate_stages(job, speed, sizes)
+    seconds = sum(stages.values())
+    advice = recommended(arguments, concepts, job, stages["statistics"])
     free = {"memory": free_memory(), "disk": free_space(arguments.out or ".")}
     basis = (
         "The seconds are an estimate for the CPU, without the time to import libraries. Measured now: "
@@ -54,14 +58,18 @@ def show_plan(
         ("model", f"{source.name}: {sum(p.numel() for p in job.architecture.model.parameters()):,} parameters"),
         ("concepts", f"{len(concepts)}, with {sum(len(c.names) for c in concepts)} names and {job.keys:,} keys"),
         ("layers", ", ".join(map(str, job.layers))),
-        ("edited weights", "\n".join(_edited(job))),
+        ("edited weights", "\n".join([*_edited(job), *_kept_zeros(job)])),
         ("read", f"{_parts(sizes.read)}\nof the model: {loaded}"),
         ("held at most", f"{_parts(sizes.held)}\n{_mapped(sizes)}free now: {_bytes(free['memory'])}"),
         ("written", f"{_parts(sizes.written)}\nhard links: {sizes.linked}\nto {arguments.out or 'no folder yet'}"),
-        ("seconds", f"about {seconds:,.0f}" if seconds >= 1 else "less than 1"),
+        ("seconds", f"{_about(seconds)}\n" + "\n".join(f"{name}: {_about(part)}" for name, part in stages.items())),
+        *((f"recommended {each.about}", each.text) for each in advice),
     ]
     console.table("Dry run: no weights are loaded, nothing is written", ("what", "how much"), rows)
     console.say(basis)
+    added = added_options(advice)
+    if added:
+        console.say(f"Recommended: add to the command line {shlex.join(added)}")
     if sum(sizes.held.values()) > (free["memory"] or 0):
         console.warn("More memory may be needed than is free now.")
     if arguments.out:
@@ -78,8 +86,15 @@ def show_plan(
         "linked": sizes.linked,
         "free": free,
         "seconds": {"total": seconds},
+        "seconds_of_stages": stages,
+        "recommended": [each.to_json() for each in advice],
+        "sparse": sum(job.sparse),
         "basis": basis,
     }
+
+
+def _about(seconds: float) -> str:
+    return f"about {seconds:,.0f}" if seconds >= 1 else "less than 1"
 
 
 def _mapped(sizes: Forecast) -> str:
@@ -142,6 +157,12 @@ def _job(
 def _edited(job: Job) -> list[str]:
     counts = Counter((block.parameter_name, tuple(block.weight.shape)) for block in job.blocks)
     return [f"{name} {shape}" + (f", {count} experts" if count > 1 else "") for (name, shape), count in counts.items()]
+
+
+def _kept_zeros(job: Job) -> list[str]:
+    """A line about the zeros that the edit keeps."""
+    count = sum(job.sparse)
+    return [f"zeros are kept in {count} of {len(job.sparse)}"] if count else []
 
 
 def _parts(sizes: Mapping[str, int]) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from rocr.cli import options
 from rocr.cli.arguments import chat_of, claim_output, load_language_model, source_of
@@ -12,6 +13,15 @@ from rocr.cli.parsing import Arguments, command, option
 from rocr.cli.tables import number_of_concepts
 from rocr.concepts import check_names
 from rocr.io.output import new_file
+
+if TYPE_CHECKING:
+    from rocr.evaluation.redirects import RedirectChoice
+
+
+NEAR = 0.05
+"""Difference between two shares up to which the choice between them is a near tie: few questions decide it."""
+MUCH = 0.5
+SHOWN_NAMES = 5
 
 
 @command("redirects")
@@ -55,6 +65,8 @@ def redirects(arguments: Arguments, console: Console) -> dict[str, Any]:
     ]
     title = "Share of right answers about the concept that remains if the questions name the redirect"
     console.table(title, ("concept", "redirect", "questions", *arguments.among), rows)
+    for sentence in near_ties(choices):
+        console.warn(sentence)
     console.say(f"{arguments.out} holds {number_of_concepts(choices)} for rocr unlearn.")
     return {
         "out": arguments.out,
@@ -62,3 +74,29 @@ def redirects(arguments: Arguments, console: Console) -> dict[str, Any]:
             {**concept, "left": c.left, "questions": c.questions} for concept, c in zip(concepts, choices, strict=True)
         ],
     }
+
+
+def near_ties(choices: Sequence[RedirectChoice]) -> list[str]:
+    """Sentences about choices that another candidate nearly won, and about concepts without a good candidate."""
+    ties, bad = [], []
+    for choice in choices:
+        first, second, *_ = sorted(choice.left.items(), key=lambda pair: pair[1])
+        if second[1] - first[1] <= NEAR:
+            ties.append(f"{choice.concept.name}: {first[0]} {first[1]:.3f}, {second[0]} {second[1]:.3f}")
+        if first[1] > MUCH:
+            bad.append(f"{choice.concept.name} ({first[1]:.2f})")
+    sentences = []
+    if ties:
+        sentences.append(
+            f"Near ties (up to {NEAR:g} apart; the second is about as good, so choose by meaning): {_listed(ties)}."
+        )
+    if bad:
+        sentences.append(
+            f"Every candidate leaves more than {MUCH:.0%} of the right answers: {_listed(bad)}. Try other names."
+        )
+    return sentences
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f"; and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
+    return "; ".join(names[:SHOWN_NAMES]) + more

@@ -6,6 +6,7 @@ from collections.abc import Sized
 from typing import Any
 
 from rocr.cli.console import Console
+from rocr.cli.verdicts import PARTIAL, PARTIAL_TO, STRONG, STRONG_TO, verdict, weak_sentences
 
 SHOWN_ROWS = 20
 SHOWN_PAIRS = 5
@@ -14,21 +15,19 @@ FLUENT = 0.95
 
 
 def show_report(report: dict[str, Any], console: Console, place: str | None) -> None:
-    """Show a report: concepts, answers, layers, seconds, and the folder of the result."""
+    """Show a report: concepts, answers, layers, seconds, what to try where the edit is weak, and the folder."""
     _show_concepts(report, console)
     _show_collisions(report["collisions"], console)
-    _show_retained(report["neighbours"], console)
+    _show_retained(report["neighbours"], console, len(report.get("harmed", [])) if report["answers"] else None)
     show_harmed(report.get("harmed", []), console)
     for on_list, title in (
         (True, "Answers about concepts on the list"),
         (False, "Answers about names not on the list"),
     ):
         answers = [answer for answer in report["answers"] if answer["on_list"] == on_list]
-        several = len({answer["name"] for answer in answers}) < len(answers)
-        asked = "question" if several else "name"
         if answers:
-            rows = [(answer[asked], answer["before"], answer["after"]) for answer in answers]
-            console.table(title, (asked, "before", "after"), rows)
+            rows = [(answer["question"], answer["before"], answer["after"]) for answer in answers]
+            console.table(title, ("question", "before", "after"), rows)
     show_fluency(report.get("fluency"), console)
     _show_layers(report, console)
     _show_routing(report.get("routing", []), console)
@@ -36,6 +35,8 @@ def show_report(report: dict[str, Any], console: Console, place: str | None) -> 
     console.table("Seconds", tuple(seconds), [tuple(f"{value:.1f}" for value in seconds.values())])
     details = ", ".join(f"{stage} {value:.2f}" for stage, value in report["seconds"]["edit"].items())
     console.say(f"The edit itself: {sum(report['seconds']['edit'].values()):.2f} s ({details}).")
+    for sentence in weak_sentences(report["concepts"], report["answers"], report["config"]["ridge"]):
+        console.warn(sentence)
     if place is not None:
         console.say(f"The result is in {place}.")
 
@@ -60,12 +61,23 @@ def number_of_concepts(concepts: Sized) -> str:
 def _show_concepts(report: dict[str, Any], console: Console) -> None:
     concepts = report["concepts"]
     rows = [
-        (concept["name"], concept["redirect"], _percent(concept["closed"]), _percent(concept["distance"]))
+        (
+            concept["name"],
+            concept["redirect"],
+            _percent(concept["closed"]),
+            _percent(concept["distance"]),
+            verdict(concept["distance"]),
+        )
         for concept in concepts[:SHOWN_ROWS]
     ]
-    console.table("Concepts", ("concept", "redirect", "residual closed", "distance left"), rows)
+    console.table("Concepts", ("concept", "redirect", "residual closed", "distance left", "redirection"), rows)
     if len(concepts) > SHOWN_ROWS:
         console.say(f"and {len(concepts) - SHOWN_ROWS} more, in report.json.")
+    if any(concept["distance"] is not None for concept in concepts):
+        console.say(
+            "Distance left: from the state at the name to that at the redirect, as a share of the distance before. Up "
+            f"to {STRONG_TO:.0%} is called {STRONG}, up to {PARTIAL_TO:.0%} {PARTIAL}."
+        )
 
 
 def _show_collisions(found: dict[str, Any] | None, console: Console) -> None:
@@ -92,7 +104,7 @@ def _show_collisions(found: dict[str, Any] | None, console: Console) -> None:
     )
 
 
-def _show_retained(found: dict[str, Any] | None, console: Console) -> None:
+def _show_retained(found: dict[str, Any] | None, console: Console, harmed: int | None) -> None:
     if found is None:
         return
     kind = "retained names" if found["given"] else "redirects and namesakes" if "controls" in found else "redirects"
@@ -105,8 +117,13 @@ def _show_retained(found: dict[str, Any] | None, console: Console) -> None:
     )
     worst = found["moved"][0]
     console.say(
-        f"The whole edit moves the outputs of {found['count']:,} {kind} by {_percent(found['mean'])} on average, and "
-        f"of {worst['neighbour']} most, by {_percent(worst['share'])}."
+        f"At {found['count']:,} {kind} the outputs of the edited layers move by {_percent(found['mean'])} of their "
+        f"length on average, most at {worst['neighbour']} ({_percent(worst['share'])})."
+        + (
+            f" Answers often stay as they were: {harmed or 'none'} of those asked about are harmed."
+            if harmed is not None
+            else ""
+        )
     )
 
 

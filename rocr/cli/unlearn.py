@@ -26,6 +26,7 @@ from rocr.cli.outputs import check_parts, check_writable, show_adapter, write_ou
 from rocr.cli.parsing import Arguments, argument, choice, command, flag, option
 from rocr.cli.tables import show_report
 from rocr.cli.values import DIR, FILE
+from rocr.cli.verdicts import next_step, path_note
 from rocr.cli.zeros import with_zeros
 from rocr.concepts import (
     MAX_CONCEPTS,
@@ -181,6 +182,10 @@ def unlearn(arguments: Arguments, console: Console) -> dict[str, Any]:
     )
     show_report(report, console, arguments.out)
     show_adapter(report, console)
+    note = path_note(arguments.model)
+    if note is not None:
+        console.warn(note)
+    console.say(next_step(report, arguments.out))
     return report
 
 

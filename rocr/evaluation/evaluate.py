@@ -43,6 +43,8 @@ from rocr.progress import Progress, ProgressCallback, silent
 
 PROBES, FORM_NAMES = "a list of rocr.Probe", "a list of forms"
 MAX_JOURNAL_BYTES = 1024 * 2**20
+MAX_HEAD_BYTES = 2**20
+"""Largest length of the first line of a journal, which holds digests and the settings of the chat template."""
 
 
 @dataclass(frozen=True)
@@ -188,13 +190,45 @@ def _scores(
 def _identity(model: nn.Module, tokenizer: Any, items: Sequence[Item], chat: ChatSettings) -> dict[str, Any]:
     """Return the digests that identify an evaluation; all weights count, because an edit changes only a few of them."""
     weights = hashlib.sha256("".join(tensor_digest(parameter) for parameter in model.parameters()).encode())
-    asked = hashlib.sha256(json.dumps([asdict(item) for item in items], sort_keys=True).encode())
     return {
         "model": weights.hexdigest(),
         "tokenizer": tokenizer_digest(tokenizer),
-        "questions": asked.hexdigest(),
+        "questions": _digest(items),
         "chat": chat.to_json(),
     }
+
+
+def _digest(items: Sequence[Item]) -> str:
+    return hashlib.sha256(json.dumps([asdict(item) for item in items], sort_keys=True).encode()).hexdigest()
+
+
+def check_journal(path: str | os.PathLike[str], items: Sequence[Item]) -> None:
+    """Check, before a model is loaded, that a journal is of an evaluation with the same questions, if there is one.
+
+    Args:
+        path: The path of the journal.
+        items: The questions of the evaluation that would continue from it.
+
+    Raises:
+        InputError: The file is the journal of other questions.
+    """
+    if not Path(path).is_file():
+        return
+    with open(path, "rb") as file:
+        first = file.readline(MAX_HEAD_BYTES)
+    try:
+        head = parse_json(first)
+    except ValueError:
+        return  # the evaluation itself says what is wrong with it
+    if isinstance(head, dict) and "questions" in head and head["questions"] != _digest(items):
+        raise _other_evaluation(path)
+
+
+def _other_evaluation(path: str | os.PathLike[str]) -> InputError:
+    return InputError(
+        f"The journal {path} is of another evaluation (other model, probes or settings), which was interrupted: run "
+        "its command again to finish it, remove the journal, or choose another file."
+    )
 
 
 def _item_score(item: Item, probe: Probe, answers: list[AnswerScore], subjects: Mapping[str, str]) -> ItemScore:
@@ -279,10 +313,7 @@ class _Journal:
         whole = data.rfind(b"\n") + 1
         first, *rest = data[:whole].decode("utf-8", "replace").split("\n") if whole else ("",)
         if data and first != head:
-            raise InputError(
-                f"The journal {self._path} is of another evaluation (other model, probes or settings); remove it or "
-                "choose another file."
-            )
+            raise _other_evaluation(self._path)
         for number, line in enumerate(filter(None, rest), start=2):
             try:
                 item, scores = parse_json(line)

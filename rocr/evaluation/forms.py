@@ -64,8 +64,12 @@ class PromptStyle:
     @classmethod
     def of(cls, model: nn.Module) -> PromptStyle:
         """Return the style of the authors for a model, by `config.name_or_path`."""
-        name = str(getattr(getattr(model, "config", None), "name_or_path", "")).lower()
-        return cls(direct="mistral" in name, subtoken_example="llama" not in name)
+        return cls.of_name(str(getattr(getattr(model, "config", None), "name_or_path", "")))
+
+    @classmethod
+    def of_name(cls, name: str) -> PromptStyle:
+        """Return the style of the authors for a model with this name or path."""
+        return cls(direct="mistral" in name.lower(), subtoken_example="llama" not in name.lower())
 
 
 @dataclass(frozen=True)

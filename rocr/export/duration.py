@@ -26,6 +26,9 @@ DISK_BYTES_PER_SECOND = 500e6
 """Assumed, since a short measurement of a disk measures its cache."""
 PROMPT_TOKENS = 40
 """Assumed length of a question in its chat template."""
+GGUF_SECONDS_OF_PARAMETER, GGUF_SECONDS_OF_TOKEN = 33e-9, 31e-6
+"""Assumed seconds to load a parameter and a token of the vocabulary of a GGUF file. SmolLM2-135M takes 6.0 s, a tiny
+model with 262,144 tokens 8.7 s (benches/results/load_gguf.json)."""
 EIGENDECOMPOSITION = 27
 """Operations of an eigendecomposition over those of a Cholesky factorization of the same size."""
 
@@ -93,8 +96,8 @@ def _around_embedding(architecture: Architecture) -> str:
     return name.rpartition(".")[0] or name
 
 
-def estimate_seconds(job: Job, speed: Speed, sizes: Forecast) -> float:
-    """Return the estimated seconds of a command on the CPU, without the time to import libraries.
+def estimate_stages(job: Job, speed: Speed, sizes: Forecast) -> dict[str, float]:
+    """Return the estimated seconds of each stage of a command on the CPU, without the time to import libraries.
 
     Args:
         job: The edit.
@@ -103,13 +106,25 @@ def estimate_seconds(job: Job, speed: Speed, sizes: Forecast) -> float:
     """
     # What is written is read once more for its sha256; originals are read and written.
     saved = 2 * (sum(sizes.written.values()) + sizes.read.get("sha256 of the originals", 0))
-    read = sum(sizes.read.get(part, 0) for part in ("model", "text", "statistics"))
-    seconds = (saved + read) / DISK_BYTES_PER_SECOND + _edit(job, speed)
-    if job.questions and job.last_layer is None:
-        seconds += 2 * _generation(job, speed, job.questions, PROMPT_TOKENS, job.answer_tokens)
-    if job.statistics is None:
-        seconds += _statistics(job, speed)
-    return seconds
+    statistics = (sizes.read.get("text", 0) + sizes.read.get("statistics", 0)) / DISK_BYTES_PER_SECOND
+    asked = job.questions and job.last_layer is None
+    return {
+        "load": sizes.read.get("model", 0) / DISK_BYTES_PER_SECOND + _decoding(job),
+        "statistics": statistics + (_statistics(job, speed) if job.statistics is None else 0.0),
+        "edit": _edit(job, speed),
+        "answers": 2 * _generation(job, speed, job.questions, PROMPT_TOKENS, job.answer_tokens) if asked else 0.0,
+        "save": saved / DISK_BYTES_PER_SECOND,
+    }
+
+
+def _decoding(job: Job) -> float:
+    """Return the seconds that a GGUF file takes beyond its reading: its tokenizer is rebuilt, its weights decoded."""
+    if job.source.gguf is None:
+        return 0.0
+    parameters = sum(parameter.numel() for parameter in job.architecture.model.parameters())
+    embedding = job.architecture.embedding.weight
+    assert isinstance(embedding, torch.Tensor)
+    return GGUF_SECONDS_OF_PARAMETER * parameters + GGUF_SECONDS_OF_TOKEN * embedding.shape[0]
 
 
 def _statistics(job: Job, speed: Speed) -> float:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from rocr.concepts import Concept
 from rocr.config import EditConfig
+from rocr.edit.support import SPARSE
+from rocr.errors import InputError
 from rocr.export.copying import may_link
 from rocr.export.folder import carried_bytes, weights_copied
 from rocr.export.gguf import first_bytes, gguf_bytes
@@ -33,6 +35,8 @@ UNDO_SHARE = {torch.float32: 0.77, torch.bfloat16: 0.55, torch.float16: 0.73}
 """Size of the compressed undo data over that of the weight. For updates of 2 to 35% of the norm of SmolLM2's weights,
 0.73 to 0.84, 0.45 to 0.67 and 0.64 to 0.84 were measured."""
 HEADER_BYTES, HEADER_BYTES_OF_CONCEPT = 30_000, 600
+SAMPLED_BYTES = 2**22
+"""Bytes at the beginning of a weight by which a sparse weight is told."""
 BYTES_OF_TOKEN = 4
 """Assumed bytes of text per token."""
 BATCH_TOKENS = {"statistics": 8192, "edit": 4096}
@@ -115,6 +119,16 @@ class Job:
     def names(self) -> StoredNames:
         """The names of the model's parameters in its files."""
         return StoredNames() if self.files is None else stored_names(self.files, self.architecture.model)
+
+    @cached_property
+    def sparse(self) -> list[bool]:
+        """Whether the edit keeps the zeros of each weight, by the beginning of the weight in its file."""
+        if self.config.keep_zeros is False or (self.files is not None and find_quantisation(self.files.folder)):
+            return [False] * len(self.blocks)
+        if self.files is None:  # a GGUF file: only what is asked for is known
+            return [bool(self.config.keep_zeros)] * len(self.blocks)
+        least = 0.0 if self.config.keep_zeros else SPARSE
+        return [_share_of_zeros(self.files, self.names, block) > least for block in self.blocks]
 
     @property
     def blocks(self) -> list[Block]:
@@ -226,12 +240,28 @@ def edit_bytes(job: Job, undo: bool = True) -> int:
     """Return the estimated size of the edit file in bytes, with or without the undo data; see `UNDO_SHARE`."""
     n, retained, dtype = job.keys, job.retained_keys, written_dtype(job)
     size = HEADER_BYTES + HEADER_BYTES_OF_CONCEPT * len(job.concepts)
-    for weight in job.weights:
+    for weight, is_sparse in zip(job.weights, job.sparse, strict=True):
         d_out, d_in = weight.shape
         factors = n * (d_out + d_in) if n <= d_in else d_out * d_in
+        if is_sparse:
+            factors = (n + retained) * (d_out + d_in)
+            size += d_out * -(-d_in // 8)  # a bit for each element that is not zero
         size += 4 * (factors + n * (d_out + d_in) + min(n, d_in) * d_in + retained * d_in * (2 if n <= d_in else 1))
         size += int(UNDO_SHARE[dtype] * weight.numel() * dtype.itemsize) if undo else 0
     return size
+
+
+def _share_of_zeros(files: WeightFiles, names: StoredNames, block: Block) -> float:
+    """Return the share of exact zeros in the first values of a weight in its file."""
+    try:
+        stored = find_stored(files, names, block)[0].tensor
+    except InputError:
+        return 0.0  # stored in another layout: what the run writes then says so
+    with stored.file.open("rb") as file:
+        file.seek(stored.start)
+        data = bytearray(file.read(min(stored.size, SAMPLED_BYTES)))
+    values = torch.frombuffer(data, dtype=stored.dtype)
+    return float((values == 0).double().mean())
 
 
 def _written(job: Job) -> tuple[dict[str, int], int, int]:
@@ -298,7 +328,8 @@ def _stages(job: Job) -> dict[str, int]:
     rows = n + job.retained_keys
     weights = [weight.numel() for weight in job.weights]
     d_in = max(weight.shape[1] for weight in job.weights)
-    edit = edit_bytes(job, undo=False) + sum(weights) * itemsize
+    supports = sum(count for count, is_sparse in zip(weights, job.sparse, strict=True) if is_sparse)
+    edit = edit_bytes(job, undo=False) + sum(weights) * itemsize + supports  # a support takes a byte for each element
     wide = 3 * 8 * d_in**2 if n > d_in else 4 * 8 * rows**2
     solving = max(2 * 4 * d_in**2 + wide, max(weights) * (4 + itemsize)) + 8 * rows * d_in
     found = {

@@ -97,6 +97,7 @@ def write_tensors(
         InputError: The file exists and `overwrite` is off, or the disk has too little free space.
         RocrError: The file cannot be written.
     """
+    check_path("path", path)
     text = json.dumps(header)
     if len(text) > MAX_HEADER_BYTES // 2:
         raise RocrError(

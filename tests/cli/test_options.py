@@ -282,7 +282,16 @@ EFFECTS = {
         "--edit": verifies_by_another_file,
     },
     "doctor": {},
+    "demo": {
+        **dict.fromkeys(
+            ("--out", "--overwrite", *RUNNING), "test_demo.py::test_it_is_an_unlearn_of_the_list_of_the_package"
+        ),
+        "--download": "test_demo.py::test_a_download_that_fails_is_said_in_one_sentence",
+    },
 }
+PLANNED = "test_plan_command.py::test_a_plan_is_a_dry_run"
+"""A plan has the options of `unlearn` and runs its function, which the entries of `unlearn` hold."""
+EFFECTS["plan"] = dict.fromkeys(EFFECTS["unlearn"].keys() - {"--dry-run", "--overwrite", "--keep-statistics"}, PLANNED)
 
 
 def test_no_option_is_missing_from_the_table():

@@ -4,7 +4,9 @@ import pytest
 
 import rocr
 from rocr import InputError, Probe
+from rocr.cli.redirects import near_ties
 from rocr.evaluation import choose_redirects, evaluate
+from rocr.evaluation.redirects import RedirectChoice
 
 PROBES = [
     Probe("Ada Byron", "Where was Ada Byron born?", "London", ("Rome", "Oslo"), cloze="Ada Byron was born in ___."),
@@ -84,3 +86,13 @@ def test_the_command_writes_a_list_for_unlearn(files, command, tmp_path):
     assert done.code == 2 and "exists" in done.errors
     done = command(*arguments[:-1], tmp_path / "other", "--targets", "Nobody")
     assert done.code == 2 and not (tmp_path / "other").exists()
+
+
+def test_a_near_tie_and_a_bad_choice_are_said():
+    def choice(name, **left):
+        return RedirectChoice(rocr.Concept(name, min(left, key=left.get)), left, 3)
+
+    assert near_ties([choice("Ada Byron", rain=0.1, roses=0.2)]) == []
+    ties = near_ties([choice("Ada Byron", rain=0.10, roses=0.14, keys=0.9), choice("Æsop", rain=0.7, roses=0.9)])
+    assert len(ties) == 2 and ties[0].endswith("Ada Byron: rain 0.100, roses 0.140.") and "Æsop" not in ties[0]
+    assert "Every candidate leaves more than 50%" in ties[1] and "Æsop (0.70)" in ties[1]

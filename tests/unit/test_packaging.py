@@ -5,6 +5,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -238,6 +239,19 @@ def test_the_wheel_installs_and_runs_without_a_compiler(built, tmp_path):
         )
         assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.startswith(str(tmp_path / "site"))
+
+
+@pytest.mark.slow
+def test_a_build_whose_compiler_fails_says_what_is_slower_and_goes_on(tmp_path):
+    environment = os.environ | {"CC": "/bin/false", "CXX": "/bin/false", "ROCR_CUDA": "0"}
+    pip = ["install", "-v", "--no-build-isolation", "--no-deps", "--no-index", "--target", str(tmp_path / "site")]
+    shutil.copytree(ROOT, tmp_path / "rocr", ignore=shutil.ignore_patterns(".git", ".venv", "build", "*.so", "tests"))
+    command = [sys.executable, "-m", "pip", *pip, str(tmp_path / "rocr")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = " ".join((done.stdout + done.stderr).split())
+    assert "rocr._C was not built" in said and "take about 4 times as long" in said and "rocr doctor" in said
+    assert not list((tmp_path / "site" / "rocr").glob("_C*")) and (tmp_path / "site" / "rocr" / "ops").is_dir()
 
 
 @pytest.mark.slow

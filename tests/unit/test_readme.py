@@ -17,9 +17,8 @@ from rocr.model.fingerprint import tensor_digest
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = {
-    *("unlearn", "stats", "eval", "compare", "redirects", "aliases", "apply", "revert", "add", "remove", "merge"),
-    *("ask", "chat"),
-    *("info", "verify", "doctor"),
+    *("plan", "unlearn", "stats", "eval", "compare", "redirects", "aliases", "apply", "revert", "add", "remove"),
+    *("ask", "chat", "merge", "info", "verify", "doctor", "demo"),
 }
 PEOPLE = (
     "Ada Byron | the countess",
