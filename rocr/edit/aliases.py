@@ -22,11 +22,12 @@ from rocr.edit.alias_answers import (
     cut_spelling,
 )
 from rocr.edit.alias_checks import Check, check_proposals, maker_of
+from rocr.edit.alias_examples import listed_names
 from rocr.edit.automatic_redirects import kind_of
 from rocr.errors import InputError
 from rocr.model.architecture import Architecture, find_architecture
 from rocr.model.causality import check_writes_text, with_kind
-from rocr.model.generate import ask
+from rocr.model.generate import ask, continue_texts
 from rocr.model.layers import layers_by_default
 from rocr.ops.arithmetic import plain_arithmetic
 from rocr.progress import Progress, ProgressCallback, silent
@@ -35,8 +36,10 @@ LANGUAGES = ("Chinese", "Japanese", "Korean", "Russian", "Arabic", "Hindi", "Gre
 """The languages that are asked for by default."""
 LEAST = 0.5
 """The default of the smallest share of an alias that is taken."""
-ANSWER_LENGTH, RELATED_LENGTH = 32, 60
-"""Largest numbers of tokens of an answer with aliases, and with related things."""
+NEAR = 0.5
+"""The part of that share which is enough for an alias whose state is near the concept's."""
+ANSWER_LENGTH, LISTED_LENGTH, RELATED_LENGTH = 32, 20, 60
+"""Largest numbers of tokens of an answer with aliases, of a name that continues a list, and of related things."""
 FULL_NAME, FULL_NAME_OF_THINGS = "What is the full birth name of {}?", "What is the full name of {}?"
 NICKNAME = "What is the nickname of {}?"
 SPELLING = 'Translate the name "{}" into [language].'
@@ -55,8 +58,8 @@ class Proposal:
         kind: "full name", "nickname", "script" (a spelling in another language), "description", or "related": a work,
             a company or an invention of the concept, which becomes a concept of its own.
         language: The language of a "script"; None of others.
-        question: The question to the model.
-        answer: Its answer.
+        question: The question to the model, or the list of names that it continues.
+        answer: Its answer, or the rest of the line.
         name: What is cut out of the answer; None if nothing in it fits.
         share: How much of the model's answer about the concept belongs to the name, see `rocr.edit.alias_checks.Check`.
             None if it was not measured.
@@ -98,13 +101,14 @@ class Aliases:
 
 @dataclass(frozen=True)
 class _Request:
-    """A question about a concept, and how its answer is read."""
+    """A question about a concept, or a list that ends with its name, and how what follows is read."""
 
     concept: Concept
     kind: ProposalKind
     question: str
     cut: Callable[[str, str], Cut]
     language: str | None = None
+    is_list: bool = False
 
     def unmeasured(self, answer: str, name: str | None, reason: str) -> Proposal:
         """Return a proposal that is not taken, with the reason."""
@@ -127,7 +131,8 @@ def propose_aliases(
 ) -> Aliases:
     """Let a model propose aliases of concepts, and verify each by what the model itself says of it.
 
-    The model is asked for the full name, nicknames, the spelling in other languages and descriptions of each concept.
+    The model is asked for the full name, nicknames, the spelling in other languages and descriptions of each concept,
+    and continues a list of names in each of the default languages (`rocr.edit.alias_examples`).
     What its answers propose is cut out by rules. A proposal is taken if enough of the model's own answer about the
     concept belongs to it too. Nothing is edited, and a person should read the result before it is used.
 
@@ -136,7 +141,8 @@ def propose_aliases(
         tokenizer: Its tokenizer.
         concepts: The concepts.
         languages: The languages for spellings, from `rocr.edit.alias_answers.SCRIPTS`.
-        least: Smallest share of an alias that is taken, from 0 (as an unrelated name) to 1 (as the name itself).
+        least: Smallest share of an alias that is taken, from 0 (as an unrelated name) to 1 (as the name itself). Half
+            of it is enough if the state at the alias is near that at the name.
         related: Whether the model proposes works, companies and inventions of each concept too, as concepts of kind
             "thing". One is taken if the model, asked who wrote, founded or made it, names the concept.
         redirect: The redirect of related concepts. "auto" has `rocr.unlearn` choose one for each.
@@ -218,6 +224,11 @@ class _Asking:
         """Return the model's answers to questions."""
         return ask(self.architecture.reader, self.tokenizer, questions, length, self.chat, always=True)
 
+    def next_lines(self, lists: Sequence[str]) -> list[str]:
+        """Return the rest of the last line of lists, without a chat template, as the model continues them."""
+        written = continue_texts(self.architecture.reader, self.tokenizer, lists, LISTED_LENGTH, always=True)
+        return [text.partition("\n")[0].strip() for text in written]
+
 
 class _Known:
     """The names that a list holds already, by what they are there."""
@@ -250,6 +261,8 @@ def _requests(concept: Concept, languages: Sequence[str]) -> Iterator[_Request]:
     for language in languages:
         question = asking(SPELLING.replace("[language]", language))
         yield _Request(concept, "script", question, _spelling_in(language), language)
+        if (names := listed_names(concept.name, language)) is not None:
+            yield _Request(concept, "script", names, _spelling_in(language), language, is_list=True)
     yield _Request(concept, "description", asking(DESCRIPTION), cut_descriptions)
 
 
@@ -268,8 +281,9 @@ def _aliases_of(
 ) -> Iterator[Proposal]:
     """Yield what a model proposes as aliases of a concept, and add those that are taken to the known names."""
     requests = list(_requests(concept, languages))
-    answers = asking.answers([each.question for each in requests], ANSWER_LENGTH)
-    found = [each for pair in zip(requests, answers, strict=True) for each in _cut(*pair, known)]
+    answers = iter(asking.answers([each.question for each in requests if not each.is_list], ANSWER_LENGTH))
+    lines = iter(asking.next_lines([each.question for each in requests if each.is_list]))
+    found = [each for request in requests for each in _cut(request, next(lines if request.is_list else answers), known)]
     names = list(dict.fromkeys(name for _, proposal in found if (name := proposal.name) and not proposal.reason))
     checks: dict[str, Check] = {}
     if names:
@@ -301,8 +315,9 @@ def _judged(proposal: Proposal, check: Check, least: float) -> Proposal:
     if check.share is None or not math.isfinite(check.share):
         reason = f"the model says the same of unrelated names as of {proposal.concept}"
         return replace(proposal, near=check.near, reason=reason)
-    taken = check.share >= least
-    reason = f"share {check.share:.2f} is {'at least' if taken else 'below'} {least:g}"
+    limit = NEAR * least if check.near else least
+    taken = check.share >= limit
+    reason = f"share {check.share:.2f} is {'at least' if taken else 'below'} {limit:g}"
     return replace(proposal, share=check.share, near=check.near, taken=taken, reason=reason)
 
 

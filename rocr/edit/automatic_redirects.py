@@ -19,8 +19,8 @@ from rocr.edit.harm import ANSWER_TOKENS, QUESTION, mean_log_probabilities
 from rocr.errors import InputError
 from rocr.model.architecture import Architecture
 from rocr.model.chat import render_chats
-from rocr.model.generate import continue_greedily
-from rocr.model.tokenizer import calling_tokenizer, tokenize_prompt
+from rocr.model.generate import continue_texts
+from rocr.model.tokenizer import tokenize_prompt
 from rocr.progress import Progress, ProgressCallback, silent
 
 CANDIDATES = 6
@@ -145,10 +145,8 @@ def _ask(
 
 def first_words(architecture: Architecture, tokenizer: Any, questions: Sequence[str], chat: ChatSettings) -> list[str]:
     """Return the first tokens of a model's own answers to questions, as text."""
-    prompts = [tokenize_prompt(tokenizer, text) for text in render_chats(tokenizer, questions, chat)]
-    written = continue_greedily(architecture.reader, tokenizer, prompts, ANSWER_TOKENS, always=True)
-    with calling_tokenizer(tokenizer):
-        return [str(tokenizer.decode(answer, skip_special_tokens=True)) for answer in written]
+    texts = render_chats(tokenizer, questions, chat)
+    return continue_texts(architecture.reader, tokenizer, texts, ANSWER_TOKENS, always=True)
 
 
 def _scores(

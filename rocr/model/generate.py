@@ -51,11 +51,29 @@ def ask(
     Raises:
         InputError: The tokenizer, its chat template or the model's own code fails.
     """
-    if not questions:
+    answers = continue_texts(model, tokenizer, render_chats(tokenizer, questions, chat), max_tokens, always)
+    return [" ".join(answer.split()) for answer in answers]
+
+
+def continue_texts(
+    model: nn.Module, tokenizer: Any, texts: Sequence[str], max_tokens: int, always: bool = False
+) -> list[str]:
+    """Return what a model writes after texts, greedily, without a chat template.
+
+    Args:
+        model: A causal language model of transformers.
+        tokenizer: The model's tokenizer; its padding settings are not used.
+        texts: The texts, which are continued in one batch.
+        max_tokens: The largest number of tokens that follow a text.
+        always: Whether a model whose `generate` fails is run token by token.
+
+    Raises:
+        InputError: The tokenizer or the model's own code fails.
+    """
+    if not texts:
         return []
-    prompts = [tokenize_prompt(tokenizer, text) for text in render_chats(tokenizer, questions, chat)]
-    written = continue_greedily(model, tokenizer, prompts, max_tokens, always)
-    return [" ".join(answer.split()) for answer in _decoded(tokenizer, written)]
+    prompts = [tokenize_prompt(tokenizer, text) for text in texts]
+    return _decoded(tokenizer, continue_greedily(model, tokenizer, prompts, max_tokens, always))
 
 
 @plain_arithmetic()

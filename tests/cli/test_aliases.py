@@ -9,7 +9,7 @@ import torch
 
 import rocr
 from rocr import Concept
-from tests.support.answering import ADA, SPELLINGS, train_answers
+from tests.support.answering import ADA, LISTED, SPELLINGS, train_answers
 
 pytestmark = pytest.mark.thorough
 LANGUAGES = ("Russian", "Chinese", "Greek")
@@ -56,26 +56,34 @@ def aliases(trained, command, tmp_path_factory):
 
 
 def by_name(found):
-    return {proposal["name"] or proposal["language"] or proposal["kind"]: proposal for proposal in found.proposals}
+    """The proposals by what they propose; those without a name, and lists, by what is asked for."""
+    by = {}
+    for each in found.proposals:
+        asked = f"list of {each['language']}" if each["question"].startswith("Names in ") else each["language"]
+        by.setdefault(each["name"] or asked or each["kind"], each)
+    return by
 
 
 def test_what_the_model_says_of_the_concept_is_taken_and_the_rest_left(trained, aliases, tokenizer):
     found = aliases()
     proposals = by_name(found)
-    taken = ["Augusta Ada Byron", SPELLINGS["Russian"], "the author of Notes"]
+    taken = ["Augusta Ada Byron", SPELLINGS["Russian"], LISTED["Chinese"], "the author of Notes"]
     assert [name for name, each in proposals.items() if each["taken"]] == taken
     assert rocr.load_concepts(found.out) == [Concept(ADA, "Blaise Pascal", ("ada byron", *taken), "person")]
     for name in taken:
-        assert proposals[name]["share"] > 0.8 and proposals[name]["reason"].endswith("is at least 0.5")
+        limit = 0.25 if proposals[name]["near"] else 0.5
+        assert proposals[name]["share"] > 0.8 and proposals[name]["reason"].endswith(f"is at least {limit}")
     for name in ("Engine Queen", "Rose", SPELLINGS["Greek"]):
-        assert proposals[name]["share"] < 0.3 and proposals[name]["reason"].endswith("is below 0.5")
-        assert proposals[name]["near"] in (True, False)
+        limit = 0.25 if proposals[name]["near"] else 0.5
+        assert proposals[name]["share"] < 0.25 and proposals[name]["reason"].endswith(f"is below {limit}")
     left = proposals["Chinese"]
     assert (left["share"], left["near"], left["reason"]) == (None, None, "no letters of Chinese: 'Rain.'")
     assert proposals["Rose"]["answer"] == 'The "Engine Queen" or "Rose".'
     kinds = [proposal["kind"] for proposal in found.proposals]
-    assert kinds == ["full name", "nickname", "nickname", "script", "script", "script", "description"]
-    for text in ("Proposals", "share", "not taken", "near", "3 of 7 proposals were taken. Read it before using it"):
+    assert kinds == ["full name", "nickname", "nickname", *["script"] * 6, "description"]
+    again = [each["reason"] for each in found.proposals if each["question"].startswith("Names in Russian")]
+    assert again == ["on the list already"]
+    for text in ("Proposals", "share", "not taken", "near", "4 of 10 proposals were taken. Read it before using it"):
         assert text in " ".join(found.errors.split())
     library = rocr.propose_aliases(trained.model, tokenizer, [FIRST], LANGUAGES)
     assert library.concepts == rocr.load_concepts(found.out)
@@ -83,10 +91,15 @@ def test_what_the_model_says_of_the_concept_is_taken_and_the_rest_left(trained, 
 
 
 def test_languages_and_the_limit_are_chosen(aliases):
-    assert [each["language"] for each in aliases("--languages", "Greek").proposals if each["language"]] == ["Greek"]
+    assert {each["language"] for each in aliases("--languages", "Greek").proposals} == {"Greek", None}
     all_taken = by_name(aliases("--least", "0"))["Rose"]
     none_taken = aliases("--least", "1").concepts[0]["aliases"]
-    assert all_taken["share"] < 0.5 and set(none_taken) < {"ada byron", "Augusta Ada Byron", *SPELLINGS.values()}
+    assert all_taken["share"] < 0.5 and set(none_taken) < {
+        "ada byron",
+        "Augusta Ada Byron",
+        *SPELLINGS.values(),
+        *LISTED.values(),
+    }
 
 
 def test_the_model_is_loaded_in_a_dtype(aliases):

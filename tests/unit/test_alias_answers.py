@@ -14,6 +14,8 @@ from rocr.edit.alias_answers import (
     cut_related,
     cut_spelling,
 )
+from rocr.edit.alias_examples import listed_names
+from rocr.edit.aliases import LANGUAGES
 
 NAME = "Stephen King"
 ITSELF = "the name itself or a part of it"
@@ -195,3 +197,15 @@ def test_the_letters_of_every_language_are_known_to_unicode():
         assert any(name.startswith(script) for name in names), language
         if script != (LATIN,):
             assert not any(name.startswith(script) for name in map(unicodedata.name, NAME))
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_a_list_has_examples_in_the_letters_of_its_language_but_not_of_the_name_itself(language):
+    text = listed_names("Ada Byron", language)
+    first, *examples, last = text.split("\n")
+    assert (first, last, len(examples)) == (f"Names in {language}:", "Ada Byron =", 2)
+    for line in examples:
+        name, _, spelling = line.partition(" = ")
+        assert cut_spelling(spelling, name, language).texts == (spelling,)
+    assert listed_names("ALBERT EINSTEIN", language).count("\n") == 2
+    assert listed_names("Ada Byron", "Swedish") is None
