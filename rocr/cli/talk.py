@@ -85,7 +85,9 @@ class Talk:
             return [
                 answer
                 for start in range(0, len(questions), BATCH)
-                for answer in ask(model, tokenizer, questions[start : start + BATCH], self.max_tokens, self.chat)
+                for answer in ask(
+                    model, tokenizer, questions[start : start + BATCH], self.max_tokens, self.chat, always=True
+                )
             ]
 
     def answer(self, name: str, question: str, show: Callable[[str], bool]) -> str:

@@ -106,7 +106,9 @@ def answer_in_steps(
         return show(_decoded(tokenizer, [tokens])[0].strip())
 
     prompt = tokenize_prompt(tokenizer, render_chats(tokenizer, [question], chat)[0])
-    return _decoded(tokenizer, continue_greedily(model, tokenizer, [prompt], max_tokens, watch=watch))[0].strip()
+    return _decoded(tokenizer, continue_greedily(model, tokenizer, [prompt], max_tokens, always=True, watch=watch))[
+        0
+    ].strip()
 
 
 def _decoded(tokenizer: Any, written: Sequence[list[int]]) -> list[str]:

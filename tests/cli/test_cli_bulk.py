@@ -28,7 +28,7 @@ def test_collisions_and_harm_are_shown_in_short_and_written_down(command, files,
     done = unlearn(command, files, crowded, tmp_path / "out", "--control", "Ada Byron", "the engines", "Ada Lovelace")
     shown = " ".join(done.output.split())
     assert "Concepts that conflict" in shown and "with one name inside another: 5." in shown
-    assert "Concepts that move retained names most" in shown and "the outputs of 2 retained names" in shown
+    assert "Concepts that move retained names most" in shown and "At 2 retained names the outputs" in shown
     rows = [line for line in done.output.splitlines() if line.strip(" │").startswith("Ada ") and "%" in line]
     assert len(rows) <= 30, "the worst few, and no dump"
     report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))

@@ -172,6 +172,8 @@ def test_every_number_that_makes_no_sense_is_refused_before_a_model_is_loaded(
         "revert": ("revert", files.edited, *out),
         "ask": ("ask", files.edited, "Who?"),
         "chat": ("chat", files.edited),
+        "plan": ("plan", *commands["unlearn"][1:-2]),
+        "demo": ("demo",),
     }
     monkeypatch.setattr("rocr.model.load.load_model", lambda *_: pytest.fail("the model was loaded"))
     assert {("unlearn", "--ridge"), ("stats", "--layers"), ("compare", "--steps")} <= set(numeric_options())
@@ -275,7 +277,7 @@ def test_names_that_are_not_utf8_are_shown_on_a_strict_terminal(odd_folder):
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
     shutil.copytree(Path(__file__).parents[2] / "rocr" / "data", odd_folder / "data")
     (odd_folder / "report.json").write_text('{"format": "rocr report 1", "name": "Frédéric"}', encoding="utf-8")
-    command = [sys.executable, "-m", "rocr", "info", str(odd_folder)]
+    command = [sys.executable, "-m", "rocr", "info", str(odd_folder / "report.json")]
     done = subprocess.run(command, capture_output=True, env=environment, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert b"Fr\\xe9d\\xe9ric" in done.stdout

@@ -1,4 +1,3 @@
-import html
 import json
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from torch import nn
 
 import rocr
 from rocr.cli.main import main
+from rocr.io.svg import escaped
 
 ROWS = [
     {"subject": "Ada Byron", "query": "Where was Ada Byron born?", "answer": "London", "distractors": ["Rome", "Oslo"]},
@@ -49,7 +49,7 @@ def test_a_model_is_evaluated_without_and_with_an_edit(
         assert str(tmp_path) not in written, "no folder of this machine"
     for when in ("before", "evaluation"):
         assert [answer["probe"] for answer in document[when]["answers"]] == [0, 1]
-        assert document[when]["answers"][0]["text"][:30] in html.unescape(Path(page).read_text())
+        assert escaped(document[when]["answers"][0]["text"][:30]) in Path(page).read_text()
     assert [c["split"] for c in document["comparison"]["changes"]] == ["forget", "forget", "retain", "retain"]
     assert any(change["fall"] != 0 for change in document["comparison"]["changes"])
     assert list(document["attacks"]) == ["4-bit", "prefixes"]

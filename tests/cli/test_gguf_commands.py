@@ -77,7 +77,7 @@ def folder(plain, files, concept, command, tmp_path_factory):
 
 def test_a_folder_with_one_gguf_file_is_a_model(folder, plain, command, tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == [
-        "README.md", "SHA256SUMS", "edit.safetensors", "lora.gguf", "m.gguf", "report.json",
+        "README.md", "SHA256SUMS", "edit.safetensors", "edit.toml", "lora.gguf", "m.gguf", "report.json",
     ]  # fmt: skip
     assert find_model(str(folder)).gguf == "m.gguf"
     done = command("revert", folder, "--out", tmp_path / "back", "--json")

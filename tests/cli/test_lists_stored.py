@@ -62,7 +62,7 @@ def test_a_removal_is_verified_and_reverted_byte_for_byte(stored, write, files, 
     report = done(command, "remove", tmp_path / "two", GRACE, "--out", tmp_path / "one")
     assert [concept["name"] for concept in report["concepts"]] == [ADA] and report["inexact"] == [2]
     before, after = ({path.name for path in (tmp_path / name).iterdir()} for name in ("two", "one"))
-    assert before == after
+    assert before - {"edit.toml"} == after, "the options of the first run do not give this edit"
     assert not same_files(model, tmp_path / "one")
     assert not any(b".partial-" in path.read_bytes() for path in (tmp_path / "one").rglob("*") if path.is_file())
     if "keep" in stored:

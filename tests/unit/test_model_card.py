@@ -19,7 +19,7 @@ def card(report, files, parts=("model", "edit"), source=None):
 
 def test_every_output_folder_has_a_card_with_its_sha256(files, report, digests, command, tmp_path):
     text = (files.edited / "README.md").read_text(encoding="utf-8")
-    assert text == card(report, files)
+    assert text == build_card(report, find_model(str(files.model)), ("model", "edit"), has_settings=True)
     assert report["files"]["README.md"] == digests(files.edited)["README.md"]
     for step in (("apply", files.model, files.edit), ("revert", files.edited)):
         out = tmp_path / step[0]

@@ -124,7 +124,7 @@ def test_there_are_blocks_to_run():
 
 def test_every_block_says_what_it_is():
     for page in PAGES:
-        assert {language for language, _ in fences(page)} <= {"", "python", "text", "bibtex"}, page
+        assert {language for language, _ in fences(page)} <= {"", "python", "text", "bibtex", "yaml"}, page
 
 
 def test_every_command_that_is_shown_has_the_options_that_are_shown(tmp_path, monkeypatch):
@@ -223,7 +223,7 @@ def test_every_environment_variable_of_rocr_is_in_the_table():
 def test_the_map_names_every_file_of_the_code_and_nothing_else():
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     named = re.findall(r"^- `([a-z]+/[^`]+[^/`])` – ", text, flags=re.MULTILINE)
-    patterns = ("rocr/**/*.py", "rocr/data/*", "kernels/*.py", "csrc/*", "benches/*.py", "benches/results/*.json")
+    patterns = ("rocr/**/*.py", "rocr/data/*", "kernels/*.py", "csrc/*", "benches/*.[pc]*", "benches/results/*.json")
     there = {path.relative_to(ROOT).as_posix() for pattern in patterns for path in ROOT.glob(pattern) if path.is_file()}
     assert len(named) == len(set(named))
     assert set(named) == there
