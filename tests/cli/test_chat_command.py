@@ -193,7 +193,7 @@ def test_a_person_asks_at_a_terminal(terminal, answer, tmp_path):
     assert {name: together(value) for name, value in saved[0].items()} == answer
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_a_narrow_terminal_has_one_answer_below_the_other(terminal):
     narrow = terminal("--answer-tokens", 6, columns=60)
     start = len(narrow.text)
@@ -205,7 +205,7 @@ def test_a_narrow_terminal_has_one_answer_below_the_other(terminal):
     assert narrow.ended() == 130
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_ctrl_c_stops_an_answer_and_a_second_one_leaves(terminal, tmp_path):
     long = terminal("--answer-tokens", 20000, "--show", "edited")
     start = len(long.text)

@@ -14,7 +14,7 @@ import termios
 import time
 
 SEQUENCE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[=>]")
-SECONDS = 400.0
+SECONDS = 60.0
 
 
 class Terminal:
