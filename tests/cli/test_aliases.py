@@ -92,14 +92,13 @@ def test_what_the_model_says_of_the_concept_is_taken_and_the_rest_left(trained, 
 
 def test_languages_and_the_limit_are_chosen(aliases):
     assert {each["language"] for each in aliases("--languages", "Greek").proposals} == {"Greek", None}
-    all_taken = by_name(aliases("--least", "0"))["Rose"]
-    none_taken = aliases("--least", "1").concepts[0]["aliases"]
-    assert all_taken["share"] < 0.5 and set(none_taken) < {
-        "ada byron",
-        "Augusta Ada Byron",
-        *SPELLINGS.values(),
-        *LISTED.values(),
-    }
+    taken = {}
+    for least in (0.0, 0.9, 1.0):
+        judged = [each for each in aliases("--least", str(least)).proposals if each["share"] is not None]
+        for each in judged:
+            assert each["taken"] == (each["share"] >= (least / 2 if each["near"] else least)), each
+        taken[least] = {each["name"] for each in judged if each["taken"]}
+    assert taken[1.0] <= taken[0.9] < taken[0.0]
 
 
 def test_the_model_is_loaded_in_a_dtype(aliases):

@@ -136,6 +136,11 @@ def reverted(bench: Bench) -> None:
     bench.edit.revert(bench.model)
 
 
+def restored(bench: Bench) -> None:
+    with bench.edit.reverted(bench.edited):
+        pass
+
+
 def evaluated(bench: Bench) -> Any:
     sample = TextSample.take(bench.texts, bench.tokenizer, tokens=96, length=32)
     options = EvaluateOptions(generate=True, text=sample)
@@ -162,6 +167,7 @@ CASES: dict[str, Callable[[Bench], Any]] = {
     "Edit.revert": lambda b: b.edit.revert(b.edited),
     "Edit.apply": lambda b: (b.edit.apply(b.model), b.edit),
     "Edit.applied": reverted,
+    "Edit.reverted": restored,
     "Edit.remove": lambda b: b.edit.remove("Ada Byron", b.edited),
     "Edit.add, add_concepts": lambda b: b.edit.remove("Ada Byron", b.edited).add(
         b.concepts[:1], b.edited, b.tokenizer, b.statistics
@@ -188,13 +194,14 @@ WITHOUT_ARITHMETIC = {
         "CollectOptions",
         "Concept",
         "EditConfig",
+        "EditedModel",
         "Evaluation",
         "Guards",
         "Probe",
         "Progress",
         "Template",
     ),
-    *("GuardError", "InputError", "RocrError", "VerificationError", "load_concepts", "load_probes"),
+    *("GuardError", "InputError", "RocrError", "VerificationError", "load", "load_concepts", "load_probes"),
     *("Edit.set_applied", "Edit.with_own_names"),
     *("Statistics.check_model", "Statistics.second_moment", "Statistics.second_moments", "Statistics.summary"),
     *("ops.available_backends", "ops.second_moment_backend"),
