@@ -36,7 +36,7 @@ WITHOUT_REDIRECT = "the redirect of --redirect"
 @option(
     "--least",
     "Take an alias from this share on: 1 if the model says of it what it says of the name, 0 if no more than of "
-    "unrelated names.",
+    "unrelated names. Half of it is enough if the model's state at the alias is near that at the name.",
     type=SHARE,
     default=0.5,
 )

@@ -11,6 +11,7 @@ from rocr.cli.arguments import chat_of, claim_output, load_language_model, sourc
 from rocr.cli.console import Console
 from rocr.cli.parsing import Arguments, command, option
 from rocr.cli.tables import number_of_concepts
+from rocr.cli.verdicts import listed
 from rocr.concepts import check_names
 from rocr.io.output import new_file
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 NEAR = 0.05
 """Difference between two shares up to which the choice between them is a near tie: few questions decide it."""
 MUCH = 0.5
-SHOWN_NAMES = 5
 
 
 @command("redirects")
@@ -88,15 +88,11 @@ def near_ties(choices: Sequence[RedirectChoice]) -> list[str]:
     sentences = []
     if ties:
         sentences.append(
-            f"Near ties (up to {NEAR:g} apart; the second is about as good, so choose by meaning): {_listed(ties)}."
+            f"Near ties (up to {NEAR:g} apart; the second is about as good, so choose by meaning): "
+            f"{listed(ties, '; ')}."
         )
     if bad:
         sentences.append(
-            f"Every candidate leaves more than {MUCH:.0%} of the right answers: {_listed(bad)}. Try other names."
+            f"Every candidate leaves more than {MUCH:.0%} of the right answers: {listed(bad)}. Try other names."
         )
     return sentences
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f"; and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
-    return "; ".join(names[:SHOWN_NAMES]) + more

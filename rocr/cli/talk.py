@@ -122,6 +122,7 @@ def load_talk(arguments: Arguments, console: Console) -> Talk:
     """
     chat = chat_of(arguments)
     start_running(arguments)
+    from rocr.chat_settings import DEFAULT
     from rocr.export.edited import edited_model, find_edited
     from rocr.model.causality import check_writes_text
 
@@ -131,11 +132,7 @@ def load_talk(arguments: Arguments, console: Console) -> Talk:
         loaded = load(arguments, found.source)
         check_writes_text(loaded.model, f"rocr {arguments.context.info_name}")
         edited = edited_model(found, loaded)
-    talk = Talk(edited, arguments.answer_tokens, found.edit.config.chat if _is_default(chat) else chat)
+    talk = Talk(edited, arguments.answer_tokens, found.edit.config.chat if chat == DEFAULT else chat)
     if arguments.show != EDITED:
         talk.check_original()
     return talk
-
-
-def _is_default(chat: ChatSettings) -> bool:
-    return not chat.to_json()

@@ -12,7 +12,7 @@ from rocr.cli.outputs import EDIT_FILE
 STRONG, PARTIAL, WEAK = "strong", "partial", "weak"
 STRONG_TO, PARTIAL_TO = 0.5, 0.75
 """Largest distances left, as shares of those before the edit, of a strong and of a partial redirection."""
-SHOWN_WEAK = 5
+SHOWN_NAMES = 5
 
 
 def verdict(distance: float | None) -> str:
@@ -39,11 +39,11 @@ def weak_sentences(concepts: Sequence[dict[str, Any]], answers: Sequence[dict[st
     sentences = []
     if weak:
         sentences.append(
-            f"Weak: {_listed(weak)}. Try a smaller --ridge ({ridge / 10:g}), more --layers, or another redirect "
+            f"Weak: {listed(weak)}. Try a smaller --ridge ({ridge / 10:g}), more --layers, or another redirect "
             "(--redirect auto)."
         )
     if same:
-        sentences.append(f"Answered word for word as before: {_listed(same)}. Try another redirect (--redirect auto).")
+        sentences.append(f"Answered word for word as before: {listed(same)}. Try another redirect (--redirect auto).")
     return sentences
 
 
@@ -69,6 +69,7 @@ def path_note(model: str) -> str | None:
     )
 
 
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - SHOWN_WEAK} more" if len(names) > SHOWN_WEAK else ""
-    return ", ".join(names[:SHOWN_WEAK]) + more
+def listed(names: Sequence[str], separator: str = ", ") -> str:
+    """The first names of a list for a sentence, and how many more there are."""
+    more = f" and {len(names) - SHOWN_NAMES:,} more" if len(names) > SHOWN_NAMES else ""
+    return separator.join(names[:SHOWN_NAMES]) + more
