@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -193,7 +194,7 @@ def test_a_person_asks_at_a_terminal(terminal, answer, tmp_path):
     assert {name: together(value) for name, value in saved[0].items()} == answer
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_narrow_terminal_has_one_answer_below_the_other(terminal):
     narrow = terminal("--answer-tokens", 6, columns=60)
     start = len(narrow.text)
@@ -201,11 +202,12 @@ def test_a_narrow_terminal_has_one_answer_below_the_other(terminal):
     drawn = narrow.until(r"> $", start)
     assert not re.search(r"edited +original", drawn)
     assert re.search(r"^edited *\n(.*\n)+original *\n", drawn[drawn.rindex("edited") :], re.MULTILINE)
-    narrow.process.send_signal(signal.SIGTERM)  # is no Ctrl-C, which leaves when it is pressed again
-    assert narrow.ended() == 130
+    terminate = partial(narrow.process.send_signal, signal.SIGTERM)  # is no Ctrl-C, which leaves at the second one
+    terminate()
+    assert narrow.ended(again=terminate) == 130
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_ctrl_c_stops_an_answer_and_a_second_one_leaves(terminal, tmp_path):
     long = terminal("--answer-tokens", 20000, "--show", "edited")
     start = len(long.text)
@@ -224,7 +226,7 @@ def test_ctrl_c_stops_an_answer_and_a_second_one_leaves(terminal, tmp_path):
     long.type("\x03")
     long.until(r"\n> $", start)
     long.type("\x03")
-    assert long.ended() == 130
+    assert long.ended(again=partial(long.type, "\x03")) == 130
     assert "Interrupted; no partial output was left." in long.plain(start) and "Traceback" not in long.plain(0)
 
 

@@ -64,12 +64,17 @@ class Terminal:
                 raise AssertionError(f"it ended without {pattern!r}: {self.plain(start)[-3000:]!r}")
         return self.plain(start)
 
-    def ended(self):
-        """Read until the process ends; its exit code."""
+    def ended(self, again=lambda: None):
+        """Read until the process ends; its exit code.
+
+        `again` sends a signal once more each second: one that comes between the prompt and readline's wait for a key is
+        seen by Python only when something else ends that wait.
+        """
         deadline = time.monotonic() + SECONDS
         while self.process.poll() is None:
             assert time.monotonic() < deadline, self.plain(0)[-3000:]
-            self._read(0.2)
+            if not self._read(1.0):
+                again()
         while self._read(0.1):
             pass
         return self.process.returncode
