@@ -15,6 +15,9 @@ from rocr.keys.read import read_states
 from rocr.model.architecture import Architecture, positions_of
 from rocr.progress import ProgressCallback, silent
 
+TOKENS = 1024
+"""Tokens of a batch: hundreds of names in one batch take more memory than the rest of an edit of a small model."""
+
 
 def read_name_states(
     architecture: Architecture,
@@ -53,7 +56,7 @@ def read_name_states(
                 prompts.append(prompt)
     reading = Reading(prompts, prompt_of, position_of, group_of, len(names))
     reading.check_positions(names, positions_of(architecture.model))
-    return read_states(architecture, reading, layer, progress=progress, stage="names").hidden
+    return read_states(architecture, reading, layer, token_budget=TOKENS, progress=progress, stage="names").hidden
 
 
 def cosines(states: Tensor, of: Sequence[int]) -> Tensor:
