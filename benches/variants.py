@@ -2,8 +2,9 @@
 
     python benches/variants.py MODEL --statistics FILE --out variants.jsonl
 
-Each concept is unlearned alone, in each setting: by its name, with spellings of the name, with aliases that the model
-proposes besides ("all"), and with spellings and its names in three languages as aliases of the list ("listed"). Of each
+Each concept is unlearned alone, in each setting: by its name with all rows of weight 1 ("unweighted"), by its name
+with the default settings ("none"), with spellings of the name, with aliases that the model proposes besides ("all"),
+and with spellings and its names in three languages as aliases of the list ("listed"). Of each
 concept at most --facts facts that the model knows (at least 0.5 in multiple choice) are asked in all forms that they
 have, and of ten others one in each. No setting was searched on these concepts. Each concept and setting is a row,
 written when it is ready; a run with the same file continues after its last row.
@@ -52,7 +53,13 @@ NAMES = {
     "Don Quixote": ("堂吉诃德", "Дон Кихот", "دون كيخوتي", "Don Quijote"),
     "French Revolution": ("法国大革命", "Французская революция", "الثورة الفرنسية", "Revolución Francesa"),
 }
-SETTINGS = ("none", "spelling", "all", "listed")
+SETTINGS = {
+    "unweighted": rocr.EditConfig(least_closed=0.0),
+    "none": rocr.EditConfig(),
+    "spelling": rocr.EditConfig(variants="spelling"),
+    "all": rocr.EditConfig(variants="all"),
+    "listed": rocr.EditConfig(variants="spelling"),
+}
 
 
 def sums(evaluation: Evaluation, probes: Sequence[Probe]) -> dict[str, float]:
@@ -94,7 +101,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, help="text to collect statistics on")
     parser.add_argument("--tokens", type=int, default=60_000)
     parser.add_argument("--concepts", nargs="+", default=[*PEOPLE, *THINGS], metavar="NAME")
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--facts", type=int, default=4, help="facts of each concept (default: 4)")
     parser.add_argument("--weight", type=float, default=rocr.EditConfig().variant_weight, help="of a variant")
     parser.add_argument("--seed", type=int, default=0)
@@ -123,8 +130,7 @@ def main() -> None:
         for setting in todo:
             begun = time.perf_counter()
             aliases = NAMES.get(name, ()) if setting == "listed" else ()
-            variants: Any = "spelling" if setting == "listed" else setting
-            config = rocr.EditConfig(variants=variants, variant_weight=arguments.weight, seed=arguments.seed)
+            config = replace(SETTINGS[setting], variant_weight=arguments.weight, seed=arguments.seed)
             guards = rocr.Guards(force=True)
             edit = rocr.unlearn(
                 model, tokenizer, [replace(concept, aliases=aliases)], statistics, config, guards=guards, ask=0
