@@ -187,7 +187,8 @@ def taken_for_concepts(
     prompts, answers, asked = [], [], []
     for place, text in zip(places, render_chats(tokenizer, questions, chat), strict=True):
         prompt = tokenize_prompt(tokenizer, text)
-        for own_name, space in product(concepts[place[0]].names, ("", " ")):
+        spaces = ("",) if text[-1:].isspace() else ("", " ")
+        for own_name, space in product(concepts[place[0]].names, spaces):
             tokens = tokenize_prompt(tokenizer, f"{text}{space}{own_name}")
             if tokens[: len(prompt)] == prompt and len(tokens) > len(prompt):
                 prompts.append(prompt)
