@@ -258,7 +258,7 @@ def changes() -> Iterator[tuple[str, str, Any]]:
         "soft_steps": ("soft-tokens", 3),
         "suffix_tokens": ("suffix", 3),
         "suffix_steps": ("suffix", 4),
-        "suffix_candidates": ("suffix", 9),
+        "suffix_candidates": ("suffix", 60),
         "seed": ("suffix", 1),
         "evaluate": ("context", EvaluateOptions(style=PromptStyle(direct=True))),
     }
