@@ -3,7 +3,7 @@
     python benches/make_pictures.py docs/pictures
 
 It runs COMMANDS in a folder with the model and the list of the demo, opens the page of `rocr eval` in headless Chromium
-(see browser.py), and writes screenshots as PNG and terminals as SVG. With --work FOLDER the run is kept, and what
+(see browser.py), and writes screenshots as PNG and the terminal as SVG. With --work FOLDER the run is kept, and what
 FOLDER has already is not run again.
 """
 
@@ -28,14 +28,13 @@ from rocr.demo import CONCEPTS, CONTROLS, demo_model
 
 MODEL = "SmolLM2-135M-Instruct.gguf"
 UNLEARN = ("unlearn", MODEL, "people.jsonl", "--control", *CONTROLS, "--out", "edited")
-EVAL = ("eval", MODEL, "--edit", "edited/edit.safetensors", "--forms", "qa,fb,mcp", "--neighbours", "1", "--generate")
-EVAL = (*EVAL, "--out", "report.json", "--html", "report.html")
-ASK = ("ask", "edited", "Who is Stephen King?", "What is Elon Musk known for?", "Who is Marie Curie?")
-COMMANDS = {"unlearn.txt": UNLEARN, "report.txt": EVAL, "ask.txt": ASK}
+_EVAL = f"eval {MODEL} --edit edited/edit.safetensors --forms qa,fb,mcp --neighbours 1"
+EVAL = (*_EVAL.split(), "--out", "report.json", "--html", "report.html")
+COMMANDS = {"unlearn.txt": UNLEARN, "report.txt": EVAL}
 """The commands in their order, by the file that keeps what each one prints."""
 COLUMNS = 100
-ENDING = "Answers about concepts on the list"
-"""Where the picture of `rocr unlearn` begins."""
+TERMINALS = {"unlearn.svg": ("unlearn.txt", "Answers about concepts on the list")}
+"""Pictures of a terminal: the file with what was printed, and the text at which the picture begins."""
 DARK = "@media (prefers-color-scheme: dark)"
 PAGES = {
     "report.png": (1000, 900, ""),
@@ -111,12 +110,9 @@ def main() -> None:
         folder = arguments.work or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         run_commands(folder)
-        printed = (folder / "unlearn.txt").read_text(encoding="utf-8")
-        drawn = {
-            "unlearn.svg": terminal_svg(printed[printed.index(ENDING) :], f"rocr {shlex.join(UNLEARN)}"),
-            "ask.svg": terminal_svg((folder / "ask.txt").read_text(encoding="utf-8"), f"rocr {shlex.join(ASK)}"),
-        }
-        for name, svg in drawn.items():
+        for name, (kept, beginning) in TERMINALS.items():
+            printed = (folder / kept).read_text(encoding="utf-8")
+            svg = terminal_svg(printed[printed.index(beginning) :], f"rocr {shlex.join(COMMANDS[kept])}")
             (arguments.out / name).write_text(svg, encoding="utf-8")
         for name, (width, height, entry) in PAGES.items():
             picture(folder / "report.html", arguments.out / name, width, height, entry, dark="dark" in name)
