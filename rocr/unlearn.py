@@ -48,6 +48,7 @@ from rocr.edit.task import Goals, Reader, Task, keys_and_residuals, with_token_s
 from rocr.edit.update import Applied, LayerUpdate
 from rocr.edit.weight import edited_weights
 from rocr.io.dtypes import dtype_name
+from rocr.io.signals import end_interrupted_contexts
 from rocr.keys.plan import plan_keys
 from rocr.model.architecture import find_architecture, positions_of
 from rocr.model.blocks import LayerBlocks, layer_blocks
@@ -205,9 +206,10 @@ def unlearn(
             edit = Edit(all_concepts, task.config, origin, updates, concept_of, report, settings, task.plan.rendered)
             model_type = architecture.model_type if report.routing else None
             return replace(edit, model_type=model_type, retained=tuple(retained_keys.labels))
-    except BaseException:
+    except BaseException as error:
         # Not in a context manager, since an interruption at its own exit would skip it.
         plain.restore()
+        end_interrupted_contexts(error)
         if updates:
             revert_updates(task.architecture, updates)
         raise

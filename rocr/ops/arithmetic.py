@@ -19,6 +19,8 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from rocr.io.signals import end_interrupted_contexts
+
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
@@ -82,8 +84,9 @@ class plain_arithmetic:
             try:
                 with context:
                     return function(*args, **kwargs)
-            except BaseException:
+            except BaseException as error:
                 context.restore()  # a signal may arrive between the end of the function and the context's own exit
+                end_interrupted_contexts(error)
                 raise
 
         return plain

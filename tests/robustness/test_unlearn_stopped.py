@@ -1,5 +1,7 @@
+import contextlib
 import copy
 import functools
+import gc
 import inspect
 import os
 import random
@@ -209,3 +211,62 @@ def test_signals_at_any_time_leave_the_first_bytes_and_a_model_that_runs(
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.signal(signal.SIGPROF, handler)
+
+
+def test_stops_at_any_start_or_end_of_a_context_leave_no_hook_behind(model, tokenizer, statistics, concepts, unchanged):
+    """A trace function raises where Python enters an `__exit__` or leaves an `__enter__`, as a signal could.
+
+    Each line that calls one is tried at its first call.
+    """
+    is_unchanged, first, seen = unchanged(model), _state(model), []
+
+    def run(stop_at):
+        seen.clear()
+
+        def leaving(frame, event, _argument):
+            if event == "return":
+                return at(frame)
+            return leaving
+
+        def at(frame):
+            back = frame.f_back
+            seen.append((frame.f_code.co_name, back.f_code.co_filename, back.f_lineno))
+            if len(seen) == stop_at:
+                sys.settrace(None)
+                raise Stop
+
+        def trace(frame, event, _argument):
+            name = frame.f_code.co_name
+            if name == "__exit__":
+                at(frame)
+            return leaving if name == "__enter__" else None
+
+        sys.settrace(trace)
+        try:
+            edit = rocr.unlearn(model, tokenizer, concepts, statistics, CONFIG)
+        finally:
+            sys.settrace(None)
+        edit.revert(model)
+
+    run(0)
+    places = [len(seen) - index for index in {place: i for i, place in enumerate(reversed(seen))}.values()]
+    assert len(places) > 50
+    gc.disable()  # else the garbage collector ends the contexts, some time later
+    try:
+        for stop_at in places:
+            with contextlib.suppress(Stop):
+                run(stop_at)
+            assert _state(model) == first, f"stopped at {seen[-1]}"
+            assert is_unchanged()
+    finally:
+        gc.enable()
+        sys.settrace(None)
+
+
+def _state(model):
+    """The hooks and modes of all modules, and torch's gradient mode."""
+    hooks = [
+        (len(module._forward_hooks), len(module._forward_pre_hooks), module.training, "forward" in vars(module))
+        for module in model.modules()
+    ]
+    return hooks, torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
