@@ -33,8 +33,9 @@ EVAL = (*_EVAL.split(), "--out", "report.json", "--html", "report.html")
 COMMANDS = {"unlearn.txt": UNLEARN, "report.txt": EVAL}
 """The commands in their order, by the file that keeps what each one prints."""
 COLUMNS = 100
-TERMINALS = {"unlearn.svg": ("unlearn.txt", "Answers about concepts on the list")}
-"""Pictures of a terminal: the file with what was printed, and the text at which the picture begins."""
+TERMINALS = {"unlearn.svg": ("unlearn.txt", "Answers about concepts on the list", "Layers", "The result is in ")}
+"""Pictures of a terminal: the file with what was printed, and how three of its lines begin: the first line, the first
+one that is left out, for which an ellipsis stands, and the next one that is shown."""
 DARK = "@media (prefers-color-scheme: dark)"
 PAGES = {
     "report.png": (1000, 900, ""),
@@ -60,6 +61,16 @@ def run_commands(folder: Path) -> None:
         if done.returncode != 0:
             raise SystemExit(f"rocr {' '.join(words)} ended with {done.returncode}.")
         (folder / name).write_text(done.stdout, encoding="utf-8")
+
+
+def excerpt(printed: str, first: str, left_out: str, after: str) -> str:
+    """Return the lines from `first` to before `left_out`, an ellipsis, and the lines from `after` on."""
+    lines = printed.splitlines()
+    plain = [Text.from_ansi(line).plain for line in lines]
+    begin, end, again = (
+        next(i for i, line in enumerate(plain) if line.startswith(t)) for t in (first, left_out, after)
+    )
+    return "\n".join([*lines[begin:end], "…", *lines[again:]])
 
 
 def terminal_svg(printed: str, command: str) -> str:
@@ -110,9 +121,9 @@ def main() -> None:
         folder = arguments.work or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         run_commands(folder)
-        for name, (kept, beginning) in TERMINALS.items():
-            printed = (folder / kept).read_text(encoding="utf-8")
-            svg = terminal_svg(printed[printed.index(beginning) :], f"rocr {shlex.join(COMMANDS[kept])}")
+        for name, (kept, *parts) in TERMINALS.items():
+            printed = excerpt((folder / kept).read_text(encoding="utf-8"), *parts)
+            svg = terminal_svg(printed, f"rocr {shlex.join(COMMANDS[kept])}")
             (arguments.out / name).write_text(svg, encoding="utf-8")
         for name, (width, height, entry) in PAGES.items():
             picture(folder / "report.html", arguments.out / name, width, height, entry, dark="dark" in name)

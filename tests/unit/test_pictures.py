@@ -63,6 +63,11 @@ def test_a_terminal_is_drawn_with_its_text_and_loads_nothing(script):
     assert "<b>&amp;\xa0plain" in text and "second\xa0line" in text and "\x1b" not in text
 
 
+def test_an_excerpt_says_that_lines_are_left_out(script):
+    printed = "a\n\x1b[1mFirst of all\x1b[0m\nb\nLayers\nc\nNext: d\n"
+    assert script["excerpt"](printed, "First", "Layers", "Next") == "\x1b[1mFirst of all\x1b[0m\nb\n…\nNext: d"
+
+
 def test_without_a_browser_it_says_what_to_install(tmp_path):
     command = [sys.executable, str(ROOT / "benches" / "make_pictures.py"), str(tmp_path / "out")]
     environment = {"PATH": str(tmp_path), "PYTHONPATH": str(ROOT)}
