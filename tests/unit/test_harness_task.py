@@ -17,7 +17,7 @@ FOLDER = ROOT / "integrations" / "lm_eval"
 FEW = 3
 """Number of probes, from the start of the set, whose scores are compared."""
 LONG = 512
-"""Positions of the model that the harness asks, which cuts prompts that are longer than a model's configuration says."""
+"""Positions of the model that the harness asks: it cuts prompts that are longer than a configuration says."""
 
 
 @pytest.fixture(scope="module")
