@@ -2,10 +2,12 @@
 
     python benches/variants.py MODEL --statistics FILE --out variants.jsonl
 
-Each concept is unlearned alone, in each setting: by its name, with spellings of the name, with aliases that the model
-proposes besides ("all"), and with spellings and its names in three languages as aliases of the list ("listed"). Of each
-concept at most --facts facts that the model knows (at least 0.5 in multiple choice) are asked in all forms that they
-have, and of ten others one in each. No setting was searched on these concepts. Each concept and setting is a row,
+Each concept is unlearned alone, in each setting: by its name with all rows of weight 1 ("unweighted"), by its name
+with the default settings ("none"), with spellings of the name, with aliases that the model proposes besides ("all"),
+and with spellings and its names in three languages as aliases of the list ("listed"). "redirect" asks the unedited
+model with the redirect's name in place of the concept's, in the forms that allow it: what an edit leaves at best. Of
+each concept at most --facts facts that the model knows (at least 0.5 in multiple choice) are asked in all forms that
+they have, and of ten others one in each. No setting was searched on these concepts. Each concept and setting is a row,
 written when it is ready; a run with the same file continues after its last row.
 """
 
@@ -24,6 +26,7 @@ from namesakes import known
 
 import rocr
 from rocr.evaluation import Evaluation, Probe, evaluate, load_probes
+from rocr.evaluation.redirects import replace_subject
 from rocr.model.load import find_model, load_model
 from rocr.statistics.corpus import read_texts
 
@@ -34,6 +37,8 @@ FORMS = (
 )  # fmt: skip
 PEOPLE = ("Galileo Galilei", "Muhammad Ali", "Jane Austen", "J. K. Rowling", "George Washington", "Michael Jordan")
 THINGS = ("Microsoft", "Eiffel Tower", "insulin", "Don Quixote", "French Revolution")
+LANGUAGES = ("chinese", "spanish", "russian", "arabic")
+SWAPPED = ("qa", "fb", "mcp", *LANGUAGES)
 REDIRECTS = {"person": "Frédéric Chopin", "thing": "Mount Everest"}
 OTHERS = (
     "Albert Einstein", "William Shakespeare", "Pablo Picasso", "Steve Jobs", "Nelson Mandela", "Charles Dickens",
@@ -52,7 +57,19 @@ NAMES = {
     "Don Quixote": ("堂吉诃德", "Дон Кихот", "دون كيخوتي", "Don Quijote"),
     "French Revolution": ("法国大革命", "Французская революция", "الثورة الفرنسية", "Revolución Francesa"),
 }
-SETTINGS = ("none", "spelling", "all", "listed")
+REDIRECT = "redirect"
+REDIRECT_NAMES = {
+    "Frédéric Chopin": ("弗雷德里克·肖邦", "Frédéric Chopin", "Фредерик Шопен", "فريدريك شوبان"),
+    "Mount Everest": ("珠穆朗玛峰", "Monte Everest", "Эверест", "جبل إفرست"),
+}
+"""Names of the redirects in the languages of `LANGUAGES`."""
+SETTINGS = {
+    "unweighted": rocr.EditConfig(least_closed=0.0),
+    "none": rocr.EditConfig(),
+    "spelling": rocr.EditConfig(variants="spelling"),
+    "all": rocr.EditConfig(variants="all"),
+    "listed": rocr.EditConfig(variants="spelling"),
+}
 
 
 def sums(evaluation: Evaluation, probes: Sequence[Probe]) -> dict[str, float]:
@@ -64,6 +81,18 @@ def sums(evaluation: Evaluation, probes: Sequence[Probe]) -> dict[str, float]:
     return found
 
 
+def about_redirect(probe: Probe, redirect: str) -> tuple[Probe, Probe]:
+    """Return a probe without the wordings that do not hold a name of its subject, and it with the redirect's names."""
+    kept, swapped = {}, {}
+    for language, name in zip(LANGUAGES, REDIRECT_NAMES[redirect], strict=True):
+        wording = probe.wordings.get(language)
+        own = next((n for n in (*NAMES[probe.subject], probe.subject) if wording and n in wording.query), None)
+        if wording is not None and own is not None:
+            kept[language] = wording
+            swapped[language] = replace(wording, query=wording.query.replace(own, name))
+    return replace(probe, wordings=kept), replace(replace_subject(probe, redirect), wordings=swapped)
+
+
 def shares(rows: Sequence[dict[str, Any]], split: str) -> str:
     """Return the cells of a table: the shares that are lost in each form, of the sums over all rows."""
     cells = []
@@ -71,6 +100,19 @@ def shares(rows: Sequence[dict[str, Any]], split: str) -> str:
         before, after = (sum(row[when].get(f"{split} {form}", 0.0) for row in rows) for when in ("before", "after"))
         cells.append(f"{1 - after / before:.0%}" if before else "")
     return " | ".join(cells)
+
+
+def write(
+    path: Path,
+    rows: list[dict[str, Any]],
+    row: dict[str, Any],
+    before: dict[str, float],
+    after: dict[str, float],
+) -> None:
+    """Add a row to the rows and to the file."""
+    rows.append({**row, "before": before, "after": after})
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(rows[-1], ensure_ascii=False) + "\n")
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -82,6 +124,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             of_kind = [row for row in own if row["kind"] == kind]
             if of_kind:
                 lines.append(f"| {setting} | {len(of_kind)} × {kind}, gone | {shares(of_kind, 'forget')} |")
+        if setting == REDIRECT:
+            continue
         lines.append(f"| {setting} | others, lost | {shares(own, 'retain')} |")
     return "\n".join(lines)
 
@@ -94,7 +138,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, help="text to collect statistics on")
     parser.add_argument("--tokens", type=int, default=60_000)
     parser.add_argument("--concepts", nargs="+", default=[*PEOPLE, *THINGS], metavar="NAME")
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--settings", nargs="+", choices=[*SETTINGS, REDIRECT], default=[*SETTINGS, REDIRECT])
     parser.add_argument("--facts", type=int, default=4, help="facts of each concept (default: 4)")
     parser.add_argument("--weight", type=float, default=rocr.EditConfig().variant_weight, help="of a variant")
     parser.add_argument("--seed", type=int, default=0)
@@ -121,10 +165,17 @@ def main() -> None:
         before = {**sums(evaluate(model, tokenizer, asked, FORMS), asked), **others_before}
         concept = rocr.Concept(name, REDIRECTS[facts[0].kind or "person"], kind=facts[0].kind)
         for setting in todo:
+            row: dict[str, Any] = {"setting": setting, "concept": name, "kind": concept.kind}
+            if setting == REDIRECT:
+                pairs = [about_redirect(probe, concept.redirect) for probe in asked]
+                named, swapped = ([pair[i] for pair in pairs] for i in (0, 1))
+                known_before = sums(evaluate(model, tokenizer, named, SWAPPED), named)
+                after = sums(evaluate(model, tokenizer, swapped, SWAPPED), swapped)
+                write(arguments.out, rows, row, known_before, after)
+                continue
             begun = time.perf_counter()
             aliases = NAMES.get(name, ()) if setting == "listed" else ()
-            variants: Any = "spelling" if setting == "listed" else setting
-            config = rocr.EditConfig(variants=variants, variant_weight=arguments.weight, seed=arguments.seed)
+            config = replace(SETTINGS[setting], variant_weight=arguments.weight, seed=arguments.seed)
             guards = rocr.Guards(force=True)
             edit = rocr.unlearn(
                 model, tokenizer, [replace(concept, aliases=aliases)], statistics, config, guards=guards, ask=0
@@ -133,11 +184,8 @@ def main() -> None:
             together = [*asked, *others]
             after = sums(evaluate(model, tokenizer, together, FORMS), together)
             edit.revert(model)
-            row: dict[str, Any] = {"setting": setting, "concept": name, "kind": concept.kind}
             row |= {"aliases": list(edit.concepts[0].aliases), "seconds": round(seconds, 1)}
-            rows.append({**row, "before": before, "after": after})
-            with arguments.out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(rows[-1], ensure_ascii=False) + "\n")
+            write(arguments.out, rows, row, before, after)
     print(table(rows))
 
 

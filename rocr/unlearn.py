@@ -59,6 +59,7 @@ from rocr.model.gains import layers_with_gain
 from rocr.model.layers import check_moments, resolve_layers
 from rocr.ops.arithmetic import plain_arithmetic
 from rocr.progress import Progress, ProgressCallback, Stopwatch, silent
+from rocr.solve.row_weights import weigh_rows
 from rocr.solve.solve import Solution, solve_layer
 from rocr.solve.support import described
 from rocr.statistics.collect import CollectOptions, collect_statistics
@@ -166,8 +167,9 @@ def unlearn(
                 with timed("metric"):
                     moments = statistics.second_moments(layer)
                     metric = system.metric(moments, task.config, template_keys.get(layer), kept)
-                with timed("solve"), naming_closest_concepts(keys, concept_of, all_concepts):
                     ridge = task.config.ridge * (metric.ordinary if task.config.relative_ridge else 1.0)
+                    keys, residuals, metric = weigh_rows(keys, residuals, metric, ridge, task.least_closed)
+                with timed("solve"), naming_closest_concepts(keys, concept_of, all_concepts):
                     solution = solve_layer(keys, residuals, metric, ridge, kept, used, system.support)
                     update = LayerUpdate.solved(blocks, system.touched, keys, residuals, solution)
                 with timed("compare"):

@@ -68,6 +68,9 @@ setting = partial(option, group="Settings")
 @setting("--method", "Metric that protects ordinary keys (default: whitened).", type=choice("whitened", "projected"))
 @flag("--official", "Use the settings of the paper's authors, as a baseline.", group="Settings")
 @setting("--ridge", "Ridge λ of the linear system (default: 1).", type=float)
+@setting(
+    "--least-closed", "Share of its residual that a name's last token closes at least (default: 0.95).", type=float
+)
 @setting("--gamma", "Weight γ of ordinary keys, for whitened (default: 10).", type=float)
 @setting("--threshold", "Eigenvalues below it are free to use, for projected (default: 0.02).", type=float)
 @setting("--strength", "Share of the way from a concept to its redirect (default: 1).", type=float)
@@ -267,8 +270,9 @@ def _config(arguments: Arguments, console: Console) -> EditConfig:
 
     from rocr.config import EditConfig, Template
 
-    numbers = ("ridge", "gamma", "threshold", "strength", "template_weight", "retain_weight", "variant_weight", "seed")
-    names = (*numbers, "layers", "method", "key_tokens", "keys_per_concept", "token_schedule", "variants")
+    numbers = ("ridge", "least_closed", "gamma", "threshold", "strength", "seed")
+    weights = ("template_weight", "retain_weight", "variant_weight")
+    names = (*numbers, *weights, "layers", "method", "key_tokens", "keys_per_concept", "token_schedule", "variants")
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     given |= _renamed(arguments, console)
     if arguments.template:

@@ -9,18 +9,21 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice, zip_longest
+from itertools import islice, product, zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from rocr.concepts import Concept, Kind, folded
+from rocr.chat_settings import DEFAULT, ChatSettings
+from rocr.concepts import Concept, Kind, folded, for_kind
 from rocr.config import Template
+from rocr.edit.harm import QUESTION
 from rocr.keys.continuations import log_probabilities
 from rocr.keys.name_states import cosines, read_name_states
 from rocr.model.architecture import Architecture
+from rocr.model.chat import render_chats
 from rocr.model.generate import continue_greedily
 from rocr.model.tokenizer import calling_tokenizer, token_texts, tokenize_prompt
 from rocr.progress import ProgressCallback, silent
@@ -36,6 +39,9 @@ PROPOSALS, LIKELIEST, FURTHER_TOKENS = 2, 20, 4
 it writes after one."""
 KNOWS_NAMES = 0.8
 """Largest entropy of the token after a first name, as a share of that of a uniform choice, in a model with names."""
+TAKEN = 0.5
+"""A name is another spelling of a concept if the model begins its answer about it with the concept's name with at least
+this probability."""
 _BEGINNING, _CONTEXT = "Who is", Template("This text is about {}.")
 _EMPTY_WORDS = {"the", "a", "an", "of", "and", "jr.", "sr.", "jr", "sr", "ii", "iii"}
 
@@ -83,6 +89,7 @@ def choose_controls(
     most: int = MAX_CONTROLS,
     propose: bool = True,
     progress: ProgressCallback = silent,
+    chat: ChatSettings = DEFAULT,
 ) -> list[Control]:
     """Choose names that an edit of concepts is likely to harm.
 
@@ -90,7 +97,8 @@ def choose_controls(
     one with the same last word, and one of the same kind. Of several, those of the concept's kind come first, then
     those whose state is nearest to the concept's. A concept has the kind of its name on the list, or else that of the
     nearest name there that is of `Concept.kind`. Of a list of more than 50 concepts, only 50 at equal distances are
-    given proposals and nearest names.
+    given proposals and nearest names. A proposal that the model takes for the concept, such as a misspelling, is left
+    out, since it is to be forgotten too.
 
     Args:
         architecture: The model before the edit, with its kind.
@@ -101,6 +109,7 @@ def choose_controls(
         most: Largest number of names in all.
         propose: Whether the model proposes names too, for which it writes some tokens.
         progress: Called after every batch.
+        chat: Settings of the chat template, in which the model is asked whom it takes its proposals for.
 
     Returns:
         The names, those of all concepts in turn. None for a text encoder, or for a model whose predictions after
@@ -121,6 +130,8 @@ def choose_controls(
         if propose:
             known = [name for concept in concepts for name in concept.names]
             proposed = dict(zip(placed, beginnings.names(architecture, tokenizer, known), strict=True))
+            taken = taken_for_concepts(architecture, tokenizer, proposed, concepts, chat)
+            proposed = {i: [name for name in names if (i, name) not in taken] for i, names in proposed.items()}
     kinds = load_names()
     listed = list(without_concepts(kinds, concepts))
     first, last = _by_word(listed, 0), _by_word(listed, -1)
@@ -161,6 +172,37 @@ def choose_controls(
         chosen.append(list(islice(_different(controls), per_concept)))
     in_turn = (control for controls in zip_longest(*chosen) for control in controls if control is not None)
     return list(islice(_different(in_turn), most))
+
+
+def taken_for_concepts(
+    architecture: Architecture,
+    tokenizer: Any,
+    proposed: Mapping[int, Sequence[str]],
+    concepts: Sequence[Concept],
+    chat: ChatSettings,
+) -> set[tuple[int, str]]:
+    """Return the proposals for which the model answers with a name of the concept, with the index of the concept."""
+    places = [(i, name) for i, names in proposed.items() for name in names]
+    questions = [for_kind(QUESTION, concepts[i].kind).format(name) for i, name in places]
+    prompts, answers, asked = [], [], []
+    for place, text in zip(places, render_chats(tokenizer, questions, chat), strict=True):
+        prompt = tokenize_prompt(tokenizer, text)
+        spaces = ("",) if text[-1:].isspace() else ("", " ")
+        for own_name, space in product(concepts[place[0]].names, spaces):
+            tokens = tokenize_prompt(tokenizer, f"{text}{space}{own_name}")
+            if tokens[: len(prompt)] == prompt and len(tokens) > len(prompt):
+                prompts.append(prompt)
+                answers.append(tokens[len(prompt) :])
+                asked.append(place)
+    taken: set[tuple[int, str]] = set()
+
+    def receive(index: int, row: Tensor) -> None:
+        tokens = torch.tensor(answers[index])[:, None].to(row.device)
+        if float(row.gather(1, tokens).double().sum()) >= math.log(TAKEN):
+            taken.add(asked[index])
+
+    log_probabilities(architecture.reader, prompts, answers, receive=receive)
+    return taken
 
 
 @dataclass(frozen=True)

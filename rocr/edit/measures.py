@@ -204,7 +204,8 @@ def mean_by_concept(values: Tensor, concept_of: Sequence[int], weights: Tensor) 
 def _closed(update: LayerUpdate, concept_of: Sequence[int]) -> list[float]:
     """Return for each concept the share of its residuals that the update closes: the projection of the move on them.
 
-    Keys count by the square of their residual: with several keys, it is the projection of all moves side by side.
+    Keys count by the square of their residual, times the weight of their row: with several keys, it is the projection
+    of all moves side by side.
     """
     shares, squares = [], update.residuals.double().square().sum(dim=1)
     for start in range(0, len(update.keys), CHUNK_ROWS):

@@ -243,7 +243,9 @@ def read_retained_names(
     if names is None or config.retain_weight > 0:
         layer = min(config.layer_numbers)
         propose = propose or config.retain_weight > 0
-        controls = choose_controls(architecture, tokenizer, concepts, layer, propose=propose, progress=progress)
+        controls = choose_controls(
+            architecture, tokenizer, concepts, layer, propose=propose, progress=progress, chat=config.chat
+        )
         given = set(map(folded, chosen))
         controls = [control for control in controls if folded(control.name) not in given]
         chosen += [control.name for control in controls]

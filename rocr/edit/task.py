@@ -68,6 +68,12 @@ class Task:
         offset = len(self.base_edit.concepts)
         return [*self.base_edit.concept_of, *(offset + concept for concept in self.plan.concept_of)]
 
+    @property
+    def least_closed(self) -> Tensor:
+        """(n,) the share that each key closes at least. Rows of the base edit have their weights already: 0."""
+        base = 0 if self.base_edit is None else len(self.base_edit.concept_of)
+        return torch.tensor([0.0] * base + [self.config.least_closed * last for last in self.plan.is_last])
+
     def weights(self, like: Tensor) -> Tensor:
         """Return (n,) the weights of the new keys, in the dtype and on the device of a tensor."""
         return torch.tensor(self.plan.weights).to(like)

@@ -67,6 +67,7 @@ class KeyPlan:
         concept_of: For each key, the index of its concept.
         distance_shares: For each key, the share of the distance to its target that it is moved.
         weights: For each key, its weight in the system.
+        is_last: For each key, whether it is that of the last token of one of the concept's own names.
         template_keys: Where the keys of the templates' own tokens before a name are read, one group for each token.
             They are protected like ordinary keys. None: the template weight is 0, or there are no such tokens.
         rendered: The templates as the model reads them.
@@ -78,6 +79,7 @@ class KeyPlan:
     concept_of: list[int]
     distance_shares: list[float]
     weights: list[float]
+    is_last: list[bool]
     template_keys: Reading | None
     rendered: tuple[RenderedTemplate, ...] = ()
 
@@ -176,6 +178,7 @@ def plan_keys(
     concept_of: list[int] = []
     distance_shares: list[float] = []
     weights: list[float] = []
+    is_last: list[bool] = []
     template_tokens: dict[tuple[int, ...], tuple[Prompt, int]] = {}
     named = [each for concept, entry in enumerate(concepts) for each in _names_of(concept, entry, config)]
     names = [each.name for each in named]
@@ -206,6 +209,7 @@ def plan_keys(
                     groups[group_key] = len(groups)
                     concept_of.append(named[i].concept)
                     weights.append(named[i].weight)
+                    is_last.append(from_end == 0 and not named[i].is_variant)
                     distance_shares.append(_distance_share(from_end, len(prompt.words), config))
                 group = groups[group_key]
                 keys.read(prompt, position, group)
@@ -221,6 +225,7 @@ def plan_keys(
         concept_of,
         distance_shares,
         weights,
+        is_last,
         _read_each(template_tokens.values()) if template_tokens and config.template_weight else None,
         tuple(RenderedTemplate(template.before, template.after) for template in rendered),
     )

@@ -122,6 +122,7 @@ EFFECTS = {
         "--template": changes("--template", "It is about {}."),
         "--official": changes("--official", "--threshold", 0.1),
         "--ridge": changes("--ridge", 5),
+        "--least-closed": changes("--least-closed", 0, base=("--ridge", 5)),
         "--gamma": changes("--gamma", 2),
         "--threshold": changes("--threshold", 0.5, base=PROJECTED),
         "--strength": changes("--strength", 0.5),

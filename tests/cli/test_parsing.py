@@ -143,7 +143,7 @@ def test_the_help_names_the_default_of_each_setting():
     defaults["token_schedule"] = "predicted"
     assert (LONG_LIST_TEMPLATE_WEIGHT, EditConfig().template_weight, EditConfig().token_schedule) == (0.03, None, None)
     settings = [p for p in program.commands["unlearn"].params if getattr(p, "group", "") == "Settings" if not p.is_flag]
-    assert len(settings) == 15
+    assert len(settings) == 16
     for parameter in settings:
         if parameter.name not in ("template", *RENAMED):
             default = defaults[parameter.name]

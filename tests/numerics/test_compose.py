@@ -299,7 +299,7 @@ GIVEN = {"token_schedule": "full", "template_weight": 0.0}
 def test_a_change_across_the_limit_of_long_lists_is_exact_or_says_that_it_is_not(
     make, tokenizer, statistics, tmp_path, before, after, given
 ):
-    settings = config((2,), "each", **given)
+    settings = config((2,), "each", least_closed=0.0, **given)
     edit, model = make(MANY[:before], settings)
     edit.save(tmp_path / "edit")
     edit = Edit.load(tmp_path / "edit")

@@ -17,6 +17,7 @@ CASES = {  # setting: what the base has besides, and another value
     "method": (PROJECTED | {"method": "whitened"}, "projected"),
     "ridge": ({}, 0.1),
     "relative_ridge": ({}, False),
+    "least_closed": ({}, 0.0),
     "gamma": ({}, 1.0),
     "threshold": (PROJECTED, 1.0),
     "relative_threshold": (PROJECTED, False),

@@ -79,7 +79,7 @@ def test_keys_reach_their_targets_as_the_ridge_goes_to_zero(family, make_model, 
     distances = []
     for ridge in (10.0, 0.1, NEARLY_NOTHING):
         model = copy.deepcopy(original)
-        config = EditConfig(layers=[2], key_tokens="last", templates=("Who is {}?",), ridge=ridge)
+        config = EditConfig(layers=[2], key_tokens="last", templates=("Who is {}?",), ridge=ridge, least_closed=0.0)
         edit = rocr.unlearn(model, tokenizer, concepts[:count], statistics, config, guards=Guards(force=True))
         shares = []
         for concept in concepts[:count]:
@@ -117,7 +117,7 @@ def test_protected_directions_keep_their_outputs(model, tokenizer, statistics, c
     changes = {}
     for method in ("whitened", "projected"):
         edited = copy.deepcopy(original)
-        config = EditConfig(layers=[1, 2], method=method, threshold=0.2, relative_threshold=True)
+        config = EditConfig(layers=[1, 2], method=method, threshold=0.2, relative_threshold=True, least_closed=0.0)
         rocr.unlearn(edited, tokenizer, concepts, statistics, config)
         changes[method] = [weight_change(edited, original, layer) for layer in (1, 2)]
     for layer, projected, whitened in zip((1, 2), changes["projected"], changes["whitened"], strict=True):

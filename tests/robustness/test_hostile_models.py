@@ -72,6 +72,7 @@ VALUES = {
     "gamma": [-0.1, NAN, -INFINITE, "1", HUGE_NUMBER],
     "threshold": [0, NAN, "a"],
     "strength": [0, HUGE_NUMBER, -1, INFINITE, None],
+    "least_closed": [1, -0.1, 1.5, "0.9", None, True, NAN, HUGE_NUMBER],
     "relative_ridge": [1, "yes"],
     "relative_threshold": [None, 0],
     "templates": [

@@ -100,10 +100,10 @@ def test_templates_that_are_none(templates):
         EditConfig(templates=templates)
 
 
-@pytest.mark.parametrize("name", ["ridge", "threshold", "strength", "gamma", "template_weight"])
+@pytest.mark.parametrize("name", ["ridge", "threshold", "strength", "gamma", "template_weight", "least_closed"])
 @pytest.mark.parametrize("value", [0, -1.0, math.nan, math.inf, "1", None, True])
 def test_numbers_out_of_range(name, value):
-    if (name, value) in (("gamma", 0), ("template_weight", 0), ("template_weight", None)):
+    if (name, value) in (("gamma", 0), ("template_weight", 0), ("template_weight", None), ("least_closed", 0)):
         assert getattr(EditConfig(**{name: value}), name) == value, "no weight at all, or chosen by the list"
         return
     with pytest.raises(InputError, match=f"{name} must be a finite number .* not {value!r}"):

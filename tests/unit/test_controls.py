@@ -16,7 +16,16 @@ from rocr.cli.console import Console
 from rocr.cli.main import main
 from rocr.cli.tables import show_harmed
 from rocr.concepts import check_names, folded
-from rocr.edit.controls import MAX_CONTROLS, PER_CONCEPT, Control, choose_controls, load_names, name_at_start
+from rocr.edit.controls import (
+    MAX_CONTROLS,
+    PER_CONCEPT,
+    TAKEN,
+    Control,
+    choose_controls,
+    load_names,
+    name_at_start,
+    taken_for_concepts,
+)
 from rocr.edit.guards import check_harm
 from rocr.edit.harm import ANSWER_TOKENS, Harm, read_own_answers
 from rocr.edit.measures import EditReport
@@ -111,6 +120,16 @@ def test_a_name_with_both_words_of_a_concept_is_taken_for_the_concept(architectu
     names = {control.name for control in choose_controls(architecture, tokenizer, concepts, 1, per_concept=40)}
     assert "Martin Scorsese" in names and "Larry King" in names
     assert not {"Martin Luther King Jr.", "Frank Lloyd Wright"} & names
+
+
+def test_a_proposal_is_taken_for_the_concept_if_the_model_answers_with_its_name(architecture, tokenizer, certain):
+    """The second concept has as alias what the model answers, at a probability above one half."""
+    (answer,) = ask(certain, tokenizer, ["Who is Stephen Fry?"], 1, always=True)
+    (row,) = log_probabilities(certain, [tokenizer("Who is Stephen Fry?")["input_ids"]], [()])[0]
+    assert answer.strip() and row.max().exp() > TAKEN
+    concepts = [*KING, Concept("Stephen Hawking", "a gardener", (answer.strip(),))]
+    proposed = {0: ["Stephen Fry"], 1: ["Stephen Fry"]}
+    assert taken_for_concepts(architecture, tokenizer, proposed, concepts, DEFAULT) == {(1, "Stephen Fry")}
 
 
 def test_models_without_names_have_no_controls(model, tokenizer):

@@ -63,7 +63,12 @@ LIMITS = {
         (*FEW_FREE, *ALL_KEYS, "--ridge", "1e-12", "--strength", "0.001"),
         "above the limit of 1e+07: the keys of",
     ),
-    "closed": (between, BYRONS, ("--key-tokens", "last"), "of the residual of Ada Byron, below the limit of 0.00%"),
+    "closed": (
+        between,
+        BYRONS,
+        ("--key-tokens", "last", "--least-closed", "0"),
+        "of the residual of Ada Byron, below the limit of 0.00%",
+    ),
     "divergence": (sharp, TWO, ("--strength", "5"), "nats a token, above the limit of 1"),
 }
 
