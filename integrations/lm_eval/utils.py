@@ -49,20 +49,31 @@ def questions(form, pretrained=None, tokenizer=None, targets=(), chat=True, **_)
 
 
 def _rendered(row, name, tokenizer, targets, chat):
-    """Return the row of a question: prompt, answer, the number of its tokens, and its set."""
+    """Return the row of a question: prompt, answer, the number of its tokens, and its set.
+
+    `context` is the prompt without the spaces at its end, which the harness would move to the answer and score.
+    `continuations` are these spaces with the answer and, where they are tokens of their own, the spaces alone.
+    """
     message = row["plain"] if "plain" in row and "llama" in name else row["message"]
     if "mistral" in name and row["form"] != "subtoken":
         message = DIRECT + message
     if chat and tokenizer.chat_template:
         turn = [{"role": "user", "content": message}]
         message = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-    tokens = tokenizer(row["answer"], add_special_tokens=False)["input_ids"]
+    prompt = message + row["suffix"]
+    context = prompt.rstrip()
+    spaces = prompt[len(context) :]
+    own, whole, tokens = (
+        len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (context, prompt, row["answer"])
+    )
     kept = "forget" if row["subject"] in targets else "retain"
     return {
         "subject": row["subject"],
-        "prompt": message + row["suffix"],
+        "prompt": prompt,
+        "context": context,
         "answer": row["answer"],
-        "tokens": len(tokens),
+        "continuations": [spaces + row["answer"], *([spaces] if whole > own else [])],
+        "tokens": tokens,
         "set": kept if targets else "all",
     }
 
@@ -88,7 +99,10 @@ def subtoken(**settings):
 
 
 def scores(doc, results):
-    """Return the score of one question, exp(-mean negative log-likelihood of the answer's tokens), under its set."""
-    (likelihood, _), *_ = results
-    score = math.exp(likelihood / doc["tokens"])
+    """Return the score of one question, exp(-mean negative log-likelihood of the answer's tokens), under its set.
+
+    A second result is the likelihood of the spaces before the answer.
+    """
+    (likelihood, _), *before = results
+    score = math.exp((likelihood - sum(spaces for spaces, _ in before)) / doc["tokens"])
     return {"score": score} if doc["set"] == "all" else {"score": score, doc["set"]: score}

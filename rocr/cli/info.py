@@ -43,6 +43,7 @@ def info(arguments: Arguments, console: Console) -> dict[str, Any]:
     path = Path(arguments.file)
     if arguments.plot:
         _plot(_file_in(path) if path.is_dir() else path, arguments.plot)
+        console.say(f"The drawing is in {arguments.plot}.")
     if (path / REPORT_FILE).is_file() and not console.writes_json:
         _show_folder(path, console)
         return {}

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from rocr.model.load import LoadedModel, ModelSource
 
 EDIT_FILE = "edit.safetensors"
+WRITTEN_BESIDE = (EDIT_FILE, "lora/adapter_model.safetensors", "replaced.safetensors")
+"""What rocr writes beside an edited model, and an output made from that folder is expected to lack."""
 LARGE_KEY_ERROR = 0.1
 """Error at the keys from which a GGUF output is warned about: Q8_0 has less than 1% for updates of some strength."""
 
@@ -159,7 +161,7 @@ def _say_what_differs(report: dict[str, Any], console: Console) -> None:
             f"{other[0]['parameter']} is stored as {other[0]['dtype']} and loaded as {other[0]['loaded']}: the output "
             f"keeps {other[0]['dtype']}."
         )
-    left_out = report.get("left_out")
+    left_out = [name for name in report.get("left_out") or () if name not in WRITTEN_BESIDE]
     if left_out:
         shown = ", ".join(left_out[:5]) + (f" and {len(left_out) - 5} more" if len(left_out) > 5 else "")
         console.warn(f"The output lacks weights that the model does not load: {shown}.")

@@ -64,8 +64,8 @@ def path_note(model: str) -> str | None:
     if not os.path.isabs(model):
         return None
     return (
-        f"The output names its model as it was given, {model}: give a path relative to this folder, or the id on a "
-        "hub, if the output is to be published."
+        "The output holds the model's path on this machine: to publish it, give the model by a relative path or its id "
+        "on a hub."
     )
 
 

@@ -124,6 +124,7 @@ def test_revert_gives_back_the_first_weights(model_folder: Path, edited: Path, t
     before = digests(edited)
     done = rocr("revert", edited, "--out", tmp_path / "first")
     assert done.returncode == 0, done.stderr
+    assert "lacks" not in done.stderr, "the edit's own file is no weight of the model that is missed"
     assert digests(edited) == before
     first, back = (digests(folder)["model.safetensors"] for folder in (model_folder, tmp_path / "first"))
     assert first == back

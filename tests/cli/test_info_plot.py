@@ -20,6 +20,7 @@ def test_an_edit_is_drawn_without_its_model(model, tokenizer, statistics, comman
     target = tmp_path / "edit.svg"
     done = command("info", tmp_path / "edit.safetensors", "--plot", target, "--json")
     assert done.code == 0, done.errors
+    assert f"The drawing is in {target}." in done.errors
     assert json.loads(done.output)["format"].startswith("rocr edit")
     root = ET.parse(target).getroot()
     texts = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]

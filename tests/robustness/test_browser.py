@@ -1,4 +1,4 @@
-"""The page of an evaluation in headless Chromium. Skipped where there is none; axe-core is looked for too.
+"""The page of an evaluation in headless Chromium, which benches/browser.py finds. Skipped where there is none.
 
 `ROCR_AXE` names the file axe.min.js of the npm package axe-core; `ROCR_NEW_PICTURE=1` writes the compared picture anew.
 """
@@ -7,6 +7,7 @@ import html
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 from pathlib import Path
@@ -17,8 +18,10 @@ import pytest
 from rocr.evaluation.page import page_html
 from tests.support.evaluations import ABOUT, HOSTILE, invented
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-PICTURE = Path(__file__).parents[1] / "data" / "report_page.png"
+ROOT = Path(__file__).parents[2]
+BROWSER = runpy.run_path(str(ROOT / "benches" / "browser.py"))
+chromium = BROWSER["open_page"]
+PICTURE = ROOT / "tests" / "data" / "report_page.png"
 SHOWN = (1000, 3000)
 SMALL = (100, 300)
 """The size at which pictures are compared."""
@@ -30,19 +33,8 @@ of another size, 11."""
 
 pytestmark = [
     pytest.mark.thorough,
-    pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium"),
+    pytest.mark.skipif(BROWSER["find_browser"]() is None, reason=BROWSER["MISSING"]),
 ]
-
-
-def chromium(folder: Path, *arguments: str) -> str:
-    """What Chromium writes to stdout; its console messages must hold none of a page."""
-    assert CHROMIUM is not None
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr"]
-    command += ["--allow-file-access-from-files", f"--user-data-dir={folder / 'profile'}", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "CONSOLE" not in done.stderr, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +61,12 @@ def test_nothing_in_a_name_runs_and_the_console_stays_empty(page: str, tmp_path:
     assert found == [0, 0, HOSTILE, False]
 
 
+def test_a_page_that_writes_to_the_console_is_seen(page: str, tmp_path: Path) -> None:
+    for fault in ("<script>undefined_name()</script>", "<script>console.warn('a warning')</script>"):
+        with pytest.raises(RuntimeError, match="wrote to its console"):
+            asked(tmp_path, page.replace("</body>", f"{fault}</body>"), "return true;")
+
+
 def test_a_phone_scrolls_tables_and_not_the_page(page: str, tmp_path: Path) -> None:
     opened = page.replace("<details>", "<details open>")
     script = "return [page.documentElement.scrollWidth, page.querySelectorAll('details[open]').length];"
@@ -93,6 +91,17 @@ def test_dark_mode_and_paper_have_their_colours(page: str, tmp_path: Path) -> No
     paper = page.replace("@media print", "@media all")
     hidden = "return page.querySelectorAll('section details table')[1].checkVisibility({contentVisibilityAuto: true});"
     assert asked(tmp_path, paper, hidden) is True, "closed entries are printed"
+
+
+def test_closed_entries_are_printed(page: str, tmp_path: Path) -> None:
+    (tmp_path / "page.html").write_text(page)
+    (tmp_path / "without.html").write_text(page.replace("@media print", "@media not all"))
+    pages = []
+    for name in ("page", "without"):
+        paper = tmp_path / f"{name}.pdf"
+        chromium(tmp_path, f"--print-to-pdf={paper}", (tmp_path / f"{name}.html").as_uri())
+        pages.append(len(re.findall(rb"/Type /Page\b", paper.read_bytes())))
+    assert pages[0] > pages[1] > 0
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -16,6 +16,8 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "integrations" / "lm_eval"
 FEW = 3
 """Number of probes, from the start of the set, whose scores are compared."""
+LONG = 512
+"""Positions of the model that the harness asks: it cuts prompts that are longer than a configuration says."""
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +77,13 @@ def test_what_is_missing_is_said(utils, tokenizer):
 
 
 @pytest.mark.thorough
-def test_the_harness_gives_the_scores_of_rocr(model, tokenizer, tmp_path, monkeypatch):
+def test_the_harness_gives_the_scores_of_rocr(make_model, tokenizer, tmp_path, monkeypatch):
     lm_eval = pytest.importorskip("lm_eval")
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    model = make_model("Llama", max_position_embeddings=LONG)
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     probes = load_probes(PROBES)[:FEW]
