@@ -344,8 +344,8 @@ class EditConfig:
         unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
         if unknown:
             raise InputError(f"Unknown settings: {_shown(', '.join(unknown))}.")
-        older = {"token_schedule": "full", "template_weight": 0.0, "retain_weight": 0.0, "variants": "none"}
-        known: dict[str, Any] = {**older, "least_closed": 0.0, **values}
+        weights = {"template_weight": 0.0, "retain_weight": 0.0, "least_closed": 0.0}
+        known: dict[str, Any] = {"token_schedule": "full", "variants": "none", **weights, **values}
         if isinstance(known.get("templates"), (list, tuple)):
             known["templates"] = tuple(
                 Template.from_json(template) if isinstance(template, Mapping) else template
