@@ -25,7 +25,7 @@ from rocr.keys.name_states import cosines, read_name_states
 from rocr.model.architecture import Architecture
 from rocr.model.chat import render_chats
 from rocr.model.generate import continue_greedily
-from rocr.model.tokenizer import calling_tokenizer, token_texts, tokenize_prompt
+from rocr.model.tokenizer import calling_tokenizer, token_texts, tokenize, tokenize_prompt
 from rocr.progress import ProgressCallback, silent
 
 NAMES = Path(__file__).parents[1] / "data" / "names.txt"
@@ -133,7 +133,9 @@ def choose_controls(
             taken = taken_for_concepts(architecture, tokenizer, proposed, concepts, chat)
             proposed = {i: [name for name in names if (i, name) not in taken] for i, names in proposed.items()}
     kinds = load_names()
-    listed = list(without_concepts(kinds, concepts))
+    names_of_others = list(without_concepts(kinds, concepts))
+    # A tokenizer without some letters gives no token for a name in them.
+    listed = [name for name, ids in zip(names_of_others, tokenize(tokenizer, names_of_others), strict=True) if ids]
     first, last = _by_word(listed, 0), _by_word(listed, -1)
     sharing = {
         name

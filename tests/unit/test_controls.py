@@ -31,6 +31,7 @@ from rocr.edit.harm import ANSWER_TOKENS, Harm, read_own_answers
 from rocr.edit.measures import EditReport
 from rocr.edit.retained_keys import expected_keys
 from rocr.keys.continuations import log_probabilities
+from rocr.keys.name_states import read_name_states
 from rocr.model.architecture import find_architecture
 from rocr.model.causality import with_kind
 from rocr.model.generate import ask
@@ -105,6 +106,32 @@ def test_controls_share_a_word_or_are_nearest_and_are_no_names_of_the_edit(archi
     assert {c.kind for c in found if (c.concept, c.reason) == ("Microsoft", "nearest")} == {"company"}
     assert [c.concept for c in found[:3]] == [concept.name for concept in concepts]  # the concepts take turns
     assert choose_controls(architecture, tokenizer, concepts, 1) == found
+
+
+def test_listed_names_without_a_token_are_no_controls(architecture, tokenizer, monkeypatch):
+    """As in a tokenizer without the letters of a name, which would stop the edit."""
+    given = tokenizer("VX", add_special_tokens=False)["input_ids"]
+    without = copy.deepcopy(tokenizer)
+    tokenizes = type(without).__call__
+    empty = {"input_ids": [], "attention_mask": [], "offset_mapping": []}
+
+    def call(self, text, *arguments, **options):
+        found = tokenizes(self, text, *arguments, **options)
+        if self is without and isinstance(text, list):
+            for i, each in enumerate(text):
+                if each == "VX":
+                    for key in found.keys() & empty.keys():
+                        found[key][i] = []
+        return found
+
+    monkeypatch.setattr(type(without), "__call__", call)
+    assert given and "VX" in load_names()
+    read = []
+    monkeypatch.setattr(
+        "rocr.edit.controls.read_name_states", lambda *a, **k: read.extend(a[2]) or read_name_states(*a, **k)
+    )
+    choose_controls(architecture, without, [Concept("insulin", "a gardener", kind="thing")], 1, per_concept=900)
+    assert read and "VX" not in read
 
 
 def test_numbers_of_controls_are_bounded(architecture, tokenizer):
