@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -202,9 +201,8 @@ def test_a_narrow_terminal_has_one_answer_below_the_other(terminal):
     drawn = narrow.until(r"> $", start)
     assert not re.search(r"edited +original", drawn)
     assert re.search(r"^edited *\n(.*\n)+original *\n", drawn[drawn.rindex("edited") :], re.MULTILINE)
-    terminate = partial(narrow.process.send_signal, signal.SIGTERM)  # is no Ctrl-C, which leaves at the second one
-    terminate()
-    assert narrow.ended(again=terminate) == 130
+    narrow.process.send_signal(signal.SIGTERM)  # is no Ctrl-C, which leaves when it is pressed again
+    assert narrow.ended() == 130
 
 
 @pytest.mark.thorough
@@ -226,7 +224,7 @@ def test_ctrl_c_stops_an_answer_and_a_second_one_leaves(terminal, tmp_path):
     long.type("\x03")
     long.until(r"\n> $", start)
     long.type("\x03")
-    assert long.ended(again=partial(long.type, "\x03")) == 130
+    assert long.ended() == 130
     assert "Interrupted; no partial output was left." in long.plain(start) and "Traceback" not in long.plain(0)
 
 

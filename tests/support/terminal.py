@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import signal
 import struct
 import subprocess
 import sys
@@ -15,6 +16,8 @@ import time
 
 SEQUENCE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[=>]")
 SECONDS = 60.0
+SILENT = 10.0
+"""Seconds until a wait for what is not drawn is woken, once: readline then draws its line anew."""
 
 
 class Terminal:
@@ -57,24 +60,23 @@ class Terminal:
 
     def until(self, pattern, start=0):
         """Read until what was drawn from a place on has a pattern; the text from that place on."""
-        deadline = time.monotonic() + SECONDS
+        deadline, wake_at = time.monotonic() + SECONDS, time.monotonic() + SILENT
         while re.search(pattern, self.plain(start)) is None:
             assert time.monotonic() < deadline, f"no {pattern!r} in {self.plain(start)[-3000:]!r}"
             if not self._read(0.5) and self.process.poll() is not None and not self._read(0.1):
                 raise AssertionError(f"it ended without {pattern!r}: {self.plain(start)[-3000:]!r}")
+            if time.monotonic() > wake_at:
+                self._wake()
+                wake_at = deadline
         return self.plain(start)
 
-    def ended(self, again=lambda: None):
-        """Read until the process ends; its exit code.
-
-        `again` sends a signal once more each second: one that comes between the prompt and readline's wait for a key is
-        seen by Python only when something else ends that wait.
-        """
+    def ended(self):
+        """Read until the process ends; its exit code."""
         deadline = time.monotonic() + SECONDS
         while self.process.poll() is None:
             assert time.monotonic() < deadline, self.plain(0)[-3000:]
-            if not self._read(1.0):
-                again()
+            self._read(0.5)
+            self._wake()
         while self._read(0.1):
             pass
         return self.process.returncode
@@ -82,6 +84,11 @@ class Terminal:
     def plain(self, start):
         """What was drawn from a place on, without control sequences."""
         return SEQUENCE.sub("", self.text[start:]).replace("\r\n", "\n").replace("\r", "")
+
+    def _wake(self):
+        """End readline's wait for a key: a signal between the prompt and the wait is seen by Python only then."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGWINCH)  # the size is as before
 
     def _read(self, seconds):
         if not select.select([self._master], [], [], seconds)[0]:
