@@ -153,14 +153,7 @@ def test_a_part_of_the_mixture_is_edited_as_the_whole(quantised, text, output, t
     code, _, errors = run("unlearn", quantised / "model", *EDIT, *more)
     assert code == 0, errors
     whole, part = tensors_of(quantised / output), tensors_of(tmp_path / "out")
-    assert whole.keys() == part.keys()
-    for name, stored in whole.items():
-        if output == "keep" or "down_proj" not in name:
-            assert torch.equal(stored, part[name]), name
-            continue
-        # The two runs round keys differently in float32, so that a 16-bit weight may be rounded to its neighbour.
-        steps = (stored.view(torch.int16).int() - part[name].view(torch.int16).int()).abs()
-        assert steps.max() <= 1 and steps.count_nonzero() <= steps.numel() / 1000, name
+    assert whole.keys() == part.keys() and all(torch.equal(whole[name], part[name]) for name in whole)
 
 
 def test_experts_in_mxfp4_are_edited_in_part(text, tmp_path):

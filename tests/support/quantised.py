@@ -30,6 +30,7 @@ EDIT = (
     *("--ridge", 2, "--gamma", 1, "--no-answers", "--no-chat", "--template", "Tell me about {}"),
     # A model that is loaded in part predicts nothing, and is edited as the whole is.
     *("--token-schedule", "full", "--retain-weight", 0),
+    *("--threads", 1),  # sums of several threads may be rounded differently in each run
 )
 """Gentler than the default settings: a random model knows no names."""
 EDITED = [f"model.layers.{layer}.mlp.down_proj" for layer in (1, 2)]
