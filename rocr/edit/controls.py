@@ -19,7 +19,7 @@ from torch import Tensor
 from rocr.chat_settings import DEFAULT, ChatSettings
 from rocr.concepts import Concept, Kind, folded, for_kind
 from rocr.config import Template
-from rocr.edit.harm import QUESTION
+from rocr.edit.harm import QUESTION, mean_log_probabilities
 from rocr.keys.continuations import log_probabilities
 from rocr.keys.name_states import cosines, read_name_states
 from rocr.model.architecture import Architecture
@@ -196,15 +196,9 @@ def taken_for_concepts(
                 prompts.append(prompt)
                 answers.append(tokens[len(prompt) :])
                 asked.append(place)
-    taken: set[tuple[int, str]] = set()
-
-    def receive(index: int, row: Tensor) -> None:
-        tokens = torch.tensor(answers[index])[:, None].to(row.device)
-        if float(row.gather(1, tokens).double().sum()) >= math.log(TAKEN):
-            taken.add(asked[index])
-
-    log_probabilities(architecture.reader, prompts, answers, receive=receive)
-    return taken
+    means = mean_log_probabilities(architecture, prompts, answers)
+    least = math.log(TAKEN)
+    return {place for place, answer, mean in zip(asked, answers, means, strict=True) if mean * len(answer) >= least}
 
 
 @dataclass(frozen=True)
