@@ -315,7 +315,7 @@ def largest_concepts(updates: Sequence[LayerUpdate], concept_of: Sequence[int], 
     for update in updates:
         # Otherwise the factors have no column per key.
         by_key = update.factors.rank == len(concept_of) and update.factors.support is None
-        pair = (update.factors.left, update.factors.right) if by_key else (update.residuals.T, update.keys)
+        pair = (update.left, update.right) if by_key else (update.residuals.T, update.keys)
         left, right = (factor.double().cpu() for factor in pair)
         squares.index_add_(0, index, left.square().sum(dim=0) * right.square().sum(dim=1))
     order = squares.nan_to_num(nan=math.inf).argsort(descending=True).tolist()

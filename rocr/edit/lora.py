@@ -142,7 +142,7 @@ def truncated_parts(update: LayerUpdate, rank: int | None) -> tuple[list[Paramet
         part = Part(0, update.parameter, right.shape[1], update.transposed, own=update.own)
         factors = ParameterFactors([part], update.parameter, update.own, [left], [right])
         return [factors], (layer.relative_error, layer.key_error)
-    left, right = update.factors.left.cpu(), update.factors.right.cpu()
+    left, right = update.left.cpu(), update.right.cpu()
     pieces = [(left, right[:, place]) for place in update.columns]
     errors = [(0.0, 0.0)]
     if rank is not None and rank < right.shape[0]:

@@ -137,6 +137,17 @@ class LayerUpdate:
         """The columns of each part in the wide update."""
         return column_slices(part.width for part in self.parts)
 
+    @property
+    def left(self) -> Tensor:
+        """The left factor of Δ, (d_out, n) float32; see `Factors.left`. Δ is the product's part on a support if there
+        is one."""
+        return self.factors.left
+
+    @property
+    def right(self) -> Tensor:
+        """The right factor of Δ, (n, d_in) float32; see `Factors.right`."""
+        return self.factors.right
+
     def after(self, applied: Applied) -> LayerUpdate:
         """Return the update with the record of its first application, to the weight that the keys were read with."""
         return replace(self, applied=applied, base=applied.before)
@@ -212,7 +223,7 @@ def _with_parts(update: LayerUpdate, parts: tuple[Part, ...]) -> LayerUpdate:
         retained = system.retained
         products = None if retained.product is None else arranged(retained.product, held, wanted)
         system = replace(system, retained=RetainedRows(arranged(retained.keys, held, wanted), products))
-    factors = Factors(update.factors.left, arranged(update.factors.right, held, wanted))
+    factors = Factors(update.left, arranged(update.right, held, wanted))
     return replace(
         update, parts=parts, keys=arranged(update.keys, held, wanted), factors=factors, system=system, applied=None
     )

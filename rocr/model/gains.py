@@ -203,6 +203,29 @@ def divide_by_gains(residuals: Tensor, gains: Tensor, width: int | None = None) 
     return moved * (1 + DAMPING**2) / (squares + (DAMPING * typical).square())
 
 
+def before_output_norm(norm: nn.Module, outputs: Tensor, wanted: Tensor) -> Tensor:
+    """Return the change of a norm's inputs that moves its outputs by `wanted`, to first order.
+
+    A norm between a down-projection and the output of its layer, as Gemma 2, Gemma 3 and OLMo 2 have, is inverted as
+    in `divide_by_gains`, without the rest of the layer.
+
+    Args:
+        norm: The norm.
+        outputs: (n, width) outputs of the down-projection, the inputs of the norm.
+        wanted: (n, width) changes of the norm's outputs.
+
+    Returns:
+        (n, width) float32.
+
+    Raises:
+        InputError: The norm's outputs have another shape than its inputs, do not depend on them, or all gains of a
+            row are zero.
+    """
+    through = nn.Identity()
+    call = LayerCall(type(norm).__name__, nn.Sequential(through, norm), through, (outputs[None],))
+    return divide_by_gains(wanted, measure_gains(norm, call, torch.Size((1, len(outputs))))[0])
+
+
 def _check_channels(model: nn.Module, call: LayerCall, shape: torch.Size) -> None:
     """Raise InputError if a layer mixes the channels of its down-projection's output: gains cannot describe that."""
     gains = measure_gains(model, call, shape)
