@@ -16,7 +16,7 @@ MAX_SETTING = 1e30  # larger numbers overflow float32
 LONG_LIST_TEMPLATE_WEIGHT = 0.03
 LONG_LIST = 25
 """Lists of at least this many concepts use settings that favour specificity."""
-BY_COUNT = ("token_schedule", "template_weight")
+BY_COUNT = ("token_schedule", "template_weight", "variants")
 """Settings whose default depends on the number of concepts."""
 OFFICIAL_LAYERS: Literal["official"] = "official"
 """Value of `EditConfig.layers`: the layers that the authors edit, scaled to the depth of the model."""
@@ -181,7 +181,8 @@ class EditConfig:
         variants: Further names of a concept that become keys without being listed. "spelling" adds misspellings in
             one letter, which `seed` draws, initials, and the name without hyphens and diacritics
             (`rocr.keys.variants`). Tokens that they share with the names of the concept are read once. "all" also has
-            the model propose aliases, which become names of the concept (`rocr.propose_aliases`).
+            the model propose aliases, which become names of the concept (`rocr.propose_aliases`). None is "spelling"
+            for lists of fewer than 25 concepts if all tokens of a name are keys, and otherwise "none".
         variant_weight: w > 0, the weight of a key of a variant against that of a name: its row in the system and its
             residual are multiplied by √w.
         measure: "each" reads keys and residuals again after the edit of every layer, as the authors do. "once" reads
@@ -223,7 +224,7 @@ class EditConfig:
     token_schedule: TokenSchedule | None = None
     template_weight: float | None = None
     retain_weight: float = 1.0
-    variants: Variants = "none"
+    variants: Variants | None = None
     variant_weight: float = 0.3
     measure: Measure = "each"
     seed: int = 0
@@ -241,7 +242,8 @@ class EditConfig:
         _check_choice("contexts", self.contexts, get_args(Contexts))
         if self.token_schedule is not None:
             _check_choice("token_schedule", self.token_schedule, get_args(TokenSchedule))
-        _check_choice("variants", self.variants, get_args(Variants))
+        if self.variants is not None:
+            _check_choice("variants", self.variants, get_args(Variants))
         _check_number("variant_weight", self.variant_weight, 0.0, exclusive=True)
         _check_choice("measure", self.measure, get_args(Measure))
         _check_number("ridge", self.ridge, 0.0, exclusive=True)
@@ -291,6 +293,7 @@ class EditConfig:
             template_weight=0.0,
             retain_weight=0.0,
             least_closed=0.0,
+            variants="none",
         )
 
     @property
@@ -310,6 +313,7 @@ class EditConfig:
             self,
             token_schedule=self.token_schedule or ("ramp" if is_long else "full"),
             template_weight=default_weight if self.template_weight is None else self.template_weight,
+            variants=self.variants or ("none" if is_long or self.key_tokens == "last" else "spelling"),
         )
 
     def to_json(self) -> dict[str, Any]:

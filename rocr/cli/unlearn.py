@@ -100,7 +100,8 @@ setting = partial(option, group="Settings")
 @setting(
     "--variants",
     "Further names of a concept that become keys: misspellings, initials and other spellings, and with all also the "
-    "aliases that the model proposes (default: none).",
+    "aliases that the model proposes (default: spelling for fewer than 25 concepts, none for more or with --key-tokens "
+    "last).",
     type=choice("none", "spelling", "all"),
 )
 @setting("--variant-weight", "Weight of a variant against a name of the concept (default: 0.3).", type=float)

@@ -21,7 +21,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 TEXT = "The quick brown fox jumps over the lazy dog. Ada Byron wrote programs. Blaise Pascal built machines.\n\n"
-SETTINGS = ("--layers", "0-2", "--ridge", "2", "--gamma", "1")
+SETTINGS = ("--layers", "0-2", "--ridge", "2", "--gamma", "1", "--variants", "none")
 """A random model knows no names: gentler than the default, its edit stays within the limits."""
 
 

@@ -13,7 +13,7 @@ import pytest
 
 import rocr
 from rocr.cli.main import main, program
-from rocr.config import LONG_LIST_TEMPLATE_WEIGHT, RENAMED, EditConfig
+from rocr.config import BY_COUNT, LONG_LIST, LONG_LIST_TEMPLATE_WEIGHT, RENAMED, EditConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -141,7 +141,9 @@ def test_every_option_and_argument_has_a_help_text_that_is_a_sentence():
 def test_the_help_names_the_default_of_each_setting():
     defaults = {**dataclasses.asdict(EditConfig()), "template_weight": "0.03 for long lists, else 0"}
     defaults["token_schedule"] = "predicted"
-    assert (LONG_LIST_TEMPLATE_WEIGHT, EditConfig().template_weight, EditConfig().token_schedule) == (0.03, None, None)
+    defaults["variants"] = "spelling for fewer than 25 concepts, none for more or with --key-tokens last"
+    assert (LONG_LIST_TEMPLATE_WEIGHT, LONG_LIST) == (0.03, 25)
+    assert {getattr(EditConfig(), name) for name in BY_COUNT} == {None}
     settings = [p for p in program.commands["unlearn"].params if getattr(p, "group", "") == "Settings" if not p.is_flag]
     assert len(settings) == 16
     for parameter in settings:

@@ -214,16 +214,8 @@ class TestOutputFolders:
             *("unlearn", "model", "concepts.jsonl", "--statistics", "statistics.safetensors", "--layers", "0,1"),
             *("--template", "Who was {}?", "--template", "Tell me of {}.", "--system", "Be brief.", "--strength", 0.9),
             *("--seed", 7, "--control", "Grace Hopper", "--answer-tokens", 4, "--token-schedule", "full"),
-            *(
-                "--retain-weight",
-                0,
-                "--least-closed",
-                0,
-                "--save",
-                "model,edit,lora,originals",
-                "--out",
-                tmp_path / "again",
-            ),
+            *("--retain-weight", 0, "--least-closed", 0, "--variants", "none"),
+            *("--save", "model,edit,lora,originals", "--out", tmp_path / "again"),
         )
         # In 0.1, all keys of a concept counted alike in these; now those count more that are to be moved further.
         for part in ("concepts", "layers"):

@@ -165,9 +165,9 @@ def test_merging_across_the_length_of_a_long_list_is_inexact_in_either_order(mak
     """Also where one edit was given the settings that the other left to the number of concepts."""
     monkeypatch.setattr("rocr.config.LONG_LIST", 3)
     left, _ = make(PEOPLE[:2], config((2,)))
-    given, _ = make(PEOPLE[2:], config((2,), template_weight=0.0))
+    given, _ = make(PEOPLE[2:], config((2,), template_weight=0.0, variants="spelling"))
     for merged in (left.merge(given), given.merge(left)):
-        assert merged.report.by_count == ["template_weight"]
+        assert merged.report.by_count == ["template_weight", "variants"]
         assert merged.report.inexact == [2]
     assert given.merge(make(PEOPLE[:2], given.config)[0]).report.inexact == []
 
@@ -291,7 +291,7 @@ def test_edits_apply_in_any_order_to_rounding_and_revert_in_the_reverse_order(ma
 
 
 MANY = [Concept(f"Ada Byron {i}", "Blaise Pascal") for i in range(26)]
-GIVEN = {"token_schedule": "full", "template_weight": 0.0}
+GIVEN = {"token_schedule": "full", "template_weight": 0.0, "variants": "none"}
 
 
 @pytest.mark.parametrize("before, after", [(23, 24), (24, 25), (25, 24), (25, 26)])
@@ -313,7 +313,7 @@ def test_a_change_across_the_limit_of_long_lists_is_exact_or_says_that_it_is_not
     else:
         assert differences(changed, fresh)[0] < ROUNDING
     assert changed.config == edit.config, "settings that were recorded stay"
-    assert changed.report.by_count == ([] if given else ["template_weight"])
+    assert changed.report.by_count == ([] if given else ["template_weight", "variants"])
 
 
 def test_edits_that_become_a_long_list_together_say_so(make):

@@ -16,7 +16,7 @@ from rocr.solve.factors import Factors
 from tests.support.models import same_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-CONFIG = EditConfig(layers=[1, 2], templates=("Who is {}?",))
+CONFIG = EditConfig(layers=[1, 2], templates=("Who is {}?",), variants="none")
 
 
 @pytest.fixture

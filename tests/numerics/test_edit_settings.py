@@ -10,7 +10,7 @@ import rocr
 from rocr import Concept, EditConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-BASE = EditConfig(layers=(1, 2), templates=("Who is {}?", "It is about {}."))
+BASE = EditConfig(layers=(1, 2), templates=("Who is {}?", "It is about {}."), variants="none")
 PROJECTED = {"method": "projected", "threshold": 0.5, "relative_threshold": True}
 CASES = {  # setting: what the base has besides, and another value
     "layers": ({}, (1, 3)),
@@ -29,7 +29,7 @@ CASES = {  # setting: what the base has besides, and another value
     "token_schedule": ({"token_schedule": "full"}, "predicted"),
     "template_weight": ({"template_weight": 0.0}, 1.0),
     "retain_weight": ({}, 0.0),
-    "variants": ({}, "spelling"),
+    "variants": ({"variants": "none"}, "spelling"),
     "variant_weight": ({"variants": "spelling"}, 3.0),
     "measure": ({}, "once"),
     "seed": ({}, 7),

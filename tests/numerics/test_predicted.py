@@ -35,7 +35,7 @@ def read_one_by_one(model, reading):
 def test_each_probability_is_that_of_the_model_read_token_by_token(family, make_model, make_tokenizer):
     model, tokenizer = make_model(family), make_tokenizer()
     concepts = [Concept("Ada Byron", "rain"), Concept("Robert Downey Jr.", "rain"), Concept("Pascal", "rain")]
-    plan = plan_keys(tokenizer, concepts, EditConfig(templates=TEMPLATES))
+    plan = plan_keys(tokenizer, concepts, EditConfig(templates=TEMPLATES, variants="none"))
     assert len(set(map(len, (prompt.tokens for prompt in plan.keys.prompts)))) > 1, "batches need padding"
     every = [[] for _ in range(plan.keys.groups)]
     for group, probability in zip(plan.keys.group_of, read_one_by_one(model, plan.keys), strict=True):
@@ -52,7 +52,7 @@ def test_each_probability_is_that_of_the_model_read_token_by_token(family, make_
 
 def test_of_names_that_begin_alike_the_most_probable_rest_counts(make_model, make_tokenizer):
     architecture, tokenizer = find_architecture(make_model("Llama")), make_tokenizer()
-    config = EditConfig(templates=("Who is {}?",))
+    config = EditConfig(templates=("Who is {}?",), variants="none")
     shorter = Concept("Robert Downey Jr.", "rain", aliases=("Robert Downey",))
     with_alias = plan_keys(tokenizer, [shorter], config).keys
     apart = plan_keys(tokenizer, [Concept("Robert Downey Jr.", "rain"), Concept("Robert Downey", "rain")], config).keys
@@ -86,7 +86,7 @@ def test_a_shared_token_is_moved_by_the_root_of_the_probability(make_model, make
         bias[byron] = math.log(probability / (1 - probability) * (others - 1))
         model.lm_head.weight.data.zero_()
         model.lm_head.bias = torch.nn.Parameter(bias)
-        config = EditConfig(layers=[2], templates=("Who is {}?",), ridge=1e-6)
+        config = EditConfig(layers=[2], templates=("Who is {}?",), ridge=1e-6, variants="none")
         concepts = [Concept("Ada Byron", "rain")]
         edit = rocr.unlearn(model, tokenizer, concepts, statistics, config, guards=Guards(force=True))
         assert edit.config.token_schedule == "predicted"
@@ -131,7 +131,7 @@ def test_a_model_that_is_not_all_loaded_goes_by_the_number_of_concepts(make_mode
     concepts = [Concept("Ada Byron", "rain")]
     edit = rocr.unlearn(model, tokenizer, concepts, statistics, EditConfig(layers=[1]), guards=Guards(force=True))
     assert edit.config.token_schedule == "full"
-    assert edit.report.by_count == ["token_schedule", "template_weight"]
+    assert edit.report.by_count == ["token_schedule", "template_weight", "variants"]
     edit.revert(model)
     with pytest.raises(InputError, match=r'"predicted" needs the predictions of the model.*use "full" or "ramp"'):
         rocr.unlearn(model, tokenizer, concepts, statistics, EditConfig(layers=[1], token_schedule="predicted"))
@@ -140,6 +140,6 @@ def test_a_model_that_is_not_all_loaded_goes_by_the_number_of_concepts(make_mode
 def test_logits_that_are_not_finite_are_an_error(make_model, make_tokenizer):
     model, tokenizer = make_model("Llama"), make_tokenizer()
     model.lm_head.weight.data[3, 3] = float("nan")
-    plan = plan_keys(tokenizer, [Concept("Ada Byron", "rain")], EditConfig(templates=TEMPLATES))
+    plan = plan_keys(tokenizer, [Concept("Ada Byron", "rain")], EditConfig(templates=TEMPLATES, variants="none"))
     with pytest.raises(GuardError, match="not finite before the edit"):
         rest_probabilities(find_architecture(model), plan.keys, plan.concept_of)

@@ -20,7 +20,8 @@ CONFIG = EditConfig(
         "Please answer the question: who is {}?",
         Template("Tell me all that is known about {}.", chat=True),
         "{} is it",
-    )
+    ),
+    variants="none",
 )
 PEOPLE = [
     Concept(f"{first} {last}", "Blaise Pascal")

@@ -9,6 +9,9 @@ from rocr.config import OFFICIAL_TEMPLATES
 from rocr.model.architecture import authors_layers, default_layers, find_architecture
 from rocr.model.layers import chosen_layers, resolve_layers
 
+MAY_BE_UNSET = ("token_schedule", "variants")
+"""Choices that the number of concepts makes where they are None."""
+
 
 def test_defaults_are_valid_and_frozen():
     config = EditConfig()
@@ -64,12 +67,17 @@ def test_json_and_back(config):
     assert EditConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
 
 
-def test_long_lists_use_the_ramp_and_the_template_weight():
+def test_settings_that_the_length_of_the_list_chooses():
     for count in (1, 24):
-        assert EditConfig().for_concepts(count) == EditConfig(token_schedule="full", template_weight=0.0)
+        assert EditConfig().for_concepts(count) == EditConfig(
+            token_schedule="full", template_weight=0.0, variants="spelling"
+        )
     for count in (25, 10_000):
-        assert EditConfig().for_concepts(count) == EditConfig(token_schedule="ramp", template_weight=0.03)
-    for config in (EditConfig(token_schedule="full", template_weight=2.0), EditConfig.official()):
+        assert EditConfig().for_concepts(count) == EditConfig(
+            token_schedule="ramp", template_weight=0.03, variants="none"
+        )
+    given = EditConfig(token_schedule="full", template_weight=2.0, variants="all")
+    for config in (given, EditConfig.official()):
         assert config.for_concepts(1) == config.for_concepts(1000) == config
 
 
@@ -77,9 +85,9 @@ def test_settings_of_an_older_file_are_as_they_were_then():
     older = {
         name: value
         for name, value in EditConfig().to_json().items()
-        if name not in ("token_schedule", "template_weight")
+        if name not in ("token_schedule", "template_weight", "variants")
     }
-    assert EditConfig.from_json(older) == EditConfig(token_schedule="full", template_weight=0.0)
+    assert EditConfig.from_json(older) == EditConfig(token_schedule="full", template_weight=0.0, variants="none")
 
 
 def test_layers_are_sorted_and_templates_may_be_plain_texts():
@@ -110,10 +118,10 @@ def test_numbers_out_of_range(name, value):
         EditConfig(**{name: value})
 
 
-@pytest.mark.parametrize("name", ["method", "key_tokens", "keys_per_concept", "contexts", "token_schedule"])
+@pytest.mark.parametrize("name", ["method", "key_tokens", "keys_per_concept", "contexts", *MAY_BE_UNSET])
 @pytest.mark.parametrize("value", ["other", None, 3])
 def test_choices_out_of_range(name, value):
-    if (name, value) == ("token_schedule", None):
+    if name in MAY_BE_UNSET and value is None:
         return  # chosen by the number of concepts
     with pytest.raises(InputError, match=f"{name} must be one of .*, not {value!r}"):
         EditConfig(**{name: value})

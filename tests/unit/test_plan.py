@@ -18,7 +18,7 @@ NAMES = 4  # with the aliases
 
 
 def config(**changes):
-    return EditConfig(templates=TEMPLATES, **changes)
+    return EditConfig(templates=TEMPLATES, variants="none", **changes)
 
 
 def read_tokens(tokenizer, reading, group):
@@ -96,7 +96,7 @@ def test_every_key_has_its_target_in_the_same_templates(tokenizer):
 
 def test_all_tokens_are_averaged_by_their_place_from_the_end(tokenizer):
     concept = Concept("Downey Jr.", "a gardener")
-    plan = plan_keys(tokenizer, [concept], EditConfig(templates=("Who is {}?", "{}?"), key_tokens="all"))
+    plan = plan_keys(tokenizer, [concept], EditConfig(templates=("Who is {}?", "{}?"), key_tokens="all", variants="none"))
     assert [read_tokens(tokenizer, plan.keys, group) for group in range(plan.keys.groups)] == [
         [".?", ".?"],
         [" Jr", " Jr"],
@@ -109,7 +109,7 @@ def test_all_tokens_are_averaged_by_their_place_from_the_end(tokenizer):
 def test_how_far_the_tokens_of_a_name_are_moved(tokenizer):
     concepts = [Concept("Robert Downey Jr.", "a gardener"), Concept("Harry, Duke", "a gardener")]
     plans = {
-        schedule: plan_keys(tokenizer, concepts, EditConfig(templates=("Who is {}?",), token_schedule=schedule))
+        schedule: plan_keys(tokenizer, concepts, EditConfig(templates=("Who is {}?",), token_schedule=schedule, variants="none"))
         for schedule in ("ramp", "full")
     }
     words = [read_tokens(tokenizer, plans["ramp"].keys, group)[0] for group in range(plans["ramp"].keys.groups)]
@@ -192,7 +192,7 @@ def test_a_target_is_never_read_at_the_start_of_a_text(tokenizer, make_tokenizer
 
 
 def test_a_name_and_a_redirect_without_a_template_in_common_are_refused(tokenizer):
-    config = EditConfig(templates=("{}?", "{} is"))
+    config = EditConfig(templates=("{}?", "{} is"), variants="none")
     with pytest.raises(InputError, match="'x': the redirect is a single token"):
         plan_keys(tokenizer, [Concept("Ada Byron", "x")], config)
 
@@ -205,7 +205,7 @@ def test_the_official_target_is_read_in_the_first_template_where_it_is_no_sink(t
 
 
 def test_names_without_any_key_are_named(tokenizer, make_tokenizer):
-    config = EditConfig(templates=("{}?", "{} is"))
+    config = EditConfig(templates=("{}?", "{} is"), variants="none")
     concepts = [Concept("x", "y"), Concept("Ada Byron", "y"), Concept("z", "y")]
     with pytest.raises(InputError, match=r"'x', 'z': .* single token at the very start of every template"):
         plan_keys(tokenizer, concepts, config)
@@ -228,7 +228,7 @@ LONG = "Ada Byron of a name that goes on and on and on and on and on"
 def test_names_longer_than_the_models_positions_are_refused(family, make_model, tokenizer, texts, weights_of, contexts):
     positions = {"GPT-2": "n_positions", "Llama": "max_position_embeddings"}[family]
     model = make_model(family, **{positions: 24})
-    settings = EditConfig(templates=("Who is {}?",), layers=(1,), contexts=contexts)
+    settings = EditConfig(templates=("Who is {}?",), layers=(1,), contexts=contexts, variants="none")
     statistics = rocr.collect_statistics(model, tokenizer, texts, [1])
     before = weights_of(model)
 
