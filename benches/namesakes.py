@@ -31,6 +31,7 @@ KNOWN, FACTS, LIST = 0.5, 4, 5
 REDIRECTS = ("Bruce Lee", "Frédéric Chopin", "Akira Kurosawa", "Confucius", "Maria Callas")
 SETTINGS = {
     "default": rocr.EditConfig(),
+    "no variants": rocr.EditConfig(variants="none"),
     "unweighted": rocr.EditConfig(least_closed=0.0),
     "smaller ridge": rocr.EditConfig(ridge=0.1, least_closed=0.0),
     "not retained": rocr.EditConfig(retain_weight=0.0),

@@ -139,13 +139,12 @@ class LayerUpdate:
 
     @property
     def left(self) -> Tensor:
-        """The left factor of Δ, (d_out, n) float32; see `Factors.left`. Δ is the product's part on a support if there
-        is one."""
+        """The left factor of Δ, (d_out, n) float32; see `rocr.solve.factors.Factors`."""
         return self.factors.left
 
     @property
     def right(self) -> Tensor:
-        """The right factor of Δ, (n, d_in) float32; see `Factors.right`."""
+        """The right factor of Δ, (n, d_in) float32."""
         return self.factors.right
 
     def after(self, applied: Applied) -> LayerUpdate:

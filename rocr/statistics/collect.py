@@ -241,6 +241,8 @@ class _Source:
     length: int = 2
     documents: int = 0
     bytes: int = 0
+    tokenised: int = 0
+    packed: int = 0
     digest: Any = field(default_factory=hashlib.sha256)
 
     def batches(self, architecture: Architecture, tokenizer: Any, progress: ProgressCallback) -> Iterator[_Batch]:
@@ -258,15 +260,18 @@ class _Source:
             self.length = min(options.length, positions_of(architecture.model) or options.length)
             vocabulary = len(architecture.embedding.weight)  # type: ignore[arg-type]
             if architecture.kind.writes_text:
-                sequences = pack_tokens(self._counted(self.texts), tokenizer, self.length, vocabulary)
+                sequences = pack_tokens(
+                    self._counted(self.texts), tokenizer, self.length, vocabulary, self._count_tokenised
+                )
             else:
-                sequences = closed_sequences(self._counted(self.texts), tokenizer, self.length)
+                sequences = closed_sequences(self._counted(self.texts), tokenizer, self.length, self._count_tokenised)
         before = 0
         for batch in token_batches(sequences, options.batch_tokens):
             if options.tokens is not None and before >= options.tokens:
                 return
             ordered = batch if architecture.kind.writes_text else sorted(batch, key=len)
             for part in _equal_lengths(ordered):
+                self.packed += sum(map(len, part))
                 count = sum(len(sequence) - FIRST_TOKENS for sequence in part)
                 if options.tokens is not None:
                     count = min(count, options.tokens - before)
@@ -284,13 +289,21 @@ class _Source:
         return Provenance(dtype, self.length, FIRST_TOKENS, config, self.documents, versions_now())
 
     def estimate(self, tokens: int) -> int | None:
-        """Return the estimated total number of tokens, from the bytes read so far; None: unknown."""
+        """Return the estimated total number of tokens, from the bytes read so far; None: unknown.
+
+        Args:
+            tokens: Number of tokens collected. More may be tokenised: documents are tokenised in batches.
+        """
         if self.texts is None:
             return self.options.tokens or DEFAULT_SAMPLED_TOKENS
         known = None
         if self.options.text_bytes and self.bytes:
-            known = max(tokens, round(tokens * self.options.text_bytes / self.bytes))
+            waiting, unread = max(0, self.tokenised - self.packed), max(0, self.options.text_bytes - self.bytes)
+            known = round(tokens + waiting + unread * self.tokenised / self.bytes)
         return min(filter(None, (known, self.options.tokens)), default=None)
+
+    def _count_tokenised(self, tokens: int) -> None:
+        self.tokenised += tokens
 
     def _counted(self, texts: Iterable[str]) -> Iterator[str]:
         for index, text in enumerate(texts):

@@ -6,7 +6,7 @@ import codecs
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,11 @@ def text_digest(paths: Paths) -> str:
 
 
 def pack_tokens(
-    texts: Iterable[str], tokenizer: Any, length: int, vocabulary: int | None = None
+    texts: Iterable[str],
+    tokenizer: Any,
+    length: int,
+    vocabulary: int | None = None,
+    tokenised: Callable[[int], None] | None = None,
 ) -> Iterator[list[int]]:
     """Yield sequences of `length` tokens of the documents, which are joined by the end-of-text token.
 
@@ -99,6 +103,7 @@ def pack_tokens(
         length: Number of tokens of a sequence, at least 2.
         vocabulary: Number of tokens that the model embeds. None: unknown. The end-of-text token of a tokenizer that
             was converted from a GGUF file can lie beyond them; documents are then joined without it.
+        tokenised: Called with the number of tokens of documents, when they are tokenised.
 
     Raises:
         InputError: The length is below 2, or the tokenizer fails.
@@ -111,7 +116,7 @@ def pack_tokens(
     room = length - len(head)
     pending: list[int] = []
     follows = False
-    for tokens in _tokenised(texts, tokenizer):
+    for tokens in _tokenised(texts, tokenizer, tokenised):
         if follows and separator is not None:
             pending.append(separator)
         pending += tokens
@@ -125,7 +130,9 @@ def pack_tokens(
         yield head + pending
 
 
-def closed_sequences(texts: Iterable[str], tokenizer: Any, length: int) -> Iterator[list[int]]:
+def closed_sequences(
+    texts: Iterable[str], tokenizer: Any, length: int, tokenised: Callable[[int], None] | None = None
+) -> Iterator[list[int]]:
     """Yield each document as a sequence of its own, between the tokenizer's opening and closing tokens.
 
     A document that does not fit into `length` tokens is cut into several sequences.
@@ -134,6 +141,7 @@ def closed_sequences(texts: Iterable[str], tokenizer: Any, length: int) -> Itera
         texts: The documents.
         tokenizer: The tokenizer of a text encoder.
         length: Maximum number of tokens of a sequence.
+        tokenised: Called with the number of tokens of documents, when they are tokenised.
 
     Raises:
         InputError: The length leaves no room for the text, or the tokenizer fails.
@@ -145,7 +153,7 @@ def closed_sequences(texts: Iterable[str], tokenizer: Any, length: int) -> Itera
             f"A sequence of {length} tokens is too short: the tokenizer puts {len(opening) + len(closing)} tokens "
             "around a text."
         )
-    for tokens in _tokenised(texts, tokenizer):
+    for tokens in _tokenised(texts, tokenizer, tokenised):
         for start in range(0, len(tokens), room):
             sequence = [*opening, *tokens[start : start + room], *closing]
             if len(sequence) >= 2:
@@ -199,10 +207,13 @@ def _after_start(tokens: list[int], position: int, start: int | None) -> int:
     return position
 
 
-def _tokenised(texts: Iterable[str], tokenizer: Any) -> Iterator[list[int]]:
+def _tokenised(texts: Iterable[str], tokenizer: Any, tokenised: Callable[[int], None] | None) -> Iterator[list[int]]:
     """Yield the tokens of each document that has any. Documents are tokenised in batches, for speed."""
     for batch in _document_batches(texts):
-        yield from filter(None, tokenize(tokenizer, batch))
+        found = tokenize(tokenizer, batch)
+        if tokenised is not None:
+            tokenised(sum(map(len, found)))
+        yield from filter(None, found)
 
 
 def _document_batches(texts: Iterable[str]) -> Iterator[list[str]]:

@@ -170,6 +170,8 @@ def test_progress_counts_tokens_and_knows_the_total(model, tokenizer, texts):
     statistics = rocr.collect_statistics(model, tokenizer, texts, [1], options, progress=steps.append)
     assert [step.done for step in steps] == sorted({step.done for step in steps})
     assert steps[-1].done == steps[-1].total == statistics.tokens
+    # All texts are tokenised before the first batch is read.
+    assert all(step.total == pytest.approx(statistics.tokens, rel=0.05) for step in steps)
     assert {(step.stage, step.unit) for step in steps} == {("statistics", "tokens")}
 
 

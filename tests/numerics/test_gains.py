@@ -7,7 +7,6 @@ from contextlib import ExitStack
 import pytest
 import torch
 import transformers
-from torch import nn
 
 import rocr
 from rocr import Concept, EditConfig, GuardError, Guards, InputError

@@ -177,7 +177,9 @@ def golden_edit(formula, golden_statistics):
     With γ = 1.5 and a mean square of 3, M⁻¹ is diag(1, 4, 1, 4 ...); keys that share no input, of the squared lengths
     3, 15 and 63 under M, and λ = 1 make K M Kᵀ + λI = diag(4, 16, 64).
     """
-    config = EditConfig(layers=(0, 1), gamma=1.5, ridge=1.0, relative_ridge=False, retain_weight=0.0, least_closed=0.0, variants="none")
+    config = EditConfig(
+        layers=(0, 1), gamma=1.5, ridge=1.0, relative_ridge=False, retain_weight=0.0, least_closed=0.0, variants="none"
+    )
     keys = torch.zeros(3, 48)
     keys[0, [0, 2, 1]] = torch.tensor([1.0, 1.0, 2.0])
     keys[1, [4, 6, 8, 5]] = torch.tensor([3.0, 2.0, 1.0, -2.0])

@@ -11,7 +11,9 @@ from rocr.keys.read import read_layers, read_states
 from rocr.model.architecture import find_architecture
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-CONFIG = EditConfig(templates=("Who is {}?", "It is about {}.", "A longer text that tells much about {}."), variants="none")
+CONFIG = EditConfig(
+    templates=("Who is {}?", "It is about {}.", "A longer text that tells much about {}."), variants="none"
+)
 ROUNDING = 5e-6  # batched float32 against unbatched, relative to the largest value; at most 1.1e-6 was measured
 
 

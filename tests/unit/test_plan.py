@@ -96,7 +96,9 @@ def test_every_key_has_its_target_in_the_same_templates(tokenizer):
 
 def test_all_tokens_are_averaged_by_their_place_from_the_end(tokenizer):
     concept = Concept("Downey Jr.", "a gardener")
-    plan = plan_keys(tokenizer, [concept], EditConfig(templates=("Who is {}?", "{}?"), key_tokens="all", variants="none"))
+    plan = plan_keys(
+        tokenizer, [concept], EditConfig(templates=("Who is {}?", "{}?"), key_tokens="all", variants="none")
+    )
     assert [read_tokens(tokenizer, plan.keys, group) for group in range(plan.keys.groups)] == [
         [".?", ".?"],
         [" Jr", " Jr"],
@@ -109,7 +111,9 @@ def test_all_tokens_are_averaged_by_their_place_from_the_end(tokenizer):
 def test_how_far_the_tokens_of_a_name_are_moved(tokenizer):
     concepts = [Concept("Robert Downey Jr.", "a gardener"), Concept("Harry, Duke", "a gardener")]
     plans = {
-        schedule: plan_keys(tokenizer, concepts, EditConfig(templates=("Who is {}?",), token_schedule=schedule, variants="none"))
+        schedule: plan_keys(
+            tokenizer, concepts, EditConfig(templates=("Who is {}?",), token_schedule=schedule, variants="none")
+        )
         for schedule in ("ramp", "full")
     }
     words = [read_tokens(tokenizer, plans["ramp"].keys, group)[0] for group in range(plans["ramp"].keys.groups)]
