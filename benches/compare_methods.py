@@ -27,7 +27,7 @@ from rocr.cli.main import main as run_command
 def main() -> int:
     """Run `rocr compare` with the arguments of this script, and print the table."""
     code = run_command(["compare", *sys.argv[1:]])
-    if code == 0:
+    if code == 0 and "--out" in sys.argv:
         document = json.loads(Path(sys.argv[sys.argv.index("--out") + 1]).read_text(encoding="utf-8"))
         print(markdown(document["results"]))
         if any("fade" in result for result in document["results"]):

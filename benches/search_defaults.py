@@ -14,11 +14,9 @@ and a run with the same file continues after its last row.
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -157,28 +155,6 @@ def known_facts(model: nn.Module, tokenizer: Any, probes: list[Probe], most: int
     return [probes[i] for i in chosen], Evaluation(items, len(chosen))
 
 
-@contextmanager
-def cached_metrics() -> Iterator[None]:
-    """Build the metric of a layer once for all edits with the same settings, as it takes minutes for a large layer."""
-    module: Any = importlib.import_module("rocr.unlearn")
-    build, kept = module.build_metric, {}
-
-    def build_once(second_moment: torch.Tensor, config: rocr.EditConfig, held: torch.Tensor | None) -> Any:
-        choice = (config.method, config.gamma, config.threshold, config.relative_threshold)
-        if held is not None:
-            choice += (config.template_weight, float(held.double().sum()))
-        key = (second_moment.data_ptr(), *choice)
-        if key not in kept:
-            kept[key] = build(second_moment, config, held)
-        return kept[key]
-
-    module.build_metric = build_once
-    try:
-        yield
-    finally:
-        module.build_metric = build
-
-
 def candidates(text: str | None) -> list[Candidate]:
     """Return the named candidates, or all; each changes one of the default settings."""
     default = rocr.EditConfig()
@@ -270,7 +246,7 @@ def main() -> None:
     rows = read_rows(Path(arguments.out))
     people = (others if arguments.test else searched)[: arguments.most]
     retained = others[arguments.most :][:RETAINED_TOGETHER]
-    with cached_metrics(), Path(arguments.out).open("a", encoding="utf-8") as file:
+    with Path(arguments.out).open("a", encoding="utf-8") as file:
 
         def run(candidate: Candidate, group: list[str], retain: list[str], more: list[str]) -> None:
             together = len(group) + len(more) if candidate.config else 0

@@ -8,6 +8,11 @@
 #define ROCR_WIDEN(halves) \
   (Bits) _mm256_cvtepu16_epi32((__m128i)(halves))  // without it GCC emits three instructions
 #define ROCR_WIDEN_BYTES(bytes) (Bits) _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long)(bytes)))  // likewise
+// One comparison looks for NaN in two vectors.
+#define ROCR_ANY_NAN(first, second) _mm256_movemask_ps(_mm256_cmp_ps((__m256)(first), (__m256)(second), _CMP_UNORD_Q))
+// The lower halves of the elements of two vectors, whose upper halves are zero, in order.
+#define ROCR_NARROW_TWO(first, second) \
+  _mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)(first), (__m256i)(second)), 0xd8)
 #include "simd_kernels.h"
 
 namespace rocr {

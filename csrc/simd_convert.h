@@ -56,6 +56,17 @@ ROCR_INLINE Halves narrow_nearest(Floats value) {
   return finish_float16(select(magnitude >= half_overflow, all(half_infinity), half), bits);
 }
 
+#if defined(ROCR_NARROW_TWO)
+// Writes two vectors as the nearest bfloat16. Returns whether it did: not if there is a NaN, which is not rounded.
+ROCR_INLINE bool store_two_bfloat16(char* target, Floats first, Floats second) {
+  if (ROCR_ANY_NAN(first, second)) return false;
+  const Bits low = (Bits)first, high = (Bits)second;
+  const Bits rounded_low = low + 0x7fff + (low >> 16 & 1), rounded_high = high + 0x7fff + (high >> 16 & 1);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), ROCR_NARROW_TWO(rounded_low >> 16, rounded_high >> 16));
+  return true;
+}
+#endif
+
 // Adds random bits below the last bit that is kept, then truncates: the expectation of the result is `value`.
 template <DType dtype>
 ROCR_INLINE Halves narrow_stochastic(Floats value, Bits random) {

@@ -203,6 +203,16 @@ ROCR_TARGET void add_elements(void* weight, const float* update, std::int64_t co
   constexpr std::int64_t bytes = dtype == DType::float32 ? 4 : 2;
   char* target = static_cast<char*>(weight);
   std::int64_t column = 0;
+#if defined(ROCR_NARROW_TWO)
+  for (; dtype == DType::bfloat16 && !stochastic && !keep_zeros && column + 2 * width <= count; column += 2 * width) {
+    char* both = target + column * bytes;
+    const Floats* addends = reinterpret_cast<const Floats*>(update + column);
+    const Floats first = widen<dtype>(both) + addends[0], second = widen<dtype>(both + width * bytes) + addends[1];
+    if (store_two_bfloat16(both, first, second)) continue;
+    add_vector<dtype, stochastic, keep_zeros>(both, addends[0], key, first_column + column);
+    add_vector<dtype, stochastic, keep_zeros>(both + width * bytes, addends[1], key, first_column + column + width);
+  }
+#endif
   for (; column + width <= count; column += width) {
     const Floats addend = *reinterpret_cast<const Floats*>(update + column);
     add_vector<dtype, stochastic, keep_zeros>(target + column * bytes, addend, key, first_column + column);

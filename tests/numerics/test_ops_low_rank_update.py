@@ -69,6 +69,20 @@ def test_what_is_not_finite_stays_so(backend, rounding, dtype):
     assert torch.equal(weight.nan_to_num(nan=7.0), before.nan_to_num(nan=7.0))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("place", [0, 13, 31, 32, 49])
+def test_a_nan_of_the_update_is_not_rounded(backend, dtype, place):
+    right = torch.ones(1, 50)
+    # A carry from the last bits of this NaN would make it -0.
+    right.view(torch.int32)[0, place] = 0x7FFFFFFF
+    weight = torch.zeros(3, 50, dtype=dtype)
+    ops.low_rank_update(weight, torch.ones(3, 1), right, backend=backend)
+    expected = torch.ones(3, 50, dtype=dtype)
+    expected[:, place] = float("nan")
+    torch.testing.assert_close(weight, expected, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("backend", ops.available_backends("cpu"))
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("magnitude", [1.0, 2.0**-17], ids=["normal", "small"])
