@@ -167,6 +167,8 @@ def candidates(text: str | None) -> list[Candidate]:
         "as a short list": replace(default, token_schedule="full", template_weight=0.0),
         "as a long list": replace(default, token_schedule="ramp", template_weight=0.03),
         "gamma 30": replace(default, gamma=30.0),
+        "rows of weight 1": replace(default, least_closed=0.0),
+        "retained weight 3": replace(default, retain_weight=3.0),
         "strength 1.5": replace(default, strength=1.5),
         "last token only": replace(default, key_tokens="last"),
         "a key per template": replace(default, keys_per_concept="all"),

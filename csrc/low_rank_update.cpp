@@ -156,12 +156,12 @@ void Call::pack_left(const LowRankUpdate& update, std::int64_t row, std::int64_t
 // Each product prefetches its columns of the next piece: more at once would stall on memory.
 void Call::multiply_piece(std::int64_t columns, std::int64_t steps, const float* left, const float* right,
                           float* sums, bool accumulate, Piece next) const {
-  const std::int64_t next_bytes = next.bytes * simd.tile_columns / piece_columns;
-  for (std::int64_t column = 0; column < columns; column += simd.tile_columns) {
+  const std::int64_t tile_bytes = next.bytes * simd.tile_columns / piece_columns;
+  for (std::int64_t column = 0; column < columns; column += simd.tile_columns, next.weight += tile_bytes) {
     const float* panel = right + column * steps;
-    for (std::int64_t row = 0; row < next.rows; ++row) {
-      const char* line = next.weight + row * next.stride + column / simd.tile_columns * next_bytes;
-      for (std::int64_t byte = 0; byte < next_bytes; byte += 64) __builtin_prefetch(line + byte, 1);
+    const char* line = next.weight;
+    for (std::int64_t row = 0; row < next.rows; ++row, line += next.stride) {
+      for (std::int64_t byte = 0; byte < tile_bytes; byte += 64) __builtin_prefetch(line + byte, 1);
     }
     simd.multiply(columns - column, steps, left, simd.tile_rows, panel, sums + column, sums_stride(),
                   accumulate, panel);
