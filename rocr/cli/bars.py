@@ -42,9 +42,5 @@ class _CountColumn(ProgressColumn):
     def render(self, task: Task) -> Text:
         count: Count | None = task.fields["count"]
         known = [count.counted(), count.speed()] if count is not None else []
-        left = None if count is None else count.left
-        if task.finished or left is None:
-            seconds = duration(task.elapsed or 0.0)
-        else:
-            seconds = f"{duration(max(0.0, left - (time.monotonic() - (count.told if count else 0.0))))} left"
-        return Text("  ".join(filter(None, [*known, seconds])))
+        left = count.left_text(time.monotonic()) if count is not None and not task.finished else ""
+        return Text("  ".join(filter(None, [*known, left or duration(task.elapsed or 0.0)])))

@@ -73,6 +73,13 @@ class Count:
         """Seconds from the last step to the end of the round; None: unknown."""
         return (self.total - self.done) / self.rate if self.total is not None and self.rate else None
 
+    def left_text(self, now: float) -> str:
+        """Such as "12 s left"; "longer than expected" once that time has passed; empty if unknown or at the end."""
+        if self.left is None or self.done == self.total:
+            return ""
+        left = self.left - (now - self.told)
+        return f"{duration(left)} left" if left > 0 else "longer than expected"
+
     def counted(self) -> str:
         """Such as "1,024 of 8,192 tokens"."""
         return f"{self.done:,}" + (f" of {self.total:,}" if self.total else "") + f" {self.unit}"
@@ -115,8 +122,8 @@ class Stage:
         if self.current is None:
             return f"{self.name}: running for {duration(now - self.begun)}"
         count = self.parts[self.current]
-        left = f"{duration(max(0.0, count.left - (now - count.told)))} left" if count.left is not None else ""
-        return f"{self._named(self.current)}: " + ", ".join(filter(None, (count.counted(), count.speed(), left)))
+        known = (count.counted(), count.speed(), count.left_text(now))
+        return f"{self._named(self.current)}: " + ", ".join(filter(None, known))
 
     def last_lines(self, now: float) -> list[str]:
         """Units, seconds and rate of each part of a finished stage."""
