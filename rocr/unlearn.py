@@ -26,6 +26,7 @@ from rocr.edit.apply import apply_updates, replace_updates, revert_updates
 from rocr.edit.automatic_redirects import with_redirects
 from rocr.edit.collisions import find_collisions
 from rocr.edit.compose import check_base_edit, check_rendered, inexact_layers
+from rocr.edit.controls import load_names
 from rocr.edit.drift import check_drift, read_final_states
 from rocr.edit.edit import Edit
 from rocr.edit.guards import (
@@ -130,7 +131,7 @@ def unlearn(
     plain = plain_arithmetic()
     try:
         with plain:
-            task = _plan(model, tokenizer, concepts, config, guards, base_edit, progress)
+            task = _plan(model, tokenizer, concepts, config, guards, base_edit, retain, progress)
             statistics = statistics or _collect(model, tokenizer, task.config, progress)
             origin = _check_statistics(task, tokenizer, statistics)
             report = _begin_report(task, statistics)
@@ -278,6 +279,7 @@ def _plan(
     config: EditConfig | None,
     guards: Guards,
     base_edit: Edit | None,
+    retain: Sequence[str] | None,
     progress: ProgressCallback,
 ) -> Task:
     """Complete the settings and choose the tokens that become keys, with all checks before a prompt is read.
@@ -300,10 +302,12 @@ def _plan(
     concepts = with_redirects(architecture, tokenizer, concepts, config.chat, progress)
     if config.variants == "all":
         concepts = propose_aliases(model, tokenizer, concepts, progress=progress, chat=config.chat).concepts
-    plan = plan_keys(tokenizer, concepts, config, architecture.kind)
+    base = base_edit.concepts if base_edit else ()
+    kept, positions = [*(retain or ()), *load_names()], positions_of(model)
+    plan = plan_keys(tokenizer, concepts, config, architecture.kind, base=base, kept=kept, positions=positions)
     if base_edit is not None:
         check_rendered(base_edit.rendered, plan.rendered, "the tokenizer now")
-    plan.check_positions(concepts, positions_of(model))
+    plan.check_positions(concepts, positions)
     plan.check_tokens_differ(concepts)
     return Task(architecture, concepts, config, by_count, plan, base_edit)
 

@@ -90,6 +90,7 @@ def choose_controls(
     propose: bool = True,
     progress: ProgressCallback = silent,
     chat: ChatSettings = DEFAULT,
+    variants: Collection[str] = (),
 ) -> list[Control]:
     """Choose names that an edit of concepts is likely to harm.
 
@@ -110,6 +111,7 @@ def choose_controls(
         propose: Whether the model proposes names too, for which it writes some tokens.
         progress: Called after every batch.
         chat: Settings of the chat template, in which the model is asked whom it takes its proposals for.
+        variants: Spellings of the concepts that the edit redirects too; a proposal that is one of them is left out.
 
     Returns:
         The names, those of all concepts in turn. None for a text encoder, or for a model whose predictions after
@@ -129,9 +131,13 @@ def choose_controls(
             return []
         if propose:
             known = [name for concept in concepts for name in concept.names]
+            redirected = set(map(folded, variants))
             proposed = dict(zip(placed, beginnings.names(architecture, tokenizer, known), strict=True))
             taken = taken_for_concepts(architecture, tokenizer, proposed, concepts, chat)
-            proposed = {i: [name for name in names if (i, name) not in taken] for i, names in proposed.items()}
+            proposed = {
+                i: [name for name in names if (i, name) not in taken and folded(name) not in redirected]
+                for i, names in proposed.items()
+            }
     kinds = load_names()
     names_of_others = list(without_concepts(kinds, concepts))
     # A tokenizer without some letters gives no token for a name in them.
