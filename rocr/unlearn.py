@@ -177,7 +177,7 @@ def unlearn(
                     _compare(task, blocks, update, solution, retained, report)
                 if i == 0 and retained is not None and ask > 0:
                     with timed("controls"):  # the model is still unedited
-                        own_answers = _ask_about_most_moved(task, tokenizer, retained, ask)
+                        own_answers = _ask_about_most_moved(task, tokenizer, retained, ask, progress)
                 with timed("apply"), naming_largest_concepts(update, concept_of, all_concepts):
                     weight_norm = blocks.norm(system.touched)
                     weights = edited_weights(architecture, [update])
@@ -356,12 +356,17 @@ def _compare(
         retained.measure(blocks, update, solution, task.concept_of)
 
 
-def _ask_about_most_moved(task: Task, tokenizer: Any, retained: RetainedNames, count: int) -> OwnAnswers | None:
+def _ask_about_most_moved(
+    task: Task, tokenizer: Any, retained: RetainedNames, count: int, progress: ProgressCallback
+) -> OwnAnswers | None:
     """Ask the model about the names that the update of the first layer, not yet applied, moves most."""
     names = retained.most_moved([concept.name for concept in task.all_concepts], count)
     kinds = {control.name: control.kind for control in retained.controls}
     things = [kinds.get(name) not in (None, "person") for name, _ in names]
-    return read_own_answers(task.architecture, tokenizer, names, things, task.config.chat)
+    progress(Progress("answers about names", 0, len(names), "names"))
+    answers = read_own_answers(task.architecture, tokenizer, names, things, task.config.chat)
+    progress(Progress("answers about names", len(names), len(names), "names"))
+    return answers
 
 
 def _record(updates: list[LayerUpdate], update: LayerUpdate, applied: Sequence[Applied]) -> None:

@@ -196,6 +196,22 @@ def test_a_bar_shows_the_rate_of_the_work(monkeypatch):
     assert "120 of 400 questions  0.67 questions/s" in terminal.file.getvalue()
 
 
+def test_a_bar_stops_its_clock_at_the_end_of_its_part_and_says_nothing_of_a_time_left_that_is_over(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("rocr.cli.bars.time", SimpleNamespace(monotonic=lambda: now[0]))
+    terminal = rich.console.Console(file=io.StringIO(), force_terminal=True, width=120, color_system=None)
+    with bars("edit", terminal) as show:
+        now[0] = 10.0
+        show(Progress("targets", 10, 10, "prompts"))
+        now[0] = 20.0
+        show(Progress("keys", 5, 10, "prompts"))
+        now[0] = 31.0  # of an expected 30
+    drawn = [line.rstrip() for line in terminal.file.getvalue().splitlines()]
+    ends = [next(line for line in reversed(drawn) if part in line) for part in ("targets", "keys")]
+    assert ends[0].endswith("10 of 10 prompts  1 prompts/s  10 s")
+    assert ends[1].endswith("5 of 10 prompts  0.5 prompts/s  21 s")
+
+
 def test_an_evaluation_that_goes_on_reports_what_was_done_before(model, tokenizer, tmp_path):
     from rocr.evaluation import EvaluateOptions, Probe, evaluate
 

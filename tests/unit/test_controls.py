@@ -314,6 +314,13 @@ def test_a_spelling_that_the_edit_redirects_is_no_control(unlearn, monkeypatch):
     assert other in controls and misspelt not in controls
 
 
+def test_what_the_model_writes_about_names_is_announced_before_it_writes(unlearn):
+    steps = []
+    unlearn(progress=steps.append)
+    for part, total in (("proposed names", 1), ("answers about names", 5)):
+        assert [(step.done, step.total) for step in steps if step.stage == part] == [(0, total), (total, total)]
+
+
 def test_a_control_is_what_it_says(architecture, tokenizer):
     found = choose_controls(architecture, tokenizer, KING, 1, propose=False)
     assert {control.kind for control in found} == {"person"}  # Burger King and The Lion King come after people
