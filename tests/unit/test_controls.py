@@ -317,7 +317,7 @@ def test_a_spelling_that_the_edit_redirects_is_no_control(unlearn, monkeypatch):
 def test_what_the_model_writes_about_names_is_announced_before_it_writes(unlearn):
     steps = []
     unlearn(progress=steps.append)
-    for part, total in (("proposed names", 1), ("answers about names", 5)):
+    for part, total in (("proposed names", 1), ("answers about names", 4)):
         assert [(step.done, step.total) for step in steps if step.stage == part] == [(0, total), (total, total)]
 
 
