@@ -51,6 +51,7 @@ from rocr.edit.weight import edited_weights
 from rocr.io.dtypes import dtype_name
 from rocr.io.signals import end_interrupted_contexts
 from rocr.keys.plan import plan_keys
+from rocr.keys.variants import same_variants_beside
 from rocr.model.architecture import find_architecture, positions_of
 from rocr.model.blocks import LayerBlocks, layer_blocks
 from rocr.model.causality import with_kind
@@ -337,7 +338,8 @@ def _begin_report(task: Task, statistics: Statistics) -> EditReport:
     """Return a report with the fields that are known before the measurements."""
     report = EditReport(by_count=task.by_count, statistics=statistics.summary())
     if task.base_edit is not None:
-        report.inexact = inexact_layers(task.config, task.by_count, len(task.all_concepts), task.layers)
+        differ = not same_variants_beside(task.base_edit.concepts, task.concepts, task.config.seed)
+        report.inexact = inexact_layers(task.config, task.by_count, len(task.all_concepts), task.layers, differ)
     return report
 
 

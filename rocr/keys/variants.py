@@ -44,6 +44,11 @@ def variants_of(
     ]
 
 
+def same_variants_beside(concepts: Sequence[Concept], others: Sequence[Concept], seed: int) -> bool:
+    """Return whether some concepts have the same variants beside others as without them; see `variants_of`."""
+    return variants_of(concepts, seed) == variants_of([*concepts, *others], seed)[: len(concepts)]
+
+
 def spelling_variants(names: Sequence[str], kind: Kind | None, seed: int) -> list[str]:
     """Return other spellings of the first of some names, without those that are names themselves.
 
