@@ -26,6 +26,7 @@ from rocr.edit.apply import apply_updates, replace_updates, revert_updates
 from rocr.edit.automatic_redirects import with_redirects
 from rocr.edit.collisions import find_collisions
 from rocr.edit.compose import check_base_edit, check_rendered, inexact_layers
+from rocr.edit.controls import load_names
 from rocr.edit.drift import check_drift, read_final_states
 from rocr.edit.edit import Edit
 from rocr.edit.guards import (
@@ -50,6 +51,7 @@ from rocr.edit.weight import edited_weights
 from rocr.io.dtypes import dtype_name
 from rocr.io.signals import end_interrupted_contexts
 from rocr.keys.plan import plan_keys
+from rocr.keys.variants import same_variants_beside
 from rocr.model.architecture import find_architecture, positions_of
 from rocr.model.blocks import LayerBlocks, layer_blocks
 from rocr.model.causality import with_kind
@@ -130,7 +132,7 @@ def unlearn(
     plain = plain_arithmetic()
     try:
         with plain:
-            task = _plan(model, tokenizer, concepts, config, guards, base_edit, progress)
+            task = _plan(model, tokenizer, concepts, config, guards, base_edit, retain, progress)
             statistics = statistics or _collect(model, tokenizer, task.config, progress)
             origin = _check_statistics(task, tokenizer, statistics)
             report = _begin_report(task, statistics)
@@ -176,7 +178,7 @@ def unlearn(
                     _compare(task, blocks, update, solution, retained, report)
                 if i == 0 and retained is not None and ask > 0:
                     with timed("controls"):  # the model is still unedited
-                        own_answers = _ask_about_most_moved(task, tokenizer, retained, ask)
+                        own_answers = _ask_about_most_moved(task, tokenizer, retained, ask, progress)
                 with timed("apply"), naming_largest_concepts(update, concept_of, all_concepts):
                     weight_norm = blocks.norm(system.touched)
                     weights = edited_weights(architecture, [update])
@@ -278,6 +280,7 @@ def _plan(
     config: EditConfig | None,
     guards: Guards,
     base_edit: Edit | None,
+    retain: Sequence[str] | None,
     progress: ProgressCallback,
 ) -> Task:
     """Complete the settings and choose the tokens that become keys, with all checks before a prompt is read.
@@ -300,10 +303,12 @@ def _plan(
     concepts = with_redirects(architecture, tokenizer, concepts, config.chat, progress)
     if config.variants == "all":
         concepts = propose_aliases(model, tokenizer, concepts, progress=progress, chat=config.chat).concepts
-    plan = plan_keys(tokenizer, concepts, config, architecture.kind)
+    base = base_edit.concepts if base_edit else ()
+    kept, positions = [*(retain or ()), *load_names()], positions_of(model)
+    plan = plan_keys(tokenizer, concepts, config, architecture.kind, base=base, kept=kept, positions=positions)
     if base_edit is not None:
         check_rendered(base_edit.rendered, plan.rendered, "the tokenizer now")
-    plan.check_positions(concepts, positions_of(model))
+    plan.check_positions(concepts, positions)
     plan.check_tokens_differ(concepts)
     return Task(architecture, concepts, config, by_count, plan, base_edit)
 
@@ -333,7 +338,8 @@ def _begin_report(task: Task, statistics: Statistics) -> EditReport:
     """Return a report with the fields that are known before the measurements."""
     report = EditReport(by_count=task.by_count, statistics=statistics.summary())
     if task.base_edit is not None:
-        report.inexact = inexact_layers(task.config, task.by_count, len(task.all_concepts), task.layers)
+        differ = not same_variants_beside(task.base_edit.concepts, task.concepts, task.config.seed)
+        report.inexact = inexact_layers(task.config, task.by_count, len(task.all_concepts), task.layers, differ)
     return report
 
 
@@ -352,12 +358,17 @@ def _compare(
         retained.measure(blocks, update, solution, task.concept_of)
 
 
-def _ask_about_most_moved(task: Task, tokenizer: Any, retained: RetainedNames, count: int) -> OwnAnswers | None:
+def _ask_about_most_moved(
+    task: Task, tokenizer: Any, retained: RetainedNames, count: int, progress: ProgressCallback
+) -> OwnAnswers | None:
     """Ask the model about the names that the update of the first layer, not yet applied, moves most."""
     names = retained.most_moved([concept.name for concept in task.all_concepts], count)
     kinds = {control.name: control.kind for control in retained.controls}
     things = [kinds.get(name) not in (None, "person") for name, _ in names]
-    return read_own_answers(task.architecture, tokenizer, names, things, task.config.chat)
+    progress(Progress("answers about names", 0, len(names), "names"))
+    answers = read_own_answers(task.architecture, tokenizer, names, things, task.config.chat)
+    progress(Progress("answers about names", len(names), len(names), "names"))
+    return answers
 
 
 def _record(updates: list[LayerUpdate], update: LayerUpdate, applied: Sequence[Applied]) -> None:

@@ -103,7 +103,7 @@ def add(arguments: Arguments, console: Console) -> dict[str, Any]:
         more = {"quantised": arguments.quantised, "added": [concept.name for concept in concepts]}
         report = write_output(arguments, loaded, changed, arguments.save, console, answers, **more)
     show_report(report, console, arguments.out)
-    show_adapter(report, console)
+    show_adapter(report, console, arguments.out)
     say_inexact(changed, console)
     return report
 

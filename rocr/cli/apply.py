@@ -74,7 +74,7 @@ def write_applied(
         console.warn(f"{mismatch} The edit was measured on another model: evaluate the result.")
     more |= {"applied": True, "fingerprint_mismatch": mismatch}
     report = write_output(arguments, loaded, edit, arguments.save, console, quantised=arguments.quantised, **more)
-    show_adapter(report, console)
+    show_adapter(report, console, arguments.out)
     return report
 
 

@@ -37,14 +37,13 @@ def bars(name: str, console: rich.console.Console) -> Iterator[ProgressCallback]
 
 
 class _CountColumn(ProgressColumn):
-    """Units done, rate, and the time left; for a finished part, the time taken."""
+    """Units done, rate, and the time left; the time taken if that is unknown or over, and for a finished part."""
 
     def render(self, task: Task) -> Text:
         count: Count | None = task.fields["count"]
-        known = [count.counted(), count.speed()] if count is not None else []
-        left = None if count is None else count.left
-        if task.finished or left is None:
-            seconds = duration(task.elapsed or 0.0)
-        else:
-            seconds = f"{duration(max(0.0, left - (time.monotonic() - (count.told if count else 0.0))))} left"
-        return Text("  ".join(filter(None, [*known, seconds])))
+        if count is None:
+            return Text(duration(task.elapsed or 0.0))
+        now = time.monotonic()
+        left = count.left_at(now)
+        seconds = f"{duration(left)} left" if left is not None and left > 0 else duration(count.running(now))
+        return Text("  ".join(filter(None, [count.counted(), count.speed(), seconds])))

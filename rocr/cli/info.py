@@ -94,6 +94,7 @@ def summary_of_report(report: dict[str, Any]) -> list[tuple[str, str]]:
     more = [f"and {len(concepts) - SHOWN_CONCEPTS:,} more"] if len(concepts) > SHOWN_CONCEPTS else []
     words = Counter(filter(None, (verdict(each.get("distance")) for each in concepts)))
     text, made = report["statistics"], report["versions"]
+    variants = config.get("variants", "none")
     rows = [
         ("made from", str(report["model"])),
         ("state", "the edit was reverted" if report.get("applied") is False else "edited"),
@@ -101,7 +102,7 @@ def summary_of_report(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("redirection", ", ".join(f"{count:,} {word}" for word, count in words.items())),
         ("harmed", ", ".join(str(harm["name"]) for harm in report.get("harmed", []))),
         ("layers", ", ".join(f"{layer['layer']} ({100 * layer['relative_norm']:.1f}%)" for layer in layers)),
-        ("settings", f"{config['method']}, ridge {config['ridge']:g}, gamma {config['gamma']:g}"),
+        ("settings", f"{config['method']}, ridge {config['ridge']:g}, gamma {config['gamma']:g}, variants {variants}"),
         ("ordinary text", f"{text.get('tokens', 0):,} tokens ({text.get('text', 'unknown')})"),
         ("limits passed", "\n".join(report.get("limits_passed", []))),
         ("made with", f"rocr {made['rocr']}, torch {made['torch']}, transformers {made['transformers']}"),

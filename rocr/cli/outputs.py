@@ -199,7 +199,7 @@ def _say_what_is_stored(report: dict[str, Any], console: Console) -> None:
         )
 
 
-def show_adapter(report: dict[str, Any], console: Console) -> None:
+def show_adapter(report: dict[str, Any], console: Console, out: str) -> None:
     """Show an adapter's ranks, its truncation errors, and the setting of vLLM that it needs."""
     from rocr.edit.lora import GGUF_SUFFIX, VLLM_DEFAULT_RANK, VLLM_RANKS, loading_call, vllm_rank
 
@@ -220,7 +220,8 @@ def show_adapter(report: dict[str, Any], console: Console) -> None:
         return  # vLLM reads the PEFT adapter only
     name = report["fingerprint"]["name"]
     if name.endswith(GGUF_SUFFIX):
-        console.say(f"The base model is a GGUF file, whose name peft needs: {loading_call(name, 'lora')}.")
+        call = loading_call(name, (Path(out) / "lora").as_posix())
+        console.say(f"The base model is a GGUF file, whose name peft needs: {call}.")
     rank = max(layer["rank"] for layer in layers)
     allowed = vllm_rank(rank)
     if allowed is None:

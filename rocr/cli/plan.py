@@ -56,7 +56,7 @@ def show_plan(
     loaded = "all of it" if last_layer is None else f"the embedding and the layers 0 to {last_layer}"
     rows = [
         ("model", f"{source.name}: {sum(p.numel() for p in job.architecture.model.parameters()):,} parameters"),
-        ("concepts", f"{len(concepts)}, with {sum(len(c.names) for c in concepts)} names and {job.keys:,} keys"),
+        ("concepts", _counted(concepts, job)),
         ("layers", ", ".join(map(str, job.layers))),
         ("edited weights", "\n".join([*_edited(job), *_kept_zeros(job)])),
         ("read", f"{_parts(sizes.read)}\nof the model: {loaded}"),
@@ -93,6 +93,18 @@ def show_plan(
     }
 
 
+def _counted(concepts: Sequence[Concept], job: Job) -> str:
+    """The numbers of concepts, names and keys."""
+    of_variants = sum(job.plan.is_variant)
+    return "\n".join(
+        [
+            f"{len(concepts):,}, with {sum(len(c.names) for c in concepts):,} names and {job.keys:,} keys",
+            *([f"{of_variants:,} keys of other spellings (--variants)"] if of_variants else []),
+            *(["not counted: aliases that the model proposes"] if job.config.variants == "all" else []),
+        ]
+    )
+
+
 def _about(seconds: float) -> str:
     return f"about {seconds:,.0f}" if seconds >= 1 else "less than 1"
 
@@ -114,12 +126,13 @@ def _job(
 
     import transformers
 
+    from rocr.edit.controls import load_names
     from rocr.edit.retained_keys import expected_keys
     from rocr.export.forecast import Job
     from rocr.export.quantised import PLAIN
     from rocr.io.dtypes import torch_dtype
     from rocr.keys.plan import plan_keys
-    from rocr.model.architecture import find_architecture
+    from rocr.model.architecture import find_architecture, positions_of
     from rocr.model.check_folder import check_model_folder
     from rocr.model.layers import chosen_layers
     from rocr.model.load import load_tokenizer
@@ -131,12 +144,15 @@ def _job(
     architecture = find_architecture(empty_model(source, arguments.trust_remote_code))
     config = dataclasses.replace(config, layers=chosen_layers(config, architecture))
     tokenizer = load_tokenizer(source, arguments.trust_remote_code)
+    control = retained_names(arguments, concepts)
+    kept, positions = [*(control or ()), *load_names()], positions_of(architecture.model)
+    plan = plan_keys(tokenizer, concepts, config, architecture.kind, kept=kept, positions=positions)
     return Job(
         source,
         architecture,
         concepts,
         config,
-        plan_keys(tokenizer, concepts, config),
+        plan,
         arguments.save,
         Path(arguments.out) if arguments.out else None,
         last_layer,
@@ -150,7 +166,7 @@ def _job(
         arguments.lora_rank,
         gguf_kind(arguments),
         arguments.quantised or PLAIN,
-        expected_keys(tokenizer, concepts, config, retained_names(arguments, concepts), architecture.kind),
+        expected_keys(tokenizer, concepts, config, control, architecture.kind),
     )
 
 

@@ -73,6 +73,19 @@ class Count:
         """Seconds from the last step to the end of the round; None: unknown."""
         return (self.total - self.done) / self.rate if self.total is not None and self.rate else None
 
+    @property
+    def is_done(self) -> bool:
+        """Whether the last step was that of the end of the round."""
+        return self.done == self.total
+
+    def left_at(self, now: float) -> float | None:
+        """Seconds from a time to the end of the round, negative if it takes longer; None: unknown, or it has ended."""
+        return None if self.left is None or self.is_done else self.left - (now - self.told)
+
+    def running(self, now: float) -> float:
+        """Seconds that it took up to a time, or up to the end of its last round."""
+        return self.seconds if self.is_done else self.seconds + now - self.told
+
     def counted(self) -> str:
         """Such as "1,024 of 8,192 tokens"."""
         return f"{self.done:,}" + (f" of {self.total:,}" if self.total else "") + f" {self.unit}"
@@ -115,8 +128,9 @@ class Stage:
         if self.current is None:
             return f"{self.name}: running for {duration(now - self.begun)}"
         count = self.parts[self.current]
-        left = f"{duration(max(0.0, count.left - (now - count.told)))} left" if count.left is not None else ""
-        return f"{self._named(self.current)}: " + ", ".join(filter(None, (count.counted(), count.speed(), left)))
+        left = count.left_at(now)
+        time_left = "" if left is None else f"{duration(left)} left" if left > 0 else "longer than expected"
+        return f"{self._named(self.current)}: " + ", ".join(filter(None, (count.counted(), count.speed(), time_left)))
 
     def last_lines(self, now: float) -> list[str]:
         """Units, seconds and rate of each part of a finished stage."""

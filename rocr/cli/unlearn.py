@@ -185,7 +185,7 @@ def unlearn(arguments: Arguments, console: Console) -> dict[str, Any]:
         arguments, loaded, edit, arguments.save, console, answers, quantised=quantised, settings=settings
     )
     show_report(report, console, arguments.out)
-    show_adapter(report, console)
+    show_adapter(report, console, arguments.out)
     note = path_note(arguments.model)
     if note is not None:
         console.warn(note)

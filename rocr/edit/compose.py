@@ -27,6 +27,7 @@ from rocr.edit.update import LayerUpdate, with_same_parts
 from rocr.edit.weight import edited_weights
 from rocr.errors import InputError
 from rocr.keys.prompts import RenderedTemplate
+from rocr.keys.variants import same_variants_beside
 from rocr.model.architecture import Architecture, find_architecture
 from rocr.model.fingerprint import Fingerprint
 from rocr.solve.solve import RetainedRows, System, solve_again
@@ -53,9 +54,10 @@ def remove_concepts(edit: AnEdit, names: Sequence[str], model: nn.Module | None)
     concepts = [edit.concepts[i] for i in remaining]
     concept_of = [new_index[edit.concept_of[row]] for row in rows]
     distance = [edit.report.distance[i] for i in remaining] if edit.report.distance else []
+    differ = not same_variants_beside(concepts, [edit.concepts[i] for i in sorted(removed)], edit.config.seed)
     retained = of_remaining(edit.retained, new_index)
     parts = [_rows(update, rows, list(retained)) for update in edit.updates]
-    solved = _solved(replace(edit, retained=tuple(retained.values())), concepts, concept_of, parts, distance)
+    solved = _solved(replace(edit, retained=tuple(retained.values())), concepts, concept_of, parts, distance, differ)
     blocks = {update.layer: update.blocks for update in solved.updates}
     solved.report.routing = [
         layer.of_concepts(concepts, remaining, blocks[layer.layer]) for layer in edit.report.routing
@@ -76,7 +78,9 @@ def merge_edits(edit: AnEdit, other: EditRecord, model: nn.Module | None) -> AnE
     # A default that depends on the number of concepts in one of the edits also depends on the number in the merged one.
     by_count = [name for name in BY_COUNT if name in (*edit.report.by_count, *other.report.by_count)]
     base = replace(edit, report=replace(edit.report, by_count=by_count), retained=retained.labels)
-    merged = _solved(base, [*edit.concepts, *other.concepts], concept_of, parts, distance)
+    pairs_of_lists = ((edit.concepts, other.concepts), (other.concepts, edit.concepts))
+    differ = not all(same_variants_beside(*lists, edit.config.seed) for lists in pairs_of_lists)
+    merged = _solved(base, [*edit.concepts, *other.concepts], concept_of, parts, distance, differ)
     blocks = {update.layer: update.blocks for update in merged.updates}
     merged.report.routing = [
         mine.joined(theirs, blocks[mine.layer])
@@ -85,22 +89,26 @@ def merge_edits(edit: AnEdit, other: EditRecord, model: nn.Module | None) -> AnE
     return _replace_edit(edit, merged, model)
 
 
-def inexact_layers(config: EditConfig, by_count: Sequence[str], count: int, layers: Sequence[int]) -> list[int]:
+def inexact_layers(
+    config: EditConfig, by_count: Sequence[str], count: int, layers: Sequence[int], variants_differ: bool = False
+) -> list[int]:
     """Return the layers in which a changed edit differs, by more than rounding, from one made of its concepts at once.
 
     These are all layers if the defaults for the new number of concepts differ from the settings of the edit, which
-    are kept. Otherwise, with `measure="each"`, they are all layers but the first, since the keys and residuals of the
-    later ones were measured in a model in which other concepts were already redirected. The edit does not hold what
-    they would be without those concepts: that needs a pass through the model.
+    are kept, or if the concepts at once have other spelling variants. Otherwise, with `measure="each"`, they are all
+    layers but the first, since the keys and residuals of the later ones were measured in a model in which other
+    concepts were already redirected. The edit does not hold what they would be without those concepts: that needs a
+    pass through the model.
 
     Args:
         config: Settings of the edit.
         by_count: Names of the settings that were chosen by the number of concepts.
         count: Number of concepts after the change.
         layers: The edited layers, ascending.
+        variants_differ: Whether a name of one concept is a variant of another, see `rocr.keys.variants.variants_of`.
     """
     fresh = replace(config, **dict.fromkeys(by_count)).for_concepts(count)  # type: ignore[arg-type]
-    if fresh != config:
+    if fresh != config or (variants_differ and config.variants != "none"):
         return list(layers)
     return list(layers[1:]) if config.measure == "each" else []
 
@@ -202,7 +210,12 @@ def _joined(mine: LayerUpdate, theirs: LayerUpdate, retained: JoinedKeys) -> Lay
 
 
 def _solved(
-    edit: AnEdit, concepts: list[Concept], concept_of: list[int], parts: Sequence[LayerUpdate], distance: list[float]
+    edit: AnEdit,
+    concepts: list[Concept],
+    concept_of: list[int],
+    parts: Sequence[LayerUpdate],
+    distance: list[float],
+    variants_differ: bool,
 ) -> AnEdit:
     """Solve the systems of an edit with the given concepts and return it, not applied yet."""
     updates, measures = [], []
@@ -219,7 +232,7 @@ def _solved(
         distance=distance,
         statistics=edit.report.statistics,
         collisions=find_collisions(concepts, concept_of, updates[0]),
-        inexact=inexact_layers(edit.config, edit.report.by_count, len(concepts), edit.layers),
+        inexact=inexact_layers(edit.config, edit.report.by_count, len(concepts), edit.layers, variants_differ),
         by_count=edit.report.by_count,
     )
     return dataclasses.replace(edit, concepts=concepts, concept_of=concept_of, updates=updates, report=report)
@@ -273,7 +286,8 @@ def _check_mergeable(edit: AnEdit, other: EditRecord) -> None:
     check_rendered(edit.rendered, other.rendered, "the other edit's tokenizer")
     if edit.config != other.config or edit.layers != other.layers:
         raise InputError(
-            "The edits were made with different settings. Make one of them with the settings of the other."
+            f"The edits were made with different settings{_differing(edit.config, other.config)}. Make one of them "
+            "with the settings of the other."
         )
     for mine, theirs in zip(edit.updates, other.updates, strict=True):
         if None not in (mine.base, theirs.base) and mine.blocks == theirs.blocks and mine.base != theirs.base:
@@ -290,6 +304,20 @@ def _check_mergeable(edit: AnEdit, other: EditRecord) -> None:
                 f"The edits protect ordinary keys of layer {mine.layer} differently (by {difference:.2g}): they were "
                 "made with different statistics. Make one of them with the statistics of the other."
             )
+
+
+def _differing(config: EditConfig, other: EditConfig) -> str:
+    """Return the settings that differ, such as ": variants none and spelling"; templates and chat only by name."""
+    names = [
+        field.name
+        for field in dataclasses.fields(EditConfig)
+        if getattr(config, field.name) != getattr(other, field.name)
+    ]
+    pairs = [
+        name if name in ("templates", "chat") else f"{name} {getattr(config, name)} and {getattr(other, name)}"
+        for name in names
+    ]
+    return f": {', '.join(pairs)}" if pairs else ""
 
 
 def _difference(mine: LayerUpdate, theirs: LayerUpdate, first: System, second: System) -> float:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice, product, zip_longest
 from pathlib import Path
@@ -26,7 +26,7 @@ from rocr.model.architecture import Architecture
 from rocr.model.chat import render_chats
 from rocr.model.generate import continue_greedily
 from rocr.model.tokenizer import calling_tokenizer, token_texts, tokenize, tokenize_prompt
-from rocr.progress import ProgressCallback, silent
+from rocr.progress import Progress, ProgressCallback, silent
 
 NAMES = Path(__file__).parents[1] / "data" / "names.txt"
 PER_CONCEPT, MAX_CONTROLS = 4, 200
@@ -90,6 +90,7 @@ def choose_controls(
     propose: bool = True,
     progress: ProgressCallback = silent,
     chat: ChatSettings = DEFAULT,
+    variants: Collection[str] = (),
 ) -> list[Control]:
     """Choose names that an edit of concepts is likely to harm.
 
@@ -110,6 +111,7 @@ def choose_controls(
         propose: Whether the model proposes names too, for which it writes some tokens.
         progress: Called after every batch.
         chat: Settings of the chat template, in which the model is asked whom it takes its proposals for.
+        variants: Spellings of the concepts that the edit redirects too; a proposal that is one of them is left out.
 
     Returns:
         The names, those of all concepts in turn. None for a text encoder, or for a model whose predictions after
@@ -124,14 +126,22 @@ def choose_controls(
     placed = list(range(0, len(concepts), step))
     proposed: dict[int, list[str]] = {}
     if not architecture.is_partial:
+        begun = Progress("proposed names", 0, len(placed), "concepts")
+        progress(begun)
         beginnings = _Beginnings.read(architecture, tokenizer, [_words(concepts[i].name)[0] for i in placed])
         if not beginnings.has_names:
+            progress(replace(begun, done=len(placed)))
             return []
         if propose:
             known = [name for concept in concepts for name in concept.names]
+            redirected = set(map(folded, variants))
             proposed = dict(zip(placed, beginnings.names(architecture, tokenizer, known), strict=True))
             taken = taken_for_concepts(architecture, tokenizer, proposed, concepts, chat)
-            proposed = {i: [name for name in names if (i, name) not in taken] for i, names in proposed.items()}
+            proposed = {
+                i: [name for name in names if (i, name) not in taken and folded(name) not in redirected]
+                for i, names in proposed.items()
+            }
+        progress(replace(begun, done=len(placed)))
     kinds = load_names()
     names_of_others = list(without_concepts(kinds, concepts))
     # A tokenizer without some letters gives no token for a name in them.

@@ -28,7 +28,8 @@ class LayerMeasures:
         keys: Number of keys, which is the largest possible rank of the update.
         metric: Description of the metric, which protects ordinary keys.
         relative_norm: Frobenius norm of the update over that of the weight.
-        closed: For each concept, the share of its residuals that the update closes at its own keys. 1 closes all.
+        closed: For each concept, the share of its residuals that the update closes at its own keys, those of variants
+            included. 1 closes all.
         surviving: Share of the weight's entries that the update changes after rounding to the dtype of the weight.
         condition: Condition number of the solved system, K M Kᵀ + λI.
         ridge: λ, in the units of squared keys.
@@ -61,8 +62,9 @@ class EditReport:
 
     Attributes:
         layers: Measurements of each edited layer, in ascending order.
-        distance: For each concept, the distance of the state at its name from the target after the edit, as a share
-            of the distance before it, both at the output of the last edited layer. When concepts are added, removed
+        distance: For each concept, the distance of the states at its names from their targets after the edit, as a
+            share of the distance before it, both at the output of the last edited layer; variants of the names do not
+            count. When concepts are added, removed
             or merged, those already in the edit keep the value measured at first.
         seconds: Duration of each stage, in seconds.
         statistics: The statistics that protect ordinary keys: text, tokens, dtype, length (`Statistics.summary`).

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from rocr.errors import InputError
 from rocr.io.json_values import flag_of, list_of, numbers_of, text_of, whole_number_of
 from rocr.keys.plan import plan_names
 from rocr.keys.read import States, read_layers
+from rocr.keys.variants import variants_of
 from rocr.model.architecture import Architecture, positions_of
 from rocr.model.blocks import LayerBlocks
 from rocr.progress import ProgressCallback
@@ -244,7 +245,14 @@ def read_retained_names(
         layer = min(config.layer_numbers)
         propose = propose or config.retain_weight > 0
         controls = choose_controls(
-            architecture, tokenizer, concepts, layer, propose=propose, progress=progress, chat=config.chat
+            architecture,
+            tokenizer,
+            concepts,
+            layer,
+            propose=propose,
+            progress=progress,
+            chat=config.chat,
+            variants=[] if config.variants == "none" else list(chain(*variants_of(concepts, config.seed))),
         )
         given = set(map(folded, chosen))
         controls = [control for control in controls if folded(control.name) not in given]

@@ -196,11 +196,12 @@ class Goals:
     def distance(self, hidden: Tensor, task: Task) -> list[float]:
         """Return the distance of states (n, d_out) to the goals by new concept, as a share of the first distance.
 
-        Keys count by their first distance.
+        Keys of the concept's own names count by their first distance, those of variants do not.
         """
         first = (self.states - self.start).norm(dim=1)
         shares = (self.states - hidden).norm(dim=1) / first.clamp(min=1e-12)
-        return mean_by_concept(shares, task.plan.concept_of, first * task.weights(first).sqrt())
+        own = torch.tensor(task.plan.is_variant).logical_not().to(first)
+        return mean_by_concept(shares, task.plan.concept_of, first * own)
 
     def moved(self, hidden: Tensor, task: Task) -> list[float]:
         """Return how far states (n, d_out) moved towards the goals by new concept, as a share of the whole way.

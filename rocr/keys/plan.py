@@ -11,7 +11,7 @@ from rocr.concepts import Concept, Kind
 from rocr.config import EditConfig
 from rocr.errors import InputError
 from rocr.keys.prompts import Prompt, RenderedTemplate, build_prompts, render_template
-from rocr.keys.variants import spelling_variants
+from rocr.keys.variants import variants_of
 from rocr.model.kind import LANGUAGE_MODEL, ModelKind
 
 BARE_TEXT = RenderedTemplate(before="", after=".")
@@ -68,6 +68,7 @@ class KeyPlan:
         distance_shares: For each key, the share of the distance to its target that it is moved.
         weights: For each key, its weight in the system.
         is_last: For each key, whether it is that of the last token of one of the concept's own names.
+        is_variant: For each key, whether it is that of a variant.
         template_keys: Where the keys of the templates' own tokens before a name are read, one group for each token.
             They are protected like ordinary keys. None: the template weight is 0, or there are no such tokens.
         rendered: The templates as the model reads them.
@@ -80,6 +81,7 @@ class KeyPlan:
     distance_shares: list[float]
     weights: list[float]
     is_last: list[bool]
+    is_variant: list[bool]
     template_keys: Reading | None
     rendered: tuple[RenderedTemplate, ...] = ()
 
@@ -98,9 +100,8 @@ class KeyPlan:
         """
         starts, ends = (self.current or self.keys).read_tokens(), self.targets.read_tokens()
         differs = [False] * len(concepts)
-        for j, (start, end) in enumerate(zip(starts, ends, strict=True)):
-            is_last = self.keys.position_of[j] == self.keys.prompts[self.keys.prompt_of[j]].words[-1]
-            differs[self.concept_of[self.keys.group_of[j]]] |= is_last and start != end
+        for group, start, end in zip(self.keys.group_of, starts, ends, strict=True):
+            differs[self.concept_of[group]] |= self.is_last[group] and start != end
         alike = [concept for concept, different in zip(concepts, differs, strict=True) if not different]
         if alike:
             pairs = ", ".join(f"{each.name!r} and {each.redirect!r}" for each in alike[:5])
@@ -146,7 +147,14 @@ class _ReadingBuilder:
 
 
 def plan_keys(
-    tokenizer: Any, concepts: Sequence[Concept], config: EditConfig, kind: ModelKind = LANGUAGE_MODEL
+    tokenizer: Any,
+    concepts: Sequence[Concept],
+    config: EditConfig,
+    kind: ModelKind = LANGUAGE_MODEL,
+    *,
+    base: Sequence[Concept] = (),
+    kept: Collection[str] = (),
+    positions: int | None = None,
 ) -> KeyPlan:
     """Choose the tokens that are read for each concept.
 
@@ -166,6 +174,9 @@ def plan_keys(
         concepts: The concepts.
         config: The settings. Settings that depend on the number of concepts may be unset.
         kind: The kind of the model.
+        base: Concepts that are unlearned already. No variant is one of their names, see `variants_of`.
+        kept: Names that are to stay as they are; no variant is one of them.
+        positions: Number of positions of the model; a variant that does not fit is left out. None is no limit.
 
     Raises:
         InputError: A name has no token that can be a key in any template, or its redirect has no state in a template
@@ -179,8 +190,9 @@ def plan_keys(
     distance_shares: list[float] = []
     weights: list[float] = []
     is_last: list[bool] = []
+    is_variant: list[bool] = []
     template_tokens: dict[tuple[int, ...], tuple[Prompt, int]] = {}
-    named = [each for concept, entry in enumerate(concepts) for each in _names_of(concept, entry, config)]
+    named = list(_names_of(concepts, config, base, kept))
     names = [each.name for each in named]
     redirects = [concepts[each.concept].redirect for each in named]
     read: set[tuple[int, tuple[int, ...]]] = set()
@@ -198,10 +210,10 @@ def plan_keys(
             target = first_target[i] if official else targets_of[t][i]
             if target is None or not target.name or (named[i].is_variant and t not in (0, len(prompts_of) - 1)):
                 continue
-            positions = _key_positions(prompt, config, kind)
-            for from_end, position in islice(positions, 1) if named[i].is_variant else positions:
+            ends = _key_positions(prompt, config, kind)
+            for from_end, position in islice(ends, 1) if named[i].is_variant else ends:
                 place = (named[i].concept, prompt.tokens[: position + 1])
-                if named[i].is_variant and place in read:
+                if named[i].is_variant and (place in read or (positions is not None and position >= positions)):
                     continue
                 read.add(place)
                 group_key = (i, from_end) if config.keys_per_concept == "mean" else (i, from_end, t)
@@ -210,6 +222,7 @@ def plan_keys(
                     concept_of.append(named[i].concept)
                     weights.append(named[i].weight)
                     is_last.append(from_end == 0 and not named[i].is_variant)
+                    is_variant.append(named[i].is_variant)
                     distance_shares.append(_distance_share(from_end, len(prompt.words), config))
                 group = groups[group_key]
                 keys.read(prompt, position, group)
@@ -226,6 +239,7 @@ def plan_keys(
         distance_shares,
         weights,
         is_last,
+        is_variant,
         _read_each(template_tokens.values()) if template_tokens and config.template_weight else None,
         tuple(RenderedTemplate(template.before, template.after) for template in rendered),
     )
@@ -252,12 +266,14 @@ def plan_names(
     return plan.keys, plan.concept_of
 
 
-def _names_of(concept: int, entry: Concept, config: EditConfig) -> Iterator[_Named]:
-    """Yield the names of a concept, then the variants of the settings."""
-    yield from (_Named(concept, name) for name in entry.names)
-    if config.variants != "none":
-        for name in spelling_variants(entry.names, entry.kind, config.seed):
-            yield _Named(concept, name, config.variant_weight, is_variant=True)
+def _names_of(
+    concepts: Sequence[Concept], config: EditConfig, base: Sequence[Concept], kept: Collection[str]
+) -> Iterator[_Named]:
+    """Yield for each concept its names, then the variants of the settings."""
+    variants = [[]] * len(concepts) if config.variants == "none" else variants_of(concepts, config.seed, base, kept)
+    for concept, entry in enumerate(concepts):
+        yield from (_Named(concept, name) for name in entry.names)
+        yield from (_Named(concept, name, config.variant_weight, is_variant=True) for name in variants[concept])
 
 
 def _templates_of_names(

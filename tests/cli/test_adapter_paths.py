@@ -25,7 +25,7 @@ def test_peft_loads_the_adapter_of_a_gguf_file(make_model, tokenizer, concept, c
     done = command("unlearn", "models/m.gguf", *concept, *given)
     assert done.code == 0, done.errors
     call = 'AutoPeftModelForCausalLM.from_pretrained("lora", gguf_file="m.gguf")'
-    assert call in done.output.replace("\n", " ")
+    assert call.replace("lora", "out/lora", 1) in done.output.replace("\n", " "), "from where the command ran"
     assert call in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
     tokens = torch.tensor([tokenizer("Ada Byron wrote programs.")["input_ids"]])

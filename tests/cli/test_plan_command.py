@@ -57,6 +57,14 @@ def test_what_is_as_recommended_adds_nothing(files, concept, command):
     assert [each["options"] for each in json.loads(done.output)["recommended"]] == [[], [], []]
 
 
+@pytest.mark.parametrize(("more", "counted"), [((), True), (("--variants", "none"), False)])
+def test_a_plan_counts_the_keys_of_other_spellings(files, command, more, counted):
+    arguments = ("--concept", "Augusta Byron", "--redirect", "Blaise Pascal", "--statistics", files.statistics)
+    done = command("plan", files.model, *arguments, *more)
+    assert done.code == 0, done.errors
+    assert ("keys of other spellings (--variants)" in done.output) == counted
+
+
 def test_long_lists_are_advised_to_take_more_text(model):
     from rocr.model.architecture import find_architecture
     from rocr.model.layers import layers_by_default

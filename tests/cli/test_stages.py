@@ -46,6 +46,15 @@ def test_a_rate_is_that_of_the_work_and_not_of_a_burst():
     assert stage.line(210.0).endswith("6 min 30 s left"), "time goes on between two steps"
 
 
+def test_a_stage_that_takes_longer_than_expected_says_so():
+    stage = Stage("questions", 0.0)
+    stage.take(questions(200), 60.0)
+    assert stage.line(119.0).endswith(", 1.0 s left")
+    assert stage.line(121.0) == "questions: 200 of 400 questions, 3.3 questions/s, longer than expected"
+    stage.take(questions(400), 130.0)
+    assert stage.line(140.0) == "questions: 400 of 400 questions, 3.1 questions/s", "only what follows it is left"
+
+
 def test_what_an_earlier_run_had_done_says_nothing_about_the_rate():
     stage = Stage("questions", 0.0)
     for now, done in bursts(2, first=300):
@@ -101,9 +110,11 @@ def test_a_stage_without_steps_says_now_and_then_that_it_runs():
 def test_a_stage_with_steps_says_how_far_it_is():
     lines = []
     with plain_lines("statistics", lines.append, 0.01) as show:
+        time.sleep(0.2)  # 15 times as long is left
         show(Progress("statistics", 512, 8192, "tokens"))
-        wait_for(lambda: lines)
-    assert re.fullmatch(r"statistics: 512 of 8,192 tokens, [\d.,e+]+ tokens/s, .+ left", lines[0])
+        wait_for(lambda: [line for line in lines if "512" in line])
+    first = next(line for line in lines if "512" in line)
+    assert re.fullmatch(r"statistics: 512 of 8,192 tokens, [\d.,e+]+ tokens/s, .+ left", first)
     assert lines[-1].startswith("statistics: 512 tokens in ")
 
 
@@ -148,7 +159,9 @@ def test_a_command_without_a_terminal_prints_lines(files, command, tmp_path, mon
         importlib.import_module("rocr.cli.main"), "Console", partial(Console, seconds_between_lines=0.01)
     )
     accumulate, batches = rocr.statistics.collect._accumulate, []
-    middle = re.compile(r"^statistics: [\d,]+ of [\d,]+ tokens, [\d.,]+ tokens/s, .* left$", re.MULTILINE)
+    middle = re.compile(
+        r"^statistics: [\d,]+ of [\d,]+ tokens, [\d.,]+ tokens/s, (.* left|longer than expected)$", re.MULTILINE
+    )
 
     def accumulate_slowly(*arguments):
         batches.append(arguments)
@@ -181,6 +194,22 @@ def test_a_bar_shows_the_rate_of_the_work(monkeypatch):
         for now[0], done in bursts(3):
             show(questions(done))
     assert "120 of 400 questions  0.67 questions/s" in terminal.file.getvalue()
+
+
+def test_a_bar_stops_its_clock_at_the_end_of_its_part_and_says_nothing_of_a_time_left_that_is_over(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("rocr.cli.bars.time", SimpleNamespace(monotonic=lambda: now[0]))
+    terminal = rich.console.Console(file=io.StringIO(), force_terminal=True, width=120, color_system=None)
+    with bars("edit", terminal) as show:
+        now[0] = 10.0
+        show(Progress("targets", 10, 10, "prompts"))
+        now[0] = 20.0
+        show(Progress("keys", 5, 10, "prompts"))
+        now[0] = 31.0  # of an expected 30
+    drawn = [line.rstrip() for line in terminal.file.getvalue().splitlines()]
+    ends = [next(line for line in reversed(drawn) if part in line) for part in ("targets", "keys")]
+    assert ends[0].endswith("10 of 10 prompts  1 prompts/s  10 s")
+    assert ends[1].endswith("5 of 10 prompts  0.5 prompts/s  21 s")
 
 
 def test_an_evaluation_that_goes_on_reports_what_was_done_before(model, tokenizer, tmp_path):

@@ -184,7 +184,7 @@ def test_concepts_are_added_past_a_limit_by_force(make, tokenizer, statistics):
 def test_edits_that_do_not_fit_together_are_not_merged(make, model, tokenizer, statistics):
     edit, _ = make(PEOPLE[:1], config())
     other, _ = make(PEOPLE[1:], config((1,)))
-    with pytest.raises(InputError, match="different settings"):
+    with pytest.raises(InputError, match=r"different settings: layers \(.*\) and \(1,\)\. Make"):
         edit.merge(other)
     with pytest.raises(InputError, match="duplicate"):
         edit.merge(edit)
@@ -314,6 +314,23 @@ def test_a_change_across_the_limit_of_long_lists_is_exact_or_says_that_it_is_not
         assert differences(changed, fresh)[0] < ROUNDING
     assert changed.config == edit.config, "settings that were recorded stay"
     assert changed.report.by_count == ([] if given else ["template_weight", "variants"])
+
+
+@pytest.mark.parametrize("names", [("John Smith", "Jon Smith"), ("John Smith", "Jane Smith")])
+def test_a_change_of_whose_concepts_one_is_a_spelling_of_another_says_that_it_is_not_exact(
+    make, tokenizer, statistics, names
+):
+    """Alone, a concept has the other's name, or the initials of both, among its variants."""
+    concepts = [Concept(name, redirect) for name, redirect in zip(names, ("Blaise Pascal", "Ada Byron"), strict=True)]
+    settings = config((2,), "each", variants="spelling")
+    both, _ = make(concepts, settings)
+    first, model = make(concepts[:1], settings)
+    second, _ = make(concepts[1:], settings)
+    assert both.remove(names[1]).report.inexact == [2]
+    assert first.merge(second).report.inexact == [2]
+    assert first.add(concepts[1:], model, tokenizer, statistics).report.inexact == [2]
+    plain, _ = make(concepts, config((2,), "each", variants="none"))
+    assert plain.remove(names[1]).report.inexact == []
 
 
 def test_edits_that_become_a_long_list_together_say_so(make):

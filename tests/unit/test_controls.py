@@ -32,6 +32,7 @@ from rocr.edit.measures import EditReport
 from rocr.edit.retained_keys import expected_keys
 from rocr.keys.continuations import log_probabilities
 from rocr.keys.name_states import read_name_states
+from rocr.keys.variants import spelling_variants
 from rocr.model.architecture import find_architecture
 from rocr.model.causality import with_kind
 from rocr.model.generate import ask
@@ -302,6 +303,22 @@ def test_the_command_line_reports_harm_unless_it_asks_nothing(certain, tokenizer
         assert ("harmed" in report) == harmed and report["neighbours"]["controls"]
         assert ("harmed: " in "".join(capsys.readouterr())) == harmed
         assert bool(rocr.Edit.load(out / "edit.safetensors").report.harmed) == harmed
+
+
+def test_a_spelling_that_the_edit_redirects_is_no_control(unlearn, monkeypatch):
+    """A tiny model proposes no such name by itself."""
+    misspelt, other = spelling_variants(KING[0].names, None, CONFIG.seed)[1], "Stephen Kingsley"
+    monkeypatch.setattr(rocr.edit.controls._Beginnings, "names", lambda *_: [[misspelt, other]])
+    monkeypatch.setattr(rocr.edit.controls, "taken_for_concepts", lambda *_: set())
+    controls = unlearn().report.retained.controls
+    assert other in controls and misspelt not in controls
+
+
+def test_what_the_model_writes_about_names_is_announced_before_it_writes(unlearn):
+    steps = []
+    unlearn(progress=steps.append)
+    for part, total in (("proposed names", 1), ("answers about names", 4)):
+        assert [(step.done, step.total) for step in steps if step.stage == part] == [(0, total), (total, total)]
 
 
 def test_a_control_is_what_it_says(architecture, tokenizer):

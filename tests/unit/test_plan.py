@@ -249,13 +249,14 @@ def test_names_longer_than_the_models_positions_are_refused(family, make_model, 
     unlearn("Ada Byron", "Pascal")
 
 
-def test_a_redirect_that_the_tokenizer_reads_as_the_name_is_refused(model, make_tokenizer, texts):
+@pytest.mark.parametrize("variants", ["none", "spelling"])
+def test_a_redirect_that_the_tokenizer_reads_as_the_name_is_refused(model, make_tokenizer, texts, variants):
     tokenizer = make_tokenizer()
     tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])
     statistics = rocr.collect_statistics(model, tokenizer, texts, layers=(1,))
     concepts = [CONCEPTS[1], Concept("Ada Byron", "Ad\u00e0 Byron")]
     with pytest.raises(InputError, match=r"the same tokens: 'Ada Byron' and 'Ad\u00e0 Byron'\. The model cannot"):
-        rocr.unlearn(model, tokenizer, concepts, statistics, config(layers=(1,)))
+        rocr.unlearn(model, tokenizer, concepts, statistics, replace(config(layers=(1,)), variants=variants))
 
 
 @pytest.mark.parametrize("measure", ["each", "once"])

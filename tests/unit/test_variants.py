@@ -9,7 +9,7 @@ import rocr
 from rocr import Concept, EditConfig, Guards
 from rocr.concepts import folded
 from rocr.keys.plan import plan_keys, plan_names
-from rocr.keys.variants import MISSPELLINGS, spelling_variants
+from rocr.keys.variants import MISSPELLINGS, spelling_variants, variants_of
 from rocr.solve.metric import build_metric
 from rocr.solve.solve import solve_layer
 
@@ -49,8 +49,43 @@ def test_initials_hyphens_and_diacritics():
     assert "Jean Paul Sartre" in spelling_variants(["Jean-Paul Sartre"], None, 0)
     assert "Frederic Chopin" in spelling_variants(["Frédéric Chopin"], None, 0)
     assert "Frederic Chopin" not in spelling_variants(["Frédéric Chopin", "frederic chopin"], None, 0)
-    for short in ("X", "Bob Ng", "IT", "42", "毛泽东", "..."):
+    for short in ("X", "Bob Ng", "IT", "42", "毛泽东", "...", "- -"):
         assert not [each for each in spelling_variants([short], "thing", 0) if each != short]
+
+
+def test_no_other_name_is_made_of_an_abbreviation_or_in_a_script_without_case():
+    assert spelling_variants(["NASA"], "thing", 0) == [], "not NSA"
+    assert spelling_variants(["李 小龙"], "person", 0) == [], "not 李. 小龙"
+    assert not any("." in each for each in spelling_variants(["محمد علي"], "person", 0))
+    assert spelling_variants(["Лев Толстой"], "person", 0)[0] == "Л. Толстой"
+    assert "Петр Чайковский" in spelling_variants(["Пётр Чайковский"], "person", 0), "й is no и with a mark"
+    for name, other in (("ガンジー", "カンシー"), ("नरेन्द्र मोदी", "नरेनदर मोदी")):
+        assert other not in spelling_variants([name], "person", 0), "the mark makes another letter"
+    assert "Ελευθεριος Βενιζελος" in spelling_variants(["Ελευθέριος Βενιζέλος"], "person", 0)
+    assert spelling_variants(["Jean--Paul"], "thing", 0) == ["Jean Paul"]
+
+
+def test_a_variant_stands_for_one_concept_alone():
+    john = Concept("John Smith", "a gardener")
+    assert {"Jon Smith", "J. Smith"} <= set(*variants_of([john], 0))
+    for other in (Concept("jon smith", "a gardener"), Concept("Ada", "b", ("Jon Smith",)), Concept("Ada", "Jon Smith")):
+        assert "Jon Smith" not in variants_of([john, other], 0)[0] and "J. Smith" in variants_of([john, other], 0)[0]
+    assert "Jon Smith" not in variants_of([john], 0, kept=["Jon Smith"])[0]
+    jane = Concept("Jane Smith", "Ada Byron")
+    assert all("J. Smith" not in found for found in variants_of([john, jane], 0)), "it is sent to two places"
+    assert "J. Smith" not in variants_of([jane], 0, base=[john])[0]
+    alike = replace(jane, redirect="A gardener")
+    assert all("J. Smith" in found for found in variants_of([john, alike], 0))
+
+
+def test_a_variant_that_does_not_fit_into_the_model_is_left_out(tokenizer, configs):
+    concepts = [Concept("Augusta Byron", "Blaise Pascal")]
+    without, plan = (plan_keys(tokenizer, concepts, config) for config in configs)
+    positions = max(without.keys.position_of) + 1
+    assert max(plan.keys.position_of) >= positions, "a misspelling has more tokens"
+    fitting = plan_keys(tokenizer, concepts, configs[1], positions=positions)
+    fitting.check_positions(concepts, positions)
+    assert any(fitting.is_variant)
 
 
 def test_the_seed_draws_the_misspellings():
@@ -121,6 +156,33 @@ def test_a_misspelt_name_moves_to_the_redirect(model, tokenizer, statistics, con
     plain, spelt, more = (distance_after(config, misspelt) for config in (*configs, heavy))
     assert plain > 0.9 and spelt < 0.7 and more < 0.5
     assert distance_after(configs[1], "Augusta Byron") < distance_after(configs[0], "Augusta Byron") + 0.05
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_variants_do_not_count_in_the_distance_of_a_name(model, tokenizer, statistics, configs):
+    """Variants that weigh nothing are hardly moved, and say nothing about how near the name is to its redirect."""
+    concepts, found = [Concept("Augusta Byron", "Blaise Pascal")], []
+    for config in (configs[0], replace(configs[1], variant_weight=1e-6)):
+        edit = rocr.unlearn(model, tokenizer, concepts, statistics, config, guards=Guards(force=True), retain=[])
+        edit.revert(model)
+        found.append(edit.report.distance[0])
+    assert found[1] == pytest.approx(found[0], abs=1e-3)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_name_that_is_to_stay_is_no_variant(model, tokenizer, statistics, configs):
+    concept = [Concept("Augusta Byron", "Blaise Pascal")]
+    misspelt = spelling_variants(["Augusta Byron"], None, 0)[2]
+
+    def moved(retain, **names):
+        config = replace(configs[1], retain_weight=0.0)
+        edit = rocr.unlearn(
+            model, tokenizer, concept, statistics, config, guards=Guards(force=True), retain=retain, **names
+        )
+        edit.revert(model)
+        return edit.report.layers[0].keys
+
+    assert moved([misspelt]) == moved(["Robert Downey Jr."]) - 1
 
 
 def test_a_file_holds_the_settings(configs):
