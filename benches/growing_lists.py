@@ -14,6 +14,7 @@ unlearn a list that grows:
     MRP, UniErase    these methods, each by its own sequential protocol; see growing_methods.py
 
 A share gone or lost is one of what was known above chance. --kind takes another kind of learned_kinds.py.
+Misspelt names are no keys unless --variants says so: this tokenizer reads every misspelt word as one unknown token.
 """
 
 from __future__ import annotations
@@ -209,6 +210,7 @@ def main() -> None:
     parser.add_argument("--kind", choices=list(KINDS), default="Llama")
     parser.add_argument("--cache", type=Path, default=cache_folder(), help="folder of trained models")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
+    parser.add_argument("--variants", choices=["none", "spelling"], default="none", help="EditConfig.variants")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--table", type=Path, help="print the table of this file, and measure nothing")
@@ -226,7 +228,8 @@ def main() -> None:
     rounds = [learned.people[start : start + PER_ROUND] for start in range(0, count, PER_ROUND)]
     rows = []
     for way in arguments.ways:
-        config = rocr.EditConfig(layers=kind.layers, measure=WAYS[way][1])  # type: ignore[arg-type]
+        once: Any = WAYS[way][1]
+        config = rocr.EditConfig(layers=kind.layers, measure=once, variants=arguments.variants)
         rows += measure(way, Run(subject, rounds, config), lambda line: print(line, flush=True))
         if arguments.out:
             write(arguments.out, arguments.kind, known, rows)
