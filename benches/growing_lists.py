@@ -11,8 +11,10 @@ unlearn a list that grows:
     one edit         `rocr.unlearn` of the whole list so far, on the unedited model; the measure of the others
     one edit, once   the same with measure="once"
     again            `rocr.unlearn` of each round's people on the edited model, with statistics of that model
+    MRP, UniErase    these methods, each by its own sequential protocol; see growing_methods.py
 
 A share gone or lost is one of what was known above chance. --kind takes another kind of learned_kinds.py.
+Misspelt names are no keys unless --variants says so: this tokenizer reads every misspelt word as one unknown token.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from typing import Any
 
 import torch
 import transformers
+from growing_methods import METHODS, in_sequence
 from learned_edits import FORCED, TEXTS, Subject, decrease, right_answers
 from learned_facts import Person, ordinary_text, redirect_of
 from learned_kinds import KINDS
@@ -35,6 +38,7 @@ from machine import commit, cpu_name
 from torch import Tensor
 
 import rocr
+from rocr.model.architecture import find_architecture
 from rocr.unlearn import add_concepts
 
 ROUNDS, PER_ROUND, OTHERS = 20, 10, 60
@@ -98,18 +102,31 @@ def again(run: Run) -> Iterator[None]:
     """Unlearn each round's people in the model that the rounds before have edited."""
     edits = []
     for people in run.rounds:
-        edits.append(run.unlearn(people, collect(run.subject, len(run.rounds))))
+        edits.append(run.unlearn(people, collect(run.subject, len(run.rounds), run.subject.kind.layers)))
         yield
     for edit in reversed(edits):
         edit.revert(run.subject.learned.model)
 
 
-def collect(subject: Subject, rounds: int) -> rocr.Statistics:
+def by_method(way: str) -> Growing:
+    """Return how a method of `METHODS` unlearns the rounds."""
+
+    def grow(run: Run) -> Iterator[None]:
+        learned, statistics = run.subject.learned, run.subject.statistics
+        extra, count = METHODS[way][0].extra_layers, len(run.rounds)
+        if extra is not None:
+            statistics = collect(run.subject, count, extra(find_architecture(learned.model).depth))
+        yield from in_sequence(way, learned, statistics, run.rounds, learned.people[count * PER_ROUND :])
+
+    return grow
+
+
+def collect(subject: Subject, rounds: int, layers: Sequence[int]) -> rocr.Statistics:
     """Return statistics of the model as it is now, from text about people who are never unlearned."""
     learned = subject.learned
     texts = list(ordinary_text(learned.people[rounds * PER_ROUND :], TEXTS, seed=1))
     options = rocr.CollectOptions(length=64)
-    return rocr.collect_statistics(learned.model, learned.tokenizer, texts, subject.kind.layers, options)
+    return rocr.collect_statistics(learned.model, learned.tokenizer, texts, layers, options)
 
 
 WAYS: dict[str, tuple[Growing, str]] = {
@@ -118,8 +135,9 @@ WAYS: dict[str, tuple[Growing, str]] = {
     "one edit": (at_once, "each"),
     "one edit, once": (at_once, "once"),
     "again": (again, "each"),
+    **{way: (by_method(way), "each") for way in METHODS},
 }
-"""For each way, how the rounds are unlearned, and `EditConfig.measure`."""
+"""For each way, how the rounds are unlearned, and `EditConfig.measure`, which MRP and UniErase do not read."""
 
 
 @dataclass(frozen=True)
@@ -192,6 +210,7 @@ def main() -> None:
     parser.add_argument("--kind", choices=list(KINDS), default="Llama")
     parser.add_argument("--cache", type=Path, default=cache_folder(), help="folder of trained models")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
+    parser.add_argument("--variants", choices=["none", "spelling"], default="none", help="EditConfig.variants")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--table", type=Path, help="print the table of this file, and measure nothing")
@@ -209,7 +228,8 @@ def main() -> None:
     rounds = [learned.people[start : start + PER_ROUND] for start in range(0, count, PER_ROUND)]
     rows = []
     for way in arguments.ways:
-        config = rocr.EditConfig(layers=kind.layers, measure=WAYS[way][1])  # type: ignore[arg-type]
+        once: Any = WAYS[way][1]
+        config = rocr.EditConfig(layers=kind.layers, measure=once, variants=arguments.variants)
         rows += measure(way, Run(subject, rounds, config), lambda line: print(line, flush=True))
         if arguments.out:
             write(arguments.out, arguments.kind, known, rows)

@@ -112,7 +112,10 @@ def _mean(right: Tensor) -> float:
 
 
 def right_answers(learned: Learned, asked: Sequence[Question]) -> Tensor:
-    """Return for each question whether the most probable of the attribute's values is the right one."""
+    """Return for each question whether the right value is the most probable of the attribute's.
+
+    A token that a method has added to the vocabulary is an answer too, which is never right.
+    """
     order = sorted(range(len(asked)), key=lambda i: len(asked[i].text.split()))
     right = torch.empty(len(asked), dtype=torch.bool)
     for start in range(0, len(asked), BATCH):
@@ -129,7 +132,8 @@ def right_in_batch(learned: Learned, asked: Sequence[Question]) -> Tensor:
     logits = next_logits(learned.model, encoded["input_ids"], encoded["attention_mask"])
     choices = torch.tensor([tokenizer.convert_tokens_to_ids(question.choices) for question in asked])
     answers = torch.tensor([question.choices.index(question.answer) for question in asked])
-    return logits.gather(1, choices).argmax(1) == answers
+    added = logits[:, len(tokenizer) :]
+    return torch.cat([logits.gather(1, choices), added], 1).argmax(1) == answers
 
 
 def replaced(question: Question, person: Person) -> Question:

@@ -116,7 +116,7 @@ def _dense(architecture: Architecture, layer: int) -> Any:
 
 
 def _questions(case: Case) -> list[_Question]:
-    """Return the questions of the form "qa" about the target, each with the place of the name's last token."""
+    """Return the questions of the form "qa" to forget, each with the place of the last token of its subject's name."""
     probes: list[Probe] = [probe for probe in case.probes if probe.split == "forget" and probe.form == "qa"]
     if not probes:
         raise InputError("UniErase needs probes of the form qa about the target.")
@@ -125,9 +125,10 @@ def _questions(case: Case) -> list[_Question]:
     texts = item_texts(comparison.tokenizer, items, comparison.chat)
     opening = opening_tokens(comparison.tokenizer, texts[0])
     found = []
-    for text, (tokens, offsets) in zip(texts, tokenize_with_offsets(comparison.tokenizer, texts), strict=True):
-        end = text.find(case.target) + len(case.target)
-        named = case.target in text
+    tokenized = tokenize_with_offsets(comparison.tokenizer, texts)
+    for item, text, (tokens, offsets) in zip(items, texts, tokenized, strict=True):
+        name = probes[item.probe].subject
+        named, end = name in text, text.find(name) + len(name)
         place = max(i for i, (start, _) in enumerate(offsets) if not named or start < end)
         found.append(_Question((*opening, *tokens), len(opening) + place))
     return found
