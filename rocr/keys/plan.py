@@ -196,6 +196,8 @@ def plan_keys(
     names = [each.name for each in named]
     redirects = [concepts[each.concept].redirect for each in named]
     read: set[tuple[int, tuple[int, ...]]] = set()
+    # A variant that ends with it would redirect every word that the tokenizer does not know.
+    unknown: int | None = getattr(tokenizer, "unk_token_id", None)
     bare = build_prompts(tokenizer, BARE_TEXT, names, kind) if official else []
     rendered = [render_template(tokenizer, template, config.chat) for template in config.templates]
     written_for = _templates_of_names(tokenizer, rendered, [concepts[each.concept].kind for each in named], config)
@@ -213,7 +215,8 @@ def plan_keys(
             ends = _key_positions(prompt, config, kind)
             for from_end, position in islice(ends, 1) if named[i].is_variant else ends:
                 place = (named[i].concept, prompt.tokens[: position + 1])
-                if named[i].is_variant and (place in read or (positions is not None and position >= positions)):
+                fits = positions is None or position < positions
+                if named[i].is_variant and (place in read or not fits or prompt.tokens[position] == unknown):
                     continue
                 read.add(place)
                 group_key = (i, from_end) if config.keys_per_concept == "mean" else (i, from_end, t)

@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 import rocr
 from rocr import Concept, EditConfig, Guards
@@ -86,6 +88,18 @@ def test_a_variant_that_does_not_fit_into_the_model_is_left_out(tokenizer, confi
     fitting = plan_keys(tokenizer, concepts, configs[1], positions=positions)
     fitting.check_positions(concepts, positions)
     assert any(fitting.is_variant)
+
+
+def test_a_word_that_the_tokenizer_does_not_know_is_left_out():
+    words = ["<unk>", "Who", "is", "?", "Grace", "Hopper", "Blaise", "Pascal"]
+    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>")
+    settings = EditConfig(templates=("Who is {}?",), variants="spelling")
+    plan = plan_keys(tokenizer, [Concept("Grace Hopper", "Blaise Pascal")], settings)
+    at = zip(plan.keys.prompt_of, plan.keys.position_of, strict=True)
+    assert {words[plan.keys.prompts[i].tokens[position]] for i, position in at} == {"Grace", "Hopper"}
+    assert any(plan.is_variant), "a misspelt first word leaves the last one as it is"
 
 
 def test_the_seed_draws_the_misspellings():
