@@ -182,7 +182,8 @@ class EditConfig:
             one letter, which `seed` draws, initials, and the name without hyphens and diacritics
             (`rocr.keys.variants`). Tokens that they share with the names of the concept are read once. "all" also has
             the model propose aliases, which become names of the concept (`rocr.propose_aliases`). None is "spelling"
-            for lists of fewer than 25 concepts if all tokens of a name are keys, and otherwise "none".
+            for lists of fewer than 25 concepts if all tokens of a name are keys, and otherwise "none"; in a text
+            encoder always "none".
         variant_weight: w > 0, the weight of a key of a variant against that of a name: its row in the system and its
             residual are multiplied by √w.
         measure: "each" reads keys and residuals again after the edit of every layer, as the authors do. "once" reads

@@ -45,7 +45,7 @@ from rocr.edit.harm import HARMED, MAX_ASKED, OwnAnswers, read_own_answers
 from rocr.edit.measures import EditReport, measure_layer
 from rocr.edit.retain_impact import RetainedNames, read_retained_names
 from rocr.edit.retained_keys import RetainedKeys, rows_apart
-from rocr.edit.task import Goals, Reader, Task, keys_and_residuals, with_token_schedule
+from rocr.edit.task import Goals, Reader, Task, keys_and_residuals, with_token_schedule, with_variants
 from rocr.edit.update import Applied, LayerUpdate
 from rocr.edit.weight import edited_weights
 from rocr.io.dtypes import dtype_name
@@ -296,7 +296,7 @@ def _plan(
     architecture = find_architecture(model)
     config = resolve_layers(config, architecture)
     architecture = with_kind(architecture, max(config.layer_numbers))
-    config = with_token_schedule(config, architecture)
+    config = with_variants(with_token_schedule(config, architecture), architecture)
     by_count = base_edit.report.by_count if base_edit else config.unset_by_count()
     config = config.for_concepts(len(concepts))
     config = replace(config, chat=with_date(config.chat, tokenizer))

@@ -19,6 +19,10 @@ _COMPARED: dict[str, Callable[[float, float], bool]] = {
     "<": operator.lt,
     ">": operator.gt,
 }
+NOT_KNOWN = (
+    " That says nothing: before the edit the model knew too little in this form (not known in the table). Leave the "
+    "condition out, or give questions that the model can answer."
+)
 _PATTERN = re.compile(
     r"(forget|retain)\.([\w-]+)\.(before|after|gone|lost)\s*(<=|>=|<|>)\s*([-+]?[\d.]+(?:e[-+]?\d+)?)"
 )
@@ -87,7 +91,16 @@ class Condition:
             return f"{self.text}: there is no score, since no question of the {self.split} set was asked in this form."
         if not _COMPARED[self.relation](found, self.limit):
             return None
-        return f"{self.text}: it is {found:.4g}."
+        return f"{self.text}: it is {found:.4g}." + ("" if self._is_known(after, before) else NOT_KNOWN)
+
+    def _is_known(self, after: Evaluation, before: Evaluation | None) -> bool:
+        """Whether the condition is about a form in which the model knew something before, or about no change."""
+        from rocr.evaluation.verdict import judge
+
+        if self.value in ("before", "after"):
+            return True
+        found = judge(after, before).of(self.form, self.split)
+        return found is None or found.known
 
     def _value(self, after: Evaluation, before: Evaluation | None) -> float | None:
         from rocr.evaluation.scores import compare_evaluations

@@ -128,11 +128,13 @@ def _job(
 
     from rocr.edit.controls import load_names
     from rocr.edit.retained_keys import expected_keys
+    from rocr.edit.task import with_variants
     from rocr.export.forecast import Job
     from rocr.export.quantised import PLAIN
     from rocr.io.dtypes import torch_dtype
     from rocr.keys.plan import plan_keys
     from rocr.model.architecture import find_architecture, positions_of
+    from rocr.model.causality import kind_by_class
     from rocr.model.check_folder import check_model_folder
     from rocr.model.layers import chosen_layers
     from rocr.model.load import load_tokenizer
@@ -142,7 +144,8 @@ def _job(
     if source.checkpoint_folder is not None:
         check_model_folder(source.checkpoint_folder)
     architecture = find_architecture(empty_model(source, arguments.trust_remote_code))
-    config = dataclasses.replace(config, layers=chosen_layers(config, architecture))
+    architecture = dataclasses.replace(architecture, kind=kind_by_class(architecture.model))
+    config = with_variants(dataclasses.replace(config, layers=chosen_layers(config, architecture)), architecture)
     tokenizer = load_tokenizer(source, arguments.trust_remote_code)
     control = retained_names(arguments, concepts)
     kept, positions = [*(control or ()), *load_names()], positions_of(architecture.model)

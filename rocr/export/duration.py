@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from rocr.edit.controls import FURTHER_TOKENS, MAX_CONTROLS, MAX_PLACED, PER_CONCEPT, PROPOSALS
+from rocr.edit.harm import ANSWER_TOKENS, MAX_ASKED
 from rocr.export.forecast import CHECKED_TOKENS, Forecast, Job
 from rocr.model.architecture import Architecture, find_architecture, positions_of
 from rocr.model.capture import run_through
@@ -26,6 +28,8 @@ DISK_BYTES_PER_SECOND = 500e6
 """Assumed, since a short measurement of a disk measures its cache."""
 PROMPT_TOKENS = 40
 """Assumed length of a question in its chat template."""
+NAME_TOKENS, COMPARED_NAMES = 8, 400
+"""Assumed length of a name in a short text, and number of listed names that are compared with the concepts."""
 GGUF_SECONDS_OF_PARAMETER, GGUF_SECONDS_OF_TOKEN = 33e-9, 31e-6
 """Assumed seconds to load a parameter and a token of the vocabulary of a GGUF file. SmolLM2-135M takes 6.0 s, a tiny
 model with 262,144 tokens 8.7 s (benches/results/load_gguf.json)."""
@@ -111,7 +115,7 @@ def estimate_stages(job: Job, speed: Speed, sizes: Forecast) -> dict[str, float]
     return {
         "load": sizes.read.get("model", 0) / DISK_BYTES_PER_SECOND + _decoding(job),
         "statistics": statistics + (_statistics(job, speed) if job.statistics is None else 0.0),
-        "edit": _edit(job, speed),
+        "edit": _edit(job, speed) + _controls(job, speed),
         "answers": 2 * _generation(job, speed, job.questions, PROMPT_TOKENS, job.answer_tokens) if asked else 0.0,
         "save": saved / DISK_BYTES_PER_SECOND,
     }
@@ -150,6 +154,27 @@ def _edit(job: Job, speed: Speed) -> float:
         system = 2 * n * d_in**2 + 2 * n * min(n, d_in) * d_in + min(n, d_in) ** 3 / 3 + 2 * n * d_out * d_in
         seconds += (metric + 2 * system) / speed.products  # the system is in float64, at half the speed
     return seconds
+
+
+def _controls(job: Job, speed: Speed) -> float:
+    """Return the seconds in which names that the edit may harm are proposed, read, retained and asked about."""
+    if not job.retained_keys:
+        return 0.0
+    count = len(job.concepts)
+    retained = min(PER_CONCEPT * count, MAX_CONTROLS) * len(job.config.templates) * NAME_TOKENS
+    seconds = (COMPARED_NAMES * NAME_TOKENS * (min(job.layers) + 1) + retained * (max(job.layers) + 1)) * speed.layer
+    if job.last_layer is not None:
+        return seconds
+    placed = min(count, MAX_PLACED)
+    names = sum(len(concept.names) for concept in job.concepts) / count
+    proposed = PROPOSALS * placed
+    # A proposal is scored after a question with each name of its concept, with and without a space before it.
+    scored = proposed * 2 * names * (PROMPT_TOKENS + NAME_TOKENS)
+    seconds += _generation(job, speed, proposed, NAME_TOKENS, FURTHER_TOKENS)
+    if job.questions:
+        seconds += _generation(job, speed, MAX_ASKED, PROMPT_TOKENS, ANSWER_TOKENS)
+        scored += 2 * MAX_ASKED * (PROMPT_TOKENS + ANSWER_TOKENS)
+    return seconds + scored * _all_layers(job) * speed.layer
 
 
 def _generation(job: Job, speed: Speed, rows: int, prompt: int, steps: int) -> float:

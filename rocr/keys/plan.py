@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any
 
 from rocr.concepts import Concept, Kind
@@ -166,7 +165,7 @@ def plan_keys(
     redirect at the same distance from its end, and the closing tokens, which have read the name too, are moved to
     those of the redirect's prompt.
 
-    A variant is read at its last token only, in the first and the last template: before that token a model does not
+    A variant is read from its last token on, in the first and the last template: before that token a model does not
     expect the rest of a misspelt name, so that the tokens would hardly be moved.
 
     Args:
@@ -197,7 +196,7 @@ def plan_keys(
     redirects = [concepts[each.concept].redirect for each in named]
     read: set[tuple[int, tuple[int, ...]]] = set()
     # A variant that ends with it would redirect every word that the tokenizer does not know.
-    unknown: int | None = getattr(tokenizer, "unk_token_id", None)
+    unknown_token: int | None = getattr(tokenizer, "unk_token_id", None)
     bare = build_prompts(tokenizer, BARE_TEXT, names, kind) if official else []
     rendered = [render_template(tokenizer, template, config.chat) for template in config.templates]
     written_for = _templates_of_names(tokenizer, rendered, [concepts[each.concept].kind for each in named], config)
@@ -213,10 +212,11 @@ def plan_keys(
             if target is None or not target.name or (named[i].is_variant and t not in (0, len(prompts_of) - 1)):
                 continue
             ends = _key_positions(prompt, config, kind)
-            for from_end, position in islice(ends, 1) if named[i].is_variant else ends:
+            for from_end, position in ends:
                 place = (named[i].concept, prompt.tokens[: position + 1])
                 fits = positions is None or position < positions
-                if named[i].is_variant and (place in read or not fits or prompt.tokens[position] == unknown):
+                unknown = prompt.tokens[position] == unknown_token
+                if named[i].is_variant and (from_end > 0 or place in read or not fits or unknown):
                     continue
                 read.add(place)
                 group_key = (i, from_end) if config.keys_per_concept == "mean" else (i, from_end, t)

@@ -35,6 +35,16 @@ def with_kind(architecture: Architecture, layer: int) -> Architecture:
     return replace(architecture, kind=ModelKind(bidirectional, not bidirectional and _has_logits(architecture)))
 
 
+def kind_by_class(model: nn.Module) -> ModelKind:
+    """Return the kind that a model has by its class, for one that has no weights to run.
+
+    Of a text encoder it is not known whether it reads both ways.
+    """
+    base = unwrapped(model)
+    can_generate = getattr(base, "can_generate", None)
+    return ModelKind(writes_text=not is_encoder_decoder(base) and (can_generate is None or bool(can_generate())))
+
+
 def check_writes(architecture: Architecture, what: str) -> None:
     """Raise InputError if the model is a text encoder.
 

@@ -57,6 +57,10 @@ def test_the_command_fails_with_the_conditions_that_hold(files, command, tmp_pat
     )  # fmt: skip
     gone = relative_fall(change["before"], change["after"])
     assert gone == pytest.approx(change["fall"])
+    known = next(
+        each["known"] for each in json.loads(first.output)["verdict"]["judgements"]
+        if (each["form"], each["split"]) == ("qa", "forget")
+    )  # fmt: skip
     holds = (f"forget.qa.gone<={gone!r}", f"forget.qa.after>={change['after']!r}")
     holds_not = (f"forget.qa.gone<{gone!r}", f"forget.qa.before>{change['before']!r}")
     for name, conditions, code in (("fails", (*holds, *holds_not), 4), ("passes", holds_not, 0)):
@@ -66,3 +70,5 @@ def test_the_command_fails_with_the_conditions_that_hold(files, command, tmp_pat
         assert json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8"))["evaluation"]["items"]
         assert all((condition in done.errors) == (name == "fails") for condition in holds)
         assert not any(f"{condition}: it is" in done.errors for condition in holds_not)
+        said = [line.split(":")[0] for line in done.errors.splitlines() if "That says nothing" in line]
+        assert not known and said == ([holds[0]] if name == "fails" else []), "a change of what was not known"

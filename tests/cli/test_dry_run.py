@@ -149,3 +149,9 @@ def test_seconds_are_those_of_the_layers_that_run(files, command, tmp_path, monk
     answers = [seconds(*text[:2], "--tokens", 100, "--answer-tokens", tokens) - few for tokens in (8, 16)]
     assert 0 < answers[0] < answers[1] < 2 * answers[0]
     assert seconds("--no-answers", "--tokens", 100) > few, "the model writes its own text"
+    kept = [
+        seconds(*text[:2], "--tokens", 100, "--retain-weight", weight, *no)
+        for weight in (0, 1)
+        for no in ((), text[2:])
+    ]
+    assert kept[2] - kept[0] > kept[3] - kept[1] > 0, "names that it may harm are read, and asked about with answers"

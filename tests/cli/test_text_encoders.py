@@ -60,6 +60,7 @@ def test_statistics_and_a_dry_run(edited, command, tmp_path):
     given = ("--text", edited.base / "text.txt")
     done = command("unlearn", edited.base / "model", *GIVEN, *given, "--dry-run", "--json")
     assert done.code == 0 and json.loads(done.output)["seconds"]["total"] > 0, done.errors
+    assert json.loads(done.output)["keys"] == edited.report["layers"][0]["keys"], "closing keys, and no variants"
     done = command("stats", edited.base / "model", *given, "--layers", "1,2", "--out", tmp_path / "statistics")
     assert done.code == 0 and rocr.Statistics.load(tmp_path / "statistics").layers == LAYERS
     done = command("unlearn", edited.base / "model", *GIVEN, "--out", tmp_path / "out")

@@ -10,6 +10,7 @@ import transformers
 import rocr
 from rocr import EditConfig
 from rocr.config import IMAGE_TEMPLATES
+from rocr.keys.variants import spelling_variants
 from tests.unit.test_encoders import CONCEPT, closing, prompts  # noqa: F401 (fixtures)
 
 pytestmark = [pytest.mark.thorough, pytest.mark.usefixtures("one_thread")]
@@ -72,6 +73,29 @@ def test_the_embedding_of_a_name_moves_onto_the_redirects(make, layers, gamma, c
     without = EditConfig(layers=layers, gamma=gamma, templates=IMAGE_TEMPLATES, closing_keys=False)
     rocr.unlearn(encoder, closing, [CONCEPT], collected, without)
     assert (embedding(encoder, closing, name) - before[redirect]).norm() / first.norm() > left
+
+
+@pytest.mark.parametrize(("make", "layers", "gamma"), [(clip, [0, 1], 300.0), (t5, [1, 3], 10.0)])
+def test_variants_of_a_name_are_moved_where_they_are_asked_for(make, layers, gamma, closing, prompts):  # noqa: F811
+    """By default an encoder has none, since other prompts move more."""
+    encoder = make(len(closing))
+    texts = [text + "<end>" * (24 if make is clip else 0) for text in prompts if CONCEPT.name not in text]
+    misspelt = [f"a painting by {name}" for name in spelling_variants(CONCEPT.names, None, 0)[1:]]
+    target = embedding(encoder, closing, f"a painting by {CONCEPT.redirect}")[-1]
+
+    def distance():
+        return sum(float((embedding(encoder, closing, text)[-1] - target).norm()) for text in misspelt)
+
+    collected = rocr.collect_statistics(encoder, closing, texts, layers)
+    left, recorded = [], []
+    for variants in (None, "none", "spelling"):
+        config = EditConfig(layers=layers, gamma=gamma, templates=IMAGE_TEMPLATES, variants=variants)
+        edit = rocr.unlearn(encoder, closing, [CONCEPT], collected, config, guards=rocr.Guards(force=True))
+        left.append(distance())
+        recorded.append((edit.config.variants, "variants" in edit.report.by_count))
+        edit.revert(encoder)
+    assert left[0] == left[1] > 1.05 * left[2]
+    assert recorded == [("none", False), ("none", False), ("spelling", False)]
 
 
 def test_an_image_generator_no_longer_sees_a_concept(closing, prompts, tmp_path, monkeypatch):  # noqa: F811
