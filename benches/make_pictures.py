@@ -2,9 +2,9 @@
 
     python benches/make_pictures.py docs/pictures
 
-It runs COMMANDS in a folder with the model and the list of the demo, opens the page of `rocr eval` in headless Chromium
-(see browser.py), and writes screenshots as PNG and the terminal as SVG. With --work FOLDER the run is kept, and what
-FOLDER has already is not run again.
+It runs COMMANDS in a folder with the model and the list of the demo, asks QUESTIONS in `rocr chat` in a terminal of
+tmux, opens the page of `rocr eval` in headless Chromium (see browser.py), and writes screenshots as PNG and terminals
+as SVG. With --work FOLDER the run is kept, and what FOLDER has already is not run again.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from browser import MISSING, find_browser, open_page
@@ -32,10 +33,18 @@ _EVAL = f"eval {MODEL} --edit edited/edit.safetensors --forms qa,fb,mcp --neighb
 EVAL = (*_EVAL.split(), "--out", "report.json", "--html", "report.html")
 COMMANDS = {"unlearn.txt": UNLEARN, "report.txt": EVAL}
 """The commands in their order, by the file that keeps what each one prints."""
-COLUMNS = 100
-TERMINALS = {"unlearn.svg": ("unlearn.txt", "Answers about concepts on the list", "Layers", "The result is in ")}
-"""Pictures of a terminal: the file with what was printed, and how three of its lines begin: the first line, the first
-one that is left out, for which an ellipsis stands, and the next one that is shown."""
+CHAT = ("chat", "edited")
+QUESTIONS = ("Who is Albert Einstein?", "Who is Isaac Newton?")
+"""What is asked in CHAT: about a person of the list, and about one who is not."""
+COLUMNS, ROWS, SECONDS = 100, 60, 300
+"""Size of the terminals, and the longest wait for a prompt."""
+TERMINALS = {
+    "unlearn.svg": (UNLEARN, "unlearn.txt", ("Answers about concepts on the list", "Layers", "The result is in ")),
+    "chat.svg": (CHAT, "chat.txt", ()),
+}
+"""Pictures of a terminal: the command, the file with what was printed, and how three of its lines begin: the first
+line, the first one that is left out, for which an ellipsis stands, and the next one that is shown. Without them, all
+lines are shown."""
 DARK = "@media (prefers-color-scheme: dark)"
 PAGES = {
     "report.png": (1000, 900, ""),
@@ -47,7 +56,7 @@ PAGES = {
 
 
 def run_commands(folder: Path) -> None:
-    """Run the commands whose output a folder does not have yet; progress goes to stderr."""
+    """Run the commands and the chat whose output a folder does not have yet; progress goes to stderr."""
     if not (folder / MODEL).exists():
         (folder / MODEL).symlink_to(demo_model())
     shutil.copy(CONCEPTS, folder / "people.jsonl")
@@ -61,10 +70,45 @@ def run_commands(folder: Path) -> None:
         if done.returncode != 0:
             raise SystemExit(f"rocr {' '.join(words)} ended with {done.returncode}.")
         (folder / name).write_text(done.stdout, encoding="utf-8")
+    if not (folder / "chat.txt").exists():
+        (folder / "chat.txt").write_text(chat(folder, environment), encoding="utf-8")
 
 
-def excerpt(printed: str, first: str, left_out: str, after: str) -> str:
-    """Return the lines from `first` to before `left_out`, an ellipsis, and the lines from `after` on."""
+def chat(folder: Path, environment: dict[str, str]) -> str:
+    """Return the screen of a terminal in which QUESTIONS are typed, with its colours."""
+    tmux = ["tmux", "-L", f"rocr-{os.getpid()}", "-f", os.devnull]
+
+    def run(*words: str) -> str:
+        done = subprocess.run([*tmux, *words], cwd=folder, env=environment, capture_output=True, text=True, check=True)
+        return done.stdout
+
+    def wait(prompts: int) -> None:
+        end = time.monotonic() + SECONDS
+        while True:
+            lines = run("capture-pane", "-p").rstrip().splitlines()
+            if lines and lines[-1] == ">" and sum(line.startswith(">") for line in lines) == prompts:
+                return
+            if time.monotonic() > end:
+                raise SystemExit("rocr chat did not answer:\n" + "\n".join(lines))
+            time.sleep(0.5)
+
+    command = shlex.join([sys.executable, "-m", "rocr", *CHAT])
+    run("new-session", "-d", "-x", str(COLUMNS), "-y", str(ROWS), command)
+    try:
+        for number, question in enumerate(QUESTIONS, start=1):
+            wait(number)
+            run("send-keys", "-l", question)
+            run("send-keys", "Enter")
+        wait(len(QUESTIONS) + 1)
+        return run("capture-pane", "-e", "-p").rstrip() + "\n"
+    finally:
+        run("kill-server")
+
+
+def excerpt(printed: str, first: str = "", left_out: str = "", after: str = "") -> str:
+    """Return the lines from `first` to before `left_out`, an ellipsis, and the lines from `after` on; or all lines."""
+    if not first:
+        return printed
     lines = printed.splitlines()
     plain = [Text.from_ansi(line).plain for line in lines]
     begin, end, again = (
@@ -116,14 +160,16 @@ def main() -> None:
     arguments = parser.parse_args()
     if find_browser() is None:
         raise SystemExit(MISSING)
+    if shutil.which("tmux") is None:
+        raise SystemExit("tmux is missing: install it from your system's packages.")
     arguments.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.work or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         run_commands(folder)
-        for name, (kept, *parts) in TERMINALS.items():
+        for name, (words, kept, parts) in TERMINALS.items():
             printed = excerpt((folder / kept).read_text(encoding="utf-8"), *parts)
-            svg = terminal_svg(printed, f"rocr {shlex.join(COMMANDS[kept])}")
+            svg = terminal_svg(printed, f"rocr {shlex.join(words)}")
             (arguments.out / name).write_text(svg, encoding="utf-8")
         for name, (width, height, entry) in PAGES.items():
             picture(folder / "report.html", arguments.out / name, width, height, entry, dark="dark" in name)

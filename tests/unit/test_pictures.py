@@ -48,7 +48,7 @@ def test_every_picture_is_shown():
 def test_its_commands_are_those_of_rocr(script, tmp_path, monkeypatch):
     (tmp_path / "edited").mkdir()
     monkeypatch.chdir(tmp_path)
-    for words in script["COMMANDS"].values():
+    for words in [*script["COMMANDS"].values(), script["CHAT"]]:
         program.commands[words[0]].make_context(words[0], list(words[1:]))
 
 
