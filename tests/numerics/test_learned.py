@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import rocr
+from rocr.evaluation.baselines.extra_token import extra_token
 from rocr.model.architecture import find_architecture
 from rocr.model.blocks import layer_blocks
 from rocr.model.causality import with_kind
@@ -22,6 +24,8 @@ def bench():
     """The bench's modules, which import each other by name as scripts do."""
     sys.path.insert(0, BENCHES)
     try:
+        import growing_lists
+        import growing_methods
         import learned_edits
         import learned_kinds
         import learned_rank_one
@@ -29,7 +33,12 @@ def bench():
     finally:
         sys.path.remove(BENCHES)
     return SimpleNamespace(
-        edits=learned_edits, kinds=learned_kinds, rank_one=learned_rank_one, training=learned_training
+        edits=learned_edits,
+        growing=growing_lists,
+        kinds=learned_kinds,
+        methods=growing_methods,
+        rank_one=learned_rank_one,
+        training=learned_training,
     )
 
 
@@ -77,3 +86,46 @@ def test_an_update_of_rank_one_puts_the_redirects_state_in_the_place_of_the_name
 def test_an_edit_is_undone(bench, subject):
     subject.edit("one after another", subject.learned.people[:5])
     assert torch.equal(bench.edits.right_answers(subject.learned, subject.asked), subject.before)
+
+
+@pytest.mark.parametrize("way", ["MRP", "UniErase"])
+def test_a_compared_method_unlearns_one_round_after_another(bench, subject, monkeypatch, way):
+    people, settings = subject.learned.people, bench.methods.SETTINGS
+    monkeypatch.setitem(settings, "MRP", {"SCHEDULE": dataclasses.replace(settings["MRP"]["SCHEDULE"], steps=80)})
+    monkeypatch.setitem(settings, "UniErase", settings["UniErase"] | {"RIDGE": 1e-3})
+    method, module = bench.methods.METHODS[way]
+    own = {name: getattr(module, name) for name in settings[way]}
+    seen = []
+
+    @contextmanager
+    def watched(case):
+        with method.unlearned(case) as unlearned:
+            seen.append((case, unlearned.state))
+            yield unlearned
+
+    monkeypatch.setitem(bench.methods.METHODS, way, (dataclasses.replace(method, unlearned=watched), module))
+    run = bench.growing.Run(subject, [people[:1], people[1:2]], rocr.EditConfig(layers=subject.kind.layers))
+    rounds = bench.growing.WAYS[way][0](run)
+    rows = [bench.growing.row(way, run, count, 0.0) for count, _ in enumerate(rounds, start=1)]
+    (first, state), (second, last) = seen
+    assert [{p.subject for p in case.probes} for case in (first, second)] == [{people[0].name}, {people[1].name}]
+    assert first.earlier is None and second.earlier is state
+    if way == "MRP":
+        assert [[len(each) for each in directions] for _, directions in (state, last)] == [[2, 2], [4, 4]]
+    else:
+        assert last is state, "one token serves all rounds"
+    one, two = rows
+    assert min(one.first, two.first, two.last) >= 0.3 and one.others < 0.7 * one.first, rows
+    assert {name: getattr(module, name) for name in own} == own
+    assert torch.equal(bench.edits.right_answers(subject.learned, subject.asked), subject.before)
+
+
+def test_a_token_that_a_method_adds_is_never_right(bench, subject):
+    asked = [question for question, right in zip(subject.asked, subject.before, strict=True) if right][:1]
+    model, tokenizer = subject.learned.model, subject.learned.tokenizer
+    answer = tokenizer.convert_tokens_to_ids(asked[0].answer)
+    with extra_token(model, seed=0) as token, torch.no_grad():
+        token.row.zero_()
+        assert bench.edits.right_answers(subject.learned, asked).tolist() == [True]
+        token.row.copy_(2 * model.get_output_embeddings().weight[answer])
+        assert bench.edits.right_answers(subject.learned, asked).tolist() == [False]

@@ -361,6 +361,12 @@ def test_unierase_trains_one_row_and_solves_for_the_residuals(case, weights_of, 
     assert left == sorted(left, reverse=True)
 
 
+def test_each_question_is_edited_at_the_name_of_its_own_subject(case):
+    both = replace(case, target="two people", probes=split_by_subject(PROBES, ["Ada Byron", "Blaise Pascal"]))
+    read = [case.comparison.tokenizer.decode(q.tokens[: q.place + 1]) for q in unierase._questions(both)]
+    assert [text.endswith(probe.subject) for text, probe in zip(read, PROBES, strict=True)] == [True] * 4
+
+
 def test_the_token_follows_the_shifted_state(case):
     model, architecture = case.model, find_architecture(case.model)
     questions = unierase._questions(case)

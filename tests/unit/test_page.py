@@ -130,7 +130,7 @@ def test_the_curves_of_benches_go_through_their_rows(monkeypatch: pytest.MonkeyP
     document = json.loads((benches / "results" / "growing_lists.json").read_text())
     capacity = script["capacity_curve"](document).svg()
     assert capacity.count("<polyline") == len({row["way"] for row in document["rows"]})
-    assert "<title>add: 200, 0.4255</title>" in capacity
+    assert "<title>add: 200, 0.5683</title>" in capacity
     scores = {f"{split} {form}": [0.5, 0.1, 0.0] for split in ("forget", "retain") for form in ("qa", "fb", "mcp")}
     rows = [{"candidate": f"ridge={value}", **scores} for value in (10, 0.5, 2)]
     price = script["price_curve"](rows).svg()

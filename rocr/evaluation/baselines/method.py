@@ -73,7 +73,7 @@ class Case:
     Attributes:
         comparison: The inputs that all methods share.
         model: The model to unlearn it from: that of the comparison, or in a sequence the one that the method left.
-        target: Name of the subject.
+        target: Name of the subject. Methods that read nothing but the probes also take several subjects at once.
         probes: All probes, of the split "forget" if they are about the target.
         progress: Called during training and editing.
         earlier: In a sequence, the `Unlearned.state` of the target before; None for the first.
