@@ -14,7 +14,7 @@ unlearn a list that grows:
     MRP, UniErase    these methods, each by its own sequential protocol; see growing_methods.py
 
 A share gone or lost is one of what was known above chance. --kind takes another kind of learned_kinds.py.
-Misspelt names are no keys unless --variants says so: this tokenizer reads every misspelt word as one unknown token.
+The tokenizer reads every misspelt word as its unknown token, so that no misspelling of a name becomes a key.
 """
 
 from __future__ import annotations
@@ -210,7 +210,6 @@ def main() -> None:
     parser.add_argument("--kind", choices=list(KINDS), default="Llama")
     parser.add_argument("--cache", type=Path, default=cache_folder(), help="folder of trained models")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
-    parser.add_argument("--variants", choices=["none", "spelling"], default="none", help="EditConfig.variants")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--table", type=Path, help="print the table of this file, and measure nothing")
@@ -229,7 +228,7 @@ def main() -> None:
     rows = []
     for way in arguments.ways:
         once: Any = WAYS[way][1]
-        config = rocr.EditConfig(layers=kind.layers, measure=once, variants=arguments.variants)
+        config = rocr.EditConfig(layers=kind.layers, measure=once)
         rows += measure(way, Run(subject, rounds, config), lambda line: print(line, flush=True))
         if arguments.out:
             write(arguments.out, arguments.kind, known, rows)

@@ -1,6 +1,7 @@
 """Text encoders and encoder-decoders are edited: BERT, T5, BART, CLIP's text model and others like them."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -178,11 +179,11 @@ def test_prompts_are_run_whole_where_a_model_reads_both_ways(kind, both, closing
 def test_closing_tokens_become_keys_of_an_encoder_alone(closing):
     assert closing_tokens(closing) == [1]
     encoder, language_model = ModelKind(True, False), ModelKind()
-    config = EditConfig(templates=IMAGE_TEMPLATES)
+    config = EditConfig(templates=IMAGE_TEMPLATES, variants="none")
     plan = plan_keys(closing, [CONCEPT], config, encoder)
     last = [plan.keys.prompts[i].tokens[p] for i, p in zip(plan.keys.prompt_of, plan.keys.position_of, strict=True)]
     assert last.count(1) == len(IMAGE_TEMPLATES)
-    without = plan_keys(closing, [CONCEPT], EditConfig(templates=IMAGE_TEMPLATES, closing_keys=False), encoder)
+    without = plan_keys(closing, [CONCEPT], replace(config, closing_keys=False), encoder)
     assert without.keys.groups == plan.keys.groups - 1
     assert all(1 not in prompt.tokens for prompt in plan_keys(closing, [CONCEPT], config, language_model).keys.prompts)
 
