@@ -338,7 +338,7 @@ def _begin_report(task: Task, statistics: Statistics) -> EditReport:
     """Return a report with the fields that are known before the measurements."""
     report = EditReport(by_count=task.by_count, statistics=statistics.summary())
     if task.base_edit is not None:
-        differ = not same_variants_beside(task.base_edit.concepts, task.concepts, task.config.seed)
+        differ = not same_variants_beside(task.base_edit.concepts, task.concepts, task.config)
         report.inexact = inexact_layers(task.config, task.by_count, len(task.all_concepts), task.layers, differ)
     return report
 

@@ -54,7 +54,7 @@ def remove_concepts(edit: AnEdit, names: Sequence[str], model: nn.Module | None)
     concepts = [edit.concepts[i] for i in remaining]
     concept_of = [new_index[edit.concept_of[row]] for row in rows]
     distance = [edit.report.distance[i] for i in remaining] if edit.report.distance else []
-    differ = not same_variants_beside(concepts, [edit.concepts[i] for i in sorted(removed)], edit.config.seed)
+    differ = not same_variants_beside(concepts, [edit.concepts[i] for i in sorted(removed)], edit.config)
     retained = of_remaining(edit.retained, new_index)
     parts = [_rows(update, rows, list(retained)) for update in edit.updates]
     solved = _solved(replace(edit, retained=tuple(retained.values())), concepts, concept_of, parts, distance, differ)
@@ -79,7 +79,7 @@ def merge_edits(edit: AnEdit, other: EditRecord, model: nn.Module | None) -> AnE
     by_count = [name for name in BY_COUNT if name in (*edit.report.by_count, *other.report.by_count)]
     base = replace(edit, report=replace(edit.report, by_count=by_count), retained=retained.labels)
     pairs_of_lists = ((edit.concepts, other.concepts), (other.concepts, edit.concepts))
-    differ = not all(same_variants_beside(*lists, edit.config.seed) for lists in pairs_of_lists)
+    differ = not all(same_variants_beside(*lists, edit.config) for lists in pairs_of_lists)
     merged = _solved(base, [*edit.concepts, *other.concepts], concept_of, parts, distance, differ)
     blocks = {update.layer: update.blocks for update in merged.updates}
     merged.report.routing = [
@@ -105,10 +105,11 @@ def inexact_layers(
         by_count: Names of the settings that were chosen by the number of concepts.
         count: Number of concepts after the change.
         layers: The edited layers, ascending.
-        variants_differ: Whether a name of one concept is a variant of another, see `rocr.keys.variants.variants_of`.
+        variants_differ: Whether concepts have other variants beside the others than without them, see
+            `rocr.keys.variants.same_variants_beside`.
     """
     fresh = replace(config, **dict.fromkeys(by_count)).for_concepts(count)  # type: ignore[arg-type]
-    if fresh != config or (variants_differ and config.variants != "none"):
+    if fresh != config or variants_differ:
         return list(layers)
     return list(layers[1:]) if config.measure == "each" else []
 

@@ -64,8 +64,8 @@ class EditReport:
         layers: Measurements of each edited layer, in ascending order.
         distance: For each concept, the distance of the states at its names from their targets after the edit, as a
             share of the distance before it, both at the output of the last edited layer; variants of the names do not
-            count. When concepts are added, removed
-            or merged, those already in the edit keep the value measured at first.
+            count. When concepts are added, removed or merged, those already in the edit keep the value measured at
+            first.
         seconds: Duration of each stage, in seconds.
         statistics: The statistics that protect ordinary keys: text, tokens, dtype, length (`Statistics.summary`).
         divergence: Mean Kullback-Leibler divergence of the model's predictions on ordinary prose after the edit from

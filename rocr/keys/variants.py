@@ -7,6 +7,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 
 from rocr.concepts import Concept, Kind, folded
+from rocr.config import EditConfig
 
 MISSPELLINGS = 6
 """Number of misspellings of a name."""
@@ -44,9 +45,11 @@ def variants_of(
     ]
 
 
-def same_variants_beside(concepts: Sequence[Concept], others: Sequence[Concept], seed: int) -> bool:
-    """Return whether some concepts have the same variants beside others as without them; see `variants_of`."""
-    return variants_of(concepts, seed) == variants_of([*concepts, *others], seed)[: len(concepts)]
+def same_variants_beside(concepts: Sequence[Concept], others: Sequence[Concept], config: EditConfig) -> bool:
+    """Return whether some concepts have the same variants, if any, beside others as without them; see `variants_of`."""
+    if config.variants == "none":
+        return True
+    return variants_of(concepts, config.seed) == variants_of([*concepts, *others], config.seed)[: len(concepts)]
 
 
 def spelling_variants(names: Sequence[str], kind: Kind | None, seed: int) -> list[str]:
