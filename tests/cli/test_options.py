@@ -128,7 +128,7 @@ EFFECTS = {
         "--strength": changes("--strength", 0.5),
         "--template-weight": changes("--template-weight", 0.5),
         "--retain-weight": changes("--retain-weight", 0, base=("--control", "Lady Quux")),
-        "--variants": changes("--variants", "spelling"),
+        "--variants": changes("--variants", "none"),
         "--variant-weight": changes("--variant-weight", 3, base=("--variants", "spelling")),
         "--held-weight": changes("--held-weight", 0.5),
         "--keep-zeros": "test_sparse.py::test_the_options",

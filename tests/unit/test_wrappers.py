@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning"),
 ]
 LAYERS = (1, 3)
-CONFIG = EditConfig(layers=LAYERS, templates=("Who is {}?", "It is about {}."))
+CONFIG = EditConfig(layers=LAYERS, templates=("Who is {}?", "It is about {}."), variants="none")
 TOKENS = torch.tensor([[5, 61, 72, 83, 94]])
 TARGETS = {
     "attention": ["q_proj"],
