@@ -365,12 +365,7 @@ def _ask_about_most_moved(
     names = retained.most_moved([concept.name for concept in task.all_concepts], count)
     kinds = {control.name: control.kind for control in retained.controls}
     things = [kinds.get(name) not in (None, "person") for name, _ in names]
-    if not names:
-        return None
-    progress(Progress("answers about names", 0, len(names), "names"))
-    answers = read_own_answers(task.architecture, tokenizer, names, things, task.config.chat)
-    progress(Progress("answers about names", len(names), len(names), "names"))
-    return answers
+    return read_own_answers(task.architecture, tokenizer, names, things, task.config.chat, progress)
 
 
 def _record(updates: list[LayerUpdate], update: LayerUpdate, applied: Sequence[Applied]) -> None:

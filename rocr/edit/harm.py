@@ -18,6 +18,7 @@ from rocr.model.architecture import Architecture
 from rocr.model.chat import render_chats
 from rocr.model.generate import continue_greedily
 from rocr.model.tokenizer import calling_tokenizer, tokenize_prompt
+from rocr.progress import Progress, ProgressCallback, silent
 
 MAX_ASKED = 5
 """Largest number of names that are asked about: those whose outputs the edit moves most."""
@@ -105,6 +106,7 @@ def read_own_answers(
     names: Sequence[tuple[str, str | None]],
     things: Sequence[bool],
     chat: ChatSettings,
+    progress: ProgressCallback = silent,
 ) -> OwnAnswers | None:
     """Ask a model about names before an edit.
 
@@ -114,6 +116,7 @@ def read_own_answers(
         names: The names, with the concept for which each is asked about.
         things: Whether each name is that of a thing: the question is "What is NAME?" then.
         chat: Settings of the chat template.
+        progress: Called before and after the questions.
 
     Returns:
         The answers. None without names, for a text encoder, and for a model of which only a part is loaded.
@@ -124,6 +127,7 @@ def read_own_answers(
     model = architecture.reader
     if not names or not architecture.predicts_text:
         return None
+    progress(Progress("answers about names", 0, len(names), "names"))
     questions = [
         for_kind(QUESTION, "thing" if thing else None).format(name)
         for (name, _), thing in zip(names, things, strict=True)
@@ -133,6 +137,7 @@ def read_own_answers(
     with calling_tokenizer(tokenizer):
         texts = [" ".join(str(tokenizer.decode(answer, skip_special_tokens=True)).split()) for answer in answers]
     before = mean_log_probabilities(architecture, prompts, answers)
+    progress(Progress("answers about names", len(names), len(names), "names"))
     return OwnAnswers(list(names), prompts, answers, texts, before)
 
 
