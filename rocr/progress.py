@@ -14,7 +14,7 @@ class Progress:
 
     Attributes:
         stage: The name of the stage.
-        done: How much is done, in `unit`; 0 at the beginning of a stage that takes long until its first step.
+        done: How much is done, in `unit`.
         total: How much there is to do, in `unit`; None if that is not known.
         unit: What is counted, such as "tokens".
         resumed: The part of `done` that an earlier run did. Leave it out when computing the speed of this run.

@@ -26,7 +26,7 @@ from rocr.edit.apply import apply_updates, replace_updates, revert_updates
 from rocr.edit.automatic_redirects import with_redirects
 from rocr.edit.collisions import find_collisions
 from rocr.edit.compose import check_base_edit, check_rendered, inexact_layers
-from rocr.edit.controls import load_names
+from rocr.edit.controls import kept_names
 from rocr.edit.drift import check_drift, read_final_states
 from rocr.edit.edit import Edit
 from rocr.edit.guards import (
@@ -304,7 +304,7 @@ def _plan(
     if config.variants == "all":
         concepts = propose_aliases(model, tokenizer, concepts, progress=progress, chat=config.chat).concepts
     base = base_edit.concepts if base_edit else ()
-    kept, positions = [*(retain or ()), *load_names()], positions_of(model)
+    kept, positions = kept_names(retain), positions_of(model)
     plan = plan_keys(tokenizer, concepts, config, architecture.kind, base=base, kept=kept, positions=positions)
     if base_edit is not None:
         check_rendered(base_edit.rendered, plan.rendered, "the tokenizer now")

@@ -126,7 +126,7 @@ def _job(
 
     import transformers
 
-    from rocr.edit.controls import load_names
+    from rocr.edit.controls import kept_names
     from rocr.edit.retained_keys import expected_keys
     from rocr.edit.task import with_variants
     from rocr.export.forecast import Job
@@ -148,7 +148,7 @@ def _job(
     config = with_variants(dataclasses.replace(config, layers=chosen_layers(config, architecture)), architecture)
     tokenizer = load_tokenizer(source, arguments.trust_remote_code)
     control = retained_names(arguments, concepts)
-    kept, positions = [*(control or ()), *load_names()], positions_of(architecture.model)
+    kept, positions = kept_names(control), positions_of(architecture.model)
     plan = plan_keys(tokenizer, concepts, config, architecture.kind, kept=kept, positions=positions)
     return Job(
         source,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice, product, zip_longest
 from pathlib import Path
@@ -24,11 +24,12 @@ from rocr.keys.continuations import log_probabilities
 from rocr.keys.name_states import cosines, read_name_states
 from rocr.model.architecture import Architecture
 from rocr.model.chat import render_chats
-from rocr.model.generate import continue_greedily
+from rocr.model.generate import Watch, continue_greedily, reporting
 from rocr.model.tokenizer import calling_tokenizer, token_texts, tokenize, tokenize_prompt
 from rocr.progress import Progress, ProgressCallback, silent
 
 NAMES = Path(__file__).parents[1] / "data" / "names.txt"
+STAGE = "proposed names"
 PER_CONCEPT, MAX_CONTROLS = 4, 200
 MAX_PLACED = 50
 """Largest number of concepts for which the model is asked for names, and whose nearest names are found."""
@@ -80,6 +81,11 @@ def load_names() -> dict[str, str]:
     return kinds
 
 
+def kept_names(retained: Iterable[str] | None) -> list[str]:
+    """Return the names that no variant of a concept may be: those that the caller retains, and those of the list."""
+    return [*(retained or ()), *load_names()]
+
+
 def choose_controls(
     architecture: Architecture,
     tokenizer: Any,
@@ -126,22 +132,24 @@ def choose_controls(
     placed = list(range(0, len(concepts), step))
     proposed: dict[int, list[str]] = {}
     if not architecture.is_partial:
-        begun = Progress("proposed names", 0, len(placed), "concepts")
-        progress(begun)
+        # Passes of the first words, of each token of the proposals, and of the questions about them.
+        passes = FURTHER_TOKENS + 2 if propose else 1
         beginnings = _Beginnings.read(architecture, tokenizer, [_words(concepts[i].name)[0] for i in placed])
         if not beginnings.has_names:
-            progress(replace(begun, done=len(placed)))
+            progress(Progress(STAGE, passes, passes, "passes"))
             return []
         if propose:
+            progress(Progress(STAGE, 1, passes, "passes"))
+            watch = reporting(progress, STAGE, passes, before=1)
             known = [name for concept in concepts for name in concept.names]
             redirected = set(map(folded, variants))
-            proposed = dict(zip(placed, beginnings.names(architecture, tokenizer, known), strict=True))
+            proposed = dict(zip(placed, beginnings.names(architecture, tokenizer, known, watch), strict=True))
             taken = taken_for_concepts(architecture, tokenizer, proposed, concepts, chat)
             proposed = {
                 i: [name for name in names if (i, name) not in taken and folded(name) not in redirected]
                 for i, names in proposed.items()
             }
-        progress(replace(begun, done=len(placed)))
+        progress(Progress(STAGE, passes, passes, "passes"))
     kinds = load_names()
     names_of_others = list(without_concepts(kinds, concepts))
     # A tokenizer without some letters gives no token for a name in them.
@@ -239,13 +247,16 @@ class _Beginnings:
         entropy = -(rows.exp() * rows).sum(dim=1).mean()
         return float(entropy) <= KNOWS_NAMES * math.log(rows.shape[1])
 
-    def names(self, architecture: Architecture, tokenizer: Any, known: Sequence[str]) -> list[list[str]]:
+    def names(
+        self, architecture: Architecture, tokenizer: Any, known: Sequence[str], watch: Watch | None = None
+    ) -> list[list[str]]:
         """Let the model complete the words to names: its likeliest next tokens, each continued greedily.
 
         Args:
             architecture: The model.
             tokenizer: Its tokenizer.
             known: Names that are not wanted; a token that begins their second word is left out.
+            watch: As for `continue_greedily`.
 
         Returns:
             The names for each word, the likeliest first.
@@ -262,7 +273,7 @@ class _Beginnings:
         found: dict[str, list[str]] = {word: [] for word in self.prompts}
         if begun:
             prompts = [[*self.prompts[word], token] for word, token in begun]
-            written = continue_greedily(architecture.reader, tokenizer, prompts, FURTHER_TOKENS, always=True)
+            written = continue_greedily(architecture.reader, tokenizer, prompts, FURTHER_TOKENS, True, watch)
             with calling_tokenizer(tokenizer):
                 texts = [str(tokenizer.decode(more, skip_special_tokens=True)) for more in written]
             for (word, token), text in zip(begun, texts, strict=True):

@@ -16,7 +16,7 @@ from rocr.io.json_values import numbers_of, text_of
 from rocr.keys.continuations import log_probabilities
 from rocr.model.architecture import Architecture
 from rocr.model.chat import render_chats
-from rocr.model.generate import continue_greedily
+from rocr.model.generate import continue_greedily, reporting
 from rocr.model.tokenizer import calling_tokenizer, tokenize_prompt
 from rocr.progress import Progress, ProgressCallback, silent
 
@@ -28,6 +28,7 @@ KNOWN = 0.1
 HARMED = 0.8
 """A name is harmed if the edit keeps less than this share of the probability per token of the answer."""
 QUESTION = "Who is {}?"
+STAGE = "answers about names"
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def read_own_answers(
         names: The names, with the concept for which each is asked about.
         things: Whether each name is that of a thing: the question is "What is NAME?" then.
         chat: Settings of the chat template.
-        progress: Called before and after the questions.
+        progress: Called after each token of the answers, and at the end.
 
     Returns:
         The answers. None without names, for a text encoder, and for a model of which only a part is loaded.
@@ -127,17 +128,18 @@ def read_own_answers(
     model = architecture.reader
     if not names or not architecture.predicts_text:
         return None
-    progress(Progress("answers about names", 0, len(names), "names"))
     questions = [
         for_kind(QUESTION, "thing" if thing else None).format(name)
         for (name, _), thing in zip(names, things, strict=True)
     ]
     prompts = [tokenize_prompt(tokenizer, text) for text in render_chats(tokenizer, questions, chat)]
-    answers = continue_greedily(model, tokenizer, prompts, ANSWER_TOKENS, always=True)
+    passes = ANSWER_TOKENS + 1
+    watch = reporting(progress, STAGE, passes)
+    answers = continue_greedily(model, tokenizer, prompts, ANSWER_TOKENS, always=True, watch=watch)
     with calling_tokenizer(tokenizer):
         texts = [" ".join(str(tokenizer.decode(answer, skip_special_tokens=True)).split()) for answer in answers]
     before = mean_log_probabilities(architecture, prompts, answers)
-    progress(Progress("answers about names", len(names), len(names), "names"))
+    progress(Progress(STAGE, passes, passes, "passes"))
     return OwnAnswers(list(names), prompts, answers, texts, before)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rocr.concepts import Concept, check_names, folded
 from rocr.config import EditConfig
-from rocr.edit.controls import Control, choose_controls
+from rocr.edit.controls import Control, choose_controls, kept_names
 from rocr.edit.update import LayerUpdate
 from rocr.errors import InputError
 from rocr.io.json_values import flag_of, list_of, numbers_of, text_of, whole_number_of
@@ -244,6 +244,7 @@ def read_retained_names(
     if names is None or config.retain_weight > 0:
         layer = min(config.layer_numbers)
         propose = propose or config.retain_weight > 0
+        kept = kept_names(names)
         controls = choose_controls(
             architecture,
             tokenizer,
@@ -252,7 +253,7 @@ def read_retained_names(
             propose=propose,
             progress=progress,
             chat=config.chat,
-            variants=[] if config.variants == "none" else list(chain(*variants_of(concepts, config.seed))),
+            variants=[] if config.variants == "none" else list(chain(*variants_of(concepts, config.seed, kept=kept))),
         )
         given = set(map(folded, chosen))
         controls = [control for control in controls if folded(control.name) not in given]

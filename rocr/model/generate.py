@@ -19,11 +19,29 @@ from rocr.model.forward import cache_of, forward, input_device, is_of_transforme
 from rocr.model.hooks import evaluating
 from rocr.model.tokenizer import calling_tokenizer, tokenize_prompt
 from rocr.ops.arithmetic import plain_arithmetic
+from rocr.progress import Progress, ProgressCallback
 
 MAX_QUESTION = 2_000
 """Limit of the characters of a question."""
 Watch = Callable[[list[int]], bool]
 """Called with the tokens written so far after each of them; returns whether generation continues."""
+
+
+def reporting(progress: ProgressCallback, stage: str, total: int, before: int = 0) -> Watch:
+    """Return a function that reports a step of a stage for each token written.
+
+    Args:
+        progress: Called after every token.
+        stage: The name of the stage.
+        total: The number of the model's passes in the stage.
+        before: The number of passes before the first token.
+    """
+
+    def watch(tokens: list[int]) -> bool:
+        progress(Progress(stage, before + len(tokens), total, "passes"))
+        return True
+
+    return watch
 
 
 @plain_arithmetic()
@@ -140,12 +158,12 @@ def continue_greedily(
         prompts: Token ids, with opening tokens.
         max_tokens: The largest number of tokens.
         always: Whether a model whose `generate` fails is run token by token.
-        watch: Follows a single prompt, and may end its generation.
+        watch: Called with the tokens after the first prompt; it may end the generation of all. A model that is run
+            token by token answers one prompt after another, and each is followed.
 
     Raises:
         InputError: The model's own code fails.
     """
-    assert watch is None or len(prompts) == 1, "one prompt is watched"
     ends = _end_tokens(model) or tokenizer.eos_token_id
     if is_of_transformers(model):
         try:

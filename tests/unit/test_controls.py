@@ -17,6 +17,7 @@ from rocr.cli.main import main
 from rocr.cli.tables import show_harmed
 from rocr.concepts import check_names, folded
 from rocr.edit.controls import (
+    FURTHER_TOKENS,
     MAX_CONTROLS,
     PER_CONCEPT,
     TAKEN,
@@ -29,6 +30,7 @@ from rocr.edit.controls import (
 from rocr.edit.guards import check_harm
 from rocr.edit.harm import ANSWER_TOKENS, Harm, read_own_answers
 from rocr.edit.measures import EditReport
+from rocr.edit.retain_impact import read_retained_names
 from rocr.edit.retained_keys import expected_keys
 from rocr.keys.continuations import log_probabilities
 from rocr.keys.name_states import read_name_states
@@ -36,6 +38,7 @@ from rocr.keys.variants import spelling_variants
 from rocr.model.architecture import find_architecture
 from rocr.model.causality import with_kind
 from rocr.model.generate import ask
+from rocr.progress import silent
 from tests.support.models import same_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -314,11 +317,28 @@ def test_a_spelling_that_the_edit_redirects_is_no_control(unlearn, monkeypatch):
     assert other in controls and misspelt not in controls
 
 
-def test_what_the_model_writes_about_names_is_announced_before_it_writes(unlearn):
+def test_a_proposal_on_the_list_is_a_control_although_it_is_spelt_like_a_concept(architecture, tokenizer, monkeypatch):
+    config = CONFIG.for_concepts(1)
+    assert config.variants == "spelling"
+    misspelt = spelling_variants(KING[0].names, None, config.seed)[1]
+    monkeypatch.setattr(rocr.edit.controls._Beginnings, "names", lambda *_: [[misspelt]])
+    monkeypatch.setattr(rocr.edit.controls, "taken_for_concepts", lambda *_: set())
+    for listed, reasons in ((True, ["proposed"]), (False, [])):
+        kinds = load_names() | ({misspelt: "person"} if listed else {})
+        with monkeypatch.context() as patched:
+            patched.setattr(rocr.edit.controls, "load_names", lambda kinds=kinds: kinds)
+            found = read_retained_names(architecture, tokenizer, KING, None, config, silent)
+        assert [each.reason for each in found.controls if each.name == misspelt] == reasons
+
+
+def test_each_token_that_the_model_writes_about_names_is_a_step(unlearn, monkeypatch):
+    """A tiny model expects no capitalised word by itself."""
+    monkeypatch.setattr(rocr.edit.controls, "_beginning_words", lambda row, _: iter(row.topk(2).indices.tolist()))
     steps = []
     unlearn(progress=steps.append)
-    for part, total in (("proposed names", 1), ("answers about names", 4)):
-        assert [(step.done, step.total) for step in steps if step.stage == part] == [(0, total), (total, total)]
+    for part, total in (("proposed names", FURTHER_TOKENS + 2), ("answers about names", ANSWER_TOKENS + 1)):
+        own = [(step.done, step.total) for step in steps if step.stage == part]
+        assert own == [(done, total) for done in range(1, total + 1)]
 
 
 def test_a_control_is_what_it_says(architecture, tokenizer):
