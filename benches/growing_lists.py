@@ -14,7 +14,7 @@ unlearn a list that grows:
     MRP, UniErase    these methods, each by its own sequential protocol; see growing_methods.py
 
 A share gone or lost is one of what was known above chance. --kind takes another kind of learned_kinds.py.
-The tokenizer reads every misspelt word as its unknown token, so that no misspelling of a name becomes a key.
+Spelling variants are no keys: a list that grows would keep those of its first ten people, and one edit of all has none.
 """
 
 from __future__ import annotations
@@ -227,8 +227,8 @@ def main() -> None:
     rounds = [learned.people[start : start + PER_ROUND] for start in range(0, count, PER_ROUND)]
     rows = []
     for way in arguments.ways:
-        once: Any = WAYS[way][1]
-        config = rocr.EditConfig(layers=kind.layers, measure=once)
+        measured: Any = WAYS[way][1]
+        config = rocr.EditConfig(layers=kind.layers, measure=measured, variants="none")
         rows += measure(way, Run(subject, rounds, config), lambda line: print(line, flush=True))
         if arguments.out:
             write(arguments.out, arguments.kind, known, rows)
