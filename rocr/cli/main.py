@@ -87,15 +87,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (Interrupted, KeyboardInterrupt):
         console.fail("Interrupted; no partial output was left.", EXIT_INTERRUPTED)
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        sys.stderr.close()
-        return EXIT_FAILED
     except BaseException as error:
+        if _reader_is_gone(error):
+            sys.stderr.close()
+            return EXIT_FAILED
         if isinstance(error, SaidElsewhere) or not is_code_error(error):
             raise
         sentence, code, details = _judged(error)
         console.fail(sentence, code, details, error)
         return code
+
+
+def _reader_is_gone(error: BaseException) -> bool:
+    """Return whether the program that reads the output has ended, as `head` does. rich raises SystemExit then."""
+    first = error.__context__ if isinstance(error, SystemExit) else error
+    return isinstance(first, BrokenPipeError)
 
 
 def _asks_for_json(words: Sequence[str]) -> bool:

@@ -353,3 +353,14 @@ def test_a_tokenizer_that_decodes_to_no_texts_is_refused(given, model, tokenizer
     monkeypatch.setattr(type(tokenizer), "batch_decode", lambda *_, **__: given)
     with pytest.raises(InputError, match="does not decode 2 answers"):
         ask(model, tokenizer, ["Who?", "What?"], max_tokens=2)
+
+
+@pytest.mark.parametrize("words", [("doctor",), ("doctor", "--json"), ("--help",)])
+def test_a_reader_that_has_ended_is_no_error_to_report(words):
+    """As in `rocr doctor | head -1`, when head has read its line."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as gone:
+        done = subprocess.run([sys.executable, "-m", "rocr", *words], stdout=gone, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert "rocr: " not in done.stderr and "Traceback" not in done.stderr and "Exception" not in done.stderr
