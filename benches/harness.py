@@ -25,10 +25,10 @@ from rocr import ops
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benches" / "results" / "cpu.json"
 
-BY_SET = ("low_rank_update", "second_moment")
+BY_SET = ("low_rank_update", "second_moment", "linear")
 """Benches that are repeated with every instruction set of the machine."""
 
-DEFAULT = (*BY_SET, "solve")
+DEFAULT = ("low_rank_update", "second_moment", "solve")
 """The benches of `RESULTS`; the others have files of their own."""
 
 

@@ -55,7 +55,13 @@ def doctor(arguments: Arguments, console: Console) -> dict[str, Any]:
 
 
 def _notes(found: Installation, threads: int) -> list[str]:
+    from rocr.io.dtypes import dtype_name
+    from rocr.ops.wide_products import slow_dtypes
+
     notes = [f"torch uses {threads} threads, and so do the compiled kernels."]
+    slow = ", ".join(sorted(dtype_name(dtype) for dtype in slow_dtypes()))
+    if slow:
+        notes.append(f"This CPU has no instructions for products in {slow}: rocr multiplies such weights in float32.")
     if found.hidden is not None:
         notes.append(
             f"Another rocr is installed in {found.hidden}; this one hides it, because Python searches the current "

@@ -19,6 +19,7 @@ from rocr.model.hooks import evaluating, hooked, input_of
 from rocr.model.tensor_parallel import whole, whole_input
 from rocr.model.wrappers import uncompiled
 from rocr.ops.arithmetic import plain_arithmetic
+from rocr.ops.wide_products import wide_products
 
 
 class _StopForward(BaseException):
@@ -77,7 +78,7 @@ def run_through(
     # The hook that stops must be the layer's last one, so that the recording hooks run before it.
     stopping = hooked(architecture.layers[layer].register_forward_hook, stop)
     reader = architecture.reader
-    with uncompiled(), evaluating(reader), without_image_offset(architecture.model), stopping:
+    with uncompiled(), evaluating(reader), without_image_offset(architecture.model), wide_products(), stopping:
         try:
             with calling(f"The forward pass of {type(reader).__name__}"):
                 reader(**accepted(reader, arguments))

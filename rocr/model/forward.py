@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rocr.errors import InputError
 from rocr.io.boundary import calling
+from rocr.ops.wide_products import wide_products
 
 
 def forward(model: nn.Module, tokens: Tensor, **arguments: Any) -> Any:
@@ -24,7 +25,7 @@ def forward(model: nn.Module, tokens: Tensor, **arguments: Any) -> Any:
     Raises:
         InputError: The model's code raises an exception.
     """
-    with without_image_offset(model), calling(f"The forward pass of {type(model).__name__}"):
+    with without_image_offset(model), wide_products(), calling(f"The forward pass of {type(model).__name__}"):
         return model(input_ids=tokens.to(input_device(model)), **accepted(model, arguments))
 
 

@@ -19,6 +19,7 @@ from rocr.model.forward import cache_of, forward, input_device, is_of_transforme
 from rocr.model.hooks import evaluating
 from rocr.model.tokenizer import calling_tokenizer, tokenize_prompt
 from rocr.ops.arithmetic import plain_arithmetic
+from rocr.ops.wide_products import wide_products
 from rocr.progress import Progress, ProgressCallback
 
 MAX_QUESTION = 2_000
@@ -196,7 +197,7 @@ def _generate(
         f"generate of {type(model).__name__}", "Do not generate: use --no-answers, without --generate."
     )
     follow = None if watch is None else StoppingCriteriaList([_Watched(watch, longest)])
-    with generating, _default_generation_config(model):
+    with generating, _default_generation_config(model), wide_products():
         written = model.generate(  # type: ignore[operator]
             tokens.to(device), attention_mask=mask.to(device), generation_config=settings, stopping_criteria=follow
         )

@@ -6,6 +6,7 @@ import torch
 import rocr
 from rocr import CollectOptions, InputError
 from rocr.model.architecture import find_architecture
+from rocr.ops.wide_products import wide_products
 from rocr.statistics.corpus import pack_tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -14,7 +15,10 @@ CUT = CollectOptions(length=32, batch_tokens=256)
 
 
 def second_moments(model, sequences, layers):
-    """The definition: every sequence by itself through the whole model, all tokens but the first, in float64."""
+    """The definition: every sequence by itself through the whole model, all tokens but the first, in float64.
+
+    The model multiplies as it does for rocr, in float32 where the CPU has no instructions for its dtype.
+    """
     architecture, keys = find_architecture(model), {layer: [] for layer in layers}
     handles = [
         architecture.down_projection(layer).module.register_forward_pre_hook(
@@ -22,7 +26,7 @@ def second_moments(model, sequences, layers):
         )
         for layer in layers
     ]
-    with torch.no_grad():
+    with torch.no_grad(), wide_products():
         for sequence in sequences:
             model(torch.tensor([sequence]))
     for handle in handles:
