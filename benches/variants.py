@@ -3,7 +3,7 @@
     python benches/variants.py MODEL --statistics FILE --out variants.jsonl
 
 Each concept is unlearned alone, in each setting: by its name with all rows of weight 1 ("unweighted"), by its name
-with the default settings ("none"), with spellings of the name, with aliases that the model proposes besides ("all"),
+alone ("none"), with spellings of the name, with aliases that the model proposes besides ("all"),
 and with spellings and its names in three languages as aliases of the list ("listed"). "redirect" asks the unedited
 model with the redirect's name in place of the concept's, in the forms that allow it: what an edit leaves at best. Of
 each concept at most --facts facts that the model knows (at least 0.5 in multiple choice) are asked in all forms that
@@ -64,8 +64,8 @@ REDIRECT_NAMES = {
 }
 """Names of the redirects in the languages of `LANGUAGES`."""
 SETTINGS = {
-    "unweighted": rocr.EditConfig(least_closed=0.0),
-    "none": rocr.EditConfig(),
+    "unweighted": rocr.EditConfig(variants="none", least_closed=0.0),
+    "none": rocr.EditConfig(variants="none"),
     "spelling": rocr.EditConfig(variants="spelling"),
     "all": rocr.EditConfig(variants="all"),
     "listed": rocr.EditConfig(variants="spelling"),

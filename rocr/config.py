@@ -165,8 +165,9 @@ class EditConfig:
             "official" reads the target in the first template and the current state in the text "{name}.", as the
             authors do.
         token_schedule: How far each token of a name is moved towards its target, as a share of the distance. Names that
-            begin alike share the keys of their first tokens. "predicted" moves each token by √p, where p is the
-            probability that the model itself gives to the rest of the name after it (`rocr.keys.predicted`).
+            begin alike share the keys of their first tokens. "predicted" moves each token by √(2p), at most by the
+            full distance, where p is the probability that the model itself gives to the rest of the name after it
+            (`rocr.keys.predicted`).
             "full" moves all tokens the full distance. "ramp" moves token j of m by √(j/m) of it. None is "predicted"
             if the model predicts text and all of it is loaded; otherwise "ramp" for lists of 25 concepts or more and
             "full" for shorter lists.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -17,7 +16,7 @@ from rocr.edit.routing import LayerRouting, measure_routing
 from rocr.edit.support import find_support
 from rocr.errors import InputError
 from rocr.keys.plan import KeyPlan, Reading
-from rocr.keys.predicted import rest_probabilities
+from rocr.keys.predicted import distance_share, rest_probabilities
 from rocr.keys.read import States, read_layers, read_states
 from rocr.model.architecture import Architecture
 from rocr.model.blocks import LayerBlocks, layer_blocks
@@ -171,7 +170,7 @@ class Reader:
         probabilities = rest_probabilities(
             task.architecture, task.plan.keys, task.plan.concept_of, progress=self.progress
         )
-        return [math.sqrt(probability) for probability in probabilities]
+        return [distance_share(probability) for probability in probabilities]
 
     def states_after_edit(self) -> Tensor:
         """Return (n, d_out): the current states, at the output of the last edited layer."""

@@ -21,6 +21,8 @@ from rocr.model.smaller_batches import retry_with_smaller_batch
 from rocr.progress import Progress, ProgressCallback, silent
 
 STAGE = "predicted names"
+WHOLE = 0.5
+"""Probability of the rest of a name from which on a token is moved the full distance."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,18 @@ class _Name:
     rest: tuple[int, ...]
 
 
+def distance_share(probability: float) -> float:
+    """Return the share of the distance to its target that a token is moved: √(2p), at most 1.
+
+    Namesakes of a name that is more probable than all others together lose hardly more by the full distance
+    (`benches/namesakes.py`).
+
+    Args:
+        probability: p, the probability of the rest of the name after the token.
+    """
+    return min(1.0, math.sqrt(probability / WHOLE))
+
+
 def rest_probabilities(
     architecture: Architecture,
     reading: Reading,
@@ -47,9 +61,8 @@ def rest_probabilities(
 ) -> list[float]:
     """Return for each key the probability that the model gives to the rest of the name after its token.
 
-    It is the product of the probabilities of the name's further tokens, and 1 for the last token, as the mean of the
-    first and the last template (all layers run for it). Where several names of a concept begin alike, the most probable
-    rest counts.
+    It is the product of the probabilities of the name's further tokens, and 1 for the last token, in the first template
+    (all layers run for it). Where several names of a concept begin alike, the most probable rest counts.
 
     Args:
         architecture: The architecture of a model that predicts text, all of it loaded.
@@ -70,29 +83,27 @@ def rest_probabilities(
     )
     best: dict[tuple[int, tuple[int, ...]], float] = {}
     keys: list[tuple[int, tuple[int, ...]]] = []
-    for index, position, group in places:
+    for group, (index, position) in enumerate(places):
         prompt = reading.prompts[index]
         following = prompt.name[-1] - position
         rest = math.exp(sum(logs[index][-following:])) if following else 1.0
         keys.append((concept_of[group], prompt.tokens[: position + 1]))
         best[keys[-1]] = max(best.get(keys[-1], 0.0), rest)
-    sums, counts = [0.0] * reading.groups, [0] * reading.groups
-    for (_, _, group), key in zip(places, keys, strict=True):
-        sums[group] += best[key]
-        counts[group] += 1
-    return [total / count for total, count in zip(sums, counts, strict=True)]
+    return [best[key] for key in keys]
 
 
-def _places(reading: Reading) -> list[tuple[int, int, int]]:
-    """Return prompt, position and group of the tokens that are asked about: the first and the last of each group."""
-    places = list(zip(reading.prompt_of, reading.position_of, reading.group_of, strict=True))
-    firsts, lasts = {place[2]: place for place in reversed(places)}, {place[2]: place for place in places}
-    return list(dict.fromkeys([*firsts.values(), *lasts.values()]))
+def _places(reading: Reading) -> list[tuple[int, int]]:
+    """Return prompt and position of the first token of each group."""
+    read = zip(reading.prompt_of, reading.position_of, reading.group_of, strict=True)
+    firsts: dict[int, tuple[int, int]] = {}
+    for index, position, group in read:
+        firsts.setdefault(group, (index, position))
+    return [firsts[group] for group in range(reading.groups)]
 
 
-def _names_with_a_rest(reading: Reading, places: Sequence[tuple[int, int, int]]) -> list[_Name]:
+def _names_with_a_rest(reading: Reading, places: Sequence[tuple[int, int]]) -> list[_Name]:
     """Return the prompts that are read before the last token of their name."""
-    early = {index for index, position, _ in places if position < reading.prompts[index].name[-1]}
+    early = {index for index, position in places if position < reading.prompts[index].name[-1]}
     found = []
     for index in sorted(early):
         prompt = reading.prompts[index]
