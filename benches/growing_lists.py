@@ -211,6 +211,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=cache_folder(), help="folder of trained models")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--least-closed", type=float, default=rocr.EditConfig().least_closed, help="of rocr's edits")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--table", type=Path, help="print the table of this file, and measure nothing")
     arguments = parser.parse_args()
@@ -228,7 +229,9 @@ def main() -> None:
     rows = []
     for way in arguments.ways:
         measured: Any = WAYS[way][1]
-        config = rocr.EditConfig(layers=kind.layers, measure=measured, variants="none")
+        config = rocr.EditConfig(
+            layers=kind.layers, measure=measured, variants="none", least_closed=arguments.least_closed
+        )
         rows += measure(way, Run(subject, rounds, config), lambda line: print(line, flush=True))
         if arguments.out:
             write(arguments.out, arguments.kind, known, rows)

@@ -124,7 +124,7 @@ class Bench:
             edit.revert(self.model)
         change = compare_evaluations(base, after)
         row: dict[str, Any] = {"candidate": candidate.name, "people": list(people), "seconds": seconds}
-        row |= {"together": len(concepts), "redirects": [concept.redirect for concept in concepts[: len(people)]]}
+        row |= {"together": len(concepts), "redirects": [concept.redirect for concept in edit.concepts[: len(people)]]}
         for part in change.changes:
             row[f"{part.split} {part.form}"] = [part.before, part.after, part.chance]
         row["perplexity"] = [self.base.measures["perplexity"], after.measures["perplexity"]]
@@ -168,6 +168,7 @@ def candidates(text: str | None) -> list[Candidate]:
         "as a long list": replace(default, token_schedule="ramp", template_weight=0.03),
         "gamma 30": replace(default, gamma=30.0),
         "rows of weight 1": replace(default, least_closed=0.0),
+        "closed 0.8": replace(default, least_closed=0.8),
         "retained weight 3": replace(default, retain_weight=3.0),
         "strength 1.5": replace(default, strength=1.5),
         "last token only": replace(default, key_tokens="last"),
@@ -184,6 +185,7 @@ def candidates(text: str | None) -> list[Candidate]:
     others = ("Frédéric Chopin", "Donald Trump", "Lionel Messi", "Pikachu", "a gardener")
     found += [Candidate(f"redirect {name}", default, (name,)) for name in others]
     found += [Candidate(f"about {name}, no edit", None, (name,)) for name in (REDIRECT, others[0])]
+    found.append(Candidate("redirect auto", default, ("auto",)))
     found.append(Candidate("redirect chosen", default, CHOICES, chosen=True))
     found.append(Candidate("official", rocr.EditConfig.official(), ("Donald Trump",)))
     names = text.split(";") if text else [candidate.name for candidate in found]

@@ -300,7 +300,7 @@ def _plan(
     by_count = base_edit.report.by_count if base_edit else config.unset_by_count()
     config = config.for_concepts(len(concepts))
     config = replace(config, chat=with_date(config.chat, tokenizer))
-    concepts = with_redirects(architecture, tokenizer, concepts, config.chat, progress)
+    concepts = with_redirects(architecture, tokenizer, concepts, progress)
     if config.variants == "all":
         concepts = propose_aliases(model, tokenizer, concepts, progress=progress, chat=config.chat).concepts
     base = base_edit.concepts if base_edit else ()

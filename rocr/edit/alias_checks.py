@@ -15,7 +15,7 @@ from typing import Any
 from rocr.chat_settings import DEFAULT, ChatSettings
 from rocr.concepts import Concept, folded, for_kind, holds_name, with_name
 from rocr.config import Template
-from rocr.edit.automatic_redirects import candidates_of, first_words, kind_of, tokens_after
+from rocr.edit.automatic_redirects import first_words, kind_of, tokens_after, unrelated_names
 from rocr.edit.harm import QUESTION, mean_log_probabilities
 from rocr.keys.name_states import cosines, read_name_states
 from rocr.model.architecture import Architecture
@@ -67,7 +67,7 @@ def check_proposals(
     Raises:
         InputError: The tokenizer or the model's own code fails.
     """
-    unrelated = candidates_of(kind_of(concept), concepts)[:-1]  # the last is invented
+    unrelated = unrelated_names(kind_of(concept), concepts)
     names = [concept.name, *proposals, *unrelated]
     scores = _scores(architecture, tokenizer, concept, names, chat)
     shares = shares_of(scores[0], scores[1 : len(proposals) + 1], scores[len(proposals) + 1 :])

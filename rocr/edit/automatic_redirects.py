@@ -1,71 +1,84 @@
-"""Choose the redirect of a concept that names none: a name of which the model says least what it says of the concept.
+"""Choose the redirect of a concept that names none: the candidate with which it has least in common in a model.
 
-An edited model reads the redirect in place of the concept. How probable it then finds its own answer about the concept
-is therefore close to how probable the unedited model finds the same answer, with the other name in it, about the
-redirect. No edit is made for the choice.
+An edited model reads the redirect in place of the concept, and still answers right where both have the same answer. The
+candidates are therefore names that have little in common with most others, and the choice compares how the unedited
+model continues sentences about them and about the concept. No edit is made for it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import cycle
 from typing import Any
 
-from rocr.chat_settings import DEFAULT, ChatSettings
-from rocr.concepts import AUTO, Concept, Kind, folded, for_kind, holds_name, with_name
+import torch
+from torch import Tensor
+
+from rocr.chat_settings import ChatSettings
+from rocr.concepts import AUTO, Concept, Kind, folded
 from rocr.edit.controls import load_names, without_concepts
-from rocr.edit.harm import ANSWER_TOKENS, QUESTION, mean_log_probabilities
+from rocr.edit.harm import ANSWER_TOKENS
 from rocr.errors import InputError
+from rocr.keys.continuations import log_probabilities
 from rocr.model.architecture import Architecture
 from rocr.model.chat import render_chats
 from rocr.model.generate import continue_texts
 from rocr.model.tokenizer import tokenize_prompt
 from rocr.progress import Progress, ProgressCallback, silent
 
-CANDIDATES = 6
-"""Number of candidates of each kind."""
+CANDIDATES: Mapping[Kind, Sequence[str]] = {
+    "person": ("Sitting Bull", "Confucius", "Crazy Horse", "Bruce Lee"),
+    "thing": ("kimchi", "Stonehenge", "Uluru"),
+}
+"""The candidates of each kind, that with least in common with the subjects of the package's probes first
+(`benches/remote_redirects.py`)."""
+INVENTED: Mapping[Kind, str] = {"person": "Tarvin Okelo", "thing": "Velorin"}
+"""An invented name of each kind, which is taken if every candidate shares a word with a concept."""
+BEGINNINGS: Mapping[Kind, Sequence[str]] = {
+    "person": (
+        *("{} was born in", "{} was born in the year", "{} is best known for", "{} was a", "The nationality of {} is"),
+        *("{} died in", "{} worked in the field of", "{} lived in the", "The most famous work of {} is"),
+        "The profession of {} is",
+    ),
+    "thing": (
+        *(
+            "{} is a",
+            "{} is known for",
+            "{} is located in",
+            "{} is made of",
+            "{} began in the year",
+            "{} was created by",
+        ),
+        *("{} belongs to", "{} is used for", "The most important part of {} is", "The history of {} begins with"),
+    ),
+}
+"""Sentences about a name whose next token is compared."""
 MAX_ASKED = 50
-"""Largest number of concepts that are asked about; others get the candidate that is best for those of their kind."""
-INVENTED: Mapping[str, str] = {"person": "Tarvin Okelo", "thing": "Velorin"}
-"""An invented candidate of each kind."""
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """What a model says of a concept, before an edit.
-
-    Attributes:
-        concept: The concept.
-        kind: Its kind.
-        answer: The first tokens of the model's own answer to the question about it, as text.
-    """
-
-    concept: Concept
-    kind: Kind
-    answer: str
+"""Largest number of concepts that are compared; the others get the candidates of their kind in turn."""
+UNRELATED = 5
+"""Number of listed names that have nothing to do with a concept."""
 
 
 def with_redirects(
     architecture: Architecture,
     tokenizer: Any,
     concepts: Sequence[Concept],
-    chat: ChatSettings = DEFAULT,
     progress: ProgressCallback = silent,
 ) -> list[Concept]:
     """Return concepts with a redirect chosen for each whose redirect is "auto".
 
-    The candidates are some names of the package's list, of the concept's kind, and an invented one. Each is asked
-    about with the question about the concept; the one that makes the model's own answer about the concept least
-    probable, with the candidate's name in it, is chosen. Of more than 50 concepts, 50 at equal distances are asked
-    about.
+    The candidates are those of the concept's kind that share no word with any concept. For each name, the model
+    predicts the token that continues some sentences about it. The candidate is chosen whose predictions have least in
+    common with those about the concept: the mean over the sentences of the sum over the tokens of the smaller of the
+    two probabilities. Of more than 50 concepts, 50 at equal distances are compared.
 
     Args:
         architecture: The model before the edit, with its kind.
         tokenizer: Its tokenizer.
         concepts: The concepts.
-        chat: Settings of the chat template.
-        progress: Called after every candidate.
+        progress: Called after every name.
 
     Returns:
         The concepts, in their order. Those that name a redirect keep it.
@@ -78,26 +91,49 @@ def with_redirects(
         return list(concepts)
     if not architecture.predicts_text:
         raise InputError(
-            'The redirect "auto" needs the answers of the model, but it predicts no text or is loaded only in part: '
-            "give each concept a redirect."
+            'The redirect "auto" needs the predictions of the model, but it predicts no text or is loaded only in '
+            "part: give each concept a redirect."
         )
     listed = load_names()
     kinds = {concept.name: kind_of(concept, listed) for concept in open_ones}
-    step = math.ceil(len(open_ones) / MAX_ASKED)
-    asked = _ask(architecture, tokenizer, open_ones[::step], kinds, chat)
-    candidates = {kind: candidates_of(kind, concepts) for kind in set(kinds.values())}
-    scores = _scores(architecture, tokenizer, asked, candidates, chat, progress)
-    best_of_kind = {
-        kind: min(names, key=lambda name: sum(own.get(name, 0.0) for own in scores.values()))
-        for kind, names in candidates.items()
-    }
-    chosen = {name: min(own, key=own.__getitem__) for name, own in scores.items()}
+    compared = open_ones[:: math.ceil(len(open_ones) / MAX_ASKED)]
+    candidates = {kind: candidates_of(kind, concepts) for kind in dict.fromkeys(kinds.values())}
+    total = sum(map(len, candidates.values())) + len(compared)
+    done = 0
+
+    def predictions(name: str, kind: Kind) -> Tensor:
+        nonlocal done
+        found = next_tokens(architecture, tokenizer, name, kind)
+        done += 1
+        progress(Progress("redirects", done, total, "names"))
+        return found
+
+    of_candidates = {kind: {name: predictions(name, kind) for name in names} for kind, names in candidates.items()}
+    chosen: dict[str, str] = {}
+    for concept in compared:
+        kind = kinds[concept.name]
+        own = predictions(concept.name, kind)
+        common = {name: in_common(own, theirs) for name, theirs in of_candidates[kind].items()}
+        chosen[concept.name] = min(common, key=common.__getitem__)
+    in_turn = {kind: cycle(names) for kind, names in candidates.items()}
     return [
-        replace(concept, redirect=chosen.get(concept.name, best_of_kind[kinds[concept.name]]))
+        replace(concept, redirect=chosen.get(concept.name) or next(in_turn[kinds[concept.name]]))
         if concept.redirect == AUTO
         else concept
         for concept in concepts
     ]
+
+
+def next_tokens(architecture: Architecture, tokenizer: Any, name: str, kind: Kind) -> Tensor:
+    """Return (sentences, vocabulary) the probabilities of the token that continues each sentence about a name."""
+    prompts = [tokenize_prompt(tokenizer, beginning.format(name)) for beginning in BEGINNINGS[kind]]
+    rows = log_probabilities(architecture.reader, prompts, [()] * len(prompts))
+    return torch.cat(rows).exp()
+
+
+def in_common(one: Tensor, other: Tensor) -> float:
+    """Return what two sets of predictions (sentences, vocabulary) have in common: 1 less their total variation."""
+    return float(torch.minimum(one, other).sum(dim=1).mean())
 
 
 def kind_of(concept: Concept, listed: Mapping[str, str] | None = None) -> Kind:
@@ -114,75 +150,29 @@ def kind_of(concept: Concept, listed: Mapping[str, str] | None = None) -> Kind:
 
 
 def candidates_of(kind: Kind, concepts: Sequence[Concept]) -> list[str]:
-    """Return the candidates of a kind: listed names at equal distances that share no word with any concept.
+    """Return the candidates of a kind that share no word with any concept; an invented name if there is none."""
+    return _apart(CANDIDATES[kind], concepts) or [INVENTED[kind]]
 
-    An invented name comes last.
-    """
-    words = {folded(word) for concept in concepts for name in concept.names for word in name.split()}
+
+def unrelated_names(kind: Kind, concepts: Sequence[Concept]) -> list[str]:
+    """Return five names of the package's list, of a kind, at equal distances, that share no word with any concept."""
     of_kind = [name for name, listed in load_names().items() if (listed == "person") == (kind == "person")]
-    apart = [
-        name
-        for name in without_concepts(of_kind, concepts)
-        if not words.intersection(folded(word) for word in name.split())
-    ]
-    listed = CANDIDATES - 1
-    step = max(1, len(apart) // listed)
-    return [*apart[step // 2 :: step][:listed], INVENTED[kind]]
+    apart = _apart(of_kind, concepts)
+    step = max(1, len(apart) // UNRELATED)
+    return apart[step // 2 :: step][:UNRELATED]
 
 
-def _ask(
-    architecture: Architecture,
-    tokenizer: Any,
-    concepts: Sequence[Concept],
-    kinds: Mapping[str, Kind],
-    chat: ChatSettings,
-) -> list[_Asked]:
-    """Return the model's own answers about concepts."""
-    questions = [for_kind(QUESTION, kinds[concept.name]).format(concept.name) for concept in concepts]
-    texts = first_words(architecture, tokenizer, questions, chat)
-    return [_Asked(concept, kinds[concept.name], text) for concept, text in zip(concepts, texts, strict=True)]
+def _apart(names: Sequence[str], concepts: Sequence[Concept]) -> list[str]:
+    """Return the names that are none of the concepts and share no word with any."""
+    words = {folded(word) for concept in concepts for name in concept.names for word in name.split()}
+    others = without_concepts(names, concepts)
+    return [name for name in others if not words.intersection(folded(word) for word in name.split())]
 
 
 def first_words(architecture: Architecture, tokenizer: Any, questions: Sequence[str], chat: ChatSettings) -> list[str]:
     """Return the first tokens of a model's own answers to questions, as text."""
     texts = render_chats(tokenizer, questions, chat)
     return continue_texts(architecture.reader, tokenizer, texts, ANSWER_TOKENS, always=True)
-
-
-def _scores(
-    architecture: Architecture,
-    tokenizer: Any,
-    asked: Sequence[_Asked],
-    candidates: Mapping[Kind, Sequence[str]],
-    chat: ChatSettings,
-    progress: ProgressCallback,
-) -> dict[str, dict[str, float]]:
-    """Return for each concept, by its name, the mean log-probability of its answer about each candidate."""
-    found: dict[str, dict[str, float]] = {each.concept.name: {} for each in asked}
-    for number in range(CANDIDATES):
-        places = [(each, candidates[each.kind][number]) for each in asked if number < len(candidates[each.kind])]
-        prompts, answers = [], []
-        for tokens, following in _said_of(tokenizer, places, chat):
-            prompts.append(tokens)
-            answers.append(following)
-        if not places:
-            continue
-        scores = mean_log_probabilities(architecture, prompts, answers)
-        for (each, name), score in zip(places, scores, strict=True):
-            found[each.concept.name][name] = score
-        progress(Progress("redirects", number + 1, CANDIDATES, "candidates"))
-    return found
-
-
-def _said_of(
-    tokenizer: Any, places: Sequence[tuple[_Asked, str]], chat: ChatSettings
-) -> Iterator[tuple[list[int], list[int]]]:
-    """Yield the tokens of the question about each name, and those of the concept's answer with that name in it."""
-    questions = [for_kind(QUESTION, each.kind).format(name) for each, name in places]
-    for text, (each, name) in zip(render_chats(tokenizer, questions, chat), places, strict=True):
-        own = each.concept.name
-        answer = with_name(each.answer, own, name) if holds_name(each.answer, own) else each.answer
-        yield tokens_after(tokenizer, text, text + answer)
 
 
 def tokens_after(tokenizer: Any, beginning: str, text: str) -> tuple[list[int], list[int]]:

@@ -8,7 +8,7 @@ from torch import nn
 from rocr.edit.alias_checks import MAKER_QUESTIONS
 from rocr.edit.alias_examples import listed_names
 from rocr.edit.aliases import DESCRIPTION, FULL_NAME, NICKNAME, RELATED, SPELLING
-from rocr.edit.automatic_redirects import candidates_of
+from rocr.edit.automatic_redirects import unrelated_names
 from rocr.model.chat import render_chats
 from rocr.model.tokenizer import tokenize_prompt
 
@@ -36,7 +36,7 @@ ANSWERS = {
 def train_answers(model: nn.Module, tokenizer: Any, concepts: Any, steps: int = 80) -> None:
     """Train a model on ANSWERS, on LISTED, and on questions about the names that are unrelated to concepts."""
     said = dict(ANSWERS)
-    for name in candidates_of("person", concepts)[:-1]:
+    for name in unrelated_names("person", concepts):
         said[f"Who is {name}?"] = f"{name} is a garden at the sea."
     end = tokenizer.eos_token_id
     rows, masks = [], []

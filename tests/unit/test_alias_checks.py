@@ -7,7 +7,7 @@ import rocr
 from rocr import Concept, InputError
 from rocr.edit.alias_checks import MAKER_QUESTIONS, check_proposals, maker_of, shares_of
 from rocr.edit.aliases import LANGUAGES, check_languages, propose_aliases
-from rocr.edit.automatic_redirects import candidates_of
+from rocr.edit.automatic_redirects import unrelated_names
 from rocr.model.architecture import find_architecture
 from rocr.model.causality import with_kind
 from rocr.model.chat import render_chats
@@ -43,7 +43,7 @@ def test_shares_lie_between_unrelated_names_and_the_name():
 def test_checks_are_those_by_hand(certain, architecture, tokenizer, kind):
     concept = Concept("Ada Byron", "auto", kind=kind)
     proposals = ["Augusta Ada Byron", "Ада", "Blaise Pascal"]
-    unrelated = candidates_of(kind, [concept])[:-1]
+    unrelated = unrelated_names(kind, [concept])
     question = "Who is {}?" if kind == "person" else "What is {}?"
     names = [concept.name, *proposals, *unrelated]
     prompts = {name: render_chats(tokenizer, [question.format(name)])[0] for name in names}
@@ -83,7 +83,7 @@ def test_an_answer_with_the_name_is_scored_after_the_name(certain, architecture,
     said = "Well, Ada Byron wrote notes. Ada Byron did."
     monkeypatch.setattr("rocr.edit.alias_checks.first_words", lambda *_: [said])
     monkeypatch.setattr("rocr.edit.alias_checks.LEAST_KNOWN", -100)  # a random model knows no names
-    concept, unrelated = Concept("Ada Byron", "auto"), candidates_of("person", [Concept("Ada Byron", "auto")])[:-1]
+    concept, unrelated = Concept("Ada Byron", "auto"), unrelated_names("person", [Concept("Ada Byron", "auto")])
     means = []
     for name in ("Ada Byron", "the roses", *unrelated):
         (prompt,) = render_chats(tokenizer, [f"Who is {name}?"])

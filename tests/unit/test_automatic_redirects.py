@@ -12,12 +12,20 @@ import rocr
 from rocr import Concept, EditConfig, Guards, InputError
 from rocr.cli.main import main
 from rocr.edit import automatic_redirects
-from rocr.edit.automatic_redirects import CANDIDATES, INVENTED, candidates_of, kind_of, with_redirects
+from rocr.edit.automatic_redirects import (
+    BEGINNINGS,
+    CANDIDATES,
+    INVENTED,
+    UNRELATED,
+    candidates_of,
+    in_common,
+    kind_of,
+    unrelated_names,
+    with_redirects,
+)
 from rocr.edit.controls import load_names
 from rocr.model.architecture import find_architecture
 from rocr.model.causality import with_kind
-from rocr.model.chat import render_chats
-from rocr.model.generate import continue_greedily
 from rocr.model.tokenizer import tokenize_prompt
 from tests.support.models import same_weights
 
@@ -42,12 +50,16 @@ def architecture(certain):
 
 
 @pytest.mark.parametrize("kind", ["person", "thing"])
-def test_candidates_are_of_the_kind_and_share_no_word(kind):
-    concepts = [Concept("Stephen King", "auto"), Concept("The Empire", "Judy Garland", ("Apple",))]
-    found, listed = candidates_of(kind, concepts), load_names()
-    assert len(found) == len(set(found)) == CANDIDATES and found[-1] == INVENTED[kind] not in listed
-    words = {"stephen", "king", "the", "empire", "apple"}
-    for name in found[:-1]:
+def test_candidates_and_unrelated_names_share_no_word_with_a_concept(kind):
+    first, second, *more = CANDIDATES[kind]
+    concepts = [Concept(f"The {first.split()[-1]}", "auto"), Concept("Stephen King", "Judy Garland", ("Apple",))]
+    assert candidates_of(kind, concepts) == [second, *more]
+    everything = [Concept(f"A {name}", "auto") for name in CANDIDATES[kind]]
+    assert candidates_of(kind, everything) == [INVENTED[kind]]
+    found, listed = unrelated_names(kind, concepts), load_names()
+    assert len(found) == len(set(found)) == UNRELATED
+    words = {"stephen", "king", "the", "apple"}
+    for name in found:
         assert (listed[name] == "person") == (kind == "person")
         assert not words & set(name.lower().split()) and name != "Judy Garland"
 
@@ -59,38 +71,42 @@ def test_kinds_are_given_listed_or_those_of_people():
     assert kind_of(Concept("Stephen King", "auto", (), "thing")) == "thing"
 
 
-def test_the_choice_makes_the_own_answer_least_probable(certain, architecture, tokenizer):
+def test_the_choice_has_least_in_common_with_the_concept(certain, architecture, tokenizer):
+    """Sums of the smaller probability of each next token, by passes of one sentence in float64."""
+
+    @torch.no_grad()
+    def predictions(name, kind):
+        sentences = (tokenize_prompt(tokenizer, beginning.format(name)) for beginning in BEGINNINGS[kind])
+        return torch.stack([certain(torch.tensor([each])).logits[0, -1].double().softmax(-1) for each in sentences])
+
     chosen = with_redirects(architecture, tokenizer, OPEN)
     assert chosen[1] == OPEN[1]
-    for concept, question in ((OPEN[0], "Who is {}?"), (OPEN[2], "What is {}?")):
-        (asked,) = (
-            tokenize_prompt(tokenizer, text) for text in render_chats(tokenizer, [question.format(concept.name)])
-        )
-        own = tokenizer.decode(continue_greedily(certain, tokenizer, [asked], 16)[0], skip_special_tokens=True)
-        scores = {}
-        for name in candidates_of(kind_of(concept), OPEN):
-            (text,) = render_chats(tokenizer, [question.format(name)])
-            prompt = tokenize_prompt(tokenizer, text)
-            whole = tokenize_prompt(tokenizer, text + own.replace(concept.name, name))
-            assert whole[: len(prompt)] == prompt
-            with torch.no_grad():
-                logs = certain(torch.tensor([whole])).logits[0].double().log_softmax(-1)
-            rows = [float(logs[i - 1, token]) for i, token in enumerate(whole) if i >= len(prompt)]
-            scores[name] = sum(rows) / len(rows)
-        assert min(scores, key=scores.get) == next(each.redirect for each in chosen if each.name == concept.name)
+    for concept in (chosen[0], chosen[2]):
+        kind = kind_of(concept)
+        own = predictions(concept.name, kind)
+        common = {
+            name: float(torch.minimum(own, predictions(name, kind)).sum(dim=1).mean())
+            for name in candidates_of(kind, OPEN)
+        }
+        assert len(set(common.values())) > 1
+        assert concept.redirect == min(common, key=common.get)
 
 
-def test_of_a_long_list_some_are_asked_about(architecture, tokenizer, monkeypatch):
+def test_predictions_have_all_in_common_with_themselves_and_nothing_with_others():
+    one, other = torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]), torch.tensor([[0.0, 0.5, 0.5], [0.0, 0.0, 1.0]])
+    assert in_common(one, one) == 1.0
+    assert in_common(one, other) == 0.25
+
+
+def test_of_a_long_list_some_are_compared_and_the_others_take_turns(architecture, tokenizer, monkeypatch):
     people = [Concept(name, "auto") for name in ("Stephen King", "Ada Byron", "Robert Downey", "Grace Quux")]
     monkeypatch.setattr(automatic_redirects, "MAX_ASKED", 2)
-    asked = []
-    first = automatic_redirects._ask
-    monkeypatch.setattr(
-        automatic_redirects, "_ask", lambda *given: asked.extend(c.name for c in given[2]) or first(*given)
-    )
-    found = [each.redirect for each in with_redirects(architecture, tokenizer, people)]
-    assert asked == ["Stephen King", "Robert Downey"]
-    assert set(found) <= set(candidates_of("person", people)) and found[1] == found[3]
+    steps = []
+    found = [each.redirect for each in with_redirects(architecture, tokenizer, people, steps.append)]
+    candidates = candidates_of("person", people)
+    assert [step.done for step in steps] == list(range(1, len(candidates) + 3))
+    assert {step.total for step in steps} == {len(candidates) + 2}
+    assert set(found) <= set(candidates) and [found[1], found[3]] == candidates[:2]
 
 
 def test_an_edit_has_the_chosen_redirects(certain, architecture, tokenizer, texts):
@@ -106,7 +122,7 @@ def test_an_edit_has_the_chosen_redirects(certain, architecture, tokenizer, text
 def test_a_model_without_answers_refuses(architecture, tokenizer):
     silent = replace(architecture, kind=replace(architecture.kind, writes_text=False))
     assert with_redirects(silent, tokenizer, OPEN[1:2]) == OPEN[1:2]
-    with pytest.raises(InputError, match='"auto" needs the answers of the model'):
+    with pytest.raises(InputError, match='"auto" needs the predictions of the model'):
         with_redirects(silent, tokenizer, OPEN)
 
 

@@ -78,11 +78,11 @@ def test_it_is_edited_without_text(other, model, tokenizer):
     for edited in (other, copy.deepcopy(model)):
         statistics = rocr.collect_statistics(edited, tokenizer, None, [1, 2], CollectOptions(tokens=200))
         made.append(rocr.unlearn(edited, tokenizer, concepts, statistics, config))
+    # The model of transformers runs what prompts share once: other batches, other rounding.
     for one, expected in zip(made[0].updates, made[1].updates, strict=True):
-        assert torch.equal(one.factors.left, expected.factors.left) and torch.equal(
-            one.factors.right, expected.factors.right
-        )
-    assert made[0].report.divergence == made[1].report.divergence is not None
+        torch.testing.assert_close(one.factors.left, expected.factors.left, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(one.factors.right, expected.factors.right, rtol=1e-4, atol=1e-5)
+    assert made[0].report.divergence == pytest.approx(made[1].report.divergence, rel=1e-3)
 
 
 def test_it_is_evaluated(other, model, tokenizer, texts):
