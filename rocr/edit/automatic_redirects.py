@@ -38,22 +38,15 @@ INVENTED: Mapping[Kind, str] = {"person": "Tarvin Okelo", "thing": "Velorin"}
 """An invented name of each kind, which is taken if every candidate shares a word with a concept."""
 BEGINNINGS: Mapping[Kind, Sequence[str]] = {
     "person": (
-        *("{} was born in", "{} was born in the year", "{} is best known for", "{} was a", "The nationality of {} is"),
-        *("{} died in", "{} worked in the field of", "{} lived in the", "The most famous work of {} is"),
+        "{} was born in", "{} was born in the year", "{} is best known for", "{} was a", "The nationality of {} is",
+        "{} died in", "{} worked in the field of", "{} lived in the", "The most famous work of {} is",
         "The profession of {} is",
     ),
     "thing": (
-        *(
-            "{} is a",
-            "{} is known for",
-            "{} is located in",
-            "{} is made of",
-            "{} began in the year",
-            "{} was created by",
-        ),
-        *("{} belongs to", "{} is used for", "The most important part of {} is", "The history of {} begins with"),
+        "{} is a", "{} is known for", "{} is located in", "{} is made of", "{} began in the year", "{} was created by",
+        "{} belongs to", "{} is used for", "The most important part of {} is", "The history of {} begins with",
     ),
-}
+}  # fmt: skip
 """Sentences about a name whose next token is compared."""
 MAX_ASKED = 50
 """Largest number of concepts that are compared; the others get the candidates of their kind in turn."""
