@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 
 from browser import MISSING, find_browser, open_page
+from PIL import Image
 from rich.console import Console
 from rich.text import Text
 
@@ -53,6 +54,8 @@ PAGES = {
     "report-dark.png": (1000, 700, ""),
 }
 """Pictures of the page: width, height, and what chooses an entry that is opened and scrolled to."""
+LEAST_WIDTH, BAR = 600, 200
+"""Width that a window of Chromium has at least, and height that its bar takes at most, in CSS pixels."""
 
 
 def run_commands(folder: Path) -> None:
@@ -148,8 +151,13 @@ def picture(page: Path, target: Path, width: int, height: int, entry: str = "", 
             f"<script>onload = () => {{ const page = f.contentDocument; {shown} }}</script>",
             encoding="utf-8",
         )
-        options = [f"--window-size={width},{height}", "--virtual-time-budget=10000", f"--screenshot={target.resolve()}"]
+        # The window of a newer Chromium has a bar, which takes some of its height, and is never narrow.
+        size = f"{max(width, LEAST_WIDTH)},{height + BAR}"
+        options = [f"--window-size={size}", "--virtual-time-budget=10000", f"--screenshot={target.resolve()}"]
         open_page(folder, *options, (folder / "frame.html").as_uri())
+    with Image.open(target) as taken:
+        shot = taken.crop((0, 0, width, height))
+    shot.save(target, optimize=True)
 
 
 def main() -> None:
