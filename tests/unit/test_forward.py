@@ -72,17 +72,20 @@ def test_it_writes_the_same_text(other, model, tokenizer):
     assert sample_sequences(other, tokenizer, 120, seed=3) == expected
 
 
-def test_it_is_edited_without_text(other, model, tokenizer):
-    concepts, config = [Concept("Ada Byron", "Blaise Pascal")], EditConfig(layers=(1, 2))
+@pytest.mark.parametrize("schedule", ["full", "predicted"])
+def test_it_is_edited_without_text(schedule, other, model, tokenizer):
+    concepts = [Concept("Ada Byron", "Blaise Pascal")]
+    config = EditConfig(layers=(1, 2), token_schedule=schedule)
     made = []
     for edited in (other, copy.deepcopy(model)):
         statistics = rocr.collect_statistics(edited, tokenizer, None, [1, 2], CollectOptions(tokens=200))
         made.append(rocr.unlearn(edited, tokenizer, concepts, statistics, config))
-    # The model of transformers runs what prompts share once: other batches, other rounding.
+    # For predictions, the model of transformers runs what prompts share once: other batches, other rounding.
+    bound = 0.0 if schedule == "full" else 1e-4
     for one, expected in zip(made[0].updates, made[1].updates, strict=True):
-        torch.testing.assert_close(one.factors.left, expected.factors.left, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(one.factors.right, expected.factors.right, rtol=1e-4, atol=1e-5)
-    assert made[0].report.divergence == pytest.approx(made[1].report.divergence, rel=1e-3)
+        torch.testing.assert_close(one.factors.left, expected.factors.left, rtol=bound, atol=bound / 10)
+        torch.testing.assert_close(one.factors.right, expected.factors.right, rtol=bound, atol=bound / 10)
+    assert made[0].report.divergence == pytest.approx(made[1].report.divergence, rel=10 * bound, abs=0)
 
 
 def test_it_is_evaluated(other, model, tokenizer, texts):
