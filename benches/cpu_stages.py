@@ -47,8 +47,8 @@ def timed(work: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
 
 def measure_all(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure the statistics and the edits in this process."""
-    threads = torch.get_num_threads()
-    peaks = [measure(arguments.instruction_set or here(compiled=True)[0], threads)]
+    threads, instruction_set = torch.get_num_threads(), arguments.instruction_set or here(compiled=True)[0]
+    peaks = [measure(instruction_set, threads)]
     loaded = load_model(find_model(arguments.model), torch.bfloat16)
     model, tokenizer = loaded.model, loaded.tokenizer
     texts = list(read_texts([arguments.text]))
@@ -68,12 +68,12 @@ def measure_all(arguments: argparse.Namespace) -> dict[str, Any]:
             )
             edit.revert(model)
         rows.append({"step": f"edit, {count:,} concepts", **row, "stages": edit.report.seconds})
-    peaks.append(measure(arguments.instruction_set or here(compiled=True)[0], threads))
+    peaks.append(measure(instruction_set, threads))
     known = [peak for peak in peaks if peak]
     about = {
         "cpu": cpu_name(),
         "threads": threads,
-        "instruction_set": arguments.instruction_set or here(compiled=True)[0],
+        "instruction_set": instruction_set,
         "peak_gflops": max(known) if known else None,
         "float32_products_of": sorted(str(dtype) for dtype in slow_dtypes()),
         "torch": torch.__version__,

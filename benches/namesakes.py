@@ -41,13 +41,13 @@ SETTINGS = {
 }
 
 
-def known(model: Any, tokenizer: Any, probes: Sequence[Probe]) -> list[Probe]:
-    """Return of each subject at most FACTS probes that the model answers in multiple choice."""
+def known(model: Any, tokenizer: Any, probes: Sequence[Probe], most: int = FACTS) -> list[Probe]:
+    """Return of each subject at most `most` probes that the model answers in multiple choice."""
     found = evaluate(model, tokenizer, probes, ("mcp",), options=EvaluateOptions(seed=0)).known_probes(KNOWN)
     kept: dict[str, list[Probe]] = {}
     for index in sorted(found):
         kept.setdefault(probes[index].subject, []).append(probes[index])
-    return [probe for facts in kept.values() for probe in facts[:FACTS]]
+    return [probe for facts in kept.values() for probe in facts[:most]]
 
 
 def sums(evaluation: Evaluation, probes: Sequence[Probe], retained: set[str]) -> dict[str, float]:

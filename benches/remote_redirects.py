@@ -20,17 +20,17 @@ from typing import Any
 
 import torch
 from machine import commit, cpu_name
+from namesakes import FORMS, known
 
 import rocr
 from rocr.edit.automatic_redirects import CANDIDATES, INVENTED, with_redirects
-from rocr.evaluation import EvaluateOptions, Probe, evaluate, load_probes
+from rocr.evaluation import Probe, evaluate, load_probes
 from rocr.evaluation.redirects import replace_subject
 from rocr.model.architecture import find_architecture
 from rocr.model.causality import with_kind
 from rocr.model.load import find_model, load_model
 
-FORMS = ("qa", "fb", "mcp")
-KNOWN, LEAST_FACTS, FACTS = 0.5, 3, 5
+LEAST_FACTS, FACTS = 3, 5
 LAST_LAYER = 4
 PROBES = Path(rocr.__file__).parent / "data" / "probes.jsonl"
 
@@ -39,11 +39,9 @@ def known_facts(model: Any, tokenizer: Any, kind: str) -> dict[str, list[Probe]]
     """Return the probes of each subject of a kind that the model knows and that name the subject."""
     probes = [p for p in load_probes(PROBES) if p.form == "qa" and (p.kind == "thing") == (kind == "thing")]
     kept: dict[str, list[Probe]] = {}
-    for index in sorted(
-        evaluate(model, tokenizer, probes, ("mcp",), options=EvaluateOptions(seed=0)).known_probes(KNOWN)
-    ):
-        if probes[index].subject in probes[index].query:
-            kept.setdefault(probes[index].subject, []).append(replace(probes[index], wordings={}))
+    for probe in known(model, tokenizer, probes, most=len(probes)):
+        if probe.subject in probe.query:
+            kept.setdefault(probe.subject, []).append(replace(probe, wordings={}))
     return {subject: facts[:FACTS] for subject, facts in kept.items() if len(facts) >= LEAST_FACTS}
 
 

@@ -15,11 +15,13 @@ from typing import Any
 from rocr.chat_settings import DEFAULT, ChatSettings
 from rocr.concepts import Concept, folded, for_kind, holds_name, with_name
 from rocr.config import Template
-from rocr.edit.automatic_redirects import first_words, kind_of, tokens_after, unrelated_names
-from rocr.edit.harm import QUESTION, mean_log_probabilities
+from rocr.edit.automatic_redirects import kind_of, unrelated_names
+from rocr.edit.harm import ANSWER_TOKENS, QUESTION, mean_log_probabilities
 from rocr.keys.name_states import cosines, read_name_states
 from rocr.model.architecture import Architecture
 from rocr.model.chat import render_chats
+from rocr.model.generate import continue_texts
+from rocr.model.tokenizer import tokenize_prompt
 
 LEAST_KNOWN = 0.1
 """Smallest difference of mean log-probabilities between the name and unrelated names of which shares are taken."""
@@ -157,3 +159,17 @@ def _words(text: str) -> str:
     """Return the words of a text in their folded form, without punctuation and possessive endings."""
     words = folded(text).replace("\u2019", "'").replace("'s ", " ")
     return " ".join("".join(c if c.isalnum() else " " for c in words).split())
+
+
+def first_words(architecture: Architecture, tokenizer: Any, questions: Sequence[str], chat: ChatSettings) -> list[str]:
+    """Return the first tokens of a model's own answers to questions, as text."""
+    texts = render_chats(tokenizer, questions, chat)
+    return continue_texts(architecture.reader, tokenizer, texts, ANSWER_TOKENS, always=True)
+
+
+def tokens_after(tokenizer: Any, beginning: str, text: str) -> tuple[list[int], list[int]]:
+    """Return the tokens of a text that those of its beginning share, at least one, and the tokens after them."""
+    prompt, whole = (tokenize_prompt(tokenizer, part) for part in (beginning, text))
+    same = next((i for i, pair in enumerate(zip(prompt, whole, strict=False)) if pair[0] != pair[1]), len(prompt))
+    same = max(1, min(same, len(whole)))
+    return whole[:same], whole[same:]

@@ -16,15 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rocr.chat_settings import ChatSettings
 from rocr.concepts import AUTO, Concept, Kind, folded
 from rocr.edit.controls import load_names, without_concepts
-from rocr.edit.harm import ANSWER_TOKENS
 from rocr.errors import InputError
 from rocr.keys.continuations import log_probabilities
 from rocr.model.architecture import Architecture
-from rocr.model.chat import render_chats
-from rocr.model.generate import continue_texts
 from rocr.model.tokenizer import tokenize_prompt
 from rocr.progress import Progress, ProgressCallback, silent
 
@@ -32,8 +28,8 @@ CANDIDATES: Mapping[Kind, Sequence[str]] = {
     "person": ("Sitting Bull", "Confucius", "Crazy Horse", "Bruce Lee"),
     "thing": ("kimchi", "Stonehenge", "Uluru"),
 }
-"""The candidates of each kind, that with least in common with the subjects of the package's probes first
-(`benches/remote_redirects.py`)."""
+"""The candidates of each kind, that with least in common with eight people, or fifteen things, of the package's probes
+first (`benches/remote_redirects.py`)."""
 INVENTED: Mapping[Kind, str] = {"person": "Tarvin Okelo", "thing": "Velorin"}
 """An invented name of each kind, which is taken if every candidate shares a word with a concept."""
 BEGINNINGS: Mapping[Kind, Sequence[str]] = {
@@ -160,17 +156,3 @@ def _apart(names: Sequence[str], concepts: Sequence[Concept]) -> list[str]:
     words = {folded(word) for concept in concepts for name in concept.names for word in name.split()}
     others = without_concepts(names, concepts)
     return [name for name in others if not words.intersection(folded(word) for word in name.split())]
-
-
-def first_words(architecture: Architecture, tokenizer: Any, questions: Sequence[str], chat: ChatSettings) -> list[str]:
-    """Return the first tokens of a model's own answers to questions, as text."""
-    texts = render_chats(tokenizer, questions, chat)
-    return continue_texts(architecture.reader, tokenizer, texts, ANSWER_TOKENS, always=True)
-
-
-def tokens_after(tokenizer: Any, beginning: str, text: str) -> tuple[list[int], list[int]]:
-    """Return the tokens of a text that those of its beginning share, at least one, and the tokens after them."""
-    prompt, whole = (tokenize_prompt(tokenizer, part) for part in (beginning, text))
-    same = next((i for i, pair in enumerate(zip(prompt, whole, strict=False)) if pair[0] != pair[1]), len(prompt))
-    same = max(1, min(same, len(whole)))
-    return whole[:same], whole[same:]

@@ -43,8 +43,8 @@ class _Name:
 def distance_share(probability: float) -> float:
     """Return the share of the distance to its target that a token is moved: √(2p), at most 1.
 
-    Namesakes of a name that is more probable than all others together lose hardly more by the full distance
-    (`benches/namesakes.py`).
+    A name that is at least as probable as all others together takes its first tokens whole: people are forgotten more,
+    and their namesakes lose no more on average (`benches/namesakes.py`), though single ones may.
 
     Args:
         probability: p, the probability of the rest of the name after the token.
