@@ -44,7 +44,7 @@ def distance_share(probability: float) -> float:
     """Return the share of the distance to its target that a token is moved: √(2p), at most 1.
 
     A name that is at least as probable as all others together takes its first tokens whole: people are forgotten more,
-    and their namesakes lose no more on average (`benches/namesakes.py`), though single ones may.
+    and their namesakes lose 1 to 2% on average (`benches/namesakes.py`), though single ones more.
 
     Args:
         probability: p, the probability of the rest of the name after the token.
