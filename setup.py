@@ -67,7 +67,7 @@ def extensions() -> list[Pybind11Extension]:
         cxx_std=17,
         # Every file names the instruction sets of its functions itself: the result runs on any machine.
         extra_compile_args=["-O3", "-ffp-contract=fast"],
-        extra_link_args=["-pthread"],
+        extra_link_args=["-pthread", *(["-ldl"] if sys.platform == "linux" else [])],
     )
     return [compiled]
 

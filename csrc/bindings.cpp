@@ -6,6 +6,7 @@
 #include "low_rank_update.h"
 #include "second_moment.h"
 #include "support_solve.h"
+#include "wide_product.h"
 
 namespace py = pybind11;
 
@@ -55,6 +56,14 @@ bool solve_on_support(std::uintptr_t weight, std::int64_t bytes, std::int64_t ro
       threads, rocr::find_simd(simd));
 }
 
+void wide_product(std::uintptr_t weight, std::uintptr_t inputs, std::uintptr_t output, rocr::DType dtype,
+                  std::int64_t rows, std::int64_t columns, std::int64_t count, std::int64_t weight_stride,
+                  std::int64_t inputs_stride, int threads, const std::string& simd) {
+  rocr::wide_product({pointer<const void*>(weight), pointer<const void*>(inputs), pointer<void*>(output), dtype, rows,
+                      columns, count, weight_stride, inputs_stride},
+                     threads, rocr::find_simd(simd));
+}
+
 std::vector<std::string> simd_names() {
   std::vector<std::string> names;
   for (const rocr::Simd* simd : rocr::supported_simds()) names.emplace_back(simd->name);
@@ -88,6 +97,9 @@ PYBIND11_MODULE(_C, module) {
              py::arg("basis_size"), py::arg("basis_stride"), py::arg("residuals"), py::arg("ridge"),
              py::arg("coefficients"), py::arg("threads"), py::arg("simd") = "",
              py::call_guard<py::gil_scoped_release>());
+  module.def("wide_product", &wide_product, py::arg("weight"), py::arg("inputs"), py::arg("output"), py::arg("dtype"),
+             py::arg("rows"), py::arg("columns"), py::arg("count"), py::arg("weight_stride"), py::arg("inputs_stride"),
+             py::arg("threads"), py::arg("simd") = "", py::call_guard<py::gil_scoped_release>());
 #ifdef ROCR_WITH_CUDA
   bind_cuda(module);
 #endif

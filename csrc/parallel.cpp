@@ -9,10 +9,25 @@
 #include <vector>
 
 #if defined(__linux__)
+#include <dlfcn.h>
 #include <sys/mman.h>
 #endif
 
 namespace rocr {
+namespace {
+
+// Runs function(data) on a number of threads, as GCC's OpenMP runtime does.
+using RunTeam = void (*)(void (*function)(void*), void* data, unsigned threads, unsigned flags);
+
+RunTeam find_openmp() {
+#if defined(__linux__)
+  return reinterpret_cast<RunTeam>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+#else
+  return nullptr;
+#endif
+}
+
+}  // namespace
 
 int useful_threads(int threads, std::int64_t multiplications) {
   constexpr std::int64_t worth_a_thread = std::int64_t{1} << 21;
@@ -40,6 +55,21 @@ void run_phases(int threads, std::int64_t phases, std::int64_t items,
   }
   work(0);
   for (std::thread& other : others) other.join();
+}
+
+void run_on_threads_of_torch(int threads, std::int64_t items, const std::function<void(int, std::int64_t)>& task) {
+  static const RunTeam run_team = find_openmp();
+  threads = static_cast<int>(std::min<std::int64_t>(threads, items));
+  if (!run_team || threads < 2)
+    return run_phases(threads, 1, items, [&](int worker, std::int64_t, std::int64_t item) { task(worker, item); });
+  std::atomic<int> workers{0};
+  std::atomic<std::int64_t> next{0};
+  const std::function<void()> work = [&] {
+    const int worker = workers++;
+    for (std::int64_t item = next++; item < items; item = next++) task(worker, item);
+  };
+  run_team([](void* data) { (*static_cast<const std::function<void()>*>(data))(); },
+           const_cast<std::function<void()>*>(&work), static_cast<unsigned>(threads), 0);
 }
 
 Buffer::Buffer(std::int64_t count) {

@@ -19,6 +19,12 @@ int useful_threads(int threads, std::int64_t multiplications);
 void run_phases(int threads, std::int64_t phases, std::int64_t items,
                 const std::function<void(int worker, std::int64_t phase, std::int64_t item)>& task);
 
+// As run_phases with one phase, on the threads of torch's OpenMP runtime where that is loaded: they spin for milliseconds
+// after each of torch's operations, and other threads would have to share the cores with them. As torch's own
+// operations, it may not be called in a child that was forked after a call.
+void run_on_threads_of_torch(int threads, std::int64_t items,
+                             const std::function<void(int worker, std::int64_t item)>& task);
+
 // Uninitialized floats that start at a cache line, on huge pages where the system has them.
 class Buffer {
  public:

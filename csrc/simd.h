@@ -36,6 +36,7 @@ struct Simd {
   // tile_columns elements, contiguous. A panel is the right factor of one product, and tile_rows columns of it
   // are the left factor of another.
   std::int64_t tile_rows, tile_columns;
+  std::int64_t width;  // floats of a vector
 
   // Steps for which a panel fits in the caches.
   std::int64_t panel_depth;
@@ -59,6 +60,13 @@ struct Simd {
   // As multiply, but with consecutive steps of `rows` and rows that are support_stride elements apart.
   void (*multiply_support)(std::int64_t count, std::int64_t depth, const float* rows, const float* columns,
                            float* tile, std::int64_t tile_stride, bool accumulate);
+
+  // As multiply_support, with 2 * tile_rows rows, for at most one vector of columns.
+  void (*multiply_few)(std::int64_t count, std::int64_t depth, const float* rows, const float* columns, float* tile,
+                       std::int64_t tile_stride, bool accumulate);
+
+  // Writes `count` elements as float32, and up to a vector beyond them.
+  void (*widen)(DType dtype, const void* source, std::int64_t count, float* target);
 
   // Writes 1 where an element of `source` is not zero, and 0 where it is. An element has 1, 2 or 4 bytes; the sign
   // of a floating-point zero does not matter. It writes up to a vector beyond `count`.

@@ -20,10 +20,12 @@ namespace rocr {
 static bool is_supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
 extern const Simd avx2;
-const Simd avx2 = {"avx2", is_supported, tile_rows, tile_columns, 192, multiply_first<tile_vectors>,
+const Simd avx2 = {"avx2", is_supported, tile_rows, tile_columns, width, 192, multiply_first<tile_vectors>,
                    pack,
                    add,
                    multiply_support_first<tile_vectors>,
+                   multiply_few,
+                   widen_row,
                    find_support,
                    multiply_pairs};
 

@@ -18,10 +18,12 @@ static bool is_supported() {
 }
 
 extern const Simd avx512;
-const Simd avx512 = {"avx512", is_supported, tile_rows, tile_columns, 512, multiply_first<tile_vectors>,
+const Simd avx512 = {"avx512", is_supported, tile_rows, tile_columns, width, 512, multiply_first<tile_vectors>,
                      pack,
                      add,
                      multiply_support_first<tile_vectors>,
+                     multiply_few,
+                     widen_row,
                      find_support,
                      multiply_pairs};
 

@@ -29,13 +29,13 @@ constexpr std::int64_t tile_columns = tile_vectors * width;
 static_assert(tile_columns % tile_rows == 0 && tile_rows * tile_columns <= max_tile_floats);
 
 // Rows of the left factor are row_distance elements apart, its steps rows_stride.
-template <int vectors, std::int64_t row_distance = 1>
+template <int vectors, std::int64_t row_distance = 1, std::int64_t row_count = tile_rows>
 ROCR_TARGET void multiply_vectors(std::int64_t depth, const float* rows, std::int64_t rows_stride,
                                   const float* columns, float* tile, std::int64_t tile_stride,
                                   bool accumulate, const float* prefetch) {
-  Floats sums[tile_rows][vectors];
+  Floats sums[row_count][vectors];
 #pragma GCC unroll 16
-  for (int row = 0; row < tile_rows; ++row) {
+  for (int row = 0; row < row_count; ++row) {
 #pragma GCC unroll 8
     for (int vector = 0; vector < vectors; ++vector) {
       sums[row][vector] = Floats{};
@@ -52,7 +52,7 @@ ROCR_TARGET void multiply_vectors(std::int64_t depth, const float* rows, std::in
       column[vector] = *reinterpret_cast<const Floats*>(columns + vector * width);
     }
 #pragma GCC unroll 16
-    for (int row = 0; row < tile_rows; ++row) {
+    for (int row = 0; row < row_count; ++row) {
       // x - 0 equals x for all x, so it compiles to a broadcast; 0 + x would be an addition.
       const Floats factor = rows[row * row_distance] - Floats{};
 #pragma GCC unroll 8
@@ -62,7 +62,7 @@ ROCR_TARGET void multiply_vectors(std::int64_t depth, const float* rows, std::in
     columns += tile_columns;
   }
 #pragma GCC unroll 16
-  for (int row = 0; row < tile_rows; ++row) {
+  for (int row = 0; row < row_count; ++row) {
 #pragma GCC unroll 8
     for (int vector = 0; vector < vectors; ++vector) {
       Floats* target = reinterpret_cast<Floats*>(tile + row * tile_stride + vector * width);
@@ -91,6 +91,11 @@ void multiply_support_first(std::int64_t count, std::int64_t depth, const float*
   } else if constexpr (vectors > 1) {
     multiply_support_first<vectors - 1>(count, depth, rows, columns, tile, tile_stride, accumulate);
   }
+}
+
+void multiply_few(std::int64_t, std::int64_t depth, const float* rows, const float* columns, float* tile,
+                  std::int64_t tile_stride, bool accumulate) {
+  multiply_vectors<1, support_stride, 2 * tile_rows>(depth, rows, 1, columns, tile, tile_stride, accumulate, columns);
 }
 
 template <std::int64_t bytes>
@@ -146,6 +151,25 @@ ROCR_INLINE Floats widen_some(const char* source, std::int64_t count) {
   char some[width * bytes] = {};
   if (count > 0) std::memcpy(some, source, count * bytes);
   return widen<dtype>(some);
+}
+
+template <DType dtype>
+ROCR_TARGET void widen_elements(const char* source, std::int64_t count, float* target) {
+  constexpr std::int64_t bytes = dtype == DType::float32 ? 4 : 2;
+  for (std::int64_t i = 0; i < count; i += width)
+    *reinterpret_cast<Floats*>(target + i) = widen_some<dtype>(source + i * bytes, count - i);
+}
+
+void widen_row(DType dtype, const void* source, std::int64_t count, float* target) {
+  const char* bytes = static_cast<const char*>(source);
+  switch (dtype) {
+    case DType::float32:
+      return widen_elements<DType::float32>(bytes, count, target);
+    case DType::bfloat16:
+      return widen_elements<DType::bfloat16>(bytes, count, target);
+    case DType::float16:
+      return widen_elements<DType::float16>(bytes, count, target);
+  }
 }
 
 template <DType dtype>

@@ -9,10 +9,12 @@ namespace rocr {
 static bool is_supported() { return true; }
 
 extern const Simd plain;
-const Simd plain = {"plain", is_supported, tile_rows, tile_columns, 256, multiply_first<tile_vectors>,
+const Simd plain = {"plain", is_supported, tile_rows, tile_columns, width, 256, multiply_first<tile_vectors>,
                     pack,
                     add,
                     multiply_support_first<tile_vectors>,
+                    multiply_few,
+                    widen_row,
                     find_support,
                     multiply_pairs};
 

@@ -86,6 +86,18 @@ def solve_on_support(weight: Tensor, keys: Tensor, residuals: Tensor, basis: Ten
     return coefficients
 
 
+def wide_product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return rows @ weight.T + bias, (m, d_out), summed in float32 and rounded once.
+
+    Args:
+        rows: (m, d_in), 16-bit.
+        weight: (d_out, d_in) with unit stride along a row, in the dtype of the rows.
+        bias: (d_out,) in the same dtype, or None.
+    """
+    output: Tensor = wide_product_op(rows, weight, bias)
+    return output
+
+
 @torch.library.custom_op("rocr::cpp_second_moment", mutates_args=("total",))
 def second_moment_op(total: Tensor, keys: Tensor) -> None:
     """Add keysᵀ keys to the lower triangle of total; keys have unit stride along a row."""
@@ -186,6 +198,29 @@ def solve_on_support_op(weight: Tensor, keys: Tensor, residuals: Tensor, basis: 
     return coefficients
 
 
+@torch.library.custom_op("rocr::cpp_wide_product", mutates_args=())
+def wide_product_op(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return rows @ weight.T + bias; the weight has unit stride along a row."""
+    import rocr._C as kernels
+
+    inputs = _with_rows(rows)
+    output = rows.new_zeros(len(rows), len(weight)) if bias is None else bias.repeat(len(rows), 1)
+    kernels.wide_product(
+        weight=weight.data_ptr(),
+        inputs=inputs.data_ptr(),
+        output=output.data_ptr(),
+        dtype=_dtype(weight),
+        rows=weight.shape[0],
+        columns=weight.shape[1],
+        count=len(rows),
+        weight_stride=_row_stride(weight),
+        inputs_stride=_row_stride(inputs),
+        threads=torch.get_num_threads(),
+        simd=_wanted_simd(),
+    )
+    return output
+
+
 @second_moment_op.register_fake
 def _(total: Tensor, keys: Tensor) -> None:
     return None
@@ -207,6 +242,11 @@ def _(
     keep_zeros: bool = False,
 ) -> None:
     return None
+
+
+@wide_product_op.register_fake
+def _(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return rows.new_empty(len(rows), len(weight))
 
 
 @solve_on_support_op.register_fake

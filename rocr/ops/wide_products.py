@@ -1,8 +1,9 @@
 """Products of 16-bit matrices in float32, on CPUs without instructions for 16-bit products.
 
-There torch multiplies bfloat16 and float16 matrices several times slower than float32 ones. Inside `wide_products` the
-weight of a linear layer is converted to float32 in pieces that stay in the cache, and each result is rounded once to
-the dtype of the layer. A 16-bit value is exact in float32, so that only the order of the sums differs.
+There torch multiplies bfloat16 and float16 matrices several times slower than float32 ones. Inside `wide_products` a
+compiled kernel widens the weight of a linear layer where it multiplies it; without the kernel, torch converts the
+weight in pieces that stay in the cache. Each result is rounded once to the dtype of the layer. A 16-bit value is exact
+in float32, so that only the order of the sums differs.
 """
 
 from __future__ import annotations
@@ -18,8 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-LEAST_ROWS = 8
-"""Smallest number of rows of a product whose weight is converted. Reading the weight bounds products of fewer rows."""
+from rocr.ops import cpp_backend
+
+LEAST_ROWS, LEAST_CONVERTED_ROWS = 3, 8
+"""Smallest number of rows of a product in the kernel, and of one whose weight torch converts. Reading the weight bounds
+products of fewer rows."""
 MANY_ROWS = 256
 PIECE, LARGE_PIECE = 1 << 20, 1 << 22
 """Number of elements of a weight that are converted at a time, for fewer than MANY_ROWS rows and for more."""
@@ -86,10 +90,14 @@ class _WideProducts(TorchFunctionMode):
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
         """Return the output of a linear layer; None leaves it to torch."""
-        if not self._applies(input, weight) or input.shape[:-1].numel() < LEAST_ROWS:
+        if not self._applies(input, weight):
             return None
-        rows = input.reshape(-1, input.shape[-1]).float()
-        return product(rows, weight, bias).reshape(*input.shape[:-1], len(weight))
+        is_compiled = weight.stride(1) == 1 and cpp_backend.is_available(weight.device)
+        if input.shape[:-1].numel() < (LEAST_ROWS if is_compiled else LEAST_CONVERTED_ROWS):
+            return None
+        rows = input.reshape(-1, input.shape[-1])
+        multiply = cpp_backend.wide_product if is_compiled else product_in_pieces
+        return multiply(rows, weight, bias).reshape(*input.shape[:-1], len(weight))
 
     def _grouped(self, input: Tensor, weight: Tensor, offs: Tensor | None = None, **more: Any) -> Tensor | None:
         """Return the product of the rows of each expert, up to its offset, with its weight; None leaves it to torch."""
@@ -115,14 +123,15 @@ class _WideProducts(TorchFunctionMode):
         )
 
 
-def product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return rows @ weight.T + bias, (m, d_out) in the dtype of the weight, computed in float32.
+def product_in_pieces(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return rows @ weight.T + bias, (m, d_out), computed in float32 by torch.
 
     Args:
-        rows: (m, d_in) float32.
-        weight: (d_out, d_in), 16-bit.
-        bias: (d_out,) or None.
+        rows: (m, d_in), 16-bit.
+        weight: (d_out, d_in) in the dtype of the rows.
+        bias: (d_out,) in the same dtype, or None.
     """
+    rows = rows.float()
     elements = PIECE if len(rows) < MANY_ROWS else LARGE_PIECE
     columns = max(1, elements // max(1, weight.shape[1]))
     output = torch.empty(len(rows), len(weight), dtype=weight.dtype)
