@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rocr.keys.plan import Reading
+from rocr.keys.prefix_cache import common_prefix
 from rocr.keys.prompts import Prompt
 
-MIN_SAVED_TOKENS = 256
+MIN_SAVED_TOKENS = 128
 """Minimum number of tokens that sharing a prefix must save; below it, one batch of whole prompts is faster."""
 
 
@@ -52,12 +53,29 @@ def batches(reading: Reading, token_budget: int, share: bool = True, cut: bool =
         prefix = prompt.tokens[: prompt.shared] if share and prompt.shared <= first[i] else ()
         groups.setdefault(prefix, []).append(i)
     whole = groups.pop((), [])
-    for prefix, members in groups.items():
+    for prefix, members in _with_common_openings(groups).items():
         if len(prefix) * (len(members) - 1) < MIN_SAVED_TOKENS:
             whole += members
         else:
             yield from _cut(reading.prompts, members, end, prefix, token_budget)
     yield from _cut(reading.prompts, whole, end, (), token_budget)
+
+
+def _with_common_openings(groups: Mapping[tuple[int, ...], list[int]]) -> dict[tuple[int, ...], list[int]]:
+    """Join the prompts of templates that begin alike, such as with the opening of a chat, under what they share.
+
+    A template whose own prefix saves enough more is left as it is.
+    """
+    alike: dict[int, list[tuple[int, ...]]] = {}
+    for prefix in groups:
+        alike.setdefault(prefix[0], []).append(prefix)
+    found: dict[tuple[int, ...], list[int]] = {}
+    for prefixes in alike.values():
+        opening = prefixes[0][: common_prefix(prefixes)]
+        for prefix in prefixes:
+            saves_more = (len(prefix) - len(opening)) * (len(groups[prefix]) - 1) >= MIN_SAVED_TOKENS
+            found.setdefault(prefix if saves_more else opening, []).extend(groups[prefix])
+    return found
 
 
 def _read_range(reading: Reading) -> tuple[list[int], list[int]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
-from rocr.keys.prefix_cache import has_attention_only, read_only
+from rocr.keys.prefix_cache import common_prefix, has_attention_only, read_only
 from rocr.model.forward import accepts, forward, input_device, is_of_transformers, logits_of
 from rocr.model.hooks import evaluating
 from rocr.ops.arithmetic import plain_arithmetic
@@ -69,7 +69,7 @@ def continuation_logits(model: nn.Module, batch: Sequence[Continuation]) -> Iter
         InputError: The model fails.
     """
     # The last token of a prompt predicts the first token after it, so it is not part of the shared prefix.
-    shared = _common_prefix([row.tokens[: row.prompt_length - 1] for row in batch])
+    shared = common_prefix([row.tokens[: row.prompt_length - 1] for row in batch])
     if len(batch) == 1 or shared < MIN_SHARED_TOKENS or not _keeps_cache(model):
         shared = 0
     longest = max(len(row.tokens) for row in batch)
@@ -137,16 +137,6 @@ def _run_prefix(model: nn.Module, tokens: Tensor) -> Cache:
     filled = DynamicCache()
     forward(model, tokens, past_key_values=filled, use_cache=True)
     return read_only(filled)
-
-
-def _common_prefix(sequences: Sequence[Sequence[int]]) -> int:
-    first, last = min(map(tuple, sequences)), max(map(tuple, sequences))  # all others lie between in sorted order
-    length = 0
-    for a, b in zip(first, last, strict=False):
-        if a != b:
-            break
-        length += 1
-    return length
 
 
 def _keeps_cache(model: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -79,3 +80,15 @@ def run_prefix(architecture: Architecture, layer: int, tokens: tuple[int, ...]) 
 def read_only(filled: DynamicCache) -> Cache:
     """Return a cache of the same attention keys and values of one row, for batches of any number of rows."""
     return Cache(layers=[PrefixLayer(layer.keys, layer.values) for layer in filled.layers])
+
+
+def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
+    """Return the number of tokens that all sequences begin with; 0 without sequences."""
+    # All others lie between the first and the last in sorted order.
+    first, last = min(map(tuple, sequences), default=()), max(map(tuple, sequences), default=())
+    length = 0
+    for a, b in zip(first, last, strict=False):
+        if a != b:
+            break
+        length += 1
+    return length
