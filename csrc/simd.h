@@ -25,6 +25,7 @@ constexpr std::int64_t max_sum_depth = 256;
 
 constexpr std::int64_t line_floats = 16;        // of a cache line
 constexpr std::int64_t support_stride = max_sum_depth + line_floats;  // a power of two would share cache sets
+constexpr std::int64_t few_inputs = 4;         // of multiply_few
 constexpr std::int64_t max_tile_floats = 1024;  // of the largest register tile
 
 struct Simd {
@@ -62,8 +63,14 @@ struct Simd {
                            float* tile, std::int64_t tile_stride, bool accumulate);
 
   // As multiply_support, with 2 * tile_rows rows, for at most one vector of columns.
-  void (*multiply_few)(std::int64_t count, std::int64_t depth, const float* rows, const float* columns, float* tile,
-                       std::int64_t tile_stride, bool accumulate);
+  void (*multiply_one_vector)(std::int64_t count, std::int64_t depth, const float* rows, const float* columns,
+                              float* tile, std::int64_t tile_stride, bool accumulate);
+
+  // Adds to sums[input] and sums[input + sums_stride] the products of two rows, row_bytes apart, with each of
+  // input_count <= few_inputs vectors, which are inputs_stride elements apart and zeros from `count` to the next
+  // multiple of the width.
+  void (*multiply_few)(DType dtype, const void* rows, std::int64_t row_bytes, std::int64_t count, const float* inputs,
+                       std::int64_t inputs_stride, std::int64_t input_count, float* sums, std::int64_t sums_stride);
 
   // Writes `count` elements as float32, and up to a vector beyond them.
   void (*widen)(DType dtype, const void* source, std::int64_t count, float* target);

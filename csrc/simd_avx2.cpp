@@ -24,6 +24,7 @@ const Simd avx2 = {"avx2", is_supported, tile_rows, tile_columns, width, 192, mu
                    pack,
                    add,
                    multiply_support_first<tile_vectors>,
+                   multiply_one_vector,
                    multiply_few,
                    widen_row,
                    find_support,

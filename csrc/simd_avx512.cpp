@@ -22,6 +22,7 @@ const Simd avx512 = {"avx512", is_supported, tile_rows, tile_columns, width, 512
                      pack,
                      add,
                      multiply_support_first<tile_vectors>,
+                     multiply_one_vector,
                      multiply_few,
                      widen_row,
                      find_support,

@@ -93,8 +93,8 @@ void multiply_support_first(std::int64_t count, std::int64_t depth, const float*
   }
 }
 
-void multiply_few(std::int64_t, std::int64_t depth, const float* rows, const float* columns, float* tile,
-                  std::int64_t tile_stride, bool accumulate) {
+void multiply_one_vector(std::int64_t, std::int64_t depth, const float* rows, const float* columns, float* tile,
+                         std::int64_t tile_stride, bool accumulate) {
   multiply_vectors<1, support_stride, 2 * tile_rows>(depth, rows, 1, columns, tile, tile_stride, accumulate, columns);
 }
 
@@ -151,6 +151,76 @@ ROCR_INLINE Floats widen_some(const char* source, std::int64_t count) {
   char some[width * bytes] = {};
   if (count > 0) std::memcpy(some, source, count * bytes);
   return widen<dtype>(some);
+}
+
+ROCR_INLINE float sum_of(Floats values) {
+  float lanes[width];
+  std::memcpy(lanes, &values, sizeof values);
+#pragma GCC unroll 4
+  for (int half = width / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+  }
+  return lanes[0];
+}
+
+template <int inputs>
+ROCR_INLINE void add_products(Floats one, Floats two, const float* vectors, std::int64_t stride, Floats* first,
+                              Floats* second) {
+#pragma GCC unroll 4
+  for (int input = 0; input < inputs; ++input) {
+    const Floats factor = *reinterpret_cast<const Floats*>(vectors + input * stride);
+    first[input] += one * factor;
+    second[input] += two * factor;
+  }
+}
+
+template <DType dtype, int inputs>
+ROCR_TARGET void multiply_inputs(const char* rows, std::int64_t row_bytes, std::int64_t count, const float* vectors,
+                                 std::int64_t stride, float* sums, std::int64_t sums_stride) {
+  constexpr std::int64_t bytes = dtype == DType::float32 ? 4 : 2;
+  Floats first[inputs] = {}, second[inputs] = {};
+  std::int64_t i = 0;
+  for (; i + width <= count; i += width) {
+    const char* source = rows + i * bytes;
+    add_products<inputs>(widen<dtype>(source), widen<dtype>(source + row_bytes), vectors + i, stride, first, second);
+  }
+  if (i < count) {
+    const char* source = rows + i * bytes;
+    add_products<inputs>(widen_some<dtype>(source, count - i), widen_some<dtype>(source + row_bytes, count - i),
+                         vectors + i, stride, first, second);
+  }
+  // Unrolled, so that the sums stay in registers.
+#pragma GCC unroll 4
+  for (int input = 0; input < inputs; ++input) {
+    sums[input] += sum_of(first[input]);
+    sums[input + sums_stride] += sum_of(second[input]);
+  }
+}
+
+template <DType dtype>
+void multiply_few_elements(const void* rows, std::int64_t row_bytes, std::int64_t count, const float* inputs,
+                           std::int64_t stride, std::int64_t input_count, float* sums, std::int64_t sums_stride) {
+  static_assert(few_inputs == 4, "one case for each number of inputs");
+  const char* bytes = static_cast<const char*>(rows);
+  switch (input_count) {
+    case 1:
+      return multiply_inputs<dtype, 1>(bytes, row_bytes, count, inputs, stride, sums, sums_stride);
+    case 2:
+      return multiply_inputs<dtype, 2>(bytes, row_bytes, count, inputs, stride, sums, sums_stride);
+    case 3:
+      return multiply_inputs<dtype, 3>(bytes, row_bytes, count, inputs, stride, sums, sums_stride);
+    case 4:
+      return multiply_inputs<dtype, 4>(bytes, row_bytes, count, inputs, stride, sums, sums_stride);
+  }
+}
+
+void multiply_few(DType dtype, const void* rows, std::int64_t row_bytes, std::int64_t count, const float* inputs,
+                  std::int64_t stride, std::int64_t input_count, float* sums, std::int64_t sums_stride) {
+  const auto multiply = dtype == DType::float32    ? multiply_few_elements<DType::float32>
+                        : dtype == DType::bfloat16 ? multiply_few_elements<DType::bfloat16>
+                                                   : multiply_few_elements<DType::float16>;
+  multiply(rows, row_bytes, count, inputs, stride, input_count, sums, sums_stride);
 }
 
 template <DType dtype>

@@ -14,6 +14,7 @@ const Simd neon = {"neon", is_supported, tile_rows, tile_columns, width, 256, mu
                    pack,
                    add,
                    multiply_support_first<tile_vectors>,
+                   multiply_one_vector,
                    multiply_few,
                    widen_row,
                    find_support,

@@ -9,6 +9,9 @@
 //    | tile_rows       | kept until the    |   the sums of an item are rounded after the last column
 //    | (weight)        | last column       |
 //    +-----------------+---------+---------+
+//
+// Few inputs are bound by reading the weight: two of its rows at a time are widened in registers and multiplied with
+// the inputs as they lie.
 #include "wide_product.h"
 
 #include <algorithm>
@@ -30,13 +33,17 @@ struct Call {
   std::int64_t first, count;  // the inputs of this chunk
   std::int64_t bytes;         // of an element
 
+  bool has_few() const { return count <= few_inputs; }
   // The sums of one vector of inputs are too few to hide the latency of an addition: a tile then has twice the rows.
   bool has_one_vector() const { return count <= simd.width; }
   std::int64_t tile_rows() const { return has_one_vector() ? 2 * simd.tile_rows : simd.tile_rows; }
   std::int64_t blocks() const { return divide_up(product.columns, depth); }
   std::int64_t padded() const { return divide_up(count, simd.tile_columns) * simd.tile_columns; }
   std::int64_t sums_stride() const { return padded() + line_floats; }  // a power of two would share cache sets
-  std::int64_t panel_floats() const { return blocks() * depth * padded() + line_floats; }
+  std::int64_t inputs_stride() const { return divide_up(product.columns, line_floats) * line_floats + line_floats; }
+  std::int64_t input_floats() const {
+    return has_few() ? few_inputs * inputs_stride() : blocks() * depth * padded() + line_floats;
+  }
   std::int64_t tile_floats() const { return tile_rows() * support_stride; }
   std::int64_t worker_floats() const {
     return divide_up(tile_floats() + item_rows * sums_stride(), line_floats) * line_floats;
@@ -49,11 +56,22 @@ struct Call {
     return static_cast<const char*>(product.inputs) + ((first + index) * product.inputs_stride + column) * bytes;
   }
 
+  void widen_inputs(float* inputs) const;
   void pack(std::int64_t block, float* panels) const;
-  void multiply_item(std::int64_t item, const float* panels, float* memory) const;
+  void multiply_item(std::int64_t item, const float* inputs, float* memory) const;
+  void sum_few(std::int64_t first_row, std::int64_t rows, const float* inputs, float* sums) const;
+  void sum_panels(std::int64_t first_row, std::int64_t rows, const float* panels, float* tile, float* sums) const;
   void widen_tile(std::int64_t row, std::int64_t column, std::int64_t steps, float* tile) const;
   void write(std::int64_t first_row, std::int64_t rows, const float* sums) const;
 };
+
+// Zeros follow the last column, up to a whole vector.
+void Call::widen_inputs(float* inputs) const {
+  for (std::int64_t index = 0; index < count; ++index, inputs += inputs_stride()) {
+    simd.widen(product.dtype, input(index, 0), product.columns, inputs);
+    std::fill(inputs + product.columns, inputs + inputs_stride(), 0.0f);
+  }
+}
 
 void Call::pack(std::int64_t block, float* panels) const {
   const std::int64_t column = block * depth, steps = std::min(depth, product.columns - column);
@@ -79,11 +97,33 @@ void Call::widen_tile(std::int64_t row, std::int64_t column, std::int64_t steps,
   }
 }
 
-void Call::multiply_item(std::int64_t item, const float* panels, float* memory) const {
+void Call::multiply_item(std::int64_t item, const float* inputs, float* memory) const {
   const std::int64_t first_row = item * item_rows, rows = std::min(item_rows, product.rows - first_row);
-  float* tile = memory;
   float* sums = memory + tile_floats();
-  const auto multiply = has_one_vector() ? simd.multiply_few : simd.multiply_support;
+  if (has_few()) {
+    sum_few(first_row, rows, inputs, sums);
+  } else {
+    sum_panels(first_row, rows, inputs, memory, sums);
+  }
+  write(first_row, rows, sums);
+}
+
+// A last row without another is its own second row, whose sums are not used.
+void Call::sum_few(std::int64_t first_row, std::int64_t rows, const float* inputs, float* sums) const {
+  const std::int64_t steps = depth * simd.width;  // each lane of a vector adds `depth` products
+  std::fill(sums, sums + item_rows * sums_stride(), 0.0f);
+  for (std::int64_t row = 0; row < rows; row += 2) {
+    const std::int64_t row_bytes = row + 1 < rows ? product.weight_stride * bytes : 0;
+    for (std::int64_t column = 0; column < product.columns; column += steps) {
+      simd.multiply_few(product.dtype, weight(first_row + row, column), row_bytes,
+                        std::min(steps, product.columns - column), inputs + column, inputs_stride(), count,
+                        sums + row * sums_stride(), sums_stride());
+    }
+  }
+}
+
+void Call::sum_panels(std::int64_t first_row, std::int64_t rows, const float* panels, float* tile, float* sums) const {
+  const auto multiply = has_one_vector() ? simd.multiply_one_vector : simd.multiply_support;
   for (std::int64_t column = 0; column < product.columns; column += depth) {
     const std::int64_t steps = std::min(depth, product.columns - column);
     for (std::int64_t row = 0; row < rows; row += tile_rows()) {
@@ -94,7 +134,6 @@ void Call::multiply_item(std::int64_t item, const float* panels, float* memory) 
       }
     }
   }
-  write(first_row, rows, sums);
 }
 
 void Call::write(std::int64_t first_row, std::int64_t rows, const float* sums) const {
@@ -120,12 +159,16 @@ void check(const WideProduct& product, int threads) {
 }
 
 void multiply_chunk(const Call& call, int threads) {
-  const Buffer panels(call.panel_floats()), memory(threads * call.worker_floats());
+  const Buffer inputs(call.input_floats()), memory(threads * call.worker_floats());
   std::fill(memory.data(), memory.data() + threads * call.worker_floats(), 0.0f);
-  run_on_threads_of_torch(useful_threads(threads, call.product.columns * call.count), call.blocks(),
-                          [&](int, std::int64_t block) { call.pack(block, panels.data()); });
+  if (call.has_few()) {
+    call.widen_inputs(inputs.data());
+  } else {
+    run_on_threads_of_torch(useful_threads(threads, call.product.columns * call.count), call.blocks(),
+                            [&](int, std::int64_t block) { call.pack(block, inputs.data()); });
+  }
   run_on_threads_of_torch(threads, divide_up(call.product.rows, item_rows), [&](int worker, std::int64_t item) {
-    call.multiply_item(item, panels.data(), memory.data() + worker * call.worker_floats());
+    call.multiply_item(item, inputs.data(), memory.data() + worker * call.worker_floats());
   });
 }
 
