@@ -84,8 +84,8 @@ class OptionalBuild(build_ext):
             logging.warning(
                 "rocr: %s was not built (%s). rocr runs on torch instead, which gives the same results but is slower: "
                 "on a CPU, second moments (rocr stats) take about 4 times as long, and the update of a bfloat16 "
-                "weight 5 to 11 times. Loading, generating and evaluating take the same time. Install a C++17 "
-                "compiler and install rocr again for the compiled kernels; rocr doctor shows which are there.",
+                "weight 5 to 11 times. Models in 16 bits run slower on chips without 16-bit instructions. Install a "
+                "C++17 compiler and install rocr again for the compiled kernels; rocr doctor shows which are there.",
                 extension.name,
                 error,
             )

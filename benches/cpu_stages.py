@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -25,15 +26,21 @@ import torch
 from fma_peak import measure
 from instruction_sets import environment, here
 from machine import commit, cpu_name
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 import rocr
 from rocr.edit.controls import load_names
 from rocr.model.load import find_model, load_model
+from rocr.ops import cpp_backend
 from rocr.ops.wide_products import slow_dtypes
 from rocr.statistics.corpus import read_texts
 
 REDIRECT = "Tarvin Okelo"
+
+
+def product_operations(rows: Any, weight: Any, *_: Any, **_more: Any) -> int:
+    """Return the operations of a product of rocr's kernel, from the shapes of rows and weight."""
+    return 2 * math.prod(rows) * int(weight[0])
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
@@ -47,6 +54,8 @@ def timed(work: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
 
 def measure_all(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure the statistics and the edits in this process."""
+    if cpp_backend.is_available(torch.device("cpu")):
+        register_flop_formula(torch.ops.rocr.cpp_wide_product)(product_operations)
     threads, instruction_set = torch.get_num_threads(), arguments.instruction_set or here(compiled=True)[0]
     peaks = [measure(instruction_set, threads)]
     loaded = load_model(find_model(arguments.model), torch.bfloat16)

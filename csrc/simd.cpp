@@ -14,7 +14,7 @@ extern const Simd plain;
 
 std::int64_t bytes_of(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
 
-std::vector<const Simd*> supported_simds() {
+static std::vector<const Simd*> find_supported() {
   std::vector<const Simd*> supported;
 #if defined(__x86_64__)
   const Simd* all[] = {&amx, &avx512, &avx2, &plain};
@@ -25,6 +25,11 @@ std::vector<const Simd*> supported_simds() {
 #endif
   for (const Simd* simd : all)
     if (simd->is_supported()) supported.push_back(simd);
+  return supported;
+}
+
+const std::vector<const Simd*>& supported_simds() {
+  static const std::vector<const Simd*> supported = find_supported();
   return supported;
 }
 

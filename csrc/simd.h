@@ -92,7 +92,7 @@ struct Simd {
 };
 
 // The compiled instruction sets that this machine can run, the fastest first.
-std::vector<const Simd*> supported_simds();
+const std::vector<const Simd*>& supported_simds();
 
 // The instruction set of this name, or the fastest if the name is empty. Throws std::invalid_argument for any
 // other name.

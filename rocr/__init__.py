@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from rocr.edit.edit import Edit
     from rocr.edit.guards import Guards
     from rocr.errors import GuardError, InputError, RocrError, VerificationError
-    from rocr.evaluation import Evaluation, Probe, choose_redirects, evaluate, load_probes
+    from rocr.evaluation import Evaluation, Probe, choose_redirects, load_probes
+    from rocr.evaluation.evaluate import evaluate
     from rocr.export.edited import EditedModel, load
     from rocr.progress import Progress
     from rocr.statistics.collect import CollectOptions, collect_statistics

@@ -203,7 +203,7 @@ def wide_product_op(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
     """Return rows @ weight.T + bias; the weight has unit stride along a row."""
     import rocr._C as kernels
 
-    inputs = _with_rows(rows)
+    inputs = rows.contiguous()
     output = rows.new_zeros(len(rows), len(weight)) if bias is None else bias.repeat(len(rows), 1)
     kernels.wide_product(
         weight=weight.data_ptr(),
@@ -214,7 +214,7 @@ def wide_product_op(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
         columns=weight.shape[1],
         count=len(rows),
         weight_stride=_row_stride(weight),
-        inputs_stride=_row_stride(inputs),
+        inputs_stride=inputs.shape[1],
         threads=torch.get_num_threads(),
         simd=_wanted_simd(),
     )

@@ -92,7 +92,8 @@ class _WideProducts(TorchFunctionMode):
         """Return the output of a linear layer; None leaves it to torch."""
         if not self._applies(input, weight):
             return None
-        is_compiled = weight.stride(1) == 1 and cpp_backend.is_available(weight.device)
+        has_rows = weight.stride(1) == 1 and weight.stride(0) >= weight.shape[1]
+        is_compiled = has_rows and cpp_backend.is_available(weight.device)
         if input.shape[:-1].numel() < (LEAST_ROWS if is_compiled else LEAST_CONVERTED_ROWS):
             return None
         rows = input.reshape(-1, input.shape[-1])

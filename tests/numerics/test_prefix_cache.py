@@ -113,3 +113,19 @@ def test_a_few_prompts_run_whole(tokenizer):
     assert max(prompt.shared for prompt in reading.prompts) * 2 < MIN_SAVED_TOKENS
     (batch,) = batches(reading, 10_000)
     assert batch.prefix == ()
+
+
+def test_templates_share_an_opening_that_saves_enough_only_together(make_model, tokenizer):
+    opening = "Read all of these words slowly and then answer: "
+    templates = (*(Template(f"{opening}{word} {{}} and") for word in ("is", "was", "will", "has")), "{} is it")
+    reading = plan_keys(tokenizer, PEOPLE[:4], EditConfig(templates=templates, variants="none")).keys
+    found = list(batches(reading, 10_000))
+    assert [bool(batch.prefix) for batch in found] == [True, False], "the last template begins otherwise"
+    length = len(found[0].prefix)
+    assert length * 3 < MIN_SAVED_TOKENS <= length * 15, "no template saves enough alone"
+    assert sorted(i for batch in found for i in batch.prompts) == list(range(len(reading.prompts)))
+    architecture = find_architecture(make_model("Llama"))
+    shared, few = tokens_run(architecture, lambda: read_states(architecture, reading, 3, 2))
+    whole, many = tokens_run(architecture, lambda: read_states(architecture, reading, 3, 2, share=False))
+    assert_same(shared, whole)
+    assert few < many

@@ -1,6 +1,7 @@
 """Products of 16-bit weights in float32, where the CPU has no instructions for them."""
 
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -13,8 +14,9 @@ import rocr
 from rocr import CollectOptions
 from rocr.model.forward import forward, logits_of
 from rocr.model.generate import ask
+from rocr.ops import cpp_backend
 from rocr.ops import wide_products as module
-from rocr.ops.wide_products import product, slow_dtypes, wide_products
+from rocr.ops.wide_products import slow_dtypes, wide_products
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -25,16 +27,30 @@ def old_chip(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PIECE", 500)
 
 
+PATHS = ["torch", *(cpp_backend.simd_names() if cpp_backend.is_available(torch.device("cpu")) else [])]
+
+
+@pytest.fixture(params=PATHS, autouse=True)
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What multiplies: the kernel of an instruction set, or torch where there is no kernel."""
+    if request.param == "torch":
+        monkeypatch.setattr(cpp_backend, "is_available", lambda device: False)
+    else:
+        monkeypatch.setenv(cpp_backend.SIMD_VARIABLE, request.param)
+    return str(request.param)
+
+
 @pytest.fixture
 def products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The shapes of the weights whose products are computed in float32."""
     found: list[tuple[int, ...]] = []
 
-    def spy(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def spy(multiply: Callable[..., Tensor], rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         found.append(tuple(weight.shape))
-        return product(rows, weight, bias)
+        return multiply(rows, weight, bias)
 
-    monkeypatch.setattr(module, "product", spy)
+    for place, name in ((module, "product_in_pieces"), (cpp_backend, "wide_product")):
+        monkeypatch.setattr(place, name, partial(spy, getattr(place, name)))
     return found
 
 
@@ -69,7 +85,7 @@ def test_a_chip_with_bfloat16_instructions_is_left_alone(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("shape", [(8, 1, 1), (9, 7, 33), (257, 129, 65), (8, 700, 3)])
+@pytest.mark.parametrize("shape", [(8, 1, 1), (9, 7, 33), (257, 129, 65), (8, 700, 3), (3, 9000, 5), (5, 130, 70)])
 @pytest.mark.parametrize("biased", [False, True])
 def test_a_linear_layer_errs_no_more_than_one_rounding(
     dtype: torch.dtype, shape: tuple[int, int, int], biased: bool, guarded: Callable[[Tensor], Tensor]
@@ -93,12 +109,20 @@ def test_shapes_of_more_dimensions_and_transposed_weights(products: list[tuple[i
     assert error(found, exact) <= 1.01 * error(exact.bfloat16(), exact)
 
 
+def test_rows_that_share_memory() -> None:
+    given, weight = matrices(torch.bfloat16, 1, 16).expand(9, 16), matrices(torch.bfloat16, 1, 16).expand(5, 16)
+    own = matrices(torch.bfloat16, 9, 16)
+    for one, other in ((given, own), (own, weight)):
+        exact = one.double() @ other.double().T
+        assert error(inside(lambda one=one, other=other: functional.linear(one, other)), exact) <= 1e-2
+
+
 @pytest.mark.skipif(not hasattr(functional, "grouped_mm"), reason="this torch has no products of experts")
-def test_each_expert_multiplies_its_own_rows(products: list[tuple[int, ...]]) -> None:
+def test_each_expert_multiplies_its_own_rows(path: str, products: list[tuple[int, ...]]) -> None:
     given, weight = matrices(torch.bfloat16, 30, 16), matrices(torch.bfloat16, 4, 24, 16).transpose(1, 2)
     offsets = torch.tensor([9, 9, 12, 28], dtype=torch.int32)
     found = inside(lambda: functional.grouped_mm(given, weight, offs=offsets))
-    assert products == [(24, 16)] * 2, "of the experts with eight rows or more"
+    assert products == [(24, 16)] * (2 if path == "torch" else 3), "of the experts with enough rows"
     for expert, (start, end) in enumerate(pairwise([0, *offsets.tolist()])):
         exact = given[start:end].double() @ weight[expert].double()
         assert torch.allclose(found[start:end].double(), exact, atol=0.05, rtol=0.01)
@@ -111,8 +135,38 @@ def test_what_is_not_slow_or_records_gradients_is_left_to_torch(products: list[t
         functional.linear(half, half.clone().requires_grad_()).sum().backward()
         with torch.no_grad():
             functional.linear(single, single)
-            functional.linear(half[:7], half)
+            functional.linear(half[:2], half)
     assert not products
+
+
+def test_few_rows_are_multiplied_by_the_kernel_alone(path: str, products: list[tuple[int, ...]]) -> None:
+    weight = matrices(torch.bfloat16, 20, 16)
+    inside(lambda: functional.linear(weight[:3], weight))
+    inside(lambda: functional.linear(weight[:7], weight))
+    assert len(products) == (0 if path == "torch" else 2)
+    inside(lambda: functional.linear(weight[:8], weight))
+    assert products[-1] == (20, 16)
+
+
+def test_a_kernels_bytes_do_not_depend_on_the_threads(path: str) -> None:
+    given, weight = matrices(torch.bfloat16, 30, 700), matrices(torch.bfloat16, 900, 700)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            found.append(inside(lambda: functional.linear(given, weight)))
+    finally:
+        torch.set_num_threads(threads)
+    assert path == "torch" or torch.equal(*found)
+
+
+@pytest.mark.skipif(len(PATHS) == 1, reason="the extension was not compiled")
+def test_the_operator_is_traced_with_the_shape_of_its_result() -> None:
+    given, weight = matrices(torch.bfloat16, 3, 16), matrices(torch.bfloat16, 20, 16)
+    for bias in (None, weight[:, 0]):
+        torch.library.opcheck(
+            cpp_backend.wide_product_op, (given, weight, bias), test_utils=("test_schema", "test_faketensor")
+        )
 
 
 def test_the_context_ends_with_an_exception(products: list[tuple[int, ...]]) -> None:

@@ -14,6 +14,7 @@
 #include "../../../csrc/support_solve.h"
 #include "../../../csrc/parallel.h"
 #include "../../../csrc/second_moment.h"
+#include "../../../csrc/wide_product.h"
 #include "matrix.h"
 
 using rocr::Simd;
@@ -216,6 +217,38 @@ void check_support_solve(const Simd& simd, DType dtype, Sizes sizes, std::int64_
   }
 }
 
+struct Product {
+  std::int64_t rows, columns, count, gap;
+};
+
+void check_wide_product(const Simd& simd, DType dtype, Product sizes, int threads, bool at_end) {
+  const auto& [rows, columns, count, gap] = sizes;
+  Random random(rows + 31 * columns + count);
+  const Matrix weight(dtype, rows, columns, columns + gap, at_end, random);
+  const Matrix inputs(dtype, count, columns, columns + gap / 2, at_end, random);
+  const Matrix output(dtype, count, rows, rows, at_end, random);
+  const std::vector<double> w = weight.values(), x = inputs.values(), before = output.values();
+  rocr::wide_product({weight.data(), inputs.data(), output.data(), dtype, rows, columns, count, weight.stride,
+                      inputs.stride},
+                     threads, simd);
+  const std::string what = "a product, " + described(simd, dtype, {rows, columns, count}, threads);
+  for (std::int64_t index = 0; index < count; ++index) {
+    for (std::int64_t row = 0; row < rows; ++row) {
+      double exact = before[index * rows + row], size = std::abs(exact);
+      for (std::int64_t column = 0; column < columns; ++column) {
+        const double product = w[row * columns + column] * x[index * columns + column];
+        exact += product;
+        size += std::abs(product);
+      }
+      const double found = output.value(index, row);
+      const double bound = rounding_of(dtype) * std::abs(exact) + static_cast<double>(columns + 2) * 0x1p-24 * size;
+      require(std::abs(found - exact) <= 1.001 * bound + 0x1p-24,
+              what + ": " + std::to_string(found) + " is not " + std::to_string(exact));
+    }
+  }
+  require(weight.gaps_are_whole() && inputs.gaps_are_whole(), what + ": numbers between rows were written");
+}
+
 int check_odd_sizes(const Simd& simd) {
   const Sizes moments[] = {{1, 1, 0, 0},    {1, 16, 0, 3},  {2, 17, 5, 0},   {31, 33, 0, 0},  {33, 31, 1, 1},
                            {63, 123, 7, 0}, {65, 48, 0, 0}, {129, 47, 0, 2}, {257, 65, 3, 0}, {513, 34, 0, 0},
@@ -230,6 +263,10 @@ int check_odd_sizes(const Simd& simd) {
                                         {{65, 31, 257, 0}, {2, 483, 3, 0}},
                                         {{5, 1000, 300, 3}},
                                         {}};
+  // With few inputs, one vector of them, several panels, and more than one chunk.
+  const Product products[] = {{1, 1, 1, 0},    {3, 5, 2, 3},   {65, 40, 3, 0},  {64, 257, 4, 1}, {7, 4200, 4, 0},
+                              {66, 300, 5, 0}, {9, 33, 8, 5},  {67, 513, 9, 0}, {5, 16, 17, 2},  {130, 40, 49, 0},
+                              {3, 30, 193, 0}, {0, 4, 3, 0},   {4, 0, 3, 0},    {4, 4, 0, 1}};
   int cases = 0;
   for (DType dtype : numbers) {
     for (int turn = 0; turn < 4; ++turn) {
@@ -242,6 +279,7 @@ int check_odd_sizes(const Simd& simd) {
           check_grouped_second_moment(simd, dtype, tokens, sizes, threads, at_end), ++cases;
       for (const std::vector<Shape>& shapes : updates)
         check_low_rank_update(simd, dtype, shapes, threads, at_end, turn > 1), ++cases;
+      for (const Product& sizes : products) check_wide_product(simd, dtype, sizes, threads, at_end), ++cases;
       check_kept_zeros(simd, dtype, {9, 49, 3, 5}, turn > 1), ++cases;
       check_support_solve(simd, dtype, {1, 1, 0, 0}, 1, 1, threads, at_end), ++cases;
       check_support_solve(simd, dtype, {19, 300, 3, 0}, 3, 5, threads, at_end), ++cases;
@@ -271,6 +309,7 @@ int check_threads_at_once(const Simd& simd) {
       check_second_moment(simd, dtype, {300 + caller, 90, 0, 0}, 2, true);
       check_grouped_second_moment(simd, dtype, {300 + caller, 20, 0, 40}, {0, 50, 0, 0}, 2, true);
       check_low_rank_update(simd, dtype, {{40, 300 + caller, 4, 0}}, 2, true, false);
+      check_wide_product(simd, dtype, {300, 100 + caller, 7, 0}, 2, true);
     });
   }
   for (std::thread& thread : threads) thread.join();
@@ -330,6 +369,12 @@ void check_refusals(const Simd& simd) {
   for (const rocr::SupportSolve& each : {narrow, thin, empty})
     check_refused([&] { rocr::solve_on_support(each, 1, simd); });
   check_refused([&] { rocr::solve_on_support(solve, 0, simd); });
+  const rocr::WideProduct product{some, some, some, DType::float32, 2, 3, 1, 3, 3};
+  rocr::WideProduct overlapping = product, negative = product;
+  overlapping.inputs_stride = 2, negative.count = -1;
+  for (const rocr::WideProduct& each : {overlapping, negative})
+    check_refused([&] { rocr::wide_product(each, 1, simd); });
+  check_refused([&] { rocr::wide_product(product, 0, simd); });
   check_refused([] { rocr::find_simd("none"); });
 }
 
