@@ -146,7 +146,7 @@ def unlearn(
             with timed("keys"):
                 template_keys = reader.template_keys()
                 readings = reader.keys(layers if task.config.measure == "once" else layers[:1])
-                goals = Goals.of(targets, readings[layers[0]].hidden, reader.distance_shares(), task)
+                goals = Goals.of(targets, readings[layers[0]].hidden, reader.distance_shares(tokenizer), task)
             with timed("controls"):
                 retained = read_retained_names(
                     architecture, tokenizer, all_concepts, retain, task.config, progress, propose=ask > 0

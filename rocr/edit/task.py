@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from rocr.config import EditConfig
 from rocr.edit.measures import mean_by_concept
 from rocr.edit.record import EditRecord
 from rocr.edit.routing import LayerRouting, measure_routing
+from rocr.edit.short_names import short_name_keys
 from rocr.edit.support import find_support
 from rocr.errors import InputError
 from rocr.keys.plan import KeyPlan, Reading
@@ -162,7 +164,7 @@ class Reader:
         hidden = self._states(task.plan.current, stage)
         return {layer: replace(states, hidden=hidden) for layer, states in found.items()}
 
-    def distance_shares(self) -> list[float]:
+    def distance_shares(self, tokenizer: Any) -> list[float]:
         """Return for each key the share of the distance to its target that it is moved."""
         task = self.task
         if task.config.token_schedule != "predicted":
@@ -170,7 +172,17 @@ class Reader:
         probabilities = rest_probabilities(
             task.architecture, task.plan.keys, task.plan.concept_of, progress=self.progress
         )
-        return [distance_share(probability) for probability in probabilities]
+        shares = [distance_share(probability) for probability in probabilities]
+        short = short_name_keys(
+            task.architecture,
+            tokenizer,
+            task.plan.keys,
+            task.plan.concept_of,
+            task.concepts,
+            [share < 1.0 for share in shares],
+            self.progress,
+        )
+        return [1.0 if is_short else share for is_short, share in zip(short, shares, strict=True)]
 
     def states_after_edit(self) -> Tensor:
         """Return (n, d_out): the current states, at the output of the last edited layer."""
