@@ -94,7 +94,7 @@ def short_names(architecture: Architecture, tokenizer: Any, concept: Concept, be
     names = [concept.name, concept.redirect, *beginnings]
     prompts = [tokenize_prompt(tokenizer, sentence.format(name)) for name in names for sentence in sentences]
     rows = log_probabilities(architecture.reader, prompts, [()] * len(prompts))
-    whole, redirect, *others = torch.cat(rows).exp().unflatten(0, (-1, len(sentences)))
+    whole, redirect, *others = torch.stack(rows).exp().reshape(len(names), len(sentences), -1)
     apart = 1 - in_common(whole, redirect)
     return [
         beginning
