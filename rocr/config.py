@@ -167,7 +167,8 @@ class EditConfig:
         token_schedule: How far each token of a name is moved towards its target, as a share of the distance. Names that
             begin alike share the keys of their first tokens. "predicted" moves each token by √(2p), at most by the
             full distance, where p is the probability that the model itself gives to the rest of the name after it
-            (`rocr.keys.predicted`).
+            (`rocr.keys.predicted`), and a beginning that stands for the whole name the full distance
+            (`rocr.edit.short_names`).
             "full" moves all tokens the full distance. "ramp" moves token j of m by √(j/m) of it. None is "predicted"
             if the model predicts text and all of it is loaded; otherwise "ramp" for lists of 25 concepts or more and
             "full" for shorter lists.
