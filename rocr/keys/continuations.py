@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from rocr.keys.prefix_cache import common_prefix, has_attention_only, read_only
 from rocr.model.forward import accepts, forward, input_device, is_of_transformers, logits_of
 from rocr.model.hooks import evaluating
+from rocr.model.smaller_batches import retry_with_smaller_batch
 from rocr.ops.arithmetic import plain_arithmetic
 
 TOKEN_BUDGET = 2048
@@ -113,8 +114,10 @@ def log_probabilities(
         model: A causal language model of transformers.
         prompts: Token ids, at least one for each prompt.
         answers: The token ids that follow each prompt. An answer without tokens gives the first row alone.
-        token_budget: Maximum number of tokens of a batch, padding included.
-        receive: Is called with the index of each prompt and its result, which is then not kept.
+        token_budget: Maximum number of tokens of a batch, padding included. It is halved after each CUDA
+            out-of-memory error.
+        receive: Is called with the index of each prompt and its result, which is then not kept; after such an error
+            with those of the first batches again.
 
     Returns:
         For each prompt (max(1, answer tokens), vocabulary), float32; empty with `receive`.
@@ -125,10 +128,14 @@ def log_probabilities(
     pairs = enumerate(zip(prompts, answers, strict=True))
     rows = [_Answer((*prompt, *answer[:-1]), len(prompt), index) for index, (prompt, answer) in pairs]
     found: dict[int, Tensor] = {}
-    with evaluating(model):
-        for batch in continuation_batches(rows, token_budget):
+
+    def run(budget: int) -> None:
+        for batch in continuation_batches(rows, budget):
             for row, logits in zip(batch, continuation_logits(model, batch), strict=True):
                 (receive or found.__setitem__)(row.index, logits.log_softmax(dim=-1))
+
+    with evaluating(model):
+        retry_with_smaller_batch(run, token_budget)
     return [found[index] for index in sorted(found)]
 
 

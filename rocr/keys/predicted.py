@@ -17,7 +17,6 @@ from rocr.errors import GuardError
 from rocr.keys.continuations import log_probabilities
 from rocr.keys.plan import Reading
 from rocr.model.architecture import Architecture
-from rocr.model.smaller_batches import retry_with_smaller_batch
 from rocr.progress import Progress, ProgressCallback, silent
 
 STAGE = "predicted names"
@@ -78,9 +77,7 @@ def rest_probabilities(
     """
     places = _places(reading)
     asked = _names_with_a_rest(reading, places)
-    logs = retry_with_smaller_batch(
-        lambda budget: _log_probabilities(architecture, asked, budget, progress), token_budget
-    )
+    logs = _log_probabilities(architecture, asked, token_budget, progress)
     best: dict[tuple[int, tuple[int, ...]], float] = {}
     keys: list[tuple[int, tuple[int, ...]]] = []
     for group, (index, position) in enumerate(places):

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 import rocr
+from rocr.keys.continuations import log_probabilities
 from rocr.model.smaller_batches import retry_with_smaller_batch
 
 OutOfMemory = torch.cuda.OutOfMemoryError
@@ -68,3 +69,13 @@ def test_where_one_sequence_is_too_large_the_error_stays(model, tokenizer, texts
     smaller(0)
     with pytest.raises(OutOfMemory):
         rocr.collect_statistics(model, tokenizer, texts, [1, 2])
+
+
+def test_the_probabilities_of_continuations_are_the_same_in_smaller_batches(model, tokenizer, smaller):
+    prompts = [tokenizer(text).input_ids for text in ("Ada Byron", "the sun", "Who was Ada", "it is", "Blaise")]
+    whole = log_probabilities(model, prompts, [()] * len(prompts))
+    refused = smaller(2)
+    pieces = log_probabilities(model, prompts, [()] * len(prompts))
+    assert refused
+    for mine, theirs in zip(pieces, whole, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
