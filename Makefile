@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 DEMO_OUT ?= demo-output
 COMMA := ,
 
-.PHONY: demo test thorough oldest numerics learned check docs sanitize bench compare gpu gpu-test gpu-build clean
+.PHONY: demo test thorough oldest numerics learned check docs sanitize arm bench compare gpu gpu-test gpu-build clean
 
 demo: $(VENV)/.installed
 	$(BIN)/rocr demo --out $(DEMO_OUT) --overwrite
@@ -74,6 +74,13 @@ $(SANITIZED)/main: $(KERNELS:csrc/%.cpp=$(SANITIZED)/%.o) tests/kernels/native/m
 $(SANITIZED)/%.o: csrc/%.cpp $(wildcard csrc/*.h)
 	@mkdir -p $(SANITIZED)
 	$(CXX) $(CHECKED) -c $< -o $@
+
+# The same program on Arm's instructions, without sanitizers: needs g++-aarch64-linux-gnu and qemu-user.
+arm:
+	@mkdir -p build
+	aarch64-linux-gnu-g++ -std=c++17 -O2 -ffp-contract=fast -pthread -static $(WRAPPED) $(KERNELS) \
+		tests/kernels/native/main.cpp -o build/main-aarch64
+	qemu-aarch64 build/main-aarch64
 
 bench: $(VENV)/.tools
 	$(BIN)/python benches/harness.py
