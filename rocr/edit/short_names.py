@@ -21,8 +21,7 @@ from rocr.progress import Progress, ProgressCallback, silent
 
 STANDS_FOR = 0.5
 """A beginning stands for a name from this share of the way from redirect to name on, by the total variation of what the
-model predicts about them. Of 42 famous names, "Galileo", "Napoleon", "Dante", "Michelangelo", "Oprah", "Beyoncé",
-"Rembrandt" and "World War" have 0.54 to 0.80 in Qwen2.5-Coder-1.5B-Instruct, and other beginnings at most 0.48."""
+model predicts about them. "Galileo" is beyond it, and "Isaac" of Isaac Newton is not (`benches/short_names.py`)."""
 LEAST_APART = 0.2
 """Smallest total variation between the predictions about name and redirect with which beginnings are compared."""
 SENTENCES = 4
@@ -64,7 +63,7 @@ def short_name_keys(
     texts = _texts_up_to(tokenizer, reading)
     places: dict[int, dict[str, list[int]]] = {}
     for key, (text, index) in enumerate(zip(texts, concept_of, strict=True)):
-        if among[key] and text in _beginnings(concepts[index]):
+        if among[key] and text in beginnings_of(concepts[index].name):
             places.setdefault(index, {}).setdefault(text, []).append(key)
     for done, (index, keys_of) in enumerate(places.items(), 1):
         for text in short_names(architecture, tokenizer, concepts[index], list(keys_of)):
@@ -75,17 +74,28 @@ def short_name_keys(
 
 
 def short_names(architecture: Architecture, tokenizer: Any, concept: Concept, beginnings: Sequence[str]) -> list[str]:
-    """Return the beginnings of a concept's name that stand for it in a model.
+    """Return the beginnings of a concept's name that stand for it in a model; arguments and errors as `nearness`."""
+    near = nearness(architecture, tokenizer, concept, beginnings)
+    return [beginning for beginning, share in near.items() if share >= STANDS_FOR]
 
-    The model predicts the token that continues some sentences about the name, each beginning and the redirect. A
-    beginning stands for the name if the total variation between its predictions and those about the name is at most
-    half of that between the redirect's and those; it does not in a model that predicts alike of name and redirect.
+
+def nearness(
+    architecture: Architecture, tokenizer: Any, concept: Concept, beginnings: Sequence[str]
+) -> dict[str, float]:
+    """Return how near each beginning is to a concept's name, from 0 as the redirect or less to 1 as the name itself.
+
+    The model predicts the token that continues some sentences about the name, the redirect and each beginning. The
+    result is 1 less the total variation between the predictions about a beginning and about the name, as a share of
+    that between the redirect and the name.
 
     Args:
         architecture: A model that predicts text, all of it loaded.
         tokenizer: Its tokenizer.
         concept: The concept.
         beginnings: Words that its name begins with.
+
+    Returns:
+        0 for all in a model that predicts alike of name and redirect.
 
     Raises:
         InputError: The tokenizer or the model's code fails.
@@ -96,17 +106,18 @@ def short_names(architecture: Architecture, tokenizer: Any, concept: Concept, be
     rows = log_probabilities(architecture.reader, prompts, [()] * len(prompts))
     whole, redirect, *others = torch.stack(rows).exp().reshape(len(names), len(sentences), -1)
     apart = 1 - in_common(whole, redirect)
-    return [
-        beginning
+    if apart < LEAST_APART:
+        return dict.fromkeys(beginnings, 0.0)
+    return {
+        beginning: max(0.0, 1 - (1 - in_common(whole, predictions)) / apart)
         for beginning, predictions in zip(beginnings, others, strict=True)
-        if apart >= LEAST_APART and 1 - in_common(whole, predictions) <= (1 - STANDS_FOR) * apart
-    ]
+    }
 
 
-def _beginnings(concept: Concept) -> set[str]:
-    """Return the whole words that the name of a concept begins with, without the name itself."""
-    words = concept.name.split()
-    return {" ".join(words[:count]) for count in range(1, len(words))}
+def beginnings_of(name: str) -> list[str]:
+    """Return the whole words that a name begins with, without the name itself."""
+    words = name.split()
+    return [" ".join(words[:count]) for count in range(1, len(words))]
 
 
 def _texts_up_to(tokenizer: Any, reading: Reading) -> list[str]:
