@@ -92,7 +92,7 @@ def with_redirects(
 
     def predictions(name: str, kind: Kind) -> Tensor:
         nonlocal done
-        found = next_tokens(architecture, tokenizer, name, kind)
+        found = next_tokens(architecture, tokenizer, [name], BEGINNINGS[kind])[0]
         done += 1
         progress(Progress("redirects", done, total, "names"))
         return found
@@ -113,11 +113,11 @@ def with_redirects(
     ]
 
 
-def next_tokens(architecture: Architecture, tokenizer: Any, name: str, kind: Kind) -> Tensor:
-    """Return (sentences, vocabulary) the probabilities of the token that continues each sentence about a name."""
-    prompts = [tokenize_prompt(tokenizer, beginning.format(name)) for beginning in BEGINNINGS[kind]]
+def next_tokens(architecture: Architecture, tokenizer: Any, names: Sequence[str], sentences: Sequence[str]) -> Tensor:
+    """Return (names, sentences, vocabulary) probabilities of the token that continues each sentence about a name."""
+    prompts = [tokenize_prompt(tokenizer, sentence.format(name)) for name in names for sentence in sentences]
     rows = log_probabilities(architecture.reader, prompts, [()] * len(prompts))
-    return torch.cat(rows).exp()
+    return torch.cat(rows).exp().reshape(len(names), len(sentences), -1)
 
 
 def in_common(one: Tensor, other: Tensor) -> float:

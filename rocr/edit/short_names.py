@@ -9,14 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from rocr.concepts import Concept
-from rocr.edit.automatic_redirects import BEGINNINGS, in_common, kind_of
-from rocr.keys.continuations import log_probabilities
+from rocr.edit.automatic_redirects import BEGINNINGS, in_common, kind_of, next_tokens
 from rocr.keys.plan import Reading
 from rocr.model.architecture import Architecture
-from rocr.model.tokenizer import calling_tokenizer, tokenize_prompt
+from rocr.model.tokenizer import calling_tokenizer
 from rocr.progress import Progress, ProgressCallback, silent
 
 STANDS_FOR = 0.5
@@ -102,9 +99,7 @@ def nearness(
     """
     sentences = BEGINNINGS[kind_of(concept)][:SENTENCES]
     names = [concept.name, concept.redirect, *beginnings]
-    prompts = [tokenize_prompt(tokenizer, sentence.format(name)) for name in names for sentence in sentences]
-    rows = log_probabilities(architecture.reader, prompts, [()] * len(prompts))
-    whole, redirect, *others = torch.stack(rows).exp().reshape(len(names), len(sentences), -1)
+    whole, redirect, *others = next_tokens(architecture, tokenizer, names, sentences)
     apart = 1 - in_common(whole, redirect)
     if apart < LEAST_APART:
         return dict.fromkeys(beginnings, 0.0)

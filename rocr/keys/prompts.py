@@ -14,6 +14,7 @@ from rocr.chat_settings import DEFAULT, ChatSettings
 from rocr.config import Template
 from rocr.errors import InputError
 from rocr.io.spelling import has_visible_character, has_word_character
+from rocr.keys.prefix_cache import common_prefix
 from rocr.model.chat import TEMPLATE_ADVICE, ChatFormat, find_chat_format, not_written_once
 from rocr.model.kind import LANGUAGE_MODEL, ModelKind
 from rocr.model.tokenizer import (
@@ -128,7 +129,7 @@ def build_prompts(
         start, end = len(before), len(before) + len(as_read)
         prompt = _prompt(name, opening, tokens, _parts(tokens, offsets, start, end, text, own_text), first)
         prompts.append(replace(prompt, tokens=(*prompt.tokens, *closing), closing=len(closing)))
-    shared = _common_prefix(prompts)
+    shared = _shared_tokens(prompts)
     found = {name: replace(prompt, shared=shared) for name, prompt in zip(different, prompts, strict=True)}
     return [found[name] for name in names]
 
@@ -179,16 +180,11 @@ def _prompt(name: str, opening: Sequence[int], tokens: Sequence[int], parts: Map
     return Prompt((*opening, *tokens), tuple(covered), words)
 
 
-def _common_prefix(prompts: Sequence[Prompt]) -> int:
+def _shared_tokens(prompts: Sequence[Prompt]) -> int:
     """Return the number of leading tokens that are equal in all prompts and belong to no name."""
-    first = prompts[0].tokens
-    shared = len(first)
-    for prompt in prompts:
-        # The first token of a name at the start of the text may count as shared, since it is never read.
-        shared = min(shared, prompt.name[0] if prompt.name else 0)
-        while prompt.tokens[:shared] != first[:shared]:
-            shared -= 1
-    return shared
+    # The first token of a name at the start of the text may count as shared, since it is never read.
+    first_names = (prompt.name[0] if prompt.name else 0 for prompt in prompts)
+    return min(common_prefix([prompt.tokens for prompt in prompts]), *first_names)
 
 
 def _span(text: str, before: str, after: str, name: str) -> tuple[int, int]:
