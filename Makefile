@@ -27,7 +27,8 @@ OLDEST := .oldest
 OLDEST_TESTS := tests/unit/test_architecture.py tests/unit/test_load.py tests/unit/test_load_partial.py \
 	tests/unit/test_layer_kinds.py::test_a_model_that_is_not_loaded_has_the_same_blocks \
 	tests/numerics/test_unlearn.py tests/numerics/test_mixtures.py \
-	tests/numerics/test_prefix_cache.py tests/numerics/test_scoring.py tests/numerics/test_lora.py \
+	tests/numerics/test_prefix_cache.py tests/numerics/test_generate.py tests/numerics/test_scoring.py \
+	tests/numerics/test_lora.py \
 	tests/cli/test_cli.py tests/cli/test_mixtures.py tests/cli/test_mixture_revert.py \
 	tests/robustness/test_hub.py
 

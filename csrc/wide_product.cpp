@@ -26,6 +26,7 @@ namespace {
 constexpr std::int64_t item_rows = 64;   // enough to amortize a panel, few enough for every thread to get some
 constexpr std::int64_t max_chunk = 192;  // inputs whose panels of `depth` columns fit in L2
 constexpr std::int64_t depth = max_sum_depth;
+constexpr std::int64_t reads_as_products = 8;
 
 struct Call {
   const WideProduct& product;
@@ -177,7 +178,8 @@ void multiply_chunk(const Call& call, int threads) {
 void wide_product(const WideProduct& product, int threads, const Simd& simd) {
   check(product, threads);
   if (product.rows == 0 || product.columns == 0) return;
-  threads = useful_threads(threads, product.rows * product.columns * (product.count / 4 + 1));
+  // Reading an element of the weight takes as long as some multiplications.
+  threads = useful_threads(threads, product.rows * product.columns * (product.count + reads_as_products));
   const std::int64_t bytes = bytes_of(product.dtype);
   for (std::int64_t first = 0; first < product.count; first += max_chunk)
     multiply_chunk({product, simd, first, std::min(max_chunk, product.count - first), bytes}, threads);

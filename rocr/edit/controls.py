@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rocr.chat_settings import DEFAULT, ChatSettings
-from rocr.concepts import Concept, Kind, folded, for_kind
+from rocr.concepts import Concept, folded, for_kind
 from rocr.config import Template
 from rocr.edit.harm import QUESTION, mean_log_probabilities
 from rocr.keys.continuations import log_probabilities
@@ -161,7 +161,9 @@ def choose_controls(
         for name in (*first.get(words[0], []), *last.get(words[-1], []))
     }
     proposals = (name for names in proposed.values() for name in names)
-    pool = [*_some_of_each_kind(listed, kinds, sharing), *without_concepts(dict.fromkeys(proposals), concepts)]
+    compared = {kind for kind in kinds.values() if any(_may_have_kind(concepts[i], kind, kinds) for i in placed)}
+    near_by = [name for name in listed if kinds[name] in compared or name in sharing]
+    pool = [*_some_of_each_kind(near_by, kinds, sharing), *without_concepts(dict.fromkeys(proposals), concepts)]
     pool = list(dict.fromkeys(pool))
     names = [*pool, *(concepts[i].name for i in placed)]
     states = read_name_states(architecture, tokenizer, names, layer, [_CONTEXT], progress=progress)
@@ -175,7 +177,7 @@ def choose_controls(
         kind = kinds.get(concept.name)
         if kind is None:
             near_kinds = (kinds[pool[j]] for j in order or [] if pool[j] in kinds)
-            kind = next((found for found in near_kinds if _is_of_kind(found, concept.kind)), concept.kind)
+            kind = next((found for found in near_kinds if _may_have_kind(concept, found, kinds)), concept.kind)
         of_kind_first = partial(_of_kind_first, kinds=kinds, kind=kind)
         groups: dict[Reason, list[str]] = {
             "proposed": [name for name in proposed.get(i, []) if name in in_pool],
@@ -275,7 +277,7 @@ class _Beginnings:
             prompts = [[*self.prompts[word], token] for word, token in begun]
             written = continue_greedily(architecture.reader, tokenizer, prompts, FURTHER_TOKENS, True, watch)
             with calling_tokenizer(tokenizer):
-                texts = [str(tokenizer.decode(more, skip_special_tokens=True)) for more in written]
+                texts = [str(tokenizer.decode(more.tokens, skip_special_tokens=True)) for more in written]
             for (word, token), text in zip(begun, texts, strict=True):
                 name = name_at_start(word + text_of(token) + text)
                 if name is not None and name not in found[word]:
@@ -363,9 +365,14 @@ def _sorted(names: Collection[str], pool: Sequence[str], order: Sequence[int] | 
     return list(names) if order is None else [pool[j] for j in order if pool[j] in wanted]
 
 
-def _is_of_kind(listed: str, kind: Kind | None) -> bool:
-    """Return whether a kind of the list, such as "company", is one of persons or things, as a concept is."""
-    return kind is None or (listed == "person") == (kind == "person")
+def _may_have_kind(concept: Concept, kind: str, kinds: Mapping[str, str]) -> bool:
+    """Return whether a concept may have a kind of the list, such as "company".
+
+    A name that is on the list has its kind there, and another one any that fits `Concept.kind`.
+    """
+    if concept.name in kinds:
+        return kinds[concept.name] == kind
+    return concept.kind is None or (kind == "person") == (concept.kind == "person")
 
 
 def _of_kind_first(names: Sequence[str], kinds: Mapping[str, str], kind: str | None) -> list[str]:

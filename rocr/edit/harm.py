@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -133,13 +134,14 @@ def read_own_answers(
         for (name, _), thing in zip(names, things, strict=True)
     ]
     prompts = [tokenize_prompt(tokenizer, text) for text in render_chats(tokenizer, questions, chat)]
-    passes = ANSWER_TOKENS + 1
-    watch = reporting(progress, STAGE, passes)
-    answers = continue_greedily(model, tokenizer, prompts, ANSWER_TOKENS, always=True, watch=watch)
+    watch = reporting(progress, STAGE, ANSWER_TOKENS)
+    written = continue_greedily(model, tokenizer, prompts, ANSWER_TOKENS, always=True, watch=watch)
+    answers = [answer.tokens for answer in written]
     with calling_tokenizer(tokenizer):
         texts = [" ".join(str(tokenizer.decode(answer, skip_special_tokens=True)).split()) for answer in answers]
-    before = mean_log_probabilities(architecture, prompts, answers)
-    progress(Progress(STAGE, passes, passes, "passes"))
+    before = [fmean(answer.log_probabilities) for answer in written]
+    if max(map(len, answers)) < ANSWER_TOKENS:
+        progress(Progress(STAGE, ANSWER_TOKENS, ANSWER_TOKENS, "passes"))
     return OwnAnswers(list(names), prompts, answers, texts, before)
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
-from rocr.keys.prefix_cache import has_attention_only
-from rocr.model.forward import accepts, forward, is_of_transformers, logits_of
+from rocr.model.forward import forward, logits_of
 from rocr.model.hooks import evaluating
+from rocr.model.prefix_cache import keeps_cache
 from rocr.ops.arithmetic import plain_arithmetic
 
 
@@ -47,7 +47,7 @@ def sample_continuations(
     """
     generator = torch.Generator().manual_seed(seed)
     stopping = torch.tensor(sorted(ends), dtype=torch.int64)
-    is_kept = is_of_transformers(model) and accepts(model, "past_key_values") and has_attention_only(model)
+    is_kept = keeps_cache(model)
     cache = DynamicCache() if is_kept else None
     text = torch.tensor([list(prompt)])
     values: list[Tensor] = []

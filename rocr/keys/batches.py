@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from rocr.keys.plan import Reading
-from rocr.keys.prefix_cache import common_prefix
 from rocr.keys.prompts import Prompt
+from rocr.model.prefix_cache import common_prefix
 
 MIN_SAVED_TOKENS = 128
 """Minimum number of tokens that sharing a prefix must save; below it, one batch of whole prompts is faster."""

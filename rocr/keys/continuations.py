@@ -8,17 +8,14 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache
 
-from rocr.keys.prefix_cache import common_prefix, has_attention_only, read_only
-from rocr.model.forward import accepts, forward, input_device, is_of_transformers, logits_of
+from rocr.model.forward import forward, input_device, logits_of
 from rocr.model.hooks import evaluating
+from rocr.model.prefix_cache import MIN_SHARED_TOKENS, common_prefix, filled_cache, keeps_cache, read_only
 from rocr.model.smaller_batches import retry_with_smaller_batch
 from rocr.ops.arithmetic import plain_arithmetic
 
 TOKEN_BUDGET = 2048
-MIN_SHARED_TOKENS = 8
-"""A shorter common prefix costs more in a separate forward pass than it saves."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +68,7 @@ def continuation_logits(model: nn.Module, batch: Sequence[Continuation]) -> Iter
     """
     # The last token of a prompt predicts the first token after it, so it is not part of the shared prefix.
     shared = common_prefix([row.tokens[: row.prompt_length - 1] for row in batch])
-    if len(batch) == 1 or shared < MIN_SHARED_TOKENS or not _keeps_cache(model):
+    if len(batch) == 1 or shared < MIN_SHARED_TOKENS or not keeps_cache(model):
         shared = 0
     longest = max(len(row.tokens) for row in batch)
     tokens = torch.zeros(len(batch), longest, dtype=torch.int64)
@@ -83,7 +80,7 @@ def continuation_logits(model: nn.Module, batch: Sequence[Continuation]) -> Iter
     first = min(row.prompt_length for row in batch) - 1 - shared
     arguments: dict[str, Any] = {"attention_mask": mask.to(input_device(model)), "use_cache": bool(shared)}
     if shared:
-        arguments["past_key_values"] = _run_prefix(model, tokens[:1, :shared])
+        arguments["past_key_values"] = read_only(filled_cache(model, batch[0].tokens[:shared]))
     width = longest - shared - first
     logits = logits_of(forward(model, tokens[:, shared:], logits_to_keep=width, **arguments))
     if logits.shape[1] != width:
@@ -137,15 +134,3 @@ def log_probabilities(
     with evaluating(model):
         retry_with_smaller_batch(run, token_budget)
     return [found[index] for index in sorted(found)]
-
-
-def _run_prefix(model: nn.Module, tokens: Tensor) -> Cache:
-    """Return the attention keys and values of the tokens (1, t) that all rows begin with."""
-    filled = DynamicCache()
-    forward(model, tokens, past_key_values=filled, use_cache=True)
-    return read_only(filled)
-
-
-def _keeps_cache(model: nn.Module) -> bool:
-    """Return whether a model stores all of its state in the cache that it is given; remote code may have its own."""
-    return is_of_transformers(model) and accepts(model, "past_key_values") and has_attention_only(model)

@@ -14,9 +14,9 @@ from rocr.chat_settings import DEFAULT, ChatSettings
 from rocr.config import Template
 from rocr.errors import InputError
 from rocr.io.spelling import has_visible_character, has_word_character
-from rocr.keys.prefix_cache import common_prefix
 from rocr.model.chat import TEMPLATE_ADVICE, ChatFormat, find_chat_format, not_written_once
 from rocr.model.kind import LANGUAGE_MODEL, ModelKind
+from rocr.model.prefix_cache import common_prefix
 from rocr.model.tokenizer import (
     PART,
     check_tokenizer,

@@ -13,7 +13,6 @@ from torch import Tensor
 from rocr.errors import InputError
 from rocr.keys.batches import Batch, batches
 from rocr.keys.plan import Reading
-from rocr.keys.prefix_cache import can_share, run_prefix
 from rocr.keys.routed import RoutedMeans, Routing
 from rocr.model.architecture import Architecture
 from rocr.model.blocks import find_blocks
@@ -28,6 +27,7 @@ from rocr.model.capture import (
 )
 from rocr.model.gains import LayerCall, measure_gains, recording
 from rocr.model.gated_keys import GatedKeys, gated_keys_hook
+from rocr.model.prefix_cache import can_share, run_prefix
 from rocr.model.smaller_batches import retry_with_smaller_batch
 from rocr.progress import Progress, ProgressCallback, silent
 

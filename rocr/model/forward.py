@@ -76,8 +76,13 @@ def accepted(model: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 def accepts(model: nn.Module, argument: str) -> bool:
     """Return whether a model's `forward` accepts an argument, by its name or as one of `**kwargs`."""
-    parameters = inspect.signature(_inner(model).forward).parameters
-    return argument in parameters or any(kind.kind is inspect.Parameter.VAR_KEYWORD for kind in parameters.values())
+    parameters = inspect.signature(_inner(model).forward).parameters.values()
+    return takes(model, argument) or any(kind.kind is inspect.Parameter.VAR_KEYWORD for kind in parameters)
+
+
+def takes(model: nn.Module, argument: str) -> bool:
+    """Return whether a model's `forward` names an argument."""
+    return argument in inspect.signature(_inner(model).forward).parameters
 
 
 def needs_more_than_text(model: nn.Module) -> bool:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from rocr.chat_settings import DEFAULT, ChatSettings
 from rocr.concepts import check_text
@@ -17,6 +24,7 @@ from rocr.io.boundary import calling
 from rocr.model.chat import render_chats
 from rocr.model.forward import cache_of, forward, input_device, is_of_transformers, logits_of
 from rocr.model.hooks import evaluating
+from rocr.model.prefix_cache import MIN_SHARED_TOKENS, common_prefix, filled_cache, may_pad_after_prefix
 from rocr.model.tokenizer import calling_tokenizer, tokenize_prompt
 from rocr.ops.arithmetic import plain_arithmetic
 from rocr.ops.wide_products import wide_products
@@ -24,6 +32,21 @@ from rocr.progress import Progress, ProgressCallback
 
 MAX_QUESTION = 2_000
 """Limit of the characters of a question."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a model writes after a prompt.
+
+    Attributes:
+        tokens: Token ids, each the most likely one; the last one may end the text.
+        log_probabilities: The log-probability of each token, in nats.
+    """
+
+    tokens: list[int]
+    log_probabilities: list[float]
+
+
 Watch = Callable[[list[int]], bool]
 """Called with the tokens written so far after each of them; returns whether generation continues."""
 
@@ -92,7 +115,8 @@ def continue_texts(
     if not texts:
         return []
     prompts = [tokenize_prompt(tokenizer, text) for text in texts]
-    return _decoded(tokenizer, continue_greedily(model, tokenizer, prompts, max_tokens, always))
+    written = continue_greedily(model, tokenizer, prompts, max_tokens, always)
+    return _decoded(tokenizer, [answer.tokens for answer in written])
 
 
 @plain_arithmetic()
@@ -125,9 +149,8 @@ def answer_in_steps(
         return show(_decoded(tokenizer, [tokens])[0].strip())
 
     prompt = tokenize_prompt(tokenizer, render_chats(tokenizer, [question], chat)[0])
-    return _decoded(tokenizer, continue_greedily(model, tokenizer, [prompt], max_tokens, always=True, watch=watch))[
-        0
-    ].strip()
+    (written,) = continue_greedily(model, tokenizer, [prompt], max_tokens, always=True, watch=watch)
+    return _decoded(tokenizer, [written.tokens])[0].strip()
 
 
 def _decoded(tokenizer: Any, written: Sequence[list[int]]) -> list[str]:
@@ -141,6 +164,7 @@ def _decoded(tokenizer: Any, written: Sequence[list[int]]) -> list[str]:
     return answers
 
 
+@plain_arithmetic()
 def continue_greedily(
     model: nn.Module,
     tokenizer: Any,
@@ -148,15 +172,13 @@ def continue_greedily(
     max_tokens: int,
     always: bool = False,
     watch: Watch | None = None,
-) -> list[list[int]]:
+) -> list[Written]:
     """Return the most likely tokens after each prompt, at most `max_tokens` of them, one after another.
-
-    A prompt that ends sooner is followed by its end-of-text token, which may be repeated.
 
     Args:
         model: A causal language model of transformers.
         tokenizer: The model's tokenizer, which gives the end-of-text token if the model does not.
-        prompts: Token ids, with opening tokens.
+        prompts: Token ids, with opening tokens. What all of them begin with runs only once.
         max_tokens: The largest number of tokens.
         always: Whether a model whose `generate` fails is run token by token.
         watch: Called with the tokens after the first prompt; it may end the generation of all. A model that is run
@@ -166,43 +188,79 @@ def continue_greedily(
         InputError: The model's own code fails.
     """
     ends = _end_tokens(model) or tokenizer.eos_token_id
+    stops = {ends} if isinstance(ends, int) else set(ends or ())
     if is_of_transformers(model):
         try:
-            return _generate(model, prompts, ends, max_tokens, watch)
+            return _generate(model, prompts, stops, max_tokens, watch)
         except InputError:
             if not always:
                 raise
-    return [_greedy(model, prompt, ends, max_tokens, watch) for prompt in prompts]
+    return [_greedy(model, prompt, stops, max_tokens, watch) for prompt in prompts]
 
 
 def _generate(
-    model: nn.Module,
-    prompts: Sequence[list[int]],
-    ends: int | list[int] | None,
-    max_tokens: int,
-    watch: Watch | None,
-) -> list[list[int]]:
+    model: nn.Module, prompts: Sequence[list[int]], stops: Collection[int], max_tokens: int, watch: Watch | None
+) -> list[Written]:
     """Generate the tokens after each prompt with transformers' `generate`, in one batch."""
     longest = max(map(len, prompts))
-    # Generation appends on the right, so the padding is on the left, masked.
-    tokens = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    # The last token of a prompt predicts the first one after it, so it is not part of the shared prefix.
+    shared = common_prefix([prompt[:-1] for prompt in prompts])
+    if len(prompts) == 1 or shared < MIN_SHARED_TOKENS or not may_pad_after_prefix(model, longest + max_tokens):
+        shared = 0
+    # Generation appends on the right, so the padding is on the left of what a prompt has for itself, masked.
+    padding = [[0] * (longest - len(prompt)) for prompt in prompts]
+    rows = [[*prompt[:shared], *pad, *prompt[shared:]] for prompt, pad in zip(prompts, padding, strict=True)]
+    masks = [[1] * shared + pad + [1] * (len(prompt) - shared) for prompt, pad in zip(prompts, padding, strict=True)]
     device = input_device(model)
-    # Finished rows are padded with the end token, which decoding omits.
-    filler = ends[0] if isinstance(ends, list) else ends
+    # Finished rows are padded with an end token.
     settings = GenerationConfig(
-        max_new_tokens=max_tokens, do_sample=False, eos_token_id=ends, pad_token_id=0 if filler is None else filler
+        max_new_tokens=max_tokens,
+        do_sample=False,
+        eos_token_id=sorted(stops) or None,
+        pad_token_id=min(stops, default=0),
     )
     generating = calling(
         f"generate of {type(model).__name__}", "Do not generate: use --no-answers, without --generate."
     )
-    follow = None if watch is None else StoppingCriteriaList([_Watched(watch, longest)])
+    recorded = _Recorded()
+    arguments: dict[str, Any] = {"logits_processor": LogitsProcessorList([recorded])}
+    if watch is not None:
+        arguments["stopping_criteria"] = StoppingCriteriaList([_Watched(watch, longest)])
     with generating, _default_generation_config(model), wide_products():
+        if shared:
+            arguments["past_key_values"] = filled_cache(model, prompts[0][:shared])
+            arguments["past_key_values"].batch_repeat_interleave(len(prompts))
         written = model.generate(  # type: ignore[operator]
-            tokens.to(device), attention_mask=mask.to(device), generation_config=settings, stopping_criteria=follow
+            torch.tensor(rows).to(device),
+            attention_mask=torch.tensor(masks).to(device),
+            generation_config=settings,
+            **arguments,
         )
         found: list[list[int]] = written[:, longest:].tolist()
-    return found
+        values: list[list[float]] = torch.stack(recorded.steps, dim=1).tolist()
+    return [_up_to_end(tokens, row, stops) for tokens, row in zip(found, values, strict=True)]
+
+
+def _up_to_end(tokens: list[int], values: list[float], stops: Collection[int]) -> Written:
+    """Return tokens and their log-probabilities up to the first end token."""
+    length = next((i + 1 for i, token in enumerate(tokens) if token in stops), len(tokens))
+    return Written(tokens[:length], values[:length])
+
+
+class _Recorded(LogitsProcessor):  # type: ignore[misc]
+    """Keep the largest log-probability of each row after each step: that of the token which is written.
+
+    Attributes:
+        steps: (rows,) float32 for each step.
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return the logits (rows, vocabulary) as they are."""
+        self.steps.append(scores.float().log_softmax(dim=-1).amax(dim=-1).cpu())
+        return scores
 
 
 class _Watched(StoppingCriteria):  # type: ignore[misc]
@@ -218,20 +276,22 @@ class _Watched(StoppingCriteria):  # type: ignore[misc]
 
 
 def _greedy(
-    model: nn.Module, prompt: list[int], ends: int | list[int] | None, max_tokens: int, watch: Watch | None = None
-) -> list[int]:
+    model: nn.Module, prompt: list[int], stops: Collection[int], max_tokens: int, watch: Watch | None = None
+) -> Written:
     """Generate the tokens after a prompt with a model's own code, which may not work with `generate`."""
-    stops = {ends} if isinstance(ends, int) else set(ends or ())
-    written: list[int] = []
+    written = Written([], [])
+    ends = [[token] for token in stops]
     state = None
     with evaluating(model):
-        while len(written) < max_tokens and not stops.intersection(written):
+        while len(written.tokens) < max_tokens and written.tokens[-1:] not in ends:
             # A model without a cache reads the whole text again.
-            fresh = [*prompt, *written] if state is None else written[-1:]
+            fresh = [*prompt, *written.tokens] if state is None else written.tokens[-1:]
             output = forward(model, torch.tensor([fresh]), past_key_values=state, use_cache=True)
             state = cache_of(model, output)
-            written.append(int(logits_of(output)[0, -1].argmax()))
-            if watch is not None and not watch(written):
+            value, token = logits_of(output)[0, -1].float().log_softmax(dim=-1).max(dim=-1)
+            written.tokens.append(int(token))
+            written.log_probabilities.append(float(value))
+            if watch is not None and not watch(written.tokens):
                 break
     return written
 

@@ -24,6 +24,8 @@ from rocr.ops import cpp_backend
 LEAST_ROWS, LEAST_CONVERTED_ROWS = 3, 8
 """Smallest number of rows of a product in the kernel, and of one whose weight torch converts. Reading the weight bounds
 products of fewer rows."""
+LARGE_WEIGHT = 1 << 20
+"""A weight of so many elements is read faster by the kernel than by torch, also for one row."""
 MANY_ROWS = 256
 PIECE, LARGE_PIECE = 1 << 20, 1 << 22
 """Number of elements of a weight that are converted at a time, for fewer than MANY_ROWS rows and for more."""
@@ -94,9 +96,10 @@ class _WideProducts(TorchFunctionMode):
             return None
         has_rows = weight.stride(1) == 1 and weight.stride(0) >= weight.shape[1]
         is_compiled = has_rows and cpp_backend.is_available(weight.device)
-        if input.shape[:-1].numel() < (LEAST_ROWS if is_compiled else LEAST_CONVERTED_ROWS):
-            return None
         rows = input.reshape(-1, input.shape[-1])
+        least = LEAST_CONVERTED_ROWS if not is_compiled else 1 if weight.numel() >= LARGE_WEIGHT else LEAST_ROWS
+        if len(rows) < least:
+            return None
         multiply = cpp_backend.wide_product if is_compiled else product_in_pieces
         return multiply(rows, weight, bias).reshape(*input.shape[:-1], len(weight))
 

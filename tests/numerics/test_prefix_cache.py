@@ -8,10 +8,10 @@ from rocr import Concept, EditConfig
 from rocr.config import Template
 from rocr.keys.batches import MIN_SAVED_TOKENS, batches
 from rocr.keys.plan import plan_keys
-from rocr.keys.prefix_cache import can_share
 from rocr.keys.prompts import build_prompts, render_template
 from rocr.keys.read import read_layers, read_states
 from rocr.model.architecture import find_architecture
+from rocr.model.prefix_cache import can_share
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROUNDING = 5e-6  # as in test_keys.py; at most 1.6e-6 was measured

@@ -148,6 +148,21 @@ def test_few_rows_are_multiplied_by_the_kernel_alone(path: str, products: list[t
     assert products[-1] == (20, 16)
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_the_kernel_reads_a_large_weight_for_one_row_too(
+    path: str, rows: int, products: list[tuple[int, ...]], guarded: Callable[[Tensor], Tensor]
+) -> None:
+    columns = 1000
+    for height, is_large in ((module.LARGE_WEIGHT // columns + 1, True), (module.LARGE_WEIGHT // columns, False)):
+        products.clear()
+        given, weight = (guarded(matrices(torch.bfloat16, *size)) for size in ((rows, columns), (height, columns)))
+        found = inside(lambda given=given, weight=weight: functional.linear(given, weight))
+        assert len(products) == (1 if is_large and path != "torch" else 0)
+        if products:
+            exact = given.double() @ weight.double().T
+            assert error(found, exact) <= 1.01 * error(exact.bfloat16(), exact)
+
+
 def test_a_kernels_bytes_do_not_depend_on_the_threads(path: str) -> None:
     given, weight = matrices(torch.bfloat16, 30, 700), matrices(torch.bfloat16, 900, 700)
     threads, found = torch.get_num_threads(), []

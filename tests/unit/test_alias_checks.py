@@ -48,7 +48,7 @@ def test_checks_are_those_by_hand(certain, architecture, tokenizer, kind):
     names = [concept.name, *proposals, *unrelated]
     prompts = {name: render_chats(tokenizer, [question.format(name)])[0] for name in names}
     asked = tokenize_prompt(tokenizer, prompts[concept.name])
-    answer = tokenizer.decode(continue_greedily(certain, tokenizer, [asked], 16)[0], skip_special_tokens=True)
+    answer = tokenizer.decode(continue_greedily(certain, tokenizer, [asked], 16)[0].tokens, skip_special_tokens=True)
     assert "Ada Byron" not in answer, "the answer of a random model is scored as a whole"
     exact = certain.double()
     try:

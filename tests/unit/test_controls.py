@@ -202,7 +202,7 @@ def test_an_unedited_model_keeps_its_own_answers_and_a_move_of_their_keys_alone_
     (prompt,), (answer,) = own.prompts, own.answers
     assert own.texts == ask(certain, tokenizer, ["Who is Stephen Hawking?"], ANSWER_TOKENS)
     (harm,) = own.harms(architecture)
-    assert harm.kept == 1.0 and 0.1 <= harm.before <= 1
+    assert harm.kept == pytest.approx(1, abs=1e-4) and 0.1 <= harm.before <= 1
     with torch.no_grad():
         logits = certain(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
         wanted = logits.log_softmax(dim=-1).gather(1, torch.tensor(answer)[:, None]).mean().exp()
@@ -336,7 +336,7 @@ def test_each_token_that_the_model_writes_about_names_is_a_step(unlearn, monkeyp
     monkeypatch.setattr(rocr.edit.controls, "_beginning_words", lambda row, _: iter(row.topk(2).indices.tolist()))
     steps = []
     unlearn(progress=steps.append)
-    for part, total in (("proposed names", FURTHER_TOKENS + 2), ("answers about names", ANSWER_TOKENS + 1)):
+    for part, total in (("proposed names", FURTHER_TOKENS + 2), ("answers about names", ANSWER_TOKENS)):
         own = [(step.done, step.total) for step in steps if step.stage == part]
         assert own == [(done, total) for done in range(1, total + 1)]
 

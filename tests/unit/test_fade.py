@@ -49,7 +49,7 @@ def test_samples_are_drawn_with_the_probabilities_that_they_report(family, make_
 
 def test_samples_are_the_same_without_a_cache(model, monkeypatch):
     cached = sample_continuations(model, [5, 6, 7], 5, 4, set(), seed=2)
-    monkeypatch.setattr("rocr.evaluation.sampling.has_attention_only", lambda _: False)
+    monkeypatch.setattr("rocr.evaluation.sampling.keeps_cache", lambda _: False)
     again = sample_continuations(model, [5, 6, 7], 5, 4, set(), seed=2)
     assert [each.tokens for each in cached] == [each.tokens for each in again]
 

@@ -11,8 +11,11 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from rocr.model.architecture import Architecture, text_config
 from rocr.model.capture import run_through
+from rocr.model.forward import accepts, forward, is_of_transformers, takes
 
 ATTENTION_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
+MIN_SHARED_TOKENS = 8
+"""A shorter common prefix costs more in a separate forward pass than it saves."""
 
 
 class PrefixLayer(DynamicLayer):  # type: ignore[misc]
@@ -62,6 +65,39 @@ def has_attention_only(model: nn.Module) -> bool:
     """Return whether the layers of a model of transformers have no state but attention keys and values."""
     kinds = getattr(text_config(model), "layer_types", None) or ()
     return not getattr(model, "_is_stateful", False) and set(kinds) <= ATTENTION_KINDS
+
+
+def keeps_cache(model: nn.Module) -> bool:
+    """Return whether a model stores all of its state in the cache that it is given; remote code may have its own."""
+    return is_of_transformers(model) and accepts(model, "past_key_values") and has_attention_only(model)
+
+
+def may_pad_after_prefix(model: nn.Module, length: int) -> bool:
+    """Return whether rows of a batch of `length` tokens may have masked padding between a shared prefix and their own.
+
+    The model must take the positions of its tokens, since those of the padding do not count, and attend to all of the
+    tokens. Vision-language models with positions of their own are left out.
+    """
+    config = text_config(model)
+    reach = (getattr(config, name, None) or length for name in ("sliding_window", "attention_chunk_size"))
+    return (
+        keeps_cache(model)
+        and takes(model, "position_ids")
+        and not getattr(config, "is_encoder_decoder", False)
+        and not any("rope_deltas" in vars(module) for module in model.modules())
+        and length <= min(reach)
+    )
+
+
+def filled_cache(model: nn.Module, tokens: Sequence[int]) -> DynamicCache:
+    """Return the attention keys and values of tokens, in one row, of a model for which `keeps_cache` is true.
+
+    Raises:
+        InputError: The model fails.
+    """
+    filled = DynamicCache()  # without the configuration, as in `run_prefix`
+    forward(model, torch.tensor([tokens]), past_key_values=filled, use_cache=True, logits_to_keep=1)
+    return filled
 
 
 def run_prefix(architecture: Architecture, layer: int, tokens: tuple[int, ...]) -> Cache:
