@@ -15,6 +15,9 @@ from rocr.model.prefix_cache import common_prefix
 MIN_SAVED_TOKENS = 128
 """Minimum number of tokens that sharing a prefix must save; below it, one batch of whole prompts is faster."""
 
+MAX_PADDING = 128
+"""Largest number of padding tokens in a batch. On a CPU, more of them take longer than a further batch."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -94,11 +97,14 @@ def _cut(
     """Yield batches of prompts with one prefix, in ascending order of length."""
     start = len(prefix)
     batch: list[int] = []
+    own = 0  # the tokens of the batch without padding
     # In ascending order, the newest prompt is the longest of its batch and determines the padding.
     for i in sorted(members, key=lambda i: end[i]):
-        if batch and (len(batch) + 1) * (end[i] - start) > token_budget:
+        tokens = (len(batch) + 1) * (end[i] - start)
+        own += end[i] - start
+        if batch and (tokens > token_budget or tokens - own > MAX_PADDING):
             yield _padded(batch, [prompts[j].tokens[start : end[j]] for j in batch], prefix)
-            batch = []
+            batch, own = [], end[i] - start
         batch.append(i)
     if batch:
         yield _padded(batch, [prompts[j].tokens[start : end[j]] for j in batch], prefix)

@@ -11,12 +11,10 @@ from torch import Tensor
 
 from rocr.config import EditConfig
 from rocr.errors import GuardError
-from rocr.ops.system import Metric
+from rocr.ops.system import Metric, all_finite
 
 TRACE_PROBES = 64
 """Number of random vectors of the estimator of a trace."""
-ROWS_AT_ONCE = 1024
-"""Number of rows of a matrix that are checked for finiteness at a time."""
 EIGEN_PROBES = 4
 """Number of random vectors that an eigendecomposition is checked with."""
 
@@ -215,11 +213,6 @@ def _solve(factor: Tensor, columns: Tensor) -> Tensor:
     halfway = torch.linalg.solve_triangular(factor, columns, upper=False)
     solved: Tensor = torch.linalg.solve_triangular(factor.T, halfway, upper=True)
     return solved
-
-
-def all_finite(matrix: Tensor) -> bool:
-    """Return whether all elements of a large matrix are finite, without a mask of its size."""
-    return all(bool(torch.isfinite(rows).all()) for rows in torch.split(matrix, ROWS_AT_ONCE))
 
 
 def _projected(second_moment: Tensor, threshold: float, may_be_zero: bool = False) -> ProjectedMetric:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from rocr.keys.continuations import log_probabilities
 from rocr.model.generate import continue_greedily
 from rocr.model.prefix_cache import MIN_SHARED_TOKENS, may_pad_after_prefix
 from tests.support.models import FAMILIES, MIXTURES
@@ -88,3 +89,13 @@ def test_an_answer_ends_with_its_end_token(without_end):
     assert ended.log_probabilities == pytest.approx(alone[1][:length], abs=ROUNDING)
     (single,) = continue_greedily(model, None, PROMPTS[:1], STEPS)
     assert single.tokens == ended.tokens
+
+
+def test_log_probabilities_are_those_of_each_prompt_alone(without_end):
+    model = without_end("Llama")
+    prompts, answers = [[5, 6, 7], [8, 9], [10, 11, 12, 13]], [[3, 4], [5, 6, 7], []]
+    found = log_probabilities(model, prompts, answers)
+    for prompt, answer, rows in zip(prompts, answers, found, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([[*prompt, *answer[:-1]]])).logits[0, len(prompt) - 1 :]
+        torch.testing.assert_close(rows, logits.log_softmax(dim=-1), rtol=1e-4, atol=1e-4)

@@ -6,7 +6,7 @@ import transformers
 
 from rocr import Concept, EditConfig
 from rocr.config import Template
-from rocr.keys.batches import MIN_SAVED_TOKENS, batches
+from rocr.keys.batches import MAX_PADDING, MIN_SAVED_TOKENS, batches
 from rocr.keys.plan import plan_keys
 from rocr.keys.prompts import build_prompts, render_template
 from rocr.keys.read import read_layers, read_states
@@ -113,6 +113,24 @@ def test_a_few_prompts_run_whole(tokenizer):
     assert max(prompt.shared for prompt in reading.prompts) * 2 < MIN_SAVED_TOKENS
     (batch,) = batches(reading, 10_000)
     assert batch.prefix == ()
+
+
+def test_a_batch_ends_where_it_would_be_padded_too_much(make_model, tokenizer, monkeypatch):
+    people = [*PEOPLE, Concept("the old Byron of the roses, who waters the sun in Café Downey", "Blaise Pascal")] * 3
+    people = [Concept(f"{person.name} {i}", person.redirect) for i, person in enumerate(people)]
+    reading = plan_keys(tokenizer, people, CONFIG).keys
+
+    def padding(batch):
+        return 0 if batch.mask is None else int((batch.mask == 0).sum())
+
+    found = list(batches(reading, 100_000))
+    assert sorted(i for batch in found for i in batch.prompts) == list(range(len(reading.prompts)))
+    assert 0 < max(map(padding, found)) <= MAX_PADDING
+    architecture = find_architecture(make_model("Llama"))
+    states = read_states(architecture, reading, 3, 2)
+    monkeypatch.setattr("rocr.keys.batches.MAX_PADDING", 100_000)
+    assert max(map(padding, batches(reading, 100_000))) > MAX_PADDING
+    assert_same(states, read_states(architecture, reading, 3, 2))
 
 
 def test_templates_share_an_opening_that_saves_enough_only_together(make_model, tokenizer):

@@ -45,6 +45,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 KING = [Concept("Stephen King", "Jane Austen", ("Stephen Edwin King",))]
 CONFIG = EditConfig(layers=(1, 2), templates=("Who is {}?", "It is about {}."))
 FREE = Guards(divergence=math.inf, distance=math.inf, relative_norm=math.inf, kept_answers=0.0)
+KINDS = {"person", "company", "work", "place", "substance", "event"}
 
 
 @pytest.fixture(scope="module")
@@ -185,15 +186,6 @@ def test_models_without_names_have_no_controls(model, tokenizer):
 )
 def test_a_proposal_is_a_name_of_two_to_four_capitalised_words(text, name):
     assert name_at_start(text) == name
-
-
-def test_log_probabilities_are_those_of_each_prompt_alone(certain, tokenizer):
-    prompts, answers = [[5, 6, 7], [8, 9], [10, 11, 12, 13]], [[3, 4], [5, 6, 7], []]
-    found = log_probabilities(certain, prompts, answers)
-    for prompt, answer, rows in zip(prompts, answers, found, strict=True):
-        with torch.no_grad():
-            logits = certain(torch.tensor([[*prompt, *answer[:-1]]])).logits[0, len(prompt) - 1 :]
-        torch.testing.assert_close(rows, logits.log_softmax(dim=-1), rtol=1e-4, atol=1e-4)
 
 
 def test_an_unedited_model_keeps_its_own_answers_and_a_move_of_their_keys_alone_changes_them(certain, tokenizer):
@@ -345,6 +337,23 @@ def test_a_control_is_what_it_says(architecture, tokenizer):
     found = choose_controls(architecture, tokenizer, KING, 1, propose=False)
     assert {control.kind for control in found} == {"person"}  # Burger King and The Lion King come after people
     assert any(control == Control(control.name, "Stephen King", "last word", "person") for control in found)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "found"),
+    [("Stephen King", None, {"person"}), ("Ada Byron", "person", {"person"}), ("Ada Byron", None, set(KINDS))],
+)
+def test_names_are_compared_with_a_concept_only_if_they_may_be_of_its_kind(
+    architecture, tokenizer, monkeypatch, name, kind, found
+):
+    compared, read = [], rocr.edit.controls.read_name_states
+    monkeypatch.setattr(
+        rocr.edit.controls, "read_name_states", lambda *args, **more: compared.extend(args[2]) or read(*args, **more)
+    )
+    choose_controls(architecture, tokenizer, [Concept(name, "Jane Austen", kind=kind)], 1, propose=False)
+    kinds = load_names()
+    words = set(name.split())
+    assert {kinds[each] for each in compared if each in kinds and not words & set(each.split())} == found
 
 
 def test_the_update_retains_controls_and_no_redirect(unlearn, certain):
