@@ -14,7 +14,7 @@ ROUNDS = 5
 
 
 @pytest.mark.skipif(torch.bfloat16 not in slow_dtypes(), reason="this CPU has instructions for bfloat16 products")
-@pytest.mark.parametrize("rows", [4, 16, 256, 4096])
+@pytest.mark.parametrize("rows", [1, 4, 16, 256, 4096])
 @torch.no_grad()
 def bench_bfloat16_linear_layer(compare: Compare, rows: int) -> None:
     given, weight = torch.randn(rows, D_IN).bfloat16(), torch.randn(D_OUT, D_IN).bfloat16()
