@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -155,9 +156,9 @@ def known_facts(model: nn.Module, tokenizer: Any, probes: list[Probe], most: int
     return [probes[i] for i in chosen], Evaluation(items, len(chosen))
 
 
-def candidates(text: str | None) -> list[Candidate]:
-    """Return the named candidates, or all; each changes one of the default settings."""
-    default = rocr.EditConfig()
+def candidates(text: str | None, seed: int = 0) -> list[Candidate]:
+    """Return the named candidates, or all; each changes one of the default settings with a seed, other than 0 named."""
+    default = rocr.EditConfig(seed=seed)
     one = {
         "default": default,
         "ridge 0.1": replace(default, ridge=0.1),
@@ -195,7 +196,8 @@ def candidates(text: str | None) -> list[Candidate]:
             f"Unknown candidates: {', '.join(sorted(unknown))}; the candidates are "
             f"{', '.join(candidate.name for candidate in found)}."
         )
-    return [candidate for candidate in found if candidate.name in names]
+    ending = f", seed {seed}" if seed else ""
+    return [replace(candidate, name=candidate.name + ending) for candidate in found if candidate.name in names]
 
 
 def prepare(arguments: argparse.Namespace) -> Bench:
@@ -204,16 +206,19 @@ def prepare(arguments: argparse.Namespace) -> Bench:
     model, tokenizer = loaded.model, loaded.tokenizer
     texts = list(read_texts([arguments.text]))
     half = len(texts) // 2
+    ordinary = texts[:half]
     sample = TextSample.take(texts[half:], tokenizer, arguments.perplexity_tokens)
     place = Path(arguments.statistics)
     if place.exists():
         statistics = rocr.Statistics.load(place)
     else:
         options = rocr.CollectOptions(tokens=arguments.statistics_tokens)
+        if arguments.seed:
+            random.Random(arguments.seed).shuffle(ordinary)
         configs = [candidate.config for candidate in candidates(arguments.candidates)]
         architecture = find_architecture(model)
         layers = sorted({layer for config in configs if config for layer in chosen_layers(config, architecture)})
-        statistics = rocr.collect_statistics(model, tokenizer, texts[:half], layers, options)
+        statistics = rocr.collect_statistics(model, tokenizer, ordinary, layers, options)
         statistics.save(place)
     probes = [probe for path in arguments.probes for probe in load_probes(path) if probe.kind != "thing"]
     probes, base = known_facts(model, tokenizer, probes, arguments.facts)
@@ -241,6 +246,9 @@ def main() -> None:
     parser.add_argument(
         "--names", nargs="+", default=[], help="files with more names, one a line or as `subject` of JSON lines"
     )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the settings, and of the order of the texts for new statistics"
+    )
     parser.add_argument("--candidates", help="names, separated by semicolons (default: all)")
     parser.add_argument("--test", action="store_true", help="use the people that are not searched on")
     parser.add_argument("--out", required=True, help="file to which the rows are added")
@@ -260,7 +268,7 @@ def main() -> None:
                 file.write(json.dumps(rows[-1]) + "\n")
                 file.flush()
 
-        for candidate in candidates(arguments.candidates):
+        for candidate in candidates(arguments.candidates, arguments.seed):
             if not arguments.together:
                 for person in people:
                     run(candidate, [person], retained[:RETAINED], [])
