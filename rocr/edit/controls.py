@@ -161,7 +161,7 @@ def choose_controls(
         for name in (*first.get(words[0], []), *last.get(words[-1], []))
     }
     proposals = (name for names in proposed.values() for name in names)
-    compared = {kind for kind in kinds.values() if any(_may_have_kind(concepts[i], kind, kinds) for i in placed)}
+    compared = {kind for kind in set(kinds.values()) if any(_may_have_kind(concepts[i], kind, kinds) for i in placed)}
     near_by = [name for name in listed if kinds[name] in compared or name in sharing]
     pool = [*_some_of_each_kind(near_by, kinds, sharing), *without_concepts(dict.fromkeys(proposals), concepts)]
     pool = list(dict.fromkeys(pool))
