@@ -93,6 +93,12 @@ class Condition:
             return None
         return f"{self.text}: it is {found:.4g}." + ("" if self._is_known(after, before) else NOT_KNOWN)
 
+    def doubt(self, after: Evaluation, before: Evaluation | None) -> str | None:
+        """Return a sentence if the condition does not hold, but is about what the model did not know before."""
+        if self.failure(after, before) is not None or self._is_known(after, before):
+            return None
+        return f"{self.text}: it does not hold, since it is {self._value(after, before):.4g}.{NOT_KNOWN}"
+
     def _is_known(self, after: Evaluation, before: Evaluation | None) -> bool:
         """Whether the condition is about a form in which the model knew something before, or about no change."""
         from rocr.evaluation.verdict import judge
@@ -115,14 +121,20 @@ class Condition:
         return falls[0] if falls else None
 
 
-def check_conditions(conditions: Sequence[Condition], after: Evaluation, before: Evaluation | None) -> None:
+def check_conditions(
+    conditions: Sequence[Condition], after: Evaluation, before: Evaluation | None, warn: Callable[[str], None]
+) -> None:
     """Raise GuardError, naming every condition that holds.
 
     Args:
         conditions: The conditions.
         after: Scores of the model, with the edit if there is one.
         before: Scores before the edit. None without an edit.
+        warn: Called with a sentence for each condition that does not hold, but says nothing.
     """
+    for each in conditions:
+        if (doubt := each.doubt(after, before)) is not None:
+            warn(doubt)
     failures = [failure for each in conditions if (failure := each.failure(after, before)) is not None]
     if failures:
         raise GuardError("The evaluation fails by --fail-if.\n" + "\n".join(failures))

@@ -109,7 +109,7 @@ def evaluate(arguments: Arguments, console: Console) -> dict[str, Any]:
         journal.unlink(missing_ok=True)
     _show(after, before, found, console)
     console.say(f"The report is in {arguments.out}" + (f" and {arguments.html}." if arguments.html else "."))
-    check_conditions(conditions, after, before)
+    check_conditions(conditions, after, before, console.warn)
     return document
 
 
