@@ -84,20 +84,19 @@ class Condition:
             )
         return condition
 
-    def failure(self, after: Evaluation, before: Evaluation | None) -> str | None:
-        """Return a sentence if the condition holds or its score does not exist; None if it does not hold."""
+    def failure(self, after: Evaluation, before: Evaluation | None, warn: Callable[[str], None]) -> str | None:
+        """Return a sentence if the condition holds or its score does not exist; None if it does not hold.
+
+        `warn` is called with a sentence if it does not hold, but says nothing.
+        """
         found = self._value(after, before)
         if found is None:
             return f"{self.text}: there is no score, since no question of the {self.split} set was asked in this form."
-        if not _COMPARED[self.relation](found, self.limit):
-            return None
-        return f"{self.text}: it is {found:.4g}." + ("" if self._is_known(after, before) else NOT_KNOWN)
-
-    def doubt(self, after: Evaluation, before: Evaluation | None) -> str | None:
-        """Return a sentence if the condition does not hold, but is about what the model did not know before."""
-        if self.failure(after, before) is not None or self._is_known(after, before):
-            return None
-        return f"{self.text}: it does not hold, since it is {self._value(after, before):.4g}.{NOT_KNOWN}"
+        holds = _COMPARED[self.relation](found, self.limit)
+        doubt = "" if self._is_known(after, before) else NOT_KNOWN
+        if not holds and doubt:
+            warn(f"{self.text}: it does not hold, since it is {found:.4g}.{doubt}")
+        return f"{self.text}: it is {found:.4g}.{doubt}" if holds else None
 
     def _is_known(self, after: Evaluation, before: Evaluation | None) -> bool:
         """Whether the condition is about a form in which the model knew something before, or about no change."""
@@ -132,9 +131,6 @@ def check_conditions(
         before: Scores before the edit. None without an edit.
         warn: Called with a sentence for each condition that does not hold, but says nothing.
     """
-    for each in conditions:
-        if (doubt := each.doubt(after, before)) is not None:
-            warn(doubt)
-    failures = [failure for each in conditions if (failure := each.failure(after, before)) is not None]
+    failures = [failure for each in conditions if (failure := each.failure(after, before, warn)) is not None]
     if failures:
         raise GuardError("The evaluation fails by --fail-if.\n" + "\n".join(failures))

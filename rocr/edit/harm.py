@@ -53,7 +53,10 @@ class Harm:
 
     @property
     def kept(self) -> float:
-        """The share of the probability per token that is left; 1 if the edit changes nothing."""
+        """The share of the probability per token that is left.
+
+        If the edit changes nothing, it is 1 to the rounding of the model: different passes give `before` and `after`.
+        """
         return self.after / self.before
 
     def to_json(self) -> dict[str, Any]:
